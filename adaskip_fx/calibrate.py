@@ -1,0 +1,98 @@
+"""Offline learning: run the instrumented full model over texts and keep what it measured."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from .api import build
+from .profile import Profile, fingerprint
+
+_MIN_TOKENS = 16  # of a sample: fewer say nothing about long contexts
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    max_length: int = 2048,
+    *,
+    backend: str = "eager",
+    progress: Callable[[int, int], None] | None = None,
+) -> Profile:
+    """Measure how much each sublayer changes the residual stream (AdaSkip, eq. 1 to 3).
+
+    Each text is one sample; of a longer one the first `max_length` tokens are used. Probes run in
+    float32 on the device, over all tokens of the prompt.
+
+    Args:
+        model: a transformers decoder in evaluation mode; it is not changed.
+        tokenizer: the model's; called on each text.
+        texts: what the model will be used on, or close to it.
+        max_length: tokens of a sample at most.
+        backend: inner torch.compile backend; ``"eager"`` needs no compilation.
+        progress: called with (samples done, samples in all).
+
+    Raises:
+        ValueError: no text, or a text of fewer than 16 tokens.
+        RefusedError: the model's sublayers cannot be captured or proven.
+    """
+    samples = _tokenize(model, tokenizer, texts, max_length)
+    runtime = build(model, None, backend=backend).adaskip
+    moments = []
+    for done, ids in enumerate(samples):
+        if progress is not None:
+            progress(done, len(samples))
+        moments.append(runtime.measure(ids.to(model.device))[:, 0].double().cpu().numpy())
+    if progress is not None:
+        progress(len(samples), len(samples))
+    return Profile(
+        sublayers=runtime.sublayers,
+        moments=np.stack(moments),
+        fingerprint=fingerprint(model),
+        versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
+        calibration={
+            "samples": len(samples),
+            "max_length": max_length,
+            "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
+            "tokens_sha256": _digest(samples),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+    )
+
+
+def _tokenize(
+    model: Any, tokenizer: Any, texts: Iterable[str], max_length: int
+) -> list[torch.Tensor]:
+    """One int64 tensor [1, tokens] per text."""
+    if isinstance(texts, str):
+        raise TypeError("texts must be a sequence of texts, not one string")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and max_length > longest:
+        raise ValueError(f"max_length {max_length} is more than the model's {longest} positions")
+    samples = []
+    for index, text in enumerate(texts):
+        ids = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+        sample = ids["input_ids"]
+        if sample.shape[1] < min(_MIN_TOKENS, max_length):
+            raise ValueError(
+                f"calibration text {index} has {sample.shape[1]} tokens; at least {_MIN_TOKENS} "
+                "are needed. Use longer texts, like those the model will see"
+            )
+        samples.append(sample)
+    if not samples:
+        raise ValueError("no calibration text was given; pass at least one text")
+    return samples
+
+
+def _digest(samples: list[torch.Tensor]) -> str:
+    joined = hashlib.sha256()
+    for ids in samples:
+        joined.update(np.ascontiguousarray(ids.cpu().numpy(), dtype="<i8").tobytes())
+        joined.update(b"|")
+    return joined.hexdigest()

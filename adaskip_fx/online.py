@@ -1,0 +1,92 @@
+"""The decode window: measure FFN sublayers over a request's first tokens, then decide.
+
+Readings stay on the device and are added up there; the host reads them once, when the window
+closes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from .plan import Action, SkipPlan, Sublayer
+
+
+@dataclass
+class Window:
+    """Readings of one request's decode window.
+
+    Attributes:
+        probed: the FFN sublayers that run and are measured.
+        size: tokens to measure (the paper's P).
+        steps: tokens measured so far.
+        moments: sums [probed, batch, 5], float64, on the model's device.
+    """
+
+    probed: tuple[Sublayer, ...]
+    size: int
+    steps: int = 0
+    moments: torch.Tensor | None = None
+
+    @property
+    def closed(self) -> bool:
+        return self.steps >= self.size
+
+    def add(self, reading: torch.Tensor) -> None:
+        """Count one step's moments [probed, batch, 5]."""
+        wide = reading.to(torch.float64)
+        self.moments = wide if self.moments is None else self.moments + wide
+        self.steps += 1
+
+    def read(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Sums over the rows of the batch [probed, 5]; waits for the device."""
+        assert self.moments is not None
+        return self.moments.sum(1).cpu().numpy()
+
+
+@dataclass
+class Request:
+    """What a compiled model remembers of one request, kept in the request's cache.
+
+    Attributes:
+        decode_plan: the plan in use for decoding; the online one once the window has closed.
+        window: the decode window of the current turn; None before its first decoded token and
+            where nothing is learned online.
+        decoding: whether the current turn has decoded a token yet.
+        stop_tokens: token ids that end a row, on the device; None when not known.
+        finished: rows [batch] that have ended; they count for nothing in the window.
+        fixed: inputs of programs that stay the same during the request, by program.
+    """
+
+    decode_plan: SkipPlan
+    window: Window | None = None
+    decoding: bool = False
+    stop_tokens: torch.Tensor | None = None
+    finished: torch.Tensor | None = None
+    fixed: dict[int, tuple[Any, ...]] = field(default_factory=dict, repr=False)
+
+    def copy(self) -> Request:
+        """The same state for a second request with the same past."""
+        window = None
+        if self.window is not None:
+            w = self.window
+            window = Window(w.probed, w.size, w.steps, w.moments)
+        return Request(self.decode_plan, window, self.decoding, self.stop_tokens, self.finished)
+
+    def valid_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Which rows of a decode step [batch, 1] have not ended, the step's tokens included."""
+        ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+        if self.stop_tokens is not None:
+            ended = torch.isin(input_ids[:, 0], self.stop_tokens)
+        self.finished = ended if self.finished is None else self.finished | ended
+        return ~self.finished.unsqueeze(1)
+
+
+def probed_in_decode(plan: SkipPlan) -> tuple[Sublayer, ...]:
+    """The FFN sublayers that a plan still runs while decoding."""
+    return tuple(
+        s for s in plan.sublayers if s.kind == "ffn" and plan.action("decode", s) is Action.RUN
+    )

@@ -1,0 +1,222 @@
+"""One captured graph per phase and key, cut into pieces and ready to be linked.
+
+Three phases, one capture each: ``prefill`` (an empty cache; without padding maskless and causal),
+``extend`` (several tokens on a filled cache, masked) and ``decode`` (one token). Prompt and cache
+lengths are symbolic. Everything else that a graph depends on is in its key.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from adaskip_passes import (
+    Capture,
+    PieceCompiler,
+    RefusedError,
+    ShapeGuards,
+    capture,
+    find_sublayers,
+    outline,
+)
+
+from .cache import Slot, StepCache, StepLayer
+from .plan import Sublayer
+
+GraphPhase = Literal["prefill", "extend", "decode"]
+Forward = Callable[..., Any]
+
+# Example lengths while capturing. Odd primes, so that no length is a multiple of another by
+# accident; about as long as real prompts, because compilers tune for them.
+_TOKENS, _TOTAL = 509, 1021
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """What a captured graph depends on besides lengths.
+
+    Attributes:
+        phase: which of the three graphs.
+        batch: rows.
+        one_token: a step of one token (a length of one is never symbolic).
+        one_stored: that token is the first one.
+        masked: a 2D attention mask is given.
+        logits_to_keep: 0 for the logits of all tokens, else of the last n.
+        dtype, device: of the model's floating point parameters.
+        autocast: the dtype of an active autocast region on that device.
+    """
+
+    phase: GraphPhase
+    batch: int
+    one_token: bool
+    one_stored: bool
+    masked: bool
+    logits_to_keep: int
+    dtype: torch.dtype
+    device: torch.device
+    autocast: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class GraphPhaseCapture:
+    """One captured phase.
+
+    Attributes:
+        key: what it is for.
+        capture: graph, sources, tracing context.
+        outer: the outer graph with an empty plan.
+        sublayers: in stream order, as plans name them.
+        compiler: compiles the pieces of this capture.
+    """
+
+    key: GraphKey
+    capture: Capture
+    outer: fx.GraphModule
+    sublayers: tuple[Sublayer, ...]
+    compiler: PieceCompiler
+
+    def guards(self) -> ShapeGuards:
+        """What must hold of the shapes, by what has been compiled until now."""
+        return self.capture.shape_guards()
+
+
+def capture_phase(
+    model: torch.nn.Module,
+    forward: Forward,
+    key: GraphKey,
+    slots: Sequence[Slot],
+    lengths: tuple[int, int],
+    backend: str,
+) -> GraphPhaseCapture:
+    """Capture one phase of `model` and cut it into pieces; nothing is run or compiled.
+
+    Args:
+        model: its attention implementation is the one of :mod:`adaskip_fx.attention`.
+        forward: the function to trace, called as ``forward(model, input_ids=..., ...)``.
+        key: the phase and what else is fixed.
+        slots: shapes of each layer's keys and values.
+        lengths: example numbers of new and of stored tokens (see `example_lengths`).
+        backend: inner torch.compile backend, by name.
+
+    Raises:
+        RefusedError: one graph cannot be made, or its sublayers cannot be proven.
+    """
+
+    def build(captured: Capture) -> GraphPhaseCapture:
+        if captured.python_effects:
+            raise RefusedError(
+                f"{type(model).__name__}.forward changes {', '.join(captured.python_effects)} "
+                "while it runs; a captured graph cannot repeat that"
+            )
+        found = find_sublayers(captured.graph.graph)
+        names = tuple(Sublayer(s.layer, _kind(s.kind)) for s in found)
+        outer = outline(captured.graph, found)
+        return GraphPhaseCapture(key, captured, outer, names, PieceCompiler(captured, backend))
+
+    with torch.no_grad():
+        arguments = _example_arguments(model, forward, key, slots, lengths)
+        return capture(_logits, arguments, build)
+
+
+def _logits(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
+    """The traced function: logits [B, kept tokens, vocabulary]."""
+    cache.unify(inputs["input_ids"].shape[1])
+    return forward(model, past_key_values=cache, use_cache=True, **inputs).logits
+
+
+def _kind(kind: str) -> Literal["attention", "ffn", "mixer"]:
+    assert kind in ("attention", "ffn", "mixer")
+    return kind  # type: ignore[return-value]
+
+
+def _example_arguments(
+    model: torch.nn.Module,
+    forward: Forward,
+    key: GraphKey,
+    slots: Sequence[Slot],
+    lengths: tuple[int, int],
+) -> dict[str, Any]:
+    tokens, total = lengths
+    ids = torch.zeros(key.batch, tokens, dtype=torch.int64, device=key.device)
+    inputs = step_inputs(
+        forward,
+        ids,
+        torch.zeros_like(ids),
+        torch.ones(key.batch, total, dtype=torch.bool, device=key.device) if key.masked else None,
+        key.logits_to_keep,
+    )
+    for name in ("input_ids", "position_ids", "attention_mask"):
+        if name in inputs:
+            _mark_length(inputs[name], 1)
+    return {
+        "model": model,
+        "forward": forward,
+        "cache": _example_cache(key, slots, tokens, total),
+        "inputs": inputs,
+    }
+
+
+def step_inputs(
+    forward: Forward,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    logits_to_keep: int,
+) -> dict[str, Any]:
+    """The arguments of the model's forward, of those that it has."""
+    has = _parameters(forward)
+    inputs: dict[str, Any] = {"input_ids": input_ids}
+    if "position_ids" in has:
+        inputs["position_ids"] = position_ids
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+    if "logits_to_keep" in has:
+        inputs["logits_to_keep"] = logits_to_keep
+    return inputs
+
+
+@functools.cache
+def _parameters(forward: Forward) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def example_lengths(key: GraphKey, max_length: int | None) -> tuple[int, int]:
+    """New and stored tokens to capture with, for a model of at most `max_length` positions."""
+    longest = max_length or 4 * _TOTAL
+    total = 1 if key.one_stored else min(_TOTAL, longest)
+    if key.one_token:
+        return 1, total
+    tokens = min(_TOKENS, total - 1)
+    return tokens, tokens if key.phase == "prefill" else total
+
+
+def _example_cache(key: GraphKey, slots: Sequence[Slot], tokens: int, total: int) -> StepCache:
+    def shaped(heads: int, dim: int) -> torch.Tensor:
+        room = total + 3 if total > 1 else 1
+        buffer = torch.empty(key.batch, heads, room, dim, dtype=key.dtype, device=key.device)
+        return _mark_length(buffer.narrow(2, 0, total), 2)
+
+    layers = [
+        StepLayer(shaped(s.key_heads, s.key_dim), shaped(s.value_heads, s.value_dim)) for s in slots
+    ]
+    filled, new = (_mark_length(torch.empty(n, dtype=torch.int8), 0) for n in (total, tokens))
+    return StepCache(layers, filled, new, fresh=key.phase == "prefill")
+
+
+def _mark_length(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    if tensor.shape[dim] > 1:
+        torch._dynamo.mark_dynamic(tensor, dim)
+    return tensor
+
+
+def bind_arguments(
+    model: torch.nn.Module, forward: Forward, cache: StepCache, inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The captured function's arguments by name, as bindings and guards look them up."""
+    return {"model": model, "forward": forward, "cache": cache, "inputs": inputs}

@@ -1,0 +1,375 @@
+"""Profiles: what calibration measured on a model, as plain numbers with a fingerprint.
+
+Only sums are kept (per sample and sublayer), so that every average of the paper and of its
+released code can be formed later without running the model again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from adaskip_fx.compensation import JSON, Compensation, Sublayer, canonical_digest
+from adaskip_fx.plan import TIMES, check_digest, layer_table, read_document, write_atomically
+
+if TYPE_CHECKING:
+    from adaskip_fx.plan import SkipPlan
+    from adaskip_fx.policies import Policy
+
+MOMENTS = ("cosine", "ratio", "before_squared", "after_squared", "tokens")
+SCHEMA = 1
+Variant = Literal["paper", "released"]
+Array = npt.NDArray[np.float64]
+
+_DOCUMENT = "profile.json"
+_KEYS = ("digest", "fingerprint", "sublayers", "versions", "calibration", "tensors")
+_TENSOR_FILE = re.compile(r"moments-[0-9a-f]{16}\.safetensors")
+_TEMPORARY = re.compile(r"\.(profile\.json|moments-[0-9a-f]{16}\.safetensors)\.[0-9a-f]{8}\.tmp")
+_REDO = "calibrate again"
+
+
+class ProfileError(ValueError):
+    """A profile that is damaged, impossible, or of another model."""
+
+
+# Fingerprint -----------------------------------------------------------------------------------
+
+# Left out of the fingerprint. Two loads of one architecture must agree whatever the dtype, the
+# attention kernel, the folder it came from or the transformers version, and however it is used.
+_NOT_ARCHITECTURE = frozenset(
+    {
+        *("name_or_path", "architectures", "auto_map", "tokenizer_class"),
+        *("dtype", "torch_dtype", "attn_implementation", "quantization_config", "torchscript"),
+        *("use_cache", "return_dict", "use_return_dict", "chunk_size_feed_forward"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "output_scores"),
+        # Training: what the weights were started from and regularized with.
+        *("initializer_range", "dropout", "finetuning_task", "task_specific_params"),
+        # Labels of a classification head; its size is among the parameters.
+        *("id2label", "label2id", "num_labels", "problem_type"),
+    }
+)
+_NOT_ARCHITECTURE_SUFFIXES = ("_token_id", "_token_ids", "_dropout", "_pdrop")
+_WEIGHT_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Which model was measured.
+
+    digest: 16 hex characters of the architecture; equal for every dtype and set of weights.
+    model_type: the configuration's name for the architecture, for messages.
+    parameters: number of weights.
+    weights: 16 hex characters of a sample of the weights; information only, never compared (it
+        changes with the dtype).
+    """
+
+    digest: str
+    model_type: str
+    parameters: int
+    weights: str
+
+    def __str__(self) -> str:
+        return f"{self.digest} ({self.model_type}, {self.parameters:,} parameters)"
+
+
+def fingerprint(model: Any) -> Fingerprint:
+    """Identify a transformers model by its configuration and its parameters' names and shapes.
+
+    Cheap for any size (at most 256 elements of a parameter are read) and free of side effects.
+    """
+    named = sorted(model.named_parameters(), key=lambda item: item[0])
+    shapes: list[JSON] = [[name, list(parameter.shape)] for name, parameter in named]
+    config = _architecture(model.config.to_dict())
+    return Fingerprint(
+        digest=canonical_digest({"config": config, "parameters": shapes}),
+        model_type=str(getattr(model.config, "model_type", "unknown")),
+        parameters=sum(parameter.numel() for _, parameter in named),
+        weights=_weights_digest(named),
+    )
+
+
+def _architecture(config: Mapping[Any, Any]) -> dict[str, JSON]:
+    kept: dict[str, JSON] = {}
+    for key, value in config.items():
+        key = str(key)
+        # "transformers": its version, and the options of its JavaScript port.
+        volatile = key.startswith(("_", "transformers")) or key.endswith(_NOT_ARCHITECTURE_SUFFIXES)
+        # None is left out too: a newer transformers adds options with that default.
+        if volatile or key in _NOT_ARCHITECTURE or value is None:
+            continue
+        kept[key] = _plain(value)
+    return kept
+
+
+def _plain(value: Any) -> JSON:
+    if isinstance(value, Mapping):  # a nested configuration (text_config), or rope parameters
+        return _architecture(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        items = [_plain(item) for item in value]
+        return sorted(items, key=str) if isinstance(value, set | frozenset) else items
+    return value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def _weights_digest(named: list[tuple[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in named:
+        digest.update(name.encode())
+        if parameter.is_meta or not parameter.numel():  # no storage: nothing to read
+            continue
+        count = min(parameter.numel(), _WEIGHT_SAMPLES)
+        indices = np.linspace(0, parameter.numel() - 1, count).round().astype(np.int64).tolist()
+        sample = parameter.detach().flatten()[indices].float().cpu().numpy()
+        digest.update(sample.astype("<f4").tobytes())
+    return digest.hexdigest()[:16]
+
+
+# Profile ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What calibration measured. Immutable.
+
+    sublayers: all of the model's, in stream order.
+    moments: float64 [samples, sublayers, 5], sums over the valid tokens of each sample of
+        `MOMENTS`: cos(a, b); |b| / |a|; |a|^2; |b|^2; 1 (a and b: the residual stream before and
+        after the sublayer). Copied and read-only.
+    fingerprint: the model; versions: of the libraries used; calibration: a description of the
+        texts, anything that JSON can hold.
+
+    ProfileError for a wrong shape, a moment that is not finite, or a sublayer without tokens.
+    """
+
+    sublayers: tuple[Sublayer, ...]
+    moments: Array
+    fingerprint: Fingerprint
+    versions: Mapping[str, str]
+    calibration: Mapping[str, JSON]
+
+    def __post_init__(self) -> None:
+        moments = np.array(self.moments, dtype=np.float64, order="C")
+        moments.flags.writeable = False
+        object.__setattr__(self, "sublayers", tuple(self.sublayers))
+        object.__setattr__(self, "moments", moments)
+        for name in ("versions", "calibration"):
+            object.__setattr__(self, name, _json_copy(name, getattr(self, name)))
+        _check_moments(self.sublayers, moments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapping proxy can be neither pickled nor deep-copied.
+        about = (self.fingerprint, dict(self.versions), dict(self.calibration))
+        return Profile, (self.sublayers, self.moments, *about)
+
+    @property
+    def digest(self) -> str:
+        """16 hex characters that identify the content."""
+        return canonical_digest({**self._about(), "moments": _sha256(self._tensor_bytes())})
+
+    @property
+    def tokens(self) -> int:
+        """Valid tokens over all samples, as the first sublayer saw them."""
+        return round(float(self._sum("tokens")[0]))
+
+    def similarity(self, variant: Variant = "paper") -> Array:
+        """[sublayers]: mean cosine of the stream before and after each sublayer.
+
+        `"paper"`: over all tokens (eq. 2). `"released"`: per sample, then over samples.
+        """
+        _check_variant(variant)
+        if variant == "paper":
+            return self._sum("cosine") / self._sum("tokens")
+        return np.asarray((self._of("cosine") / self._of("tokens")).mean(axis=0))
+
+    def scale(self, variant: Variant = "paper") -> Array:
+        """[sublayers]: the factor that stands in for each sublayer, no unit.
+
+        `"paper"`: mean of |b| / |a| over all tokens (eq. 3). `"released"`: the ratio of
+        whole-sample norms, sqrt(sum |b|^2 / sum |a|^2), averaged over samples.
+        """
+        _check_variant(variant)
+        if variant == "paper":
+            return self._sum("ratio") / self._sum("tokens")
+        with np.errstate(divide="ignore", invalid="ignore"):  # `compensation` names the sublayer
+            ratio = self._of("after_squared") / self._of("before_squared")
+        return np.asarray(np.sqrt(ratio).mean(axis=0))
+
+    def compensation(self, variant: Variant = "paper") -> Compensation:
+        """`scale` of every sublayer as a compensation; ValueError where it is not positive."""
+        factors = zip(self.sublayers, self.scale(variant).tolist(), strict=True)
+        return Compensation("scale", dict(factors))
+
+    def preview(self, alpha: float, policy: Policy | None = None) -> SkipPlan:
+        """The plan that `policy` (default: `AdaSkip()`) makes at `alpha`, without the model."""
+        from adaskip_fx.policies import AdaSkip  # policies import this module
+
+        return (policy or AdaSkip()).plan(self, alpha)
+
+    def check(self, model: Any) -> None:
+        """ProfileError when `model` is of another architecture than the one measured."""
+        actual = fingerprint(model)
+        if actual.digest != self.fingerprint.digest:
+            raise ProfileError(
+                f"this profile was measured on {self.fingerprint}, but the model is {actual}; "
+                "load the profile of this model, or calibrate it"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the folder `path`: `profile.json` and the tensor file that it names.
+
+        A crash at any point leaves the old profile or the new one, whole. One writer at a time.
+        ProfileError when `path` is a file or a folder that holds something else.
+        """
+        folder, tensors = Path(path), self._tensor_bytes()
+        _check_target(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        sha256 = _sha256(tensors)
+        name = f"moments-{sha256[:16]}.safetensors"
+        document = {
+            "schema": SCHEMA,
+            "digest": self.digest,
+            **self._about(),
+            "tensors": {"file": name, "sha256": sha256},
+        }
+        write_atomically(folder / name, tensors)
+        write_atomically(folder / _DOCUMENT, json.dumps(document, indent=1).encode())
+        _remove_leftovers(folder, keep=name)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a saved profile; ProfileError says which file, what is wrong and what to do."""
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ProfileError(f"{folder}: no such folder; check the path, or {_REDO}")
+        document = folder / _DOCUMENT
+        data = read_document(document, SCHEMA, _KEYS, ProfileError, _REDO)
+        moments = _read_moments(folder, data["tensors"])
+        try:
+            profile = cls(
+                tuple(map(Sublayer.parse, data["sublayers"])),
+                moments,
+                Fingerprint(**data["fingerprint"]),
+                data["versions"],
+                data["calibration"],
+            )
+        except (TypeError, ValueError) as error:
+            raise ProfileError(f"{document}: not a valid profile ({error}); {_REDO}") from error
+        check_digest(document, data["digest"], profile.digest, ProfileError, _REDO)
+        return profile
+
+    def __str__(self) -> str:
+        """A heading and one row per layer: similarity, then the scale in parentheses."""
+        similarity = dict(zip(self.sublayers, self.similarity(), strict=True))
+        scale = dict(zip(self.sublayers, self.scale(), strict=True))
+        table = layer_table(
+            self.sublayers, lambda s: f"{similarity[s]:.4f} ({TIMES}{scale[s]:.4f})", " similarity"
+        )
+        return (
+            f"Profile {self.digest[:8]}: {self.fingerprint.model_type}, {self.tokens:,} tokens "
+            f"in {len(self.moments)} samples\n{table}"
+        )
+
+    def _of(self, moment: str) -> Array:
+        return np.asarray(self.moments[:, :, MOMENTS.index(moment)])
+
+    def _sum(self, moment: str) -> Array:
+        return np.asarray(self._of(moment).sum(axis=0))
+
+    def _about(self) -> dict[str, JSON]:
+        return {
+            "fingerprint": asdict(self.fingerprint),
+            "sublayers": [str(s) for s in self.sublayers],
+            "versions": dict(self.versions),
+            "calibration": dict(self.calibration),
+        }
+
+    def _tensor_bytes(self) -> bytes:
+        return bytes(safetensors.numpy.save({"moments": self.moments}))
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in get_args(Variant):
+        raise ValueError(f"unknown variant {variant!r}: use 'paper' or 'released'")
+
+
+def _check_moments(sublayers: tuple[Sublayer, ...], moments: Array) -> None:
+    expected = f"[samples, {len(sublayers)} sublayers, {len(MOMENTS)}]"
+    if moments.ndim != 3 or moments.shape[1:] != (len(sublayers), len(MOMENTS)):
+        raise ProfileError(f"moments have shape {list(moments.shape)}, expected {expected}")
+    if not moments.size:
+        raise ProfileError(f"moments are empty: at least one sample of {expected} is needed")
+    not_finite = ~np.isfinite(moments).all(axis=2)
+    no_tokens = moments[:, :, MOMENTS.index("tokens")] <= 0
+    for bad, what in ((not_finite, "not finite"), (no_tokens, "no tokens")):
+        if bad.any():
+            sample, sublayer = np.argwhere(bad)[0]
+            raise ProfileError(f"{sublayers[sublayer]}: {what} in sample {sample}")
+
+
+def _json_copy(name: str, value: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        return MappingProxyType(dict(json.loads(json.dumps(dict(value), allow_nan=False))))
+    except (TypeError, ValueError) as error:
+        raise ProfileError(f"{name} must be an object that JSON can hold: {error}") from error
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# Folder ----------------------------------------------------------------------------------------
+
+
+def _check_target(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ProfileError(f"{folder}: is a file, but a profile is a folder; choose another path")
+    names = [entry.name for entry in folder.iterdir()]
+    # Our own files without a document are what a crash during the first save leaves.
+    foreign = [n for n in names if not (_TENSOR_FILE.fullmatch(n) or _TEMPORARY.fullmatch(n))]
+    if foreign and _DOCUMENT not in names:
+        raise ProfileError(
+            f"{folder}: holds other files ({min(foreign)}) and no {_DOCUMENT}; "
+            "choose a new or empty folder"
+        )
+
+
+def _remove_leftovers(folder: Path, keep: str) -> None:
+    for entry in folder.iterdir():
+        ours = _TENSOR_FILE.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name)
+        if ours and entry.name != keep:
+            with contextlib.suppress(OSError):  # the profile is saved; the next save tries again
+                entry.unlink()
+
+
+def _read_moments(folder: Path, named: Any) -> Array:
+    name = named.get("file") if isinstance(named, dict) else None
+    if not isinstance(name, str) or not _TENSOR_FILE.fullmatch(name):  # never outside the folder
+        raise ProfileError(f"{folder / _DOCUMENT}: does not name its tensor file; {_REDO}")
+    file = folder / name
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ProfileError(
+            f"{file}: cannot be read ({error.strerror}); copy the whole folder again, or {_REDO}"
+        ) from error
+    if _sha256(data) != named.get("sha256"):
+        raise ProfileError(
+            f"{file}: truncated or edited (its sha256 is not the one in {_DOCUMENT}); "
+            f"copy the whole folder again, or {_REDO}"
+        )
+    try:
+        return np.asarray(safetensors.numpy.load(data)["moments"])
+    except Exception as error:  # safetensors has an exception of its own, a plain Exception
+        raise ProfileError(f"{file}: holds no moments ({error}); {_REDO}") from error

@@ -1,0 +1,407 @@
+"""Selection at run time: which captured phase, which plan, which program, for every step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adaskip_passes import RefusedError, ShapeGuards
+
+from . import phases
+from .cache import SkipCache, Slot
+from .online import Request, Window, probed_in_decode
+from .phases import Forward, GraphKey, GraphPhase, GraphPhaseCapture
+from .plan import Action, PlanError, SkipPlan, Sublayer
+from .programs import Counters, Link, Program, VariantCache, plan_phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .policies import OnlinePolicy
+    from .profile import Profile
+
+_GRAPHS_PER_KEY = 8  # as many shapes may break a key's guards before it is an error
+
+
+class Runtime:
+    """What a compiled model does behind its ``forward``; also its ``.adaskip`` attribute.
+
+    Attributes:
+        plan: the plan that requests begin with.
+        profile: what calibration measured; None when an explicit plan needs none.
+        policy: decides the online plan; None when nothing is learned while decoding.
+        counters: captures, compiled pieces, links and dropped programs so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forward: Forward,
+        slots: Sequence[Slot],
+        plan: SkipPlan | None,
+        *,
+        profile: Profile | None = None,
+        policy: OnlinePolicy | None = None,
+        backend: str = "inductor",
+        link: Link = "pieces",
+        max_variants: int = 32,
+    ) -> None:
+        self.model = model
+        self.forward = forward
+        self.slots = tuple(slots)
+        self.profile = profile
+        self.policy = policy
+        self.backend = backend
+        self.link = link
+        self.counters = Counters()
+        self._programs = VariantCache(max_variants, self.counters)
+        self._captures: dict[GraphKey, list[GraphPhaseCapture]] = {}
+        self._guards: dict[int, tuple[int, ShapeGuards]] = {}
+        self._live: weakref.WeakSet[SkipCache] = weakref.WeakSet()
+        self.sublayers = self._prove()
+        self.plan = plan if plan is not None else SkipPlan.empty(self.sublayers)
+        if self.plan.sublayers != self.sublayers:
+            raise PlanError(
+                f"the plan is for {_summary(self.plan.sublayers)}, but "
+                f"{type(model).__name__} has {_summary(self.sublayers)}"
+            )
+
+    # What a user asks of it ------------------------------------------------------------------
+
+    @property
+    def captures(self) -> int:
+        """How many graphs have been traced."""
+        return self.counters.captures
+
+    @property
+    def links(self) -> int:
+        """How many programs have been linked."""
+        return self.counters.links
+
+    @property
+    def pieces_compiled(self) -> int:
+        """How many distinct pieces have been compiled, over all captures."""
+        return sum(c.compiler.compiled for group in self._captures.values() for c in group)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time spent compiling pieces."""
+        return sum(c.compiler.seconds for group in self._captures.values() for c in group)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of K/V storage that live requests hold."""
+        return sum(cache.nbytes for cache in self._live)
+
+    @torch.no_grad()
+    def warmup(self, max_length: int, batch_size: int = 1) -> None:
+        """Capture, compile and link what a first request needs, so that it does not wait.
+
+        Args:
+            max_length: tokens of the longest request to come.
+            batch_size: rows of the requests to come.
+        """
+        self.check_length(max_length)
+        cache = self.new_cache(capacity=max_length)
+        device = self._device()
+        prompt = torch.zeros(batch_size, max(2, min(max_length - 1, 16)), dtype=torch.int64)
+        self.step(prompt.to(device), None, None, cache, 1)
+        token = prompt[:, :1].to(device)
+        self.step(token, None, None, cache, 1)
+        if cache.request.window is not None:  # the program after the window as well
+            cache.request.window = None
+            self.step(token, None, None, cache, 1)
+
+    def __str__(self) -> str:
+        from .report import runtime_report
+
+        return runtime_report(self)
+
+    def live_caches(self) -> list[SkipCache]:
+        """The caches of requests that somebody still holds."""
+        return list(self._live)
+
+    # Requests --------------------------------------------------------------------------------
+
+    def new_cache(self, capacity: int = 0, stop_tokens: torch.Tensor | None = None) -> SkipCache:
+        """An empty cache for a new request.
+
+        Args:
+            capacity: tokens to make room for at once; it grows when that is not enough.
+            stop_tokens: ids after which a row has ended.
+        """
+        stored = [True] * len(self.slots)
+        for sublayer in self.plan.sublayers:
+            if sublayer.kind != "ffn" and self.plan.action("prefill", sublayer) is Action.SKIP:
+                stored[sublayer.layer] = False
+        cache = SkipCache(self, self.slots, stored, self.model.dtype, self._device(), capacity)
+        cache.request = Request(self.plan, stop_tokens=stop_tokens)
+        self._live.add(cache)
+        return cache
+
+    def step(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: SkipCache,
+        logits_to_keep: int,
+    ) -> torch.Tensor:
+        """Run the model on new tokens of a request; returns logits [B, kept, V].
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, stored + T], 0 at padding; None when there is none.
+            position_ids: int64 [B or 1, T]; counted on from the cache when None.
+            cache: the request's; the new tokens are added to it.
+            logits_to_keep: 0 for the logits of all new tokens, else of the last n.
+        """
+        phase = self._phase(input_ids, cache)
+        request = self._request(cache, phase)
+        probed: tuple[Sublayer, ...] = ()
+        plan = self.plan
+        if phase == "decode":
+            plan = request.decode_plan
+            if request.window is not None and not request.window.closed:
+                probed = request.window.probed
+        logits, moments = self._run(
+            phase, plan, probed, input_ids, attention_mask, position_ids, cache, logits_to_keep
+        )
+        if moments is not None and request.window is not None:
+            self._learn(request, request.window, moments)
+        return logits
+
+    def measure(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Moments of every sublayer of the full model over a prompt, [sublayers, B, 5].
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], 0 at padding, which counts for nothing.
+        """
+        cache = self.new_cache(capacity=input_ids.shape[1])
+        phase = self._phase(input_ids, cache)
+        empty = SkipPlan.empty(self.sublayers)
+        _, moments = self._run(
+            phase, empty, self.sublayers, input_ids, attention_mask, None, cache, 1
+        )
+        assert moments is not None
+        return moments
+
+    def check_length(self, total: int) -> None:
+        """Refuse a prompt that is longer than the model's positions."""
+        longest = self._max_length()
+        if longest is not None and total > longest:
+            raise ValueError(
+                f"the prompt would make a sequence of {total} tokens, but "
+                f"{type(self.model).__name__} has positions for {longest} "
+                "(max_position_embeddings); shorten it"
+            )
+
+    # How it is done --------------------------------------------------------------------------
+
+    def _phase(self, input_ids: torch.Tensor, cache: SkipCache) -> GraphPhase:
+        if cache.length and input_ids.shape[1] == 1:
+            return "decode"
+        self.check_length(cache.length + input_ids.shape[1])
+        return "extend" if cache.length else "prefill"
+
+    def _request(self, cache: SkipCache, phase: GraphPhase) -> Request:
+        """The cache's request; a prompt after decoded tokens begins a new turn, window and all."""
+        request = cache.request
+        if request is None or (request.decoding and phase != "decode"):
+            stop = request.stop_tokens if request is not None else None
+            request = cache.request = Request(self.plan, stop_tokens=stop)
+        assert isinstance(request, Request)
+        if phase != "decode":
+            request.fixed.clear()  # parameters may have been replaced since
+        elif not request.decoding:
+            request.decoding = True
+            request.window = self._new_window()
+        return request
+
+    def _new_window(self) -> Window | None:
+        """None when nothing can be learned: no policy, or nothing skipped to compare with."""
+        if self.policy is None or not self.policy.online or not self.plan.skipped("prefill"):
+            return None
+        probed = probed_in_decode(self.plan)
+        return Window(probed, self.policy.window) if probed else None
+
+    def _learn(self, request: Request, window: Window, moments: torch.Tensor) -> None:
+        window.add(moments)
+        if window.closed:
+            assert self.policy is not None
+            assert self.profile is not None
+            request.decode_plan = self.policy.online_plan(
+                self.profile, self.plan, window.read(), window.probed
+            )
+
+    def _run(
+        self,
+        phase: GraphPhase,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: SkipCache,
+        logits_to_keep: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, tokens = input_ids.shape
+        total = cache.length + tokens
+        mask, positions = _normal(input_ids, attention_mask, position_ids, cache.length)
+        key = GraphKey(
+            phase,
+            batch,
+            one_token=tokens == 1,
+            one_stored=total == 1,
+            masked=mask is not None,
+            logits_to_keep=1 if tokens == 1 else logits_to_keep,
+            dtype=self.model.dtype,
+            device=self._device(),
+            autocast=_autocast(self._device().type),
+        )
+        inputs = phases.step_inputs(self.forward, input_ids, positions, mask, key.logits_to_keep)
+        arguments = phases.bind_arguments(
+            self.model, self.forward, cache.step(batch, tokens, phase == "prefill"), inputs
+        )
+        request = cache.request
+        program = self._program(key, plan, probed, arguments)
+        fixed = request.fixed.get(id(program))
+        if fixed is None:
+            fixed = request.fixed[id(program)] = program.fixed(arguments)
+        if probed:
+            arguments["valid"] = _valid(request, phase, input_ids, mask)
+        with torch.no_grad():
+            logits, moments = program(arguments, fixed)
+        cache.advance(tokens)
+        return logits, moments
+
+    def _program(
+        self,
+        key: GraphKey,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        arguments: dict[str, Any],
+    ) -> Program:
+        """The program for a key and plan whose graph is right for these lengths.
+
+        The first graph of a key is captured with fixed example lengths. Where its guards exclude
+        lengths that come up (a compiler may specialise), another is captured with those.
+        """
+        group = self._captures.setdefault(key, [])
+        for captured in group or [self._capture(key)]:
+            program = self._linked(captured, plan, probed)
+            if self._guards_of(captured).hold(arguments):
+                return program
+        captured = self._capture(key, _lengths(arguments))
+        program = self._linked(captured, plan, probed)
+        if not self._guards_of(captured).hold(arguments):
+            broken = "; ".join(self._guards_of(captured).broken(arguments))
+            raise RefusedError(f"no {key.phase} graph holds for these lengths: {broken}")
+        return program
+
+    def _linked(
+        self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
+    ) -> Program:
+        key = (id(captured), plan.phase_digest(plan_phase(captured.key.phase)), probed)
+        return self._programs.get(key, lambda: Program(captured, plan, probed, self.link))
+
+    def _guards_of(self, captured: GraphPhaseCapture) -> ShapeGuards:
+        """Guards as of what is compiled now; made again when more has been compiled since."""
+        known = self._guards.get(id(captured))
+        if known is None or known[0] != captured.compiler.compiled:
+            known = self._guards[id(captured)] = (captured.compiler.compiled, captured.guards())
+        return known[1]
+
+    def _capture(self, key: GraphKey, lengths: tuple[int, int] | None = None) -> GraphPhaseCapture:
+        group = self._captures.setdefault(key, [])
+        if len(group) >= _GRAPHS_PER_KEY:
+            raise RefusedError(
+                f"{len(group)} {key.phase} graphs were captured and none holds for these lengths; "
+                "the model's code branches on them"
+            )
+        captured = phases.capture_phase(
+            self.model,
+            self.forward,
+            key,
+            self.slots,
+            lengths or phases.example_lengths(key, self._max_length()),
+            self.backend,
+        )
+        self.counters.captures += 1
+        group.append(captured)
+        return captured
+
+    def _prove(self) -> tuple[Sublayer, ...]:
+        """Capture a prefill graph, so that what cannot be skipped is refused at once."""
+        device = self._device()
+        key = GraphKey(
+            "prefill",
+            batch=1,
+            one_token=False,
+            one_stored=False,
+            masked=False,
+            logits_to_keep=1,
+            dtype=self.model.dtype,
+            device=device,
+            autocast=_autocast(device.type),
+        )
+        return self._capture(key).sublayers
+
+    def _device(self) -> torch.device:
+        return self.model.device  # type: ignore[no-any-return]
+
+    def _max_length(self) -> int | None:
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def _normal(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past: int,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Mask as bool, positions as int64 [B, T], both contiguous: as they were captured."""
+    batch, tokens = input_ids.shape
+    if position_ids is None:
+        position_ids = torch.arange(past, past + tokens, device=input_ids.device).unsqueeze(0)
+    positions = position_ids.to(torch.int64).expand(batch, tokens).contiguous()
+    mask = attention_mask.to(torch.bool).contiguous() if attention_mask is not None else None
+    return mask, positions
+
+
+def _valid(
+    request: Request | None,
+    phase: GraphPhase,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Which of the new tokens count for a probe, bool [B, T]."""
+    if phase == "decode" and request is not None:
+        return request.valid_rows(input_ids)
+    if mask is not None:
+        return mask[:, -input_ids.shape[1] :]
+    return torch.ones_like(input_ids, dtype=torch.bool)
+
+
+def _lengths(arguments: dict[str, Any]) -> tuple[int, int]:
+    cache = arguments["cache"]
+    return cache.new.shape[0], cache.filled.shape[0]
+
+
+def _autocast(device_type: str) -> torch.dtype | None:
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def _summary(sublayers: Sequence[Sublayer]) -> str:
+    kinds = sorted({s.kind for s in sublayers})
+    counts = ", ".join(f"{sum(s.kind == k for s in sublayers)} {k}" for k in kinds)
+    return f"{len(sublayers)} sublayers ({counts})"

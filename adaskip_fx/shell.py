@@ -1,0 +1,278 @@
+"""The compiled model: a new object of a generated subclass that shares the original's tensors.
+
+The module tree is copied with the parameters and buffers in the copy's memo, so both models use
+the same tensors, while configuration, hooks and training flags are each model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from adaskip_passes import RefusedError
+
+from . import attention
+from .cache import SkipCache, Slot
+from .runtime import Runtime
+
+_STEP_ARGUMENTS = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "use_cache",
+        "logits_to_keep",
+        "return_dict",
+        "cache_position",
+    }
+)
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+class CompiledModel:
+    """What the generated subclass adds to the model's own class."""
+
+    _adaskip: Runtime
+
+    @property
+    def adaskip(self) -> Runtime:
+        """Plans, counters and caches of this compiled model; print it."""
+        return self._adaskip
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Called by transformers' ``generate``: the request's cache, sized from its limits."""
+        if generation_mode not in _MODES:
+            raise NotImplementedError(
+                f"adaskip_fx does not support {generation_mode.value.replace('_', ' ')} yet; "
+                "use greedy search or sampling (num_beams=1, no assistant)"
+            )
+        if generation_config.cache_implementation is not None:
+            raise NotImplementedError(
+                f"cache_implementation={generation_config.cache_implementation!r} is not "
+                "supported: a compiled model makes its own cache, with storage only for the "
+                "attention that runs; leave the argument out"
+            )
+        stop_tokens = _stop_tokens(generation_config)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            check_cache(cache, self._adaskip)
+            if cache.request is not None:
+                cache.request.stop_tokens = stop_tokens
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self._adaskip.new_cache(max_cache_length, stop_tokens)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """``to``, ``cuda``, ``half``: nothing to do, or refused, since tensors are shared."""
+        for tensor in (*self.parameters(), *self.buffers()):  # type: ignore[attr-defined]
+            probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            after = fn(probe)
+            if after.dtype != probe.dtype or after.device != probe.device:
+                raise RuntimeError(
+                    "a compiled model shares its parameters with the original model, so it "
+                    f"cannot be moved from {probe.dtype} on {probe.device} to {after.dtype} on "
+                    f"{after.device}; move the original and compile it again"
+                )
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise TypeError("a compiled model cannot be copied; compile the original again")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a compiled model cannot be pickled; save the original model and the profile"
+        )
+
+
+def make_shell(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of a generated subclass that shares `model`'s parameters and buffers.
+
+    Raises:
+        TypeError, ValueError: `model` is not a decoder of transformers in evaluation mode.
+    """
+    check_model(model)
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    shell: PreTrainedModel = copy.deepcopy(model, memo)
+    base = type(model)
+    name = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    forward = _forward(base.forward)
+    shell.__class__ = type(base.__name__, (CompiledModel, base), {**name, "forward": forward})
+    shell.set_attn_implementation(attention.NAME)
+    return shell
+
+
+def kv_slots(model: PreTrainedModel) -> tuple[Slot, ...]:
+    """Shapes of what each layer stores, read off a run over two tokens.
+
+    Raises:
+        RefusedError: the model keeps something else than keys and values.
+    """
+    from transformers import DynamicCache
+
+    config = model.config.get_text_config()
+    cache = DynamicCache(config=config)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    slots = []
+    for index, layer in enumerate(cache.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or keys.dim() != 4:
+            raise RefusedError(
+                f"layer {index} keeps {type(layer).__name__} state, not keys and values; "
+                "only attention caches are supported yet"
+            )
+        slots.append(Slot(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))
+    return tuple(slots)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is not a plain transformers decoder in evaluation mode."""
+    if isinstance(model, CompiledModel):
+        raise TypeError("this model is compiled already; compile the original with another plan")
+    if not isinstance(model, PreTrainedModel):
+        kind = type(model).__name__
+        hint = ""
+        if isinstance(model, nn.Module) and hasattr(model, "get_base_model"):
+            hint = " (a peft model: merge_and_unload() it first)"
+        elif hasattr(model, "_orig_mod"):
+            hint = " (a torch.compile wrapper: pass the model inside it)"
+        raise TypeError(
+            f"expected a transformers PreTrainedModel with a language-model head, got {kind}{hint}"
+        )
+    if model.config.is_encoder_decoder:
+        raise TypeError(
+            f"{type(model).__name__} is an encoder-decoder model; only decoder-only models are "
+            "supported"
+        )
+    if model.get_output_embeddings() is None:
+        raise TypeError(
+            f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
+        )
+    if "forward" in vars(model):
+        raise TypeError(
+            "the model's forward was replaced on the instance (accelerate hooks do that); load it "
+            "without device_map, or remove the hook"
+        )
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() first")
+
+
+def check_cache(cache: Any, runtime: Runtime) -> None:
+    """Refuse a cache that this compiled model did not make."""
+    if not isinstance(cache, SkipCache):
+        raise TypeError(
+            f"past_key_values is a {type(cache).__name__}; a compiled model needs its own cache. "
+            "Leave past_key_values out, and continue with the one that comes back"
+        )
+    if cache.owner is not runtime:
+        raise ValueError(
+            "past_key_values was made by another compiled model, whose plan stores other layers"
+        )
+
+
+def _forward(base: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(base)
+
+    @functools.wraps(base)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        extra = given.pop("kwargs", {})
+        given.pop("self")
+        return _run(self, {**given, **extra})
+
+    return forward
+
+
+def _run(model: Any, given: dict[str, Any]) -> Any:
+    """One forward of the compiled model."""
+    _refuse_unsupported(model, given)
+    runtime: Runtime = model.adaskip
+    input_ids = _checked_ids(model, given.get("input_ids"))
+    cache = given.get("past_key_values")
+    if cache is None:
+        cache = runtime.new_cache()
+    check_cache(cache, runtime)
+    mask = _checked_mask(given.get("attention_mask"), input_ids, cache.length)
+    logits = runtime.step(
+        input_ids,
+        mask,
+        given.get("position_ids"),
+        cache,
+        int(given.get("logits_to_keep") or 0),
+    )
+    use_cache = given.get("use_cache")
+    kept = None if use_cache is False else cache
+    if given.get("return_dict") is False:
+        return (logits, kept) if kept is not None else (logits,)
+    return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
+
+
+def _refuse_unsupported(model: Any, given: dict[str, Any]) -> None:
+    if model.training:
+        raise RuntimeError("a compiled model is for inference only; call eval() on it")
+    if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+        raise RuntimeError(
+            "gradients cannot flow through a compiled model; wrap the call in torch.no_grad() or "
+            "torch.inference_mode()"
+        )
+    for name, value in given.items():
+        if name not in _STEP_ARGUMENTS and value is not None and value is not False:
+            raise NotImplementedError(
+                f"forward({name}=...) is not supported by adaskip_fx yet; call the original model"
+            )
+    if isinstance(given.get("logits_to_keep"), torch.Tensor):
+        raise NotImplementedError("logits_to_keep must be an integer, not a tensor of indices")
+
+
+def _checked_ids(model: Any, input_ids: Any) -> torch.Tensor:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+        raise ValueError("input_ids must be a tensor [batch, tokens]")
+    if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids is empty: {list(input_ids.shape)}")
+    if input_ids.device != model.device:
+        raise ValueError(f"input_ids is on {input_ids.device}, the model on {model.device}")
+    return input_ids.to(torch.int64).contiguous()
+
+
+def _checked_mask(mask: Any, input_ids: torch.Tensor, past: int) -> torch.Tensor | None:
+    """The mask, or None when nothing is padded."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        raise NotImplementedError(
+            "attention_mask must be a tensor [batch, tokens]; prepared 4D masks are not supported"
+        )
+    expected = (input_ids.shape[0], past + input_ids.shape[1])
+    if tuple(mask.shape) != expected:
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)}, expected {list(expected)}: "
+            f"{past} stored and {input_ids.shape[1]} new tokens"
+        )
+    return None if bool((mask != 0).all()) else mask
+
+
+def _stop_tokens(generation_config: Any) -> torch.Tensor | None:
+    """Ids after which generate feeds a row with padding only."""
+    known = [
+        t
+        for t in (generation_config._eos_token_tensor, generation_config._pad_token_tensor)
+        if t is not None
+    ]
+    return torch.cat([t.reshape(-1) for t in known]) if known else None

@@ -1,0 +1,43 @@
+"""Cut a captured decoder into sublayers and link it again, without some of them.
+
+The mechanism under ``adaskip_fx``; it needs torch alone. In order:
+
+- :func:`capture` a function as one graph with Dynamo, to be run without it;
+- :func:`find_sublayers`: the residual branches of the graph;
+- :func:`outline`: a small outer graph of calls to pieces, equal pieces sharing one key;
+- :class:`Skip`, :class:`Probe`: passes over the outer graph, run by :func:`run_passes`;
+- :func:`link` compiled pieces into a program, or :func:`fuse` them into one flat graph.
+"""
+
+from .capture import Capture, ShapeGuards, capture
+from .compiler import PieceCompiler
+from .dead_code import eliminate_dead_code
+from .errors import RefusedError
+from .link import fuse, link
+from .outline import Piece, outline, piece_of
+from .pipeline import run_passes, text
+from .probe import MOMENTS, Probe
+from .skip import Replacement, Skip
+from .sublayers import Sublayer, find_sublayers
+
+__all__ = [
+    "MOMENTS",
+    "Capture",
+    "Piece",
+    "PieceCompiler",
+    "Probe",
+    "RefusedError",
+    "Replacement",
+    "ShapeGuards",
+    "Skip",
+    "Sublayer",
+    "capture",
+    "eliminate_dead_code",
+    "find_sublayers",
+    "fuse",
+    "link",
+    "outline",
+    "piece_of",
+    "run_passes",
+    "text",
+]

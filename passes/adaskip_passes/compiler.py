@@ -1,0 +1,52 @@
+"""Compile pieces, each distinct one once, with any torch.compile backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from .capture import Capture
+from .link import Compiled
+from .outline import Piece
+
+
+class PieceCompiler:
+    """Compiled pieces of one capture, by structural key.
+
+    Attributes:
+        backend: name of the inner backend (``inductor``, ``eager``, ``aot_eager``, ...).
+        compiled: how many pieces it has compiled.
+        seconds: how long that took in all.
+    """
+
+    def __init__(self, capture: Capture, backend: str) -> None:
+        self.capture = capture
+        self.backend = backend
+        self.compiled = 0
+        self.seconds = 0.0
+        self._inner: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
+        self._by_key: dict[str, Compiled] = {}
+
+    def __call__(self, piece: Piece) -> Compiled:
+        """The callable of a piece, compiled at the first call with its key."""
+        found = self._by_key.get(piece.key)
+        if found is None:
+            found = self._by_key[piece.key] = self.compile(piece.module)
+        return found
+
+    def compile(self, module: fx.GraphModule) -> Compiled:
+        """Compile a copy of `module` for its placeholders' example values."""
+        start = time.perf_counter()
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(module.graph, {}))
+        own = fx.GraphModule(module, graph, "Piece")
+        examples = [n.meta["example_value"] for n in graph.find_nodes(op="placeholder")]
+        with self.capture.reopened():
+            function: Compiled = self._inner(own, examples)
+        self.compiled += 1
+        self.seconds += time.perf_counter() - start
+        return function

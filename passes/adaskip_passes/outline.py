@@ -1,0 +1,332 @@
+"""Cut a captured decoder into pieces, and write it again as a graph of calls to them.
+
+Before (one flat graph)::                After (the outer graph, small enough to print)::
+
+    h = embedding(ids, w)                    prologue = self.prologue(ids, w, ...)
+    q = linear(norm(h), wq)                  x, cos, sin = prologue
+    ...                                      x_1 = self.layers_0_attention(x, cos, sin, ...)
+    h_1 = h + o                              x_2 = self.layers_0_ffn(x_1, ...)
+    ...                                      logits = self.epilogue(x_2, ...)
+
+Each piece takes first the residual stream, then values that the prologue shares out, then inputs
+of the captured graph (its weights, its slots of the cache), and returns the new stream. Equal
+pieces (same code, other weights) have equal keys and are compiled once.
+
+Legal because nothing changes but the grouping: every node is computed from the same operands, and
+reads and writes of mutated storage keep their order, which is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from .effects import accesses, written
+from .errors import RefusedError
+from .lengths import length_inputs
+from .sublayers import Sublayer, stream_levels
+
+Role = Literal["prologue", "sublayer", "epilogue", "probe", "compensation", "residue"]
+
+PIECE = "adaskip_piece"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One call target of an outer graph.
+
+    Attributes:
+        name: its name in the outer graph (``layers_0_attention``).
+        role: what it is for.
+        module: its code: a GraphModule whose inputs are the stream, shared values, weights, cache.
+        key: equal for pieces that are the same code over inputs of equal shape, dtype and device.
+        index: position of the sublayer along the stream; -1 for other pieces.
+        layer, kind: of the sublayer; -1 and "" for other pieces.
+        outputs: how many values it returns; one means the value itself, not a tuple.
+    """
+
+    name: str
+    role: Role
+    module: fx.GraphModule = field(repr=False, compare=False)
+    key: str = field(repr=False)
+    index: int = -1
+    layer: int = -1
+    kind: str = ""
+    outputs: int = 1
+
+
+def outline(graph_module: fx.GraphModule, sublayers: Sequence[Sublayer]) -> fx.GraphModule:
+    """The outer graph of a captured graph.
+
+    Args:
+        graph_module: as captured; it is not changed.
+        sublayers: what :func:`find_sublayers` found in it.
+
+    Returns:
+        A graph with the same placeholders, whose other nodes are calls to pieces (``node.meta``
+        holds the :class:`Piece` under ``PIECE``) and the unpacking of their results.
+
+    Raises:
+        RefusedError: when cutting would reorder accesses to mutated storage.
+    """
+    placement = _place(graph_module.graph, sublayers)
+    builder = _Builder(graph_module, placement, sublayers)
+    return builder.build()
+
+
+def piece_of(node: fx.Node) -> Piece | None:
+    """The piece that a node of an outer graph calls, or None."""
+    piece = node.meta.get(PIECE)
+    return piece if isinstance(piece, Piece) else None
+
+
+def helper_piece(
+    name: str, role: Role, graph: fx.Graph, examples: Sequence[Any], lengths: Sequence[fx.Node]
+) -> Piece:
+    """A piece that a pass adds to an outer graph.
+
+    Args:
+        name, role: of the piece.
+        graph: its code; changed: an input is added for each of `lengths`.
+        examples: example (fake) values of its inputs.
+        lengths: integer placeholders of the outer graph that its inputs' shapes depend on; they
+            are handed over after the other inputs.
+    """
+    inputs = graph.find_nodes(op="placeholder")
+    for node, example in zip(inputs, examples, strict=True):
+        node.meta["example_value"] = example
+    last = inputs[-1]
+    for length in lengths:
+        with graph.inserting_after(last):
+            last = graph.placeholder(length.name)
+        last.meta["example_value"] = length.meta["example_value"]
+    module = fx.GraphModule(torch.nn.Module(), graph, name.capitalize())
+    return Piece(name, role, module, structural_key(module))
+
+
+def sublayer_calls(outer: fx.Graph) -> dict[int, fx.Node]:
+    """The calls of sublayers that an outer graph still makes, by position along the stream."""
+    calls = ((piece_of(n), n) for n in outer.nodes)
+    return {p.index: n for p, n in calls if p is not None and p.role == "sublayer"}
+
+
+def _place(graph: fx.Graph, sublayers: Sequence[Sublayer]) -> dict[fx.Node, int]:
+    """The piece of every computed node: 0 the prologue, k + 1 sublayer k, S + 1 the epilogue.
+
+    What does not depend on the stream belongs to the prologue, unless one piece alone needs it:
+    then it is computed there (and goes when that sublayer is skipped).
+    """
+    levels = stream_levels(graph, [(s.stream, s.add) for s in sublayers])
+    inner = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    place = {n: levels[n] + 1 for n in inner}
+    origin = sublayers[0].stream
+    for node in reversed(inner):
+        needed_by = {place[u] for u in node.users if u in place}
+        if place[node] == 0 and node is not origin and len(needed_by) == 1 and _inner_only(node):
+            place[node] = needed_by.pop()
+    _place_free_writes(inner, place)
+    _place_unread(inner, place)
+    _check_order(inner, place)
+    return place
+
+
+def _inner_only(node: fx.Node) -> bool:
+    return all(user.op != "output" for user in node.users) and written(node) is None
+
+
+def _place_free_writes(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> None:
+    """A write that depends on no stream (a length counter) goes where its storage is last read."""
+    for node in inner:
+        root = written(node)
+        if root is not None and place[node] == 0 and not node.users:
+            before = [place[a] for a in accesses(inner, root) if a is not node]
+            place[node] = max(before, default=0)
+
+
+def _place_unread(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> None:
+    """What nobody reads and writes nothing (a logging call) stays where it was in the program."""
+    at = 0
+    for node in inner:
+        if place[node] == 0 and not node.users and written(node) is None:
+            place[node] = at
+        at = place[node]
+
+
+def _check_order(inner: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> None:
+    """Accesses to storage that something writes to must stay in the order of the program."""
+    mutated = {root for n in inner if (root := written(n)) is not None}
+    for root in mutated:
+        ordered = [place[n] for n in accesses(inner, root)]
+        if ordered != sorted(ordered):
+            raise RefusedError(
+                f"{root.name} is written in place and read by several sublayers in an order that "
+                "cutting the graph would change."
+            )
+
+
+class _Builder:
+    """Builds the outer graph, piece by piece in stream order."""
+
+    def __init__(
+        self,
+        source: fx.GraphModule,
+        place: Mapping[fx.Node, int],
+        sublayers: Sequence[Sublayer],
+    ) -> None:
+        self.source = source
+        self.place = place
+        self.sublayers = sublayers
+        self.outer = fx.Graph()
+        self.root = torch.nn.Module()
+        self.value: dict[fx.Node, fx.Node] = {}  # captured node -> its value in the outer graph
+
+    def build(self) -> fx.GraphModule:
+        for node in self.source.graph.find_nodes(op="placeholder"):
+            self.value[node] = self.outer.node_copy(node)
+        members: dict[int, list[fx.Node]] = {}
+        for node, at in self.place.items():
+            members.setdefault(at, []).append(node)
+        for at in sorted(members):
+            self._call(at, members[at])
+        (result,) = self.source.graph.output_node().args
+        self.outer.output(fx.map_arg(result, lambda n: self.value[n]))
+        return fx.GraphModule(self.root, self.outer, "Outer")
+
+    def _call(self, at: int, nodes: list[fx.Node]) -> None:
+        inputs, outputs = self._interface(at, nodes)
+        module = _piece_module(self.source, nodes, inputs, outputs)
+        piece = self._piece(at, module, len(outputs))
+        self.root.add_module(piece.name, module)
+        call = self.outer.call_module(piece.name, tuple(self.value[i] for i in inputs))
+        call.meta[PIECE] = piece
+        if len(outputs) == 1:
+            self._name_value(outputs[0], call)
+            return
+        for i, output in enumerate(outputs):
+            item = self.outer.create_node(
+                "call_function", operator.getitem, (call, i), name=output.name
+            )
+            self._name_value(output, item)
+
+    def _name_value(self, captured: fx.Node, value: fx.Node) -> None:
+        self.value[captured] = value
+        if "example_value" in captured.meta:
+            value.meta["example_value"] = captured.meta["example_value"]
+
+    def _interface(self, at: int, nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+        """What a piece takes (stream, shared values, captured inputs) and what it gives."""
+        own = set(nodes)
+        taken: dict[fx.Node, None] = {}
+        for node in nodes:
+            taken.update(dict.fromkeys(i for i in node.all_input_nodes if i not in own))
+        given = [n for n in nodes if any(u not in own for u in n.users)]
+        stream = self._stream(at)
+        ranked = sorted(taken, key=lambda n: (n is not stream, n.op == "placeholder"))
+        ranked += length_inputs(self.source.graph, ranked)
+        main = self.sublayers[at - 1].add if 0 < at <= len(self.sublayers) else stream
+        return ranked, sorted(given, key=lambda n: n is not main)
+
+    def _stream(self, at: int) -> fx.Node:
+        """The stream that piece `at` reads; for the prologue, the one that it makes."""
+        if at <= 1:
+            return self.sublayers[0].stream
+        return self.sublayers[at - 2].add
+
+    def _piece(self, at: int, module: fx.GraphModule, outputs: int) -> Piece:
+        key = structural_key(module)
+        if at == 0:
+            return Piece("prologue", "prologue", module, key, outputs=outputs)
+        if at > len(self.sublayers):
+            return Piece("epilogue", "epilogue", module, key, outputs=outputs)
+        s = self.sublayers[at - 1]
+        return Piece(s.name, "sublayer", module, key, s.index, s.layer, s.kind, outputs)
+
+
+def _piece_module(
+    source: fx.GraphModule,
+    nodes: Iterable[fx.Node],
+    inputs: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(_short_name(node))
+        copies[node].meta = dict(node.meta)
+    for node in nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    results = tuple(copies[n] for n in outputs)
+    graph.output(results[0] if len(results) == 1 else results)
+    return fx.GraphModule(source, graph, "Piece")
+
+
+def _short_name(node: fx.Node) -> str:
+    """``l_model_modules_layers_modules_3_modules_mlp_parameters_weight_`` -> ``mlp_weight``."""
+    if node.op != "placeholder":
+        return node.name
+    parts = [p for p in re.split(r"_(?:modules|parameters|buffers)_", node.name) if p]
+    return "_".join(parts[-2:]).strip("_") if len(parts) > 1 else node.name.strip("_")
+
+
+def structural_key(module: fx.GraphModule) -> str:
+    """A digest that is equal for pieces that compile to the same code.
+
+    It covers every operation, constant and the shape, stride, dtype and device of every input, but
+    no name and no weight.
+    """
+    number = {node: i for i, node in enumerate(module.graph.nodes)}
+    rows: list[tuple[str, ...]] = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            rows.append(("input", _describe(node.meta.get("example_value"))))
+        else:
+            target = _constant(module, node) if node.op == "get_attr" else _target(node.target)
+            rows.append((node.op, target, _encode((node.args, node.kwargs), number)))
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        sizes, strides = list(map(str, value.shape)), list(map(str, value.stride()))
+        return f"{sizes} {strides} {value.dtype} {value.device} {value.requires_grad}"
+    return f"{type(value).__name__} {value}"
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, str):
+        return target
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+
+
+def _encode(value: Any, number: Mapping[fx.Node, int]) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{number[value]}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__}({', '.join(_encode(v, number) for v in value)})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k}: {_encode(v, number)}' for k, v in value.items())}}}"
+    if isinstance(value, slice):
+        return f"slice{_encode((value.start, value.stop, value.step), number)}"
+    if callable(value) and hasattr(value, "__code__"):
+        return f"{_target(value)}:{value.__code__.co_code.hex()}"
+    return f"{type(value).__name__}:{value!r}"
+
+
+def _constant(module: fx.GraphModule, node: fx.Node) -> str:
+    """The content of an attribute: of a subgraph its own key, of a tensor its bytes."""
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    if isinstance(value, fx.GraphModule):
+        return structural_key(value)
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return f"{_describe(value)} {hashlib.sha256(data.numpy().tobytes()).hexdigest()}"
+    return f"{type(value).__name__}:{value!r}"

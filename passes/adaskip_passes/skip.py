@@ -1,0 +1,180 @@
+"""The rewrite: leave sublayers out of an outer graph.
+
+Before::                                        After skipping layer 0's attention::
+
+    x_1 = self.layers_0_attention(x, cos, ...)      x_1 = self.scale(x, factor_0)
+    x_2 = self.layers_0_ffn(x_1, ...)               x_2 = self.layers_0_ffn(x_1, ...)
+
+Unlike an optimisation this changes the result: it computes another function, the one that an
+eager model computes whose sublayer ``x + f(x)`` is replaced by its compensation. What it must not
+change is everything else: effects that other code relies on stay (see `Keep`), and a sublayer
+whose other values are read elsewhere is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import fx
+
+from .compensation import COMPENSATIONS, compensation_piece
+from .dead_code import eliminate_dead_code
+from .effects import is_mutation, written
+from .errors import RefusedError
+from .lengths import length_inputs
+from .outline import PIECE, Piece, piece_of, structural_key, sublayer_calls
+from .sublayers import stream_independent
+
+Keep = Literal["nothing", "counters", "everything"]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What takes the place of one sublayer.
+
+    Attributes:
+        keep: which of the sublayer's effects stay. ``counters``: those that do not depend on the
+            stream (a cache's length), so that K/V writes go; ``everything``: K/V writes as well;
+            ``nothing``: none, for a cache that has no storage for this sublayer.
+        compensation: a kind in `COMPENSATIONS`, or None to hand the stream on unchanged.
+    """
+
+    keep: Keep = "counters"
+    compensation: str | None = None
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Pass: replace sublayers of an outer graph.
+
+    Attributes:
+        replacements: by position along the stream.
+
+    Raises (when run):
+        RefusedError: the sublayer is not in the graph, or something besides the stream leaves it.
+    """
+
+    replacements: Mapping[int, Replacement] = field(default_factory=dict)
+
+    def __call__(self, outer: fx.GraphModule) -> None:
+        calls = sublayer_calls(outer.graph)
+        for index, replacement in sorted(self.replacements.items()):
+            if index not in calls:
+                raise RefusedError(
+                    f"sublayer {index} is not in the graph: it has {sorted(calls) or 'none'}"
+                )
+            _replace(outer, calls[index], replacement)
+        eliminate_dead_code(outer.graph, keep=_is_call, placeholders=True)
+
+
+def factor_name(index: int, tensor: str) -> str:
+    """The name of the outer graph's input that carries a compensation tensor of a sublayer."""
+    return f"{tensor}_{index}"
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_module"
+
+
+def _replace(outer: fx.GraphModule, call: fx.Node, replacement: Replacement) -> None:
+    piece = piece_of(call)
+    assert piece is not None
+    if piece.outputs != 1:
+        raise RefusedError(
+            f"layer {piece.layer}'s {piece.kind} hands {piece.outputs - 1} value(s) besides the "
+            "residual stream to later layers, so it cannot be skipped."
+        )
+    stream = call.args[0]
+    assert isinstance(stream, fx.Node)
+    with outer.graph.inserting_before(call):
+        if replacement.keep != "nothing":
+            _insert_residue(outer, call, piece, replacement.keep)
+        value = stream
+        if replacement.compensation is not None:
+            value = _insert_compensation(outer, stream, piece.index, replacement.compensation)
+    call.replace_all_uses_with(value)
+    outer.graph.erase_node(call)
+
+
+def _insert_residue(outer: fx.GraphModule, call: fx.Node, piece: Piece, keep: Keep) -> None:
+    module = residue(piece.module, keep)
+    if module is None:
+        return
+    taken = [a for a, kept in zip(call.args, _used(piece.module, module), strict=True) if kept]
+    name = f"{piece.name}_residue"
+    outer.add_submodule(name, module)
+    node = outer.graph.call_module(name, tuple(taken))
+    node.meta[PIECE] = Piece(
+        name, "residue", module, structural_key(module), piece.index, piece.layer, piece.kind, 0
+    )
+
+
+def residue(module: fx.GraphModule, keep: Keep) -> fx.GraphModule | None:
+    """What is left of a sublayer of which only effects are kept; None if nothing is.
+
+    Args:
+        module: a sublayer's piece; its first input is the stream.
+        keep: see `Replacement`.
+    """
+    graph = fx.Graph()
+    graph.graph_copy(module.graph, {})
+    graph.output(())
+    stream = next(iter(graph.nodes))
+    free = stream_independent(graph, stream)
+
+    def kept(node: fx.Node) -> bool:
+        root = written(node)
+        if root is None or root.op != "placeholder":
+            return False
+        return keep == "everything" or node in free
+
+    eliminate_dead_code(graph, keep=kept, placeholders=True)
+    if not any(is_mutation(n) for n in graph.nodes):
+        return None
+    return fx.GraphModule(module, graph, "Residue")
+
+
+def _used(whole: fx.GraphModule, part: fx.GraphModule) -> list[bool]:
+    names = {n.name for n in part.graph.find_nodes(op="placeholder")}
+    return [n.name in names for n in whole.graph.find_nodes(op="placeholder")]
+
+
+def _insert_compensation(outer: fx.GraphModule, stream: fx.Node, index: int, kind: str) -> fx.Node:
+    names, _ = COMPENSATIONS[kind]
+    example = stream.meta["example_value"]
+    lengths = length_inputs(outer.graph, (stream,))
+    inputs = [_new_input(outer.graph, factor_name(index, n), _scalar_like(example)) for n in names]
+    piece = _shared_compensation(outer, kind, example, lengths)
+    node = outer.graph.call_module(piece.name, (stream, *inputs, *lengths))
+    node.meta[PIECE] = piece
+    node.meta["example_value"] = example
+    return node
+
+
+def _shared_compensation(
+    outer: fx.GraphModule, kind: str, stream: torch.Tensor, lengths: list[fx.Node]
+) -> Piece:
+    """The outer graph's one piece for this kind of compensation, added if need be."""
+    for node in outer.graph.nodes:
+        piece = piece_of(node)
+        if piece is not None and piece.role == "compensation" and piece.name == kind:
+            return piece
+    tensors = {n: _scalar_like(stream) for n in COMPENSATIONS[kind][0]}
+    piece = compensation_piece(kind, stream, tensors, lengths)
+    outer.add_submodule(piece.name, piece.module)
+    return piece
+
+
+def _new_input(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    node.meta["example_value"] = example
+    return node
+
+
+def _scalar_like(stream: torch.Tensor) -> torch.Tensor:
+    return stream.new_empty((), dtype=torch.float32)
