@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from .api import build
-from .profile import Profile, fingerprint
+from .fingerprint import fingerprint
+from .profile import Profile
 
 _MIN_TOKENS = 16  # of a sample: fewer say nothing about long contexts
 

@@ -1,4 +1,4 @@
-"""What is added in place of a skipped sublayer, and the name of a sublayer.
+"""What is added in place of a skipped sublayer.
 
 AdaSkip (arXiv 2501.02336, eq. 4) replaces a skipped sublayer by `scale * x`, one number per
 sublayer. Stronger kinds (a factor per channel, a linear map) share this file's shape: a `kind`,
@@ -7,67 +7,18 @@ what that kind needs, a digest of it and a JSON form.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, get_args
 
-JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
-Kind = Literal["attention", "ffn", "mixer"]
+from adaskip_fx.files import JSON, canonical_digest
+from adaskip_fx.sublayer import Sublayer
+
 CompensationKind = Literal["none", "scale"]
-
-_NAME = re.compile(r"(0|[1-9][0-9]*)\.(" + "|".join(get_args(Kind)) + ")")
-
-
-@dataclass(frozen=True, order=True, slots=True)
-class Sublayer:
-    """One residual branch `x -> x + f(norm(x))` of decoder layer `layer` (counted from 0)."""
-
-    layer: int
-    kind: Kind
-
-    def __post_init__(self) -> None:
-        if self.layer < 0 or self.kind not in get_args(Kind):
-            raise ValueError(f"no such sublayer: layer {self.layer!r}, kind {self.kind!r}")
-
-    def __str__(self) -> str:
-        return f"{self.layer}.{self.kind}"
-
-    @classmethod
-    def parse(cls, text: str) -> Sublayer:
-        """Read `"3.attention"`, the form that `str()` writes; ValueError for anything else."""
-        match = _NAME.fullmatch(text)
-        if match is None:
-            raise ValueError(
-                f"{text!r} is not a sublayer: write LAYER.KIND with KIND one of "
-                f"{', '.join(get_args(Kind))}, for example '3.attention'"
-            )
-        return cls(int(match[1]), cast(Kind, match[2]))
-
-
-def canonical_digest(value: JSON) -> str:
-    """16 hex characters of the sha256 of `value`, the same for equal values on every machine.
-
-    Key order does not count. Floats enter by `float.hex`: no rounding, no formatting rules.
-    """
-    text = json.dumps(_exact(value), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _exact(value: JSON) -> JSON:
-    if isinstance(value, float):
-        return {"float": value.hex()}
-    if isinstance(value, Mapping):
-        return {key: _exact(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_exact(item) for item in value]
-    return value
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ closes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .plan import Action, SkipPlan, Sublayer
+
+if TYPE_CHECKING:
+    from .phases import GraphPhaseCapture
 
 
 @dataclass
@@ -58,7 +61,7 @@ class Request:
         decoding: whether the current turn has decoded a token yet.
         stop_tokens: token ids that end a row, on the device; None when not known.
         finished: rows [batch] that have ended; they count for nothing in the window.
-        fixed: inputs of programs that stay the same during the request, by program.
+        fixed: inputs that stay the same during the request (weights), by captured graph.
     """
 
     decode_plan: SkipPlan
@@ -66,7 +69,7 @@ class Request:
     decoding: bool = False
     stop_tokens: torch.Tensor | None = None
     finished: torch.Tensor | None = None
-    fixed: dict[int, tuple[Any, ...]] = field(default_factory=dict, repr=False)
+    fixed: dict[GraphPhaseCapture, tuple[Any, ...]] = field(default_factory=dict, repr=False)
 
     def copy(self) -> Request:
         """The same state for a second request with the same past."""

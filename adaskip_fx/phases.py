@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from adaskip_passes import (
+    Binder,
     Capture,
     PieceCompiler,
     RefusedError,
@@ -63,7 +64,7 @@ class GraphKey:
     autocast: torch.dtype | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GraphPhaseCapture:
     """One captured phase.
 
@@ -73,6 +74,10 @@ class GraphPhaseCapture:
         outer: the outer graph with an empty plan.
         sublayers: in stream order, as plans name them.
         compiler: compiles the pieces of this capture.
+        place: where each input's value is, by name, in ``(*fixed, *step)``.
+        fixed: from the captured function's arguments to the inputs that stay the same during a
+            request (weights).
+        step: likewise to the inputs that change with every step.
     """
 
     key: GraphKey
@@ -80,6 +85,9 @@ class GraphPhaseCapture:
     outer: fx.GraphModule
     sublayers: tuple[Sublayer, ...]
     compiler: PieceCompiler
+    place: Mapping[str, int]
+    fixed: Binder
+    step: Binder
 
     def guards(self) -> ShapeGuards:
         """What must hold of the shapes, by what has been compiled until now."""
@@ -117,11 +125,26 @@ def capture_phase(
         found = find_sublayers(captured.graph.graph)
         names = tuple(Sublayer(s.layer, _kind(s.kind)) for s in found)
         outer = outline(captured.graph, found)
-        return GraphPhaseCapture(key, captured, outer, names, PieceCompiler(captured, backend))
+        inputs = _sorted_inputs(captured)
+        place = {name: i for i, name in enumerate([*inputs[0], *inputs[1]])}
+        fixed, step = (captured.binder(list(group.values())) for group in inputs)
+        compiler = PieceCompiler(captured, backend)
+        return GraphPhaseCapture(key, captured, outer, names, compiler, place, fixed, step)
 
     with torch.no_grad():
         arguments = _example_arguments(model, forward, key, slots, lengths)
         return capture(_logits, arguments, build)
+
+
+def _sorted_inputs(captured: Capture) -> tuple[dict[str, str], dict[str, str]]:
+    """Sources by input name: of what is fixed during a request, and of what is not."""
+    fixed: dict[str, str] = {}
+    step: dict[str, str] = {}
+    placeholders = captured.graph.graph.find_nodes(op="placeholder")
+    for node, source in zip(placeholders, captured.sources, strict=True):
+        changes = source.startswith(("L['cache']", "L['inputs']"))
+        (step if changes else fixed)[node.name] = source
+    return fixed, step
 
 
 def _logits(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from adaskip_fx.compensation import JSON, NONE, Compensation, Kind, Sublayer, canonical_digest
+from adaskip_fx.compensation import NONE, Compensation
+from adaskip_fx.files import JSON, canonical_digest, check_digest, read_document, write_atomically
+from adaskip_fx.sublayer import Kind, Sublayer
 
 __all__ = ["Action", "Kind", "Phase", "PlanError", "SkipPlan", "Sublayer"]
 
@@ -311,65 +310,3 @@ def layer_table(
         " | ".join([row[0].rjust(widths[0]), *map(str.ljust, row[1:], widths[1:])]) for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
-
-
-# Files -----------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path`: whoever reads it, at any time, gets all of the old or of the new."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the new name on disk before anything that relies on it follows."""
-    with contextlib.suppress(OSError):  # not every system can; the content is in place anyway
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def read_document(
-    path: Path, schema: int, keys: Sequence[str], error: type[ValueError], redo: str
-) -> dict[str, Any]:
-    """The JSON object in the file `path`, if it has `keys` and is of `schema`; else `error`."""
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as cause:
-        raise error(f"{path}: no such file; check the path, or {redo}") from cause
-    except OSError as cause:
-        raise error(f"{path}: cannot be read ({cause.strerror}); check the path") from cause
-    except (ValueError, RecursionError) as cause:
-        raise error(f"{path}: truncated or not JSON ({cause}); {redo}") from cause
-    if not isinstance(data, dict) or type(data.get("schema")) is not int:
-        raise error(f"{path}: no schema number, so not a file of this kind; check the path")
-    if data["schema"] > schema:
-        raise error(
-            f"{path}: schema {data['schema']} is newer than this version reads ({schema}); "
-            f"upgrade adaskip-fx, or {redo}"
-        )
-    missing = [key for key in keys if key not in data]
-    if missing or data["schema"] != schema:
-        what = f"missing {', '.join(missing)}" if missing else f"unknown schema {data['schema']}"
-        raise error(f"{path}: {what}; {redo}")
-    return data
-
-
-def check_digest(
-    path: Path, stored: object, content: str, error: type[ValueError], redo: str
-) -> None:
-    """Raise `error` when the file's own digest is not the digest of its content."""
-    if stored != content:
-        raise error(f"{path}: edited after it was saved (digest {stored} is {content} now); {redo}")

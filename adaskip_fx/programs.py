@@ -6,6 +6,7 @@ were compiled with the capture are called in the new order.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from adaskip_passes import Probe, Replacement, Skip, fuse, link, run_passes
+from adaskip_passes import VALID, Keep, Probe, Replacement, Skip, fuse, link, run_passes
 
 from .phases import GraphPhaseCapture
 from .plan import Action, Phase, SkipPlan, Sublayer
@@ -29,30 +30,57 @@ def plan_phase(graph_phase: str) -> Phase:
 
 
 def rewrite(
-    phase: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...] = ()
+    outer: fx.GraphModule,
+    sublayers: tuple[Sublayer, ...],
+    plan: SkipPlan,
+    phase: Phase,
+    probed: tuple[Sublayer, ...] = (),
+    *,
+    keep: Keep = "nothing",
 ) -> fx.GraphModule:
-    """The outer graph of a phase under a plan, with probes on `probed`."""
-    position = {s: i for i, s in enumerate(phase.sublayers)}
+    """An outer graph under one phase of a plan.
+
+    Args:
+        outer: as captured; it is not changed.
+        sublayers: what its calls are, in stream order.
+        plan, phase: what to skip.
+        probed: sublayers to measure.
+        keep: which effects of a skipped sublayer stay; see `adaskip_passes.Replacement`.
+    """
+    position = {s: i for i, s in enumerate(sublayers)}
     replacements = {}
-    for sublayer in phase.sublayers:
-        action = plan.action(plan_phase(phase.key.phase), sublayer)
-        if action is Action.RUN:
-            continue
-        compensated = plan.compensation.factor(sublayer) is not None
-        replacements[position[sublayer]] = Replacement(
-            keep="everything" if action is Action.KV_ONLY else "nothing",
-            compensation=plan.compensation.kind if compensated else None,
-        )
+    for sublayer in sublayers:
+        action = plan.action(phase, sublayer)
+        if action is not Action.RUN:
+            compensated = plan.compensation.factor(sublayer) is not None
+            replacements[position[sublayer]] = Replacement(
+                keep="everything" if action is Action.KV_ONLY else keep,
+                compensation=plan.compensation.kind if compensated else None,
+            )
     probe = Probe(tuple(sorted(position[s] for s in probed)))
-    return run_passes(phase.outer, (Skip(replacements), probe))
+    return run_passes(outer, (Skip(replacements), probe))
+
+
+def factor_tensors(
+    inputs: list[fx.Node],
+    sublayers: tuple[Sublayer, ...],
+    plan: SkipPlan,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """The compensation factors that a rewritten graph takes, float32 scalars by input name."""
+    names = [n.name for n in inputs if n.name.startswith("factor_")]
+    values = [plan.compensation.factor(sublayers[int(n.rsplit("_", 1)[1])]) for n in names]
+    tensors = torch.tensor(values, dtype=torch.float32).to(device).unbind()
+    return dict(zip(names, tensors, strict=True))
 
 
 class Program:
     """A linked graph with its inputs bound by name.
 
     Attributes:
-        seconds: how long linking took.
+        phase: the capture it was linked from.
         probed: the sublayers whose moments it returns, in stream order.
+        seconds: how long linking took.
     """
 
     def __init__(
@@ -63,71 +91,52 @@ class Program:
         how: Link,
     ) -> None:
         start = time.perf_counter()
+        self.phase = phase
         self.probed = tuple(s for s in phase.sublayers if s in set(probed))
-        outer = rewrite(phase, plan, probed)
+        outer = rewrite(
+            phase.outer, phase.sublayers, plan, plan_phase(phase.key.phase), self.probed
+        )
         inputs = outer.graph.find_nodes(op="placeholder")
-        self._fixed, self._factors, sources = _sort_inputs(phase, plan, inputs)
-        self._bind_fixed = phase.capture.binder(self._fixed)
-        self._bind = phase.capture.binder(sources)
-        if how == "pieces":
-            self._function = link(outer, phase.compiler)
-        else:
-            self._function = phase.compiler.compile(fuse(outer))
+        factors = factor_tensors(inputs, phase.sublayers, plan, phase.key.device)
+        added = {name: len(phase.place) + i for i, name in enumerate([*factors, VALID])}
+        place = {**phase.place, **added}
+        self._factors = tuple(factors.values())
+        self._take = operator.itemgetter(*(place[n.name] for n in inputs))
+        self._function = (
+            link(outer, phase.compiler) if how == "pieces" else phase.compiler.compile(fuse(outer))
+        )
         self.seconds = time.perf_counter() - start
 
-    def fixed(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What stays the same during a request (weights, factors); looked up once for it."""
-        return self._bind_fixed(arguments) + self._factors
-
     def __call__(
-        self, arguments: Mapping[str, Any], fixed: tuple[Any, ...]
+        self,
+        arguments: Mapping[str, Any],
+        fixed: tuple[Any, ...],
+        valid: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits [B, kept, V], and the moments [probed, B, 5] if anything is probed."""
-        outputs = self._function(*self._bind({**arguments, "fixed": fixed}))
+        """Logits [B, kept, V], and the moments [probed, B, 5] if anything is probed.
+
+        Args:
+            arguments: of the captured function, by name.
+            fixed: what ``phase.fixed`` gave at the beginning of the request.
+            valid: which new tokens count for the moments, bool [B, T].
+        """
+        values = (*fixed, *self.phase.step(arguments), *self._factors, valid)
+        outputs = self._function(*self._take(values))
         return outputs[0], outputs[1] if self.probed else None
-
-
-def _sort_inputs(
-    phase: GraphPhaseCapture, plan: SkipPlan, inputs: list[fx.Node]
-) -> tuple[list[str], tuple[torch.Tensor, ...], list[str]]:
-    """Sources that are fixed in a request, factor tensors, and a source for every input."""
-    placeholders = phase.capture.graph.graph.find_nodes(op="placeholder")
-    known = {n.name: source for n, source in zip(placeholders, phase.capture.sources, strict=True)}
-    factor_names = [n.name for n in inputs if n.name.startswith("factor_")]
-    values = [
-        plan.compensation.factor(phase.sublayers[int(name.rsplit("_", 1)[1])])
-        for name in factor_names
-    ]
-    factors = torch.tensor(values, dtype=torch.float32).to(phase.key.device).unbind()
-    fixed = [known[n.name] for n in inputs if n.name in known and _is_fixed(known[n.name])]
-    place = {source: i for i, source in enumerate(fixed)}
-    place |= {name: len(fixed) + i for i, name in enumerate(factor_names)}
-    sources = []
-    for node in inputs:
-        source = known.get(node.name, node.name)
-        at = place.get(source)
-        if at is not None:
-            sources.append(f"L['fixed'][{at}]")
-        else:
-            sources.append(source if node.name in known else f"L[{node.name!r}]")
-    return fixed, tuple(factors), sources
-
-
-def _is_fixed(source: str) -> bool:
-    return not source.startswith(("L['cache']", "L['inputs']"))
 
 
 @dataclass
 class Counters:
     """What a compiled model has done so far.
 
-    captures: graphs traced with Dynamo. pieces: pieces compiled. links: programs linked for a
-    plan. dropped: programs forgotten because there were more than ``max_variants``.
+    captures: graphs traced with Dynamo. links: programs linked for a plan, and how long that took
+    in all, in seconds, pieces that were compiled meanwhile included. dropped: programs forgotten
+    because there were more than ``max_variants``.
     """
 
     captures: int = 0
-    pieces: int = 0
     links: int = 0
+    link_seconds: float = 0.0
     dropped: int = 0
 
 
@@ -150,6 +159,7 @@ class VariantCache:
         if program is None:
             program = make()
             self.counters.links += 1
+            self.counters.link_seconds += program.seconds
             self._programs[key] = program
             while len(self._programs) > self.limit:
                 self._programs.popitem(last=False)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from adaskip_passes import RefusedError, ShapeGuards
-
 from . import phases
 from .cache import SkipCache, Slot
+from .graphs import Graphs
 from .online import Request, Window, probed_in_decode
-from .phases import Forward, GraphKey, GraphPhase, GraphPhaseCapture
+from .phases import Forward, GraphKey, GraphPhase
 from .plan import Action, PlanError, SkipPlan, Sublayer
-from .programs import Counters, Link, Program, VariantCache, plan_phase
+from .programs import Counters, Link
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .policies import OnlinePolicy
     from .profile import Profile
-
-_GRAPHS_PER_KEY = 8  # as many shapes may break a key's guards before it is an error
 
 
 class Runtime:
@@ -33,7 +30,7 @@ class Runtime:
         plan: the plan that requests begin with.
         profile: what calibration measured; None when an explicit plan needs none.
         policy: decides the online plan; None when nothing is learned while decoding.
-        counters: captures, compiled pieces, links and dropped programs so far.
+        graphs: what has been captured, compiled and linked.
     """
 
     def __init__(
@@ -54,12 +51,7 @@ class Runtime:
         self.slots = tuple(slots)
         self.profile = profile
         self.policy = policy
-        self.backend = backend
-        self.link = link
-        self.counters = Counters()
-        self._programs = VariantCache(max_variants, self.counters)
-        self._captures: dict[GraphKey, list[GraphPhaseCapture]] = {}
-        self._guards: dict[int, tuple[int, ShapeGuards]] = {}
+        self.graphs = Graphs(model, forward, slots, backend, link, max_variants)
         self._live: weakref.WeakSet[SkipCache] = weakref.WeakSet()
         self.sublayers = self._prove()
         self.plan = plan if plan is not None else SkipPlan.empty(self.sublayers)
@@ -72,24 +64,19 @@ class Runtime:
     # What a user asks of it ------------------------------------------------------------------
 
     @property
-    def captures(self) -> int:
-        """How many graphs have been traced."""
-        return self.counters.captures
-
-    @property
-    def links(self) -> int:
-        """How many programs have been linked."""
-        return self.counters.links
+    def counters(self) -> Counters:
+        """Captures, links and dropped programs so far."""
+        return self.graphs.counters
 
     @property
     def pieces_compiled(self) -> int:
         """How many distinct pieces have been compiled, over all captures."""
-        return sum(c.compiler.compiled for group in self._captures.values() for c in group)
+        return self.graphs.pieces_compiled
 
     @property
     def compile_seconds(self) -> float:
         """Time spent compiling pieces."""
-        return sum(c.compiler.seconds for group in self._captures.values() for c in group)
+        return self.graphs.compile_seconds
 
     @property
     def cache_bytes(self) -> int:
@@ -194,7 +181,7 @@ class Runtime:
 
     def check_length(self, total: int) -> None:
         """Refuse a prompt that is longer than the model's positions."""
-        longest = self._max_length()
+        longest = self.graphs.max_length
         if longest is not None and total > longest:
             raise ValueError(
                 f"the prompt would make a sequence of {total} tokens, but "
@@ -270,72 +257,15 @@ class Runtime:
             self.model, self.forward, cache.step(batch, tokens, phase == "prefill"), inputs
         )
         request = cache.request
-        program = self._program(key, plan, probed, arguments)
-        fixed = request.fixed.get(id(program))
+        program = self.graphs.program(key, plan, probed, arguments)
+        fixed = request.fixed.get(program.phase)
         if fixed is None:
-            fixed = request.fixed[id(program)] = program.fixed(arguments)
-        if probed:
-            arguments["valid"] = _valid(request, phase, input_ids, mask)
+            fixed = request.fixed[program.phase] = program.phase.fixed(arguments)
+        valid = _valid(request, phase, input_ids, mask) if probed else None
         with torch.no_grad():
-            logits, moments = program(arguments, fixed)
+            logits, moments = program(arguments, fixed, valid)
         cache.advance(tokens)
         return logits, moments
-
-    def _program(
-        self,
-        key: GraphKey,
-        plan: SkipPlan,
-        probed: tuple[Sublayer, ...],
-        arguments: dict[str, Any],
-    ) -> Program:
-        """The program for a key and plan whose graph is right for these lengths.
-
-        The first graph of a key is captured with fixed example lengths. Where its guards exclude
-        lengths that come up (a compiler may specialise), another is captured with those.
-        """
-        group = self._captures.setdefault(key, [])
-        for captured in group or [self._capture(key)]:
-            program = self._linked(captured, plan, probed)
-            if self._guards_of(captured).hold(arguments):
-                return program
-        captured = self._capture(key, _lengths(arguments))
-        program = self._linked(captured, plan, probed)
-        if not self._guards_of(captured).hold(arguments):
-            broken = "; ".join(self._guards_of(captured).broken(arguments))
-            raise RefusedError(f"no {key.phase} graph holds for these lengths: {broken}")
-        return program
-
-    def _linked(
-        self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
-    ) -> Program:
-        key = (id(captured), plan.phase_digest(plan_phase(captured.key.phase)), probed)
-        return self._programs.get(key, lambda: Program(captured, plan, probed, self.link))
-
-    def _guards_of(self, captured: GraphPhaseCapture) -> ShapeGuards:
-        """Guards as of what is compiled now; made again when more has been compiled since."""
-        known = self._guards.get(id(captured))
-        if known is None or known[0] != captured.compiler.compiled:
-            known = self._guards[id(captured)] = (captured.compiler.compiled, captured.guards())
-        return known[1]
-
-    def _capture(self, key: GraphKey, lengths: tuple[int, int] | None = None) -> GraphPhaseCapture:
-        group = self._captures.setdefault(key, [])
-        if len(group) >= _GRAPHS_PER_KEY:
-            raise RefusedError(
-                f"{len(group)} {key.phase} graphs were captured and none holds for these lengths; "
-                "the model's code branches on them"
-            )
-        captured = phases.capture_phase(
-            self.model,
-            self.forward,
-            key,
-            self.slots,
-            lengths or phases.example_lengths(key, self._max_length()),
-            self.backend,
-        )
-        self.counters.captures += 1
-        group.append(captured)
-        return captured
 
     def _prove(self) -> tuple[Sublayer, ...]:
         """Capture a prefill graph, so that what cannot be skipped is refused at once."""
@@ -351,14 +281,10 @@ class Runtime:
             device=device,
             autocast=_autocast(device.type),
         )
-        return self._capture(key).sublayers
+        return self.graphs.capture(key).sublayers
 
     def _device(self) -> torch.device:
         return self.model.device  # type: ignore[no-any-return]
-
-    def _max_length(self) -> int | None:
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def _normal(
@@ -388,11 +314,6 @@ def _valid(
     if mask is not None:
         return mask[:, -input_ids.shape[1] :]
     return torch.ones_like(input_ids, dtype=torch.bool)
-
-
-def _lengths(arguments: dict[str, Any]) -> tuple[int, int]:
-    cache = arguments["cache"]
-    return cache.new.shape[0], cache.filled.shape[0]
 
 
 def _autocast(device_type: str) -> torch.dtype | None:

@@ -9,20 +9,23 @@ The mechanism under ``adaskip_fx``; it needs torch alone. In order:
 - :func:`link` compiled pieces into a program, or :func:`fuse` them into one flat graph.
 """
 
-from .capture import Capture, ShapeGuards, capture
+from .capture import Binder, Capture, ShapeGuards, capture, describe
 from .compiler import PieceCompiler
 from .dead_code import eliminate_dead_code
 from .errors import RefusedError
 from .link import fuse, link
 from .outline import Piece, outline, piece_of
 from .pipeline import run_passes, text
-from .probe import MOMENTS, Probe
-from .skip import Replacement, Skip
+from .probe import MOMENTS, VALID, Probe
+from .skip import Keep, Replacement, Skip
 from .sublayers import Sublayer, find_sublayers
 
 __all__ = [
     "MOMENTS",
+    "VALID",
+    "Binder",
     "Capture",
+    "Keep",
     "Piece",
     "PieceCompiler",
     "Probe",
@@ -32,6 +35,7 @@ __all__ = [
     "Skip",
     "Sublayer",
     "capture",
+    "describe",
     "eliminate_dead_code",
     "find_sublayers",
     "fuse",

@@ -170,7 +170,7 @@ def capture(
         graph: fx.GraphModule, example_inputs: list[Any], **_options: Any
     ) -> Callable[..., Any]:
         try:
-            built.append(build(_describe(graph, own.__globals__)))
+            built.append(build(describe(graph, own.__globals__)))
         except Exception as error:  # raised below, outside Dynamo, which would wrap it
             failed.append(error)
 
@@ -211,13 +211,19 @@ def _own_code(function: Callable[..., Any]) -> types.FunctionType:
     return own
 
 
-def _describe(graph: fx.GraphModule, scope: dict[str, Any]) -> Capture:
+def describe(graph: fx.GraphModule, scope: dict[str, Any] | None = None) -> Capture:
+    """The capture of a graph that a Dynamo backend was just called with, inside that call.
+
+    Args:
+        graph: what Dynamo handed to the backend.
+        scope: globals of the traced function, if its inputs are to be bound by source later.
+    """
     placeholders = graph.graph.find_nodes(op="placeholder")
     return Capture(
         graph=graph,
         sources=tuple(_expression(node._dynamo_source) for node in placeholders),
         tracing=TracingContext.get(),
-        scope=scope,
+        scope=scope if scope is not None else {},
         python_effects=_python_effects(),
     )
 
@@ -229,8 +235,15 @@ def _python_effects() -> tuple[str, ...]:
     """
     effects = InstructionTranslator.current_tx().output.side_effects
     changed = (v for v in effects.id_to_variable.values() if effects.is_modified(v))
-    sources = (_expression(v.source) for v in changed if v.source is not None)
-    return tuple(sorted({s for s in sources if s.startswith("L[")}))
+    sources = {_root_expression(v.source) for v in changed if v.source is not None}
+    return tuple(sorted(s for s in sources if s.startswith("L[")))
+
+
+def _root_expression(source: Any) -> str:
+    try:
+        return _expression(source)
+    except NotImplementedError:  # an object made while tracing, which no argument holds
+        return ""
 
 
 def _expression(source: Any) -> str:

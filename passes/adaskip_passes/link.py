@@ -6,8 +6,9 @@ milliseconds; `fuse` writes the pieces back into one flat graph for a compiler t
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -17,7 +18,78 @@ from .outline import Piece, piece_of
 Compiled = Callable[..., Any]
 
 
-def link(outer: fx.GraphModule, compiled: Callable[[Piece], Compiled]) -> Compiled:
+@dataclass(frozen=True)
+class _Instruction:
+    """Call `function` on registers; keep its result in one; let others go."""
+
+    function: Compiled
+    arguments: Callable[[list[Any]], tuple[Any, ...]]
+    result: int
+    dead: tuple[int, ...]
+
+
+class Linked:
+    """A program: instructions over registers, the first of which are its inputs.
+
+    A value is dropped after its last use, as in code that FX generates: the streams of a long
+    prompt would otherwise all be alive at the end. Building this takes a millisecond where
+    generating and compiling Python text takes twenty.
+    """
+
+    def __init__(self, outer: fx.GraphModule, compiled: Callable[[Piece], Compiled]) -> None:
+        nodes = list(outer.graph.nodes)
+        register = {node: i for i, node in enumerate(nodes)}
+        self._size = len(nodes)
+        self._program = []
+        for node in nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            piece = piece_of(node)
+            function = compiled(piece) if piece is not None else node.target
+            assert callable(function)
+            used_up = [
+                i
+                for i in node.all_input_nodes
+                if i.op != "placeholder" and max(i.users, key=register.__getitem__) is node
+            ]
+            self._program.append(
+                _Instruction(
+                    function,
+                    _reader(node.args, register),
+                    register[node],
+                    tuple(register[i] for i in used_up),
+                )
+            )
+        (results,) = outer.graph.output_node().args
+        assert isinstance(results, tuple | list)
+        self._results = _reader(tuple(results), register)
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        registers = [*inputs, *[None] * (self._size - len(inputs))]
+        for step in self._program:
+            registers[step.result] = step.function(*step.arguments(registers))
+            for dead in step.dead:
+                registers[dead] = None
+        return self._results(registers)
+
+
+def _reader(
+    arguments: tuple[Any, ...], register: Mapping[fx.Node, int]
+) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """From registers to the values of a call's arguments (nodes, constants, tuples of nodes)."""
+    places = [register[a] if isinstance(a, fx.Node) else None for a in arguments]
+    if None not in places:
+        if len(places) == 1:
+            return lambda registers: (registers[places[0]],)  # type: ignore[index]
+        return operator.itemgetter(*places) if places else lambda registers: ()
+
+    def read(registers: list[Any]) -> tuple[Any, ...]:
+        return fx.map_arg(arguments, lambda n: registers[register[n]])
+
+    return read
+
+
+def link(outer: fx.GraphModule, compiled: Callable[[Piece], Compiled]) -> Linked:
     """A function of the outer graph's placeholders, in order, that calls compiled pieces.
 
     Args:
@@ -27,16 +99,7 @@ def link(outer: fx.GraphModule, compiled: Callable[[Piece], Compiled]) -> Compil
     Returns:
         A function that returns what the outer graph returns (a tuple).
     """
-    targets: dict[str, Compiled] = {}
-    for node in outer.graph.find_nodes(op="call_module"):
-        piece = piece_of(node)
-        assert piece is not None
-        targets[str(node.target)] = compiled(piece)
-    code = outer.graph.python_code("self")
-    scope = dict(code.globals)
-    exec(compile(code.src, "<adaskip program>", "exec"), scope)
-    program: Compiled = types.MethodType(scope["forward"], types.SimpleNamespace(**targets))
-    return program
+    return Linked(outer, compiled)
 
 
 def fuse(outer: fx.GraphModule) -> fx.GraphModule:

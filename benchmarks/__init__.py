@@ -1,0 +1,1 @@
+"""Measurements: `python -m benchmarks run WORKLOAD` writes JSON, with its conditions."""

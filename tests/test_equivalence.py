@@ -1,0 +1,383 @@
+"""The compiled model computes what the eager model with replaced sublayers computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaskip_fx.cache import SkipCache
+from adaskip_fx.plan import Action, SkipPlan, Sublayer
+from tests.bank import (
+    CELLS,
+    SEEDS,
+    SHAPES,
+    STEPS,
+    Cell,
+    Entry,
+    check_request,
+    entry,
+    plans,
+    scales,
+)
+from tests.oracle import assert_close, moments
+
+# The whole request ------------------------------------------------------------------------------
+
+
+@given(st.data(), st.sampled_from(CELLS), STEPS, SEEDS)
+def test_a_request_equals_the_oracle(
+    data: st.DataObject, cell: Cell, steps: tuple[int, ...], seed: int
+) -> None:
+    """Logits of every step and K/V after it: prompt, chunks and decoded tokens, any plan."""
+    bank = cell.entry()
+    plan = data.draw(plans(bank.sublayers))
+    with bank.using(plan):
+        check_request(bank, plan, cell.batch, steps, seed)
+
+
+def names(bank: Entry, kind: str = "") -> list[str]:
+    return [str(s) for s in bank.sublayers if kind in ("", s.kind)]
+
+
+def special_plans(bank: Entry) -> dict[str, list[str]]:
+    """Skip sets at the edges of what is allowed."""
+    everything, last = names(bank), len(bank.sublayers) // 2 - 1
+    pair = [f"{layer}.attention" for layer in (1, 2)]
+    return {
+        "layer 0": ["0.attention", "0.ffn"],
+        "the first attention": ["0.attention"],
+        "the last layer": [f"{last}.attention", f"{last}.ffn"],
+        "the last ffn": [f"{last}.ffn"],
+        "all attention of a layer pair": pair,
+        "all attention": names(bank, "attention"),
+        "all ffn": names(bank, "ffn"),
+        "neighbours": ["0.ffn", "1.attention", "1.ffn"],
+        "all but the first": everything[1:],
+        "all but the last": everything[:-1],
+        "all but one in the middle": [n for n in everything if n != "1.attention"],
+    }
+
+
+@pytest.mark.parametrize("case", special_plans(entry("three_layers")))
+@pytest.mark.parametrize("scaled", [False, True])
+def test_special_skip_sets(case: str, scaled: bool) -> None:
+    bank = entry("three_layers")
+    skip = special_plans(bank)[case]
+    plan = bank.plan(skip, factors=dict.fromkeys(skip, 0.75) if scaled else None)
+    with bank.using(plan):
+        check_request(bank, plan, 1, (9, 1, 1, 4, 1))
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 3, 255, 256, 257, 300])
+def test_prompts_around_the_limits_of_lengths(prompt: int) -> None:
+    """One and two tokens are special to compilers, 256 is the block that storage grows by."""
+    bank = entry("grouped")
+    plan = bank.plan(["0.attention", "1.ffn"], factors={"0.attention": 1.5})
+    with bank.using(plan):
+        check_request(bank, plan, 1, (prompt, 1, 1, 2, 1))
+
+
+def test_a_skipped_ffn_in_decode_only() -> None:
+    bank = entry("grouped")
+    plan = bank.plan(["1.attention"], ["0.ffn"], {"0.ffn": 1.25, "1.attention": 0.5})
+    with bank.using(plan):
+        check_request(bank, plan, 1, (6, 1, 1, 3, 1))
+
+
+@pytest.mark.parametrize("phases", [("kv_only", "run"), ("run", "kv_only"), ("kv_only", "kv_only")])
+def test_kv_only_stores_keys_and_adds_nothing(phases: tuple[str, str]) -> None:
+    bank = entry("grouped")
+    first = bank.sublayers[0]
+    plan = SkipPlan(bank.sublayers, {first: Action(phases[0])}, {first: Action(phases[1])})
+    with bank.using(plan):
+        cache = check_request(bank, plan, 1, (6, 1, 3, 1))
+    assert all(cache.stored)
+
+
+def test_kv_only_ignores_a_factor() -> None:
+    """`kv_only` adds nothing to the stream, and so no factor either, which no key contains."""
+    bank = entry("equal_heads")
+    plan = kv_only_with_factor(bank, "0.attention", 0.5)
+    with bank.using(plan):
+        check_request(bank, plan, 1, (6, 1, 3, 1))
+
+
+def kv_only_with_factor(bank: Entry, name: str, factor: float) -> SkipPlan:
+    action = {Sublayer.parse(name): Action.KV_ONLY}
+    return SkipPlan(bank.sublayers, action, action, scales({name: factor}))
+
+
+# The companions: what the properties above would not let pass -----------------------------------
+
+
+def failing(bank: Entry, plan: SkipPlan) -> str:
+    """What `check_request` complains about."""
+    with pytest.raises(AssertionError) as caught:
+        check_request(bank, plan, 1, (6, 1, 1))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_wrong_factor_is_caught(phase: str) -> None:
+    bank = entry("three_layers")
+    skip = ["1.attention", "1.ffn"] if phase == "prefill" else ["1.attention"]
+    extra = [] if phase == "prefill" else ["1.ffn"]
+    plan = bank.plan(skip, extra, {"1.attention": 0.8, "1.ffn": 0.9})
+    with bank.using(plan):
+        bank.oracle.factors = {**bank.oracle.factors, "1.ffn": 0.9 * 1.001}
+        assert f"step {0 if phase == 'prefill' else 1}" in failing(bank, plan)
+
+
+def test_a_sublayer_that_runs_though_skipped_is_caught() -> None:
+    bank = entry("three_layers")
+    for name in names(bank):
+        with bank.using(bank.plan()):
+            bank.oracle.behave({name: "skip"})
+            assert "step 0" in failing(bank, bank.plan())
+
+
+def test_a_dropped_kv_write_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = SkipCache.step
+
+    def lossy(self: SkipCache, *args: Any) -> Any:
+        views = step(self, *args)
+        views.layers[1].values = views.layers[1].values.clone()  # written to, then forgotten
+        return views
+
+    monkeypatch.setattr(SkipCache, "step", lossy)
+    bank = entry("three_layers")
+    with bank.using():
+        assert "layer 1 values" in failing(bank, bank.plan())
+
+
+def test_a_lost_position_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = entry("three_layers")
+    with bank.using():
+        monkeypatch.setattr(torch, "arange", _shifted(torch.arange))
+        failing(bank, bank.plan())
+
+
+def _shifted(arange: Any) -> Any:
+    # transformers calls arange with one end, the runtime with two
+    def shifted(*args: Any, **kwargs: Any) -> Any:
+        return arange(*args, **kwargs) + (1 if len(args) == 2 and args[0] > 0 else 0)
+
+    return shifted
+
+
+def test_a_stale_key_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that is reused for another plan gives wrong answers."""
+    bank = entry("three_layers")
+    monkeypatch.setattr(SkipPlan, "phase_digest", lambda self, phase: "the same for all")
+    first, second = bank.plan(["0.ffn"]), bank.plan(["1.ffn"])
+    with bank.using(first):
+        check_request(bank, first, 1, (6, 1))
+    with bank.using(second):
+        assert "step 0" in failing(bank, second)
+
+
+def test_storage_for_skipped_attention_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = entry("three_layers")
+    plan = bank.plan(["1.attention"])
+    make = SkipCache.__init__
+
+    def generous(self: SkipCache, owner: Any, slots: Any, stored: Any, *args: Any) -> None:
+        make(self, owner, slots, [True] * len(slots), *args)
+
+    monkeypatch.setattr(SkipCache, "__init__", generous)
+    with bank.using(plan):
+        assert "layer 1: storage True" in failing(bank, plan)
+
+
+# The empty plan ---------------------------------------------------------------------------------
+
+PHASES = ("prefill", "one token", "extend", "decode")
+
+
+def captured_step(bank: Entry, phase: str, seed: int = 0) -> Any:
+    """A step's captured graph, its arguments, and the program linked for the empty plan."""
+    runtime, seen = bank.runtime, {}
+    cache = runtime.new_cache()
+    program = runtime.graphs.program
+
+    def spy(key: Any, plan: Any, probed: Any, arguments: Any) -> Any:
+        made = program(key, plan, probed, arguments)
+        seen.update(key=key, plan=plan, arguments=dict(arguments), program=made)
+        return made
+
+    steps = {"prefill": (7,), "one token": (1,), "extend": (7, 5), "decode": (7, 1)}[phase]
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(runtime.graphs, "program", spy)
+        for number, count in enumerate(steps):
+            ids = bank.tokens(1, count, seed + number)
+            logits = bank.compiled(input_ids=ids, past_key_values=cache).logits
+    (captured,) = runtime.graphs._captures[seen["key"]]
+    return captured, seen, logits
+
+
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name not in ("tied", "odd")])
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_empty_plan_is_the_captured_graph(shape: str, phase: str) -> None:
+    """Bit-equal to the graph run as it came, and the same graph as text."""
+    from adaskip_fx.programs import rewrite
+    from adaskip_passes import fuse
+
+    bank = entry(shape)
+    with bank.using():
+        captured, seen, logits = captured_step(bank, phase)
+    capture = captured.capture
+    arguments = seen["arguments"]
+    for layer in arguments["cache"].layers:  # the step has stored its tokens: take them out
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    with torch.no_grad():
+        as_it_came = capture.graph(*capture.binder(capture.sources)(arguments))
+    assert torch.equal(as_it_came[0], logits)
+    empty = SkipPlan.empty(bank.sublayers)
+    plan_phase = "decode" if phase == "decode" else "prefill"
+    outer = rewrite(captured.outer, captured.sublayers, empty, plan_phase)
+    assert fuse(outer).graph.python_code("self").src == capture.graph.graph.python_code("self").src
+
+
+def test_another_graph_is_another_text() -> None:
+    """The companion: a plan that skips anything changes the text."""
+    from adaskip_fx.programs import rewrite
+    from adaskip_passes import fuse
+
+    bank = entry("grouped")
+    with bank.using():
+        captured, _, _ = captured_step(bank, "prefill")
+    for name in names(bank):
+        outer = rewrite(captured.outer, captured.sublayers, bank.plan([name]), "prefill")
+        text = fuse(outer).graph.python_code("self").src
+        assert text != captured.capture.graph.graph.python_code("self").src
+
+
+# Composition of skips ---------------------------------------------------------------------------
+
+
+@given(st.data(), st.sampled_from([c for c in CELLS if c.batch == 1]), SEEDS)
+def test_skipping_a_then_b_is_skipping_both(data: st.DataObject, cell: Cell, seed: int) -> None:
+    """As plans (key), as rewrites of a graph (text), and in what they compute (bits)."""
+    from adaskip_fx.programs import rewrite
+    from adaskip_passes import Replacement, Skip, run_passes, text
+
+    bank = cell.entry()
+    size = len(bank.sublayers)
+    drawn = st.sets(st.sampled_from(bank.sublayers), max_size=size - 1)
+    both = data.draw(drawn)
+    a = data.draw(st.sets(st.sampled_from(sorted(both)))) if both else set()
+    b = both - a
+    at_once = SkipPlan.of(bank.sublayers, both)
+    assert SkipPlan.of(bank.sublayers, [*b, *a, *b]).digest == at_once.digest
+    with bank.using():
+        captured, _, _ = captured_step(bank, "prefill", seed)
+
+    def skip(chosen: set[Any]) -> Skip:
+        return Skip({bank.sublayers.index(s): Replacement("nothing") for s in chosen})
+
+    outer = rewrite(captured.outer, captured.sublayers, at_once, "prefill")
+    in_turn = run_passes(run_passes(captured.outer, (skip(a),)), (skip(b),))
+    assert text(in_turn) == text(outer)
+
+
+def test_the_order_of_skips_can_matter_to_nothing_else() -> None:
+    """The companion: the texts compared above differ when the sets do."""
+    from adaskip_fx.programs import rewrite
+    from adaskip_passes import text
+
+    bank = entry("three_layers")
+    with bank.using():
+        captured, _, _ = captured_step(bank, "prefill")
+    texts = {
+        text(rewrite(captured.outer, captured.sublayers, bank.plan([name]), "prefill"))
+        for name in names(bank)
+    }
+    assert len(texts) == len(bank.sublayers)
+
+
+# Probes -----------------------------------------------------------------------------------------
+
+
+def probed_run(
+    bank: Entry, plan: SkipPlan, batch: int, steps: tuple[int, ...], seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The last step without and with probes: logits, logits, and moments [probed, batch, 5]."""
+    runtime, results = bank.runtime, []
+    for probing in (False, True):
+        cache = runtime.new_cache()
+        for number, count in enumerate(steps):
+            ids = bank.tokens(batch, count, seed + number)
+            phase = runtime._phase(ids, cache)
+            runtime._request(cache, phase)
+            probed = running(plan, phase) if probing and number == len(steps) - 1 else ()
+            logits, reading = runtime._run(phase, plan, probed, ids, None, None, cache, 0)
+        results.append((logits, reading))
+    assert results[0][1] is None
+    return results[0][0], results[1][0], results[1][1]
+
+
+def running(plan: SkipPlan, phase: str) -> tuple[Any, ...]:
+    kind = "decode" if phase == "decode" else "prefill"
+    return tuple(s for s in plan.sublayers if plan.action(kind, s) is Action.RUN)
+
+
+@given(st.data(), st.sampled_from(CELLS), st.sampled_from([(1,), (6,), (6, 4), (6, 1)]), SEEDS)
+def test_probes_measure_and_change_nothing(
+    data: st.DataObject, cell: Cell, steps: tuple[int, ...], seed: int
+) -> None:
+    """Outputs bit-equal without and with probes; values as sums in float64 on the same stream."""
+    bank = cell.entry()
+    plan = data.draw(plans(bank.sublayers))
+    with bank.using(plan):
+        without, with_probes, readings = probed_run(bank, plan, cell.batch, steps, seed)
+        assert torch.equal(without, with_probes)
+        reference = bank.reference_cache()
+        for number, count in enumerate(steps):
+            bank.oracle.step(bank.tokens(cell.batch, count, seed + number), reference)
+        check_moments(bank, readings)
+
+
+def check_moments(bank: Entry, readings: torch.Tensor) -> None:
+    """Compare with the oracle's last forward; the stream of bfloat16 may be rounded elsewhere."""
+    assert len(readings) == len(bank.oracle.streams)
+    for reading, (name, stream) in zip(readings, bank.oracle.streams.items(), strict=True):
+        expected = moments(*stream)
+        for column in range(5):
+            what = f"moment {column} of {name}"
+            assert_close(reading[:, column].double(), expected[:, column], bank.tolerance, what)
+
+
+@pytest.mark.parametrize("column", range(5))
+def test_a_wrong_reading_is_caught(column: int) -> None:
+    bank = entry("three_layers")
+    plan = bank.plan(["1.attention"])
+    with bank.using(plan):
+        _, _, readings = probed_run(bank, plan, 1, (6,), 0)
+        bank.oracle.step(bank.tokens(1, 6, 0), bank.reference_cache())
+        check_moments(bank, readings)
+        readings[2, 0, column] *= 1.0001
+        with pytest.raises(AssertionError, match=f"moment {column} of 1.ffn"):
+            check_moments(bank, readings)
+
+
+def test_padding_counts_for_nothing() -> None:
+    """Left-padded prompts: each row's moments are those of the row alone."""
+    bank = entry("grouped")
+    lengths = (3, 7, 1)
+    ids = bank.tokens(3, 7)
+    mask = torch.tensor([[0] * (7 - n) + [1] * n for n in lengths])
+    with bank.using():
+        measured = bank.runtime.measure(ids, mask)
+        assert measured.shape == (len(bank.sublayers), 3, 5)
+        assert measured[:, :, 4].tolist() == [[3.0, 7.0, 1.0]] * len(bank.sublayers)
+        for row, length in enumerate(lengths):
+            alone = ids[row : row + 1, -length:]
+            # positions are those of the padded row: with rotary embeddings only distance counts
+            bank.oracle.step(alone, bank.reference_cache())
+            for sublayer, stream in enumerate(bank.oracle.streams.values()):
+                expected = moments(*stream)[0]
+                assert_close(measured[sublayer, row].double(), expected, 1e-5)
