@@ -3,8 +3,8 @@
 Before (one flat graph)::                After (the outer graph, small enough to print)::
 
     h = embedding(ids, w)                    prologue = self.prologue(ids, w, ...)
-    q = linear(norm(h), wq)                  x, cos, sin = prologue
-    ...                                      x_1 = self.layers_0_attention(x, cos, sin, ...)
+    q = linear(norm(h), wq)                  h, cos, sin = prologue
+    ...                                      x_1 = self.layers_0_attention(h, cos, sin, ...)
     h_1 = h + o                              x_2 = self.layers_0_ffn(x_1, ...)
     ...                                      logits = self.epilogue(x_2, ...)
 
@@ -36,6 +36,7 @@ from .sublayers import Sublayer, stream_levels
 Role = Literal["prologue", "sublayer", "epilogue", "probe", "compensation", "residue"]
 
 PIECE = "adaskip_piece"
+CAPTURED = "adaskip_captured"  # marks the captured graph's inputs among those that passes add
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ class _Builder:
     def build(self) -> Outer:
         for node in self.source.graph.find_nodes(op="placeholder"):
             self.value[node] = self.outer.node_copy(node)
+            self.value[node].meta[CAPTURED] = True
         members: dict[int, list[fx.Node]] = {}
         for node, at in self.place.items():
             members.setdefault(at, []).append(node)
@@ -220,7 +222,12 @@ class _Builder:
         module = _piece_module(self.source, nodes, inputs, outputs)
         piece = self._piece(at, module, len(outputs))
         self.root.add_module(piece.name, module)
-        call = self.outer.call_module(piece.name, tuple(self.value[i] for i in inputs))
+        call = self.outer.create_node(
+            "call_module",
+            piece.name,
+            tuple(self.value[i] for i in inputs),
+            name=f"x_{piece.index + 1}" if piece.role == "sublayer" else piece.name,
+        )
         call.meta[PIECE] = piece
         if len(outputs) == 1:
             self._name_value(outputs[0], call)

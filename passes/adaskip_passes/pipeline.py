@@ -7,13 +7,14 @@ it is given. A pipeline is a tuple of passes.
 from __future__ import annotations
 
 import difflib
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
-from .outline import Outer, piece_of
+from .outline import CAPTURED, Outer, piece_of
 
 Pass = Callable[[fx.GraphModule], None]
 
@@ -77,23 +78,31 @@ def copy(outer: fx.GraphModule) -> Outer:
 
 
 def text(outer: fx.GraphModule) -> str:
-    """The outer graph for people: one line a call; weights and cache slots left out."""
+    """The outer graph for people: one line a call; weights, cache slots and lengths left out."""
     lines = []
     for node in outer.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        shown = [str(a) for a in node.args if not _is_plain_input(a)]
-        hidden = len(node.args) - len(shown)
-        more = f", +{hidden} inputs" if hidden else ""
-        piece = piece_of(node)
-        name = piece.name if piece else getattr(node.target, "__name__", str(node.target))
-        lines.append(f"{node.name} = {name}({', '.join(shown)}{more})")
+        if node.op == "call_module" or (node.op == "call_function" and not _unpacks(node)):
+            piece = piece_of(node)
+            name = piece.name if piece else getattr(node.target, "__name__", str(node.target))
+            lines.append(f"{_results(node)} = {name}({_arguments(node)})")
     lines.append(f"return {outer.graph.output_node().args[0]}")
     return "\n".join(lines)
 
 
-def _is_plain_input(value: object) -> bool:
-    return isinstance(value, fx.Node) and value.op == "placeholder"
+def _unpacks(node: fx.Node) -> bool:
+    return node.target is operator.getitem
+
+
+def _results(node: fx.Node) -> str:
+    """What a call's value is called, or its values if it is unpacked."""
+    items = sorted((u for u in node.users if _unpacks(u)), key=lambda u: str(u.args[1]))
+    return ", ".join(u.name for u in items) or node.name
+
+
+def _arguments(node: fx.Node) -> str:
+    shown = [str(a) for a in node.args if not (isinstance(a, fx.Node) and a.meta.get(CAPTURED))]
+    hidden = len(node.args) - len(shown)
+    return ", ".join([*shown, f"+{hidden} inputs"] if hidden else shown)
 
 
 def _lint(outer: fx.GraphModule) -> None:

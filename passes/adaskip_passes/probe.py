@@ -2,10 +2,10 @@
 
 Before::                                    After probing sublayer 0::
 
-    x_1 = self.layers_0_attention(x, ...)       x_1 = self.layers_0_attention(x, ...)
-    ...                                         probe = self.probe(x, x_1, valid)
+    x_1 = self.layers_0_attention(h, ...)       x_1 = self.layers_0_attention(h, ...)
+    ...                                         probe_0 = self.probe(h, x_1, valid)
     return (logits,)                            ...
-                                                return (logits, stack([probe]))
+                                                return (logits, stack([probe_0]))
 
 A probe is a piece of its own that reads the stream before and after in float32, so a sublayer's
 code never depends on whether it is probed and no output changes. (Computed inside Inductor's fused
@@ -60,7 +60,10 @@ class Probe:
         for index in self.sublayers:
             before, after = calls[index].args[0], _stream_after(calls[index])
             with graph.inserting_after(after):
-                reading = graph.call_module(piece.name, (before, after, valid, *lengths))
+                arguments = (before, after, valid, *lengths)
+                reading = graph.create_node(
+                    "call_module", piece.name, arguments, name=f"probe_{index}"
+                )
             reading.meta[PIECE] = piece
             readings.append(reading)
         _append_output(graph, readings)

@@ -2,8 +2,8 @@
 
 Before::                                        After skipping layer 0's attention::
 
-    x_1 = self.layers_0_attention(x, cos, ...)      x_1 = self.scale(x, factor_0)
-    x_2 = self.layers_0_ffn(x_1, ...)               x_2 = self.layers_0_ffn(x_1, ...)
+    x_1 = self.layers_0_attention(h, cos, ...)      scale_0 = self.scale(h, factor_0)
+    x_2 = self.layers_0_ffn(x_1, ...)               x_2 = self.layers_0_ffn(scale_0, ...)
 
 Unlike an optimisation this changes the result: it computes another function, the one that an
 eager model computes whose sublayer ``x + f(x)`` is replaced by its compensation. What it must not
@@ -148,7 +148,9 @@ def _insert_compensation(outer: fx.GraphModule, stream: fx.Node, index: int, kin
     lengths = length_inputs(outer.graph, (stream,))
     inputs = [_new_input(outer.graph, factor_name(index, n), _scalar_like(example)) for n in names]
     piece = _shared_compensation(outer, kind, example, lengths)
-    node = outer.graph.call_module(piece.name, (stream, *inputs, *lengths))
+    node = outer.graph.create_node(
+        "call_module", piece.name, (stream, *inputs, *lengths), name=f"{piece.name}_{index}"
+    )
     node.meta[PIECE] = piece
     node.meta["example_value"] = example
     return node
