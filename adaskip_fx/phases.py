@@ -75,9 +75,10 @@ class GraphPhaseCapture:
         sublayers: in stream order, as plans name them.
         compiler: compiles the pieces of this capture.
         place: where each input's value is, by name, in ``(*fixed, *step)``.
-        fixed: from the captured function's arguments to the inputs that stay the same during a
-            request (weights).
+        bind_fixed: from the captured function's arguments to the inputs that stay the same during
+            a request (weights).
         step: likewise to the inputs that change with every step.
+        expected: the fixed inputs as they were captured (fake tensors), to compare with.
     """
 
     key: GraphKey
@@ -86,8 +87,24 @@ class GraphPhaseCapture:
     sublayers: tuple[Sublayer, ...]
     compiler: PieceCompiler
     place: Mapping[str, int]
-    fixed: Binder
+    bind_fixed: Binder
     step: Binder
+    expected: tuple[torch.Tensor | None, ...]
+
+    def fixed(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The inputs that stay the same during a request, looked up anew and checked.
+
+        Raises:
+            RefusedError: a parameter was replaced by one of another shape, dtype or device.
+        """
+        values = self.bind_fixed(arguments)
+        for name, value, expected in zip(self.place, values, self.expected, strict=False):
+            if expected is not None and _layout(value) != _layout(expected):
+                raise RefusedError(
+                    f"{name} was {_layout(expected)} when the model was captured and is "
+                    f"{_layout(value)} now; compile the model again"
+                )
+        return values
 
     def guards(self) -> ShapeGuards:
         """What must hold of the shapes, by what has been compiled until now."""
@@ -125,15 +142,30 @@ def capture_phase(
         found = find_sublayers(captured.graph.graph)
         names = tuple(Sublayer(s.layer, _kind(s.kind)) for s in found)
         outer = outline(captured.graph, found)
-        inputs = _sorted_inputs(captured)
-        place = {name: i for i, name in enumerate([*inputs[0], *inputs[1]])}
-        fixed, step = (captured.binder(list(group.values())) for group in inputs)
-        compiler = PieceCompiler(captured, backend)
-        return GraphPhaseCapture(key, captured, outer, names, compiler, place, fixed, step)
+        fixed, step = _sorted_inputs(captured)
+        examples = {n.name: n.meta.get("example_value") for n in outer.graph.nodes}
+        tensors = (examples[name] for name in fixed)
+        return GraphPhaseCapture(
+            key,
+            captured,
+            outer,
+            names,
+            PieceCompiler(captured, backend),
+            place={name: i for i, name in enumerate([*fixed, *step])},
+            bind_fixed=captured.binder(list(fixed.values())),
+            step=captured.binder(list(step.values())),
+            expected=tuple(t if isinstance(t, torch.Tensor) else None for t in tensors),
+        )
 
     with torch.no_grad():
         arguments = _example_arguments(model, forward, key, slots, lengths)
         return capture(_logits, arguments, build)
+
+
+def _layout(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, torch.Tensor):
+        return (type(value).__name__,)
+    return tuple(value.shape), tuple(value.stride()), value.dtype, value.device
 
 
 def _sorted_inputs(captured: Capture) -> tuple[dict[str, str], dict[str, str]]:

@@ -1,10 +1,25 @@
-"""Hypothesis profiles: HYPOTHESIS_PROFILE=soak draws many more examples, and new ones each time."""
+"""Hypothesis profiles, and one thread.
+
+HYPOTHESIS_PROFILE=soak draws many more examples, and new ones each time.
+"""
 
 from __future__ import annotations
 
 import os
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# The models are tiny: a second thread does nothing for them, and on a busy machine waiting for it
+# takes a hundred times as long as the work.
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave out Dynamo's trace log: thousands of empty records with every failure."""
+    config.option.log_level = config.option.log_level or "WARNING"
+
 
 # No deadline: the first example of a model pays for its capture, and machines are shared.
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
