@@ -227,6 +227,7 @@ class Runtime:
                 self.profile, self.plan, window.read(), window.probed
             )
 
+    @torch.no_grad()
     def _run(
         self,
         phase: GraphPhase,
@@ -262,8 +263,7 @@ class Runtime:
         if fixed is None:
             fixed = request.fixed[program.phase] = program.phase.fixed(arguments)
         valid = _valid(request, phase, input_ids, mask) if probed else None
-        with torch.no_grad():
-            logits, moments = program(arguments, fixed, valid)
+        logits, moments = program(arguments, fixed, valid)
         cache.advance(tokens)
         return logits, moments
 

@@ -86,6 +86,9 @@ class Cell:
     def entry(self) -> Entry:
         return entry(self.shape, self.dtype)
 
+    def __str__(self) -> str:
+        return f"{self.shape}-{str(self.dtype).removeprefix('torch.')}-{self.batch}"
+
 
 _ALL_LOGITS = ("one_layer", "grouped", "three_layers")
 CELLS = (

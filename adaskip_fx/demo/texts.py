@@ -13,13 +13,11 @@ from typing import Any
 _LONGEST = 800  # characters of a paragraph; longer ones (grammars, tables) are left out
 _LETTERS_PER_TOKEN = 6  # more than any usual tokenizer takes
 
-_INSTRUCTION = (
-    "A pass key is hidden in the text below. Find it and remember it. "
-    "I will ask you about it at the end.\n\n"
-)
-_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
-_QUESTION = "\n\nWhat is the pass key?"
-_OPENING = " The pass key is"  # of the answer, for a model without a chat template
+# A "pass key" or a "secret word" would be taken for something of Python in these texts.
+_INSTRUCTION = "There is an important secret number hidden in the text. Find it and memorize it.\n"
+_NEEDLE = "The secret number is {key}. Remember it. {key} is the secret number."
+_QUESTION = "\nWhat is the secret number? Answer with the number."
+_OPENING = "The secret number is"  # of the answer: small models do not find a way into it
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def demo_texts(
 
 def _counter(tokenizer: Any) -> Callable[[str], int]:
     def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"])
 
     return count
 
@@ -170,14 +168,14 @@ def prompt_ids(tokenizer: Any, text: str, opening: str = "") -> list[int]:
     Args:
         tokenizer: the model's.
         text: the message.
-        opening: added to the message when there is no chat template.
+        opening: words that the answer begins with.
     """
     if getattr(tokenizer, "chat_template", None):
         # A text, not tokens: what tokens come as differs between versions of transformers.
         rendered = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
-        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(rendered + opening, add_special_tokens=False)["input_ids"]
     else:
-        ids = tokenizer(text + opening)["input_ids"]
+        ids = tokenizer(f"{text} {opening}" if opening else text)["input_ids"]
     return list(ids)

@@ -1,0 +1,259 @@
+"""The command line: ``adaskip-fx demo | calibrate | generate | inspect``.
+
+torch and transformers take seconds to import, so commands import what they need when they run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .plan import SkipPlan
+
+app = typer.Typer(
+    help="AdaSkip (arXiv 2501.02336) for Hugging Face decoders: skip the sublayers that matter "
+    "least, learned from your texts and while decoding.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_MODEL = "A folder, a .gguf file, or a name on the Hugging Face hub."
+Model = Annotated[str, typer.Argument(help=_MODEL)]
+Alpha = Annotated[
+    float, typer.Option(help="Acceleration ratio: of S sublayers, about S (1 - 1/alpha) go.")
+]
+Backend = Annotated[str, typer.Option(help="Inner torch.compile backend that compiles the pieces.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float16.", show_default="float32 on CPU, bfloat16 on CUDA"
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def demo(
+    alpha: Alpha = 1.2,
+    device: Device = "auto",
+    model: Annotated[
+        str | None, typer.Option(help=_MODEL, show_default="SmolLM2-135M-Instruct")
+    ] = None,
+    backend: Backend = "inductor",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Find five pass keys in long texts, with and without skipping, and show what it did."""
+    with _reported(debug):
+        from .demo import Options, make_texts, run_demo, show
+        from .loading import load, packaged_model, usable_backend
+        from .progress import Steps
+
+        steps = Steps(_console(stderr=True))
+        with steps.step("load the model"):
+            loaded = load(model or str(packaged_model()), device)
+        usable, why = usable_backend(backend, loaded.model.device)
+        if why is not None:
+            steps.say(why)
+        options = Options(alpha=alpha, backend=usable)
+        texts = make_texts(loaded.tokenizer, options)
+        result = run_demo(loaded.model, loaded.tokenizer, texts, options, steps, loaded.name)
+        if as_json:
+            typer.echo(json.dumps(result.to_json(), indent=1))
+        else:
+            show(result, _console())
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to write the profile to.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="UTF-8 text to measure on, cut into samples; may be repeated.",
+            show_default="the Python reference in pydoc_data.topics",
+        ),
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a sample at most.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, help="Samples at most.")] = 8,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measure how much each sublayer changes the residual stream, and save the profile."""
+    with _reported(debug):
+        from .calibrate import calibrate as measure
+        from .demo.texts import calibration_samples
+        from .loading import load
+        from .profile import _check_target
+        from .progress import Steps
+
+        _check_target(out)  # before minutes of work
+        sources = None if text is None else [_read(file) for file in text]
+        steps = Steps(_console(stderr=True))
+        with steps.step("load the model"):
+            loaded = load(model, device, dtype)
+        chosen = calibration_samples(sources, max_length, samples)
+        with steps.step("calibrate") as advance:
+            profile = measure(loaded.model, loaded.tokenizer, chosen, max_length, progress=advance)
+        profile.save(out)
+        typer.echo(str(profile))
+        typer.echo(f"saved to {out}", err=True)
+
+
+@app.command()
+def generate(
+    model: Model,
+    profile: Annotated[Path, typer.Argument(help="Folder that calibrate wrote.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read the prompt from this file; - is standard input.")
+    ] = None,
+    alpha: Alpha = 1.2,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 64,
+    chat: Annotated[
+        bool, typer.Option(help="Put the prompt into the tokenizer's chat template, if any.")
+    ] = True,
+    backend: Backend = "inductor",
+    dtype: Dtype = None,
+    device: Device = "auto",
+    stats: Annotated[bool, typer.Option("--stats", help="Print what it did to stderr.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a prompt greedily with sublayers skipped, token by token."""
+    if (prompt is None) == (prompt_file is None):
+        raise typer.BadParameter("give a prompt, either as argument or with --prompt-file")
+    with _reported(debug):
+        from .generating import stream
+        from .loading import load, usable_backend
+        from .profile import Profile
+
+        words = _read(prompt_file) if prompt_file is not None else prompt or ""
+        measured = Profile.load(profile)
+        loaded = load(model, device, dtype)
+        usable, why = usable_backend(backend, loaded.model.device)
+        if why is not None:
+            typer.echo(why, err=True)
+        fast, _output = stream(
+            loaded, measured, words, alpha=alpha, limit=max_new_tokens, backend=usable, chat=chat
+        )
+        if stats:
+            typer.echo(str(fast.adaskip), err=True)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A profile's folder, or a plan's file.")],
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Show what a profile would skip at this ratio.", show_default="1.2"),
+    ] = None,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Show the outer graph before and after.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help=_MODEL, show_default="two layers of a tiny Llama")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show a profile or a plan as a table, and what it does to a graph."""
+    if path.is_file() and alpha is not None:
+        raise typer.BadParameter("a plan is made for one alpha already; --alpha is for profiles")
+    with _reported(debug):
+        plan = _show_file(path, alpha, need_plan=graph)
+        if graph and plan is not None:
+            _show_graph(plan, model)
+
+
+def _show_file(path: Path, alpha: float | None, need_plan: bool) -> SkipPlan | None:
+    """Print what is at `path`; returns the plan that it holds or leads to."""
+    from .plan import SkipPlan
+    from .profile import Profile
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_file():
+        plan = SkipPlan.load(path)
+        typer.echo(str(plan))
+        return plan
+    profile = Profile.load(path)
+    typer.echo(str(profile))
+    typer.echo(f"model: {profile.fingerprint}")
+    about = {**profile.calibration, **profile.versions}
+    typer.echo("measured: " + ", ".join(f"{key} {value}" for key, value in about.items()))
+    if alpha is None and not need_plan:
+        return None
+    plan = profile.preview(1.2 if alpha is None else alpha)
+    typer.echo(f"\nalpha {1.2 if alpha is None else alpha:g}: {plan}")
+    return plan
+
+
+def _show_graph(plan: SkipPlan, model: str | None) -> None:
+    from .explain import excerpt, explain, tiny_llama
+
+    if model is None:
+        layers = len({s.layer for s in plan.sublayers})
+        short, first = excerpt(plan)
+        subject: Any = tiny_llama(min(layers, 2))
+        if short is not plan:
+            last = first + 1
+            typer.echo(f"\nlayers {first} and {last} of the plan, on a Llama of two layers:")
+        plan = short
+    else:
+        from .loading import load
+
+        subject = load(model, "cpu").model
+    for shown in explain(subject, plan):
+        typer.echo(f"\n{shown.phase}, before:\n\n{shown.before}")
+        typer.echo(f"\n{shown.phase}, after:\n\n{shown.after}")
+
+
+def _read(path: Path) -> str:
+    """A text file, or standard input for ``-``."""
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    if not console.is_terminal or console.width > 100:
+        console = Console(stderr=stderr, width=100)
+    return console
+
+
+@contextmanager
+def _reported(debug: bool) -> Iterator[None]:
+    """Errors that a user can do something about: one line on stderr and exit code 1."""
+    try:
+        yield
+    except Exception as error:
+        if debug or not _expected(error):
+            raise
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _expected(error: Exception) -> bool:
+    from adaskip_passes import RefusedError
+
+    return isinstance(error, ValueError | TypeError | OSError | NotImplementedError | RefusedError)

@@ -1,0 +1,170 @@
+"""The demo itself: calibrate, compile, ask, compare. It prints nothing but its progress."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+import transformers
+
+import adaskip_fx
+from adaskip_fx.plan import SkipPlan
+from adaskip_fx.policies import AdaSkip
+from adaskip_fx.profile import Profile
+from adaskip_fx.progress import Steps
+
+from .measure import ask, compare, counts, link_new_plans
+from .result import CONTENDERS, Answer, Contender, DemoResult, Options
+from .texts import Texts, demo_texts
+
+
+def make_texts(tokenizer: Any, options: Options) -> Texts:
+    """The texts that `options` ask for."""
+    return demo_texts(
+        tokenizer,
+        calibration=options.calibration,
+        prompts=options.prompts,
+        prompt_tokens=options.prompt_tokens,
+        held_out=options.held_out,
+        seed=options.seed,
+    )
+
+
+def run_demo(
+    model: Any, tokenizer: Any, texts: Texts, options: Options, steps: Steps, name: str = ""
+) -> DemoResult:
+    """Measure a model as it is, in the pipeline with an empty plan, and with AdaSkip's plan.
+
+    Args:
+        model: a transformers decoder in evaluation mode; it is not changed.
+        tokenizer: the model's.
+        texts: see `make_texts`.
+        options: how much to measure.
+        steps: shows what is being done, and times it.
+        name: of the model, for the result.
+
+    Raises:
+        ValueError: `new_tokens` is too small for the decode window to close, or alpha is wrong.
+    """
+    policy = AdaSkip()
+    if options.new_tokens < policy.window + 4:
+        raise ValueError(
+            f"{options.new_tokens} new tokens are too few: the decode window takes "
+            f"{policy.window}, and some must follow"
+        )
+    with steps.step("calibrate") as advance:
+        profile = adaskip_fx.calibrate(
+            model, tokenizer, texts.calibration, options.calibration[1], progress=advance
+        )
+    plan = policy.plan(profile, options.alpha)
+    contenders = _warm(model, profile, texts, options, steps)
+    runtime = contenders["skipped"].adaskip
+    after_warmup = counts(runtime)
+    answers, learned = _ask_all(contenders, tokenizer, texts, options, steps)
+    after_answers = counts(runtime)
+    with steps.step("compare on held-out text"):
+        quality = compare(model, contenders["skipped"], texts.held_out)
+    with steps.step("link new plans"):
+        before = runtime.pieces_compiled
+        link_seconds = link_new_plans(runtime, options.link_repeats)
+        pieces = runtime.pieces_compiled - before
+    return DemoResult(
+        conditions=conditions(model, texts, options, name),
+        seconds=dict(steps.seconds),
+        profile=profile,
+        plan=plan,
+        learned=learned,
+        contenders={key: Contender(tuple(given), policy.window) for key, given in answers.items()},
+        quality=quality,
+        after_warmup=after_warmup,
+        after_answers=after_answers,
+        at_end=counts(runtime),
+        link_seconds=link_seconds,
+        pieces_for_new_plans=pieces,
+    )
+
+
+def _warm(
+    model: Any, profile: Profile, texts: Texts, options: Options, steps: Steps
+) -> dict[str, Any]:
+    """The three contenders, ready to answer without anything left to capture or compile."""
+    longest = max(len(p.ids) for p in texts.passkeys) + options.new_tokens
+    with steps.step("compile with skipping, and warm up"):
+        skipped = adaskip_fx.compile(model, profile, options.alpha, backend=options.backend)
+        skipped.adaskip.warmup(longest)
+    with steps.step("compile with an empty plan, and warm up"):
+        empty = adaskip_fx.compile(
+            model, profile, plan=SkipPlan.empty(profile.sublayers), backend=options.backend
+        )
+        empty.adaskip.warmup(longest)
+    with steps.step("warm up the model as is"):
+        ids = torch.tensor([texts.passkeys[0].ids[:64]], device=model.device)
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+        )
+    return dict(zip(CONTENDERS, (model, empty, skipped), strict=True))
+
+
+def _ask_all(
+    contenders: dict[str, Any], tokenizer: Any, texts: Texts, options: Options, steps: Steps
+) -> tuple[dict[str, list[Answer]], tuple[SkipPlan, ...]]:
+    """Every contender's answer to every text, and the plans that the skipped model learned."""
+    names = list(contenders)
+    answers: dict[str, list[Answer]] = {name: [] for name in names}
+    learned: list[SkipPlan] = []
+    total = len(names) * len(texts.passkeys)
+    with steps.step(f"ask for {len(texts.passkeys)} pass keys, three ways") as advance:
+        for number, passkey in enumerate(texts.passkeys):
+            # Each goes first in turn, so that none has the warmer machine.
+            for i in range(len(names)):
+                name = names[(number + i) % len(names)]
+                advance(number * len(names) + i, total)
+                answer, plan = ask(contenders[name], tokenizer, passkey, options.new_tokens)
+                answers[name].append(answer)
+                if name == "skipped" and plan is not None:
+                    learned.append(plan)
+        advance(total, total)
+    return answers, tuple(learned)
+
+
+def conditions(model: Any, texts: Texts, options: Options, name: str) -> dict[str, Any]:
+    """What the numbers depend on, JSON-compatible."""
+    device = model.device
+    cuda = device.type == "cuda"
+    return {
+        "model": name or type(model).__name__,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "backend": options.backend,
+        "alpha": options.alpha,
+        "seed": options.seed,
+        "prompt_tokens": [len(p.ids) for p in texts.passkeys],
+        "new_tokens": options.new_tokens,
+        "calibration_samples": len(texts.calibration),
+        "calibration_tokens": options.calibration[1],
+        "held_out_tokens": [len(w) for w in texts.held_out],
+        "batch_size": 1,
+        "decoding": "greedy",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
+        "adaskip_fx": adaskip_fx.__version__,
+    }
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            names = [line.split(":", 1)[1].strip() for line in info if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,125 @@
+"""What a compiled model is doing, as plain text: ``print(fast.adaskip)``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .plan import Action, Phase, SkipPlan
+from .text import by_kind, mebibytes
+
+if TYPE_CHECKING:
+    from .cache import SkipCache
+    from .runtime import Runtime
+
+_INDENT = "  "
+
+
+def runtime_report(runtime: Runtime) -> str:
+    """Plans in use, live requests with their windows, what was compiled, and K/V storage.
+
+    One aligned line for each; nothing is run and nothing is read from the device.
+    """
+    model = runtime.model
+    dtype = str(model.dtype).removeprefix("torch.")
+    rows = [
+        ("model", f"{type(model).__name__}, {dtype} on {model.device}"),
+        *_plan_rows("prefill", runtime.plan, "prefill"),
+        ("online", _online(runtime)),
+        *_request_rows(runtime),
+        ("compiled", _compiled(runtime)),
+        ("K/V", _storage(runtime)),
+    ]
+    return _aligned(rows)
+
+
+def _plan_rows(title: str, plan: SkipPlan, phase: Phase) -> list[tuple[str, str]]:
+    skipped = plan.skipped(phase)
+    heading = f"plan {plan.digest[:8]}, skips {len(skipped)} of {len(plan.sublayers)} sublayers"
+    rows = [(title, heading)]
+    if skipped:
+        rows.append((f"{_INDENT}skipped", by_kind(skipped)))
+    kept = [s for s in plan.sublayers if plan.action(phase, s) is Action.KV_ONLY]
+    if kept:
+        rows.append((f"{_INDENT}K/V only", by_kind(kept)))
+    return rows
+
+
+def _online(runtime: Runtime) -> str:
+    policy = runtime.policy
+    if policy is None:
+        return "off: the plan was given, and there is no policy to change it"
+    if not policy.online:
+        return "off by the policy"
+    if not runtime.plan.skipped("prefill"):
+        return "off: prefill skips nothing, so there is nothing to compare with"
+    return f"the first {policy.window} decoded tokens of a request are measured"
+
+
+def _request_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    live = sorted(runtime.live_caches(), key=lambda cache: -cache.length)
+    rows = [("requests", f"{len(live)} live")]
+    for number, cache in enumerate(live, 1):
+        rows.append((f"{_INDENT}{number}", _request(cache)))
+        plan = cache.request.decode_plan if cache.request is not None else None
+        if plan is not None:
+            extra = (s for s in plan.skipped("decode") if s not in plan.prefill)
+            total = f"skips {len(plan.skipped('decode'))} of {len(plan.sublayers)} sublayers"
+            learned = by_kind(extra)
+            more = f", on top of prefill's: {learned}" if learned else ", as prefill does"
+            rows.append((f"{_INDENT}{_INDENT}decode", f"plan {plan.digest[:8]}, {total}{more}"))
+    return rows
+
+
+def _request(cache: SkipCache) -> str:
+    batch = f"{cache.batch} x " if cache.batch > 1 else ""
+    return f"{batch}{cache.length:,} tokens stored, {_window(cache)}"
+
+
+def _window(cache: SkipCache) -> str:
+    request = cache.request
+    if request is None or not request.decoding:
+        return "window not open yet"
+    window = request.window
+    if window is None:
+        return "window off"
+    if window.closed:
+        return f"window closed after {window.size}"
+    return f"window {window.steps} of {window.size}"
+
+
+def _compiled(runtime: Runtime) -> str:
+    counters = runtime.counters
+    return (
+        f"{_count(counters.captures, 'graph')} captured, "
+        f"{_count(runtime.pieces_compiled, 'piece')} compiled in {runtime.compile_seconds:.1f} s "
+        f"({runtime.graphs.backend}), {_count(counters.links, 'program')} linked, "
+        f"{counters.dropped} dropped"
+    )
+
+
+def _storage(runtime: Runtime) -> str:
+    live = runtime.live_caches()
+    full = sum(_full_bytes(cache) for cache in live)
+    layers = len(runtime.slots)
+    stored = {sum(cache.stored) for cache in live} or {layers}
+    some = " or ".join(map(str, sorted(stored)))
+    return (
+        f"{mebibytes(runtime.cache_bytes)} in live requests ({some} of {layers} layers); "
+        f"{mebibytes(full)} with all layers"
+    )
+
+
+def _full_bytes(cache: SkipCache) -> int:
+    """Bytes of a cache with the same room and K/V for every layer."""
+    size = cache.dtype.itemsize
+    return sum(slot.nbytes(cache.batch, cache.capacity, size) for slot in cache.slots)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _aligned(rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(title) for title, _ in rows)
+    return "\n".join(f"{title.ljust(width)}  {text}" for title, text in rows)

@@ -1,0 +1,337 @@
+"""Probe: what sublayers do to the stream, measured in float32, and nothing else changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, fx
+
+from adaskip_passes import (
+    MOMENTS,
+    VALID,
+    Probe,
+    RefusedError,
+    Replacement,
+    Skip,
+    fuse,
+    link,
+    piece_of,
+    run_passes,
+    text,
+)
+from adaskip_passes.probe import probe_piece
+from tests.passes.decoders import (
+    SHAPES,
+    Block,
+    Cut,
+    Decoder,
+    Memory,
+    Shape,
+    Slot,
+    arguments,
+    call,
+    cut,
+    shared,
+)
+from tests.passes.reference import Instead, eager, moments, same
+
+
+def probed(got: Cut, *sublayers: int, skipped: tuple[int, ...] = ()) -> fx.GraphModule:
+    skips = Skip({i: Replacement("nothing", "scale") for i in skipped})
+    return run_passes(got.outer, (skips, Probe(sublayers)))
+
+
+def run(
+    got: Cut, outer: fx.GraphModule, args: Any, valid: Tensor, **factors: float
+) -> tuple[Tensor, ...]:
+    extra = {VALID: valid, **{k: torch.tensor(v) for k, v in factors.items()}}
+    return call(link(outer, got.compiler), got, outer.graph, args, extra)
+
+
+def all_valid(args: Any) -> Tensor:
+    return torch.ones(args["ids"].shape, dtype=torch.bool)
+
+
+def reference(streams: list[Tensor], valid: Tensor, *sublayers: int) -> npt.NDArray[np.float64]:
+    return np.stack([moments(streams[i], streams[i + 1], valid) for i in sublayers])
+
+
+def close(measured: Tensor, expected: npt.NDArray[np.float64]) -> None:
+    assert measured.dtype == torch.float32
+    np.testing.assert_allclose(measured.numpy().astype(np.float64), expected, rtol=1e-5, atol=1e-7)
+
+
+# What is measured ------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_moments_are_those_of_the_stream(data: st.DataObject) -> None:
+    """Any sublayers, any tokens that count, some sublayers skipped; no output changes."""
+    shape = data.draw(st.sampled_from(SHAPES), "shape")
+    decode = data.draw(st.booleans(), "decode")
+    tokens = 1 if decode else data.draw(st.integers(2, 9), "tokens")
+    got = shared(shape, 1, 9) if decode else shared(shape)
+    everything = range(2 * shape.layers)
+    skipped = data.draw(st.sets(st.sampled_from(everything), max_size=2 * shape.layers - 1), "skip")
+    left = [i for i in everything if i not in skipped]
+    chosen = data.draw(st.sets(st.sampled_from(left), min_size=1), "probed")
+    rows = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
+    counted = st.lists(rows, min_size=shape.batch, max_size=shape.batch)
+    valid = torch.tensor(data.draw(counted, "valid"))
+    filled = max(2, tokens)
+    args = arguments(got.model, shape, tokens, filled, seed=tokens)
+    twin = arguments(got.model, shape, tokens, filled, seed=tokens)
+    outer = probed(got, *sorted(chosen), skipped=tuple(sorted(skipped)))
+    logits, measured = run(got, outer, args, valid, **{f"factor_{i}": 1.25 for i in skipped})
+    streams: list[Tensor] = []
+    expected = eager(twin, {i: Instead(1.25) for i in skipped}, streams)
+    assert torch.equal(logits, expected)
+    assert same(args, twin)
+    close(measured, reference(streams, valid, *sorted(chosen)))
+
+
+def test_moments_of_the_wrong_sublayer_differ() -> None:
+    got = shared(Shape())
+    args, twin = (arguments(got.model, got.shape) for _ in range(2))
+    streams: list[Tensor] = []
+    eager(twin, streams=streams)
+    _, measured = run(got, probed(got, 1), args, all_valid(args))
+    close(measured, reference(streams, all_valid(args), 1))
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        close(measured, reference(streams, all_valid(args), 2))
+
+
+@pytest.mark.parametrize("block", ["InPlace", "BranchInPlace", "Dropped", "PostNorm", "Multiplied"])
+def test_every_way_to_join_a_branch_is_measured(block: str) -> None:
+    """Also where the stream is written in place, so that before and after share storage."""
+    got = shared(Shape(block=block))
+    args, twin = (arguments(got.model, got.shape) for _ in range(2))
+    streams: list[Tensor] = []
+    expected = eager(twin, streams=streams)
+    logits, measured = run(got, probed(got, 0, 1, 2, 3), args, all_valid(args))
+    assert torch.equal(logits, expected)
+    close(measured, reference(streams, all_valid(args), 0, 1, 2, 3))
+
+
+def test_the_order_of_results_is_the_order_asked_for() -> None:
+    got = shared(Shape())
+    args = arguments(got.model, got.shape)
+    _, one = run(got, probed(got, 2, 0), args, all_valid(args))
+    args = arguments(got.model, got.shape)
+    _, other = run(got, probed(got, 0, 2), args, all_valid(args))
+    assert torch.equal(one, other.flip(0))
+    assert one.shape == (2, got.shape.batch, len(MOMENTS))
+
+
+def test_the_names_of_what_is_measured() -> None:
+    assert MOMENTS == ("cosine", "ratio", "before_squared", "after_squared", "tokens")
+    valid = torch.ones(1, 1, dtype=torch.bool)
+    piece = probe_piece(torch.zeros(1, 1, 2), valid, [])
+    before, after = torch.tensor([[[3.0, 0.0]]]), torch.tensor([[[6.0, 8.0]]])
+    values = dict(zip(MOMENTS, piece.module(before, after, valid)[0].tolist(), strict=True))
+    assert values == pytest.approx(
+        {
+            "cosine": 0.6,
+            "ratio": 10 / 3,
+            "before_squared": 9.0,
+            "after_squared": 100.0,
+            "tokens": 1.0,
+        }
+    )
+
+
+def test_a_bfloat16_stream_is_measured_in_float32() -> None:
+    got = shared(Shape(layers=2, hidden=16, dtype=torch.bfloat16))
+    args, twin = (arguments(got.model, got.shape) for _ in range(2))
+    streams: list[Tensor] = []
+    eager(twin, streams=streams)
+    _, measured = run(got, probed(got, 0, 3), args, all_valid(args))
+    expected = reference(streams, all_valid(args), 0, 3)
+    close(measured, expected)
+    narrow = [s.to(torch.bfloat16) for s in streams]
+    cosine = torch.cosine_similarity(narrow[0], narrow[1], -1).sum(1)  # computed in bfloat16
+    assert not np.allclose(cosine.double().numpy(), expected[0, :, 0], rtol=1e-5)
+
+
+# What counts -----------------------------------------------------------------------------------
+
+
+class Feeding(Block):
+    """An FFN without attention, so that one token's NaN stays its own."""
+
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        return x + self.feed(x)
+
+
+def test_padding_may_hold_nan() -> None:
+    shape = Shape(layers=2)
+    got = cut(Decoder(shape, Feeding), shape)
+    with torch.no_grad():
+        got.model.embed.weight[0] = float("nan")
+        got.model.embed.weight[1] = float("inf")
+    args = arguments(got.model, shape)
+    args["ids"][0, 2:4], args["ids"][1, 0] = 0, 1
+    args["ids"][0, :2], args["ids"][0, 4:], args["ids"][1, 1:] = 3, 4, 5
+    valid = args["ids"] > 1
+    outer = probed(got, 0, 1)
+    _, measured = run(got, outer, args, valid)
+    assert measured.isfinite().all()
+    assert measured[..., 4].tolist() == [[5.0, 6.0]] * 2
+    _, spoiled = run(got, outer, args, all_valid(args))
+    assert spoiled[..., 0].isnan().all(), "the padding was not harmless"
+
+
+def test_a_row_without_valid_tokens_is_zero() -> None:
+    got = shared(Shape())
+    args = arguments(got.model, got.shape)
+    valid = all_valid(args)
+    valid[1] = False
+    _, measured = run(got, probed(got, 0), args, valid)
+    assert measured[0, 1].tolist() == [0.0] * 5
+    assert measured[0, 0, 4] == 7.0
+
+
+def test_measuring_adds_up_over_tokens() -> None:
+    """Moments of two halves are those of the whole: they can be summed over steps."""
+    got = shared(Shape())
+    outer = probed(got, 0, 1, 2, 3)
+    valid = torch.zeros(got.shape.batch, 7, dtype=torch.bool)
+    valid[:, ::2] = True
+    one, two, both = (
+        run(got, outer, arguments(got.model, got.shape), v)[1]
+        for v in (valid, ~valid, valid | ~valid)
+    )
+    np.testing.assert_allclose((one + two).numpy(), both.numpy(), rtol=1e-6)
+
+
+# The graph -------------------------------------------------------------------------------------
+
+
+def test_the_outer_graph_with_a_probe() -> None:
+    assert text(probed(shared(Shape()), 0, 3)) == (
+        "x, table = prologue(+5 inputs)\n"
+        "x_1 = layers_0_attention(x, table, +7 inputs)\n"
+        "probe_0 = probe(x, x_1, valid, +1 inputs)\n"
+        "x_2 = layers_0_ffn(x_1, +6 inputs)\n"
+        "x_3 = layers_1_attention(x_2, table, +7 inputs)\n"
+        "x_4 = layers_1_ffn(x_3, +6 inputs)\n"
+        "probe_3 = probe(x_3, x_4, valid, +1 inputs)\n"
+        "epilogue = epilogue(x_4, +3 inputs)\n"
+        "stack = stack((probe_0, probe_3))\n"
+        "return (epilogue, stack)"
+    )
+
+
+def test_no_probes_change_nothing() -> None:
+    got = shared(Shape())
+    assert text(run_passes(got.outer, (Probe(()),))) == text(got.outer)
+    assert VALID not in [n.name for n in probed(got).graph.find_nodes(op="placeholder")]
+
+
+def test_probes_read_and_do_not_write() -> None:
+    """Linked and fused, with all probes and with none, outputs have the same bits."""
+    got = shared(Shape())
+    outer = probed(got, 0, 1, 2, 3)
+    plain = call(
+        link(got.outer, got.compiler), got, got.outer.graph, arguments(got.model, got.shape)
+    )
+    args = arguments(got.model, got.shape)
+    logits, linked = run(got, outer, args, all_valid(args))
+    fused = call(
+        fuse(outer), got, outer.graph, arguments(got.model, got.shape), {VALID: all_valid(args)}
+    )
+    assert torch.equal(plain[0], logits)
+    assert torch.equal(plain[0], fused[0])
+    assert torch.equal(linked, fused[1])
+
+
+def test_the_probe_is_compiled_once_however_many_there_are() -> None:
+    shape = Shape(layers=2)
+    got = cut(Decoder(shape), shape)
+    link(got.outer, got.compiler)
+    without = got.compiler.compiled
+    link(probed(got, 2), got.compiler)
+    assert got.compiler.compiled == without + 1
+    link(probed(got, 0, 1, 2, 3), got.compiler)
+    link(probed(got, 3, 1), got.compiler)
+    assert got.compiler.compiled == without + 1
+
+
+def test_a_sublayers_code_does_not_depend_on_its_probe() -> None:
+    def keys(outer: fx.GraphModule) -> list[str]:
+        found = [piece_of(n) for n in outer.graph.find_nodes(op="call_module")]
+        return [p.key for p in found if p is not None and p.role != "probe"]
+
+    got = shared(Shape())
+    assert keys(probed(got, 0, 1, 2, 3)) == keys(got.outer)
+
+
+# Sublayers with more to give, and what is refused ----------------------------------------------
+
+
+class HandsOn(Decoder):
+    """The first attention's branch is read again by the second layer."""
+
+    def forward(self, ids: Tensor, memory: Memory) -> Tensor:
+        x, table = self.embed(ids), self.table(0, ids.shape[1])
+        extra = None
+        for layer, slot in zip(self.layers, memory.slots, strict=True):
+            branch = layer.attend(x, table, slot, 0)  # type: ignore[operator]
+            x = x + branch
+            extra = branch if extra is None else extra
+            x = x + layer.mlp(layer.norm2(x) * extra)  # type: ignore[operator]
+        return self.head(self.norm(x))
+
+
+def test_a_sublayer_that_hands_on_more_than_the_stream_can_be_measured() -> None:
+    shape = Shape()
+    got = cut(HandsOn(shape), shape)
+    piece = piece_of(got.outer.graph.find_nodes(op="call_module")[1])
+    assert piece is not None
+    assert piece.outputs == 2
+    args = arguments(got.model, shape)
+    logits, measured = run(got, probed(got, 0), args, all_valid(args))
+    twin = arguments(got.model, shape)
+    with torch.no_grad():
+        assert torch.equal(logits, got.model(twin["ids"], twin["memory"]))
+        x = got.model.embed(twin["ids"])
+        table = got.model.table(0, 7)
+        fresh = arguments(got.model, shape)["memory"].slots[0]
+        after = x + got.model.layers[0].attend(x, table, fresh, 0)  # type: ignore[operator]
+    close(measured, reference([x, after], all_valid(args), 0))
+
+
+def test_a_skipped_sublayer_cannot_be_measured() -> None:
+    got = shared(Shape())
+    with pytest.raises(
+        RefusedError, match=r"^sublayers \[1, 3\] do not run in this graph: nothing to measure$"
+    ):
+        run_passes(got.outer, (Skip({1: Replacement(), 3: Replacement()}), Probe((0, 1, 3))))
+    with pytest.raises(RefusedError, match=r"sublayers \[7\] do not run"):
+        probed(got, 7)
+
+
+def test_a_measured_sublayer_is_not_skipped_silently() -> None:
+    """In this order the probe would compare the stream with itself and report a cosine of 1."""
+    with pytest.raises(RefusedError):
+        run_passes(shared(Shape()).outer, (Probe((1,)), Skip({1: Replacement()})))
+
+
+def test_two_probe_passes_share_the_mask_or_are_refused() -> None:
+    got = shared(Shape())
+    args = arguments(got.model, got.shape)
+    try:
+        outer = run_passes(got.outer, (Probe((0,)), Probe((1,))))
+    except RefusedError:
+        return
+    names = [n.name for n in outer.graph.find_nodes(op="placeholder")]
+    assert [n for n in names if n.startswith(VALID)] == [VALID]
+    _, first, second = run(got, outer, args, all_valid(args))
+    _, both = run(got, probed(got, 0, 1), arguments(got.model, got.shape), all_valid(args))
+    assert torch.equal(torch.cat((first, second)), both)
