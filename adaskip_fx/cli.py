@@ -254,6 +254,8 @@ def _reported(debug: bool) -> Iterator[None]:
 
 
 def _expected(error: Exception) -> bool:
+    if isinstance(error, BrokenPipeError):  # the reader has enough; click ends quietly
+        return False
     from adaskip_passes import RefusedError
 
     return isinstance(error, ValueError | TypeError | OSError | NotImplementedError | RefusedError)

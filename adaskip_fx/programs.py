@@ -52,10 +52,10 @@ def rewrite(
     for sublayer in sublayers:
         action = plan.action(phase, sublayer)
         if action is not Action.RUN:
-            compensated = plan.compensation.factor(sublayer) is not None
+            factor = plan.compensation.factor(sublayer) if action is Action.SKIP else None
             replacements[position[sublayer]] = Replacement(
                 keep="everything" if action is Action.KV_ONLY else keep,
-                compensation=plan.compensation.kind if compensated else None,
+                compensation=plan.compensation.kind if factor is not None else None,
             )
     probe = Probe(tuple(sorted(position[s] for s in probed)))
     return run_passes(outer, (Skip(replacements), probe))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .plan import Action, Phase, SkipPlan
-from .text import by_kind, mebibytes
+from .text import by_kind, storage
 
 if TYPE_CHECKING:
     from .cache import SkipCache
@@ -105,8 +105,8 @@ def _storage(runtime: Runtime) -> str:
     stored = {sum(cache.stored) for cache in live} or {layers}
     some = " or ".join(map(str, sorted(stored)))
     return (
-        f"{mebibytes(runtime.cache_bytes)} in live requests ({some} of {layers} layers); "
-        f"{mebibytes(full)} with all layers"
+        f"{storage(runtime.cache_bytes)} in live requests ({some} of {layers} layers); "
+        f"{storage(full)} with all layers"
     )
 
 

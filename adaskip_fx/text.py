@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from .plan import TIMES
 from .sublayer import Sublayer
 
-__all__ = ["TIMES", "by_kind", "mebibytes"]
+__all__ = ["TIMES", "by_kind", "storage"]
 
 
 def by_kind(sublayers: Iterable[Sublayer]) -> str:
@@ -28,6 +28,6 @@ def _ranges(numbers: list[int]) -> str:
     return " ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
-def mebibytes(count: int) -> str:
-    """``12.3 MiB``."""
-    return f"{count / 2**20:.1f} MiB"
+def storage(count: int) -> str:
+    """A number of bytes: ``12.3 MiB``."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

@@ -116,7 +116,7 @@ def test_lost_growth_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     grown = SkipCache._grown
     monkeypatch.setattr(SkipCache, "_grown", lambda self, old, shape: grown(self, None, shape))
     bank = entry(SHAPE)
-    with bank.using(), pytest.raises(AssertionError, match="layer 0|logits"):
+    with bank.using(), pytest.raises(AssertionError, match=r"layer 0|logits"):
         check_request(bank, bank.plan(), (250, 3, 5, 1))
 
 

@@ -30,14 +30,15 @@ def snapshot(model: Any) -> dict[str, Any]:
         for name, module in model.named_modules()
     }
     tensors = [*model.named_parameters(), *model.named_buffers()]
+    generation = getattr(model, "generation_config", None)
     return {
         "modules": modules,
         "config": copy.deepcopy(model.config.to_dict()),
         "attention": model.config._attn_implementation,
-        "generation": copy.deepcopy(model.generation_config.to_dict()),
+        "generation": generation.to_dict() if generation is not None else None,
         "tensors": {name: (id(t), t.data_ptr(), t.requires_grad) for name, t in tensors},
         "values": {name: t.detach().clone() for name, t in tensors},
-        "code": (type(model).forward, type(model).generate),
+        "class": (type(model), type(model).forward),
     }
 
 

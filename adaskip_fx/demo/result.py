@@ -39,7 +39,7 @@ class Options:
     prompt_tokens: int = 2000
     new_tokens: int = 32
     calibration: tuple[int, int] = (6, 1024)
-    held_out: tuple[int, int] = (2, 1024)
+    held_out: tuple[int, int] = (2, 768)
     link_repeats: int = 5
     seed: int = 0
 

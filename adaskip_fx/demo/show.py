@@ -12,7 +12,7 @@ from rich.table import Table
 
 from adaskip_fx.plan import Phase, SkipPlan
 from adaskip_fx.sublayer import Kind, Sublayer
-from adaskip_fx.text import TIMES, by_kind, mebibytes
+from adaskip_fx.text import TIMES, by_kind, storage
 
 from .result import CONTENDERS, Contender, DemoResult
 
@@ -103,8 +103,8 @@ def _times(result: DemoResult, console: Console) -> None:
         *_compared(result, lambda x: x.window_step_seconds, "ms"),
     )
     table.add_row("decode step after it", *_compared(result, lambda x: x.later_step_seconds, "ms"))
-    storage = (mebibytes(result.contenders[name].cache_bytes) for name in CONTENDERS)
-    table.add_row("K/V storage of a request", *storage)
+    held = (storage(result.contenders[name].cache_bytes) for name in CONTENDERS)
+    table.add_row("K/V storage of a request", *held)
     console.print(table)
     _say(
         console,

@@ -32,6 +32,11 @@ Binder = Callable[[Mapping[str, Any]], tuple[Any, ...]]
 
 _serial = itertools.count()
 
+_SWITCHED_OFF = (
+    "torch.compile ran {} without compiling it. Is Dynamo switched off "
+    "(TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE, torch.compiler.set_stance)?"
+)
+
 
 class _CapturedError(Exception):
     """Leaves the compiled function before it runs anything: only its graph was wanted."""
@@ -83,7 +88,11 @@ class Capture:
     def binder(self, sources: Sequence[str]) -> Binder:
         """A function from the captured function's arguments to the values of `sources`."""
         body = ", ".join(sources) + ("," if len(sources) == 1 else "")
-        return eval(f"lambda L: ({body})", self.scope)  # type: ignore[no-any-return]
+        return eval(f"lambda L: ({body})", self.names())  # type: ignore[no-any-return]
+
+    def names(self) -> dict[str, Any]:
+        """What source expressions may refer to besides ``L``."""
+        return {**self.scope, "G": self.scope}
 
     def shape_guards(self) -> ShapeGuards:
         """What must hold of the arguments' shapes, as recorded until now."""
@@ -128,7 +137,7 @@ class ShapeGuards:
                 conditions[f"{name} <= {int(bounds.upper)}"] = None
         text = " and ".join(f"({c})" for c in conditions) or "True"
         values = ", ".join(f"{name}={source}" for name, source in symbols.items())
-        scope = dict(capture.scope)
+        scope = capture.names()
         exec(f"def _holds({', '.join(symbols)}): return {text}", scope)
         check = eval(f"lambda L: _holds({values})", scope)
         return cls(tuple(conditions), symbols, check, scope)
@@ -162,6 +171,8 @@ def capture(
         RefusedError: when Dynamo cannot make one graph of the function.
         Exception: whatever `build` raised.
     """
+    if torch._dynamo.config.disable:
+        raise RefusedError(_SWITCHED_OFF.format(function.__name__))
     own = _own_code(function)
     built: list[Built] = []
     failed: list[BaseException] = []
@@ -195,10 +206,7 @@ def capture(
     if failed:
         raise failed[0]
     if not built:
-        raise RefusedError(
-            f"torch.compile ran {function.__name__} without compiling it. Is Dynamo switched off "
-            "(TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE, torch.compiler.set_stance)?"
-        )
+        raise RefusedError(_SWITCHED_OFF.format(function.__name__))
     return built[0]
 
 
@@ -207,7 +215,7 @@ def _own_code(function: Callable[..., Any]) -> types.FunctionType:
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     own = types.FunctionType(code, dict(function.__globals__), code.co_name)
-    own.__kwdefaults__ = function.__kwdefaults__
+    own.__defaults__, own.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     return own
 
 

@@ -42,11 +42,13 @@ class PieceCompiler:
         """Compile a copy of `module` for its placeholders' example values."""
         start = time.perf_counter()
         graph = fx.Graph()
-        graph.output(graph.graph_copy(module.graph, {}))
+        result = graph.graph_copy(module.graph, {})
+        single = not isinstance(result, tuple | list)
+        graph.output((result,) if single else result)  # backends expect a graph to return a tuple
         own = fx.GraphModule(module, graph, "Piece")
         examples = [n.meta["example_value"] for n in graph.find_nodes(op="placeholder")]
         with self.capture.reopened():
             function: Compiled = self._inner(own, examples)
         self.compiled += 1
         self.seconds += time.perf_counter() - start
-        return function
+        return (lambda *inputs: function(*inputs)[0]) if single else function

@@ -9,57 +9,25 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 from torch import fx
 
-_INPLACE_FUNCTIONS = {
-    operator.setitem,
-    operator.iadd,
-    operator.isub,
-    operator.imul,
-    operator.itruediv,
-    operator.ifloordiv,
-    operator.imod,
-    operator.ior,
-    operator.iand,
-    operator.ixor,
-}
+_INPLACE_NAMES = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift", "setitem"),
+)
+_INPLACE_FUNCTIONS = frozenset(getattr(operator, name) for name in _INPLACE_NAMES)
 _VIEWS = frozenset(
-    [
-        "narrow",
-        "view",
-        "view_as",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "transpose",
-        "permute",
-        "t",
-        "mT",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "expand_as",
-        "chunk",
-        "split",
-        "unbind",
-        "unfold",
-        "diagonal",
-        "as_strided",
-        "contiguous",
-        "to",
-        "type_as",
-        "float",
-        "half",
-        "bfloat16",
-        "double",
-        "detach",
-        "alias",
-        "getitem",
-        "movedim",
-        "swapaxes",
-    ]
+    " ".join(
+        (
+            "narrow view view_as reshape flatten unflatten ravel transpose swapaxes swapdims",
+            "permute movedim moveaxis t mT T H mH real imag adjoint select unsqueeze squeeze",
+            "expand expand_as broadcast_to chunk split tensor_split hsplit vsplit dsplit unbind",
+            "unfold diagonal as_strided contiguous to type_as float half bfloat16 double data",
+            "detach alias getitem getattr",
+        )
+    ).split()
 )
 
 
@@ -71,16 +39,22 @@ def operation(node: fx.Node) -> str:
 
 
 def is_mutation(node: fx.Node) -> bool:
-    """True for a node that writes into its first argument."""
-    if node.op == "call_function":
-        if node.target in _INPLACE_FUNCTIONS:
-            return True
-        name = operation(node)
-    elif node.op == "call_method":
-        name = operation(node)
-    else:
+    """True for a node that writes into one of its arguments."""
+    if node.op not in ("call_function", "call_method"):
         return False
+    if node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None:
+        return True
+    if node.target in _INPLACE_FUNCTIONS or _schema_writes(node.target):
+        return True
+    name = operation(node)
     return name.endswith("_") and not name.endswith("__")
+
+
+def _schema_writes(target: Any) -> bool:
+    """Operators registered with torch say so in their schema, one for each overload."""
+    names = target.overloads() if hasattr(target, "overloads") else ()
+    overloads = [getattr(target, name) for name in names] or [target]
+    return any(getattr(getattr(o, "_schema", None), "is_mutable", False) for o in overloads)
 
 
 def storage_root(node: fx.Node) -> fx.Node:

@@ -7,7 +7,7 @@ milliseconds; `fuse` writes the pieces back into one flat graph for a compiler t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,7 @@ def fuse(outer: fx.GraphModule) -> fx.GraphModule:
     for node in outer.graph.nodes:
         piece = piece_of(node) if node.op == "call_module" else None
         if piece is not None:
-            value[node] = _inline(flat, root, piece, [value[a] for a in node.all_input_nodes])
+            value[node] = _inline(flat, root, piece, fx.map_arg(node.args, lambda n: value[n]))
         elif node.op == "call_function" and isinstance(value.get(node.all_input_nodes[0]), tuple):
             value[node] = value[node.all_input_nodes[0]][node.args[1]]
         else:
@@ -127,7 +127,7 @@ def fuse(outer: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(root, flat, "Fused")
 
 
-def _inline(flat: fx.Graph, root: fx.GraphModule, piece: Piece, arguments: list[fx.Node]) -> Any:
+def _inline(flat: fx.Graph, root: fx.GraphModule, piece: Piece, arguments: Sequence[Any]) -> Any:
     """Copy a piece's nodes into `flat`; returns the node, or tuple of nodes, that it returns."""
     inner = piece.module.graph
     copies = dict(zip(inner.find_nodes(op="placeholder"), arguments, strict=True))

@@ -21,14 +21,15 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import types
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from .effects import accesses, written
+from .effects import accesses, is_mutation, storage_root, written
 from .errors import RefusedError
 from .lengths import length_inputs
 from .sublayers import Sublayer, stream_levels
@@ -159,12 +160,17 @@ def _inner_only(node: fx.Node) -> bool:
 
 
 def _place_free_writes(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> None:
-    """A write that depends on no stream (a length counter) goes where its storage is last read."""
+    """A write that depends on no stream (a length counter) goes where its storage is last read.
+
+    One that nobody reads stays where it was in the program.
+    """
+    at = 0
     for node in inner:
         root = written(node)
         if root is not None and place[node] == 0 and not node.users:
             before = [place[a] for a in accesses(inner, root) if a is not node]
-            place[node] = max(before, default=0)
+            place[node] = max(before, default=at)
+        at = place[node]
 
 
 def _place_unread(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> None:
@@ -188,6 +194,29 @@ def _check_order(inner: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> None
             )
 
 
+def _in_place_adds(graph: fx.Graph, sublayers: Sequence[Sublayer]) -> set[fx.Node]:
+    """The adds that overwrite the stream they read (``x += branch``).
+
+    In their pieces they become plain adds, so that the stream before a sublayer is still there
+    after it, to be measured. Nothing may read the overwritten tensor by its old name.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    found = set()
+    for s in sublayers:
+        target = s.add.args[0]
+        if not is_mutation(s.add) or not isinstance(target, fx.Node):
+            continue
+        if storage_root(target) is not storage_root(s.stream):
+            continue  # it overwrites the branch, which nobody else has
+        if any(order[u] > order[s.add] for n in (target, s.stream) for u in n.users):
+            raise RefusedError(
+                f"{s.path}: the residual stream is overwritten in place and read afterwards by "
+                "its old name"
+            )
+        found.add(s.add)
+    return found
+
+
 class _Builder:
     """Builds the outer graph, piece by piece in stream order."""
 
@@ -202,6 +231,7 @@ class _Builder:
         self.sublayers = sublayers
         self.outer = fx.Graph()
         self.root = torch.nn.Module()
+        self.in_place = _in_place_adds(source.graph, sublayers)
         self.value: dict[fx.Node, fx.Node] = {}  # captured node -> its value in the outer graph
 
     def build(self) -> Outer:
@@ -219,7 +249,7 @@ class _Builder:
 
     def _call(self, at: int, nodes: list[fx.Node]) -> None:
         inputs, outputs = self._interface(at, nodes)
-        module = _piece_module(self.source, nodes, inputs, outputs)
+        module = _piece_module(self.source, nodes, inputs, outputs, self.in_place)
         piece = self._piece(at, module, len(outputs))
         self.root.add_module(piece.name, module)
         call = self.outer.create_node(
@@ -277,14 +307,19 @@ def _piece_module(
     nodes: Iterable[fx.Node],
     inputs: Sequence[fx.Node],
     outputs: Sequence[fx.Node],
+    in_place: Collection[fx.Node],
 ) -> fx.GraphModule:
+    """The code of a piece; an add in `in_place` gets a result of its own (see `_in_place_adds`)."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
         copies[node] = graph.placeholder(_short_name(node))
+        copies[node].target = copies[node].name  # the name was made unique
         copies[node].meta = dict(node.meta)
     for node in nodes:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
+        if node in in_place:
+            copies[node].op, copies[node].target = "call_function", operator.add
     results = tuple(copies[n] for n in outputs)
     graph.output(results[0] if len(results) == 1 else results)
     return fx.GraphModule(source, graph, "Piece")
@@ -325,7 +360,12 @@ def _describe(value: Any) -> str:
 def _target(target: Any) -> str:
     if isinstance(target, str):
         return target
-    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+    if isinstance(target, types.FunctionType):  # its code and what it closes over count as well
+        cells = [cell.cell_contents for cell in target.__closure__ or ()]
+        code = target.__code__
+        name += f" {code.co_code.hex()} {code.co_consts!r} {target.__defaults__!r} {cells!r}"
+    return name
 
 
 def _encode(value: Any, number: Mapping[fx.Node, int]) -> str:
@@ -337,8 +377,8 @@ def _encode(value: Any, number: Mapping[fx.Node, int]) -> str:
         return f"{{{', '.join(f'{k}: {_encode(v, number)}' for k, v in value.items())}}}"
     if isinstance(value, slice):
         return f"slice{_encode((value.start, value.stop, value.step), number)}"
-    if callable(value) and hasattr(value, "__code__"):
-        return f"{_target(value)}:{value.__code__.co_code.hex()}"
+    if isinstance(value, types.FunctionType):
+        return _target(value)
     return f"{type(value).__name__}:{value!r}"
 
 

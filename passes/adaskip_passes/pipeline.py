@@ -95,8 +95,14 @@ def _unpacks(node: fx.Node) -> bool:
 
 def _results(node: fx.Node) -> str:
     """What a call's value is called, or its values if it is unpacked."""
-    items = sorted((u for u in node.users if _unpacks(u)), key=lambda u: str(u.args[1]))
+    items = sorted((u for u in node.users if _unpacks(u)), key=_place)
     return ", ".join(u.name for u in items) or node.name
+
+
+def _place(item: fx.Node) -> int:
+    place = item.args[1]
+    assert isinstance(place, int)
+    return place
 
 
 def _arguments(node: fx.Node) -> str:

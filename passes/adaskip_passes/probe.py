@@ -50,6 +50,8 @@ class Probe:
         missing = [i for i in self.sublayers if i not in calls]
         if missing:
             raise RefusedError(f"sublayers {missing} do not run in this graph: nothing to measure")
+        if any(n.name == VALID for n in graph.find_nodes(op="placeholder")):
+            raise RefusedError("this graph is probed already; name all sublayers in one Probe")
         first = calls[self.sublayers[0]].args[0]
         assert isinstance(first, fx.Node)
         valid = _valid_input(graph, first.meta["example_value"])

@@ -22,7 +22,7 @@ from torch import fx
 
 from .compensation import COMPENSATIONS, compensation_piece
 from .dead_code import eliminate_dead_code
-from .effects import is_mutation, written
+from .effects import accesses, is_mutation, written
 from .errors import RefusedError
 from .lengths import length_inputs
 from .outline import PIECE, Piece, piece_of, structural_key, sublayer_calls
@@ -87,6 +87,10 @@ def _replace(outer: fx.GraphModule, call: fx.Node, replacement: Replacement) -> 
             f"layer {piece.layer}'s {piece.kind} hands {piece.outputs - 1} value(s) besides the "
             "residual stream to later layers, so it cannot be skipped."
         )
+    if any((p := piece_of(u)) is not None and p.role == "probe" for u in call.users):
+        raise RefusedError(
+            f"layer {piece.layer}'s {piece.kind} is probed: skip first, then probe what still runs"
+        )
     stream = call.args[0]
     assert isinstance(stream, fx.Node)
     with outer.graph.inserting_before(call):
@@ -127,8 +131,10 @@ def residue(module: fx.GraphModule, keep: Keep) -> fx.GraphModule | None:
 
     def kept(node: fx.Node) -> bool:
         root = written(node)
-        if root is None or root.op != "placeholder":
+        if root is None:
             return False
+        if root.op != "placeholder":  # it changes a value that something kept may read
+            return bool(set(accesses(graph.nodes, root)) - {node})
         return keep == "everything" or node in free
 
     eliminate_dead_code(graph, keep=kept, placeholders=True)

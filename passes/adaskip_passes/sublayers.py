@@ -96,7 +96,8 @@ def find_sublayers(graph: fx.Graph) -> tuple[Sublayer, ...]:
                 f"sublayer {index} of the residual stream has no layer number in its module path "
                 f"({path or 'no path'}); put decoder layers into a ModuleList."
             )
-        kind = _kind(region, path)
+        kind = _kind([n for n in region if n is not residual.add], path)
+        _refuse_other_stream(residual, path)
         _refuse_parallel(residual, order, ancestors, layer)
         found.append(
             Sublayer(index, layer, kind, path, residual.add, residual.stream, residual.branch)
@@ -281,6 +282,16 @@ def _refuse_parallel(
                 f"layer {layer} adds two branches ({', '.join(sorted(paths))}) to the residual "
                 "stream in one expression; parallel attention and FFN are not supported yet."
             )
+
+
+def _refuse_other_stream(residual: _Residual, path: str) -> None:
+    """A sublayer that changes the stream's shape or dtype cannot be stood in for."""
+    before, after = (n.meta["example_value"] for n in (residual.stream, residual.add))
+    if shape_of(residual.stream) != shape_of(residual.add) or before.dtype != after.dtype:
+        raise RefusedError(
+            f"{path} takes a residual stream {list(map(str, before.shape))} of {before.dtype} and "
+            f"gives {list(map(str, after.shape))} of {after.dtype}; a skipped sublayer could not"
+        )
 
 
 def _refuse_attention_outside(graph: fx.Graph, regions: list[list[fx.Node]]) -> None:

@@ -164,14 +164,26 @@ def test_a_bfloat16_stream_is_scaled_in_float32() -> None:
     assert not torch.equal(result, got.model.head(got.model.norm(narrow)))
 
 
+def test_the_piece_that_scales_converts_what_is_not_float32() -> None:
+    """On a CPU the result is the same without; other devices round the factor."""
+
+    def methods(shape: Shape) -> list[object]:
+        outer = skip(shared(shape), {0: Replacement("nothing", "scale")})
+        pieces = [piece_of(n) for n in outer.graph.find_nodes(op="call_module")]
+        (scale,) = (p for p in pieces if p is not None and p.role == "compensation")
+        return [n.args[1] for n in scale.module.graph.nodes if n.op == "call_method"]
+
+    wide, narrow = torch.float32, torch.bfloat16
+    assert methods(Shape(layers=2, hidden=16, dtype=narrow)) == [wide, narrow]
+    assert methods(Shape()) == []
+
+
 def test_factors_are_inputs_named_after_their_sublayers() -> None:
+    """In stream order, whatever the order of the plan."""
     got = shared(Shape(layers=4, hidden=4, heads=1))
-    outer = skip(got, {i: Replacement("nothing", "scale") for i in (1, 3, 6)})
-    assert [n for n in inputs(outer) if n.startswith("factor")] == [
-        "factor_1",
-        "factor_3",
-        "factor_6",
-    ]
+    outer = skip(got, {i: Replacement("nothing", "scale") for i in (6, 1, 3)})
+    factors = [n for n in inputs(outer) if n.startswith("factor")]
+    assert factors == ["factor_1", "factor_3", "factor_6"]
     assert not any(n.startswith("factor") for n in inputs(skip(got, {1: Replacement("nothing")})))
     example = outer.graph.find_nodes(op="placeholder")[-1].meta["example_value"]
     assert (example.shape, example.dtype) == (torch.Size([]), torch.float32)

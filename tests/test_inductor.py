@@ -1,0 +1,130 @@
+"""The same requests, compiled with Inductor: pieces, whole graphs, half precision."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from adaskip_fx.api import build
+from adaskip_fx.plan import Action, SkipPlan
+from adaskip_fx.programs import Link
+from tests.bank import Entry, assert_same_cache, make_model
+from tests.oracle import Oracle, assert_close, moments
+
+pytestmark = [
+    pytest.mark.inductor,
+    # Importing Inductor for the first time: torch.utils.mkldnn uses what torch has deprecated.
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+    pytest.mark.skipif(
+        not any(map(shutil.which, ("c++", "g++", "clang++"))),
+        reason="Inductor needs a C++ compiler on CPU",
+    ),
+]
+
+#: float32: fused loops add up in another order. bfloat16: fewer roundings than eager, not none.
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2}
+
+
+class Inductor(Entry):
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.model.dtype]
+
+
+def compiled(link: Link, dtype: torch.dtype = torch.float32) -> Inductor:
+    model = make_model("grouped", dtype)
+    return Inductor(model, build(model, None, backend="inductor", link=link), Oracle(model))
+
+
+@pytest.fixture(scope="module", params=["pieces", "fused"])
+def bank(request: pytest.FixtureRequest) -> Inductor:
+    return compiled(request.param)
+
+
+def a_plan(bank: Entry) -> SkipPlan:
+    factors = {"0.attention": 0.8, "1.ffn": 1.25}
+    return bank.plan(["0.attention"], ["1.ffn"], factors)
+
+
+def request(bank: Entry, plan: SkipPlan, steps: tuple[int, ...], seed: int = 0) -> None:
+    """The last logits of every step, and K/V at the end, against the oracle."""
+    with bank.using(plan), torch.no_grad():
+        cache, reference = bank.runtime.new_cache(), bank.reference_cache()
+        for number, count in enumerate(steps):
+            ids = bank.tokens(1, count, seed + number)
+            output = bank.compiled(ids, past_key_values=cache, logits_to_keep=1)
+            expected = bank.oracle.step(ids, reference)[:, -1:]
+            assert_close(output.logits, expected, bank.tolerance, f"step {number}")
+        assert_same_cache(bank, plan, cache, reference)
+
+
+def counts(bank: Entry) -> tuple[int, int]:
+    return bank.runtime.counters.captures, bank.runtime.pieces_compiled
+
+
+def test_a_request(bank: Inductor) -> None:
+    """Prompts of several lengths, chunks, decoded tokens: one graph for each phase."""
+    for prompt in (2, 7, 64, 300):
+        request(bank, bank.plan(), (prompt, 1, 1, 5, 1), prompt)
+    assert bank.runtime.counters.captures == 3
+
+
+def test_a_plan(bank: Inductor) -> None:
+    plan = a_plan(bank)
+    request(bank, plan, (9, 1, 1, 4, 1))
+    before = counts(bank)
+    request(bank, plan, (17, 1, 1, 6, 1))
+    assert counts(bank) == before
+    with bank.using(plan):
+        bank.oracle.factors = {**bank.oracle.factors, "0.attention": 0.8 * 1.01}
+        ids = bank.tokens(1, 9)
+        with torch.no_grad():
+            logits = bank.compiled(ids, logits_to_keep=1).logits
+        expected = bank.oracle.step(ids, bank.reference_cache())[:, -1:]
+        with pytest.raises(AssertionError, match="relative error"):  # a wrong factor is caught
+            assert_close(logits, expected, bank.tolerance)
+
+
+def test_probes(bank: Inductor) -> None:
+    """Float64 sums of the oracle's stream, while decoding under a plan."""
+    plan, runtime = a_plan(bank), bank.runtime
+    with bank.using(plan):
+        cache, reference = runtime.new_cache(), bank.reference_cache()
+        probed = tuple(s for s in bank.sublayers if plan.action("decode", s) is Action.RUN)
+        for number, count in enumerate((6, 1)):
+            ids = bank.tokens(1, count, number)
+            with torch.no_grad():
+                phase = runtime._phase(ids, cache)
+                _, readings = runtime._run(
+                    phase, plan, probed if number else (), ids, None, None, cache, 1
+                )
+            bank.oracle.step(ids, reference)
+        streams = bank.oracle.streams
+        assert list(streams) == [str(s) for s in probed]
+        for reading, stream in zip(readings, streams.values(), strict=True):
+            assert_close(reading.double(), moments(*stream), bank.tolerance)
+
+
+def test_a_second_plan_compiles_no_piece() -> None:
+    bank = compiled("pieces")
+    request(bank, a_plan(bank), (9, 1))
+    before = counts(bank)
+    for skip in (["1.attention"], ["0.ffn", "1.ffn"], ["0.attention", "0.ffn", "1.ffn"]):
+        request(bank, bank.plan(skip, factors=dict.fromkeys(skip, 0.5)), (5, 1))
+    assert counts(bank) == before
+
+
+def test_half_precision() -> None:
+    bank = compiled("pieces", torch.bfloat16)
+    request(bank, a_plan(bank), (7, 1, 1))
+
+
+def test_generate() -> None:
+    bank = compiled("pieces")
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    with bank.using(a_plan(bank)):
+        mine = bank.compiled.generate(bank.tokens(1, 9), **options)
+        assert torch.equal(mine, bank.oracle.model.generate(bank.tokens(1, 9), **options))
