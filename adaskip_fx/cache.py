@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from transformers.cache_utils import Cache
@@ -106,6 +106,12 @@ class StepCache(Cache):
         return self.filled.shape[0], 0
 
 
+class Owner(Protocol):
+    """Who leases caches, and counts those that live."""
+
+    def track(self, cache: SkipCache) -> None: ...
+
+
 class SkipCache(Cache):
     """The ``past_key_values`` of a model compiled by adaskip_fx; one request's memory.
 
@@ -119,7 +125,7 @@ class SkipCache(Cache):
 
     def __init__(
         self,
-        owner: object,
+        owner: Owner,
         slots: Sequence[Slot],
         stored: Sequence[bool],
         dtype: torch.dtype,
@@ -164,6 +170,7 @@ class SkipCache(Cache):
                 f"past_key_values holds a batch of {self.batch}, the new input has {batch} rows"
             )
         total = self.length + tokens
+        self._staged.clear()  # of a step that failed
         if batch != self.batch or total >= self._capacity:
             self._reserve(batch, total)
         layers = []
@@ -273,8 +280,9 @@ class SkipCache(Cache):
         twin._keys = [None if t is None else t.clone() for t in self._keys]
         twin._values = [None if t is None else t.clone() for t in self._values]
         twin._staged = []
-        twin.request = self.request.copy() if self.request is not None else None
+        twin.request = self.request.copy()
         memo[id(self)] = twin
+        self.owner.track(twin)
         return twin
 
     def crop(self, tokens: int) -> None:
@@ -284,7 +292,7 @@ class SkipCache(Cache):
     def reset(self) -> None:
         """Forget everything; storage is kept for the next prompt."""
         self.length = 0
-        self.request = None
+        self.request = self.request.fresh()
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
@@ -292,4 +300,11 @@ class SkipCache(Cache):
             "supported by adaskip_fx; use greedy search or sampling"
         )
 
-    reorder_cache = batch_repeat_interleave = batch_select_indices = update = _refuse
+    reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Called by a model's attention: it was not captured with this cache."""
+        raise NotImplementedError(
+            "this cache belongs to a compiled model, which stores only what its plan runs; the "
+            "original model needs a cache of its own"
+        )

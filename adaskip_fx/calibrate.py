@@ -13,6 +13,7 @@ import transformers
 from .api import build
 from .fingerprint import fingerprint
 from .profile import Profile
+from .shell import check_model
 
 _MIN_TOKENS = 16  # of a sample: fewer say nothing about long contexts
 
@@ -40,9 +41,10 @@ def calibrate(
         progress: called with (samples done, samples in all).
 
     Raises:
-        ValueError: no text, or a text of fewer than 16 tokens.
+        ValueError: no text, a text of fewer than 16 tokens, or such a `max_length`.
         RefusedError: the model's sublayers cannot be captured or proven.
     """
+    check_model(model)
     samples = _tokenize(model, tokenizer, texts, max_length)
     runtime = build(model, None, backend=backend).adaskip
     moments = []
@@ -73,6 +75,8 @@ def _tokenize(
     """One int64 tensor [1, tokens] per text."""
     if isinstance(texts, str):
         raise TypeError("texts must be a sequence of texts, not one string")
+    if not isinstance(max_length, int) or max_length < _MIN_TOKENS:
+        raise ValueError(f"max_length {max_length!r} is less than {_MIN_TOKENS} tokens")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and max_length > longest:
         raise ValueError(f"max_length {max_length} is more than the model's {longest} positions")
@@ -80,7 +84,7 @@ def _tokenize(
     for index, text in enumerate(texts):
         ids = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
         sample = ids["input_ids"]
-        if sample.shape[1] < min(_MIN_TOKENS, max_length):
+        if sample.shape[1] < _MIN_TOKENS:
             raise ValueError(
                 f"calibration text {index} has {sample.shape[1]} tokens; at least {_MIN_TOKENS} "
                 "are needed. Use longer texts, like those the model will see"

@@ -26,8 +26,7 @@ def stream(
     """Print a greedy answer to stdout as it comes.
 
     Args:
-        loaded: model and tokenizer.
-        profile: of the model.
+        loaded, profile: the model, its tokenizer and its profile.
         prompt: what to answer.
         alpha: acceleration ratio.
         limit: new tokens at most.

@@ -6,7 +6,7 @@ closes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class Request:
     """What a compiled model remembers of one request, kept in the request's cache.
 
     Attributes:
+        plan: the plan that the request's prompts run with, and its decoding at first.
         decode_plan: the plan in use for decoding; the online one once the window has closed.
         window: the decode window of the current turn; None before its first decoded token and
             where nothing is learned online.
@@ -64,20 +65,39 @@ class Request:
         fixed: inputs that stay the same during the request (weights), by captured graph.
     """
 
-    decode_plan: SkipPlan
-    window: Window | None = None
-    decoding: bool = False
+    plan: SkipPlan
     stop_tokens: torch.Tensor | None = None
-    finished: torch.Tensor | None = None
-    fixed: dict[GraphPhaseCapture, tuple[Any, ...]] = field(default_factory=dict, repr=False)
+    decode_plan: SkipPlan = field(init=False)
+    window: Window | None = field(init=False, default=None)
+    decoding: bool = field(init=False, default=False)
+    finished: torch.Tensor | None = field(init=False, default=None)
+    fixed: dict[GraphPhaseCapture, tuple[Any, ...]] = field(
+        init=False, default_factory=dict, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        self.decode_plan = self.plan
+
+    def fresh(self) -> Request:
+        """The state at the beginning of another turn: nothing learned yet."""
+        return Request(self.plan, self.stop_tokens)
 
     def copy(self) -> Request:
         """The same state for a second request with the same past."""
-        window = None
-        if self.window is not None:
-            w = self.window
-            window = Window(w.probed, w.size, w.steps, w.moments)
-        return Request(self.decode_plan, window, self.decoding, self.stop_tokens, self.finished)
+        twin = self.fresh()
+        twin.decode_plan, twin.decoding, twin.finished = (
+            self.decode_plan,
+            self.decoding,
+            self.finished,
+        )
+        twin.window = replace(self.window) if self.window is not None else None
+        return twin
+
+    def probed(self) -> tuple[Sublayer, ...]:
+        """What the next decode step measures."""
+        if self.window is None or self.window.closed:
+            return ()
+        return self.window.probed
 
     def valid_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Which rows of a decode step [batch, 1] have not ended, the step's tokens included."""

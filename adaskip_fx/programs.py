@@ -144,8 +144,8 @@ class VariantCache:
     """Programs by key, of which the least recently used are dropped."""
 
     def __init__(self, limit: int, counters: Counters) -> None:
-        if limit < 1:
-            raise ValueError(f"max_variants must be at least 1, got {limit}")
+        if not isinstance(limit, int) or limit < 1:
+            raise ValueError(f"max_variants must be at least 1, got {limit!r}")
         self.limit = limit
         self.counters = counters
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()

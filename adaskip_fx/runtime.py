@@ -113,21 +113,32 @@ class Runtime:
 
     # Requests --------------------------------------------------------------------------------
 
-    def new_cache(self, capacity: int = 0, stop_tokens: torch.Tensor | None = None) -> SkipCache:
+    def new_cache(
+        self,
+        capacity: int = 0,
+        stop_tokens: torch.Tensor | None = None,
+        plan: SkipPlan | None = None,
+    ) -> SkipCache:
         """An empty cache for a new request.
 
         Args:
             capacity: tokens to make room for at once; it grows when that is not enough.
             stop_tokens: ids after which a row has ended.
+            plan: what the request begins with, if not `self.plan`.
         """
+        plan = plan if plan is not None else self.plan
         stored = [True] * len(self.slots)
-        for sublayer in self.plan.sublayers:
-            if sublayer.kind != "ffn" and self.plan.action("prefill", sublayer) is Action.SKIP:
+        for sublayer in plan.sublayers:
+            if sublayer.kind != "ffn" and plan.action("prefill", sublayer) is Action.SKIP:
                 stored[sublayer.layer] = False
         cache = SkipCache(self, self.slots, stored, self.model.dtype, self._device(), capacity)
-        cache.request = Request(self.plan, stop_tokens=stop_tokens)
-        self._live.add(cache)
+        cache.request = Request(plan, stop_tokens)
+        self.track(cache)
         return cache
+
+    def track(self, cache: SkipCache) -> None:
+        """Count a cache among the live ones for as long as somebody holds it."""
+        self._live.add(cache)
 
     def step(
         self,
@@ -147,18 +158,22 @@ class Runtime:
             logits_to_keep: 0 for the logits of all new tokens, else of the last n.
         """
         phase = self._phase(input_ids, cache)
-        request = self._request(cache, phase)
-        probed: tuple[Sublayer, ...] = ()
-        plan = self.plan
-        if phase == "decode":
-            plan = request.decode_plan
-            if request.window is not None and not request.window.closed:
-                probed = request.window.probed
+        request = self._turn(cache.request, phase)
+        decoding = phase == "decode"
         logits, moments = self._run(
-            phase, plan, probed, input_ids, attention_mask, position_ids, cache, logits_to_keep
+            phase,
+            request,
+            request.decode_plan if decoding else request.plan,
+            request.probed() if decoding else (),
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            logits_to_keep,
         )
-        if moments is not None and request.window is not None:
-            self._learn(request, request.window, moments)
+        cache.request = request  # only now: a step that was refused has changed nothing
+        if moments is not None:
+            self._learn(request, moments)
         return logits
 
     def measure(
@@ -170,11 +185,11 @@ class Runtime:
             input_ids: int64 [B, T].
             attention_mask: [B, T], 0 at padding, which counts for nothing.
         """
-        cache = self.new_cache(capacity=input_ids.shape[1])
-        phase = self._phase(input_ids, cache)
         empty = SkipPlan.empty(self.sublayers)
+        cache = self.new_cache(capacity=input_ids.shape[1], plan=empty)
+        phase = self._phase(input_ids, cache)
         _, moments = self._run(
-            phase, empty, self.sublayers, input_ids, attention_mask, None, cache, 1
+            phase, cache.request, empty, self.sublayers, input_ids, attention_mask, None, cache, 1
         )
         assert moments is not None
         return moments
@@ -197,40 +212,40 @@ class Runtime:
         self.check_length(cache.length + input_ids.shape[1])
         return "extend" if cache.length else "prefill"
 
-    def _request(self, cache: SkipCache, phase: GraphPhase) -> Request:
-        """The cache's request; a prompt after decoded tokens begins a new turn, window and all."""
-        request = cache.request
-        if request is None or (request.decoding and phase != "decode"):
-            stop = request.stop_tokens if request is not None else None
-            request = cache.request = Request(self.plan, stop_tokens=stop)
-        assert isinstance(request, Request)
+    def _turn(self, request: Request, phase: GraphPhase) -> Request:
+        """The request's state for this step; a prompt after decoded tokens begins a new turn."""
         if phase != "decode":
+            if request.decoding:
+                return request.fresh()
             request.fixed.clear()  # parameters may have been replaced since
         elif not request.decoding:
             request.decoding = True
-            request.window = self._new_window()
+            request.window = self._new_window(request.plan)
         return request
 
-    def _new_window(self) -> Window | None:
+    def _new_window(self, plan: SkipPlan) -> Window | None:
         """None when nothing can be learned: no policy, or nothing skipped to compare with."""
-        if self.policy is None or not self.policy.online or not self.plan.skipped("prefill"):
+        if self.policy is None or not self.policy.online or not plan.skipped("prefill"):
             return None
-        probed = probed_in_decode(self.plan)
+        probed = probed_in_decode(plan)
         return Window(probed, self.policy.window) if probed else None
 
-    def _learn(self, request: Request, window: Window, moments: torch.Tensor) -> None:
+    def _learn(self, request: Request, moments: torch.Tensor) -> None:
+        window = request.window
+        assert window is not None
         window.add(moments)
         if window.closed:
             assert self.policy is not None
             assert self.profile is not None
             request.decode_plan = self.policy.online_plan(
-                self.profile, self.plan, window.read(), window.probed
+                self.profile, request.plan, window.read(), window.probed
             )
 
     @torch.no_grad()
     def _run(
         self,
         phase: GraphPhase,
+        request: Request,
         plan: SkipPlan,
         probed: tuple[Sublayer, ...],
         input_ids: torch.Tensor,
@@ -257,7 +272,6 @@ class Runtime:
         arguments = phases.bind_arguments(
             self.model, self.forward, cache.step(batch, tokens, phase == "prefill"), inputs
         )
-        request = cache.request
         program = self.graphs.program(key, plan, probed, arguments)
         fixed = request.fixed.get(program.phase)
         if fixed is None:
@@ -297,19 +311,23 @@ def _normal(
     batch, tokens = input_ids.shape
     if position_ids is None:
         position_ids = torch.arange(past, past + tokens, device=input_ids.device).unsqueeze(0)
+    if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
+        raise ValueError(
+            f"position_ids has shape {list(position_ids.shape)}, expected [{batch}, {tokens}]"
+        )
     positions = position_ids.to(torch.int64).expand(batch, tokens).contiguous()
     mask = attention_mask.to(torch.bool).contiguous() if attention_mask is not None else None
     return mask, positions
 
 
 def _valid(
-    request: Request | None,
+    request: Request,
     phase: GraphPhase,
     input_ids: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Which of the new tokens count for a probe, bool [B, T]."""
-    if phase == "decode" and request is not None:
+    if phase == "decode":
         return request.valid_rows(input_ids)
     if mask is not None:
         return mask[:, -input_ids.shape[1] :]

@@ -73,8 +73,7 @@ class CompiledModel:
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             check_cache(cache, self._adaskip)
-            if cache.request is not None:
-                cache.request.stop_tokens = stop_tokens
+            cache.request.stop_tokens = stop_tokens
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self._adaskip.new_cache(max_cache_length, stop_tokens)
 

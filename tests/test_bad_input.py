@@ -518,6 +518,16 @@ def test_assisted_generation() -> None:
     )
 
 
+def test_a_compiled_models_cache_in_the_original() -> None:
+    bank = entry(SHAPE)
+    with bank.using():
+        cache, reference = begun(bank)
+        message = "this cache belongs to a compiled model"
+        with torch.no_grad():
+            refused(lambda: bank.model(IDS, past_key_values=cache), NotImplementedError, message)
+        assert_same_cache(bank, bank.plan(), cache, reference)
+
+
 def test_reordering_a_cache() -> None:
     cache, _ = begun(entry(SHAPE))
     for call in (

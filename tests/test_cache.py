@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Cache
 
+from adaskip_fx.api import build
 from adaskip_fx.cache import SkipCache
 from adaskip_fx.plan import Action, SkipPlan
-from tests.bank import SEEDS, Entry, assert_same_cache, check_request, entry, stored
+from tests.bank import SEEDS, Entry, assert_same_cache, check_request, entry, make_model, stored
 from tests.oracle import assert_close
 
 SHAPE = "grouped"
@@ -241,6 +242,19 @@ def test_inference_mode_and_no_grad_mixed_on_one_cache(modes: list[str]) -> None
             with torch.inference_mode() if mode == "inference" else torch.no_grad():
                 logits = bank.compiled(ids, past_key_values=cache, logits_to_keep=1).logits
         assert_close(logits.clone(), oracle(bank, *steps), 1e-5)
+
+
+def test_graphs_captured_in_inference_mode_serve_outside_of_it() -> None:
+    model = make_model("tied")
+    ids, token = torch.arange(1, 7).unsqueeze(0), torch.tensor([[3]])
+    with torch.inference_mode():
+        compiled = build(model, None, backend="eager")
+        cache = compiled.adaskip.new_cache()
+        compiled(ids, past_key_values=cache, logits_to_keep=1)
+        compiled(token, past_key_values=cache, logits_to_keep=1)
+    with torch.no_grad():
+        logits = compiled(token, past_key_values=cache, logits_to_keep=1).logits
+        assert_close(logits, model(torch.cat([ids, token, token], 1)).logits[:, -1:], 1e-5)
 
 
 def test_grad_mode_is_fine_when_no_parameter_wants_gradients() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.metadata
 import io
@@ -500,6 +501,34 @@ def test_the_tables_say_what_the_json_says(demonstrated: Demonstrated) -> None:
         ("after warm-up", "after the answers", "at the end"), links, strict=True
     ):
         assert re.search(rf"^{title}\s+\d+\s+\d+\s+{count}\s+0", printed, re.M)
+
+
+def test_a_plan_that_was_learned_is_shown(demonstrated: Demonstrated) -> None:
+    _, result, _ = demonstrated
+    extra = next(s for s in SUBLAYERS if s.kind == "ffn" and s not in result.plan.prefill)
+    learned = result.plan.with_decode_extra([extra])
+    changed = dataclasses.replace(result, learned=(*[learned] * 3, *[result.plan] * 2))
+    assert changed.extra(extra) == 3
+    shown = io.StringIO()
+    demo.show(changed, Console(width=100, file=shown))
+    assert "decode skips it in 3 of 5" in shown.getvalue()
+    assert (
+        f"decode, learned in 3 of 5 texts: {learned.digest[:8]} skips 2 of 4 sublayers\n"
+        f"  added: ffn {extra.layer}\n"
+    ) in shown.getvalue()
+
+
+def test_a_pass_key_counts_as_found_when_it_was_generated() -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    ids = tuple(tokenizer("The secret number is")["input_ids"])
+    generated, plan = measure.ask(model, tokenizer, texts.Passkey(ids, "absent", 0.5), 6)
+    assert not generated.found
+    assert plan is None  # the model is not compiled
+    assert len(generated.step_seconds) == 5
+    key = generated.text[1:4]
+    again, _ = measure.ask(model, tokenizer, texts.Passkey(ids, key, 0.5), 6)
+    assert again.found
+    assert (again.text, again.key) == (generated.text, key)
 
 
 def test_medians_and_what_counts_as_later() -> None:

@@ -82,6 +82,77 @@ def test_prompts_around_the_limits_of_lengths(prompt: int) -> None:
         check_request(bank, plan, (prompt, 1, 1, 2, 1))
 
 
+def test_past_the_models_positions() -> None:
+    """A prompt must fit; decoding may go on, as it does in transformers."""
+    bank = entry("one_layer")
+    with bank.using():
+        check_request(bank, bank.plan(), (599, 1, 1, 1))
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=2, max_size=2), SEEDS)
+def test_any_mask(mask: list[list[bool]], seed: int) -> None:
+    """Padding anywhere: prompt, chunk and decoded token, at the tokens that are none."""
+    bank = entry("grouped")
+    valid = torch.tensor([[*row, True, *row[:3], True, True] for row in mask])
+    plan = bank.plan(["0.attention"], factors={"0.attention": 1.25})
+    with bank.using(plan), torch.no_grad():
+        cache, reference, begin = bank.runtime.new_cache(), bank.reference_cache(), 0
+        for number, count in enumerate((7, 4, 1)):
+            ids, begin = bank.tokens(2, count, seed + number), begin + count
+            seen = valid[:, :begin].long()
+            logits = bank.compiled(ids, attention_mask=seen, past_key_values=cache).logits
+            expected = bank.oracle.step(ids, reference, seen)
+            counted = seen[:, -count:].bool()
+            assert_close(logits[counted], expected[counted], 1e-5, f"step {number}")
+
+
+def test_a_mask_that_is_not_used_is_caught() -> None:
+    """The companion."""
+    bank = entry("grouped")
+    ids, mask = bank.tokens(2, 7), torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
+    with bank.using(), torch.no_grad():
+        logits = bank.compiled(ids, attention_mask=mask).logits
+        expected = bank.oracle.step(ids, bank.reference_cache())
+    assert_close(logits[0], expected[0], 1e-5)
+    with pytest.raises(AssertionError):
+        assert_close(logits[1], expected[1], 1e-5)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_positions_of_the_callers(shared: bool) -> None:
+    bank = entry("grouped")
+    ids = bank.tokens(2, 5)
+    positions = torch.tensor([[3, 4, 5, 6, 7], [0, 1, 2, 10, 11]])
+    with bank.using(), torch.no_grad():
+        given = positions[:1] if shared else positions
+        logits = bank.compiled(ids, position_ids=given).logits
+        expected = bank.oracle.step(ids, bank.reference_cache(), position_ids=given)
+        assert_close(logits, expected, 1e-5)
+        if not shared:
+            with pytest.raises(AssertionError):
+                assert_close(bank.compiled(ids).logits, expected, 1e-5)
+
+
+@pytest.mark.parametrize("keep", [2, 5])
+def test_logits_to_keep(keep: int) -> None:
+    """More than there are tokens as well."""
+    bank = entry("one_layer")
+    for tokens in (1, 2, 3, 9):
+        ids = bank.tokens(1, tokens)
+        with torch.no_grad():
+            logits = bank.compiled(ids, logits_to_keep=keep).logits
+            assert_close(logits, bank.model(ids, logits_to_keep=keep).logits, 1e-5)
+
+
+def test_other_integer_types_and_layouts() -> None:
+    bank = entry("grouped")
+    ids = bank.tokens(2, 6)
+    with bank.using(), torch.no_grad():
+        expected = bank.compiled(ids).logits
+        assert torch.equal(bank.compiled(ids.int()).logits, expected)
+        assert torch.equal(bank.compiled(ids.t().contiguous().t()).logits, expected)
+
+
 def test_a_skipped_ffn_in_decode_only() -> None:
     bank = entry("grouped")
     plan = bank.plan(["1.attention"], ["0.ffn"], {"0.ffn": 1.25, "1.attention": 0.5})

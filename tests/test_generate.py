@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from adaskip_fx.api import build
 from adaskip_fx.plan import SkipPlan
-from tests.bank import SEEDS, Entry, entry, plans
+from adaskip_fx.policies import AdaSkip
+from tests.bank import SEEDS, Entry, entry, make_model, plans, profile_of
 from tests.oracle import assert_close
 
 SHAPE = "grouped"
@@ -216,6 +219,32 @@ def test_streaming() -> None:
     assert streamer.ended
 
 
+def test_in_another_thread() -> None:
+    """As a server streams; the thread traces the graphs as well."""
+    model = make_model("tied")
+    compiled = build(model, None, backend="eager")
+    ids, streamer, done = torch.arange(1, 8).unsqueeze(0), Collected(), []
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    thread = threading.Thread(
+        target=lambda: done.append(compiled.generate(ids, streamer=streamer, **options))
+    )
+    thread.start()
+    thread.join()
+    expected = model.generate(ids, **options)
+    assert torch.equal(done[0], expected)
+    assert streamer.tokens == expected[0].tolist()
+
+
+def test_classifier_free_guidance() -> None:
+    """A logits processor that runs the model on a second sequence of its own."""
+    bank = entry(SHAPE)
+    with bank.using():
+        plain = assert_generates_the_same(bank, bank.tokens(1, 6), max_new_tokens=12)
+        ids = bank.tokens(1, 6)
+        guided = assert_generates_the_same(bank, ids, max_new_tokens=12, guidance_scale=2.0)
+    assert not torch.equal(guided, plain)
+
+
 class LastTokenIn(StoppingCriteria):
     def __init__(self, tokens: set[int]) -> None:
         self.tokens = tokens
@@ -357,6 +386,21 @@ def test_a_left_padded_batch_under_a_plan() -> None:
         )
 
 
+def test_a_second_turn_of_a_left_padded_batch() -> None:
+    bank = entry(SHAPE)
+    ids, mask, _ = padded(bank)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    with bank.using(mixed_plan(bank)):
+        first = both(bank, ids, attention_mask=mask, **options)
+        said = torch.cat([first[0].sequences, bank.tokens(2, 3, 5)], 1)
+        mask = torch.cat([mask, torch.ones(2, said.shape[1] - mask.shape[1])], 1).long()
+        mine, expected = (
+            model.generate(said, attention_mask=mask, past_key_values=r.past_key_values, **options)
+            for model, r in zip((bank.compiled, bank.oracle.model), first, strict=True)
+        )
+    assert torch.equal(mine.sequences, expected.sequences)
+
+
 def test_padding_without_a_mask_gives_other_tokens() -> None:
     """The companion."""
     bank = entry(SHAPE)
@@ -399,3 +443,21 @@ def test_after_warm_up_a_request_captures_compiles_and_links_nothing() -> None:
         after = (runtime.counters.captures, runtime.pieces_compiled, runtime.counters.links)
     assert after == before
     assert live == 0, "warm-up keeps no request alive"
+
+
+def test_after_warm_up_only_the_learned_plan_is_linked() -> None:
+    """Its pieces are there: a plan that is learned while decoding compiles nothing."""
+    bank = entry("three_layers")
+    runtime = bank.runtime
+    names = [str(s) for s in bank.sublayers]
+    profile = profile_of(bank, {**dict.fromkeys(names, 0.9), "1.attention": 0.6})
+    plan = bank.plan(["1.attention"], factors=dict.fromkeys(["1.attention", *names[1::2]], 0.75))
+    with bank.using(plan, AdaSkip(window=3), profile):
+        runtime.warmup(max_length=40)
+        before = (runtime.counters.captures, runtime.pieces_compiled, runtime.counters.links)
+        result = bank.compiled.generate(
+            bank.tokens(1, 9), max_new_tokens=9, do_sample=False, return_dict_in_generate=True
+        )
+        after = (runtime.counters.captures, runtime.pieces_compiled, runtime.counters.links)
+    assert result.past_key_values.request.decode_plan != plan
+    assert after == (before[0], before[1], before[2] + 1)

@@ -421,6 +421,25 @@ def test_generate_tells_which_tokens_end_a_row() -> None:
     assert case.watched.windows[0][1][0, 4] < 12
 
 
+def test_generate_on_a_cache_that_was_reset_knows_the_end_tokens() -> None:
+    case = Case(window=6)
+    ids = case.bank.tokens(2, 6)
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    with case.using():
+        free = case.bank.compiled.generate(ids, **options)
+        stop = next(int(t) for t in free[0, 7:10] if t not in free[1])
+        pad = next(t for t in range(60) if t not in free)
+        options = {**options, "eos_token_id": stop, "pad_token_id": pad}
+        case.watched.windows.clear()
+        cache = case.bank.runtime.new_cache()
+        for _ in range(2):
+            case.bank.compiled.generate(ids, past_key_values=cache, **options)
+            cache.reset()
+    first, second = (window for _, window in case.watched.windows)
+    assert first[0, 4] < 12
+    assert second.tolist() == first.tolist()
+
+
 # The whole of it --------------------------------------------------------------------------------
 
 

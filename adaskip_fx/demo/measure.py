@@ -106,10 +106,13 @@ def counts(runtime: Runtime) -> Counts:
 
 
 @torch.no_grad()
-def link_new_plans(runtime: Runtime, repeats: int) -> tuple[float, ...]:
-    """Seconds to link each of several plans that differ from all before, as decode steps do it.
+def link_new_plans(runtime: Runtime, repeats: int) -> tuple[tuple[float, ...], int]:
+    """Link several plans that differ from all before, as decode steps do it.
 
     Each skips one more ffn than the runtime's plan.
+
+    Returns:
+        Seconds for each, and how many pieces were compiled for all of them.
     """
     plan = runtime.plan
     running = [s for s in plan.sublayers if s not in plan.decode]
@@ -119,10 +122,10 @@ def link_new_plans(runtime: Runtime, repeats: int) -> tuple[float, ...]:
     runtime.step(ids, None, None, cache, 1)
     runtime.step(ids[:, :1], None, None, cache, 1)
     cache.request.window = None
-    seconds = []
+    seconds, pieces = [], runtime.pieces_compiled
     for sublayer in extra:
         cache.request.decode_plan = plan.with_decode_extra([sublayer])
         before = runtime.counters.link_seconds
         runtime.step(ids[:, :1], None, None, cache, 1)
         seconds.append(runtime.counters.link_seconds - before)
-    return tuple(seconds)
+    return tuple(seconds), runtime.pieces_compiled - pieces

@@ -18,6 +18,8 @@ from .measure import ask, compare, counts, link_new_plans
 from .result import CONTENDERS, Answer, Contender, DemoResult, Options
 from .texts import Texts, demo_texts
 
+_WINDOW = AdaSkip().window
+
 
 def make_texts(tokenizer: Any, options: Options) -> Texts:
     """The texts that `options` ask for."""
@@ -41,48 +43,48 @@ def run_demo(
         tokenizer: the model's.
         texts: see `make_texts`.
         options: how much to measure.
-        steps: shows what is being done, and times it.
+        steps: shows and times what is being done.
         name: of the model, for the result.
 
     Raises:
         ValueError: `new_tokens` is too small for the decode window to close, or alpha is wrong.
     """
-    policy = AdaSkip()
-    if options.new_tokens < policy.window + 4:
-        raise ValueError(
-            f"{options.new_tokens} new tokens are too few: the decode window takes "
-            f"{policy.window}, and some must follow"
-        )
+    _check(options)
     with steps.step("calibrate") as advance:
         profile = adaskip_fx.calibrate(
             model, tokenizer, texts.calibration, options.calibration[1], progress=advance
         )
-    plan = policy.plan(profile, options.alpha)
-    contenders = _warm(model, profile, texts, options, steps)
-    runtime = contenders["skipped"].adaskip
+    models = _warm(model, profile, texts, options, steps)
+    runtime = models["skipped"].adaskip
     after_warmup = counts(runtime)
-    answers, learned = _ask_all(contenders, tokenizer, texts, options, steps)
+    contenders, learned = _ask_all(models, tokenizer, texts, options, steps)
     after_answers = counts(runtime)
     with steps.step("compare on held-out text"):
-        quality = compare(model, contenders["skipped"], texts.held_out)
+        quality = compare(model, models["skipped"], texts.held_out)
     with steps.step("link new plans"):
-        before = runtime.pieces_compiled
-        link_seconds = link_new_plans(runtime, options.link_repeats)
-        pieces = runtime.pieces_compiled - before
+        link_seconds, new_pieces = link_new_plans(runtime, options.link_repeats)
     return DemoResult(
         conditions=conditions(model, texts, options, name),
         seconds=dict(steps.seconds),
         profile=profile,
-        plan=plan,
+        plan=runtime.plan,
         learned=learned,
-        contenders={key: Contender(tuple(given), policy.window) for key, given in answers.items()},
+        contenders=contenders,
         quality=quality,
         after_warmup=after_warmup,
         after_answers=after_answers,
         at_end=counts(runtime),
         link_seconds=link_seconds,
-        pieces_for_new_plans=pieces,
+        pieces_for_new_plans=new_pieces,
     )
+
+
+def _check(options: Options) -> None:
+    if options.new_tokens < _WINDOW + 4:
+        raise ValueError(
+            f"{options.new_tokens} new tokens are too few: the decode window takes {_WINDOW}, "
+            "and some must follow"
+        )
 
 
 def _warm(
@@ -111,10 +113,10 @@ def _warm(
 
 
 def _ask_all(
-    contenders: dict[str, Any], tokenizer: Any, texts: Texts, options: Options, steps: Steps
-) -> tuple[dict[str, list[Answer]], tuple[SkipPlan, ...]]:
+    models: dict[str, Any], tokenizer: Any, texts: Texts, options: Options, steps: Steps
+) -> tuple[dict[str, Contender], tuple[SkipPlan, ...]]:
     """Every contender's answer to every text, and the plans that the skipped model learned."""
-    names = list(contenders)
+    names = list(models)
     answers: dict[str, list[Answer]] = {name: [] for name in names}
     learned: list[SkipPlan] = []
     total = len(names) * len(texts.passkeys)
@@ -124,12 +126,12 @@ def _ask_all(
             for i in range(len(names)):
                 name = names[(number + i) % len(names)]
                 advance(number * len(names) + i, total)
-                answer, plan = ask(contenders[name], tokenizer, passkey, options.new_tokens)
+                answer, plan = ask(models[name], tokenizer, passkey, options.new_tokens)
                 answers[name].append(answer)
                 if name == "skipped" and plan is not None:
                     learned.append(plan)
         advance(total, total)
-    return answers, tuple(learned)
+    return {n: Contender(tuple(answers[n]), _WINDOW) for n in names}, tuple(learned)
 
 
 def conditions(model: Any, texts: Texts, options: Options, name: str) -> dict[str, Any]:

@@ -67,7 +67,8 @@ class Skip:
                     f"sublayer {index} is not in the graph: it has {sorted(calls) or 'none'}"
                 )
             _replace(outer, calls[index], replacement)
-        eliminate_dead_code(outer.graph, keep=_is_call, placeholders=True)
+        if self.replacements:  # an empty plan leaves the captured graph, unused inputs and all
+            eliminate_dead_code(outer.graph, keep=_is_call, placeholders=True)
 
 
 def factor_name(index: int, tensor: str) -> str:

@@ -37,10 +37,11 @@ class Graph:
 
 @pytest.fixture(scope="module")
 def stores() -> Iterator[Any]:
-    """A custom operator that says in its schema that it writes to its first argument."""
+    """Custom operators that say in their schemas which argument they write to."""
     library = torch.library.Library("adaskip_tests", "FRAGMENT")
     library.define("store(Tensor(a!) buffer, Tensor value) -> ()")
-    yield torch.ops.adaskip_tests.store
+    library.define("store_last(Tensor value, Tensor(a!) buffer) -> ()")
+    yield torch.ops.adaskip_tests
     library._destroy()
 
 
@@ -84,6 +85,7 @@ def test_these_write_to_their_first_argument(target: str | Callable[..., Any]) -
         torch.add,
         functional.relu,
         functional.silu,
+        torch.ops.aten.add,
         torch.ops.aten.add.Tensor,
         torch.ops.aten.copy.default,
     ],
@@ -106,10 +108,19 @@ def test_inputs_outputs_and_attributes_write_nothing() -> None:
 def test_operators_may_say_in_their_schema_that_they_write(stores: Any) -> None:
     """Custom cache kernels have no trailing underscore."""
     g = Graph("buffer", "value")
-    for target in (stores, stores.default):
+    for target in (stores.store, stores.store.default):
         node = g.call(target, *g.inputs)
         assert is_mutation(node), target
         assert written(node) is g.inputs[0]
+
+
+def test_what_is_written_need_not_be_the_first_argument(stores: Any) -> None:
+    """Cache kernels take the new keys first; ``out=`` is no positional argument at all."""
+    g = Graph("value", "other", "buffer")
+    value, other, buffer = g.inputs
+    assert written(g.call(stores.store_last, value, buffer)) is buffer
+    assert written(g.call(stores.store_last.default, value, g.call("narrow", buffer))) is buffer
+    assert written(g.call(torch.add, value, other, out=buffer)) is buffer
 
 
 def test_a_function_may_be_told_to_write_in_place() -> None:
@@ -317,6 +328,6 @@ def test_an_in_place_activation_survives() -> None:
 
 def test_a_custom_operator_that_writes_survives(stores: Any) -> None:
     g = Graph("buffer", "value")
-    g.call(stores.default, *g.inputs)
+    g.call(stores.store.default, *g.inputs)
     gm = g.finish(g.inputs[1])
     assert eliminate_dead_code(gm.graph) == 0

@@ -203,14 +203,13 @@ def test_the_number_of_keys_does_not_depend_on_depth() -> None:
 
 
 class Uneven(Decoder):
-    """Its second layer is wider."""
+    """The FFN of its second layer is wider."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
-        self.layers[1].mlp = type(self.layers[0].mlp)(replace(shape, hidden=shape.hidden))
-        wide = nn.Linear(shape.hidden, 3 * shape.hidden)
-        self.layers[1].mlp.up = wide
-        self.layers[1].mlp.down = nn.Linear(3 * shape.hidden, shape.hidden)
+        layers: Any = self.layers
+        layers[1].mlp.up = nn.Linear(shape.hidden, 3 * shape.hidden)
+        layers[1].mlp.down = nn.Linear(3 * shape.hidden, shape.hidden)
 
 
 def test_layers_that_differ_have_keys_of_their_own() -> None:
@@ -349,14 +348,13 @@ class Biased(Decoder):
     """Bloom: a bias that the first layer makes and all layers read."""
 
     def forward(self, ids: Tensor, memory: Memory) -> Tensor:
-        x = self.embed(ids)
-        table = None
-        for layer, slot in zip(self.layers, memory.slots, strict=True):
-            h = layer.norm1(x)  # type: ignore[operator]
-            if table is None:
-                table = torch.sin(self.table(0, ids.shape[1]))
-            x = x + layer.self_attn(h, table, slot, 0)  # type: ignore[operator]
-            x = x + layer.feed(x)  # type: ignore[operator]
+        layers: Any = self.layers
+        x, table = self.embed(ids), None
+        for layer, slot in zip(layers, memory.slots, strict=True):
+            h = layer.norm1(x)
+            table = torch.sin(self.table(0, ids.shape[1])) if table is None else table
+            x = x + layer.self_attn(h, table, slot, 0)
+            x = x + layer.feed(x)
         return self.head(self.norm(x))
 
 
@@ -569,3 +567,39 @@ def test_an_order_that_no_cut_can_keep_is_refused() -> None:
     model = ReadsBack(shape)
     refused = computes_or_refuses(model, shape, lambda: arguments(model, shape))
     assert refused == reordered("l_memory_slots_1_count")
+
+
+class KeepsAView(Block):
+    """The FFN reads a view of the stream that was made before attention overwrote the stream."""
+
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        view = x.view(x.shape)
+        x += self.attend(x, table, slot, start)
+        return x + self.mlp(self.norm2(x) * view)
+
+
+def test_an_overwritten_stream_may_have_other_names() -> None:
+    """In the eager model the view shows the new stream."""
+    shape = Shape(layers=1)
+    model = Decoder(shape, KeepsAView)
+    refused = computes_or_refuses(model, shape, lambda: arguments(model, shape))
+    assert refused == "" or "overwritten in place and read afterwards" in refused
+
+
+class OldName(Block):
+    """The same, by the old name itself."""
+
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        y = torch.Tensor.add_(x, self.attend(x, table, slot, start))
+        return y + self.mlp(self.norm2(y) * x)
+
+
+def test_an_overwritten_stream_read_by_its_old_name() -> None:
+    shape = Shape(layers=1)
+    model = Decoder(shape, OldName)
+    refused = computes_or_refuses(model, shape, lambda: arguments(model, shape))
+    assert refused in (
+        "",
+        "layers.0.self_attn: the residual stream is overwritten in place and read afterwards by "
+        "its old name",
+    )

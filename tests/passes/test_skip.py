@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx
+from torch.nn import functional
 
 from adaskip_passes import (
     Keep,
@@ -31,6 +32,7 @@ from tests.passes.decoders import (
     Cut,
     Decoder,
     Memory,
+    Mlp,
     Shape,
     Slot,
     arguments,
@@ -351,6 +353,38 @@ def test_keys_that_were_changed_in_place_before_they_are_stored() -> None:
     computes_what_eager_does(got, {0: ("everything", None)}, 6, 6)
 
 
+class InPlaceMlp(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        h[..., :2] = 0.0
+        return self.down(functional.relu(h, inplace=True))
+
+
+class QueriesInPlace(Attention):
+    """Queries are changed in place; nothing that is stored depends on them."""
+
+    def project(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x, table)
+        q[..., :2] = q[..., :2] * 2.0
+        return q, k, v
+
+
+class Tidy(Block):
+    attention, ffn = QueriesInPlace, InPlaceMlp
+
+
+def test_values_changed_in_place_that_no_effect_needs_are_dropped() -> None:
+    """An FFN has nothing to keep, and a counter needs no projection."""
+    got = cut_block(Tidy)
+    plan: dict[int, tuple[Keep, float | None]] = {0: ("counters", None), 1: ("everything", None)}
+    computes_what_eager_does(got, {}, 6, 6)
+    computes_what_eager_does(got, plan, 6, 6)
+    kept = calls(skip(got, {i: Replacement(k) for i, (k, _) in plan.items()}))
+    assert "layers_0_ffn_residue" not in kept
+    names = inputs(skip(got, {0: Replacement("counters")}))
+    assert {n for n in names if "layers_modules_0_modules_self_attn" in n} == set()
+
+
 # What is refused -------------------------------------------------------------------------------
 
 
@@ -370,26 +404,25 @@ def test_what_is_not_there_cannot_be_skipped() -> None:
         skip(got, {-1: Replacement()})
 
 
-class SharesValues(Decoder):
-    """The second layer's attention reads keys that the first computed."""
+class SharesKeys(Decoder):
+    """The second layer's attention reads the keys that the first computed."""
 
     def forward(self, ids: Tensor, memory: Memory) -> Tensor:
-        x, table = self.embed(ids), self.table(0, ids.shape[1])
-        keys = None
-        for layer, slot in zip(self.layers, memory.slots, strict=True):
-            attention = layer.self_attn
-            q, k, v = attention.project(layer.norm1(x), table)  # type: ignore
+        layers: Any = self.layers
+        x, table, keys = self.embed(ids), self.table(0, ids.shape[1]), None
+        for layer, slot in zip(layers, memory.slots, strict=True):
+            q, k, v = layer.self_attn.project(layer.norm1(x), table)
             keys = k if keys is None else keys
-            attention.store(slot, keys, v)  # type: ignore
-            mixed = attention.mix(q, keys, v, slot, 0).transpose(1, 2).reshape(x.shape)  # type: ignore
-            x = x + attention.out(mixed)  # type: ignore
-            x = x + layer.feed(x)  # type: ignore
+            layer.self_attn.store(slot, keys, v)
+            mixed = layer.self_attn.mix(q, keys, v, slot, 0)
+            x = x + layer.self_attn.out(mixed.transpose(1, 2).reshape(x.shape))
+            x = x + layer.feed(x)
         return self.head(self.norm(x))
 
 
 def test_a_sublayer_whose_values_are_read_later_cannot_be_skipped() -> None:
     shape = Shape()
-    got = cut(SharesValues(shape), shape)
+    got = cut(SharesKeys(shape), shape)
     with pytest.raises(RefusedError) as caught:
         skip(got, {0: Replacement("everything")})
     assert str(caught.value) == (

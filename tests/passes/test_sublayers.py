@@ -331,9 +331,10 @@ class Towers(Decoder):
     """Two streams of equal depth."""
 
     def forward(self, ids: Tensor, memory: Memory) -> Tensor:
+        layers: Any = self.layers
         x, y = self.embed(ids), torch.tanh(self.embed(ids))
-        for layer in self.layers:
-            x, y = x + layer.feed(x), y + layer.feed(y)  # type: ignore[operator]
+        for layer in layers:
+            x, y = x + layer.feed(x), y + layer.feed(y)
         return self.head(x * y)
 
 
@@ -346,9 +347,10 @@ def test_two_streams() -> None:
 
 class AttendsAtTheEnd(Decoder):
     def forward(self, ids: Tensor, memory: Memory) -> Tensor:
+        layers: Any = self.layers
         x = self.embed(ids)
-        for layer in self.layers:
-            x = x + layer.feed(x)  # type: ignore[operator]
+        for layer in layers:
+            x = x + layer.feed(x)
         return self.head(functional.scaled_dot_product_attention(x, x, x))
 
 
