@@ -7,6 +7,7 @@ model's runtime before the request begins, so no example costs a capture after t
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,6 +168,27 @@ class Entry:
         finally:
             runtime.plan, runtime.policy, runtime.profile = before
             oracle.behave({})
+
+    @contextmanager
+    def probing(self, plan: SkipPlan) -> Iterator[list[torch.Tensor]]:
+        """Have steps measure everything that runs; yields their readings [probed, batch, 5]."""
+        runtime: Any = self.runtime
+        run, readings = runtime._run, []
+        signature = inspect.signature(run)
+
+        def probed_run(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+            given = signature.bind(*args, **kwargs).arguments
+            phase = "decode" if given["phase"] == "decode" else "prefill"
+            runs = (s for s in plan.sublayers if plan.action(phase, s) is Action.RUN)
+            logits, moments = run(**{**given, "probed": tuple(runs)})
+            readings.append(moments)
+            return logits, None
+
+        runtime._run = probed_run
+        try:
+            yield readings
+        finally:
+            del runtime._run
 
     def tokens(self, batch: int, count: int, seed: int = 0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)

@@ -370,23 +370,20 @@ def probed_run(
     bank: Entry, plan: SkipPlan, batch: int, steps: tuple[int, ...], seed: int, keep: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The last step without and with probes: logits, logits, and moments [probed, batch, 5]."""
-    runtime, results = bank.runtime, []
-    for probing in (False, True):
-        cache = runtime.new_cache()
+
+    def run() -> torch.Tensor:
+        cache = bank.runtime.new_cache()
         for number, count in enumerate(steps):
             ids = bank.tokens(batch, count, seed + number)
-            phase = runtime._phase(ids, cache)
-            runtime._request(cache, phase)
-            probed = running(plan, phase) if probing and number == len(steps) - 1 else ()
-            logits, reading = runtime._run(phase, plan, probed, ids, None, None, cache, keep)
-        results.append((logits, reading))
-    assert results[0][1] is None
-    return results[0][0], results[1][0], results[1][1]
+            with torch.no_grad():
+                output = bank.compiled(ids, past_key_values=cache, logits_to_keep=keep)
+        logits: torch.Tensor = output.logits
+        return logits
 
-
-def running(plan: SkipPlan, phase: str) -> tuple[Any, ...]:
-    kind = "decode" if phase == "decode" else "prefill"
-    return tuple(s for s in plan.sublayers if plan.action(kind, s) is Action.RUN)
+    without = run()
+    with bank.probing(plan) as readings:
+        with_probes = run()
+    return without, with_probes, readings[-1]
 
 
 @given(st.data(), st.sampled_from(CELLS), st.sampled_from([(6,), (6, 4), (6, 1)]), SEEDS)

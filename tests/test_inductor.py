@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adaskip_fx.api import build
-from adaskip_fx.plan import Action, SkipPlan
+from adaskip_fx.plan import SkipPlan
 from adaskip_fx.programs import Link
 from tests.bank import Entry, assert_same_cache, make_model
 from tests.oracle import Oracle, assert_close, moments
@@ -90,21 +90,16 @@ def test_a_plan(bank: Inductor) -> None:
 
 def test_probes(bank: Inductor) -> None:
     """Float64 sums of the oracle's stream, while decoding under a plan."""
-    plan, runtime = a_plan(bank), bank.runtime
-    with bank.using(plan):
-        cache, reference = runtime.new_cache(), bank.reference_cache()
-        probed = tuple(s for s in bank.sublayers if plan.action("decode", s) is Action.RUN)
+    plan = a_plan(bank)
+    with bank.using(plan), bank.probing(plan) as readings, torch.no_grad():
+        cache, reference = bank.runtime.new_cache(), bank.reference_cache()
         for number, count in enumerate((6, 1)):
             ids = bank.tokens(1, count, number)
-            with torch.no_grad():
-                phase = runtime._phase(ids, cache)
-                _, readings = runtime._run(
-                    phase, plan, probed if number else (), ids, None, None, cache, 1
-                )
+            bank.compiled(ids, past_key_values=cache, logits_to_keep=1)
             bank.oracle.step(ids, reference)
         streams = bank.oracle.streams
-        assert list(streams) == [str(s) for s in probed]
-        for reading, stream in zip(readings, streams.values(), strict=True):
+        assert list(streams) == ["0.ffn", "1.attention"]
+        for reading, stream in zip(readings[-1], streams.values(), strict=True):
             assert_close(reading.double(), moments(*stream), bank.tolerance)
 
 

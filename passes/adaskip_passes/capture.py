@@ -157,7 +157,8 @@ def capture(
 ) -> Built:
     """Trace ``function(**arguments)`` into one graph and hand it to `build`.
 
-    The function is not run. `build` is called inside the Dynamo backend, so what it compiles
+    The function is not run (unless Dynamo is switched off by a stance, which is then refused).
+    `build` is called inside the Dynamo backend, so what it compiles
     records its shape guards with the capture. Each call traces anew, whatever was captured
     before: the function gets a code object of its own, so neither Dynamo's cache nor its recompile
     limit (8 for a code object) sees the others.
@@ -198,8 +199,8 @@ def capture(
         if not failed:
             raise RefusedError(
                 f"torch.compile cannot capture {function.__name__} as one graph: "
-                f"{_first_line(error)}. The model's forward must be traceable with fullgraph=True; "
-                "run it under torch.compile(fullgraph=True) to see where it breaks."
+                f"{_first_line(error).rstrip('.')}. The model's forward must be traceable with "
+                "fullgraph=True; run it under torch.compile(fullgraph=True) to see where it breaks."
             ) from error
     finally:
         torch._dynamo.eval_frame.reset_code(own.__code__)  # type: ignore[attr-defined]
@@ -212,7 +213,8 @@ def capture(
 
 def _own_code(function: Callable[..., Any]) -> types.FunctionType:
     """The same function with a code object and a globals dictionary of its own."""
-    assert isinstance(function, types.FunctionType)
+    if not isinstance(function, types.FunctionType) or function.__closure__:
+        raise RefusedError(f"only a plain function without closure is captured, not {function!r}")
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     own = types.FunctionType(code, dict(function.__globals__), code.co_name)
     own.__defaults__, own.__kwdefaults__ = function.__defaults__, function.__kwdefaults__

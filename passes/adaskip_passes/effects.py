@@ -44,17 +44,29 @@ def is_mutation(node: fx.Node) -> bool:
         return False
     if node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None:
         return True
-    if node.target in _INPLACE_FUNCTIONS or _schema_writes(node.target):
+    schema = _schema(node.target)
+    if node.target in _INPLACE_FUNCTIONS or (schema is not None and schema.is_mutable):
         return True
     name = operation(node)
     return name.endswith("_") and not name.endswith("__")
 
 
-def _schema_writes(target: Any) -> bool:
-    """Operators registered with torch say so in their schema, one for each overload."""
-    names = target.overloads() if hasattr(target, "overloads") else ()
-    overloads = [getattr(target, name) for name in names] or [target]
-    return any(getattr(getattr(o, "_schema", None), "is_mutable", False) for o in overloads)
+def _schema(target: Any) -> Any:
+    """The schema of an operator registered with torch; None for anything else."""
+    if hasattr(target, "overloads"):
+        target = getattr(target, "default", None)
+    return getattr(target, "_schema", None)
+
+
+def _destination(node: fx.Node) -> Any:
+    """The argument that a mutation writes to."""
+    if node.kwargs.get("out") is not None:
+        return node.kwargs["out"]
+    schema = _schema(node.target)
+    for place, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            return node.args[place] if place < len(node.args) else node.kwargs[argument.name]
+    return node.args[0] if node.args else None
 
 
 def storage_root(node: fx.Node) -> fx.Node:
@@ -64,10 +76,14 @@ def storage_root(node: fx.Node) -> fx.Node:
     one.
     """
     while node.op in ("call_function", "call_method"):
-        views = operation(node) in _VIEWS or is_mutation(node)
-        if not views or not node.args or not isinstance(node.args[0], fx.Node):
+        base: Any = None
+        if is_mutation(node):
+            base = _destination(node)
+        elif node.args and operation(node) in _VIEWS:
+            base = node.args[0]
+        if not isinstance(base, fx.Node):
             break
-        node = node.args[0]
+        node = base
     return node
 
 
@@ -75,7 +91,7 @@ def written(node: fx.Node) -> fx.Node | None:
     """The node whose storage a mutation writes to, or None for a node without effects."""
     if not is_mutation(node):
         return None
-    target = node.args[0]
+    target = _destination(node)
     return storage_root(target) if isinstance(target, fx.Node) else None
 
 

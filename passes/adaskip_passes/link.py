@@ -110,8 +110,10 @@ def fuse(outer: fx.GraphModule) -> fx.GraphModule:
         x_1 = self.layers_0_ffn(x, w, ...)        h = linear(x, w)
                                                   x_1 = x + h
 
-    For an outer graph that no pass has changed this is the captured graph, with the same text.
-    Legal because a call and its body are the same computation.
+    For an outer graph that no pass has changed this is the captured graph, with the same text, but
+    that values which one sublayer alone needs are computed there, and that a stream which was
+    overwritten in place gets results of its own. Legal because a call and its body are the same
+    computation.
     """
     flat = fx.Graph()
     root = fx.GraphModule(outer, flat)

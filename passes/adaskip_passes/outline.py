@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from .effects import accesses, is_mutation, storage_root, written
+from .effects import accesses, is_mutation, operation, storage_root, written
 from .errors import RefusedError
 from .lengths import length_inputs
 from .sublayers import Sublayer, stream_levels
@@ -37,6 +37,7 @@ from .sublayers import Sublayer, stream_levels
 Role = Literal["prologue", "sublayer", "epilogue", "probe", "compensation", "residue"]
 
 PIECE = "adaskip_piece"
+_AUTOCAST_ENDS = ("_enter_autocast", "_exit_autocast")
 CAPTURED = "adaskip_captured"  # marks the captured graph's inputs among those that passes add
 
 
@@ -144,15 +145,38 @@ def _place(graph: fx.Graph, sublayers: Sequence[Sublayer]) -> dict[fx.Node, int]
     levels = stream_levels(graph, [(s.stream, s.add) for s in sublayers])
     inner = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     place = {n: levels[n] + 1 for n in inner}
-    origin = sublayers[0].stream
+    pinned = _place_autocast(inner, place) | {sublayers[0].stream}
     for node in reversed(inner):
         needed_by = {place[u] for u in node.users if u in place}
-        if place[node] == 0 and node is not origin and len(needed_by) == 1 and _inner_only(node):
+        if place[node] == 0 and node not in pinned and len(needed_by) == 1 and _inner_only(node):
             place[node] = needed_by.pop()
     _place_free_writes(inner, place)
-    _place_unread(inner, place)
+    _place_unread([n for n in inner if n not in pinned], place)
     _check_order(inner, place)
     return place
+
+
+def _place_autocast(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> set[fx.Node]:
+    """Keep autocast regions whole: their two ends go where what they enclose is.
+
+    Returns:
+        The nodes of all regions, which must not be moved out of them.
+    """
+    order = {node: i for i, node in enumerate(inner)}
+    pinned: set[fx.Node] = set()
+    for enter in inner:
+        if operation(enter) != "_enter_autocast":
+            continue
+        leave = next(u for u in enter.users if operation(u) == "_exit_autocast")
+        region = inner[order[enter] : order[leave] + 1]
+        places = {place[n] for n in region[1:-1] if operation(n) not in _AUTOCAST_ENDS}
+        if len(places) > 1:
+            raise RefusedError(
+                f"an autocast region ({enter.name}) reaches over several sublayers of the model"
+            )
+        place[enter] = place[leave] = places.pop() if places else 0
+        pinned.update(region)
+    return pinned
 
 
 def _inner_only(node: fx.Node) -> bool:
@@ -170,7 +194,7 @@ def _place_free_writes(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> N
         if root is not None and place[node] == 0 and not node.users:
             before = [place[a] for a in accesses(inner, root) if a is not node]
             place[node] = max(before, default=at)
-        at = place[node]
+        at = place[node] or at
 
 
 def _place_unread(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> None:
@@ -179,7 +203,7 @@ def _place_unread(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> None:
     for node in inner:
         if place[node] == 0 and not node.users and written(node) is None:
             place[node] = at
-        at = place[node]
+        at = place[node] or at
 
 
 def _check_order(inner: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> None:
@@ -208,7 +232,9 @@ def _in_place_adds(graph: fx.Graph, sublayers: Sequence[Sublayer]) -> set[fx.Nod
             continue
         if storage_root(target) is not storage_root(s.stream):
             continue  # it overwrites the branch, which nobody else has
-        if any(order[u] > order[s.add] for n in (target, s.stream) for u in n.users):
+        root = storage_root(target)
+        names = [n for n in graph.nodes if order[n] < order[s.add] and storage_root(n) is root]
+        if any(order[user] > order[s.add] for name in names for user in name.users):
             raise RefusedError(
                 f"{s.path}: the residual stream is overwritten in place and read afterwards by "
                 "its old name"

@@ -13,6 +13,7 @@ whose other values are read elsewhere is refused.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -88,7 +89,7 @@ def _replace(outer: fx.GraphModule, call: fx.Node, replacement: Replacement) -> 
             f"layer {piece.layer}'s {piece.kind} hands {piece.outputs - 1} value(s) besides the "
             "residual stream to later layers, so it cannot be skipped."
         )
-    if any((p := piece_of(u)) is not None and p.role == "probe" for u in call.users):
+    if any((p := piece_of(u)) and p.role == "probe" and u.args[1] is call for u in call.users):
         raise RefusedError(
             f"layer {piece.layer}'s {piece.kind} is probed: skip first, then probe what still runs"
         )
@@ -135,7 +136,8 @@ def residue(module: fx.GraphModule, keep: Keep) -> fx.GraphModule | None:
         if root is None:
             return False
         if root.op != "placeholder":  # it changes a value that something kept may read
-            return bool(set(accesses(graph.nodes, root)) - {node})
+            later = itertools.takewhile(lambda n: n is not node, reversed(graph.nodes))
+            return bool(accesses(later, root))
         return keep == "everything" or node in free
 
     eliminate_dead_code(graph, keep=kept, placeholders=True)

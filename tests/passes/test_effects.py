@@ -45,6 +45,11 @@ def stores() -> Iterator[Any]:
     library._destroy()
 
 
+def name_of(value: object) -> str:
+    """A test id without an address, so that it is the same in every process."""
+    return str(getattr(value, "__qualname__", value))
+
+
 # What writes -----------------------------------------------------------------------------------
 
 
@@ -65,7 +70,7 @@ def stores() -> Iterator[Any]:
         torch.ops.aten.copy_,
         torch.ops.aten.add_.Tensor,
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_these_write_to_their_first_argument(target: str | Callable[..., Any]) -> None:
     g = Graph("x", "y")
@@ -89,7 +94,7 @@ def test_these_write_to_their_first_argument(target: str | Callable[..., Any]) -
         torch.ops.aten.add.Tensor,
         torch.ops.aten.copy.default,
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_these_do_not(target: str | Callable[..., Any]) -> None:
     g = Graph("x", "y")
