@@ -5,12 +5,45 @@ fast = adaskip_fx.compile(model, profile, alpha=1.2)
 fast.generate(**inputs, max_new_tokens=64)
 """
 
-from .api import compile
-from .calibrate import calibrate
-from .plan import SkipPlan, Sublayer
-from .policies import AdaSkip
-from .profile import Profile
+from __future__ import annotations
+
+import importlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import compile
+    from .calibration import calibrate
+    from .plan import SkipPlan
+    from .policies import AdaSkip
+    from .profile import Profile
+    from .sublayer import Sublayer
 
 __version__ = "0.1.0"
 
 __all__ = ["AdaSkip", "Profile", "SkipPlan", "Sublayer", "calibrate", "compile"]
+
+# Imported at first use: torch and transformers take seconds, which `adaskip-fx --help` need not.
+_HOMES = MappingProxyType(
+    {
+        "AdaSkip": "policies",
+        "Profile": "profile",
+        "SkipPlan": "plan",
+        "Sublayer": "sublayer",
+        "calibrate": "calibration",
+        "compile": "api",
+    }
+)
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

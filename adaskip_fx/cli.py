@@ -96,13 +96,13 @@ def calibrate(
 ) -> None:
     """Measure how much each sublayer changes the residual stream, and save the profile."""
     with _reported(debug):
-        from .calibrate import calibrate as measure
+        from .calibration import calibrate as measure
         from .demo.texts import calibration_samples
         from .loading import load
-        from .profile import _check_target
+        from .profile import check_target
         from .progress import Steps
 
-        _check_target(out)  # before minutes of work
+        check_target(out)  # before minutes of work
         sources = None if text is None else [_read(file) for file in text]
         steps = Steps(_console(stderr=True))
         with steps.step("load the model"):

@@ -142,7 +142,7 @@ class Profile:
         ProfileError when `path` is a file or a folder that holds something else.
         """
         folder, tensors = Path(path), self._tensor_bytes()
-        _check_target(folder)
+        check_target(folder)
         folder.mkdir(parents=True, exist_ok=True)
         sha256 = _sha256(tensors)
         name = f"moments-{sha256[:16]}.safetensors"
@@ -241,7 +241,7 @@ def _sha256(data: bytes) -> str:
 # Folder ----------------------------------------------------------------------------------------
 
 
-def _check_target(folder: Path) -> None:
+def check_target(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():

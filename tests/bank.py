@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -288,6 +289,12 @@ def check_request(
 
 
 # What hypothesis draws -------------------------------------------------------------------------
+
+
+def fewer(times: int) -> settings:
+    """For examples that take long: that many times fewer than the profile says."""
+    return settings(max_examples=settings().max_examples // times)
+
 
 FACTORS = st.floats(0.25, 2.0, width=32)
 SEEDS = st.integers(0, 2**16)

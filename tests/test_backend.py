@@ -79,10 +79,10 @@ def skipping(model: LlamaForCausalLM, skip: list[str], factor: float, ids: torch
             mask = torch.full((ids.shape[1], ids.shape[1]), -torch.inf).triu(1)[None, None]
             h = layer.input_layernorm(x)
             x = x + layer.self_attn(h, position_embeddings=rotary, attention_mask=mask)[0]
-        if f"{n}.ffn" in skip:
-            x = factor * x
-        else:
+        if f"{n}.ffn" not in skip:
             x = x + layer.mlp(layer.post_attention_layernorm(x))
+        else:
+            x = factor * x
     return model.lm_head(inner.norm(x))[:, -1:]
 
 

@@ -8,14 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Cache
 
 from adaskip_fx.api import build
 from adaskip_fx.cache import SkipCache
 from adaskip_fx.plan import Action, SkipPlan
-from tests.bank import SEEDS, Entry, assert_same_cache, check_request, entry, make_model, stored
+from tests.bank import (
+    SEEDS,
+    Entry,
+    assert_same_cache,
+    check_request,
+    entry,
+    fewer,
+    make_model,
+    stored,
+)
 from tests.oracle import assert_close
 
 SHAPE = "grouped"
@@ -186,7 +195,7 @@ def _alias(cache: SkipCache) -> SkipCache:
     return twin
 
 
-@settings(max_examples=20)
+@fewer(2)
 @given(st.integers(1, 12), st.integers(1, 6), st.booleans(), SEEDS)
 def test_crop_forgets_the_last_tokens(keep: int, more: int, negative: bool, seed: int) -> None:
     bank = entry(SHAPE)
@@ -231,7 +240,7 @@ def test_reset_makes_room_for_another_batch() -> None:
 # Modes ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=15)
+@fewer(3)
 @given(st.lists(st.sampled_from(["inference", "no_grad"]), min_size=4, max_size=8))
 def test_inference_mode_and_no_grad_mixed_on_one_cache(modes: list[str]) -> None:
     bank = entry(SHAPE)

@@ -25,7 +25,7 @@ TEXTS = (
     "sixteen letters.",
 )
 LIMIT = 96
-MODULE = importlib.import_module("adaskip_fx.calibrate")  # the name is the function's as well
+MODULE = importlib.import_module("adaskip_fx.calibration")
 
 
 class Letters:

@@ -669,14 +669,14 @@ def test_the_backend_without_a_compiler(
     assert why is None or "no C++ compiler was found" in why
 
 
-def test_the_compiler_is_the_one_that_inductor_would_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiler_is_the_one_that_inductor_would_use() -> None:
     from torch._inductor import config, cpp_builder
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/c++"))
-    assert loading.find_cpp_compiler() is None
-    monkeypatch.setattr(config.cpp, "cxx", (None, sys.executable))  # anything with --version
-    assert loading.find_cpp_compiler() == sys.executable
-    assert cpp_builder.get_cpp_compiler() == sys.executable
+    with config.patch({"cpp.cxx": (None, "/nowhere/c++")}):
+        assert loading.find_cpp_compiler() is None
+    with config.patch({"cpp.cxx": (None, sys.executable)}):  # anything with --version
+        assert loading.find_cpp_compiler() == sys.executable
+        assert cpp_builder.get_cpp_compiler() == sys.executable
 
 
 def test_devices_and_types() -> None:

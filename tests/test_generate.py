@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from adaskip_fx.api import build
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
-from tests.bank import SEEDS, Entry, entry, make_model, plans, profile_of
+from tests.bank import SEEDS, Entry, entry, fewer, make_model, plans, profile_of
 from tests.oracle import assert_close
 
 SHAPE = "grouped"
@@ -43,7 +43,7 @@ def assert_generates_the_same(bank: Entry, ids: torch.Tensor, **options: Any) ->
     return tokens
 
 
-@settings(max_examples=25)
+@fewer(2)
 @given(st.data(), st.integers(2, 20), st.integers(1, 12), SEEDS)
 def test_greedy_generation(data: st.DataObject, prompt: int, new: int, seed: int) -> None:
     bank = entry(SHAPE)
@@ -124,7 +124,7 @@ def test_the_same_request_twice() -> None:
         assert torch.equal(bank.compiled.generate(ids, max_new_tokens=9, do_sample=False), first)
 
 
-@settings(max_examples=15)
+@fewer(3)
 @given(st.lists(st.integers(0, 2), min_size=6, max_size=24), SEEDS)
 def test_requests_interleaved_token_by_token(order: list[int], seed: int) -> None:
     """Three live requests, stepped in any order: each as if it were alone."""
@@ -347,7 +347,7 @@ def padded(bank: Entry, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, list
     return ids, mask, rows
 
 
-@settings(max_examples=10)
+@fewer(4)
 @given(SEEDS)
 def test_a_left_padded_batch_gives_each_rows_own_tokens(seed: int) -> None:
     bank = entry(SHAPE)

