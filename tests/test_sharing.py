@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from adaskip_fx.api import build
+from adaskip_passes import RefusedError
 from tests.bank import make_model
 from tests.oracle import Oracle, assert_close
 
@@ -169,6 +170,23 @@ def test_a_replaced_parameter_is_used_by_the_next_request(pair: tuple[Any, Any])
     finally:
         layer.down_proj.weight = old
     assert_close(run(compiled), before, 1e-5)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype"])
+def test_a_parameter_of_another_layout_is_refused(pair: tuple[Any, Any], change: str) -> None:
+    """No graph was captured for it; a request is refused before it runs, and can go on after."""
+    _, compiled = pair
+    before = run(compiled)
+    layer = compiled.model.layers[0].mlp
+    old = layer.down_proj.weight
+    other = old.detach()[:, :-1] if change == "shape" else old.detach().double()
+    layer.down_proj.weight = nn.Parameter(other.clone(), requires_grad=False)
+    try:
+        with pytest.raises(RefusedError, match=r"when the model was captured.*compile the model a"):
+            run(compiled)
+    finally:
+        layer.down_proj.weight = old
+    assert torch.equal(run(compiled), before)
 
 
 def test_training_mode_hooks_and_attention_are_each_models_own(pair: tuple[Any, Any]) -> None:
