@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .loading import usable_backend
 from .plan import SkipPlan
 from .policies import AdaSkip, OnlinePolicy, Policy
 from .profile import Profile
@@ -47,10 +48,12 @@ def compile(
 
     Raises:
         TypeError, ValueError: a model, profile, alpha or plan that cannot be used.
+        RuntimeError: Inductor is to compile for the CPU and there is no C++ compiler.
         RefusedError: the architecture's sublayers cannot be captured or proven.
     """
     check_model(model)
     _check_options(backend, link)
+    _check_compiler(backend, model)
     loaded = Profile.load(profile) if isinstance(profile, str | Path) else profile
     if loaded is not None:
         loaded.check(model)
@@ -90,3 +93,11 @@ def _check_options(backend: str, link: str) -> None:
     known = torch._dynamo.list_backends(exclude_tags=())
     if not isinstance(backend, str) or backend not in known:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(sorted(known))}")
+
+
+def _check_compiler(backend: str, model: Any) -> None:
+    if usable_backend(backend, model.device)[0] != backend:
+        raise RuntimeError(
+            "Inductor needs a C++ compiler on CPU and none was found; install one (g++, or name it "
+            'in CXX), or pass backend="eager"'
+        )

@@ -570,3 +570,16 @@ def test_copying_and_pickling(tmp_path: Path) -> None:
 
 def test_warm_up_longer_than_the_model_allows() -> None:
     refused(lambda: entry(SHAPE).runtime.warmup(601), ValueError, "positions for 600")
+
+
+def test_inductor_on_cpu_without_a_compiler(
+    model: Any, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adaskip_fx import loading
+
+    monkeypatch.setattr(loading, "find_cpp_compiler", lambda: None)
+    message = r'needs a C\+\+ compiler on CPU and none was found.*pass backend="eager"'
+    refused(
+        lambda: adaskip_fx.compile(model, profile, backend="inductor"), RuntimeError, message, model
+    )
+    assert adaskip_fx.compile(model, profile, backend="aot_eager").adaskip.plan

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from adaskip_fx.api import build
 from adaskip_passes import RefusedError
@@ -170,6 +170,22 @@ def test_a_replaced_parameter_is_used_by_the_next_request(pair: tuple[Any, Any])
     finally:
         layer.down_proj.weight = old
     assert_close(run(compiled), before, 1e-5)
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_a_replaced_parameter_is_used_by_the_next_prompt_on_a_cache(decoded: bool) -> None:
+    """A chunk or the next turn; not in the middle of decoding, where nothing is looked up."""
+    model = make_model("one_layer")
+    compiled, reference = build(model, None, backend="eager"), Oracle(model)
+    cache, theirs = compiled.adaskip.new_cache(), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for ids in (IDS, IDS[:, :1])[: 1 + decoded]:
+            compiled(ids, past_key_values=cache, logits_to_keep=1)
+            reference.step(ids, theirs)
+        weight = nn.Parameter(model.lm_head.weight.detach() * 3.0)
+        compiled.lm_head.weight = reference.model.lm_head.weight = weight
+        logits = compiled(IDS[:, :4], past_key_values=cache, logits_to_keep=1).logits
+        assert_close(logits, reference.step(IDS[:, :4], theirs)[:, -1:], 1e-5)
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype"])

@@ -18,10 +18,8 @@ reads and writes of mutated storage keep their order, which is checked.
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import re
-import types
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,15 +27,14 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from .effects import accesses, is_mutation, operation, storage_root, written
-from .errors import RefusedError
+from .keys import structural_key
 from .lengths import length_inputs
-from .sublayers import Sublayer, stream_levels
+from .placement import in_place_adds, place_nodes
+from .sublayers import Sublayer
 
 Role = Literal["prologue", "sublayer", "epilogue", "probe", "compensation", "residue"]
 
 PIECE = "adaskip_piece"
-_AUTOCAST_ENDS = ("_enter_autocast", "_exit_autocast")
 CAPTURED = "adaskip_captured"  # marks the captured graph's inputs among those that passes add
 
 
@@ -95,7 +92,7 @@ def outline(graph_module: fx.GraphModule, sublayers: Sequence[Sublayer]) -> Oute
     Raises:
         RefusedError: when cutting would reorder accesses to mutated storage.
     """
-    placement = _place(graph_module.graph, sublayers)
+    placement = place_nodes(graph_module.graph, sublayers)
     builder = _Builder(graph_module, placement, sublayers)
     return builder.build()
 
@@ -136,113 +133,6 @@ def sublayer_calls(outer: fx.Graph) -> dict[int, fx.Node]:
     return {p.index: n for p, n in calls if p is not None and p.role == "sublayer"}
 
 
-def _place(graph: fx.Graph, sublayers: Sequence[Sublayer]) -> dict[fx.Node, int]:
-    """The piece of every computed node: 0 the prologue, k + 1 sublayer k, S + 1 the epilogue.
-
-    What does not depend on the stream belongs to the prologue, unless one piece alone needs it:
-    then it is computed there (and goes when that sublayer is skipped).
-    """
-    levels = stream_levels(graph, [(s.stream, s.add) for s in sublayers])
-    inner = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
-    place = {n: levels[n] + 1 for n in inner}
-    pinned = _place_autocast(inner, place) | {sublayers[0].stream}
-    for node in reversed(inner):
-        needed_by = {place[u] for u in node.users if u in place}
-        if place[node] == 0 and node not in pinned and len(needed_by) == 1 and _inner_only(node):
-            place[node] = needed_by.pop()
-    _place_free_writes(inner, place)
-    _place_unread([n for n in inner if n not in pinned], place)
-    _check_order(inner, place)
-    return place
-
-
-def _place_autocast(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> set[fx.Node]:
-    """Keep autocast regions whole: their two ends go where what they enclose is.
-
-    Returns:
-        The nodes of all regions, which must not be moved out of them.
-    """
-    order = {node: i for i, node in enumerate(inner)}
-    pinned: set[fx.Node] = set()
-    for enter in inner:
-        if operation(enter) != "_enter_autocast":
-            continue
-        leave = next(u for u in enter.users if operation(u) == "_exit_autocast")
-        region = inner[order[enter] : order[leave] + 1]
-        places = {place[n] for n in region[1:-1] if operation(n) not in _AUTOCAST_ENDS}
-        if len(places) > 1:
-            raise RefusedError(
-                f"an autocast region ({enter.name}) reaches over several sublayers of the model"
-            )
-        place[enter] = place[leave] = places.pop() if places else 0
-        pinned.update(region)
-    return pinned
-
-
-def _inner_only(node: fx.Node) -> bool:
-    return all(user.op != "output" for user in node.users) and written(node) is None
-
-
-def _place_free_writes(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> None:
-    """A write that depends on no stream (a length counter) goes where its storage is last read.
-
-    One that nobody reads stays where it was in the program.
-    """
-    at = 0
-    for node in inner:
-        root = written(node)
-        if root is not None and place[node] == 0 and not node.users:
-            before = [place[a] for a in accesses(inner, root) if a is not node]
-            place[node] = max(before, default=at)
-        at = place[node] or at
-
-
-def _place_unread(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> None:
-    """What nobody reads and writes nothing (a logging call) stays where it was in the program."""
-    at = 0
-    for node in inner:
-        if place[node] == 0 and not node.users and written(node) is None:
-            place[node] = at
-        at = place[node] or at
-
-
-def _check_order(inner: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> None:
-    """Accesses to storage that something writes to must stay in the order of the program."""
-    mutated = {root for n in inner if (root := written(n)) is not None}
-    for root in mutated:
-        ordered = [place[n] for n in accesses(inner, root)]
-        if ordered != sorted(ordered):
-            raise RefusedError(
-                f"{root.name} is written in place and read by several sublayers in an order that "
-                "cutting the graph would change."
-            )
-
-
-def _in_place_adds(graph: fx.Graph, sublayers: Sequence[Sublayer]) -> set[fx.Node]:
-    """The adds that overwrite the stream they read (``x += branch``).
-
-    In their pieces they become plain adds, so that the stream before a sublayer is still there
-    after it, to be measured. Nothing may read the overwritten tensor by its old name.
-    """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    found = set()
-    for s in sublayers:
-        target = s.add.args[0]
-        if not is_mutation(s.add) or not isinstance(target, fx.Node):
-            continue
-        if storage_root(target) is not storage_root(s.stream):
-            continue  # it overwrites the branch, which nobody else has
-        root = storage_root(target)
-        names = [n for n in graph.nodes if order[n] < order[s.add] and storage_root(n) is root]
-        if any(order[user] > order[s.add] for name in names for user in name.users):
-            raise RefusedError(
-                f"{s.path}: the residual stream is overwritten in place and read afterwards by "
-                "its old name"
-            )
-        found.add(s.add)
-    return found
-
-
 class _Builder:
     """Builds the outer graph, piece by piece in stream order."""
 
@@ -257,7 +147,7 @@ class _Builder:
         self.sublayers = sublayers
         self.outer = fx.Graph()
         self.root = torch.nn.Module()
-        self.in_place = _in_place_adds(source.graph, sublayers)
+        self.in_place = in_place_adds(source.graph, sublayers)
         self.value: dict[fx.Node, fx.Node] = {}  # captured node -> its value in the outer graph
 
     def build(self) -> Outer:
@@ -335,7 +225,7 @@ def _piece_module(
     outputs: Sequence[fx.Node],
     in_place: Collection[fx.Node],
 ) -> fx.GraphModule:
-    """The code of a piece; an add in `in_place` gets a result of its own (see `_in_place_adds`)."""
+    """The code of a piece; an add in `in_place` gets a result of its own (see `in_place_adds`)."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
@@ -357,65 +247,3 @@ def _short_name(node: fx.Node) -> str:
         return node.name
     parts = [p for p in re.split(r"_(?:modules|parameters|buffers)_", node.name) if p]
     return "_".join(parts[-2:]).strip("_") if len(parts) > 1 else node.name.strip("_")
-
-
-def structural_key(module: fx.GraphModule) -> str:
-    """A digest that is equal for pieces that compile to the same code.
-
-    It covers every operation, constant and the shape, stride, dtype and device of every input, but
-    no name and no weight.
-    """
-    number = {node: i for i, node in enumerate(module.graph.nodes)}
-    rows: list[tuple[str, ...]] = []
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            rows.append(("input", _describe(node.meta.get("example_value"))))
-        else:
-            target = _constant(module, node) if node.op == "get_attr" else _target(node.target)
-            rows.append((node.op, target, _encode((node.args, node.kwargs), number)))
-    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        sizes, strides = list(map(str, value.shape)), list(map(str, value.stride()))
-        return f"{sizes} {strides} {value.dtype} {value.device} {value.requires_grad}"
-    return f"{type(value).__name__} {value}"
-
-
-def _target(target: Any) -> str:
-    if isinstance(target, str):
-        return target
-    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
-    if isinstance(target, types.FunctionType):  # its code and what it closes over count as well
-        cells = [cell.cell_contents for cell in target.__closure__ or ()]
-        code = target.__code__
-        name += f" {code.co_code.hex()} {code.co_consts!r} {target.__defaults__!r} {cells!r}"
-    return name
-
-
-def _encode(value: Any, number: Mapping[fx.Node, int]) -> str:
-    if isinstance(value, fx.Node):
-        return f"%{number[value]}"
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__}({', '.join(_encode(v, number) for v in value)})"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{k}: {_encode(v, number)}' for k, v in value.items())}}}"
-    if isinstance(value, slice):
-        return f"slice{_encode((value.start, value.stop, value.step), number)}"
-    if isinstance(value, types.FunctionType):
-        return _target(value)
-    return f"{type(value).__name__}:{value!r}"
-
-
-def _constant(module: fx.GraphModule, node: fx.Node) -> str:
-    """The content of an attribute: of a subgraph its own key, of a tensor its bytes."""
-    value: Any = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    if isinstance(value, fx.GraphModule):
-        return structural_key(value)
-    if isinstance(value, torch.Tensor):
-        data = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-        return f"{_describe(value)} {hashlib.sha256(data.numpy().tobytes()).hexdigest()}"
-    return f"{type(value).__name__}:{value!r}"

@@ -25,8 +25,9 @@ from .compensation import COMPENSATIONS, compensation_piece
 from .dead_code import eliminate_dead_code
 from .effects import accesses, is_mutation, written
 from .errors import RefusedError
+from .keys import structural_key
 from .lengths import length_inputs
-from .outline import PIECE, Piece, piece_of, structural_key, sublayer_calls
+from .outline import PIECE, Piece, piece_of, sublayer_calls
 from .sublayers import stream_independent
 
 Keep = Literal["nothing", "counters", "everything"]
