@@ -7,16 +7,22 @@ The mechanism under ``adaskip_fx``; it needs torch alone. In order:
 - :func:`outline`: a small outer graph of calls to pieces, equal pieces sharing one key;
 - :class:`Skip`, :class:`Probe`: passes over the outer graph, run by :func:`run_passes`;
 - :func:`link` compiled pieces into a program, or :func:`fuse` them into one flat graph.
+
+For a GPU's decode step: :class:`FuseProjections` gives its pieces operators that read every weight
+once, and a :class:`Recorder` makes a program one CUDA graph.
 """
 
 from .capture import Binder, Capture, ShapeGuards, capture, describe
 from .compiler import PieceCompiler
+from .cuda_graphs import Recorder
 from .dead_code import eliminate_dead_code
+from .decode_ops import attend, project
 from .errors import RefusedError
 from .link import fuse, link
 from .outline import Piece, outline, piece_of
-from .pipeline import run_passes, text
+from .pipeline import Pass, run_passes, text
 from .probe import MOMENTS, VALID, Probe
+from .projections import FuseProjections
 from .skip import Keep, Replacement, Skip
 from .sublayers import Sublayer, find_sublayers
 
@@ -25,15 +31,19 @@ __all__ = [
     "VALID",
     "Binder",
     "Capture",
+    "FuseProjections",
     "Keep",
+    "Pass",
     "Piece",
     "PieceCompiler",
     "Probe",
+    "Recorder",
     "RefusedError",
     "Replacement",
     "ShapeGuards",
     "Skip",
     "Sublayer",
+    "attend",
     "capture",
     "describe",
     "eliminate_dead_code",
@@ -42,6 +52,7 @@ __all__ = [
     "link",
     "outline",
     "piece_of",
+    "project",
     "run_passes",
     "text",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,11 @@ from torch import fx
 from .capture import Capture
 from .link import Compiled
 from .outline import Piece
+from .pipeline import Pass
+
+#: Inductor's options for lowered pieces. What is left to it are kernels of microseconds: those
+#: that do not depend on each other become one, and each starts while the one before it ends.
+_SHORT_KERNELS = {"combo_kernels": True, "triton.enable_pdl": True}
 
 
 class PieceCompiler:
@@ -19,13 +24,15 @@ class PieceCompiler:
 
     Attributes:
         backend: name of the inner backend (``inductor``, ``eager``, ``aot_eager``, ...).
+        lowering: inner passes that each piece goes through first.
         compiled: how many pieces it has compiled.
         seconds: how long that took in all.
     """
 
-    def __init__(self, capture: Capture, backend: str) -> None:
+    def __init__(self, capture: Capture, backend: str, lowering: Sequence[Pass] = ()) -> None:
         self.capture = capture
         self.backend = backend
+        self.lowering = tuple(lowering)
         self.compiled = 0
         self.seconds = 0.0
         self._inner: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
@@ -46,9 +53,14 @@ class PieceCompiler:
         single = not isinstance(result, tuple | list)
         graph.output((result,) if single else result)  # backends expect a graph to return a tuple
         own = fx.GraphModule(module, graph, "Piece")
+        for one in self.lowering:
+            one(own)
+        if self.lowering:
+            own.recompile()
         examples = [n.meta["example_value"] for n in graph.find_nodes(op="placeholder")]
         with self.capture.reopened():
-            function: Compiled = self._inner(own, examples)
+            options = {"config_patches": _SHORT_KERNELS} if self.lowering else {}
+            function: Compiled = self._inner(own, examples, **options)
         self.compiled += 1
         self.seconds += time.perf_counter() - start
         return (lambda *inputs: function(*inputs)[0]) if single else function

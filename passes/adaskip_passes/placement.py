@@ -6,6 +6,7 @@ their order, which is checked.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 from torch import fx
@@ -89,9 +90,12 @@ def _place_unread(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> None:
 
 def _check_order(inner: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> None:
     """Accesses to storage that something writes to must stay in the order of the program."""
-    mutated = {root for n in inner if (root := written(n)) is not None}
-    for root in mutated:
-        ordered = [place[n] for n in accesses(inner, root)]
+    places: dict[fx.Node, list[int]] = {r: [] for n in inner if (r := written(n)) is not None}
+    root_of = functools.cache(storage_root)
+    for node in inner:
+        for root in {root_of(i) for i in node.all_input_nodes} & places.keys():
+            places[root].append(place[node])
+    for root, ordered in places.items():
         if ordered != sorted(ordered):
             raise RefusedError(
                 f"{root.name} is written in place and read by several sublayers in an order that "

@@ -25,7 +25,7 @@ from adaskip_passes import (
     run_passes,
     text,
 )
-from adaskip_passes.probe import probe_piece
+from adaskip_passes.probe import measure_together, probe_piece
 from tests.passes.decoders import (
     SHAPES,
     Block,
@@ -342,3 +342,135 @@ def test_two_probe_passes_share_the_mask_or_are_refused() -> None:
     _, first, second = run(got, outer, args, all_valid(args))
     _, both = run(got, probed(got, 0, 1), arguments(got.model, got.shape), all_valid(args))
     assert torch.equal(torch.cat((first, second)), both)
+
+
+# All at the end --------------------------------------------------------------------------------
+
+
+def probed_together(got: Cut, *sublayers: int) -> fx.GraphModule:
+    return run_passes(got.outer, (Probe(sublayers, together=True),))
+
+
+@given(st.data())
+def test_measuring_together_measures_the_same(data: st.DataObject) -> None:
+    """As in pieces of their own and as in float64; no output and no cache changes."""
+    shape = data.draw(st.sampled_from(SHAPES), "shape")
+    tokens = data.draw(st.sampled_from([1, 1, 2, 7]), "tokens")
+    got = shared(shape, 1, 9) if tokens == 1 else shared(shape)
+    sublayers = st.sampled_from(range(2 * shape.layers))
+    chosen = data.draw(st.lists(sublayers, min_size=1, unique=True), "probed")
+    rows = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
+    counted = st.lists(rows, min_size=shape.batch, max_size=shape.batch)
+    valid = torch.tensor(data.draw(counted, "valid"))
+    args, twin, third = (arguments(got.model, shape, tokens, 9, seed=tokens) for _ in range(3))
+    logits, measured = run(got, probed_together(got, *chosen), args, valid)
+    expected_logits, expected = run(got, probed(got, *chosen), twin, valid)
+    assert torch.equal(logits, expected_logits)
+    assert same(args, twin)
+    close(measured, expected.double().numpy())
+    streams: list[Tensor] = []
+    eager(third, streams=streams)
+    close(measured, reference(streams, valid, *chosen))
+
+
+def test_together_the_wrong_sublayer_differs_too() -> None:
+    got = shared(Shape(), 1, 9)
+    args, twin = (arguments(got.model, got.shape, 1, 9) for _ in range(2))
+    _, measured = run(got, probed_together(got, 0, 1), args, all_valid(args))
+    _, other = run(got, probed(got, 1, 0), twin, all_valid(twin))
+    close(measured, other.flip(0).double().numpy())
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        close(measured, other.double().numpy())
+
+
+@pytest.mark.parametrize("block", ["InPlace", "BranchInPlace", "Dropped", "PostNorm", "Multiplied"])
+def test_together_every_way_to_join_a_branch_is_measured(block: str) -> None:
+    """At the end no stream must have been overwritten."""
+    got = shared(Shape(block=block), 1, 9)
+    args, twin = (arguments(got.model, got.shape, 1, 9) for _ in range(2))
+    streams: list[Tensor] = []
+    expected = eager(twin, streams=streams)
+    logits, measured = run(got, probed_together(got, 0, 1, 2, 3), args, all_valid(args))
+    assert torch.equal(logits, expected)
+    assert same(args, twin)
+    close(measured, reference(streams, all_valid(args), 0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_together_padding_may_hold_nan(tokens: int) -> None:
+    shape = Shape(layers=2)
+    got = cut(Decoder(shape, Feeding), shape, tokens, 9)
+    with torch.no_grad():
+        got.model.embed.weight[0] = float("nan")
+        got.model.embed.weight[1] = float("inf")
+    args = arguments(got.model, shape, tokens, 9)
+    args["ids"][0], args["ids"][1] = 0, 3
+    if tokens > 1:
+        args["ids"][0, 2:], args["ids"][1, 0] = 4, 1
+    valid = args["ids"] > 1
+    outer = probed_together(got, 0, 1)
+    _, measured = run(got, outer, args, valid)
+    assert measured.isfinite().all()
+    assert measured[..., 4].tolist() == [valid.sum(1).tolist()] * 2
+    if tokens == 1:
+        assert measured[:, 0].tolist() == [[0.0] * 5] * 2
+    _, spoiled = run(got, outer, args, all_valid(args))
+    assert spoiled[:, 0, 0].isnan().all(), "the padding was not harmless"
+
+
+def test_together_there_is_no_piece_for_it() -> None:
+    got = shared(Shape())
+    assert text(probed_together(got, 0, 3)) == (
+        "x, table = prologue(+5 inputs)\n"
+        "x_1 = layers_0_attention(x, table, +7 inputs)\n"
+        "x_2 = layers_0_ffn(x_1, +6 inputs)\n"
+        "x_3 = layers_1_attention(x_2, table, +7 inputs)\n"
+        "x_4 = layers_1_ffn(x_3, +6 inputs)\n"
+        "epilogue = epilogue(x_4, +3 inputs)\n"
+        "measure_together = measure_together((x, x_3), (x_1, x_4), valid)\n"
+        "return (epilogue, measure_together)"
+    )
+    link(got.outer, got.compiler)
+    compiled = got.compiler.compiled
+    link(probed_together(got, 0, 1, 2, 3), got.compiler)
+    assert got.compiler.compiled == compiled
+
+
+def test_together_linked_and_fused_are_the_same() -> None:
+    got = shared(Shape(), 1, 9)
+    outer = probed_together(got, 0, 1, 2, 3)
+    args, twin = (arguments(got.model, got.shape, 1, 9) for _ in range(2))
+    linked = run(got, outer, args, all_valid(args))
+    fused = call(fuse(outer), got, outer.graph, twin, {VALID: all_valid(twin)})
+    assert all(torch.equal(a, b) for a, b in zip(linked, fused, strict=True))
+
+
+def vanishing(before: float, after: float) -> tuple[Tensor, Tensor]:
+    """Moments of constant streams, measured together and by a piece."""
+    valid, ones = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 1, 4)
+    streams = ones * before, ones * after
+    (together,) = measure_together(streams[:1], streams[1:], valid)
+    return together, probe_piece(ones, valid, []).module(*streams, valid)
+
+
+@pytest.mark.parametrize("before", [1e-15, 1.0, 1e15])
+def test_together_a_stream_that_vanishes_measures_the_same(before: float) -> None:
+    together, apart = vanishing(before, 0.0)
+    close(together, apart.double().numpy())
+
+
+def test_together_a_stream_of_zeros_measures_the_same() -> None:
+    together, apart = vanishing(0.0, 0.0)
+    close(together, apart.double().numpy())
+
+
+def test_together_refuses_what_it_cannot_measure() -> None:
+    got = shared(Shape())
+    with pytest.raises(RefusedError, match=r"sublayers \[1\] do not run in this graph"):
+        run_passes(got.outer, (Skip({1: Replacement()}), Probe((0, 1), together=True)))
+    with pytest.raises(RefusedError, match=r"sublayers \[7\] do not run"):
+        probed_together(got, 7)
+    for first, second in ((True, True), (True, False), (False, True)):
+        with pytest.raises(RefusedError, match="probed already"):
+            run_passes(got.outer, (Probe((0,), first), Probe((1,), second)))
+    assert text(run_passes(got.outer, (Probe((), together=True),))) == text(got.outer)

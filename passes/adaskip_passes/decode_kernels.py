@@ -1,0 +1,345 @@
+"""Triton kernels for `decode_ops`, on CUDA.
+
+Both are bound by reading memory: every weight, key and value is read once, in 16-byte accesses,
+and nothing intermediate is written. Kernels are launched with programmatic dependence (PDL): a
+kernel starts while the one before it ends, loads its first weights, which nobody writes, and only
+then waits for its input.
+
+Measured on one H100 (weights of Llama-3.1-8B's layer, batch 1, a chain of four layers in a CUDA
+graph): 143 us a layer, 3.06 TB/s; without PDL 149 us; cuBLAS products alone 182 us.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from .decode_ops import MAX_ROWS
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _pick(pid, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, BN: tl.constexpr):
+    """Which of three weights a program works on, and its place in it."""
+    first, second = tl.cdiv(n0, BN), tl.cdiv(n1, BN)
+    w, y, b, n, block = p0, y0, b0, n0, pid
+    if pid >= first + second:
+        w, y, b, n, block = p2, y2, b2, n2, pid - first - second
+    elif pid >= first:
+        w, y, b, n, block = p1, y1, b1, n1, pid - first
+    return w, y, b, n, block
+
+
+@triton.jit
+def _project_row(
+    x, norm, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps,
+    K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One row: BN outputs a program, products summed in float32 registers."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    w, y, b, n, block = p0, y0, b0, n0, tl.program_id(0)
+    if MANY:
+        w, y, b, n, block = _pick(
+            tl.program_id(0), p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, BN
+        )
+    rows = block * BN + tl.arange(0, BN)
+    cols = tl.arange(0, BK)
+    inside = rows < n
+    at = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    total = tl.zeros([BN, BK], tl.float32)
+    other = tl.zeros([BN, BK], tl.float32)
+    squares = tl.zeros([BK], tl.float32)
+    mask = inside[:, None] & (cols[None, :] < K)
+    tile = tl.load(w + at, mask=mask, other=0.0, eviction_policy="evict_first")
+    if GATED:
+        gate = tl.load(p1 + at, mask=mask, other=0.0, eviction_policy="evict_first")
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for k in tl.static_range(0, K, BK):
+        value = tl.load(x + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
+        if NORM:
+            squares += value * value
+            value *= tl.load(norm + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
+        if k > 0:
+            mask = inside[:, None] & (k + cols[None, :] < K)
+            tile = tl.load(w + at + k, mask=mask, other=0.0, eviction_policy="evict_first")
+            if GATED:
+                gate = tl.load(p1 + at + k, mask=mask, other=0.0, eviction_policy="evict_first")
+        total += tile.to(tl.float32) * value[None, :]
+        if GATED:
+            other += gate.to(tl.float32) * value[None, :]
+    scale = 1.0
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares) / K + eps)
+    result = tl.sum(total, 1) * scale
+    if BIAS:
+        result += tl.load(b + rows, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        second = tl.sum(other, 1) * scale
+        if BIAS:
+            second += tl.load(b1 + rows, mask=inside, other=0.0).to(tl.float32)
+        result = result / (1.0 + tl.exp(-result)) * second
+    if RESIDUAL:
+        result += tl.load(residual + rows, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + rows, result.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _project_rows(
+    x, norm, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps, rows_in,
+    K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, M: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Up to M rows: BN outputs of each a program, on the matrix units."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    w, y, b, n, block = p0, y0, b0, n0, tl.program_id(0)
+    if MANY:
+        w, y, b, n, block = _pick(
+            tl.program_id(0), p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, BN
+        )
+    outs = block * BN + tl.arange(0, BN)
+    cols = tl.arange(0, BK)
+    row = tl.arange(0, M)
+    inside = outs < n
+    at = outs.to(tl.int64)[:, None] * K + cols[None, :]
+    total = tl.zeros([M, BN], tl.float32)
+    other = tl.zeros([M, BN], tl.float32)
+    squares = tl.zeros([M], tl.float32)
+    for k in tl.range(0, K, BK, num_stages=STAGES):
+        there = k + cols < K
+        value = tl.load(
+            x + row[:, None] * K + k + cols[None, :],
+            mask=(row < rows_in)[:, None] & there[None, :],
+            other=0.0,
+        )
+        mask = inside[:, None] & there[None, :]
+        tile = tl.load(w + at + k, mask=mask, other=0.0, eviction_policy="evict_first")
+        if NORM:
+            wide = value.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+            weight = tl.load(norm + k + cols, mask=there, other=0.0).to(tl.float32)
+            value = (wide * weight[None, :]).to(tile.dtype)
+        total = tl.dot(value, tl.trans(tile), total)
+        if GATED:
+            gate = tl.load(p1 + at + k, mask=mask, other=0.0, eviction_policy="evict_first")
+            other = tl.dot(value, tl.trans(gate), other)
+    if NORM:
+        scale = tl.rsqrt(squares / K + eps)[:, None]
+        total *= scale
+        other *= scale
+    if BIAS:
+        total += tl.load(b + outs, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        if BIAS:
+            other += tl.load(b1 + outs, mask=inside, other=0.0).to(tl.float32)[None, :]
+        total = total / (1.0 + tl.exp(-total)) * other
+    place = row[:, None] * n + outs[None, :]
+    mask = (row < rows_in)[:, None] & inside[None, :]
+    if RESIDUAL:
+        total += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _attend(
+    query, keys, values, output, partial, weight, counters, filled, scale,
+    stride_b, stride_h, stride_n,
+    H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr,
+    SPLITS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Flash decoding: a program a K/V head and share of the cache; the last of a head combines."""
+    head, split = tl.program_id(0), tl.program_id(1)
+    b, h = head // HK, head % HK
+    G: tl.constexpr = H // HK
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    length = tl.load(filled).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(length, BN), SPLITS) * BN
+    low = split * share
+    high = tl.minimum(low + share, length)
+    g, d = tl.arange(0, GP), tl.arange(0, DP)
+    real = (g < G)[:, None] & (d < D)[None, :]
+    q = tl.load(query + (b * H + h * G + g)[:, None] * D + d[None, :], mask=real, other=0.0)
+    base = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+    best = tl.full([GP], float("-inf"), tl.float32)
+    mass = tl.zeros([GP], tl.float32)
+    total = tl.zeros([GP, DP], tl.float32)
+    for start in tl.range(low, high, BN, num_stages=STAGES):
+        at = start + tl.arange(0, BN)
+        there = (at < high)[:, None] & (d < D)[None, :]
+        place = base + at.to(tl.int64)[:, None] * stride_n + d[None, :]
+        k = tl.load(keys + place, mask=there, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2_E)
+        scores = tl.where((at < high)[None, :], scores, float("-inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))
+        shares = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(best - higher)
+        v = tl.load(values + place, mask=there, other=0.0)
+        total = tl.dot(shares.to(v.dtype), v, total * shrink[:, None], input_precision=PRECISION)
+        mass = mass * shrink + tl.sum(shares, 1)
+        best = higher
+    slot = (head * SPLITS + split) * GP + g
+    tl.store(partial + slot[:, None] * DP + d[None, :], total, mask=real)
+    tl.store(weight + slot * 2, best, mask=g < G)
+    tl.store(weight + slot * 2 + 1, mass, mask=g < G)
+    tl.debug_barrier()
+    if tl.atomic_add(counters + head, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+        tl.debug_barrier()
+        s = tl.arange(0, SPLITS)
+        for one in range(0, G):
+            slots = (head * SPLITS + s) * GP + one
+            bests = tl.load(weight + slots * 2, cache_modifier=".cg")
+            masses = tl.load(weight + slots * 2 + 1, cache_modifier=".cg")
+            factor = tl.exp2(bests - tl.max(bests, 0))  # 0 for a share without keys
+            parts = tl.load(
+                partial + slots[:, None] * DP + d[None, :], mask=(d < D)[None, :], other=0.0,
+                cache_modifier=".cg",
+            )  # fmt: skip
+            result = tl.sum(parts * factor[:, None], 0) / tl.sum(masses * factor, 0)
+            tl.store(
+                output + (b * H + h * G + one) * D + d, result.to(output.dtype.element_ty),
+                mask=d < D,
+            )  # fmt: skip
+        tl.store(counters + head, 0)
+
+
+def project(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    norm: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    residual: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """See :func:`decode_ops.project`; at most three weights."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    kept = weights[:1] if activation else weights
+    outputs = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in kept]
+    gated = bool(activation)
+    sizes = [w.shape[0] for w in weights] + [0] * (3 - len(weights))
+    bn, bk, warps, stages = _row_blocks(width, gated) if rows == 1 else _rows_blocks(weights[0])
+    programs = sum(triton.cdiv(w.shape[0], bn) for w in kept)
+    arguments = (
+        x.contiguous(),
+        norm if norm is not None else x,
+        residual.contiguous() if residual is not None else x,
+        *_padded(weights),
+        *_padded(outputs),
+        *_padded(biases or weights),
+        *sizes,
+        eps,
+    )
+    pdl = _pdl(x.device)
+    flags = {
+        "K": width,
+        "MANY": len(outputs) > 1,
+        "NORM": norm is not None,
+        "GATED": gated,
+        "BIAS": bool(biases),
+        "RESIDUAL": residual is not None,
+        "PDL": pdl,
+        "BN": bn,
+        "BK": bk,
+        "num_warps": warps,
+        **({"launch_pdl": True} if pdl else {}),
+    }
+    if rows == 1:
+        _project_row[(programs,)](*arguments, **flags)
+    else:
+        _project_rows[(programs,)](*arguments, rows, M=MAX_ROWS, STAGES=stages, **flags)
+    return outputs
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    filled: torch.Tensor,
+    scale: float,
+    counters: torch.Tensor,
+) -> torch.Tensor:
+    """See :func:`decode_ops.attend`; `counters` are zero before and after, one a K/V head."""
+    batch, heads, tokens, dim = query.shape
+    kv_heads = keys.shape[1]
+    output = query.new_empty((batch, tokens, heads, dim))
+    padded = max(16, triton.next_power_of_2(dim))
+    group = max(16, triton.next_power_of_2(heads // kv_heads))
+    splits = _splits(batch * kv_heads)
+    slots = batch * kv_heads * splits * group
+    partial = torch.empty(slots * padded, dtype=torch.float32, device=query.device)
+    weight = torch.empty(slots * 2, dtype=torch.float32, device=query.device)
+    pdl = _pdl(query.device)
+    _attend[(batch * kv_heads, splits)](
+        query.contiguous(),
+        keys,
+        values,
+        output,
+        partial,
+        weight,
+        counters,
+        filled,
+        scale,
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        H=heads,
+        HK=kv_heads,
+        D=dim,
+        DP=padded,
+        GP=group,
+        SPLITS=splits,
+        BN=max(16, min(128, 32768 // (padded * keys.element_size()))),
+        STAGES=3,
+        PDL=pdl,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=4,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+    return output
+
+
+def _padded(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Three of them; the kernel does not touch those that are repeated."""
+    return [*tensors, *[tensors[0]] * (3 - len(tensors))]
+
+
+def _row_blocks(width: int, gated: bool) -> tuple[int, int, int, int]:
+    """Outputs a program, columns at a time, warps and stages, for one row; measured on an H100."""
+    if gated:
+        bn, bk, warps = 4, 1024, 4
+    elif width <= 8192:
+        bn, bk, warps = 2, 2048, 8
+    else:
+        bn, bk, warps = 1, 4096, 4
+    return bn, min(bk, triton.next_power_of_2(width)), warps, 1
+
+
+def _rows_blocks(weight: torch.Tensor) -> tuple[int, int, int, int]:
+    """Likewise for several rows."""
+    outputs, _ = weight.shape
+    return (64, 128, 4, 4) if outputs > 8192 else (32, 256, 4, 4)
+
+
+def _splits(heads: int) -> int:
+    """Shares of the cache: a power of two, so that about 128 programs run at once."""
+    return max(1, 1 << max(0, (128 // heads).bit_length() - 1))
+
+
+@functools.cache
+def _pdl(device: torch.device) -> bool:
+    """Whether the device knows programmatic dependent launch (compute capability 9)."""
+    return torch.cuda.get_device_capability(device)[0] >= 9

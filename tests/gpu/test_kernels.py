@@ -1,0 +1,111 @@
+"""The Triton kernels against the same computation in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adaskip_passes import attend, project
+from tests.oracle import relative_error
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+#: columns, outputs of each weight, with a norm before it, with biases
+SHAPES = (
+    (96, (48,), True, False),
+    (256, (130, 33, 16), False, True),
+    (4096, (1024, 256), True, True),
+)
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def reference(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    norm: torch.Tensor | None,
+    activation: bool,
+    residual: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Written out in float64; shares no code with the operator."""
+    wide = x.double()
+    if norm is not None:
+        wide = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.double()
+    outputs = []
+    for i, weight in enumerate(weights):
+        y = wide @ weight.double().T
+        outputs.append(y + biases[i].double() if biases else y)
+    if activation:
+        outputs = [outputs[0] / (1 + (-outputs[0]).exp()) * outputs[1]]
+    if residual is not None:
+        outputs = [outputs[0] + residual.double()]
+    return outputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize(("width", "outs", "norm", "bias"), SHAPES)
+def test_projections(
+    dtype: torch.dtype, rows: int, width: int, outs: tuple[int, ...], norm: bool, bias: bool
+) -> None:
+    if rows > 1 and dtype == torch.float32:
+        return  # left to the compiler: see projections.py
+    torch.manual_seed(width + rows)
+    x = random(rows, 1, width, dtype=dtype)
+    weights = [random(n, width, dtype=dtype) / width**0.5 for n in outs]
+    biases = [random(n, dtype=dtype) for n in outs] if bias else []
+    scale = random(width, dtype=dtype) if norm else None
+    got = project(x, weights, biases, scale, 1e-5, "", None)
+    for one, expected in zip(got, reference(x, weights, biases, scale, False, None), strict=True):
+        assert one.dtype == dtype
+        assert relative_error(one.double(), expected) < DTYPES[dtype]
+    residual = random(rows, 1, outs[0], dtype=dtype)
+    (got_one,) = project(x, weights[:1], biases[:1], scale, 1e-5, "", residual)
+    (expected,) = reference(x, weights[:1], biases[:1], scale, False, residual)
+    assert relative_error(got_one.double(), expected) < DTYPES[dtype]
+    pair = [weights[0], weights[0].flip(0).contiguous()]
+    (got_one,) = project(x, pair, biases[:1] * 2, scale, 1e-5, "silu", None)
+    (expected,) = reference(x, pair, biases[:1] * 2, scale, True, None)
+    assert relative_error(got_one.double(), expected) < DTYPES[dtype]
+
+
+def test_another_weight_is_noticed() -> None:
+    """The companion."""
+    x, weight = random(1, 256, dtype=torch.bfloat16), random(64, 256, dtype=torch.bfloat16)
+    (got,) = project(x, [weight], [], None, 0.0, "", None)
+    weight[40] *= 1.5
+    (expected,) = reference(x, [weight], [], None, False, None)
+    assert relative_error(got.double(), expected) > DTYPES[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "dim"),
+    [(1, 32, 8, 128), (1, 9, 3, 64), (2, 4, 1, 20), (8, 32, 8, 128), (1, 2, 2, 16)],
+)
+def test_attention_over_the_filled_part(
+    dtype: torch.dtype, batch: int, heads: int, kv_heads: int, dim: int
+) -> None:
+    torch.manual_seed(dim)
+    capacity = 1500
+    query = random(batch, heads, 1, dim, dtype=dtype)
+    keys, values = (random(batch, kv_heads, capacity, dim, dtype=dtype) for _ in range(2))
+    for length in (1, 2, 63, 64, 129, 1024, 1499):
+        filled = torch.tensor([[[[length]]]], device="cuda")
+        dirty_keys, dirty_values = keys.clone(), values.clone()
+        dirty_keys[:, :, length:] = float("nan")  # what is not filled is never used
+        dirty_values[:, :, length:] = float("nan")
+        got = attend(query, dirty_keys, dirty_values, filled, dim**-0.5)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query.double(),
+            keys[:, :, :length].double(),
+            values[:, :, :length].double(),
+            enable_gqa=True,
+        ).transpose(1, 2)
+        assert got.shape == (batch, 1, heads, dim)
+        assert relative_error(got.double(), expected) < DTYPES[dtype], length
+        wrong = attend(query, keys, values, filled + 1, dim**-0.5)
+        if length < 64:  # the companion: one key more is another result
+            assert relative_error(wrong.double(), expected) > DTYPES[dtype]
