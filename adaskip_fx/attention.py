@@ -4,7 +4,9 @@ transformers' sdpa path builds a boolean mask at every decode step of a static c
 makes it repeat every K/V head. Captured under the name ``adaskip`` instead, a prompt without
 padding runs ``is_causal=True``, a decoded token attends to the filled cache without a mask, and
 heads stay grouped. Everything else (padding, chunks on a filled cache, sliding windows) gets the
-mask that transformers' own mask functions make.
+mask that transformers' own mask functions make. Soft caps on the scores (Gemma 2) and attention
+sinks (GPT-OSS) have no place in PyTorch's fused kernels: there attention is written out, which
+takes memory for all scores of a prompt.
 
 Importing this module adds the one name to transformers' two registries; no config is touched.
 """
@@ -23,12 +25,9 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from adaskip_passes import RefusedError
+from adaskip_passes import attend
 
 NAME = "adaskip"
-
-#: arguments that some models hand to attention and that change its result
-_UNSUPPORTED = {"softcap": "attention logit soft caps", "s_aux": "attention sinks"}
 
 
 def attention(
@@ -39,18 +38,25 @@ def attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query` [B, H, T, D] over `key`, `value` [B, H_kv, S, D], grouped heads.
 
-    Without a mask: causal when T > 1 (then S = T), all of S when T = 1.
+    Without a mask: causal when T > 1 (then S = T), all of S when T = 1. An integer for a mask says
+    how many of the keys count (see :func:`mask`). `softcap` bounds the scores; `s_aux` [H] are
+    scores of a sink, which takes attention and gives nothing.
 
     Returns:
         The output [B, T, H, D], and None for the attention weights.
     """
-    for name, what in _UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            raise RefusedError(f"{what} ({name}) are not supported yet: {type(module).__name__}")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if softcap is not None or s_aux is not None:
+        written = _written_out(query, key, value, attention_mask, scale, softcap, s_aux)
+        return written, None
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        return attend(query, key, value, attention_mask, scale), None
     causal = False
     if attention_mask is None and query.shape[2] > 1:  # a symbolic bool is not accepted below
         causal = True
@@ -62,16 +68,51 @@ def attention(
         attn_mask=attention_mask,
         dropout_p=dropout,
         is_causal=causal,
-        scale=scaling,
+        scale=scale,
         enable_gqa=grouped,
     )
     return output.transpose(1, 2).contiguous(), None
 
 
+def _written_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention with a soft cap or sinks, softmax in float32; arguments as of `attention`."""
+    batch, heads, tokens, dim = query.shape
+    kv_heads, stored = key.shape[1], key.shape[2]
+    groups = query.reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
+    scores = torch.matmul(groups, key.unsqueeze(2).transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    place = torch.arange(stored, device=query.device)
+    seen: torch.Tensor | None = None  # broadcast to [B, H_kv, G, T, S]
+    if attention_mask is None:
+        if tokens > 1:
+            seen = place <= place[:tokens].unsqueeze(1)
+    elif attention_mask.dtype == torch.int64:
+        seen = place < attention_mask.unsqueeze(2)
+    else:
+        seen = attention_mask.unsqueeze(2)
+    if seen is not None:  # not infinity: a padding token sees nothing, and must not become NaN
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        sink = sinks.float().view(1, kv_heads, heads // kv_heads, 1, 1)
+        scores = torch.cat((scores, sink.expand(batch, -1, -1, tokens, -1)), -1)
+    shares = torch.softmax(scores, -1)[..., :stored].to(value.dtype)
+    output = torch.matmul(shares, value.unsqueeze(2)).reshape(batch, heads, tokens, dim)
+    return output.transpose(1, 2).contiguous()
+
+
 def mask(
     *,
     q_length: int,
-    q_offset: int = 0,
+    q_offset: int | torch.Tensor = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
@@ -80,9 +121,13 @@ def mask(
     """The mask for :func:`attention`: None where it needs none, else bool [B, 1, T, S].
 
     None is right for plain causal attention without padding when the queries begin the sequence
-    (``q_offset == 0``) or there is one query, which sees all that is stored.
+    (``q_offset == 0``) or there is one query, which sees all that is stored. Where the position is
+    on the device (a tensor), the one query sees the part of the buffers that is filled: the mask
+    is that many keys, int64 [1, 1, 1, 1].
     """
     plain = mask_function is causal_mask_function and attention_mask is None
+    if isinstance(q_offset, torch.Tensor) and plain and q_length == 1:
+        return (q_offset + 1).view(1, 1, 1, 1)
     if plain and (q_length == 1 or q_offset == 0):
         return None
     result: torch.Tensor | None = sdpa_mask(

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from adaskip_passes import RefusedError, ShapeGuards
 
 from . import phases
-from .cache import Slot
 from .phases import Forward, GraphKey, GraphPhaseCapture
 from .plan import SkipPlan
 from .programs import Counters, Link, Program, VariantCache, plan_phase
+from .step_cache import WholeCache
+from .storage import Slot
 from .sublayer import Sublayer
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ class Graphs:
 
 def _lengths(arguments: dict[str, Any]) -> tuple[int, int]:
     cache = arguments["cache"]
+    if isinstance(cache, WholeCache):
+        return 1, cache.layers[0].keys.shape[2]
     return cache.new.shape[0], cache.filled.shape[0]
 
 

@@ -15,6 +15,7 @@ import torch
 from .plan import Action, SkipPlan, Sublayer
 
 if TYPE_CHECKING:
+    from .decoding import Lane
     from .phases import GraphPhaseCapture
 
 
@@ -62,6 +63,7 @@ class Request:
         decoding: whether the current turn has decoded a token yet.
         stop_tokens: token ids that end a row, on the device; None when not known.
         finished: rows [batch] that have ended; they count for nothing in the window.
+        lane: what the decode steps of the turn repeat.
         fixed: inputs that stay the same during the request (weights), by captured graph.
     """
 
@@ -71,6 +73,7 @@ class Request:
     window: Window | None = field(init=False, default=None)
     decoding: bool = field(init=False, default=False)
     finished: torch.Tensor | None = field(init=False, default=None)
+    lane: Lane | None = field(init=False, default=None, repr=False)
     fixed: dict[GraphPhaseCapture, tuple[Any, ...]] = field(
         init=False, default_factory=dict, repr=False
     )
@@ -99,11 +102,14 @@ class Request:
             return ()
         return self.window.probed
 
-    def valid_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Which rows of a decode step [batch, 1] have not ended, the step's tokens included."""
-        ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
-        if self.stop_tokens is not None:
-            ended = torch.isin(input_ids[:, 0], self.stop_tokens)
+    def valid_rows(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """Which rows of a decode step [batch, 1] have not ended, the step's tokens included.
+
+        None when no row can end. A few small operations: the device waits for them in every step.
+        """
+        if self.stop_tokens is None:
+            return None
+        ended = (input_ids == self.stop_tokens).any(1)
         self.finished = ended if self.finished is None else self.finished | ended
         return ~self.finished.unsqueeze(1)
 

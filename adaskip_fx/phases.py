@@ -19,6 +19,8 @@ from torch import fx
 from adaskip_passes import (
     Binder,
     Capture,
+    FuseProjections,
+    Pass,
     PieceCompiler,
     RefusedError,
     ShapeGuards,
@@ -27,8 +29,9 @@ from adaskip_passes import (
     outline,
 )
 
-from .cache import Slot, StepCache, StepLayer
 from .plan import Sublayer
+from .step_cache import StepCache, StepLayer, WholeCache
+from .storage import Slot
 
 GraphPhase = Literal["prefill", "extend", "decode"]
 Forward = Callable[..., Any]
@@ -51,6 +54,8 @@ class GraphKey:
         logits_to_keep: 0 for the logits of all tokens, else of the last n.
         dtype, device: of the model's floating point parameters.
         autocast: the dtype of an active autocast region on that device.
+        whole_cache: K/V are handed over as whole buffers and the position is on the device, so that
+            every step works at the same addresses (decode only).
     """
 
     phase: GraphPhase
@@ -62,6 +67,7 @@ class GraphKey:
     dtype: torch.dtype
     device: torch.device
     autocast: torch.dtype | None = None
+    whole_cache: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +84,7 @@ class GraphPhaseCapture:
         bind_fixed: from the captured function's arguments to the inputs that stay the same during
             a request (weights).
         step: likewise to the inputs that change with every step.
-        expected: the fixed inputs as they were captured (fake tensors), to compare with.
+        expected: shape, strides, dtype and device of the fixed inputs as they were captured.
     """
 
     key: GraphKey
@@ -89,7 +95,7 @@ class GraphPhaseCapture:
     place: Mapping[str, int]
     bind_fixed: Binder
     step: Binder
-    expected: tuple[torch.Tensor | None, ...]
+    expected: tuple[tuple[Any, ...] | None, ...]
 
     def fixed(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         """The inputs that stay the same during a request, looked up anew and checked.
@@ -99,9 +105,9 @@ class GraphPhaseCapture:
         """
         values = self.bind_fixed(arguments)
         for name, value, expected in zip(self.place, values, self.expected, strict=False):
-            if expected is not None and _layout(value) != _layout(expected):
+            if expected is not None and _layout(value) != expected:
                 raise RefusedError(
-                    f"{name} was {_layout(expected)} when the model was captured and is "
+                    f"{name} was {expected} when the model was captured and is "
                     f"{_layout(value)} now; compile the model again"
                 )
         return values
@@ -150,16 +156,22 @@ def capture_phase(
             captured,
             outer,
             names,
-            PieceCompiler(captured, backend),
+            PieceCompiler(captured, backend, _lowering(key, backend)),
             place={name: i for i, name in enumerate([*fixed, *step])},
             bind_fixed=captured.binder(list(fixed.values())),
             step=captured.binder(list(step.values())),
-            expected=tuple(t if isinstance(t, torch.Tensor) else None for t in tensors),
+            expected=tuple(_layout(t) if isinstance(t, torch.Tensor) else None for t in tensors),
         )
 
     with torch.no_grad():
         arguments = _example_arguments(model, forward, key, slots, lengths)
         return capture(_logits, arguments, build)
+
+
+def _lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:
+    """Inner passes for the pieces: operators of its own where a GPU's decode step pays for them."""
+    fused = key.whole_cache and key.device.type == "cuda" and backend == "inductor"
+    return (FuseProjections(),) if fused else ()
 
 
 def _layout(value: Any) -> tuple[Any, ...]:
@@ -212,7 +224,9 @@ def _example_arguments(
     return {
         "model": model,
         "forward": forward,
-        "cache": _example_cache(key, slots, tokens, total),
+        "cache": _example_whole_cache(key, slots, total)
+        if key.whole_cache
+        else _example_cache(key, slots, tokens, total),
         "inputs": inputs,
     }
 
@@ -264,6 +278,17 @@ def _example_cache(key: GraphKey, slots: Sequence[Slot], tokens: int, total: int
     return StepCache(layers, filled, new, fresh=key.phase == "prefill")
 
 
+def _example_whole_cache(key: GraphKey, slots: Sequence[Slot], capacity: int) -> WholeCache:
+    def shaped(heads: int, dim: int) -> torch.Tensor:
+        size = (key.batch, heads, capacity, dim)
+        return _mark_length(torch.empty(size, dtype=key.dtype, device=key.device), 2)
+
+    layers = [
+        StepLayer(shaped(s.key_heads, s.key_dim), shaped(s.value_heads, s.value_dim)) for s in slots
+    ]
+    return WholeCache(layers, torch.zeros(1, dtype=torch.int64, device=key.device))
+
+
 def _mark_length(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     if tensor.shape[dim] > 1:
         torch._dynamo.mark_dynamic(tensor, dim)
@@ -271,7 +296,10 @@ def _mark_length(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def bind_arguments(
-    model: torch.nn.Module, forward: Forward, cache: StepCache, inputs: Mapping[str, Any]
+    model: torch.nn.Module,
+    forward: Forward,
+    cache: StepCache | WholeCache,
+    inputs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The captured function's arguments by name, as bindings and guards look them up."""
     return {"model": model, "forward": forward, "cache": cache, "inputs": inputs}

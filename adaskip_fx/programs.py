@@ -37,6 +37,7 @@ def rewrite(
     probed: tuple[Sublayer, ...] = (),
     *,
     keep: Keep = "nothing",
+    probe_together: bool = False,
 ) -> fx.GraphModule:
     """An outer graph under one phase of a plan.
 
@@ -46,6 +47,7 @@ def rewrite(
         plan, phase: what to skip.
         probed: sublayers to measure.
         keep: which effects of a skipped sublayer stay; see `adaskip_passes.Replacement`.
+        probe_together: see `adaskip_passes.Probe`.
     """
     position = {s: i for i, s in enumerate(sublayers)}
     replacements = {}
@@ -57,7 +59,7 @@ def rewrite(
                 keep="everything" if action is Action.KV_ONLY else keep,
                 compensation=plan.compensation.kind if factor is not None else None,
             )
-    probe = Probe(tuple(sorted(position[s] for s in probed)))
+    probe = Probe(tuple(sorted(position[s] for s in probed)), probe_together)
     return run_passes(outer, (Skip(replacements), probe))
 
 
@@ -94,7 +96,12 @@ class Program:
         self.phase = phase
         self.probed = tuple(s for s in phase.sublayers if s in set(probed))
         outer = rewrite(
-            phase.outer, phase.sublayers, plan, plan_phase(phase.key.phase), self.probed
+            phase.outer,
+            phase.sublayers,
+            plan,
+            plan_phase(phase.key.phase),
+            self.probed,
+            probe_together=phase.key.whole_cache,
         )
         inputs = outer.graph.find_nodes(op="placeholder")
         factors = factor_tensors(inputs, phase.sublayers, plan, phase.key.device)

@@ -28,6 +28,7 @@ def runtime_report(runtime: Runtime) -> str:
         ("online", _online(runtime)),
         *_request_rows(runtime),
         ("compiled", _compiled(runtime)),
+        *_not_fixed_rows(runtime),
         ("K/V", _storage(runtime)),
     ]
     return _aligned(rows)
@@ -98,6 +99,11 @@ def _compiled(runtime: Runtime) -> str:
     )
 
 
+def _not_fixed_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    why = runtime.why_not_fixed
+    return [("decode", f"not as one CUDA graph, because {why}")] if why else []
+
+
 def _storage(runtime: Runtime) -> str:
     live = runtime.live_caches()
     full = sum(_full_bytes(cache) for cache in live)
@@ -106,8 +112,13 @@ def _storage(runtime: Runtime) -> str:
     some = " or ".join(map(str, sorted(stored)))
     return (
         f"{storage(runtime.cache_bytes)} in live requests ({some} of {layers} layers); "
-        f"{storage(full)} with all layers"
+        f"{storage(full)} with all layers{_idle(runtime)}"
     )
+
+
+def _idle(runtime: Runtime) -> str:
+    idle = runtime.storages.idle_bytes
+    return f"; {storage(idle)} kept for the next request" if idle else ""
 
 
 def _full_bytes(cache: SkipCache) -> int:

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from adaskip_passes import Recorder, RefusedError
+
 from . import phases
-from .cache import SkipCache, Slot
+from .cache import SkipCache
+from .decoding import Decoder, Lane
 from .graphs import Graphs
 from .online import Request, Window, probed_in_decode
 from .phases import Forward, GraphKey, GraphPhase
 from .plan import Action, PlanError, SkipPlan, Sublayer
 from .programs import Counters, Link
+from .storage import Slot, Storage, StoragePool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +35,10 @@ class Runtime:
         profile: what calibration measured; None when an explicit plan needs none.
         policy: decides the online plan; None when nothing is learned while decoding.
         graphs: what has been captured, compiled and linked.
+        fixed_addresses: decode steps without padding work on whole buffers that stay where they
+            are (`Decoder`), which on CUDA makes them one graph; the default there.
+        why_not_fixed: why the model could not be captured that way; None if it could.
+        storages: K/V buffers between requests.
     """
 
     def __init__(
@@ -45,12 +53,18 @@ class Runtime:
         backend: str = "inductor",
         link: Link = "pieces",
         max_variants: int = 32,
+        fixed_addresses: bool | None = None,
     ) -> None:
         self.model = model
         self.forward = forward
         self.slots = tuple(slots)
         self.profile = profile
         self.policy = policy
+        on_gpu = model.device.type == "cuda"
+        self.fixed_addresses = on_gpu if fixed_addresses is None else fixed_addresses
+        self.why_not_fixed: str | None = None
+        self.storages = StoragePool(keep=self.fixed_addresses)
+        self._recorder: Recorder | None = None  # on a GPU, at the first decode step
         self.graphs = Graphs(model, forward, slots, backend, link, max_variants)
         self._live: weakref.WeakSet[SkipCache] = weakref.WeakSet()
         self.sublayers = self._prove()
@@ -82,6 +96,10 @@ class Runtime:
     def cache_bytes(self) -> int:
         """Bytes of K/V storage that live requests hold."""
         return sum(cache.nbytes for cache in self._live)
+
+    def free(self) -> None:
+        """Free the K/V buffers that are kept for the next request (on a GPU; see `storages`)."""
+        self.storages.clear()
 
     @torch.no_grad()
     def warmup(self, max_length: int, batch_size: int = 1) -> None:
@@ -255,6 +273,11 @@ class Runtime:
         logits_to_keep: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, tokens = input_ids.shape
+        autocast = _autocast(self._device().type)
+        if self.fixed_addresses and phase == "decode" and attention_mask is None and not autocast:
+            result = self._decode(request, plan, probed, input_ids, position_ids, cache)
+            if result is not None:
+                return result
         total = cache.length + tokens
         mask, positions = _normal(input_ids, attention_mask, position_ids, cache.length)
         key = GraphKey(
@@ -266,7 +289,7 @@ class Runtime:
             logits_to_keep=1 if tokens == 1 else logits_to_keep,
             dtype=self.model.dtype,
             device=self._device(),
-            autocast=_autocast(self._device().type),
+            autocast=autocast,
         )
         inputs = phases.step_inputs(self.forward, input_ids, positions, mask, key.logits_to_keep)
         arguments = phases.bind_arguments(
@@ -279,7 +302,70 @@ class Runtime:
         valid = _valid(request, phase, input_ids, mask) if probed else None
         logits, moments = program(arguments, fixed, valid)
         cache.advance(tokens)
+        cache.padded |= mask is not None
         return logits, moments
+
+    def _decode(
+        self,
+        request: Request,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        cache: SkipCache,
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """A decode step at fixed addresses; None where the model cannot be captured so."""
+        batch = input_ids.shape[0]
+        _check_positions(position_ids, batch, 1)
+        storage = cache.reserve(batch, 1)
+        decoder = storage.decoder
+        if decoder is None:
+            if self._recorder is None and self._device().type == "cuda":
+                self._recorder = Recorder(self._device())
+            decoder = storage.decoder = Decoder(
+                storage, self.slots, self.model.dtype, self._device(), self._recorder
+            )
+        lane = request.lane
+        if lane is None or not lane.serves(storage, plan, probed, self.counters):
+            try:
+                lane = request.lane = self._lane(storage, decoder, plan, probed)
+            except RefusedError as error:
+                self._give_up_fixed_addresses(error)
+                return None
+        fixed = request.fixed.get(lane.program.phase)
+        if fixed is None:
+            fixed = request.fixed[lane.program.phase] = lane.program.phase.fixed(lane.arguments)
+        valid = request.valid_rows(input_ids) if probed else None
+        result = decoder.run(
+            lane.program, lane.arguments, fixed, input_ids, position_ids, cache.length, valid
+        )
+        cache.advance(1)
+        return result
+
+    def _give_up_fixed_addresses(self, error: RefusedError) -> None:
+        """Decode on views of the filled cache from now on, as on a CPU; `report` says why."""
+        self.fixed_addresses = self.storages.keep = False
+        self.why_not_fixed = str(error)
+        self.storages.clear()
+
+    def _lane(
+        self, storage: Storage, decoder: Decoder, plan: SkipPlan, probed: tuple[Sublayer, ...]
+    ) -> Lane:
+        key = GraphKey(
+            "decode",
+            storage.batch,
+            one_token=True,
+            one_stored=False,
+            masked=False,
+            logits_to_keep=1,
+            dtype=self.model.dtype,
+            device=self._device(),
+            whole_cache=True,
+        )
+        inputs = phases.step_inputs(self.forward, decoder.tokens, decoder.positions, None, 1)
+        arguments = phases.bind_arguments(self.model, self.forward, decoder.cache, inputs)
+        program = self.graphs.program(key, plan, probed, arguments)
+        return Lane(storage, plan, probed, program, arguments, self.counters.links)
 
     def _prove(self) -> tuple[Sublayer, ...]:
         """Capture a prefill graph, so that what cannot be skipped is refused at once."""
@@ -311,13 +397,19 @@ def _normal(
     batch, tokens = input_ids.shape
     if position_ids is None:
         position_ids = torch.arange(past, past + tokens, device=input_ids.device).unsqueeze(0)
+    _check_positions(position_ids, batch, tokens)
+    positions = position_ids.to(torch.int64).expand(batch, tokens).contiguous()
+    mask = attention_mask.to(torch.bool).contiguous() if attention_mask is not None else None
+    return mask, positions
+
+
+def _check_positions(position_ids: torch.Tensor | None, batch: int, tokens: int) -> None:
+    if position_ids is None:
+        return
     if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
         raise ValueError(
             f"position_ids has shape {list(position_ids.shape)}, expected [{batch}, {tokens}]"
         )
-    positions = position_ids.to(torch.int64).expand(batch, tokens).contiguous()
-    mask = attention_mask.to(torch.bool).contiguous() if attention_mask is not None else None
-    return mask, positions
 
 
 def _valid(
@@ -327,9 +419,10 @@ def _valid(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Which of the new tokens count for a probe, bool [B, T]."""
-    if phase == "decode":
-        return request.valid_rows(input_ids)
-    if mask is not None:
+    rows = request.valid_rows(input_ids) if phase == "decode" else None
+    if rows is not None:
+        return rows
+    if mask is not None and phase != "decode":
         return mask[:, -input_ids.shape[1] :]
     return torch.ones_like(input_ids, dtype=torch.bool)
 

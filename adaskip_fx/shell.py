@@ -21,8 +21,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from adaskip_passes import RefusedError
 
 from . import attention
-from .cache import SkipCache, Slot
+from .cache import SkipCache
 from .runtime import Runtime
+from .storage import Slot
 
 _STEP_ARGUMENTS = frozenset(
     {
@@ -76,6 +77,22 @@ class CompiledModel:
             cache.request.stop_tokens = stop_tokens
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self._adaskip.new_cache(max_cache_length, stop_tokens)
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Called by ``generate`` between steps: leaves out a mask that says nothing.
+
+        Without padding a mask is all ones, and whoever is handed it must read it to know, which
+        means waiting for the device at every step.
+        """
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
+            outputs, model_kwargs, *args, **kwargs
+        )
+        cache = updated.get("past_key_values")
+        if isinstance(cache, SkipCache) and not cache.padded:
+            updated.pop("attention_mask", None)
+        return updated
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """``to``, ``cuda``, ``half``: nothing to do, or refused, since tensors are shared."""

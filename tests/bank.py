@@ -239,7 +239,7 @@ def stored(cache: SkipCache) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
     """Keys and values [B, H, length, D] of each layer; None where nothing is stored."""
     return [
         None if k is None or v is None else (k[:, :, : cache.length], v[:, :, : cache.length])
-        for k, v in zip(cache._keys, cache._values, strict=True)
+        for k, v in zip(cache.keys, cache.values, strict=True)
     ]
 
 

@@ -15,6 +15,7 @@ from transformers import Cache
 from adaskip_fx.api import build
 from adaskip_fx.cache import SkipCache
 from adaskip_fx.plan import Action, SkipPlan
+from adaskip_fx.storage import Storage
 from tests.bank import (
     SEEDS,
     Entry,
@@ -123,8 +124,7 @@ def test_growth_token_by_token() -> None:
 
 def test_lost_growth_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: new storage without the old content."""
-    grown = SkipCache._grown
-    monkeypatch.setattr(SkipCache, "_grown", lambda self, old, shape: grown(self, None, shape))
+    monkeypatch.setattr(Storage, "take", lambda self, old, tokens: None)
     bank = entry(SHAPE)
     with bank.using(), pytest.raises(AssertionError, match=r"layer 0|logits"):
         check_request(bank, bank.plan(), (250, 3, 5, 1))

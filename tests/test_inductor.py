@@ -123,3 +123,30 @@ def test_generate() -> None:
     with bank.using(a_plan(bank)):
         mine = bank.compiled.generate(bank.tokens(1, 9), **options)
         assert torch.equal(mine, bank.oracle.model.generate(bank.tokens(1, 9), **options))
+
+
+def test_lowered_pieces_compile_and_equal_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: operators of our own inside Inductor's code, on whole buffers."""
+    import adaskip_fx.phases as phases
+    from adaskip_passes import FuseProjections
+
+    lowered: list[str] = []
+
+    class Watching(FuseProjections):
+        def __call__(self, module: torch.fx.GraphModule) -> None:
+            super().__call__(module)
+            lowered.extend(str(n.target) for n in module.graph.nodes)
+
+    lower = phases._lowering
+
+    def lowering(key: phases.GraphKey, name: str) -> tuple[Any, ...]:
+        return (Watching(),) if key.whole_cache else lower(key, name)
+
+    monkeypatch.setattr(phases, "_lowering", lowering)
+    model = make_model("biased")
+    made = build(model, None, backend="inductor", fixed_addresses=True)
+    bank = Inductor(model, made, Oracle(model))
+    for plan in (bank.plan(), a_plan(bank)):
+        request(bank, plan, (5, 1, 1, 1))
+    assert sum("adaskip.project" in t for t in lowered) >= 5
+    assert any("adaskip.attend" in t for t in lowered)
