@@ -636,7 +636,6 @@ def test_report_of_a_damaged_file(folder: Path, text: str, message: str) -> None
 
 
 def test_report_draws(folder: Path) -> None:
-    pytest.importorskip("matplotlib")
     for again in ("one", "two"):
         result = invoke("report", "--results", folder, "--out", folder / again)
         assert result.exit_code == 0, result.output
@@ -650,6 +649,7 @@ def test_another_missing_module_is_not_taken_for_matplotlib(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = invoke("report", "--results", folder)
     assert isinstance(result.exception, ModuleNotFoundError)
     assert result.exception.name == "matplotlib.figure"
