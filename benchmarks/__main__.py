@@ -23,6 +23,7 @@ WORKLOADS = {
     "window": "window",
     "generate": "generate",
     "peers": "peers",
+    "peers_whole_graph": "peers",
     "cold": "cold",
 }
 RESULTS = Path(__file__).parent / "results"
@@ -96,6 +97,8 @@ def _measure(name: str, module: Any) -> dict[str, Any]:
     if name == "speed_batch8":
         on_gpu = module.models.device().type == "cuda"
         result = module.measure(batch=8, contexts=(8192,) if on_gpu else None)
+    elif name == "peers_whole_graph":
+        result = module.measure(whole_graph=True)
     else:
         result = module.measure()
     return result

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 #: the results that a report is made of
-NAMES = ("speed", "speed_batch8", "peers", "generate", "plans", "window", "cold")
+NAMES = (
+    "speed",
+    "speed_batch8",
+    "peers",
+    "peers_whole_graph",
+    "generate",
+    "plans",
+    "window",
+    "cold",
+)
 SPEED_HEAD = (
     *("context", "skipped"),
     *("prefill s", "over floor", "speed-up", "promise", "kept"),
@@ -63,7 +72,7 @@ def tables(documents: dict[str, Document]) -> str:
             where = _where(document)
             if name in ("speed", "speed_batch8"):
                 parts.append(_speed(document, where))
-            elif name == "peers":
+            elif name in ("peers", "peers_whole_graph"):
                 rows = _peer_rows(document["rows"])
                 parts.append(f"## Peers\n\n{where}\n\n{_table(PEERS_HEAD, rows, left=(1,))}")
             else:
