@@ -19,7 +19,24 @@ class StepLayer:
         self.values = values
 
 
-class StepCache(Cache):
+class _SeenByStep(Cache):
+    """What both have in common: plain attention layers, and no length of their own."""
+
+    is_compileable = False
+    is_sliding: Any = ()
+    is_linear: Any = ()
+    is_dummy: Any = ()
+
+    def __init__(self, layers: Sequence[StepLayer]) -> None:
+        super().__init__(layers=list(layers))
+        self.is_sliding = self.is_linear = self.is_dummy = [False] * len(self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Not to be asked for: positions are always handed to the model."""
+        raise RuntimeError("positions are inputs of a captured step, not read from its cache")
+
+
+class StepCache(_SeenByStep):
     """What a step's graph sees of the cache: views of the filled length, new tokens at the end.
 
     Attributes:
@@ -30,19 +47,13 @@ class StepCache(Cache):
             fresh keys and values instead of the stored ones.
     """
 
-    is_compileable = False
-    is_sliding: Any = ()
-    is_linear: Any = ()
-    is_dummy: Any = ()
-
     def __init__(
         self, layers: Sequence[StepLayer], filled: torch.Tensor, new: torch.Tensor, fresh: bool
     ) -> None:
-        super().__init__(layers=list(layers))
+        super().__init__(layers)
         self.filled = filled
         self.new = new
         self.fresh = fresh
-        self.is_sliding = self.is_linear = self.is_dummy = [False] * len(self.layers)
 
     def unify(self, tokens: int) -> None:
         """Tell the tracer that all layers have one length, and in prefill that it is `tokens`."""
@@ -70,10 +81,6 @@ class StepCache(Cache):
             return key_states, value_states
         return layer.keys, layer.values
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Not to be asked for: positions are always handed to the model."""
-        raise RuntimeError("positions are inputs of a captured step, not read from its cache")
-
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Position of the first query in prefill; later ones are never maskless by position."""
         if self.fresh:
@@ -85,7 +92,7 @@ class StepCache(Cache):
         return self.filled.shape[0], 0
 
 
-class WholeCache(Cache):
+class WholeCache(_SeenByStep):
     """What a decode step at fixed addresses sees: whole buffers, and the position on the device.
 
     Attributes:
@@ -94,15 +101,9 @@ class WholeCache(Cache):
         position: where the new token goes, int64 [1].
     """
 
-    is_compileable = False
-    is_sliding: Any = ()
-    is_linear: Any = ()
-    is_dummy: Any = ()
-
     def __init__(self, layers: Sequence[StepLayer], position: torch.Tensor) -> None:
-        super().__init__(layers=list(layers))
+        super().__init__(layers)
         self.position = position
-        self.is_sliding = self.is_linear = self.is_dummy = [False] * len(self.layers)
 
     @classmethod
     def of(
@@ -143,10 +144,6 @@ class WholeCache(Cache):
         layer.keys.index_copy_(2, self.position, key_states)
         layer.values.index_copy_(2, self.position, value_states)
         return layer.keys, layer.values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Not to be asked for: positions are always handed to the model."""
-        raise RuntimeError("positions are inputs of a captured step, not read from its cache")
 
     def get_query_offset(self, layer_idx: int = 0) -> torch.Tensor:
         """Position of the new token, on the device."""

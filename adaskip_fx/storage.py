@@ -70,6 +70,12 @@ class Storage:
             if mine is not None and theirs is not None:
                 mine.narrow(2, 0, tokens).copy_(theirs.narrow(2, 0, tokens))
 
+    def clear(self) -> None:
+        """Forget what an earlier request left."""
+        for tensor in (*self.keys, *self.values):
+            if tensor is not None:
+                tensor.zero_()
+
     def copy(self) -> Storage:
         """Buffers of their own with the same content."""
         keys, values = (
@@ -103,17 +109,20 @@ class StoragePool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Storage:
-        """Storage for at least `capacity` tokens; its content is whatever was there."""
+        """Storage for at least `capacity` tokens, all zeros.
+
+        Zeros, because a masked attention reads what was never written, and NaN times 0 is NaN.
+        """
         idle, self._idle = self._idle, None
         if (
             idle is not None
             and (idle.batch, idle.stored) == (batch, tuple(stored))
             and capacity <= idle.capacity <= 2 * capacity
         ):
+            idle.clear()
             return idle
         del idle  # before the new one is made
-        # not inference tensors: they may be written outside inference mode later. Zeros, because
-        # a masked attention reads what was never written, and NaN times 0 is NaN
+        # not inference tensors: they may be written outside inference mode later
         with torch.inference_mode(False):
 
             def made(there: bool, heads: int, dim: int) -> torch.Tensor | None:

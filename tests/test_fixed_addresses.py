@@ -95,6 +95,22 @@ def test_the_buffers_of_a_request_serve_the_next_one() -> None:
             check_request(bank, plan, (6, 1), keep=1)
 
 
+def test_nothing_of_a_request_is_left_for_the_next_one() -> None:
+    """A request that went wrong would spoil the next where masked attention reads all of it."""
+    bank = fixed("grouped")
+    with bank.using():
+        cache: Any = check_request(bank, bank.plan(), (6, 1), keep=1)
+        for tensor in (*cache.keys, *cache.values):
+            tensor.fill_(float("nan"))
+        pointers = [t.data_ptr() for t in cache.keys]
+        del cache, tensor
+        gc.collect()
+        cache = bank.runtime.new_cache()
+        storage = cache.reserve(1, 6)
+    assert [t.data_ptr() for t in storage.keys] == pointers
+    assert all(bool((t == 0).all()) for t in (*storage.keys, *storage.values))
+
+
 def test_live_requests_share_no_buffer() -> None:
     bank = fixed("grouped")
     with bank.using():

@@ -4,9 +4,6 @@ Both are bound by reading memory: every weight, key and value is read once, in 1
 and nothing intermediate is written. Kernels are launched with programmatic dependence (PDL): a
 kernel starts while the one before it ends, loads its first weights, which nobody writes, and only
 then waits for its input.
-
-Measured on one H100 (weights of Llama-3.1-8B's layer, batch 1, a chain of four layers in a CUDA
-graph): 143 us a layer, 3.06 TB/s; without PDL 149 us; cuBLAS products alone 182 us.
 """
 
 from __future__ import annotations
@@ -318,7 +315,7 @@ def _padded(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _row_blocks(width: int, gated: bool) -> tuple[int, int, int, int]:
-    """Outputs a program, columns at a time, warps and stages, for one row; measured on an H100."""
+    """Outputs a program, columns at a time, warps and stages, for one row; chosen on an H100."""
     if gated:
         bn, bk, warps = 4, 1024, 4
     elif width <= 8192:
