@@ -267,9 +267,10 @@ def example_lengths(key: GraphKey, max_length: int | None) -> tuple[int, int]:
 
 def _example_cache(key: GraphKey, slots: Sequence[Slot], tokens: int, total: int) -> StepCache:
     def shaped(heads: int, dim: int) -> torch.Tensor:
-        room = total + 3 if total > 1 else 1
-        buffer = torch.empty(key.batch, heads, room, dim, dtype=key.dtype, device=key.device)
-        return _mark_length(buffer.narrow(2, 0, total), 2)
+        room = total + 3 if total > 1 else 1  # strides of a buffer that is not full
+        size, stride = (key.batch, heads, total, dim), (heads * room * dim, room * dim, dim, 1)
+        part = torch.empty_strided(size, stride, dtype=key.dtype, device=key.device)
+        return _mark_length(part, 2)
 
     layers = [
         StepLayer(shaped(s.key_heads, s.key_dim), shaped(s.value_heads, s.value_dim)) for s in slots

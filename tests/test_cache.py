@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from adaskip_fx.api import build
 from adaskip_fx.cache import SkipCache
 from adaskip_fx.plan import Action, SkipPlan
 from adaskip_fx.storage import Storage
+from adaskip_passes import capture
 from tests.bank import (
     SEEDS,
     Entry,
@@ -90,6 +94,40 @@ def test_live_bytes_are_counted_until_a_request_ends() -> None:
     del cache, caches, twin
     gc.collect()
     assert bank.runtime.cache_bytes == before
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def first_request() -> list[SkipCache]:
+    """What is left of the request that a new compiled model captures its graphs in."""
+    compiled = build(make_model("grouped"), None, backend="eager")
+    with torch.no_grad():
+        cache = compiled(torch.ones(1, 5, dtype=torch.int64)).past_key_values
+        compiled(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
+    assert compiled.adaskip.live_caches() == [cache]
+    del cache
+    left: list[SkipCache] = compiled.adaskip.live_caches()
+    return left
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_tracing_leaves_nothing_of_a_request() -> None:
+    assert not first_request()
+    assert not gc.isenabled()  # as it was
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_without_sweeping_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companion: what Dynamo leaves are cycles, which hold the frames of whoever called."""
+    without = partial(torch._dynamo.config.patch, run_gc_after_compile=False)
+    monkeypatch.setattr(sys.modules[capture.__module__], "_swept", without)
+    assert first_request()
 
 
 def test_two_requests_never_share_storage() -> None:

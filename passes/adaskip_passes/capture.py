@@ -11,16 +11,18 @@ Torch's private interfaces that this relies on are used in this file alone.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import fx
-from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
 from torch._guards import TracingContext, tracing
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter
@@ -38,8 +40,11 @@ _SWITCHED_OFF = (
 )
 
 
-class _CapturedError(Exception):
-    """Leaves the compiled function before it runs anything: only its graph was wanted."""
+class _Captured(BaseException):
+    """Leaves Dynamo as soon as there is a graph: its guards and bytecode are not wanted.
+
+    Not an `Exception`, which Dynamo would take for a failure of the backend.
+    """
 
 
 @dataclass(frozen=True)
@@ -178,37 +183,85 @@ def capture(
     built: list[Built] = []
     failed: list[BaseException] = []
 
-    def backend(
-        graph: fx.GraphModule, example_inputs: list[Any], **_options: Any
-    ) -> Callable[..., Any]:
+    def backend(graph: fx.GraphModule, example_inputs: list[Any], **_options: Any) -> NoReturn:
         try:
-            built.append(build(describe(graph, own.__globals__)))
+            _check_lengths(function)
+            # a copy: Dynamo takes its own names out of the function's globals when it is left
+            described = describe(graph, dict(own.__globals__))
+            built.append(build(described))
+            if described.shape_env is not None:
+                described.shape_env.freeze()
         except Exception as error:  # raised below, outside Dynamo, which would wrap it
             failed.append(error)
+        raise _Captured
 
-        def leave(*_inputs: Any) -> Any:
-            raise _CapturedError
-
-        return leave
-
-    try:
-        torch.compile(own, backend=backend, fullgraph=True)(**arguments)
-    except _CapturedError:
-        pass
-    except Exception as error:
-        if not failed:
+    with _swept():
+        try:
+            with _without_stack_traces():
+                torch.compile(own, backend=backend, fullgraph=True)(**arguments)
+        except _Captured:
+            pass
+        except Exception as error:
             raise RefusedError(
                 f"torch.compile cannot capture {function.__name__} as one graph: "
                 f"{_first_line(error).rstrip('.')}. The model's forward must be traceable with "
                 "fullgraph=True; run it under torch.compile(fullgraph=True) to see where it breaks."
             ) from error
-    finally:
-        torch._dynamo.eval_frame.reset_code(own.__code__)  # type: ignore[attr-defined]
+        finally:
+            torch._dynamo.eval_frame.reset_code(own.__code__)  # type: ignore[attr-defined]
     if failed:
         raise failed[0]
     if not built:
         raise RefusedError(_SWITCHED_OFF.format(function.__name__))
     return built[0]
+
+
+def _check_lengths(function: Callable[..., Any]) -> None:
+    """Refuse, while it is traced, a function for which a length marked dynamic must be a constant.
+
+    Dynamo itself says so only when it makes guards.
+    """
+    for tracked in InstructionTranslator.current_tx().output.tracked_fakes:
+        asked = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for dim, constraint in enumerate(asked):
+            if constraint is None or constraint.warn_only:
+                continue
+            assert isinstance(tracked.fake, torch.Tensor)
+            size = tracked.fake.shape[dim]
+            constant = size if isinstance(size, int) else size.node.maybe_as_int()
+            if constant is not None:
+                raise RefusedError(
+                    f"{function.__name__} is only right where {_expression(tracked.source)}.size()"
+                    f"[{dim}] is {constant}, a length that must vary; its code branches on it"
+                )
+
+
+@contextmanager
+def _swept() -> Iterator[None]:
+    """Let go of what tracing leaves behind: cycles that hold the frames of whoever called.
+
+    In those frames are the tensors of a request. While nothing is collected everything that tracing
+    makes stays young, where a collection that costs little finds it; Dynamo's own, in which
+    all of it is still in use, would make it old.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with torch._dynamo.config.patch(run_gc_after_compile=False):
+            yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.collect(1)
+
+
+@contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Trace without the text of a stack for every node, a tenth of the time; nobody reads it."""
+    with patch.object(
+        InstructionTranslatorBase, "is_co_filename_from_nn_modules", lambda _translator: True
+    ):
+        yield
 
 
 def _own_code(function: Callable[..., Any]) -> types.FunctionType:
