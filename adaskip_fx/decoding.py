@@ -2,14 +2,15 @@
 
 Token, position and outputs are buffers that stay; the position is counted on the device. So a
 step needs nothing from the host but the token, and on CUDA it is recorded once as a graph and then
-replayed. The first step with a program runs kernel by kernel (it sets up what the kernels need),
-and is recorded right after.
+replayed. A piece that runs for the first time sets up what its kernels need, which cannot be
+recorded: the first step with a program that calls such a piece runs kernel by kernel, and is
+recorded right after. A plan that is linked from pieces that have run is recorded at once.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,7 @@ class Decoder:
         self._position_at: int | None = None  # what `position` holds, if that is known
         self._positions_at: int | None = None  # likewise `positions`
         self._all_valid = True  # what `valid` holds
+        self._ran: set[Callable[..., Any]] = set()  # pieces
         self._logits: torch.Tensor | None = None
         self._moments: dict[int, torch.Tensor] = {}  # by how many sublayers are probed
 
@@ -160,9 +162,21 @@ class Decoder:
         if recording is not None and _same(recording, fixed):
             recording.graph.replay()
             return
-        self._recorder.run(body)
+        ready = self._ready(program)
+        if not ready:
+            self._recorder.run(body)
+            self._ran |= program.functions
         graph = self._recorder.record(body)
         self._recordings[program] = _Recording(graph, fixed, _addresses(fixed))
+        if ready:
+            graph.replay()
+
+    def _ready(self, program: Program) -> bool:
+        """Whether a step has nothing left to set up: its pieces have run, its outputs have room."""
+        room = self._logits is not None and (
+            not program.probed or len(program.probed) in self._moments
+        )
+        return room and program.functions <= self._ran
 
     def _keep(self, logits: torch.Tensor, moments: torch.Tensor | None) -> None:
         """Copy a step's outputs to the buffers that all programs share."""

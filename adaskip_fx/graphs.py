@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from adaskip_passes import RefusedError, ShapeGuards
+from adaskip_passes import RefusedError, ShapeGuards, start_workers
 
 from . import phases
 from .phases import Forward, GraphKey, GraphPhaseCapture
@@ -44,6 +44,7 @@ class Graphs:
         self.backend = backend
         self.link = link
         self.counters = Counters()
+        start_workers(backend, model.device)  # while the first graph is traced
         self.max_length = _positions(model)
         self._programs = VariantCache(max_variants, self.counters)
         self._captures: dict[GraphKey, list[GraphPhaseCapture]] = {}

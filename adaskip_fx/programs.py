@@ -114,6 +114,14 @@ class Program:
         )
         self.seconds = time.perf_counter() - start
 
+    @property
+    def functions(self) -> frozenset[Callable[..., Any]]:
+        """The compiled pieces that it calls; of a fused program the one function that it is."""
+        functions: frozenset[Callable[..., Any]] = getattr(
+            self._function, "functions", frozenset([self._function])
+        )
+        return functions
+
     def __call__(
         self,
         arguments: Mapping[str, Any],

@@ -19,8 +19,8 @@ def measure(context: int | None = None, repeats: int = 10) -> dict[str, Any]:
     """Milliseconds of the step that changes to a plan never seen, beyond a step without change.
 
     Each plan skips the same attention and other FFN sublayers, as plans that are learned while
-    decoding do. The step links the plan, runs it once kernel by kernel and records it as a CUDA
-    graph; `new_captures` counts graphs traced anew, and is 0.
+    decoding do. The step links the plan, records it as a CUDA graph and replays that;
+    `new_captures` counts graphs traced anew, and is 0.
     """
     device = models.device()
     on_gpu = device.type == "cuda"

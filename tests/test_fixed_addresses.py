@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from tests.bank import (
     Oracle,
     check_request,
     fewer,
+    follow,
     make_model,
     plans,
 )
@@ -53,6 +56,47 @@ def test_shapes_and_batches(shape: str, batch: int) -> None:
     bank = fixed(shape)
     with bank.using():
         check_request(bank, bank.plan(), (5, 1, 1, 4, 1, 1), batch=batch, keep=1)
+
+
+class Tape:
+    """A recorder as on a GPU: what it records is not run until it is replayed."""
+
+    def __init__(self) -> None:
+        self.did: list[str] = []
+
+    def run(self, body: Callable[[], object]) -> None:
+        self.did.append("run")
+        body()
+
+    def record(self, body: Callable[[], object]) -> Any:
+        self.did.append("record")
+        return SimpleNamespace(replay=body)
+
+
+def test_a_plan_of_pieces_that_have_run_is_recorded_at_once() -> None:
+    model = make_model("three_layers")
+    compiled = build(model, None, backend="eager", fixed_addresses=True)
+    tape = compiled.adaskip._recorder = Tape()
+    bank = Entry(model, compiled, Oracle(model))
+    changes = {  # at which step, to what, and what that does first
+        1: (bank.plan(), ["run", "record"]),
+        3: (bank.plan([], ["1.ffn"], {"1.ffn": 0.5}), ["run", "record"]),  # scales: a new piece
+        5: (bank.plan([], ["0.ffn"], {"0.ffn": 0.75}), ["record"]),
+        7: (bank.plan([], ["2.ffn"]), ["record"]),
+    }
+    with bank.using(bank.plan()), torch.no_grad():
+        cache, reference = bank.runtime.new_cache(capacity=64), bank.reference_cache()
+        for step in range(9):
+            if step in changes:
+                plan, expected_first = changes[step]
+                cache.request.decode_plan = plan
+                follow(bank.oracle, plan)
+            ids = bank.tokens(1, 5 if step == 0 else 1, step)
+            tape.did.clear()
+            logits = bank.compiled(ids, past_key_values=cache, logits_to_keep=1).logits
+            assert tape.did == (expected_first if step in changes else [])
+            expected = bank.oracle.step(ids, reference)[:, -1:]
+            assert_close(logits, expected, bank.tolerance, f"step {step}")
 
 
 def test_a_plan_that_the_oracle_does_not_follow_is_caught() -> None:

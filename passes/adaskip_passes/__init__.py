@@ -13,7 +13,7 @@ once, and a :class:`Recorder` makes a program one CUDA graph.
 """
 
 from .capture import Binder, Capture, ShapeGuards, capture, describe
-from .compiler import PieceCompiler
+from .compiler import PieceCompiler, start_workers
 from .cuda_graphs import Recorder
 from .dead_code import eliminate_dead_code
 from .decode_ops import attend, project
@@ -54,5 +54,6 @@ __all__ = [
     "piece_of",
     "project",
     "run_passes",
+    "start_workers",
     "text",
 ]

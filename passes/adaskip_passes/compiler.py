@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .ahead import compile_ahead
 from .capture import Capture
 from .link import Compiled
 from .outline import Piece
@@ -17,6 +18,14 @@ from .pipeline import Pass
 #: Inductor's options for lowered pieces. What is left to it are kernels of microseconds: those
 #: that do not depend on each other become one, and each starts while the one before it ends.
 _SHORT_KERNELS = {"combo_kernels": True, "triton.enable_pdl": True}
+
+
+def start_workers(backend: str, device: torch.device) -> None:
+    """Let the processes in which Inductor compiles kernels start while there is other work."""
+    if backend == "inductor" and device.type == "cuda":
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
 
 
 class PieceCompiler:
@@ -57,10 +66,13 @@ class PieceCompiler:
             one(own)
         if self.lowering:
             own.recompile()
+        kernels = compile_ahead(own)
         examples = [n.meta["example_value"] for n in graph.find_nodes(op="placeholder")]
         with self.capture.reopened():
             options = {"config_patches": _SHORT_KERNELS} if self.lowering else {}
             function: Compiled = self._inner(own, examples, **options)
+        for kernel in kernels:
+            kernel.result()
         self.compiled += 1
         self.seconds += time.perf_counter() - start
         return (lambda *inputs: function(*inputs)[0]) if single else function

@@ -40,7 +40,7 @@ class Recorder:
         current.wait_stream(self._stream)
 
     def record(self, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        """The graph of what `body` launches; nothing is run. `run` it once before."""
+        """The graph of what `body` launches; nothing is run. What it calls must have run before."""
         self.recorded += 1
         return self._capture(body)
 

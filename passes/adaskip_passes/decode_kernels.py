@@ -9,6 +9,8 @@ then waits for its input.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -212,7 +214,45 @@ def _attend(
         tl.store(counters + head, 0)
 
 
-def project(
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments, and the tensors that it writes."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    flags: dict[str, Any]
+    outputs: list[torch.Tensor]
+
+    def run(self) -> list[torch.Tensor]:
+        self.kernel[self.grid](*self.arguments, **self.flags)
+        return self.outputs
+
+    def compile(self, device: torch.device) -> None:
+        """Compile for arguments like these, which may be fake; the next `run` finds it."""
+        mocked = [_mock(a) for a in self.arguments]
+        with torch.cuda.device(device):
+            self.kernel.warmup(*mocked, grid=self.grid, **self.flags)
+
+
+def _mock(value: Any) -> Any:
+    """A dtype stands for an aligned tensor, an example for a length."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    return value.node.hint if isinstance(value, torch.SymInt) else value
+
+
+def project(*inputs: Any) -> list[torch.Tensor]:
+    """See :func:`decode_ops.project`."""
+    return projection(*inputs).run()
+
+
+def attend(*inputs: Any) -> torch.Tensor:
+    """See :func:`decode_ops.attend`."""
+    return attention(*inputs).run()[0]
+
+
+def projection(
     x: torch.Tensor,
     weights: list[torch.Tensor],
     biases: list[torch.Tensor],
@@ -220,8 +260,8 @@ def project(
     eps: float,
     activation: str,
     residual: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    """See :func:`decode_ops.project`; at most three weights."""
+) -> Launch:
+    """The launch of :func:`decode_ops.project`; at most three weights."""
     width = x.shape[-1]
     rows = x.numel() // width
     kept = weights[:1] if activation else weights
@@ -255,21 +295,23 @@ def project(
         **({"launch_pdl": True} if pdl else {}),
     }
     if rows == 1:
-        _project_row[(programs,)](*arguments, **flags)
-    else:
-        _project_rows[(programs,)](*arguments, rows, M=MAX_ROWS, STAGES=stages, **flags)
-    return outputs
+        return Launch(_project_row, (programs,), arguments, flags, outputs)
+    flags |= {"M": MAX_ROWS, "STAGES": stages}
+    return Launch(_project_rows, (programs,), (*arguments, rows), flags, outputs)
 
 
-def attend(
+def attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     filled: torch.Tensor,
     scale: float,
     counters: torch.Tensor,
-) -> torch.Tensor:
-    """See :func:`decode_ops.attend`; `counters` are zero before and after, one a K/V head."""
+) -> Launch:
+    """The launch of :func:`decode_ops.attend`.
+
+    `counters`, int32, are zero before and after: one a row and K/V head.
+    """
     batch, heads, tokens, dim = query.shape
     kv_heads = keys.shape[1]
     output = query.new_empty((batch, tokens, heads, dim))
@@ -277,10 +319,10 @@ def attend(
     group = max(16, triton.next_power_of_2(heads // kv_heads))
     splits = _splits(batch * kv_heads)
     slots = batch * kv_heads * splits * group
-    partial = torch.empty(slots * padded, dtype=torch.float32, device=query.device)
-    weight = torch.empty(slots * 2, dtype=torch.float32, device=query.device)
+    partial = query.new_empty(slots * padded, dtype=torch.float32)
+    weight = query.new_empty(slots * 2, dtype=torch.float32)
     pdl = _pdl(query.device)
-    _attend[(batch * kv_heads, splits)](
+    arguments = (
         query.contiguous(),
         keys,
         values,
@@ -293,20 +335,22 @@ def attend(
         keys.stride(0),
         keys.stride(1),
         keys.stride(2),
-        H=heads,
-        HK=kv_heads,
-        D=dim,
-        DP=padded,
-        GP=group,
-        SPLITS=splits,
-        BN=max(16, min(128, 32768 // (padded * keys.element_size()))),
-        STAGES=3,
-        PDL=pdl,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        **({"launch_pdl": True} if pdl else {}),
     )
-    return output
+    flags = {
+        "H": heads,
+        "HK": kv_heads,
+        "D": dim,
+        "DP": padded,
+        "GP": group,
+        "SPLITS": splits,
+        "BN": max(16, min(128, 32768 // (padded * keys.element_size()))),
+        "STAGES": 3,
+        "PDL": pdl,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "num_warps": 4,
+        **({"launch_pdl": True} if pdl else {}),
+    }
+    return Launch(_attend, (batch * kv_heads, splits), arguments, flags, [output])
 
 
 def _padded(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

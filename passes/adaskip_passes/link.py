@@ -34,6 +34,9 @@ class Linked:
     A value is dropped after its last use, as in code that FX generates: the streams of a long
     prompt would otherwise all be alive at the end. Building this takes a millisecond where
     generating and compiling Python text takes twenty.
+
+    Attributes:
+        functions: what it calls, each once.
     """
 
     def __init__(self, outer: fx.GraphModule, compiled: Callable[[Piece], Compiled]) -> None:
@@ -60,6 +63,7 @@ class Linked:
                     tuple(register[i] for i in used_up),
                 )
             )
+        self.functions = frozenset(step.function for step in self._program)
         (results,) = outer.graph.output_node().args
         assert isinstance(results, tuple | list)
         self._results = _reader(tuple(results), register)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaskip_passes import attend, project
 from tests.oracle import relative_error
@@ -109,3 +113,36 @@ def test_attention_over_the_filled_part(
         wrong = attend(query, keys, values, filled + 1, dim**-0.5)
         if length < 64:  # the companion: one key more is another result
             assert relative_error(wrong.double(), expected) > DTYPES[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_kernels_compiled_ahead_are_those_that_run(rows: int) -> None:
+    """Nothing is left to compile for calls like those in the graph."""
+    from adaskip_passes import decode_kernels
+    from adaskip_passes.ahead import compile_ahead
+
+    class Calls(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor, q: Tensor, kv: Tensor, filled: Tensor) -> Any:
+            y = torch.ops.adaskip.project(x, [w, w], [], None, 0.0, "silu", None)
+            return y, torch.ops.adaskip.attend(q, kv, kv, filled, 0.125)
+
+    inputs = (
+        random(rows, 1, 320, dtype=torch.bfloat16),
+        random(112, 320, dtype=torch.bfloat16),
+        random(rows, 4, 1, 32, dtype=torch.bfloat16),
+        random(rows, 2, 100, 32, dtype=torch.bfloat16),
+        torch.tensor([7], device="cuda"),
+    )
+    traced = torch.fx.symbolic_trace(Calls())
+    with FakeTensorMode() as mode:
+        for node, value in zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True):
+            node.meta["example_value"] = mode.from_tensor(value)
+        begun = compile_ahead(traced)
+    assert len(begun) == 2
+    for one in begun:
+        one.result()
+    kernels = (decode_kernels._project_row, decode_kernels._project_rows, decode_kernels._attend)
+    before = [len(k.device_caches[0][0]) for k in kernels]
+    assert sum(before) >= 2
+    traced(*inputs)
+    assert [len(k.device_caches[0][0]) for k in kernels] == before
