@@ -23,9 +23,11 @@ _SHORT_KERNELS = {"combo_kernels": True, "triton.enable_pdl": True}
 def start_workers(backend: str, device: torch.device) -> None:
     """Let the processes in which Inductor compiles kernels start while there is other work."""
     if backend == "inductor" and device.type == "cuda":
-        from torch._inductor.async_compile import maybe_warm_pool
+        from torch._inductor.async_compile import AsyncCompile, maybe_warm_pool
 
         maybe_warm_pool()
+        # asks whether they are ready, for the first time: until they have answered, none is used
+        AsyncCompile.use_process_pool()  # type: ignore[no-untyped-call]
 
 
 class PieceCompiler:

@@ -232,7 +232,8 @@ class Launch:
         """Compile for arguments like these, which may be fake; the next `run` finds it."""
         mocked = [_mock(a) for a in self.arguments]
         with torch.cuda.device(device):
-            self.kernel.warmup(*mocked, grid=self.grid, **self.flags)
+            compiled = self.kernel.warmup(*mocked, grid=self.grid, **self.flags)
+            _ = compiled.run  # loads it, and builds its launcher
 
 
 def _mock(value: Any) -> Any:

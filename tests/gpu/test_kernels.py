@@ -123,8 +123,8 @@ def test_kernels_compiled_ahead_are_those_that_run(rows: int) -> None:
 
     class Calls(torch.nn.Module):
         def forward(self, x: Tensor, w: Tensor, q: Tensor, kv: Tensor, filled: Tensor) -> Any:
-            y = torch.ops.adaskip.project(x, [w, w], [], None, 0.0, "silu", None)
-            return y, torch.ops.adaskip.attend(q, kv, kv, filled, 0.125)
+            y = torch.ops.adaskip.project.default(x, [w, w], [], None, 0.0, "silu", None)
+            return y, torch.ops.adaskip.attend.default(q, kv, kv, filled, 0.125)
 
     inputs = (
         random(rows, 1, 320, dtype=torch.bfloat16),
