@@ -269,7 +269,7 @@ def projection(
     outputs = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in kept]
     gated = bool(activation)
     sizes = [w.shape[0] for w in weights] + [0] * (3 - len(weights))
-    bn, bk, warps, stages = _row_blocks(width, gated) if rows == 1 else _rows_blocks(weights[0])
+    bn, bk, warps, stages = _row_blocks(width, gated) if rows == 1 else _rows_blocks(gated)
     programs = sum(triton.cdiv(w.shape[0], bn) for w in kept)
     arguments = (
         x.contiguous(),
@@ -370,10 +370,9 @@ def _row_blocks(width: int, gated: bool) -> tuple[int, int, int, int]:
     return bn, min(bk, triton.next_power_of_2(width)), warps, 1
 
 
-def _rows_blocks(weight: torch.Tensor) -> tuple[int, int, int, int]:
+def _rows_blocks(gated: bool) -> tuple[int, int, int, int]:
     """Likewise for several rows."""
-    outputs, _ = weight.shape
-    return (64, 128, 4, 4) if outputs > 8192 else (32, 256, 4, 4)
+    return (32, 256, 4, 3) if gated else (16, 256, 2, 4)
 
 
 def _splits(heads: int) -> int:

@@ -45,7 +45,7 @@ class Piece:
     Attributes:
         name: its name in the outer graph (``layers_0_attention``).
         role: what it is for.
-        module: its code: a GraphModule whose inputs are the stream, shared values, weights, cache.
+        module: its graph: a GraphModule whose inputs are the stream, shared values, weights, cache.
         key: equal for pieces that are the same code over inputs of equal shape, dtype and device.
         index: position of the sublayer along the stream; -1 for other pieces.
         layer, kind: of the sublayer; -1 and "" for other pieces.
@@ -62,20 +62,23 @@ class Piece:
     outputs: int = 1
 
 
-class Outer(fx.GraphModule):
-    """An outer graph: a GraphModule whose calls carry their `Piece` in ``node.meta``.
+class Uncoded(fx.GraphModule):
+    """A GraphModule whose code is not generated, because nothing runs it.
 
-    Generating code for it and for all its pieces, as a GraphModule does whenever its graph is set,
-    takes longer than rewriting it; nothing runs that code (:func:`link` makes its own program), so
-    none is generated.
+    A GraphModule generates code whenever its graph is set, which takes longer than rewriting the
+    graph; :func:`link` makes its own program, and a piece is compiled from a copy.
     """
 
     def recompile(self) -> Any:
         """Nothing to do: see the class."""
 
     def forward(self, *args: Any) -> Any:
-        """Run call by call, for debugging."""
+        """Run node by node, for debugging."""
         return fx.Interpreter(self).run(*args)
+
+
+class Outer(Uncoded):
+    """An outer graph: its calls carry their `Piece` in ``node.meta``."""
 
 
 def outline(graph_module: fx.GraphModule, sublayers: Sequence[Sublayer]) -> Outer:
@@ -238,7 +241,7 @@ def _piece_module(
             copies[node].op, copies[node].target = "call_function", operator.add
     results = tuple(copies[n] for n in outputs)
     graph.output(results[0] if len(results) == 1 else results)
-    return fx.GraphModule(source, graph, "Piece")
+    return Uncoded(source, graph, "Piece")
 
 
 def _short_name(node: fx.Node) -> str:
