@@ -240,9 +240,8 @@ def _check_lengths(function: Callable[..., Any]) -> None:
 def _swept() -> Iterator[None]:
     """Let go of what tracing leaves behind: cycles that hold the frames of whoever called.
 
-    In those frames are the tensors of a request. While nothing is collected everything that tracing
-    makes stays young, where a collection that costs little finds it; Dynamo's own, in which
-    all of it is still in use, would make it old.
+    In those frames are the tensors of a request. One full collection, here: it takes half a second
+    once a graph of a large model is in memory, and would otherwise come due in a token stream.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -252,7 +251,7 @@ def _swept() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-        gc.collect(1)
+        gc.collect()
 
 
 @contextmanager
