@@ -94,7 +94,8 @@ class Decoder:
         self._position_at: int | None = None  # what `position` holds, if that is known
         self._positions_at: int | None = None  # likewise `positions`
         self._all_valid = True  # what `valid` holds
-        self._ran: set[Callable[..., Any]] = set()  # pieces
+        self._ran: set[Callable[..., Any]] = set()  # pieces, with the weights that are at
+        self._ran_with: tuple[int, ...] = ()  # these addresses
         self._logits: torch.Tensor | None = None
         self._moments: dict[int, torch.Tensor] = {}  # by how many sublayers are probed
 
@@ -162,12 +163,16 @@ class Decoder:
         if recording is not None and _same(recording, fixed):
             recording.graph.replay()
             return
+        addresses = _addresses(fixed)
+        if addresses != self._ran_with:
+            self._ran.clear()
+            self._ran_with = addresses
         ready = self._ready(program)
         if not ready:
             self._recorder.run(body)
             self._ran |= program.functions
         graph = self._recorder.record(body)
-        self._recordings[program] = _Recording(graph, fixed, _addresses(fixed))
+        self._recordings[program] = _Recording(graph, fixed, addresses)
         if ready:
             graph.replay()
 

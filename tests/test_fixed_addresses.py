@@ -99,6 +99,26 @@ def test_a_plan_of_pieces_that_have_run_is_recorded_at_once() -> None:
             assert_close(logits, expected, bank.tolerance, f"step {step}")
 
 
+def test_with_other_weights_pieces_run_before_they_are_recorded() -> None:
+    model = make_model("three_layers")
+    compiled = build(model, None, backend="eager", fixed_addresses=True)
+    tape = compiled.adaskip._recorder = Tape()
+    bank = Entry(model, compiled, Oracle(model))
+    other = bank.plan([], ["2.ffn"])
+    for plan, first in ((bank.plan(), "run"), (other, "record")):
+        with bank.using(plan):
+            tape.did.clear()
+            check_request(bank, plan, (5, 1, 1), keep=1)
+            assert tape.did[0] == first
+            gc.collect()  # the storage goes back
+    compiled.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 3.0)
+    bank.oracle.model.lm_head.weight = compiled.lm_head.weight
+    with bank.using(other):
+        tape.did.clear()
+        check_request(bank, other, (5, 1, 1), keep=1)
+        assert tape.did == ["run", "record"]
+
+
 def test_a_plan_that_the_oracle_does_not_follow_is_caught() -> None:
     """The companion."""
     bank = fixed("grouped")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ Built = TypeVar("Built")
 Binder = Callable[[Mapping[str, Any]], tuple[Any, ...]]
 
 _serial = itertools.count()
+_one_at_a_time = threading.RLock()  # as Dynamo does, but what is switched off meanwhile is global
 
 _SWITCHED_OFF = (
     "torch.compile ran {} without compiling it. Is Dynamo switched off "
@@ -195,7 +197,7 @@ def capture(
             failed.append(error)
         raise _Captured
 
-    with _swept():
+    with _one_at_a_time, _swept():
         try:
             with _without_stack_traces():
                 torch.compile(own, backend=backend, fullgraph=True)(**arguments)

@@ -146,3 +146,6 @@ def test_kernels_compiled_ahead_are_those_that_run(rows: int) -> None:
     assert sum(before) >= 2
     traced(*inputs)
     assert [len(k.device_caches[0][0]) for k in kernels] == before
+    narrow = (inputs[0][..., :304].contiguous(), inputs[1][:, :304].contiguous(), *inputs[2:])
+    traced(*narrow)  # the companion: other columns are another kernel
+    assert sum(len(k.device_caches[0][0]) for k in kernels) == sum(before) + 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 from torch._dynamo.utils import counters
 
 from adaskip_passes import Capture, RefusedError, ShapeGuards, capture, fuse, link
@@ -312,6 +314,23 @@ def test_a_length_marked_dynamic_must_not_become_constant() -> None:
     message = r"turns_at_five is only right where L\['x'\]\.size\(\)\[0\] is 5, a length that must"
     with pytest.raises(RefusedError, match=message):
         trace(turns_at_five, x=dynamic(5))
+
+
+@pytest.mark.parametrize("function", [plus_one, turns_at_five])
+def test_what_was_switched_off_is_on_again(function: Callable[..., Any]) -> None:
+    """Whether it traced or was refused; a backend that stays in Dynamo sees stacks."""
+    with contextlib.suppress(RefusedError):
+        trace(function, x=dynamic(5))
+    stacks: list[str] = []
+
+    def backend(graph: fx.GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
+        stacks.extend(n.stack_trace or "" for n in graph.graph.nodes if n.op == "call_function")
+        return graph.forward
+
+    torch.compile(scaled, backend=backend, fullgraph=True)(torch.ones(3), 2.5)
+    assert "return (x * n,)" in stacks[0]
+    assert gc.isenabled()
+    assert torch._dynamo.config.run_gc_after_compile
 
 
 def test_a_length_that_became_constant_is_a_guard() -> None:

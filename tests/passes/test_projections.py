@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.functional import linear, silu
 
 from adaskip_passes import FuseProjections, attend, project
+from adaskip_passes.ahead import compile_ahead
 from adaskip_passes.effects import operation
 
 PROJECT = torch.ops.adaskip.project.default
@@ -825,3 +826,14 @@ def test_what_those_are_near_to() -> None:
     fused(lambda x, w: linear(x, w), _X, _W)
     fused(broadcast_gate, _X, _W, _W + 1)
     fused(lambda x, w, n: linear(rms_norm(x, n), w), _X, _W, scale())
+
+
+def test_nothing_is_compiled_ahead_without_a_gpu() -> None:
+    class Call(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> Any:
+            return torch.ops.adaskip.project.default(x, [weight], [], None, 0.0, "", None)
+
+    traced = fx.symbolic_trace(Call())
+    for node in traced.graph.find_nodes(op="placeholder"):
+        node.meta["example_value"] = torch.ones(1, 8)
+    assert compile_ahead(traced) == []
