@@ -60,6 +60,11 @@ class Graphs:
         """Time spent compiling pieces."""
         return sum(c.compiler.seconds for c in self._all())
 
+    @property
+    def why_traced(self) -> list[str]:
+        """Why layers that are alike were traced one by one nevertheless; empty if none were."""
+        return sorted({c.capture.why_traced for c in self._all()} - {""})
+
     def _all(self) -> list[GraphPhaseCapture]:
         return [c for group in self._captures.values() for c in group]
 

@@ -23,6 +23,7 @@ from adaskip_passes import (
     Pass,
     PieceCompiler,
     RefusedError,
+    Repeat,
     ShapeGuards,
     capture,
     find_sublayers,
@@ -165,7 +166,9 @@ def capture_phase(
 
     with torch.no_grad():
         arguments = _example_arguments(model, forward, key, slots, lengths)
-        return capture(_logits, arguments, build)
+        cache = arguments["cache"]
+        layers = Repeat.of("model", model, {"L['cache'].layers": cache.layers}, (cache,))
+        return capture(_logits, arguments, build, layers)
 
 
 def _lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:

@@ -28,6 +28,7 @@ def runtime_report(runtime: Runtime) -> str:
         ("online", _online(runtime)),
         *_request_rows(runtime),
         ("compiled", _compiled(runtime)),
+        *_traced_rows(runtime),
         *_not_fixed_rows(runtime),
         ("K/V", _storage(runtime)),
     ]
@@ -97,6 +98,10 @@ def _compiled(runtime: Runtime) -> str:
         f"({runtime.graphs.backend}), {_count(counters.links, 'program')} linked, "
         f"{counters.dropped} dropped"
     )
+
+
+def _traced_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    return [("tracing", f"every layer, because {why}") for why in runtime.graphs.why_traced]
 
 
 def _not_fixed_rows(runtime: Runtime) -> list[tuple[str, str]]:

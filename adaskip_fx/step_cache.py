@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from adaskip_passes import Place, place_of
+
 from .storage import Slot, Storage
 
 
@@ -56,25 +58,24 @@ class StepCache(_SeenByStep):
         self.fresh = fresh
 
     def unify(self, tokens: int) -> None:
-        """Tell the tracer that all layers have one length, and in prefill that it is `tokens`."""
-        total = self.filled.shape[0]
-        if self.new.shape[0] != tokens or (self.fresh and tokens != total):
+        """Tell the tracer in prefill that what is filled is `tokens`."""
+        if self.new.shape[0] != tokens or (self.fresh and tokens != self.filled.shape[0]):
             raise ValueError(f"{tokens} tokens for a step of {self.new.shape[0]}")
-        for layer in self.layers:
-            if layer.keys.shape[2] != total or layer.values.shape[2] != total:
-                raise ValueError("layers of one cache have different lengths")
 
     def update(
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
-        layer_idx: int,
+        layer_idx: int | Place,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new keys and values [B, H, T, D]; returns what attention reads."""
-        layer, tokens = self.layers[layer_idx], key_states.shape[2]
-        start = self.filled.shape[0] - tokens
+        layer, tokens = self.layers[place_of(layer_idx)], key_states.shape[2]
+        total = self.filled.shape[0]
+        if layer.keys.shape[2] != total or layer.values.shape[2] != total:  # told to the tracer
+            raise ValueError("layers of one cache have different lengths")
+        start = total - tokens
         layer.keys.narrow(2, start, tokens).copy_(key_states)
         layer.values.narrow(2, start, tokens).copy_(value_states)
         if self.fresh:
@@ -125,22 +126,20 @@ class WholeCache(_SeenByStep):
         return cls(layers, position)
 
     def unify(self, tokens: int) -> None:
-        """Tell the tracer that all layers have one capacity."""
-        capacity = self.layers[0].keys.shape[2]
-        for layer in self.layers:
-            if layer.keys.shape[2] != capacity or layer.values.shape[2] != capacity:
-                raise ValueError("layers of one cache have different capacities")
+        """Nothing to tell the tracer: see `update`."""
 
     def update(
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
-        layer_idx: int,
+        layer_idx: int | Place,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store one token's keys and values [B, H, 1, D]; returns the whole buffers."""
-        layer = self.layers[layer_idx]
+        layer, capacity = self.layers[place_of(layer_idx)], self.layers[0].keys.shape[2]
+        if layer.keys.shape[2] != capacity or layer.values.shape[2] != capacity:
+            raise ValueError("layers of one cache have different capacities")
         layer.keys.index_copy_(2, self.position, key_states)
         layer.values.index_copy_(2, self.position, value_states)
         return layer.keys, layer.values

@@ -5,6 +5,7 @@ HYPOTHESIS_PROFILE=soak draws many more examples, and new ones each time.
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -19,6 +20,12 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     """Leave out Dynamo's trace log: thousands of empty records with every failure."""
     config.option.log_level = config.option.log_level or "WARNING"
+
+
+def pytest_collection_finish() -> None:
+    """Every capture ends with a full collection, which need not look at what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 # No deadline: the first example of a model pays for its capture, and machines are shared.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from adaskip_fx.api import build
 from adaskip_fx.cache import SkipCache
 from adaskip_fx.plan import Action, SkipPlan
 from adaskip_fx.storage import Storage
-from adaskip_passes import capture
+from adaskip_passes import dynamo
 from tests.bank import (
     SEEDS,
     Entry,
@@ -126,7 +125,7 @@ def test_tracing_leaves_nothing_of_a_request() -> None:
 def test_without_sweeping_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: what Dynamo leaves are cycles, which hold the frames of whoever called."""
     without = partial(torch._dynamo.config.patch, run_gc_after_compile=False)
-    monkeypatch.setattr(sys.modules[capture.__module__], "_swept", without)
+    monkeypatch.setattr(dynamo, "_swept", without)
     assert first_request()
 
 

@@ -23,8 +23,10 @@ from .outline import Piece, outline, piece_of
 from .pipeline import Pass, run_passes, text
 from .probe import MOMENTS, VALID, Probe
 from .projections import FuseProjections
+from .repeats import Repeat
 from .skip import Keep, Replacement, Skip
 from .sublayers import Sublayer, find_sublayers
+from .twins import Place, place_of
 
 __all__ = [
     "MOMENTS",
@@ -36,9 +38,11 @@ __all__ = [
     "Pass",
     "Piece",
     "PieceCompiler",
+    "Place",
     "Probe",
     "Recorder",
     "RefusedError",
+    "Repeat",
     "Replacement",
     "ShapeGuards",
     "Skip",
@@ -52,6 +56,7 @@ __all__ = [
     "link",
     "outline",
     "piece_of",
+    "place_of",
     "project",
     "run_passes",
     "start_workers",

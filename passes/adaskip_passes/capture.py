@@ -5,48 +5,28 @@ expression over the function's arguments (``L['past_key_values'].layers[0].keys`
 environment holds the guards under which the graph is right. A :class:`Capture` keeps all of that;
 whoever runs the graph binds the inputs and checks the guards itself, which costs microseconds
 where Dynamo's guard evaluation costs 0.4-0.9 ms a call.
-
-Torch's private interfaces that this relies on are used in this file alone.
 """
 
 from __future__ import annotations
 
-import gc
-import itertools
-import threading
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
-from unittest.mock import patch
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-import torch
 from torch import fx
-from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
-from torch._guards import TracingContext, tracing
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._sympy.printers import PythonPrinter
 
+from . import dynamo
 from .errors import RefusedError
+from .repeats import First, NotRepeatedError, Repeat, expand, marked
 
 Built = TypeVar("Built")
 Binder = Callable[[Mapping[str, Any]], tuple[Any, ...]]
-
-_serial = itertools.count()
-_one_at_a_time = threading.RLock()  # as Dynamo does, but what is switched off meanwhile is global
 
 _SWITCHED_OFF = (
     "torch.compile ran {} without compiling it. Is Dynamo switched off "
     "(TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE, torch.compiler.set_stance)?"
 )
-
-
-class _Captured(BaseException):
-    """Leaves Dynamo as soon as there is a graph: its guards and bytecode are not wanted.
-
-    Not an `Exception`, which Dynamo would take for a failure of the backend.
-    """
 
 
 @dataclass(frozen=True)
@@ -61,16 +41,20 @@ class Capture:
         scope: the globals that the sources may refer to.
         python_effects: the arguments' Python attributes and containers that the function changed
             while it was traced; a graph cannot repeat that.
+        copied: how many modules were not traced but copied from another (see `Repeat`).
+        why_traced: why none was, though there are some that are alike; empty if that is not so.
     """
 
     graph: fx.GraphModule
     sources: tuple[str, ...]
-    tracing: TracingContext
+    tracing: dynamo.TracingContext
     scope: dict[str, Any] = field(repr=False)
     python_effects: tuple[str, ...] = ()
+    copied: int = 0
+    why_traced: str = ""
 
     @property
-    def shape_env(self) -> ShapeEnv | None:
+    def shape_env(self) -> dynamo.ShapeEnv | None:
         """The shape environment of the capture; None when no length is symbolic."""
         mode = self.tracing.fake_mode
         return mode.shape_env if mode is not None else None
@@ -83,10 +67,10 @@ class Capture:
         if env is not None:
             env.frozen = False
         try:
-            if TracingContext.try_get() is self.tracing:
+            if dynamo.TracingContext.try_get() is self.tracing:
                 yield
             else:
-                with tracing(self.tracing):
+                with dynamo.tracing(self.tracing):
                     yield
         finally:
             if env is not None:
@@ -122,8 +106,8 @@ class ShapeGuards:
 
     @classmethod
     def of(cls, capture: Capture) -> ShapeGuards:
-        env, printer = capture.shape_env, PythonPrinter()
-        known = _symbol_sources(env) if env is not None else {}
+        env, printer = capture.shape_env, dynamo.PythonPrinter()
+        known = dynamo.symbol_sources(env) if env is not None else {}
         conditions: dict[str, None] = {}
         symbols: dict[str, str] = {}
         for guard in env.guards if env is not None else ():
@@ -160,7 +144,10 @@ class ShapeGuards:
 
 
 def capture(
-    function: Callable[..., Any], arguments: Mapping[str, Any], build: Callable[[Capture], Built]
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    build: Callable[[Capture], Built],
+    repeat: Repeat | None = None,
 ) -> Built:
     """Trace ``function(**arguments)`` into one graph and hand it to `build`.
 
@@ -174,105 +161,66 @@ def capture(
         function: a plain Python function, without closure.
         arguments: by name; mark lengths with ``torch._dynamo.mark_dynamic`` beforehand.
         build: receives the capture; its result is returned.
+        repeat: modules that the function calls one after the other; those that are alike are
+            traced once, which saves most of the time. The graph is the same.
 
     Raises:
         RefusedError: when Dynamo cannot make one graph of the function.
         Exception: whatever `build` raised.
     """
-    if torch._dynamo.config.disable:
+    if dynamo.is_disabled():
         raise RefusedError(_SWITCHED_OFF.format(function.__name__))
-    own = _own_code(function)
+    first, why_traced = repeat.first() if repeat is not None else {}, ""
+    if repeat is not None and first:
+        try:
+            with marked(repeat, first):
+                return _captured(
+                    function, arguments, lambda c: build(_expanded(c, arguments, repeat, first))
+                )
+        except (NotRepeatedError, dynamo.NoGraphError) as reason:
+            why_traced = str(reason)
+    try:
+        return _captured(function, arguments, lambda c: build(replace(c, why_traced=why_traced)))
+    except dynamo.NoGraphError as error:
+        raise RefusedError(
+            f"torch.compile cannot capture {function.__name__} as one graph: {error}. The model's "
+            "forward must be traceable with fullgraph=True; run it under "
+            "torch.compile(fullgraph=True) to see where it breaks."
+        ) from error.__cause__
+
+
+def _captured(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    build: Callable[[Capture], Built],
+) -> Built:
+    """One trace; `build` is handed what it gave."""
+    own = dynamo.own_code(function)
     built: list[Built] = []
-    failed: list[BaseException] = []
 
-    def backend(graph: fx.GraphModule, example_inputs: list[Any], **_options: Any) -> NoReturn:
-        try:
-            _check_lengths(function)
-            # a copy: Dynamo takes its own names out of the function's globals when it is left
-            described = describe(graph, dict(own.__globals__))
-            built.append(build(described))
-            if described.shape_env is not None:
-                described.shape_env.freeze()
-        except Exception as error:  # raised below, outside Dynamo, which would wrap it
-            failed.append(error)
-        raise _Captured
+    def receive(graph: fx.GraphModule) -> None:
+        dynamo.refuse_constant_lengths(function)
+        # a copy: Dynamo takes its own names out of the function's globals when it is left
+        described = describe(graph, dict(own.__globals__))
+        built.append(build(described))
+        if described.shape_env is not None:
+            described.shape_env.freeze()
 
-    with _one_at_a_time, _swept():
-        try:
-            with _without_stack_traces():
-                torch.compile(own, backend=backend, fullgraph=True)(**arguments)
-        except _Captured:
-            pass
-        except Exception as error:
-            raise RefusedError(
-                f"torch.compile cannot capture {function.__name__} as one graph: "
-                f"{_first_line(error).rstrip('.')}. The model's forward must be traceable with "
-                "fullgraph=True; run it under torch.compile(fullgraph=True) to see where it breaks."
-            ) from error
-        finally:
-            torch._dynamo.eval_frame.reset_code(own.__code__)  # type: ignore[attr-defined]
-    if failed:
-        raise failed[0]
+    dynamo.trace(own, arguments, receive)
     if not built:
         raise RefusedError(_SWITCHED_OFF.format(function.__name__))
     return built[0]
 
 
-def _check_lengths(function: Callable[..., Any]) -> None:
-    """Refuse, while it is traced, a function for which a length marked dynamic must be a constant.
-
-    Dynamo itself says so only when it makes guards.
-    """
-    for tracked in InstructionTranslator.current_tx().output.tracked_fakes:
-        asked = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
-        for dim, constraint in enumerate(asked):
-            if constraint is None or constraint.warn_only:
-                continue
-            assert isinstance(tracked.fake, torch.Tensor)
-            size = tracked.fake.shape[dim]
-            constant = size if isinstance(size, int) else size.node.maybe_as_int()
-            if constant is not None:
-                raise RefusedError(
-                    f"{function.__name__} is only right where {_expression(tracked.source)}.size()"
-                    f"[{dim}] is {constant}, a length that must vary; its code branches on it"
-                )
-
-
-@contextmanager
-def _swept() -> Iterator[None]:
-    """Let go of what tracing leaves behind: cycles that hold the frames of whoever called.
-
-    In those frames are the tensors of a request. One full collection, here: it takes half a second
-    once a graph of a large model is in memory, and would otherwise come due in a token stream.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        with torch._dynamo.config.patch(run_gc_after_compile=False):
-            yield
-    finally:
-        if enabled:
-            gc.enable()
-        gc.collect()
-
-
-@contextmanager
-def _without_stack_traces() -> Iterator[None]:
-    """Trace without the text of a stack for every node, a tenth of the time; nobody reads it."""
-    with patch.object(
-        InstructionTranslatorBase, "is_co_filename_from_nn_modules", lambda _translator: True
-    ):
-        yield
-
-
-def _own_code(function: Callable[..., Any]) -> types.FunctionType:
-    """The same function with a code object and a globals dictionary of its own."""
-    if not isinstance(function, types.FunctionType) or function.__closure__:
-        raise RefusedError(f"only a plain function without closure is captured, not {function!r}")
-    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
-    own = types.FunctionType(code, dict(function.__globals__), code.co_name)
-    own.__defaults__, own.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    return own
+def _expanded(
+    described: Capture, arguments: Mapping[str, Any], repeat: Repeat, first: First
+) -> Capture:
+    """The capture with every module in it, where only the first of each kind was traced."""
+    graph, names = described.graph.graph, described.names()
+    sources = dict(zip(graph.find_nodes(op="placeholder"), described.sources, strict=True))
+    expand(graph, sources, lambda text: eval(text, names, {"L": arguments}), repeat, first)
+    described.graph.recompile()
+    return replace(described, sources=tuple(sources.values()), copied=len(first))
 
 
 def describe(graph: fx.GraphModule, scope: dict[str, Any] | None = None) -> Capture:
@@ -285,46 +233,8 @@ def describe(graph: fx.GraphModule, scope: dict[str, Any] | None = None) -> Capt
     placeholders = graph.graph.find_nodes(op="placeholder")
     return Capture(
         graph=graph,
-        sources=tuple(_expression(node._dynamo_source) for node in placeholders),
-        tracing=TracingContext.get(),
+        sources=tuple(map(dynamo.source_of, placeholders)),
+        tracing=dynamo.TracingContext.get(),
         scope=scope if scope is not None else {},
-        python_effects=_python_effects(),
+        python_effects=dynamo.python_effects(),
     )
-
-
-def _python_effects() -> tuple[str, ...]:
-    """Of the function being traced: which of its arguments' Python state it has changed.
-
-    State elsewhere is left out: transformers resets a context variable of its own in every call.
-    """
-    effects = InstructionTranslator.current_tx().output.side_effects
-    changed = (v for v in effects.id_to_variable.values() if effects.is_modified(v))
-    sources = {_root_expression(v.source) for v in changed if v.source is not None}
-    return tuple(sorted(s for s in sources if s.startswith("L[")))
-
-
-def _root_expression(source: Any) -> str:
-    try:
-        return _expression(source)
-    except NotImplementedError:  # an object made while tracing, which no argument holds
-        return ""
-
-
-def _expression(source: Any) -> str:
-    """A Dynamo source as Python text (``name`` is a property since 2.12, a method before)."""
-    name = source.name
-    return str(name() if callable(name) else name)
-
-
-def _symbol_sources(env: ShapeEnv) -> dict[str, str]:
-    """For each shape symbol the input size, stride or integer that it stands for."""
-    return {
-        str(symbol): _expression(sources[0])
-        for symbol, sources in env.var_to_sources.items()
-        if sources
-    }
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

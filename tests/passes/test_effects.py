@@ -175,7 +175,7 @@ VIEWS: list[tuple[str | Callable[..., Any], tuple[Any, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("target", "args"), VIEWS, ids=str)
+@pytest.mark.parametrize(("target", "args"), VIEWS, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_writing_to_a_view_writes_to_its_base(
     target: str | Callable[..., Any], args: tuple[Any, ...]
 ) -> None:

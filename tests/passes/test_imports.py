@@ -16,7 +16,7 @@ PACKAGE = Path(adaskip_passes.__file__).parent
 FILES = sorted(PACKAGE.glob("**/*.py"))
 FORBIDDEN = ("transformers", "adaskip_fx", "numpy", "safetensors", "typer", "rich")
 NEEDS_TRITON = {"decode_kernels.py"}  # comes with torch where there is a GPU; imported at use
-PRIVATE = {"capture.py", "compiler.py"}  # may use what torch does not promise
+PRIVATE = {"dynamo.py", "compiler.py"}  # may use what torch does not promise
 
 BLOCKED = f"""
 import importlib.abc, sys
@@ -100,7 +100,7 @@ def test_the_scans_see_what_they_look_for() -> None:
     )
     assert {n.partition(".")[0] for n in imported(source)} == {"torch", "transformers"}
     assert private(source) == ["torch._dynamo", "torch._guards.tracing", "torch._C"]
-    assert private((PACKAGE / "capture.py").read_text())
+    assert private((PACKAGE / "dynamo.py").read_text())
     assert {f.name for f in FILES} > PRIVATE
 
 

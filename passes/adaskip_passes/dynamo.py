@@ -1,0 +1,200 @@
+"""What is needed of Dynamo and FakeTensor beyond their public interfaces.
+
+Torch's private interfaces that capturing relies on are used in this file alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+import torch
+from torch import fx, nn
+from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.printers import PythonPrinter
+
+from .errors import RefusedError
+
+__all__ = ["PythonPrinter", "ShapeEnv", "TracingContext", "tracing"]  # handed on
+
+_serial = itertools.count()
+_one_at_a_time = threading.RLock()  # as Dynamo does, but what is switched off meanwhile is global
+
+
+class NoGraphError(RefusedError):
+    """Dynamo cannot make one graph of a function."""
+
+
+class _Done(BaseException):
+    """Leaves Dynamo as soon as there is a graph: its guards and bytecode are not wanted.
+
+    Not an `Exception`, which Dynamo would take for a failure of the backend.
+    """
+
+
+def is_disabled() -> bool:
+    """Whether Dynamo is switched off in this process (TORCHDYNAMO_DISABLE and the like)."""
+    return bool(torch._dynamo.config.disable)
+
+
+def own_code(function: Callable[..., Any]) -> types.FunctionType:
+    """The same function with a code object and a globals dictionary of its own.
+
+    Raises:
+        RefusedError: it is no plain function, or has a closure.
+    """
+    if not isinstance(function, types.FunctionType) or function.__closure__:
+        raise RefusedError(f"only a plain function without closure is captured, not {function!r}")
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
+    own = types.FunctionType(code, dict(function.__globals__), code.co_name)
+    own.__defaults__, own.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return own
+
+
+def trace(
+    own: types.FunctionType, arguments: Mapping[str, Any], receive: Callable[[fx.GraphModule], None]
+) -> None:
+    """Trace a function of `own_code`; `receive` is handed the graph inside Dynamo's backend.
+
+    Nothing is run, unless Dynamo is switched off by a stance: then `receive` is not called.
+
+    Raises:
+        NoGraphError: Dynamo cannot make one graph of the function.
+        Exception: whatever `receive` raised.
+    """
+    failed: list[Exception] = []
+
+    def backend(graph: fx.GraphModule, example_inputs: list[Any], **_options: Any) -> NoReturn:
+        try:
+            receive(graph)
+        except Exception as error:  # raised below, outside Dynamo, which would wrap it
+            failed.append(error)
+        raise _Done
+
+    with _one_at_a_time, _swept():
+        try:
+            with _without_stack_traces():
+                torch.compile(own, backend=backend, fullgraph=True)(**arguments)
+        except _Done:
+            pass
+        except Exception as error:
+            raise NoGraphError(_first_line(error).rstrip(".")) from error
+        finally:
+            torch._dynamo.eval_frame.reset_code(own.__code__)  # type: ignore[attr-defined]
+    if failed:
+        raise failed[0]
+
+
+@contextmanager
+def _swept() -> Iterator[None]:
+    """Let go of what tracing leaves behind: cycles that hold the frames of whoever called.
+
+    In those frames are the tensors of a request. One full collection, here: it takes half a second
+    once a graph of a large model is in memory, and would otherwise come due in a token stream.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with torch._dynamo.config.patch(run_gc_after_compile=False):
+            yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.collect()
+
+
+@contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Trace without the text of a stack for every node, a tenth of the time; nobody reads it."""
+    with patch.object(
+        InstructionTranslatorBase, "is_co_filename_from_nn_modules", lambda _translator: True
+    ):
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+# Inside the backend ------------------------------------------------------------------------------
+
+
+def refuse_constant_lengths(function: Callable[..., Any]) -> None:
+    """Refuse a function for which a length that was marked dynamic must be a constant.
+
+    Dynamo itself says so only when it makes guards.
+    """
+    for tracked in InstructionTranslator.current_tx().output.tracked_fakes:
+        asked = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for dim, constraint in enumerate(asked):
+            if constraint is None or constraint.warn_only:
+                continue
+            assert isinstance(tracked.fake, torch.Tensor)
+            size = tracked.fake.shape[dim]
+            constant = size if isinstance(size, int) else size.node.maybe_as_int()
+            if constant is not None:
+                raise RefusedError(
+                    f"{function.__name__} is only right where {_expression(tracked.source)}.size()"
+                    f"[{dim}] is {constant}, a length that must vary; its code branches on it"
+                )
+
+
+def python_effects() -> tuple[str, ...]:
+    """Of the function being traced: which of its arguments' Python state it has changed.
+
+    State elsewhere is left out: transformers resets a context variable of its own in every call.
+    """
+    effects = InstructionTranslator.current_tx().output.side_effects
+    changed = (v for v in effects.id_to_variable.values() if effects.is_modified(v))
+    sources = {_root_expression(v.source) for v in changed if v.source is not None}
+    return tuple(sorted(s for s in sources if s.startswith("L[")))
+
+
+def source_of(placeholder: fx.Node) -> str:
+    """Where a placeholder's value comes from, as Python text over ``L`` and globals."""
+    return _expression(placeholder._dynamo_source)  # type: ignore[attr-defined]
+
+
+def _root_expression(source: Any) -> str:
+    try:
+        return _expression(source)
+    except NotImplementedError:  # an object made while tracing, which no argument holds
+        return ""
+
+
+def _expression(source: Any) -> str:
+    """A Dynamo source as Python text (``name`` is a property since 2.12, a method before)."""
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+# What is left of it ------------------------------------------------------------------------------
+
+
+def symbol_sources(env: ShapeEnv) -> dict[str, str]:
+    """For each shape symbol the input size, stride or integer that it stands for."""
+    return {
+        str(symbol): _expression(sources[0])
+        for symbol, sources in env.var_to_sources.items()
+        if sources
+    }
+
+
+def fake_like(example: torch.Tensor) -> torch.Tensor:
+    """A fake tensor like another one, with storage of its own."""
+    assert isinstance(example, FakeTensor)
+    meta = torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device="meta")
+    fake = FakeTensor(example.fake_mode, meta, example.device)
+    if isinstance(example, nn.Parameter):
+        fake._is_param = True  # as `nn.Parameter` marks tensors of other classes
+    return fake.requires_grad_(example.requires_grad)
