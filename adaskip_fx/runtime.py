@@ -60,7 +60,8 @@ class Runtime:
         self.slots = tuple(slots)
         self.profile = profile
         self.policy = policy
-        on_gpu = model.device.type == "cuda"
+        self._parameter = _first_parameter(model)
+        on_gpu = self.device.type == "cuda"
         self.fixed_addresses = on_gpu if fixed_addresses is None else fixed_addresses
         self.why_not_fixed: str | None = None
         self.storages = StoragePool(keep=self.fixed_addresses)
@@ -76,6 +77,14 @@ class Runtime:
             )
 
     # What a user asks of it ------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are now (`PreTrainedModel.device` looks at all modules for that)."""
+        owner, name = self._parameter
+        parameter = owner._parameters[name]
+        assert parameter is not None
+        return parameter.device
 
     @property
     def counters(self) -> Counters:
@@ -111,7 +120,7 @@ class Runtime:
         """
         self.check_length(max_length)
         cache = self.new_cache(capacity=max_length)
-        device = self._device()
+        device = self.device
         prompt = torch.zeros(batch_size, max(2, min(max_length - 1, 16)), dtype=torch.int64)
         self.step(prompt.to(device), None, None, cache, 1)
         token = prompt[:, :1].to(device)
@@ -149,7 +158,7 @@ class Runtime:
         for sublayer in plan.sublayers:
             if sublayer.kind != "ffn" and plan.action("prefill", sublayer) is Action.SKIP:
                 stored[sublayer.layer] = False
-        cache = SkipCache(self, self.slots, stored, self.model.dtype, self._device(), capacity)
+        cache = SkipCache(self, self.slots, stored, self.model.dtype, self.device, capacity)
         cache.request = Request(plan, stop_tokens)
         self.track(cache)
         return cache
@@ -273,7 +282,7 @@ class Runtime:
         logits_to_keep: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, tokens = input_ids.shape
-        autocast = _autocast(self._device().type)
+        autocast = _autocast(self.device.type)
         if self.fixed_addresses and phase == "decode" and attention_mask is None and not autocast:
             result = self._decode(request, plan, probed, input_ids, position_ids, cache)
             if result is not None:
@@ -288,7 +297,7 @@ class Runtime:
             masked=mask is not None,
             logits_to_keep=1 if tokens == 1 else logits_to_keep,
             dtype=self.model.dtype,
-            device=self._device(),
+            device=self.device,
             autocast=autocast,
         )
         inputs = phases.step_inputs(self.forward, input_ids, positions, mask, key.logits_to_keep)
@@ -320,10 +329,10 @@ class Runtime:
         storage = cache.reserve(batch, 1)
         decoder = storage.decoder
         if decoder is None:
-            if self._recorder is None and self._device().type == "cuda":
-                self._recorder = Recorder(self._device())
+            if self._recorder is None and self.device.type == "cuda":
+                self._recorder = Recorder(self.device)
             decoder = storage.decoder = Decoder(
-                storage, self.slots, self.model.dtype, self._device(), self._recorder
+                storage, self.slots, self.model.dtype, self.device, self._recorder
             )
         lane = request.lane
         if lane is None or not lane.serves(storage, plan, probed, self.counters):
@@ -359,7 +368,7 @@ class Runtime:
             masked=False,
             logits_to_keep=1,
             dtype=self.model.dtype,
-            device=self._device(),
+            device=self.device,
             whole_cache=True,
         )
         inputs = phases.step_inputs(self.forward, decoder.tokens, decoder.positions, None, 1)
@@ -369,7 +378,7 @@ class Runtime:
 
     def _prove(self) -> tuple[Sublayer, ...]:
         """Capture a prefill graph, so that what cannot be skipped is refused at once."""
-        device = self._device()
+        device = self.device
         key = GraphKey(
             "prefill",
             batch=1,
@@ -383,8 +392,12 @@ class Runtime:
         )
         return self.graphs.capture(key).sublayers
 
-    def _device(self) -> torch.device:
-        return self.model.device  # type: ignore[no-any-return]
+
+def _first_parameter(model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+    """The module that holds it, and its name there: another tensor may be put in its place."""
+    return next(
+        (m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None
+    )
 
 
 def _normal(

@@ -205,9 +205,12 @@ def check_cache(cache: Any, runtime: Runtime) -> None:
 
 def _forward(base: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(base)
+    named = frozenset(signature.parameters) - {"self", "kwargs"}
 
     @functools.wraps(base)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args and named.issuperset(kwargs):  # as `generate` calls it; binding takes longer
+            return _run(self, kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
         extra = given.pop("kwargs", {})
         given.pop("self")
@@ -262,8 +265,9 @@ def _checked_ids(model: Any, input_ids: Any) -> torch.Tensor:
         raise ValueError("input_ids must be a tensor [batch, tokens]")
     if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids is empty: {list(input_ids.shape)}")
-    if input_ids.device != model.device:
-        raise ValueError(f"input_ids is on {input_ids.device}, the model on {model.device}")
+    device = model.adaskip.device
+    if input_ids.device != device:
+        raise ValueError(f"input_ids is on {input_ids.device}, the model on {device}")
     return input_ids.to(torch.int64).contiguous()
 
 
