@@ -32,36 +32,40 @@ def seconds(
     return times
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Copy bandwidth (bytes read and written a second) and matrix rate (operations a second).
-
-    On a GPU: a copy of 4 GiB and a product of two random 8192 x 8192 matrices; on a CPU smaller.
-    Products are timed back to back for as long as a prompt takes (a fifth of a second and more),
-    because a GPU lowers its clock under such a load; `burst` is the rate with a pause after each,
-    measured last.
-    """
-    on_gpu = device.type == "cuda"
-    size = 4 * 2**30 if on_gpu else 2**26
-    copy = _copy_seconds(size, device)
-    width = 8192 if on_gpu else 512
-    a, b = (torch.randn(width, width, dtype=dtype, device=device) for _ in range(2))
-    out = torch.empty_like(a)
-    together = 150 if on_gpu else 3
-
-    def products() -> None:
-        for _ in range(together):
-            torch.mm(a, b, out=out)
-
-    product = statistics.median(seconds(products, device, repeats=5)) / together
-    burst = statistics.median(seconds(lambda: torch.mm(a, b, out=out), device, 20, 5))
-    return {
-        "copy_bytes_per_s": 2 * size / copy,
-        "matrix_flop_per_s": 2 * width**3 / product,
-        "matrix_flop_per_s_burst": 2 * width**3 / burst,
-    }
-
-
-def _copy_seconds(size: int, device: torch.device) -> float:
+def copy_rate(device: torch.device) -> float:
+    """Bytes read and written in a second by a large copy: of 4 GiB on a GPU, smaller on a CPU."""
+    size = 4 * 2**30 if device.type == "cuda" else 2**26
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return statistics.median(seconds(lambda: target.copy_(source), device, repeats=10))
+    took = statistics.median(seconds(lambda: target.copy_(source), device, repeats=10))
+    return 2 * size / took
+
+
+class MatrixRate:
+    """Operations a second in products of two random matrices, 8192 x 8192 on a GPU."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        on_gpu = device.type == "cuda"
+        self.device = device
+        self.width = 8192 if on_gpu else 512
+        self._together = 150 if on_gpu else 3
+        size = self.width, self.width
+        self._a, self._b = (torch.randn(size, dtype=dtype, device=device) for _ in range(2))
+        self._out = torch.empty_like(self._a)
+
+    def sustained(self) -> float:
+        """Back to back for a fifth of a second: under such a load a GPU lowers its clock."""
+
+        def products() -> None:
+            for _ in range(self._together):
+                self._product()
+
+        (took,) = seconds(products, self.device, repeats=1, warmup=0)
+        return 2 * self.width**3 * self._together / took
+
+    def burst(self) -> float:
+        """With a pause after each: the median of 20."""
+        return 2 * self.width**3 / statistics.median(seconds(self._product, self.device, 20, 5))
+
+    def _product(self) -> None:
+        torch.mm(self._a, self._b, out=self._out)

@@ -74,7 +74,8 @@ def tables(documents: dict[str, Document]) -> str:
                 parts.append(_speed(document, where))
             elif name in ("peers", "peers_whole_graph"):
                 rows = _peer_rows(document["rows"])
-                parts.append(f"## Peers\n\n{where}\n\n{_table(PEERS_HEAD, rows, left=(1,))}")
+                title = "Peers" if name == "peers" else "Peers, in another run"
+                parts.append(f"## {title}\n\n{where}\n\n{_table(PEERS_HEAD, rows, left=(1,))}")
             else:
                 figures.setdefault(where, []).extend(_FIGURES[name](document))
         except (KeyError, TypeError) as error:
@@ -192,10 +193,13 @@ def _window(document: Document) -> list[tuple[str, str]]:
     ]
 
 
+_CACHES = {"none": "no", "warm": "warm"}
+
+
 def _cold(document: Document) -> list[tuple[str, str]]:
     return [
         (
-            f"cold start, {row['layers']} layers, {row['cache']} compile cache, s "
+            f"cold start, {row['layers']} layers, {_CACHES[row['cache']]} compile cache, s "
             f"(capture; to the first prompt; and two tokens)",
             "; ".join(_number(row[k], 1) for k in ("capture_s", "prompt_s", "total_s")),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,84 +11,119 @@ import torch
 from adaskip_fx.plan import SkipPlan
 
 from . import models
-from .ceilings import ceilings, seconds
+from .ceilings import MatrixRate, copy_rate, seconds
 from .conditions import spread
 from .floors import decode_bytes, prefill_flop
+
+_ROUNDS, _WARMUP = 5, 2
 
 
 def measure(batch: int = 1, contexts: tuple[int, ...] | None = None) -> dict[str, Any]:
     """Seconds of a prompt and of a decode step through the compiled model, and their floors.
+
+    A GPU's clock falls under load, and differently from one minute to the next. So a prompt of
+    each plan and matrix products take turns, and a context's floors are those of the rates that
+    were measured with it.
 
     Args:
         batch: rows.
         contexts: prompt lengths; 8,192 and 32,640 on a GPU.
     """
     device = models.device()
-    on_gpu = device.type == "cuda"
-    contexts = contexts or ((8192, 32640) if on_gpu else (64, 256))
+    contexts = contexts or ((8192, 32640) if device.type == "cuda" else (64, 256))
     model, compiled = models.pair()
-    top = ceilings(device, model.dtype)
+    products = MatrixRate(device, model.dtype)
     sublayers = compiled.adaskip.sublayers
-    empty = SkipPlan.empty(sublayers)
     counts = [len(sublayers) * n // 64 for n in (8, 12, 16)]
-    plans = {0: empty, **{n: models.random_plan(sublayers, n) for n in counts if n}}
+    plans = {n: models.random_plan(sublayers, n) for n in counts if n}
+    plans = {0: SkipPlan.empty(sublayers), **plans}
     rows = []
     for context in contexts:
-        full: dict[str, float] = {}
+        prompts, rate = _prompts(compiled, plans, batch, context, products)
+        copied = copy_rate(device)
+        rates = {"matrix_flop_per_s": rate, "copy_bytes_per_s": copied}
+        full: dict[str, Any] = {}
         for skipped, plan in plans.items():
-            row = _row(compiled, plan, batch, context)
-            row["skipped"] = skipped
-            floors = {
-                "prefill": prefill_flop(model, plan, context, batch) / top["matrix_flop_per_s"],
-                "decode": decode_bytes(model, plan, context, batch) / top["copy_bytes_per_s"],
-            }
-            for phase, floor in floors.items():
-                took = row[phase]["median"]
-                row[f"{phase}_floor"] = floor
-                row[f"{phase}_over_floor"] = took / floor
-                if plan is empty:
-                    full[phase], full[f"{phase}_floor"] = took, floor
-                else:
-                    promise = full[f"{phase}_floor"] / floor
-                    row[f"{phase}_promise"] = promise
-                    row[f"{phase}_speedup"] = full[phase] / took
-                    row[f"{phase}_kept_of_promise"] = full[phase] / took / promise
-            rows.append(row)
+            row = {"context": context, "skipped": skipped, **rates}
+            row |= {"prefill": spread(prompts[skipped]), **_steps(compiled, plan, batch, context)}
+            row["prefill_floor"] = prefill_flop(model, plan, context, batch) / rate
+            row["decode_floor"] = decode_bytes(model, plan, context, batch) / copied
+            full = full or row
+            rows.append(row | _ratios(row, full))
     return {
         "model": {"layers": len(model.model.layers), "hidden": model.config.hidden_size},
         "dtype": str(model.dtype),
         "batch": batch,
-        "ceilings": top,
+        "ceilings": {
+            **{key: statistics.median(row[key] for row in rows) for key in rates},
+            "matrix_flop_per_s_burst": products.burst(),
+        },
         "rows": rows,
     }
 
 
+def _ratios(row: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, float]:
+    """A row over its floors, and of what its plan promises, against the row of the full model."""
+    found = {}
+    for phase in ("prefill", "decode"):
+        took, floor = row[phase]["median"], row[f"{phase}_floor"]
+        found[f"{phase}_over_floor"] = took / floor
+        if row is not full:
+            speedup, promise = full[phase]["median"] / took, full[f"{phase}_floor"] / floor
+            found[f"{phase}_promise"] = promise
+            found[f"{phase}_speedup"] = speedup
+            found[f"{phase}_kept_of_promise"] = speedup / promise
+    return found
+
+
 @torch.inference_mode()
-def _row(compiled: Any, plan: SkipPlan, batch: int, context: int) -> dict[str, Any]:
-    runtime, device = compiled.adaskip, compiled.device
-    runtime.plan = plan
+def _prompts(
+    compiled: Any, plans: Mapping[int, SkipPlan], batch: int, context: int, products: MatrixRate
+) -> tuple[dict[int, list[float]], float]:
+    """Seconds of a prompt for each plan, round by round, and the matrix rate in these rounds."""
     ids = models.tokens(batch, context)
-    held: list[Any] = []
+    took: dict[int, list[float]] = {skipped: [] for skipped in plans}
+    rates = []
+    for turn in range(_WARMUP + _ROUNDS):
+        rate = products.sustained()
+        if turn >= _WARMUP:
+            rates.append(rate)
+        for skipped, plan in plans.items():
+            (one,) = seconds(_prompt(compiled, plan, ids, []), compiled.device, 1, 0)
+            if turn >= _WARMUP:
+                took[skipped].append(one)
+    return took, statistics.median(rates)
+
+
+def _prompt(
+    compiled: Any, plan: SkipPlan, ids: torch.Tensor, held: list[Any]
+) -> Callable[[], None]:
+    """A request that runs a prompt; its cache is held in `held`."""
+    runtime = compiled.adaskip
 
     def prompt() -> None:
-        held.clear()  # the request before this one has ended
-        held.append(runtime.new_cache(capacity=context + 128))
+        runtime.plan = plan
+        held.append(runtime.new_cache(capacity=ids.shape[1] + 128))
         compiled(input_ids=ids, past_key_values=held[0], logits_to_keep=1)
 
-    prefill = seconds(prompt, device, repeats=5, warmup=2)
+    return prompt
+
+
+@torch.inference_mode()
+def _steps(compiled: Any, plan: SkipPlan, batch: int, context: int) -> dict[str, Any]:
+    """Seconds of a decode step, and what the request stores."""
+    device, ids, held = compiled.device, models.tokens(batch, context), list[Any]()
+    _prompt(compiled, plan, ids, held)()
     cache, token = held[0], ids[:, :1].clone()
 
     def step() -> None:
         compiled(input_ids=token, past_key_values=cache)
 
     decode = seconds(step, device, repeats=40, warmup=6)
-    bytes_held = cache.nbytes
     stored = sum(cache.stored)
     result = {
-        "context": context,
-        "prefill": spread(prefill),
         "decode": spread(decode),
-        "kv_bytes": bytes_held,
+        "kv_bytes": cache.nbytes,
         "kv_layers": stored,
         "kv_share": stored / len(cache.stored),
     }

@@ -92,9 +92,13 @@ def broken_speed(result: Document, model: Any) -> set[str]:
     layers, batch = model.config.num_hidden_layers, result["batch"]
     sublayers = [Sublayer(i, kind) for i in range(layers) for kind in ("attention", "ffn")]
     top = result["ceilings"]
-    rate = {"prefill": top["matrix_flop_per_s"], "decode": top["copy_bytes_per_s"]}
+    for key in ("matrix_flop_per_s", "copy_bytes_per_s"):
+        rates = [row[key] for row in result["rows"]]
+        if not min(rates) <= top[key] <= max(rates):
+            broken.add(key)
     full: Document = {}
     for row in result["rows"]:
+        rate = {"prefill": row["matrix_flop_per_s"], "decode": row["copy_bytes_per_s"]}
         if row["skipped"] == 0:
             full = row
         skip = set(models.random_plan(sublayers, row["skipped"]).skipped("decode"))
@@ -226,8 +230,10 @@ def test_speed(measured_speed: Document) -> None:
         ("rows/1/prefill/min", lambda _: math.inf, "prefill spread"),
         ("rows/1/decode/max", lambda _: 0.0, "decode spread"),
         ("rows/1/decode/repeats", lambda _: 0, "decode spread"),
-        ("ceilings/matrix_flop_per_s", _off, "prefill_floor"),
-        ("ceilings/copy_bytes_per_s", _off, "decode_floor"),
+        ("ceilings/matrix_flop_per_s", _off, "matrix_flop_per_s"),
+        ("rows/1/matrix_flop_per_s", _off, "prefill_floor"),
+        ("ceilings/copy_bytes_per_s", _off, "copy_bytes_per_s"),
+        ("rows/1/copy_bytes_per_s", _off, "decode_floor"),
         ("batch", _more, "decode_floor"),
     ],
 )
