@@ -1,5 +1,6 @@
 # `make demo` and `make test` need Python 3.11 or newer and a package registry, nothing else.
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -9,7 +10,7 @@ demo: .venv/demo
 	$(BIN)/adaskip-fx demo
 
 test: .venv/test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -17,7 +18,7 @@ lint: .venv/test
 	$(BIN)/mypy
 
 soak: .venv/test
-	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
