@@ -24,6 +24,7 @@ from adaskip_passes import (
     fuse,
     link,
     outline,
+    separate,
 )
 
 from .online import Window, probed_in_decode
@@ -123,6 +124,7 @@ class _Graph:
 
     def __init__(self, graph: fx.GraphModule, model: _Model, options: dict[str, Any]) -> None:
         capture = describe(graph)
+        separate(graph.graph)
         found = find_sublayers(graph.graph)
         self.model = model
         self.sublayers = model.plan.sublayers

@@ -28,6 +28,7 @@ from adaskip_passes import (
     capture,
     find_sublayers,
     outline,
+    separate,
 )
 
 from .plan import Sublayer
@@ -146,6 +147,7 @@ def capture_phase(
                 f"{type(model).__name__}.forward changes {', '.join(captured.python_effects)} "
                 "while it runs; a captured graph cannot repeat that"
             )
+        separate(captured.graph.graph)
         found = find_sublayers(captured.graph.graph)
         names = tuple(Sublayer(s.layer, _kind(s.kind)) for s in found)
         outer = outline(captured.graph, found)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
 import adaskip_fx
 from adaskip_fx import Profile, SkipPlan
@@ -156,12 +157,27 @@ def tiny_t5() -> Any:
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**shape, num_heads=2))
 
 
+class CountingMLP(GPTNeoXMLP):  # type: ignore[misc]
+    """An FFN with a state, so that it cannot be moved behind attention."""
+
+    seen: torch.Tensor
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        if torch.compiler.is_compiling():
+            self.seen.add_(hidden_states.sum())
+        return super().forward(hidden_states)
+
+
 def tiny_neox() -> Any:
     shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     config = transformers.GPTNeoXConfig(
         **shape, num_attention_heads=2, max_position_embeddings=64, use_parallel_residual=True
     )
-    return transformers.GPTNeoXForCausalLM(config)
+    model = transformers.GPTNeoXForCausalLM(config)
+    mlp = model.gpt_neox.layers[0].mlp
+    mlp.__class__ = CountingMLP
+    mlp.register_buffer("seen", torch.zeros(()))
+    return model
 
 
 def tiny_mamba() -> Any:
@@ -229,7 +245,7 @@ MODELS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "parallel": (
         lambda m: tiny_neox(),
         RefusedError,
-        "layer 0 adds two branches .*parallel attention and FFN are not supported yet",
+        "layer 0 adds two branches .*, and they cannot be taken one after the other",
     ),
     "state": (lambda m: tiny_mamba(), RefusedError, "layer 0 keeps .* state, not keys and values"),
     "no residual": (

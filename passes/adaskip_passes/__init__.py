@@ -20,6 +20,7 @@ from .decode_ops import attend, project
 from .errors import RefusedError
 from .link import fuse, link
 from .outline import Piece, outline, piece_of
+from .parallel import separate
 from .pipeline import Pass, run_passes, text
 from .probe import MOMENTS, VALID, Probe
 from .projections import FuseProjections
@@ -59,6 +60,7 @@ __all__ = [
     "place_of",
     "project",
     "run_passes",
+    "separate",
     "start_workers",
     "text",
 ]

@@ -29,6 +29,7 @@ from torch import fx
 
 from .keys import structural_key
 from .lengths import length_inputs
+from .parallel import earlier
 from .placement import in_place_adds, place_nodes
 from .sublayers import Sublayer
 
@@ -236,6 +237,9 @@ def _piece_module(
         copies[node].target = copies[node].name  # the name was made unique
         copies[node].meta = dict(node.meta)
     for node in nodes:
+        if node.target is earlier:
+            copies[node] = copies[node.all_input_nodes[-1]]
+            continue
         copies[node] = graph.node_copy(node, lambda n: copies[n])
         if node in in_place:
             copies[node].op, copies[node].target = "call_function", operator.add

@@ -263,7 +263,9 @@ class _Expansion:
         if node is None:
             _require(self.value_of(source) is value, f"{source} is not what corresponds")
             with self.graph.inserting_after(next(reversed(self.sources))):
-                node = self.graph.placeholder(re.sub(r"\W+", "_", source).replace("L", "l", 1))
+                node = self.graph.placeholder(
+                    re.sub(r"[^a-zA-Z0-9]+", "_", source).replace("L", "l", 1)
+                )
             node.meta = {k: v for k, v in like.meta.items() if k != "grapharg"}
             node.meta["example_value"] = fake_like(like.meta["example_value"])
             self.sources[node], self.real[node], self.input_of[id(value)] = source, value, node

@@ -78,7 +78,7 @@ def find_sublayers(graph: fx.Graph) -> tuple[Sublayer, ...]:
             told, or attention that is not inside a residual branch.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
-    ancestors = _ancestors(graph)
+    ancestors = ancestors_of(graph)
     residuals = [r for node in graph.nodes if (r := _residual(node, order, ancestors))]
     chain = _longest_chain(residuals)
     if not chain:
@@ -89,7 +89,7 @@ def find_sublayers(graph: fx.Graph) -> tuple[Sublayer, ...]:
     regions = _regions(graph, chain)
     found = []
     for index, (residual, region) in enumerate(zip(chain, regions, strict=True)):
-        path = _branch_path(residual)
+        path = branch_path(residual.add, residual.branch)
         layer = _layer(path)
         if layer is None:
             raise RefusedError(
@@ -126,7 +126,7 @@ def shape_of(node: fx.Node) -> tuple[str, ...] | None:
     return tuple(map(str, value.shape)) if isinstance(value, torch.Tensor) else None
 
 
-def _ancestors(graph: fx.Graph) -> dict[fx.Node, int]:
+def ancestors_of(graph: fx.Graph) -> dict[fx.Node, int]:
     """For each node the nodes it depends on, itself included, as a bit set in graph order."""
     sets: dict[fx.Node, int] = {}
     for i, node in enumerate(graph.nodes):
@@ -137,7 +137,7 @@ def _ancestors(graph: fx.Graph) -> dict[fx.Node, int]:
     return sets
 
 
-def _root(node: fx.Node) -> fx.Node:
+def root_of(node: fx.Node) -> fx.Node:
     """`node` without the operations around it that hand the same values on (dropout in eval)."""
     while node.op in ("call_function", "call_method") and operation(node) in _PASS_THROUGH:
         source = node.args[0] if node.args else None
@@ -147,23 +147,29 @@ def _root(node: fx.Node) -> fx.Node:
     return node
 
 
+def is_add(node: fx.Node) -> bool:
+    """Whether a node is the sum of two others, nothing scaled."""
+    adds = (node.op == "call_function" and node.target in _ADDS) or (
+        node.op == "call_method" and node.target in ("add", "add_")
+    )
+    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    return adds and len(operands) == len(node.args) == 2 and not node.kwargs
+
+
 def _residual(
     node: fx.Node, order: Mapping[fx.Node, int], ancestors: Mapping[fx.Node, int]
 ) -> _Residual | None:
-    is_add = (node.op == "call_function" and node.target in _ADDS) or (
-        node.op == "call_method" and node.target in ("add", "add_")
-    )
-    if not is_add or len(node.args) != 2 or node.kwargs:
+    if not is_add(node):
         return None
     a, b = node.args
-    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
-        return None
+    assert isinstance(a, fx.Node)
+    assert isinstance(b, fx.Node)
     shape = shape_of(node)
     if shape is None or len(shape) < 2 or shape_of(a) != shape or shape_of(b) != shape:
         return None
     for residual, branch in ((a, b), (b, a)):
-        stream = _root(residual)
-        if stream is not _root(branch) and ancestors[branch] >> order[stream] & 1:
+        stream = root_of(residual)
+        if stream is not root_of(branch) and ancestors[branch] >> order[stream] & 1:
             return _Residual(node, stream, branch)
     return None
 
@@ -227,10 +233,10 @@ def stream_levels(graph: fx.Graph, chain: list[tuple[fx.Node, fx.Node]]) -> dict
     return level
 
 
-def _branch_path(residual: _Residual) -> str:
-    """The module path of the branch, down to the child of the decoder layer."""
-    branch = module_path(_root(residual.branch))
-    layer = module_path(residual.add)
+def branch_path(total: fx.Node, term: fx.Node) -> str:
+    """The module path of a branch that `total` adds, down to the child of the decoder layer."""
+    branch = module_path(root_of(term))
+    layer = module_path(total)
     if branch.startswith(layer + ".") and re.search(r"(?:^|\.)\d+$", layer):
         return layer + "." + branch[len(layer) + 1 :].split(".")[0]
     return branch or layer
@@ -268,19 +274,20 @@ def _refuse_parallel(
     ancestors: Mapping[fx.Node, int],
     layer: int,
 ) -> None:
-    """Two branches added to the stream in one expression are not separated yet."""
-    branch = _root(residual.branch)
+    """Two branches added to the stream in one expression: `separate` could not, or was not run."""
+    branch = root_of(residual.branch)
     if branch.op != "call_function" or branch.target not in _ADDS:
         return
     terms = [t for t in branch.all_input_nodes if shape_of(t) == shape_of(residual.add)]
-    paths = {_branch_path(_Residual(residual.add, residual.stream, t)) for t in terms}
+    paths = {branch_path(residual.add, t) for t in terms}
     reads = [t for t in terms if ancestors[t] >> order[residual.stream] & 1]
     if len(reads) == 2 and len(paths) == 2 and all(_layer(p) is not None for p in paths):
         kinds = {next((k for k, n in KIND_BY_NAME.items() if n.search(p)), p) for p in paths}
         if len(kinds) == 2:
             raise RefusedError(
                 f"layer {layer} adds two branches ({', '.join(sorted(paths))}) to the residual "
-                "stream in one expression; parallel attention and FFN are not supported yet."
+                "stream in one expression, and they cannot be taken one after the other: both have "
+                "effects, or the stream is overwritten and read again."
             )
 
 

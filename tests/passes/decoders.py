@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from adaskip_passes import Capture, PieceCompiler, Sublayer, capture, find_sublayers, outline
+from adaskip_passes import (
+    Capture,
+    PieceCompiler,
+    Sublayer,
+    capture,
+    find_sublayers,
+    outline,
+    separate,
+)
 
 ROOM = 48  # tokens that a K/V buffer holds
 
@@ -355,6 +363,7 @@ def cut(
     mark_lengths(args)
 
     def build(got: Capture) -> Cut:
+        separate(got.graph.graph)
         found = find_sublayers(got.graph.graph)
         outer = outline(got.graph, found)
         return Cut(shape, model, got, found, outer, PieceCompiler(got, backend))

@@ -316,7 +316,8 @@ class Cohere(Block):
 def test_parallel_branches_in_one_expression(block: type[nn.Module], layers: int) -> None:
     assert refusal(block, layers) == (
         "layer 0 adds two branches (layers.0.mlp, layers.0.self_attn) to the residual stream in "
-        "one expression; parallel attention and FFN are not supported yet."
+        "one expression, and they cannot be taken one after the other: both have effects, or the "
+        "stream is overwritten and read again."
     )
 
 

@@ -1,0 +1,231 @@
+"""Write parallel branches of a captured decoder one after the other.
+
+GPT-NeoX, GPT-J, Phi, Falcon and Cohere add attention and FFN, which read the same stream, in one
+expression. Before and after::
+
+    n = norm(x)                           n   = norm(x)
+    a = attention(n)                      a   = attention(n)
+    f = ffn(n)                            x_1 = x + a
+    y = x + (a + f)                       n_1 = norm(earlier(x_1, x))
+                                          f   = ffn(n_1)
+                                          y   = x_1 + f
+
+Each branch is then a sublayer of its own, and either can be skipped; what both read (the norm) is
+computed by both. ``earlier(x_1, x)`` is `x`: it says that what reads it belongs behind `x_1`, and
+is left out of the pieces.
+
+Legal because sums may be regrouped, but for rounding, and because a branch that is moved has no
+effects. Where two of them have, the expression is left as it is (and refused by
+:func:`find_sublayers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import add
+from typing import TypeVar
+
+import torch
+from torch import fx
+
+from .effects import is_mutation, operation, written
+from .sublayers import (
+    ancestors_of,
+    branch_path,
+    is_add,
+    module_path,
+    root_of,
+    shape_of,
+)
+
+Value = TypeVar("Value")
+
+
+def earlier(later: object, value: Value) -> Value:
+    """`value`, for what comes after `later`."""
+    return value
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A sum of the stream and of branches that all read it.
+
+    Attributes:
+        total: the outermost add.
+        inner: what else is left out: the adds inside of it, and dropouts around these.
+        residual: the term that is the stream; `stream`: the node that made it.
+        branches: the other terms by the module that they come from, in the order in which they are
+            to be added; only the first may have effects.
+        regions: for each branch the nodes between the stream and its terms, in graph order.
+    """
+
+    total: fx.Node
+    inner: tuple[fx.Node, ...]
+    residual: fx.Node
+    stream: fx.Node
+    branches: tuple[tuple[fx.Node, ...], ...]
+    regions: tuple[tuple[fx.Node, ...], ...]
+
+
+def separate(graph: fx.Graph) -> int:
+    """Write every sum of several branches as a chain of adds; returns how many there were."""
+    found = _Finder(graph).sums()
+    now: dict[
+        fx.Node, fx.Node
+    ] = {}  # the last add of a chain, for the sum that it took the place of
+    for one in found:
+        now[one.total] = _write(graph, one, now)
+    return len(found)
+
+
+class _Finder:
+    """Sums of several branches, in a graph that is not changed meanwhile."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.ancestors = ancestors_of(graph)
+        self.writes = [node for node in self.nodes if written(node) is not None]
+
+    def sums(self) -> list[_Sum]:
+        found, inside = [], set[fx.Node]()
+        for node in reversed(self.nodes):
+            if is_add(node) and node not in inside and (one := self._sum(node)):
+                found.append(one)
+                inside.update(one.inner)
+        return found[::-1]
+
+    def _depends(self, node: fx.Node, on: fx.Node) -> bool:
+        return bool(self.ancestors[node] >> self.order[on] & 1)
+
+    def _sum(self, total: fx.Node) -> _Sum | None:
+        inner: list[fx.Node] = []
+        terms = _terms(total, total, inner)
+        if len(terms) < 3:
+            return None
+        for residual in terms:
+            stream, others = root_of(residual), [t for t in terms if t is not residual]
+            if all(root_of(t) is not stream and self._depends(t, stream) for t in others):
+                return self._branches(total, inner, residual, stream, others)
+        return None
+
+    def _branches(
+        self,
+        total: fx.Node,
+        inner: Sequence[fx.Node],
+        residual: fx.Node,
+        stream: fx.Node,
+        terms: Sequence[fx.Node],
+    ) -> _Sum | None:
+        by_path: dict[str, list[fx.Node]] = {}
+        for term in sorted(terms, key=self.order.__getitem__):
+            by_path.setdefault(branch_path(total, term), []).append(term)
+        branches = [tuple(group) for group in by_path.values()]
+        regions = [self._region(stream, group) for group in branches]
+        writes = [w for w in self.writes if w not in inner and not self._depends(w, total)]
+        acting = [i for i in range(len(branches)) if self._acts(i, regions, writes)]
+        overwritten = is_mutation(total) and any(
+            self.order[user] > self.order[total] for user in stream.users
+        )
+        if len(branches) < 2 or len(acting) > 1 or overwritten:
+            return None
+        ranked = sorted(range(len(branches)), key=lambda i: i not in acting)
+        return _Sum(
+            total,
+            tuple(inner),
+            residual,
+            stream,
+            tuple(branches[i] for i in ranked),
+            tuple(regions[i] for i in ranked),
+        )
+
+    def _region(self, stream: fx.Node, terms: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+        bits = 0
+        for term in terms:
+            bits |= self.ancestors[term]
+        between = self.nodes[self.order[stream] + 1 : max(map(self.order.__getitem__, terms)) + 1]
+        return tuple(n for n in between if bits >> self.order[n] & 1 and self._depends(n, stream))
+
+    def _acts(
+        self, index: int, regions: Sequence[tuple[fx.Node, ...]], writes: Sequence[fx.Node]
+    ) -> bool:
+        """Whether something is written that only this branch computes, also on a side branch."""
+        shared = {n for i, region in enumerate(regions) if i != index for n in region}
+        own = sum(1 << self.order[n] for n in regions[index] if n not in shared)
+        return any(self.ancestors[write] & own for write in writes)
+
+
+def _terms(node: fx.Node, total: fx.Node, inner: list[fx.Node]) -> list[fx.Node]:
+    """The terms of a sum; its inner nodes are added to `inner`."""
+    undropped, dropped = node, list[fx.Node]()
+    while operation(undropped) == "dropout" and len(undropped.users) == 1 and _is_idle(undropped):
+        dropped.append(undropped)
+        undropped = undropped.all_input_nodes[0]
+    mine = undropped is total or (
+        is_add(undropped)
+        and len(undropped.users) == 1
+        and module_path(undropped) == module_path(total)
+        and shape_of(undropped) == shape_of(total)
+        and undropped.meta["example_value"].dtype == total.meta["example_value"].dtype
+    )
+    if not mine or (undropped is not total and _overwrites_read(undropped)):
+        return [node]
+    if undropped is not total:
+        inner += [*dropped, undropped]
+    left, right = undropped.all_input_nodes
+    return _terms(left, total, inner) + _terms(right, total, inner)
+
+
+def _is_idle(dropout: fx.Node) -> bool:
+    """A dropout that hands its input on, as in evaluation mode."""
+    return dropout.kwargs.get("training", dropout.args[2:3]) in (False, (False,))
+
+
+def _overwrites_read(node: fx.Node) -> bool:
+    """An add in place (Falcon) whose target somebody else reads as well."""
+    return is_mutation(node) and any(user is not node for user in node.all_input_nodes[0].users)
+
+
+def _write(graph: fx.Graph, one: _Sum, now: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Write a sum as a chain; returns its last add."""
+    stream, x = now.get(one.stream, one.stream), now.get(one.residual, one.residual)
+    with graph.inserting_before(one.total):
+        for number, (terms, region) in enumerate(zip(one.branches, one.regions, strict=True)):
+            copies = _moved(graph, region, stream, x, one.total) if number else {}
+            branch = copies.get(terms[0], terms[0])
+            for term in terms[1:]:
+                branch = _add(graph, branch, copies.get(term, term), one.total)
+            x = _add(graph, x, branch, one.total)
+    one.total.replace_all_uses_with(x)
+    for node in (one.total, *one.inner, *(n for r in one.regions[1:] for n in reversed(r))):
+        if not node.users:
+            graph.erase_node(node)
+    return x
+
+
+def _moved(
+    graph: fx.Graph, region: Sequence[fx.Node], stream: fx.Node, x: fx.Node, like: fx.Node
+) -> dict[fx.Node, fx.Node]:
+    """Copies of what lies between the stream and a branch, which come after `x`."""
+    before = graph.call_function(earlier, (x, stream))
+    before.meta = _meta(like, stream)
+    copies = {stream: before}
+    for node in region:
+        copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
+    return copies
+
+
+def _add(graph: fx.Graph, left: fx.Node, right: fx.Node, like: fx.Node) -> fx.Node:
+    node = graph.call_function(add, (left, right))
+    node.meta = _meta(like, like)
+    return node
+
+
+def _meta(place: fx.Node, value: fx.Node) -> dict[str, object]:
+    """The description of a new node: where it belongs, and what its value is like."""
+    assert isinstance(value.meta["example_value"], torch.Tensor)
+    meta: dict[str, object] = {"example_value": value.meta["example_value"]}
+    if "nn_module_stack" in place.meta:
+        meta["nn_module_stack"] = place.meta["nn_module_stack"]
+    return meta
