@@ -60,7 +60,7 @@ class Runtime:
         self.slots = tuple(slots)
         self.profile = profile
         self.policy = policy
-        self._parameter = _first_parameter(model)
+        self._parameter = next(name for name, _ in model.named_parameters())
         on_gpu = self.device.type == "cuda"
         self.fixed_addresses = on_gpu if fixed_addresses is None else fixed_addresses
         self.why_not_fixed: str | None = None
@@ -81,10 +81,8 @@ class Runtime:
     @property
     def device(self) -> torch.device:
         """Where the parameters are now (`PreTrainedModel.device` looks at all modules for that)."""
-        owner, name = self._parameter
-        parameter = owner._parameters[name]
-        assert parameter is not None
-        return parameter.device
+        device: torch.device = self.model.get_parameter(self._parameter).device
+        return device
 
     @property
     def counters(self) -> Counters:
@@ -391,13 +389,6 @@ class Runtime:
             autocast=_autocast(device.type),
         )
         return self.graphs.capture(key).sublayers
-
-
-def _first_parameter(model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
-    """The module that holds it, and its name there: another tensor may be put in its place."""
-    return next(
-        (m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None
-    )
 
 
 def _normal(

@@ -1,4 +1,4 @@
-"""Layers of transformers that are traced once: the graph is that of a model traced in full."""
+"""Layers of transformers that are copied: the graph is that of a model traced in full."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ _SIZES = {
     "max_position_embeddings": 2048,
     "pad_token_id": None,
 }
+_SIX = {"num_hidden_layers": 6}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
-#: Model type, what else its configuration says, and how many of its four layers are copied.
+#: Model type, what else its configuration says, and how many of its layers are copied.
 FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "llama": ("llama", {}, 3),
-    "sliding window": ("mistral", {"sliding_window": 64}, 3),
-    "two kinds of attention": ("gemma2", {"head_dim": 8, "sliding_window": 64}, 2),
-    "experts": ("mixtral", _EXPERTS, 3),
-    "sinks": ("gpt_oss", {**_EXPERTS, "head_dim": 8, "sliding_window": 64}, 2),
-    "fused projections": ("phi3", {}, 3),
-    "learned positions": ("gpt2", {}, 3),
+    "llama": ("llama", {}, 2),
+    "sliding window": ("mistral", {"sliding_window": 64}, 2),
+    "two kinds of attention": ("gemma2", {"head_dim": 8, "sliding_window": 64, **_SIX}, 2),
+    "experts": ("mixtral", _EXPERTS, 2),
+    "sinks": ("gpt_oss", {**_EXPERTS, "head_dim": 8, "sliding_window": 64, **_SIX}, 2),
+    "fused projections": ("phi3", {}, 2),
+    "learned positions": ("gpt2", {}, 2),
     "attention scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, 0),
 }
 KEYS = {

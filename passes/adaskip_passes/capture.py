@@ -162,7 +162,7 @@ def capture(
         arguments: by name; mark lengths with ``torch._dynamo.mark_dynamic`` beforehand.
         build: receives the capture; its result is returned.
         repeat: modules that the function calls one after the other; those that are alike are
-            traced once, which saves most of the time. The graph is the same.
+            traced twice in all, which saves most of the time. The graph is the same.
 
     Raises:
         RefusedError: when Dynamo cannot make one graph of the function.
@@ -170,15 +170,17 @@ def capture(
     """
     if dynamo.is_disabled():
         raise RefusedError(_SWITCHED_OFF.format(function.__name__))
-    first, why_traced = repeat.first() if repeat is not None else {}, ""
-    if repeat is not None and first:
-        try:
-            with marked(repeat, first):
-                return _captured(
-                    function, arguments, lambda c: build(_expanded(c, arguments, repeat, first))
-                )
-        except (NotRepeatedError, dynamo.NoGraphError) as reason:
-            why_traced = str(reason)
+    why_traced = ""
+    with dynamo.one_at_a_time:  # the modules are marked meanwhile
+        first = repeat.first() if repeat is not None else {}
+        if repeat is not None and first:
+            try:
+                with marked(repeat, first):
+                    return _captured(
+                        function, arguments, lambda c: build(_expanded(c, arguments, repeat, first))
+                    )
+            except (NotRepeatedError, dynamo.NoGraphError) as reason:
+                why_traced = str(reason)
     try:
         return _captured(function, arguments, lambda c: build(replace(c, why_traced=why_traced)))
     except dynamo.NoGraphError as error:
@@ -215,12 +217,18 @@ def _captured(
 def _expanded(
     described: Capture, arguments: Mapping[str, Any], repeat: Repeat, first: First
 ) -> Capture:
-    """The capture with every module in it, where only the first of each kind was traced."""
+    """The capture with every module in it, where only two of each kind were traced."""
+    if described.python_effects:
+        raise NotRepeatedError(f"{', '.join(described.python_effects)} is changed")
     graph, names = described.graph.graph, described.names()
     sources = dict(zip(graph.find_nodes(op="placeholder"), described.sources, strict=True))
     expand(graph, sources, lambda text: eval(text, names, {"L": arguments}), repeat, first)
     described.graph.recompile()
-    return replace(described, sources=tuple(sources.values()), copied=len(first))
+    return replace(
+        described,
+        sources=tuple(sources.values()),
+        copied=len(first) - len({r for r, _ in first.values()}),
+    )
 
 
 def describe(graph: fx.GraphModule, scope: dict[str, Any] | None = None) -> Capture:

@@ -27,7 +27,7 @@ from .errors import RefusedError
 __all__ = ["PythonPrinter", "ShapeEnv", "TracingContext", "tracing"]  # handed on
 
 _serial = itertools.count()
-_one_at_a_time = threading.RLock()  # as Dynamo does, but what is switched off meanwhile is global
+one_at_a_time = threading.RLock()  # as Dynamo does, but what is switched off meanwhile is global
 
 
 class NoGraphError(RefusedError):
@@ -80,7 +80,7 @@ def trace(
             failed.append(error)
         raise _Done
 
-    with _one_at_a_time, _swept():
+    with one_at_a_time, _swept():
         try:
             with _without_stack_traces():
                 torch.compile(own, backend=backend, fullgraph=True)(**arguments)

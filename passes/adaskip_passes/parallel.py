@@ -15,7 +15,8 @@ computed by both. ``earlier(x_1, x)`` is `x`: it says that what reads it belongs
 is left out of the pieces.
 
 Legal because sums may be regrouped, but for rounding, and because a branch that is moved has no
-effects. Where two of them have, the expression is left as it is (and refused by
+effects and reads nothing that is written behind it. Where that is not so, or a branch has an
+autocast region of its own, the expression is left as it is (and refused by
 :func:`find_sublayers`).
 """
 
@@ -29,7 +30,7 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from .effects import is_mutation, operation, written
+from .effects import is_mutation, operation, storage_root, written
 from .sublayers import (
     ancestors_of,
     branch_path,
@@ -92,8 +93,8 @@ class _Finder:
         found, inside = [], set[fx.Node]()
         for node in reversed(self.nodes):
             if is_add(node) and node not in inside and (one := self._sum(node)):
-                found.append(one)
-                inside.update(one.inner)
+                found.append(one)  # not what is inside of one: it is moved with its branch
+                inside.update(one.inner, *one.regions)
         return found[::-1]
 
     def _depends(self, node: fx.Node, on: fx.Node) -> bool:
@@ -101,8 +102,9 @@ class _Finder:
 
     def _sum(self, total: fx.Node) -> _Sum | None:
         inner: list[fx.Node] = []
-        terms = _terms(total, total, inner)
-        if len(terms) < 3:
+        shape = shape_of(total)
+        terms = _terms(total, total, inner) if shape is not None else []
+        if len(terms) < 3 or any(shape_of(term) != shape for term in terms):
             return None
         for residual in terms:
             stream, others = root_of(residual), [t for t in terms if t is not residual]
@@ -125,12 +127,11 @@ class _Finder:
         regions = [self._region(stream, group) for group in branches]
         writes = [w for w in self.writes if w not in inner and not self._depends(w, total)]
         acting = [i for i in range(len(branches)) if self._acts(i, regions, writes)]
-        overwritten = is_mutation(total) and any(
-            self.order[user] > self.order[total] for user in stream.users
-        )
-        if len(branches) < 2 or len(acting) > 1 or overwritten:
+        if len(branches) < 2 or len(acting) > 1 or self._overwrites_read(total):
             return None
         ranked = sorted(range(len(branches)), key=lambda i: i not in acting)
+        if not all(self._moves(regions[i], writes, total) for i in ranked[1:]):
+            return None
         return _Sum(
             total,
             tuple(inner),
@@ -152,8 +153,31 @@ class _Finder:
     ) -> bool:
         """Whether something is written that only this branch computes, also on a side branch."""
         shared = {n for i, region in enumerate(regions) if i != index for n in region}
-        own = sum(1 << self.order[n] for n in regions[index] if n not in shared)
-        return any(self.ancestors[write] & own for write in writes)
+        own = {n for n in regions[index] if n not in shared}
+        bits = sum(1 << self.order[n] for n in own)
+        return any(self.ancestors[w] & bits for w in writes if not _is_local(w, own))
+
+    def _moves(self, region: Sequence[fx.Node], writes: Sequence[fx.Node], total: fx.Node) -> bool:
+        """Whether a branch computes the same behind all that is written before `total`."""
+        inside, begin, end = set(region), self.order[region[0]], self.order[total]
+        read = {storage_root(i) for node in region for i in node.all_input_nodes}
+        behind = (w for w in writes if begin < self.order[w] < end and not _is_local(w, inside))
+        acts = any(is_mutation(n) and not _is_local(n, inside) for n in region)
+        cast = any(operation(n) == "_enter_autocast" for n in self.nodes[begin:end])
+        return not (acts or cast or any(written(w) in read for w in behind))
+
+    def _overwrites_read(self, total: fx.Node) -> bool:
+        """An add in place whose target is read afterwards by an older name."""
+        if not is_mutation(total):
+            return False
+        root, end = storage_root(total), self.order[total]
+        names = (n for n in self.nodes[:end] if storage_root(n) is root)
+        return any(self.order[user] > end for name in names for user in name.users)
+
+
+def _is_local(write: fx.Node, region: set[fx.Node]) -> bool:
+    """A write to what the region itself has made (an activation in place)."""
+    return write in region and written(write) in region
 
 
 def _terms(node: fx.Node, total: fx.Node, inner: list[fx.Node]) -> list[fx.Node]:
@@ -173,7 +197,9 @@ def _terms(node: fx.Node, total: fx.Node, inner: list[fx.Node]) -> list[fx.Node]
         return [node]
     if undropped is not total:
         inner += [*dropped, undropped]
-    left, right = undropped.all_input_nodes
+    left, right = undropped.args
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
     return _terms(left, total, inner) + _terms(right, total, inner)
 
 

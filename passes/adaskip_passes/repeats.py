@@ -1,18 +1,23 @@
 """Trace one of many equal modules, and copy what was traced for the others.
 
 A decoder calls a list of layers one after the other, and most of them are :mod:`twins`. While
-such a model is captured, only the first of each kind is traced; a mark stands in for the others::
+such a model is captured, two of each kind are traced; a mark stands in for each of the others::
 
     x_1 = entered(0, [x, cos, sin])                  h_1 = ...  # layer 0
-    h   = ...  # layer 0 as traced            =>     h_2 = ...  # the same with layer 1's weights
-    x_2 = left(0, h)                                 h_3 = ...  # and with layer 2's
-    x_3 = stood_in(1, [x_2, cos, sin])
-    x_4 = stood_in(2, [x_3, cos, sin])
+    ...     # layer 0 as traced               =>     h_2 = ...  # layer 1
+    x_2 = left(0, h_1)                               h_3 = ...  # layer 0 with layer 2's weights
+    x_3 = entered(1, [x_2, cos, sin])                h_4 = ...  # and with layer 3's
+    ...     # layer 1 as traced
+    x_4 = left(1, h_2)
+    x_5 = stood_in(2, [x_4, cos, sin])
+    x_6 = stood_in(3, [x_5, cos, sin])
 
 Legal because what Dynamo traces follows from a module's code, its attributes, its arguments and
 the description of its tensors. Twins agree in code, attributes and description; the marks record
-the arguments, which are compared; and that nothing else comes in or goes out is checked. Where it
-does not hold, :class:`NotRepeatedError` says why, and every module has to be traced.
+the arguments, which are compared; and that values neither come in nor go out otherwise is checked.
+What a module gets by way of Python (a counter, another module's state) shows in the second one: its
+trace must be what the copy for it would have been. Where any of it does not hold,
+:class:`NotRepeatedError` says why, and every module has to be traced.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from __future__ import annotations
 import functools
 import re
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,6 +39,14 @@ from .twins import Place, Twins, twins
 
 #: For each module that has a twin before it: the place of the first such, and how it corresponds.
 First = Mapping[int, tuple[int, Twins]]
+
+
+def _seconds(first: First) -> dict[int, int]:
+    """The module that is traced to check what was traced of the first of its kind: (first, it)."""
+    found: dict[int, int] = {}
+    for k, (r, _) in sorted(first.items()):
+        found.setdefault(r, k)
+    return found
 
 
 class NotRepeatedError(Exception):
@@ -80,7 +94,7 @@ class Repeat:
         return None
 
     def first(self) -> First:
-        """What need not be traced."""
+        """What need not be traced, but for the second of each kind; kinds of two are left out."""
         found: dict[int, tuple[int, Twins]] = {}
         kinds: list[int] = []
         for k in range(len(self.modules)):
@@ -90,7 +104,8 @@ class Repeat:
                 kinds.append(k)
             else:
                 found[k] = match
-        return found
+        count = Counter(r for r, _ in found.values())
+        return {k: (r, how) for k, (r, how) in found.items() if count[r] > 1}
 
     def _belongings(self, k: int) -> tuple[Any, ...]:
         return self.modules[k], *(members[k] for members in self.state.values())
@@ -111,7 +126,7 @@ def _entered(place: int, values: list[Any], names: tuple[str, ...]) -> torch.Ten
     return torch.empty_like(values[0])
 
 
-def _left(place: int, result: torch.Tensor) -> torch.Tensor:
+def _left(place: int, result: torch.Tensor, values: list[Any]) -> torch.Tensor:
     return torch.empty_like(result)
 
 
@@ -128,10 +143,11 @@ for _mark in _MARKS:
 def marked(repeat: Repeat, first: First) -> Iterator[None]:
     """Leave marks in what is traced meanwhile, in place of the modules that need not be traced."""
     with ExitStack() as stack:
-        for r in {r for r, _ in first.values()}:
+        seconds = _seconds(first)
+        for r in seconds:
             _set_class(stack, repeat, r, traced=True)
         for k, (r, how) in first.items():
-            _set_class(stack, repeat, k, traced=False)
+            _set_class(stack, repeat, k, traced=seconds[r] == k)
             for owner, name in how.places:
                 own = vars(owner)
                 stack.callback(own.__setitem__, name, own[name])
@@ -145,8 +161,10 @@ def _set_class(stack: ExitStack, repeat: Repeat, place: int, traced: bool) -> No
     base = type(module)
     stack.callback(setattr, module, "__class__", base)
     members = {"forward": _forward(repeat, place, traced), "__module__": base.__module__}
-    changed = types.new_class(base.__name__, (base,), exec_body=lambda body: body.update(members))
-    module.__class__ = changed
+    try:
+        module.__class__ = types.new_class(base.__name__, (base,), {}, lambda b: b.update(members))
+    except TypeError as error:  # a class that takes arguments, or whose instances are laid out so
+        raise NotRepeatedError(str(error)) from error
 
 
 def _forward(repeat: Repeat, place: int, traced: bool) -> Callable[..., Any]:
@@ -157,13 +175,15 @@ def _forward(repeat: Repeat, place: int, traced: bool) -> Callable[..., Any]:
     names = {id(thing): f"object {number}" for number, thing in enumerate(known)}
 
     def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():  # somebody runs the model meanwhile
+            return inner(module, *args, **kwargs)
         values = []
         for value in (*args, *kwargs.values()):
             values.append(names[id(value)] if isinstance(value, kinds) else value)
         if not traced:
             return _stood_in(place, values, tuple(kwargs))
         stream = _entered(place, values, tuple(kwargs))
-        return _left(place, inner(module, stream, *args[1:], **kwargs))
+        return _left(place, inner(module, stream, *args[1:], **kwargs), values)
 
     return forward
 
@@ -207,9 +227,11 @@ class _Region:
             nodes.append(node)
             node = node.next
         inside = {*nodes, left}
-        for node in nodes:
+        for node in (entered, *nodes):
             alone = inside.issuperset(node.users) or _is_size(node)
             _require(alone, f"{node.name} is read outside of the module that computes it")
+        same = entered.args[1][1:] == left.args[2][1:]  # type: ignore[index]
+        _require(same, "a module changes the containers that it is called with")
         for value in (_stream(entered), left.args[1]):
             alike = isinstance(value, fx.Node) and _description(value) == _description(entered)
             _require(alike, "the module's result is not like its first argument")
@@ -235,11 +257,16 @@ class _Expansion:
 
     def run(self, first: First) -> None:
         entered, left, stood_in = (self._marks(mark) for mark in _MARKS)
-        traced = {r for r, _ in first.values()}
-        called = entered.keys() == left.keys() == traced and stood_in.keys() == first.keys()
+        seconds = _seconds(first)
+        traced = {*seconds, *seconds.values()}
+        called = (
+            entered.keys() == left.keys() == traced and stood_in.keys() == first.keys() - traced
+        )
         _require(called, "a module is not called")
         idle = [n for n in self.sources if n.users and all(u.target in _MARKS for u in n.users)]
         regions = {r: _Region.between(entered[r], left[r]) for r in traced}
+        for r, k in seconds.items():
+            _Copy(self, regions[r], entered[k], first[k][1]).compare(regions[k])
         for k, mark in stood_in.items():
             r, how = first[k]
             _bypass(mark, _Copy(self, regions[r], mark, how).made())
@@ -295,6 +322,44 @@ class _Copy:
         result = self.region.left.args[1]
         assert isinstance(result, fx.Node)
         return self._counterpart(result)
+
+    def compare(self, traced: _Region) -> None:
+        """Require that the twin's own trace is what the copy would be.
+
+        But for numbers: Dynamo computes a length once, and lets later modules read it.
+        """
+        self.copies[self.region.entered] = traced.entered
+        mine, theirs = ([n for n in r.nodes if not _is_size(n)] for r in (self.region, traced))
+        alike = len(mine) == len(theirs)
+        for one, other in zip(mine, theirs, strict=False):
+            alike = alike and self._same(one, other)
+            self.copies[one] = other
+        results = self.region.left.args[1], traced.left.args[1]
+        _require(alike and self._same_operands(*results), "twins were traced differently")
+
+    def _same(self, one: fx.Node, other: fx.Node) -> bool:
+        return (
+            (one.op, one.target) == (other.op, other.target)
+            and _description(one) == _description(other)
+            and self._same_operands(one.args, other.args)
+            and self._same_operands(one.kwargs, other.kwargs)
+        )
+
+    def _same_operands(self, one: Any, other: Any) -> bool:
+        if isinstance(one, fx.Node) and isinstance(other, fx.Node):
+            if _is_size(one):
+                return _is_size(other) and _description(one) == _description(other)
+            return self._counterpart(one) is other
+        if isinstance(one, tuple | list):
+            pairs = zip(one, other, strict=False)
+            return len(one) == len(other) and all(self._same_operands(*pair) for pair in pairs)
+        if isinstance(one, dict):
+            values = list(one.values()), list(other.values())
+            return list(one) == list(other) and self._same_operands(*values)
+        if isinstance(one, slice):
+            ends = ((s.start, s.stop, s.step) for s in (one, other))
+            return isinstance(other, slice) and self._same_operands(*ends)
+        return type(one) is type(other) and bool(one == other)
 
     def _counterpart(self, node: fx.Node) -> fx.Node:
         """What the twin reads where the traced module reads `node`."""

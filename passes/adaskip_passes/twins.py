@@ -39,7 +39,7 @@ class Place:
     While a module is traced on behalf of its twins, the integers in it that are nothing but its
     place are replaced by this. Who knows what to do with it asks for its `value`; arithmetic,
     comparison, use as an index or a key, and printing raise, so that code which depends on the
-    place is found out. (Only its type and its identity tell nothing.)
+    place is found out. (Only questions about its type and its identity are answered.)
     """
 
     def __init__(self, value: int) -> None:
@@ -85,7 +85,7 @@ def twins(one: Any, other: Any, place: int, other_place: int) -> Twins | None:
     walk = _Walk(place, other_place)
     try:
         walk.compare(one, other)
-    except _DifferError:
+    except Exception:  # they differ, or hold something that cannot be compared
         return None
     return walk.found
 

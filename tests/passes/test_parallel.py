@@ -40,6 +40,7 @@ from tests.passes.decoders import (
     arguments,
     call,
     cut_block,
+    mark_lengths,
     step,
     trace,
 )
@@ -268,6 +269,79 @@ def test_what_cannot_be_separated_is_left_and_refused(block: type[Block]) -> Non
     assert str(graph) == before
     with pytest.raises(RefusedError):
         find_sublayers(graph)
+
+
+class ReadsCount(NeoX):
+    """The FFN reads, before attention, what attention writes."""
+
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        fed = self.mlp(self.norm2(x) * slot.count.to(x.dtype))
+        return fed + self.attend(x, table, slot, start) + x
+
+
+class Casts(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x).to(x.dtype)
+
+
+class OwnAutocast(NeoX):
+    ffn = Casts
+
+
+@pytest.mark.parametrize("block", [ReadsCount, OwnAutocast])
+def test_what_would_be_another_value_is_not_moved(block: type[Block]) -> None:
+    shape = Shape(layers=2)
+    assert separate(trace(step, **arguments(Decoder(shape, block), shape)).graph.graph) == 0
+
+
+class Relu(Mlp):
+    """An activation in place is no effect."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(functional.relu(self.up(x), inplace=True))
+
+
+class InPlaceActivation(NeoX):
+    ffn = Relu
+
+
+class Inner(Mlp):
+    """An FFN that is a sum of branches itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(x)[..., : x.shape[-1]] + self.down(self.up(x))
+
+
+class Nested(NeoX):
+    ffn = Inner
+
+
+class Doubles(NeoX):
+    """Adds a value to itself, and lengths to each other."""
+
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        length = x.shape[1] + x.shape[1] + x.shape[1]
+        x = super().forward(x, table, slot, start)
+        half = self.norm1(x) * (1.0 / length)
+        return x + (half + half)
+
+
+@pytest.mark.parametrize("block", [InPlaceActivation, Nested])
+def test_branches_of_other_forms(block: type[NeoX]) -> None:
+    got = cut_block(block, 2)
+    args, again = (arguments(got.model, got.shape) for _ in range(2))
+    logits = call(link(got.outer, got.compiler), got, got.outer.graph, args)[0]
+    torch.testing.assert_close(logits, reference(again, {}), rtol=2e-5, atol=2e-5)
+
+
+def test_sums_of_one_value_and_of_lengths() -> None:
+    shape = Shape(layers=2)
+    args = arguments(Decoder(shape, Doubles), shape)
+    mark_lengths(args)
+    captured = trace(step, **args)
+    assert separate(captured.graph.graph) == 2
+    captured.graph.graph.lint()
 
 
 class Trains(Block):
