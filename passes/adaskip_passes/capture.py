@@ -161,8 +161,8 @@ def capture(
         function: a plain Python function, without closure.
         arguments: by name; mark lengths with ``torch._dynamo.mark_dynamic`` beforehand.
         build: receives the capture; its result is returned.
-        repeat: modules that the function calls one after the other; those that are alike are
-            traced twice in all, which saves most of the time. The graph is the same.
+        repeat: modules that the function calls one after the other; of those that are alike two
+            are traced, which saves most of the time. The graph is the same.
 
     Raises:
         RefusedError: when Dynamo cannot make one graph of the function.
