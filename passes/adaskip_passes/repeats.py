@@ -326,7 +326,8 @@ class _Copy:
     def compare(self, traced: _Region) -> None:
         """Require that the twin's own trace is what the copy would be.
 
-        But for numbers: Dynamo computes a length once, and lets later modules read it.
+        But for numbers: Dynamo computes a length once, and lets later modules read it. What the
+        values are like follows from the operations and from the arguments, which are compared.
         """
         self.copies[self.region.entered] = traced.entered
         mine, theirs = ([n for n in r.nodes if not _is_size(n)] for r in (self.region, traced))
@@ -340,7 +341,6 @@ class _Copy:
     def _same(self, one: fx.Node, other: fx.Node) -> bool:
         return (
             (one.op, one.target) == (other.op, other.target)
-            and _description(one) == _description(other)
             and self._same_operands(one.args, other.args)
             and self._same_operands(one.kwargs, other.kwargs)
         )
