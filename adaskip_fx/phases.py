@@ -198,7 +198,7 @@ def _sorted_inputs(captured: Capture) -> tuple[dict[str, str], dict[str, str]]:
 
 def _logits(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
     """The traced function: logits [B, kept tokens, vocabulary]."""
-    cache.unify(inputs["input_ids"].shape[1])
+    cache.begin(inputs["input_ids"].shape[1])
     return forward(model, past_key_values=cache, use_cache=True, **inputs).logits
 
 

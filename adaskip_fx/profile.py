@@ -242,6 +242,7 @@ def _sha256(data: bytes) -> str:
 
 
 def check_target(folder: Path) -> None:
+    """Refuse to save a profile where something else is: ProfileError says what is there."""
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -33,6 +33,9 @@ class _SeenByStep(Cache):
         super().__init__(layers=list(layers))
         self.is_sliding = self.is_linear = self.is_dummy = [False] * len(self.layers)
 
+    def begin(self, tokens: int) -> None:
+        """Called by a step of `tokens` new tokens before anything else."""
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Not to be asked for: positions are always handed to the model."""
         raise RuntimeError("positions are inputs of a captured step, not read from its cache")
@@ -57,8 +60,8 @@ class StepCache(_SeenByStep):
         self.new = new
         self.fresh = fresh
 
-    def unify(self, tokens: int) -> None:
-        """Tell the tracer in prefill that what is filled is `tokens`."""
+    def begin(self, tokens: int) -> None:
+        """Tell the tracer that `tokens` are new, and in prefill that no others are filled."""
         if self.new.shape[0] != tokens or (self.fresh and tokens != self.filled.shape[0]):
             raise ValueError(f"{tokens} tokens for a step of {self.new.shape[0]}")
 
@@ -124,9 +127,6 @@ class WholeCache(_SeenByStep):
             for s, k, v in rows
         ]
         return cls(layers, position)
-
-    def unify(self, tokens: int) -> None:
-        """Nothing to tell the tracer: see `update`."""
 
     def update(
         self,

@@ -18,7 +18,8 @@ from torch import fx
 
 from . import dynamo
 from .errors import RefusedError
-from .repeats import First, NotRepeatedError, Repeat, expand, marked
+from .expansion import expand
+from .repeats import First, NotRepeatedError, Repeat, marked
 
 Built = TypeVar("Built")
 Binder = Callable[[Mapping[str, Any]], tuple[Any, ...]]

@@ -27,6 +27,7 @@ from .errors import RefusedError
 __all__ = ["PythonPrinter", "ShapeEnv", "TracingContext", "tracing"]  # handed on
 
 _serial = itertools.count()
+_CONTEXT = "Developer debug context: "
 one_at_a_time = threading.RLock()  # as Dynamo does, but what is switched off meanwhile is global
 
 
@@ -87,7 +88,7 @@ def trace(
         except _Done:
             pass
         except Exception as error:
-            raise NoGraphError(_first_line(error).rstrip(".")) from error
+            raise NoGraphError(_summary(error)) from error
         finally:
             torch._dynamo.eval_frame.reset_code(own.__code__)  # type: ignore[attr-defined]
     if failed:
@@ -121,9 +122,12 @@ def _without_stack_traces() -> Iterator[None]:
         yield
 
 
-def _first_line(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
+    """Dynamo's message in a line: its title, and what it was about (an exception, a call)."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    title = lines[0].rstrip(".") if lines else type(error).__name__
+    about = next((line.partition(_CONTEXT)[2] for line in lines if line.startswith(_CONTEXT)), "")
+    return f"{title} ({about})" if about else title
 
 
 # Inside the backend ------------------------------------------------------------------------------

@@ -31,6 +31,10 @@ _VIEWS = frozenset(
 )
 
 
+#: Calls between which an autocast region lies.
+AUTOCAST_ENDS = ("_enter_autocast", "_exit_autocast")
+
+
 def operation(node: fx.Node) -> str:
     """The bare name of what a node calls: ``add_``, ``linear``, ``softmax``."""
     if isinstance(node.target, str):

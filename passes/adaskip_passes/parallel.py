@@ -30,15 +30,8 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from .effects import is_mutation, operation, storage_root, written
-from .sublayers import (
-    ancestors_of,
-    branch_path,
-    is_add,
-    module_path,
-    root_of,
-    shape_of,
-)
+from .effects import AUTOCAST_ENDS, is_mutation, operation, storage_root, written
+from .sublayers import ancestors_of, branch_path, is_add, module_path, root_of, shape_of
 
 Value = TypeVar("Value")
 
@@ -72,9 +65,7 @@ class _Sum:
 def separate(graph: fx.Graph) -> int:
     """Write every sum of several branches as a chain of adds; returns how many there were."""
     found = _Finder(graph).sums()
-    now: dict[
-        fx.Node, fx.Node
-    ] = {}  # the last add of a chain, for the sum that it took the place of
+    now: dict[fx.Node, fx.Node] = {}  # for a sum that was written, the last add of its chain
     for one in found:
         now[one.total] = _write(graph, one, now)
     return len(found)
@@ -163,7 +154,7 @@ class _Finder:
         read = {storage_root(i) for node in region for i in node.all_input_nodes}
         behind = (w for w in writes if begin < self.order[w] < end and not _is_local(w, inside))
         acts = any(is_mutation(n) and not _is_local(n, inside) for n in region)
-        cast = any(operation(n) == "_enter_autocast" for n in self.nodes[begin:end])
+        cast = any(operation(n) in AUTOCAST_ENDS for n in self.nodes[begin:end])
         return not (acts or cast or any(written(w) in read for w in behind))
 
     def _overwrites_read(self, total: fx.Node) -> bool:
@@ -193,7 +184,7 @@ def _terms(node: fx.Node, total: fx.Node, inner: list[fx.Node]) -> list[fx.Node]
         and shape_of(undropped) == shape_of(total)
         and undropped.meta["example_value"].dtype == total.meta["example_value"].dtype
     )
-    if not mine or (undropped is not total and _overwrites_read(undropped)):
+    if not mine or (undropped is not total and _target_is_read(undropped)):
         return [node]
     if undropped is not total:
         inner += [*dropped, undropped]
@@ -208,7 +199,7 @@ def _is_idle(dropout: fx.Node) -> bool:
     return dropout.kwargs.get("training", dropout.args[2:3]) in (False, (False,))
 
 
-def _overwrites_read(node: fx.Node) -> bool:
+def _target_is_read(node: fx.Node) -> bool:
     """An add in place (Falcon) whose target somebody else reads as well."""
     return is_mutation(node) and any(user is not node for user in node.all_input_nodes[0].users)
 

@@ -11,11 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from .effects import accesses, is_mutation, operation, storage_root, written
+from .effects import AUTOCAST_ENDS, accesses, is_mutation, operation, storage_root, written
 from .errors import RefusedError
 from .sublayers import Sublayer, stream_levels
-
-_AUTOCAST_ENDS = ("_enter_autocast", "_exit_autocast")
 
 
 def place_nodes(graph: fx.Graph, sublayers: Sequence[Sublayer]) -> dict[fx.Node, int]:
@@ -51,7 +49,7 @@ def _place_autocast(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> set[
             continue
         leave = next(u for u in enter.users if operation(u) == "_exit_autocast")
         region = inner[order[enter] : order[leave] + 1]
-        places = {place[n] for n in region[1:-1] if operation(n) not in _AUTOCAST_ENDS}
+        places = {place[n] for n in region[1:-1] if operation(n) not in AUTOCAST_ENDS}
         if len(places) > 1:
             raise RefusedError(
                 f"an autocast region ({enter.name}) reaches over several sublayers of the model"

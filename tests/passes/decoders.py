@@ -265,6 +265,23 @@ BLOCKS: Mapping[str, type[Block]] = MappingProxyType(
 )
 
 
+class NeoX(Block):
+    """Attention and FFN in parallel, added to each other first; two norms."""
+
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        attended = self.attend(x, table, slot, start)
+        return self.feed(x) + attended + x
+
+
+class Falcon(Block):
+    """In parallel: the FFN's result is overwritten by the sum of branches; a dropout around it."""
+
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        branches = self.feed(x)
+        branches += self.attend(x, table, slot, start)
+        return x + functional.dropout(branches, 0.1, self.training)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, norm, head; weights from a fixed seed."""
 

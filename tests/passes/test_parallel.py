@@ -34,7 +34,9 @@ from tests.passes.decoders import (
     Block,
     Cut,
     Decoder,
+    Falcon,
     Mlp,
+    NeoX,
     Shape,
     Slot,
     arguments,
@@ -47,29 +49,12 @@ from tests.passes.decoders import (
 from tests.passes.reference import moments
 
 
-class NeoX(Block):
-    """Two norms, branches added to each other first."""
-
-    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
-        attended = self.attend(x, table, slot, start)
-        return self.feed(x) + attended + x
-
-
 class SharedNorm(Block):
     """GPT-J, Phi, Cohere: one norm for both branches; the stream comes first."""
 
     def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         norm = self.norm1(x)
         return x + self.self_attn(norm, table, slot, start) + self.mlp(norm)
-
-
-class Falcon(Block):
-    """The FFN's result is overwritten by the sum of branches; a dropout around it."""
-
-    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
-        branches = self.feed(x)
-        branches += self.attend(x, table, slot, start)
-        return x + functional.dropout(branches, 0.1, self.training)
 
 
 class FeedsFirst(Block):
@@ -289,10 +274,34 @@ class OwnAutocast(NeoX):
     ffn = Casts
 
 
-@pytest.mark.parametrize("block", [ReadsCount, OwnAutocast])
+class CastsNorm(Block):
+    """The region begins before anything in the branch that reads the stream."""
+
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            fed = self.mlp(self.norm2(x))
+        return fed.to(x.dtype) + self.attend(x, table, slot, start) + x
+
+
+class CastsAll(Block):
+    """A region around all of it is left neither before nor after."""
+
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.feed(x).to(x.dtype) + self.attend(x, table, slot, start).to(x.dtype) + x
+
+
+@pytest.mark.parametrize("block", [ReadsCount, OwnAutocast, CastsNorm])
 def test_what_would_be_another_value_is_not_moved(block: type[Block]) -> None:
     shape = Shape(layers=2)
     assert separate(trace(step, **arguments(Decoder(shape, block), shape)).graph.graph) == 0
+
+
+def test_what_those_are_near_to() -> None:
+    shape = Shape(layers=2)
+    graph = trace(step, **arguments(Decoder(shape, CastsAll), shape)).graph.graph
+    assert separate(graph) == 2
+    graph.lint()
 
 
 class Relu(Mlp):

@@ -17,8 +17,10 @@ from tests.passes.decoders import (
     Attention,
     Block,
     Decoder,
+    Falcon,
     Memory,
     Mlp,
+    NeoX,
     Shape,
     Slot,
     arguments,
@@ -292,18 +294,6 @@ def test_a_name_that_contradicts_what_is_done(block: type[nn.Module], says: str)
     message = refusal(block)
     assert message.startswith(says)
     assert message.endswith("It is refused because skipping the wrong kind corrupts the KV cache.")
-
-
-class NeoX(Block):
-    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
-        return self.feed(x) + self.attend(x, table, slot, start) + x
-
-
-class Falcon(Block):
-    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
-        branches = self.feed(x)
-        branches += self.attend(x, table, slot, start)
-        return x + functional.dropout(branches, 0.1, self.training)
 
 
 class Cohere(Block):
