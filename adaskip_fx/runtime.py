@@ -37,6 +37,8 @@ class Runtime:
         graphs: what has been captured, compiled and linked.
         fixed_addresses: decode steps without padding work on whole buffers that stay where they
             are (`Decoder`), which on CUDA makes them one graph; the default there.
+        ahead: ``generate`` begins a step before it knows that the request goes on, so that a GPU
+            need not wait for the host; the default there.
         why_not_fixed: why the model could not be captured that way; None if it could.
         storages: K/V buffers between requests.
     """
@@ -63,6 +65,7 @@ class Runtime:
         self._parameter = next(name for name, _ in model.named_parameters())
         on_gpu = self.device.type == "cuda"
         self.fixed_addresses = on_gpu if fixed_addresses is None else fixed_addresses
+        self.ahead = on_gpu
         self.why_not_fixed: str | None = None
         self.storages = StoragePool(keep=self.fixed_addresses)
         self._recorder: Recorder | None = None  # on a GPU, at the first decode step
@@ -200,6 +203,15 @@ class Runtime:
         if moments is not None:
             self._learn(request, moments)
         return logits
+
+    def may_run_ahead(self, cache: SkipCache) -> bool:
+        """Whether a decode step may be begun that ``cache.crop(-1)`` may have to take back.
+
+        Not while a window is open, or about to be: what was learned could not be taken back.
+        """
+        request: Request = cache.request
+        learning = request.window is not None and not request.window.closed
+        return self.ahead and request.decoding and not learning
 
     def measure(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None

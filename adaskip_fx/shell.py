@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from adaskip_passes import RefusedError
 
-from . import attention
+from . import attention, loop
 from .cache import SkipCache
 from .runtime import Runtime
 from .storage import Slot
@@ -77,6 +77,27 @@ class CompiledModel:
             cache.request.stop_tokens = stop_tokens
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self._adaskip.new_cache(max_cache_length, stop_tokens)
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Called by ``generate``, greedy or sampling; see :mod:`adaskip_fx.loop`.
+
+        (``custom_generate=`` would be the public way, but takes the streamer away.)
+        """
+        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if loop.serves(generation_config, synced_gpus, model_kwargs):
+            return loop.run(self, *given, streamer, model_kwargs)
+        return super()._sample(  # type: ignore[misc]
+            *given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
+        )
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
