@@ -154,8 +154,8 @@ def _attend(
     query, keys, values, output, partial, weight, counters, filled, scale,
     stride_b, stride_h, stride_n,
     H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr,
-    SPLITS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GB: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Flash decoding: a program a K/V head and share of the cache; the last of a head combines."""
     head, split = tl.program_id(0), tl.program_id(1)
@@ -197,20 +197,23 @@ def _attend(
     if tl.atomic_add(counters + head, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
         tl.debug_barrier()
         s = tl.arange(0, SPLITS)
-        for one in range(0, G):
-            slots = (head * SPLITS + s) * GP + one
-            bests = tl.load(weight + slots * 2, cache_modifier=".cg")
-            masses = tl.load(weight + slots * 2 + 1, cache_modifier=".cg")
-            factor = tl.exp2(bests - tl.max(bests, 0))  # 0 for a share without keys
+        for first in range(0, G, GB):  # so many query heads at a time as registers hold
+            c = first + tl.arange(0, GB)
+            slots = (head * SPLITS + s)[:, None] * GP + c[None, :]
+            there = (c < G)[None, :] & (s >= 0)[:, None]
+            bests = tl.load(weight + slots * 2, mask=there, other=0.0, cache_modifier=".cg")
+            masses = tl.load(weight + slots * 2 + 1, mask=there, other=1.0, cache_modifier=".cg")
             parts = tl.load(
-                partial + slots[:, None] * DP + d[None, :], mask=(d < D)[None, :], other=0.0,
-                cache_modifier=".cg",
+                partial + slots[:, :, None] * DP + d[None, None, :],
+                mask=there[:, :, None] & (d < D)[None, None, :], other=0.0, cache_modifier=".cg",
             )  # fmt: skip
-            result = tl.sum(parts * factor[:, None], 0) / tl.sum(masses * factor, 0)
+            factor = tl.exp2(bests - tl.max(bests, 0)[None, :])  # 0 for a share without keys
+            result = tl.sum(parts * factor[:, :, None], 0) / tl.sum(masses * factor, 0)[:, None]
             tl.store(
-                output + (b * H + h * G + one) * D + d, result.to(output.dtype.element_ty),
-                mask=d < D,
-            )  # fmt: skip
+                output + (b * H + h * G + c)[:, None] * D + d[None, :],
+                result.to(output.dtype.element_ty),
+                mask=(c < G)[:, None] & (d < D)[None, :],
+            )
         tl.store(counters + head, 0)
 
 
@@ -269,7 +272,10 @@ def projection(
     outputs = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in kept]
     gated = bool(activation)
     sizes = [w.shape[0] for w in weights] + [0] * (3 - len(weights))
-    bn, bk, warps, stages = _row_blocks(width, gated) if rows == 1 else _rows_blocks(gated)
+    if rows == 1:
+        bn, bk, warps, stages = _row_blocks(width, sum(sizes), gated)
+    else:
+        bn, bk, warps, stages = _rows_blocks(gated)
     programs = sum(triton.cdiv(w.shape[0], bn) for w in kept)
     arguments = (
         x.contiguous(),
@@ -318,7 +324,7 @@ def attention(
     output = query.new_empty((batch, tokens, heads, dim))
     padded = max(16, triton.next_power_of_2(dim))
     group = max(16, triton.next_power_of_2(heads // kv_heads))
-    splits = _splits(batch * kv_heads)
+    splits, block, stages = _shares(batch * kv_heads)
     slots = batch * kv_heads * splits * group
     partial = query.new_empty(slots * padded, dtype=torch.float32)
     weight = query.new_empty(slots * 2, dtype=torch.float32)
@@ -343,9 +349,10 @@ def attention(
         "D": dim,
         "DP": padded,
         "GP": group,
+        "GB": max(1, min(triton.next_power_of_2(heads // kv_heads), 16384 // (splits * padded))),
         "SPLITS": splits,
-        "BN": max(16, min(128, 32768 // (padded * keys.element_size()))),
-        "STAGES": 3,
+        "BN": max(16, min(block, 32768 // (padded * keys.element_size()))),
+        "STAGES": stages,
         "PDL": pdl,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         "num_warps": 4,
@@ -359,25 +366,32 @@ def _padded(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [*tensors, *[tensors[0]] * (3 - len(tensors))]
 
 
-def _row_blocks(width: int, gated: bool) -> tuple[int, int, int, int]:
-    """Outputs a program, columns at a time, warps and stages, for one row; chosen on an H100."""
+def _row_blocks(width: int, outputs: int, gated: bool) -> tuple[int, int, int, int]:
+    """Outputs a program, columns at a time, warps and stages, for one row; chosen on an H200."""
     if gated:
-        bn, bk, warps = 4, 1024, 4
-    elif width <= 8192:
-        bn, bk, warps = 2, 2048, 8
+        bn, bk, warps = 2, 1024, 4
+    elif width > 8192:
+        bn, bk, warps = 2, 2048, 4
+    elif outputs > 32768:
+        bn, bk, warps = 4, 2048, 8
     else:
-        bn, bk, warps = 1, 4096, 4
+        bn, bk, warps = 4, 512, 2
     return bn, min(bk, triton.next_power_of_2(width)), warps, 1
 
 
 def _rows_blocks(gated: bool) -> tuple[int, int, int, int]:
     """Likewise for several rows."""
-    return (32, 256, 4, 3) if gated else (16, 256, 2, 4)
+    return (32, 256, 4, 3) if gated else (16, 512, 2, 3)
 
 
-def _splits(heads: int) -> int:
-    """Shares of the cache: a power of two, so that about 128 programs run at once."""
-    return max(1, 1 << max(0, (128 // heads).bit_length() - 1))
+def _shares(heads: int) -> tuple[int, int, int]:
+    """Into how many shares the cache is cut (a power of two), keys at a time, and stages.
+
+    With few heads, small programs, two on a multiprocessor, that leave room for the next kernel's
+    to begin; with many, fewer and larger ones.
+    """
+    programs, block, stages = (256, 64, 2) if heads <= 32 else (128, 128, 3)
+    return max(1, 1 << max(0, (programs // heads).bit_length() - 1)), block, stages
 
 
 @functools.cache

@@ -87,7 +87,7 @@ def test_another_weight_is_noticed() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "dim"),
-    [(1, 32, 8, 128), (1, 9, 3, 64), (2, 4, 1, 20), (8, 32, 8, 128), (1, 2, 2, 16)],
+    [(1, 32, 8, 128), (1, 9, 3, 64), (2, 4, 1, 20), (8, 32, 8, 128), (1, 2, 2, 16), (1, 71, 1, 64)],
 )
 def test_attention_over_the_filled_part(
     dtype: torch.dtype, batch: int, heads: int, kv_heads: int, dim: int
