@@ -279,10 +279,10 @@ def _draw_peers(axes: Any, rows: Sequence[Document]) -> None:
             axes.annotate(
                 f"{took:.1f}",
                 (context, took),
-                xytext=(0, -7 if name == "adaskip" else 7),
+                xytext=(0, 7),
                 textcoords="offset points",
                 ha="center",
-                va="top" if name == "adaskip" else "bottom",
+                va="bottom",
                 fontsize=8,
             )
     contexts = sorted({row["context"] for row in rows})
@@ -290,9 +290,12 @@ def _draw_peers(axes: Any, rows: Sequence[Document]) -> None:
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
     axes.minorticks_off()
     axes.margins(x=0.2)
-    axes.set_ylim(0, 1.15 * max(1000 * row["decode"]["median"] for row in rows))
+    times = [1000 * row["decode"]["median"] for row in rows]
+    axes.set_yscale("log", base=2)
+    axes.set_ylim(min(times) / 1.5, max(times) * 4)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set(title="Decode step, batch 1", xlabel="context, tokens", ylabel="ms a step")
-    axes.legend(frameon=False, fontsize=8, loc="center", bbox_to_anchor=(0.5, 0.62))
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def _draw_speedup(axes: Any, phase: str, speeds: Sequence[Document]) -> None:
