@@ -11,7 +11,8 @@ from .policies import AdaSkip, OnlinePolicy, Policy
 from .profile import Profile
 from .programs import Link
 from .runtime import Runtime
-from .shell import check_model, kv_slots, make_shell
+from .sample import take
+from .shell import check_model, make_shell
 
 Model = TypeVar("Model")
 
@@ -80,8 +81,7 @@ def compile(
 def build(model: Any, plan: SkipPlan | None, **options: Any) -> Any:
     """A compiled model with an explicit plan; None for the empty one. Options as for `Runtime`."""
     shell = make_shell(model)
-    slots = kv_slots(model)
-    shell._adaskip = Runtime(shell, type(model).forward, slots, plan, **options)
+    shell._adaskip = Runtime(shell, type(model).forward, take(model), plan, **options)
     return shell
 
 

@@ -25,6 +25,7 @@ from adaskip_passes import (
     link,
     outline,
     separate,
+    unflatten,
 )
 
 from .online import Window, probed_in_decode
@@ -124,6 +125,7 @@ class _Graph:
 
     def __init__(self, graph: fx.GraphModule, model: _Model, options: dict[str, Any]) -> None:
         capture = describe(graph)
+        unflatten(graph.graph)
         separate(graph.graph)
         found = find_sublayers(graph.graph)
         self.model = model

@@ -1,4 +1,4 @@
-"""The KV cache: storage only for attention that runs, leased to one request.
+"""The cache: storage only for attention and mixers that run, leased to one request.
 
 Buffers are [batch, heads, capacity, dim]; a step is handed views of the filled length, new tokens
 included, so that it attends to nothing that is not there. Lengths are kept here, on the host,
@@ -33,6 +33,8 @@ class SkipCache(Cache):
 
     Attributes:
         owner: the runtime that made it; no other may use it.
+        slots: what each layer of the model stores.
+        kept: what of it this request stores: nothing for what its prompts skip.
         length: tokens stored so far.
         padded: whether any token stored is padding, or was masked for another reason.
         request: the owner's state of this request (its plan and decode window).
@@ -44,7 +46,7 @@ class SkipCache(Cache):
         self,
         owner: Owner,
         slots: Sequence[Slot],
-        stored: Sequence[bool],
+        kept: Sequence[Slot],
         dtype: torch.dtype,
         device: torch.device,
         capacity: int = 0,
@@ -52,7 +54,7 @@ class SkipCache(Cache):
         super().__init__(layers=[])
         self.owner = owner
         self.slots = tuple(slots)
-        self.stored = tuple(stored)
+        self.kept = tuple(kept)
         self.dtype = dtype
         self.device = device
         self.length = 0
@@ -65,8 +67,18 @@ class SkipCache(Cache):
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
+    def stored(self) -> tuple[bool, ...]:
+        """Which layers have keys and values."""
+        return tuple(slot.attends for slot in self.kept)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether mixers keep states, which cannot forget a token."""
+        return any(slot.mixes for slot in self.kept)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of storage held, for the attention sublayers that run and no others."""
+        """Bytes of storage held, for the attention and mixers that run and no others."""
         return self._storage.nbytes if self._storage is not None else 0
 
     @property
@@ -107,12 +119,18 @@ class SkipCache(Cache):
         """
         storage, total = self.reserve(batch, tokens), self.length + tokens
         self._staged.clear()  # of a step that failed
+
+        def absent(heads: int, dim: int) -> torch.Tensor:
+            return self._absent(heads, dim, batch, total)
+
         layers = []
-        for slot, keys, values in zip(self.slots, storage.keys, storage.values, strict=True):
-            if keys is None or values is None:
-                layers.append(self._absent(slot, batch, total))
-            else:
-                layers.append(StepLayer(self._view(keys, total), self._view(values, total)))
+        for i, slot in enumerate(self.slots):
+            keys, values, states = storage.layer(i, slot, absent)
+            if self.kept[i].attends:
+                assert keys is not None
+                assert values is not None
+                keys, values = self._view(keys, total), self._view(values, total)
+            layers.append(StepLayer(slot, keys, values, states))
         filled, new = storage.lengths.narrow(0, 0, total), storage.lengths.narrow(0, 0, tokens)
         return StepCache(layers, filled, new, fresh)
 
@@ -145,9 +163,7 @@ class SkipCache(Cache):
         capacity = -(-grown // _BLOCK) * _BLOCK
         if old is not None and not self.length:  # nothing to copy: let it be used again
             self._release()
-        new = self.owner.storages.lease(
-            self.slots, self.stored, batch, capacity, self.dtype, self.device
-        )
+        new = self.owner.storages.lease(self.kept, batch, capacity, self.dtype, self.device)
         if old is not None and self.length:
             new.take(old, self.length)
             self._release()
@@ -164,18 +180,12 @@ class SkipCache(Cache):
         if self._lease is not None:
             self._lease()
 
-    def _absent(self, slot: Slot, batch: int, total: int) -> StepLayer:
-        """Shapes and strides of a layer without storage, for the guards; no memory."""
-
-        def shaped(heads: int, dim: int) -> torch.Tensor:
-            room = self.capacity if total > 1 else 1
-            strides = (heads * room * dim, room * dim, dim, 1)
-            size = (batch, heads, total, dim)
-            return torch.empty_strided(size, strides, dtype=self.dtype, device="meta")
-
-        return StepLayer(
-            shaped(slot.key_heads, slot.key_dim), shaped(slot.value_heads, slot.value_dim)
-        )
+    def _absent(self, heads: int, dim: int, batch: int, total: int) -> torch.Tensor:
+        """Shape and strides of keys or values without storage, for the guards; no memory."""
+        room = self.capacity if total > 1 else 1
+        strides = (heads * room * dim, room * dim, dim, 1)
+        size = (batch, heads, total, dim)
+        return torch.empty_strided(size, strides, dtype=self.dtype, device="meta")
 
     # What transformers asks of a cache -------------------------------------------------------
 
@@ -204,7 +214,7 @@ class SkipCache(Cache):
         return True
 
     def __repr__(self) -> str:
-        kept = sum(self.stored)
+        kept = sum(slot.attends or slot.mixes for slot in self.kept)
         return (
             f"SkipCache({self.length} tokens, {kept} of {len(self.slots)} layers stored, "
             f"{self.nbytes / 2**20:.1f} MiB)"
@@ -212,7 +222,7 @@ class SkipCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SkipCache:
         """A second request with the same past (prefix caching); the buffers are copied."""
-        twin = SkipCache(self.owner, self.slots, self.stored, self.dtype, self.device, self._wanted)
+        twin = SkipCache(self.owner, self.slots, self.kept, self.dtype, self.device, self._wanted)
         twin.length, twin.padded = self.length, self.padded
         if self._storage is not None:
             twin._hold(self._storage.copy())
@@ -222,8 +232,17 @@ class SkipCache(Cache):
         return twin
 
     def crop(self, tokens: int) -> None:
-        """Forget tokens: the last ``-tokens`` when negative, else all but the first `tokens`."""
-        self.length = max(0, self.length + tokens) if tokens < 0 else min(tokens, self.length)
+        """Forget tokens: the last ``-tokens`` when negative, else all but the first `tokens`.
+
+        Raises:
+            NotImplementedError: mixers keep states, which cannot forget single tokens.
+        """
+        length = max(0, self.length + tokens) if tokens < 0 else min(tokens, self.length)
+        if self.stateful and 0 < length < self.length:
+            raise NotImplementedError(
+                "this cache cannot be cropped: a recurrent mixer's state cannot forget a token"
+            )
+        self.length = length
 
     def reset(self) -> None:
         """Forget everything; storage is kept for the next prompt."""

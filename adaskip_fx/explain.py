@@ -17,7 +17,8 @@ from .graphs import Graphs
 from .phases import GraphKey
 from .plan import Phase, PlanError, SkipPlan
 from .programs import rewrite
-from .shell import kv_slots, make_shell
+from .sample import take
+from .shell import make_shell
 from .sublayer import Sublayer
 
 _TINY_LAYERS = 2
@@ -40,7 +41,7 @@ def explain(model: Any, plan: SkipPlan) -> Iterator[Explained]:
         RefusedError: the model's sublayers cannot be captured or proven.
     """
     shell, forward = make_shell(model), type(model).forward
-    graphs = Graphs(shell, forward, kv_slots(model), "eager", "pieces", max_variants=1)
+    graphs = Graphs(shell, forward, take(model), "eager", "pieces", max_variants=1)
     for phase in get_args(Phase):
         if phase == "decode" and plan.decode == plan.prefill:
             return

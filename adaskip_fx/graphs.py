@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from adaskip_passes import RefusedError, ShapeGuards, start_workers
 
 from . import phases
-from .phases import Forward, GraphKey, GraphPhaseCapture
+from .phases import Forward, GraphKey, GraphPhaseCapture, Memory
 from .plan import SkipPlan
 from .programs import Counters, Link, Program, VariantCache, plan_phase
+from .sample import Sample
 from .step_cache import WholeCache
-from .storage import Slot
 from .sublayer import Sublayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_GRAPHS_PER_KEY = 8  # as many shapes may break a key's guards before it is an error
+# As many shapes may break a key's guards before it is an error; a scan over a prompt (Mamba's, on a
+# CPU) is unrolled by halving, and there are so many powers of two.
+_GRAPHS_PER_KEY = 24
 
 
 class Graphs:
@@ -29,18 +30,20 @@ class Graphs:
         max_length: positions of the model; None if it has no limit.
     """
 
+    program_type = Program
+
     def __init__(
         self,
         model: PreTrainedModel,
         forward: Forward,
-        slots: Sequence[Slot],
+        sample: Sample,
         backend: str,
         link: Link,
         max_variants: int,
     ) -> None:
         self.model = model
         self.forward = forward
-        self.slots = tuple(slots)
+        self.sample = sample
         self.backend = backend
         self.link = link
         self.counters = Counters()
@@ -64,6 +67,18 @@ class Graphs:
     def why_traced(self) -> list[str]:
         """Why layers that are alike were traced one by one nevertheless; empty if none were."""
         return sorted({c.capture.why_traced for c in self._all()} - {""})
+
+    @property
+    def modules(self) -> dict[str, tuple[str, ...]]:
+        """For each sublayer the modules whose outputs are its branch, in stream order."""
+        first = self._all()[0]
+        return {str(s): paths for s, paths in zip(first.sublayers, first.modules, strict=True)}
+
+    @property
+    def memory(self) -> dict[Sublayer, frozenset[Memory]]:
+        """For each sublayer what it uses of the cache."""
+        first = self._all()[0]
+        return dict(zip(first.sublayers, first.memory, strict=True))
 
     def _all(self) -> list[GraphPhaseCapture]:
         return [c for group in self._captures.values() for c in group]
@@ -95,8 +110,13 @@ class Graphs:
     def _linked(
         self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
     ) -> Program:
-        key = (id(captured), plan.phase_digest(plan_phase(captured.key.phase)), probed)
-        return self._programs.get(key, lambda: Program(captured, plan, probed, self.link))
+        key = (
+            self.program_type,
+            id(captured),
+            plan.phase_digest(plan_phase(captured.key.phase)),
+            probed,
+        )
+        return self._programs.get(key, lambda: self.program_type(captured, plan, probed, self.link))
 
     def _guards_of(self, captured: GraphPhaseCapture) -> ShapeGuards:
         """Guards as of what is compiled now; made again when more has been compiled since."""
@@ -104,6 +124,14 @@ class Graphs:
         if known is None or known[0] != captured.compiler.compiled:
             known = self._guards[id(captured)] = (captured.compiler.compiled, captured.guards())
         return known[1]
+
+    def _check(self, captured: GraphPhaseCapture) -> None:
+        """Refuse a graph that gives other logits than the model does."""
+        try:
+            self.sample.check(captured, self.model, self.forward)
+        except RefusedError:
+            self.sample = self.sample.again(self.model, self.forward)
+            self.sample.check(captured, self.model, self.forward)
 
     def capture(self, key: GraphKey, lengths: tuple[int, int] | None = None) -> GraphPhaseCapture:
         group = self._captures.setdefault(key, [])
@@ -116,11 +144,12 @@ class Graphs:
             self.model,
             self.forward,
             key,
-            self.slots,
+            self.sample.slots,
             lengths or phases.example_lengths(key, self.max_length),
             self.backend,
         )
         self.counters.captures += 1
+        self._check(captured)
         group.append(captured)
         return captured
 
@@ -128,10 +157,14 @@ class Graphs:
 def _lengths(arguments: dict[str, Any]) -> tuple[int, int]:
     cache = arguments["cache"]
     if isinstance(cache, WholeCache):
-        return 1, cache.layers[0].keys.shape[2]
+        return 1, cache.capacity
     return cache.new.shape[0], cache.filled.shape[0]
 
 
 def _positions(model: PreTrainedModel) -> int | None:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else None
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "max_seq_len"):
+        longest = getattr(config, name, None)
+        if isinstance(longest, int) and longest > 0:
+            return longest
+    return None

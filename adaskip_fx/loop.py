@@ -23,13 +23,9 @@ from .cache import SkipCache
 
 
 def serves(config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
-    """Whether this loop can stand in for transformers': one process, and a cache of ours."""
-    return (
-        not synced_gpus
-        and not config.is_assistant
-        and isinstance(model_kwargs.get("past_key_values"), SkipCache)
-        and model_kwargs.get("use_cache") is not False
-    )
+    """Whether this loop can stand in for transformers': one process, with a cache."""
+    alone = not synced_gpus and not config.is_assistant
+    return alone and model_kwargs.get("use_cache") is not False
 
 
 def run(
@@ -40,6 +36,7 @@ def run(
     config: Any,
     streamer: Any,
     model_kwargs: dict[str, Any],
+    cache: SkipCache,
 ) -> Any:
     """Prefill, then decode until the criteria say stop.
 
@@ -50,7 +47,8 @@ def run(
         stopping_criteria: transformers' list; from tokens so far to bool [B].
         config: the request's prepared generation config.
         streamer: is handed each token, int64 [B], on the CPU; or None.
-        model_kwargs: for forward; with ``past_key_values``.
+        model_kwargs: for forward.
+        cache: the request's, which is among them.
 
     Returns:
         The tokens, int64 [B, T + new], or a ``GenerateDecoderOnlyOutput`` if the config says so.
@@ -83,7 +81,6 @@ def run(
         unfinished = unfinished & ~stopping_criteria(input_ids, kept.scores)
         host.send(tokens, unfinished.max() == 0, invalid)
         full = longest is not None and input_ids.shape[1] >= longest
-        cache: SkipCache = model_kwargs["past_key_values"]
         ahead = not full and model.adaskip.may_run_ahead(cache)
         if ahead:
             logits, model_kwargs = _next(model, input_ids, model_kwargs)

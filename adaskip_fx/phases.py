@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +30,8 @@ from adaskip_passes import (
     find_sublayers,
     outline,
     separate,
+    sublayer_calls,
+    unflatten,
 )
 
 from .plan import Sublayer
@@ -36,6 +39,10 @@ from .step_cache import StepCache, StepLayer, WholeCache
 from .storage import Slot
 
 GraphPhase = Literal["prefill", "extend", "decode"]
+Memory = tuple[int, str]
+_STORED = re.compile(
+    r"L\['cache'\]\.layers\[(\d+)\]\.(keys|values|(?:conv|recurrent)_states\[\d+\])"
+)
 Forward = Callable[..., Any]
 
 # Example lengths while capturing. Odd primes, so that no length is a multiple of another by
@@ -81,6 +88,9 @@ class GraphPhaseCapture:
         capture: graph, sources, tracing context.
         outer: the outer graph with an empty plan.
         sublayers: in stream order, as plans name them.
+        modules: for each of them the paths of the modules that its branch comes out of.
+        memory: for each of them what it uses of the cache: which layer's, keys and values
+            (attention) or states (mixer).
         compiler: compiles the pieces of this capture.
         place: where each input's value is, by name, in ``(*fixed, *step)``.
         bind_fixed: from the captured function's arguments to the inputs that stay the same during
@@ -93,6 +103,8 @@ class GraphPhaseCapture:
     capture: Capture
     outer: fx.GraphModule
     sublayers: tuple[Sublayer, ...]
+    modules: tuple[tuple[str, ...], ...]
+    memory: tuple[frozenset[Memory], ...]
     compiler: PieceCompiler
     place: Mapping[str, int]
     bind_fixed: Binder
@@ -133,7 +145,7 @@ def capture_phase(
         model: its attention implementation is the one of :mod:`adaskip_fx.attention`.
         forward: the function to trace, called as ``forward(model, input_ids=..., ...)``.
         key: the phase and what else is fixed.
-        slots: shapes of each layer's keys and values.
+        slots: shapes of what each layer stores.
         lengths: example numbers of new and of stored tokens (see `example_lengths`).
         backend: inner torch.compile backend, by name.
 
@@ -147,6 +159,7 @@ def capture_phase(
                 f"{type(model).__name__}.forward changes {', '.join(captured.python_effects)} "
                 "while it runs; a captured graph cannot repeat that"
             )
+        unflatten(captured.graph.graph)
         separate(captured.graph.graph)
         found = find_sublayers(captured.graph.graph)
         names = tuple(Sublayer(s.layer, _kind(s.kind)) for s in found)
@@ -159,6 +172,8 @@ def capture_phase(
             captured,
             outer,
             names,
+            tuple(s.modules for s in found),
+            _memory(captured, outer),
             PieceCompiler(captured, backend, _lowering(key, backend)),
             place={name: i for i, name in enumerate([*fixed, *step])},
             bind_fixed=captured.binder(list(fixed.values())),
@@ -170,7 +185,21 @@ def capture_phase(
         arguments = _example_arguments(model, forward, key, slots, lengths)
         cache = arguments["cache"]
         layers = Repeat.of("model", model, {"L['cache'].layers": cache.layers}, (cache,))
-        return capture(_logits, arguments, build, layers)
+        stateful = cache_argument(forward) == "cache_params"
+        return capture(_logits_of_states if stateful else _logits, arguments, build, layers)
+
+
+def _memory(captured: Capture, outer: fx.GraphModule) -> tuple[frozenset[Memory], ...]:
+    """What each sublayer uses of the cache, by where its inputs come from."""
+    placeholders = captured.graph.graph.find_nodes(op="placeholder")
+    source = {n.name: s for n, s in zip(placeholders, captured.sources, strict=True)}
+    found = []
+    for _, call in sorted(sublayer_calls(outer.graph).items()):
+        inputs = (a for a in call.args if isinstance(a, fx.Node) and a.op == "placeholder")
+        matches = (_STORED.fullmatch(source[a.name]) for a in inputs)
+        uses = ((int(m[1]), m[2] in ("keys", "values")) for m in matches if m)
+        found.append(frozenset((i, "attention" if attends else "mixer") for i, attends in uses))
+    return tuple(found)
 
 
 def _lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:
@@ -200,6 +229,12 @@ def _logits(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
     """The traced function: logits [B, kept tokens, vocabulary]."""
     cache.begin(inputs["input_ids"].shape[1])
     return forward(model, past_key_values=cache, use_cache=True, **inputs).logits
+
+
+def _logits_of_states(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
+    """Likewise, of a model with another name for its cache."""
+    cache.begin(inputs["input_ids"].shape[1])
+    return forward(model, cache_params=cache, use_cache=True, **inputs).logits
 
 
 def _kind(kind: str) -> Literal["attention", "ffn", "mixer"]:
@@ -255,6 +290,11 @@ def step_inputs(
     return inputs
 
 
+def cache_argument(forward: Forward) -> str:
+    """What a model's forward calls its cache."""
+    return "cache_params" if "cache_params" in _parameters(forward) else "past_key_values"
+
+
 @functools.cache
 def _parameters(forward: Forward) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
@@ -262,7 +302,8 @@ def _parameters(forward: Forward) -> frozenset[str]:
 
 def example_lengths(key: GraphKey, max_length: int | None) -> tuple[int, int]:
     """New and stored tokens to capture with, for a model of at most `max_length` positions."""
-    longest = max_length or 4 * _TOTAL
+    # less than the longest: at a boundary a length would be a constant
+    longest = max(2, max_length - 3) if max_length else 4 * _TOTAL
     total = 1 if key.one_stored else min(_TOTAL, longest)
     if key.one_token:
         return 1, total
@@ -277,9 +318,7 @@ def _example_cache(key: GraphKey, slots: Sequence[Slot], tokens: int, total: int
         part = torch.empty_strided(size, stride, dtype=key.dtype, device=key.device)
         return _mark_length(part, 2)
 
-    layers = [
-        StepLayer(shaped(s.key_heads, s.key_dim), shaped(s.value_heads, s.value_dim)) for s in slots
-    ]
+    layers = [StepLayer.shaped(s, key.batch, shaped, key.device) for s in slots]
     filled, new = (_mark_length(torch.empty(n, dtype=torch.int8), 0) for n in (total, tokens))
     return StepCache(layers, filled, new, fresh=key.phase == "prefill")
 
@@ -289,9 +328,7 @@ def _example_whole_cache(key: GraphKey, slots: Sequence[Slot], capacity: int) ->
         size = (key.batch, heads, capacity, dim)
         return _mark_length(torch.empty(size, dtype=key.dtype, device=key.device), 2)
 
-    layers = [
-        StepLayer(shaped(s.key_heads, s.key_dim), shaped(s.value_heads, s.value_dim)) for s in slots
-    ]
+    layers = [StepLayer.shaped(s, key.batch, shaped, key.device) for s in slots]
     return WholeCache(layers, torch.zeros(1, dtype=torch.int64, device=key.device))
 
 

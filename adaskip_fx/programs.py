@@ -9,14 +9,14 @@ from __future__ import annotations
 import operator
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from adaskip_passes import VALID, Keep, Probe, Replacement, Skip, fuse, link, run_passes
+from adaskip_passes import VALID, Keep, Pass, Probe, Replacement, Skip, fuse, link, run_passes
 
 from .phases import GraphPhaseCapture
 from .plan import Action, Phase, SkipPlan, Sublayer
@@ -38,6 +38,7 @@ def rewrite(
     *,
     keep: Keep = "nothing",
     probe_together: bool = False,
+    first: Sequence[Pass] = (),
 ) -> fx.GraphModule:
     """An outer graph under one phase of a plan.
 
@@ -48,6 +49,7 @@ def rewrite(
         probed: sublayers to measure.
         keep: which effects of a skipped sublayer stay; see `adaskip_passes.Replacement`.
         probe_together: see `adaskip_passes.Probe`.
+        first: passes that run before the others.
     """
     position = {s: i for i, s in enumerate(sublayers)}
     replacements = {}
@@ -60,7 +62,7 @@ def rewrite(
                 compensation=plan.compensation.kind if factor is not None else None,
             )
     probe = Probe(tuple(sorted(position[s] for s in probed)), probe_together)
-    return run_passes(outer, (Skip(replacements), probe))
+    return run_passes(outer, (*first, Skip(replacements), probe))
 
 
 def factor_tensors(
@@ -85,6 +87,8 @@ class Program:
         seconds: how long linking took.
     """
 
+    first_passes: Sequence[Pass] = ()  #: what else is done to the outer graph
+
     def __init__(
         self,
         phase: GraphPhaseCapture,
@@ -102,6 +106,7 @@ class Program:
             plan_phase(phase.key.phase),
             self.probed,
             probe_together=phase.key.whole_cache,
+            first=self.first_passes,
         )
         inputs = outer.graph.find_nodes(op="placeholder")
         factors = factor_tensors(inputs, phase.sublayers, plan, phase.key.device)
@@ -135,9 +140,16 @@ class Program:
             fixed: what ``phase.fixed`` gave at the beginning of the request.
             valid: which new tokens count for the moments, bool [B, T].
         """
-        values = (*fixed, *self.phase.step(arguments), *self._factors, valid)
-        outputs = self._function(*self._take(values))
+        outputs = self.run(arguments, fixed, valid)
         return outputs[0], outputs[1] if self.probed else None
+
+    def run(
+        self, arguments: Mapping[str, Any], fixed: tuple[Any, ...], valid: torch.Tensor | None
+    ) -> tuple[Any, ...]:
+        """All that the graph returns; arguments as of a call."""
+        values = (*fixed, *self.phase.step(arguments), *self._factors, valid)
+        outputs: tuple[Any, ...] = self._function(*self._take(values))
+        return outputs
 
 
 @dataclass

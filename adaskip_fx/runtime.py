@@ -15,10 +15,11 @@ from .cache import SkipCache
 from .decoding import Decoder, Lane
 from .graphs import Graphs
 from .online import Request, Window, probed_in_decode
-from .phases import Forward, GraphKey, GraphPhase
+from .phases import Forward, GraphKey, GraphPhase, Memory
 from .plan import Action, PlanError, SkipPlan, Sublayer
 from .programs import Counters, Link
-from .storage import Slot, Storage, StoragePool
+from .sample import Sample
+from .storage import Storage, StoragePool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,7 @@ class Runtime:
         plan: the plan that requests begin with.
         profile: what calibration measured; None when an explicit plan needs none.
         policy: decides the online plan; None when nothing is learned while decoding.
+        cache_argument: what the model's forward calls its cache.
         graphs: what has been captured, compiled and linked.
         fixed_addresses: decode steps without padding work on whole buffers that stay where they
             are (`Decoder`), which on CUDA makes them one graph; the default there.
@@ -47,7 +49,7 @@ class Runtime:
         self,
         model: PreTrainedModel,
         forward: Forward,
-        slots: Sequence[Slot],
+        sample: Sample,
         plan: SkipPlan | None,
         *,
         profile: Profile | None = None,
@@ -59,7 +61,8 @@ class Runtime:
     ) -> None:
         self.model = model
         self.forward = forward
-        self.slots = tuple(slots)
+        self.slots = sample.slots
+        self.cache_argument = phases.cache_argument(forward)
         self.profile = profile
         self.policy = policy
         self._parameter = next(name for name, _ in model.named_parameters())
@@ -69,9 +72,10 @@ class Runtime:
         self.why_not_fixed: str | None = None
         self.storages = StoragePool(keep=self.fixed_addresses)
         self._recorder: Recorder | None = None  # on a GPU, at the first decode step
-        self.graphs = Graphs(model, forward, slots, backend, link, max_variants)
+        self.graphs = Graphs(model, forward, sample, backend, link, max_variants)
         self._live: weakref.WeakSet[SkipCache] = weakref.WeakSet()
         self.sublayers = self._prove()
+        self._memory = self.graphs.memory
         self.plan = plan if plan is not None else SkipPlan.empty(self.sublayers)
         if self.plan.sublayers != self.sublayers:
             raise PlanError(
@@ -155,11 +159,15 @@ class Runtime:
             plan: what the request begins with, if not `self.plan`.
         """
         plan = plan if plan is not None else self.plan
-        stored = [True] * len(self.slots)
-        for sublayer in plan.sublayers:
-            if sublayer.kind != "ffn" and plan.action("prefill", sublayer) is Action.SKIP:
-                stored[sublayer.layer] = False
-        cache = SkipCache(self, self.slots, stored, self.model.dtype, self.device, capacity)
+        used = set[Memory]()
+        for sublayer, memory in self._memory.items():
+            if plan.action("prefill", sublayer) is not Action.SKIP:
+                used |= memory
+        kept = [
+            slot.only({kind for kind in ("attention", "mixer") if (i, kind) in used})
+            for i, slot in enumerate(self.slots)
+        ]
+        cache = SkipCache(self, self.slots, kept, self.model.dtype, self.device, capacity)
         cache.request = Request(plan, stop_tokens)
         self.track(cache)
         return cache
@@ -207,11 +215,12 @@ class Runtime:
     def may_run_ahead(self, cache: SkipCache) -> bool:
         """Whether a decode step may be begun that ``cache.crop(-1)`` may have to take back.
 
-        Not while a window is open, or about to be: what was learned could not be taken back.
+        Not while a window is open, or about to be: what was learned could not be taken back; nor
+        can the state of a mixer.
         """
         request: Request = cache.request
         learning = request.window is not None and not request.window.closed
-        return self.ahead and request.decoding and not learning
+        return self.ahead and request.decoding and not learning and not cache.stateful
 
     def measure(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None

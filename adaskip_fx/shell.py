@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -17,13 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from adaskip_passes import RefusedError
+from transformers.utils import ModelOutput
 
 from . import attention, loop
 from .cache import SkipCache
 from .runtime import Runtime
-from .storage import Slot
 
 _STEP_ARGUMENTS = frozenset(
     {
@@ -31,6 +30,7 @@ _STEP_ARGUMENTS = frozenset(
         "attention_mask",
         "position_ids",
         "past_key_values",
+        "cache_params",
         "use_cache",
         "logits_to_keep",
         "return_dict",
@@ -38,6 +38,19 @@ _STEP_ARGUMENTS = frozenset(
     }
 )
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+@dataclass
+class StatefulOutput(ModelOutput):  # type: ignore[misc]  # transformers is not typed
+    """What models return that call their cache ``cache_params`` (Mamba).
+
+    Attributes:
+        logits: [B, kept, V].
+        cache_params: the request's cache.
+    """
+
+    logits: torch.Tensor | None = None
+    cache_params: SkipCache | None = None
 
 
 class CompiledModel:
@@ -71,12 +84,13 @@ class CompiledModel:
                 "attention that runs; leave the argument out"
             )
         stop_tokens = _stop_tokens(generation_config)
-        cache = model_kwargs.get("past_key_values")
+        name = self._adaskip.cache_argument
+        cache = model_kwargs.get(name)
         if cache is not None:
             check_cache(cache, self._adaskip)
             cache.request.stop_tokens = stop_tokens
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self._adaskip.new_cache(max_cache_length, stop_tokens)
+            model_kwargs[name] = self._adaskip.new_cache(max_cache_length, stop_tokens)
 
     def _sample(
         self,
@@ -93,8 +107,11 @@ class CompiledModel:
         (``custom_generate=`` would be the public way, but takes the streamer away.)
         """
         given = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if loop.serves(generation_config, synced_gpus, model_kwargs):
-            return loop.run(self, *given, streamer, model_kwargs)
+        cache = model_kwargs.get(self._adaskip.cache_argument)
+        if isinstance(cache, SkipCache) and loop.serves(
+            generation_config, synced_gpus, model_kwargs
+        ):
+            return loop.run(self, *given, streamer, model_kwargs, cache)
         return super()._sample(  # type: ignore[misc]
             *given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
         )
@@ -110,7 +127,7 @@ class CompiledModel:
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
             outputs, model_kwargs, *args, **kwargs
         )
-        cache = updated.get("past_key_values")
+        cache = updated.get(self._adaskip.cache_argument)
         if isinstance(cache, SkipCache) and not cache.padded:
             updated.pop("attention_mask", None)
         return updated
@@ -152,31 +169,6 @@ def make_shell(model: PreTrainedModel) -> PreTrainedModel:
     shell.__class__ = type(base.__name__, (CompiledModel, base), {**name, "forward": forward})
     shell.set_attn_implementation(attention.NAME)
     return shell
-
-
-def kv_slots(model: PreTrainedModel) -> tuple[Slot, ...]:
-    """Shapes of what each layer stores, read off a run over two tokens.
-
-    Raises:
-        RefusedError: the model keeps something else than keys and values.
-    """
-    from transformers import DynamicCache
-
-    config = model.config.get_text_config()
-    cache = DynamicCache(config=config)
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-    with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
-    slots = []
-    for index, layer in enumerate(cache.layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or keys.dim() != 4:
-            raise RefusedError(
-                f"layer {index} keeps {type(layer).__name__} state, not keys and values; "
-                "only attention caches are supported yet"
-            )
-        slots.append(Slot(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))
-    return tuple(slots)
 
 
 def check_model(model: Any) -> None:
@@ -245,7 +237,7 @@ def _run(model: Any, given: dict[str, Any]) -> Any:
     _refuse_unsupported(model, given)
     runtime: Runtime = model.adaskip
     input_ids = _checked_ids(model, given.get("input_ids"))
-    cache = given.get("past_key_values")
+    cache = given.get(runtime.cache_argument)
     if cache is None:
         cache = runtime.new_cache()
     check_cache(cache, runtime)
@@ -261,6 +253,8 @@ def _run(model: Any, given: dict[str, Any]) -> Any:
     kept = None if use_cache is False else cache
     if given.get("return_dict") is False:
         return (logits, kept) if kept is not None else (logits,)
+    if runtime.cache_argument == "cache_params":
+        return StatefulOutput(logits=logits, cache_params=kept)
     return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
 
 

@@ -1,4 +1,4 @@
-"""K/V buffers, leased to one request at a time.
+"""What a request remembers: K/V buffers and states, leased to one request at a time.
 
 A captured CUDA graph holds the addresses of the buffers it works on. Where graphs are recorded,
 the buffers of a request that has ended are therefore kept for the next one, with the graphs that
@@ -7,81 +7,174 @@ were recorded on them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import itertools
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 if TYPE_CHECKING:
     from .decoding import Decoder
 
+StateKind = Literal["conv", "recurrent"]
+
+
+@dataclass(frozen=True)
+class State:
+    """One state that a mixer keeps instead of keys and values; as long for any number of tokens.
+
+    Attributes:
+        kind: ``conv`` (the last inputs of a convolution) or ``recurrent``.
+        index: which of the layer's states of that kind.
+        shape: without the batch: [*shape], of a batch [B, *shape].
+        dtype: its own, which may be wider than the model's.
+    """
+
+    kind: StateKind
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def zeros(self, batch: int, device: torch.device | str) -> torch.Tensor:
+        return torch.zeros((batch, *self.shape), dtype=self.dtype, device=device)
+
 
 @dataclass(frozen=True)
 class Slot:
-    """Shapes of what one layer stores: heads and dimension of its keys and of its values."""
+    """What one layer stores: heads and dimension of its keys and of its values, and its states.
 
-    key_heads: int
-    key_dim: int
-    value_heads: int
-    value_dim: int
+    A layer may have either, both or none (where it reads another layer's, or has only an FFN).
+    """
+
+    key_heads: int = 0
+    key_dim: int = 0
+    value_heads: int = 0
+    value_dim: int = 0
+    states: tuple[State, ...] = ()
+
+    @property
+    def attends(self) -> bool:
+        """Whether there are keys and values."""
+        return self.key_heads > 0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether there are states."""
+        return bool(self.states)
 
     def nbytes(self, batch: int, tokens: int, itemsize: int) -> int:
-        """Bytes of K and V for `tokens` tokens."""
+        """Bytes of K and V for `tokens` tokens, and of the states."""
         width = self.key_heads * self.key_dim + self.value_heads * self.value_dim
-        return batch * tokens * width * itemsize
+        states = sum(math.prod(s.shape) * s.dtype.itemsize for s in self.states)
+        return batch * (tokens * width * itemsize + states)
+
+    def only(self, kinds: Collection[str]) -> Slot:
+        """What is stored of it: keys and values (attention), states (mixer), both or nothing."""
+        states = self.states if "mixer" in kinds else ()
+        return replace(self, states=states) if "attention" in kinds else Slot(states=states)
 
 
 @dataclass(eq=False)
 class Storage:
-    """Buffers [batch, heads, capacity, dim] of every layer whose attention runs.
+    """Buffers of every layer whose attention or mixer runs.
 
     Attributes:
         batch: rows.
         capacity: tokens.
-        keys, values: by layer; None where nothing is stored.
+        slots: what is stored, by layer.
+        keys, values: [batch, heads, capacity, dim] by layer; None where nothing is stored.
+        states: by layer, in the order of its slot's states.
         lengths: a tensor on the CPU of which only lengths are used.
         decoder: the decode steps that run on these buffers at fixed addresses, once there are any.
     """
 
     batch: int
     capacity: int
+    slots: tuple[Slot, ...]
     keys: list[torch.Tensor | None]
     values: list[torch.Tensor | None]
+    states: list[tuple[torch.Tensor, ...]]
     lengths: torch.Tensor
     decoder: Decoder | None = field(default=None, repr=False)
 
+    @classmethod
+    def zeros(
+        cls,
+        slots: Sequence[Slot],
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Storage:
+        """Storage with nothing in it.
+
+        Zeros, because a masked attention reads what was never written, and NaN times 0 is NaN.
+        """
+
+        def made(heads: int, dim: int) -> torch.Tensor | None:
+            size = (batch, heads, capacity, dim)
+            return torch.zeros(size, dtype=dtype, device=device) if heads else None
+
+        # not inference tensors: they may be written outside inference mode later
+        with torch.inference_mode(False):
+            return cls(
+                batch,
+                capacity,
+                tuple(slots),
+                keys=[made(s.key_heads, s.key_dim) for s in slots],
+                values=[made(s.value_heads, s.value_dim) for s in slots],
+                states=[tuple(one.zeros(batch, device) for one in s.states) for s in slots],
+                lengths=torch.empty(capacity, dtype=torch.int8),
+            )
+
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.keys, *self.values) if t is not None)
+        return sum(t.nbytes for t in self._tensors())
 
-    @property
-    def stored(self) -> tuple[bool, ...]:
-        """Which layers have storage."""
-        return tuple(k is not None for k in self.keys)
+    def _tensors(self) -> list[torch.Tensor]:
+        kept = [t for t in (*self.keys, *self.values) if t is not None]
+        return [*kept, *itertools.chain.from_iterable(self.states)]
+
+    def layer(
+        self, index: int, slot: Slot, absent: Callable[[int, int], torch.Tensor]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[torch.Tensor, ...]]:
+        """Keys, values and states of a layer; where they are not stored, stand-ins for them.
+
+        Args:
+            index: of the layer.
+            slot: what the layer has.
+            absent: makes the stand-in for keys or values, of so many heads of such a dimension.
+        """
+        keys, values, states = self.keys[index], self.values[index], self.states[index]
+        if slot.attends and keys is None:
+            keys = absent(slot.key_heads, slot.key_dim)
+            values = absent(slot.value_heads, slot.value_dim)
+        if slot.mixes and not states:
+            states = tuple(one.zeros(self.batch, "meta") for one in slot.states)
+        return keys, values, states
 
     def take(self, other: Storage, tokens: int) -> None:
-        """Copy the first `tokens` tokens of `other`, which stores the same layers."""
-        pairs = (
-            *zip(self.keys, other.keys, strict=True),
-            *zip(self.values, other.values, strict=True),
-        )
-        for mine, theirs in pairs:
-            if mine is not None and theirs is not None:
+        """Copy states, and the first `tokens` tokens, of `other`, which stores the same."""
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            if mine.shape == theirs.shape:
+                mine.copy_(theirs)
+            else:
                 mine.narrow(2, 0, tokens).copy_(theirs.narrow(2, 0, tokens))
 
     def clear(self) -> None:
         """Forget what an earlier request left."""
-        for tensor in (*self.keys, *self.values):
-            if tensor is not None:
-                tensor.zero_()
+        for tensor in self._tensors():
+            tensor.zero_()
 
     def copy(self) -> Storage:
         """Buffers of their own with the same content."""
         keys, values = (
             [None if t is None else t.clone() for t in group] for group in (self.keys, self.values)
         )
-        return Storage(self.batch, self.capacity, keys, values, self.lengths)
+        states = [tuple(t.clone() for t in group) for group in self.states]
+        return Storage(self.batch, self.capacity, self.slots, keys, values, states, self.lengths)
 
 
 class StoragePool:
@@ -103,40 +196,22 @@ class StoragePool:
     def lease(
         self,
         slots: Sequence[Slot],
-        stored: Sequence[bool],
         batch: int,
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Storage:
-        """Storage for at least `capacity` tokens, all zeros.
-
-        Zeros, because a masked attention reads what was never written, and NaN times 0 is NaN.
-        """
+        """Storage for at least `capacity` tokens, all zeros."""
         idle, self._idle = self._idle, None
         if (
             idle is not None
-            and (idle.batch, idle.stored) == (batch, tuple(stored))
+            and (idle.batch, idle.slots) == (batch, tuple(slots))
             and capacity <= idle.capacity <= 2 * capacity
         ):
             idle.clear()
             return idle
         del idle  # before the new one is made
-        # not inference tensors: they may be written outside inference mode later
-        with torch.inference_mode(False):
-
-            def made(there: bool, heads: int, dim: int) -> torch.Tensor | None:
-                size = (batch, heads, capacity, dim)
-                return torch.zeros(size, dtype=dtype, device=device) if there else None
-
-            rows = list(zip(stored, slots, strict=True))
-            return Storage(
-                batch,
-                capacity,
-                keys=[made(there, s.key_heads, s.key_dim) for there, s in rows],
-                values=[made(there, s.value_heads, s.value_dim) for there, s in rows],
-                lengths=torch.empty(capacity, dtype=torch.int8),
-            )
+        return Storage.zeros(slots, batch, capacity, dtype, device)
 
     def give_back(self, storage: Storage) -> None:
         """Called when the request that leased `storage` is gone."""

@@ -180,9 +180,11 @@ def tiny_neox() -> Any:
     return model
 
 
-def tiny_mamba() -> Any:
-    shape = {"vocab_size": 32, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
-    return transformers.MambaForCausalLM(transformers.MambaConfig(**shape))
+def tiny_minimax() -> Any:
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    more = {"num_local_experts": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.MiniMaxConfig(**shape, **more, layer_types=["linear_attention"])
+    return transformers.MiniMaxForCausalLM(config)
 
 
 class Wrapped(nn.Module):
@@ -245,9 +247,13 @@ MODELS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "parallel": (
         lambda m: tiny_neox(),
         RefusedError,
-        "layer 0 adds two branches .*, and they cannot be taken one after the other",
+        "gpt_neox.layers.0.mlp: its name says ffn, but it writes to a cache",
     ),
-    "state": (lambda m: tiny_mamba(), RefusedError, "layer 0 keeps .* state, not keys and values"),
+    "a cache of its own": (
+        lambda m: tiny_minimax(),
+        RefusedError,
+        "MiniMaxForCausalLM does not run on a DynamicCache, so its memory is not known: ValueError",
+    ),
     "no residual": (
         lambda m: NotResidual(m.config),
         RefusedError,

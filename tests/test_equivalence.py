@@ -258,7 +258,7 @@ def test_storage_for_skipped_attention_is_caught(monkeypatch: pytest.MonkeyPatch
     make = SkipCache.__init__
 
     def generous(self: SkipCache, owner: Any, slots: Any, stored: Any, *args: Any) -> None:
-        make(self, owner, slots, [True] * len(slots), *args)
+        make(self, owner, slots, slots, *args)
 
     monkeypatch.setattr(SkipCache, "__init__", generous)
     with bank.using(plan):

@@ -11,7 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from adaskip_fx.api import build
 from adaskip_fx.phases import GraphKey, GraphPhaseCapture, capture_phase, example_lengths
-from adaskip_fx.shell import kv_slots, make_shell
+from adaskip_fx.sample import take
+from adaskip_fx.shell import make_shell
 from adaskip_passes import Repeat
 from tests.passes.canonical import inputs, lines
 
@@ -54,7 +55,7 @@ def model_of(kind: str, more: dict[str, Any]) -> Any:
 
 
 def captured(model: Any, key: GraphKey) -> GraphPhaseCapture:
-    slots, lengths = kv_slots(model), example_lengths(key, 2048)
+    slots, lengths = take(model).slots, example_lengths(key, 2048)
     return capture_phase(make_shell(model), type(model).forward, key, slots, lengths, "eager")
 
 

@@ -5,7 +5,8 @@ The mechanism under ``adaskip_fx``; it needs torch alone. In order:
 - :func:`capture` a function as one graph with Dynamo, to be run without it;
 - :func:`find_sublayers`: the residual branches of the graph;
 - :func:`outline`: a small outer graph of calls to pieces, equal pieces sharing one key;
-- :class:`Skip`, :class:`Probe`: passes over the outer graph, run by :func:`run_passes`;
+- :class:`Skip`, :class:`Probe`, :class:`Tap`: passes over the outer graph, run by
+  :func:`run_passes`;
 - :func:`link` compiled pieces into a program, or :func:`fuse` them into one flat graph.
 
 For a GPU's decode step: :class:`FuseProjections` gives its pieces operators that read every weight
@@ -18,8 +19,9 @@ from .cuda_graphs import Recorder
 from .dead_code import eliminate_dead_code
 from .decode_ops import attend, project
 from .errors import RefusedError
+from .flattened import unflatten
 from .link import fuse, link
-from .outline import Piece, outline, piece_of
+from .outline import Piece, outline, piece_of, sublayer_calls
 from .parallel import separate
 from .pipeline import Pass, run_passes, text
 from .probe import MOMENTS, VALID, Probe
@@ -27,6 +29,7 @@ from .projections import FuseProjections
 from .repeats import Repeat
 from .skip import Keep, Replacement, Skip
 from .sublayers import Sublayer, find_sublayers
+from .tap import Tap
 from .twins import Place, place_of
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "ShapeGuards",
     "Skip",
     "Sublayer",
+    "Tap",
     "attend",
     "capture",
     "describe",
@@ -62,5 +66,7 @@ __all__ = [
     "run_passes",
     "separate",
     "start_workers",
+    "sublayer_calls",
     "text",
+    "unflatten",
 ]

@@ -9,6 +9,7 @@ import gc
 import itertools
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -83,7 +84,9 @@ def trace(
 
     with one_at_a_time, _swept():
         try:
-            with _without_stack_traces():
+            with _without_stack_traces(), warnings.catch_warnings():
+                # models ask such functions which libraries are installed, and for what is constant
+                warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.")
                 torch.compile(own, backend=backend, fullgraph=True)(**arguments)
         except _Done:
             pass

@@ -7,6 +7,7 @@ module instead.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -102,3 +103,22 @@ def written(node: fx.Node) -> fx.Node | None:
 def accesses(nodes: Iterable[fx.Node], root: fx.Node) -> list[fx.Node]:
     """The nodes, in order, that read or write the storage of `root`, directly or through a view."""
     return [n for n in nodes if any(storage_root(i) is root for i in n.all_input_nodes)]
+
+
+def dependencies(nodes: Iterable[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """For each node what must come before it: its inputs, and the last writes to what it reads.
+
+    Args:
+        nodes: of one graph, in order.
+    """
+    root_of = functools.cache(storage_root)
+    last: dict[fx.Node, fx.Node] = {}
+    found = {}
+    for node in nodes:
+        inputs = node.all_input_nodes
+        writes = (last.get(root_of(i)) for i in inputs) if last else ()
+        found[node] = (*inputs, *(w for w in writes if w is not None))
+        root = written(node)
+        if root is not None:
+            last[root] = node
+    return found

@@ -137,6 +137,14 @@ def sublayer_calls(outer: fx.Graph) -> dict[int, fx.Node]:
     return {p.index: n for p, n in calls if p is not None and p.role == "sublayer"}
 
 
+def stream_after(call: fx.Node) -> fx.Node:
+    """The stream that a call of a sublayer makes."""
+    piece = piece_of(call)
+    if piece is None or piece.outputs == 1:
+        return call
+    return next(user for user in call.users if user.args[1] == 0)
+
+
 class _Builder:
     """Builds the outer graph, piece by piece in stream order."""
 

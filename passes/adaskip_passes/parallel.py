@@ -14,10 +14,10 @@ Each branch is then a sublayer of its own, and either can be skipped; what both 
 computed by both. ``earlier(x_1, x)`` is `x`: it says that what reads it belongs behind `x_1`, and
 is left out of the pieces.
 
-Legal because sums may be regrouped, but for rounding, and because a branch that is moved has no
-effects and reads nothing that is written behind it. Where that is not so, or a branch has an
-autocast region of its own, the expression is left as it is (and refused by
-:func:`find_sublayers`).
+Legal because sums may be regrouped, but for rounding, and because a branch that is moved reads
+nothing that is written behind it, and what it writes (a state, next to attention's keys and values)
+nobody else sees meanwhile. Where that is not so, or a branch has an autocast region of its own, the
+expression is left as it is (and refused by :func:`find_sublayers`).
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class _Sum:
         inner: what else is left out: the adds inside of it, and dropouts around these.
         residual: the term that is the stream; `stream`: the node that made it.
         branches: the other terms by the module that they come from, in the order in which they are
-            to be added; only the first may have effects.
-        regions: for each branch the nodes between the stream and its terms, in graph order.
+            to be added; those with effects first.
+        regions: for each branch the nodes between the stream and its terms, and its writes, in
+            graph order.
     """
 
     total: fx.Node
@@ -115,13 +116,19 @@ class _Finder:
         for term in sorted(terms, key=self.order.__getitem__):
             by_path.setdefault(branch_path(total, term), []).append(term)
         branches = [tuple(group) for group in by_path.values()]
+        if len(branches) < 2 or self._overwrites_read(total):
+            return None
         regions = [self._region(stream, group) for group in branches]
         writes = [w for w in self.writes if w not in inner and not self._depends(w, total)]
-        acting = [i for i in range(len(branches)) if self._acts(i, regions, writes)]
-        if len(branches) < 2 or len(acting) > 1 or self._overwrites_read(total):
-            return None
-        ranked = sorted(range(len(branches)), key=lambda i: i not in acting)
-        if not all(self._moves(regions[i], writes, total) for i in ranked[1:]):
+        effects = [self._effects(i, regions, writes) for i in range(len(branches))]
+        if len({w for group in effects for w in group}) < sum(map(len, effects)):
+            return None  # one write of several branches
+        regions = [
+            self._region(stream, (*group, *acts))
+            for group, acts in zip(branches, effects, strict=True)
+        ]
+        ranked = sorted(range(len(branches)), key=lambda i: not effects[i])
+        if not all(self._moves(regions[i], effects[i], writes, total) for i in ranked[1:]):
             return None
         return _Sum(
             total,
@@ -132,30 +139,39 @@ class _Finder:
             tuple(regions[i] for i in ranked),
         )
 
-    def _region(self, stream: fx.Node, terms: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    def _region(self, stream: fx.Node, ends: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
         bits = 0
-        for term in terms:
-            bits |= self.ancestors[term]
-        between = self.nodes[self.order[stream] + 1 : max(map(self.order.__getitem__, terms)) + 1]
+        for end in ends:
+            bits |= self.ancestors[end]
+        between = self.nodes[self.order[stream] + 1 : max(map(self.order.__getitem__, ends)) + 1]
         return tuple(n for n in between if bits >> self.order[n] & 1 and self._depends(n, stream))
 
-    def _acts(
+    def _effects(
         self, index: int, regions: Sequence[tuple[fx.Node, ...]], writes: Sequence[fx.Node]
-    ) -> bool:
-        """Whether something is written that only this branch computes, also on a side branch."""
+    ) -> list[fx.Node]:
+        """What is written that only this branch computes, also on a side branch."""
         shared = {n for i, region in enumerate(regions) if i != index for n in region}
         own = {n for n in regions[index] if n not in shared}
         bits = sum(1 << self.order[n] for n in own)
-        return any(self.ancestors[w] & bits for w in writes if not _is_local(w, own))
+        return [w for w in writes if self.ancestors[w] & bits and not _is_local(w, own)]
 
-    def _moves(self, region: Sequence[fx.Node], writes: Sequence[fx.Node], total: fx.Node) -> bool:
-        """Whether a branch computes the same behind all that is written before `total`."""
+    def _moves(
+        self,
+        region: Sequence[fx.Node],
+        effects: Sequence[fx.Node],
+        writes: Sequence[fx.Node],
+        total: fx.Node,
+    ) -> bool:
+        """Whether a branch computes and writes the same behind all that comes before `total`."""
         inside, begin, end = set(region), self.order[region[0]], self.order[total]
         read = {storage_root(i) for node in region for i in node.all_input_nodes}
-        behind = (w for w in writes if begin < self.order[w] < end and not _is_local(w, inside))
-        acts = any(is_mutation(n) and not _is_local(n, inside) for n in region)
+        behind = [w for w in writes if begin < self.order[w] < end and w not in inside]
+        mine = {written(w) for w in effects}
+        others = (n for n in self.nodes[begin:end] if n not in inside and _reads(n))
+        seen = any(storage_root(i) in mine for n in others for i in n.all_input_nodes)
+        acts = any(is_mutation(n) and not _is_local(n, inside) and n not in effects for n in region)
         cast = any(operation(n) in AUTOCAST_ENDS for n in self.nodes[begin:end])
-        return not (acts or cast or any(written(w) in read for w in behind))
+        return not (acts or seen or cast or any(written(w) in read for w in behind))
 
     def _overwrites_read(self, total: fx.Node) -> bool:
         """An add in place whose target is read afterwards by an older name."""
@@ -164,6 +180,11 @@ class _Finder:
         root, end = storage_root(total), self.order[total]
         names = (n for n in self.nodes[:end] if storage_root(n) is root)
         return any(self.order[user] > end for name in names for user in name.users)
+
+
+def _reads(node: fx.Node) -> bool:
+    """Whether a node looks at its inputs' storage: taking a view of it does not."""
+    return is_mutation(node) or storage_root(node) is node
 
 
 def _is_local(write: fx.Node, region: set[fx.Node]) -> bool:

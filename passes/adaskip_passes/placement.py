@@ -13,19 +13,21 @@ from torch import fx
 
 from .effects import AUTOCAST_ENDS, accesses, is_mutation, operation, storage_root, written
 from .errors import RefusedError
-from .sublayers import Sublayer, stream_levels
+from .sublayers import ATTENTION_OPERATIONS, Sublayer, stream_levels
 
 
 def place_nodes(graph: fx.Graph, sublayers: Sequence[Sublayer]) -> dict[fx.Node, int]:
     """The piece of every computed node: 0 the prologue, k + 1 sublayer k, S + 1 the epilogue.
 
     What does not depend on the stream belongs to the prologue, unless one piece alone needs it:
-    then it is computed there (and goes when that sublayer is skipped).
+    then it is computed there (and goes when that sublayer is skipped). What is made of the
+    embedding alone, and read by later sublayers as well, belongs to the prologue too.
     """
     levels = stream_levels(graph, [(s.stream, s.add) for s in sublayers])
     inner = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     place = {n: levels[n] + 1 for n in inner}
-    pinned = _place_autocast(inner, place) | {sublayers[0].stream}
+    pinned = _place_autocast(inner, place) | _overwritten(inner, place) | {sublayers[0].stream}
+    _place_of_embedding(inner, place, pinned | {sublayers[0].add})
     for node in reversed(inner):
         needed_by = {place[u] for u in node.users if u in place}
         if place[node] == 0 and node not in pinned and len(needed_by) == 1 and _inner_only(node):
@@ -34,6 +36,37 @@ def place_nodes(graph: fx.Graph, sublayers: Sequence[Sublayer]) -> dict[fx.Node,
     _place_unread([n for n in inner if n not in pinned], place)
     _check_order(inner, place)
     return place
+
+
+def _overwritten(inner: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> set[fx.Node]:
+    """What the prologue makes and then overwrites (a table, entry by entry), and who reads it."""
+    root_of = functools.cache(storage_root)
+    roots = {r for n in inner if (r := written(n)) is not None and place.get(r) == 0}
+    reads = (n for n in inner if any(root_of(i) in roots for i in n.all_input_nodes))
+    return roots | {n for n in reads if place[n] == 0}
+
+
+def _place_of_embedding(
+    inner: Sequence[fx.Node], place: dict[fx.Node, int], pinned: set[fx.Node]
+) -> None:
+    """Move what later pieces read of the first to the prologue, where the embedding is made."""
+    roots = {r for n in inner if (r := written(n)) is not None}
+
+    def movable(node: fx.Node) -> bool:
+        reads = {storage_root(i) for i in (node, *node.all_input_nodes)}
+        attends = operation(node) in ATTENTION_OPERATIONS
+        return node not in pinned and not is_mutation(node) and not reads & roots and not attends
+
+    for node in inner:
+        if place[node] != 1 or all(place.get(u, 1) <= 1 for u in node.users):
+            continue
+        wanted, group = [node], dict[fx.Node, None]()
+        while wanted:
+            one = wanted.pop()
+            group[one] = None
+            wanted += [i for i in one.all_input_nodes if place.get(i) == 1 and i not in group]
+        if all(map(movable, group)):
+            place.update(dict.fromkeys(group, 0))
 
 
 def _place_autocast(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> set[fx.Node]:

@@ -22,7 +22,7 @@ from torch import fx
 
 from .errors import RefusedError
 from .lengths import length_inputs
-from .outline import PIECE, Piece, helper_piece, piece_of, sublayer_calls
+from .outline import PIECE, Piece, helper_piece, stream_after, sublayer_calls
 
 #: What a probe measures, per row, summed over its valid tokens (a: stream before, b: after).
 MOMENTS = ("cosine", "ratio", "before_squared", "after_squared", "tokens")
@@ -58,7 +58,7 @@ class Probe:
         first = calls[self.sublayers[0]].args[0]
         assert isinstance(first, fx.Node)
         valid = _valid_input(graph, first.meta["example_value"])
-        pairs = [(calls[i].args[0], _stream_after(calls[i])) for i in self.sublayers]
+        pairs = [(calls[i].args[0], stream_after(calls[i])) for i in self.sublayers]
         if self.together:
             with graph.inserting_before(graph.output_node()):
                 befores, afters = zip(*pairs, strict=True)
@@ -123,13 +123,6 @@ def _measure(before: torch.Tensor, after: torch.Tensor, valid: torch.Tensor) -> 
     # where, not a product: the stream of a padding token may hold anything, NaN included
     counted = torch.where(valid.unsqueeze(-1), per_token, 0.0)
     return counted.sum(-2)
-
-
-def _stream_after(call: fx.Node) -> fx.Node:
-    piece = piece_of(call)
-    if piece is None or piece.outputs == 1:
-        return call
-    return next(user for user in call.users if user.args[1] == 0)
 
 
 def _valid_input(graph: fx.Graph, stream: torch.Tensor) -> fx.Node:

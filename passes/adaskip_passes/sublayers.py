@@ -17,7 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import fx
 
-from .effects import operation, written
+from .effects import dependencies, operation, written
 from .errors import RefusedError
 
 ATTENTION_OPERATIONS = frozenset({"scaled_dot_product_attention", "flex_attention"})
@@ -25,7 +25,7 @@ ATTENTION_OPERATIONS = frozenset({"scaled_dot_product_attention", "flex_attentio
 #: What a module's name says about the kind of sublayer it belongs to; first match counts.
 KIND_BY_NAME: Mapping[str, re.Pattern[str]] = MappingProxyType(
     {
-        "mixer": re.compile(r"mamba|mixer|ssm|linear_attn|short_conv|recurrent"),
+        "mixer": re.compile(r"mamba|ssm|linear_attn|short_conv|recurrent"),
         "attention": re.compile(r"attn|attention"),
         "ffn": re.compile(r"mlp|ffn|feed_forward|moe|expert|^fc\d$"),
     }
@@ -44,6 +44,8 @@ class Sublayer:
         layer: the decoder layer it belongs to, from its module path.
         kind: ``attention``, ``ffn`` or ``mixer``.
         path: module path of the branch, for messages (``model.layers.3.self_attn``).
+        modules: the innermost modules that the branch comes out of (``….self_attn.o_proj``);
+            several where their sum is the branch (routed and shared experts).
         add: the node that adds the branch to the stream.
         stream: the node that produced the stream which the sublayer reads: the add of the
             sublayer before, or the embedding.
@@ -54,6 +56,7 @@ class Sublayer:
     layer: int
     kind: str
     path: str
+    modules: tuple[str, ...]
     add: fx.Node
     stream: fx.Node
     branch: fx.Node
@@ -87,6 +90,9 @@ def find_sublayers(graph: fx.Graph) -> tuple[Sublayer, ...]:
             "the other. Only decoders made of x + f(x) sublayers can be skipped."
         )
     regions = _regions(graph, chain)
+    adds = {residual.add for residual in chain}
+    writes = ((n, written(n)) for n in graph.nodes if n not in adds)
+    later = {root: node for node, root in writes if root is not None}
     found = []
     for index, (residual, region) in enumerate(zip(chain, regions, strict=True)):
         path = branch_path(residual.add, residual.branch)
@@ -99,8 +105,11 @@ def find_sublayers(graph: fx.Graph) -> tuple[Sublayer, ...]:
         kind = _kind([n for n in region if n is not residual.add], path)
         _refuse_other_stream(residual, path)
         _refuse_parallel(residual, order, ancestors, layer)
+        modules = tuple(dict.fromkeys(_modules(residual.branch, module_path(residual.add), later)))
         found.append(
-            Sublayer(index, layer, kind, path, residual.add, residual.stream, residual.branch)
+            Sublayer(
+                index, layer, kind, path, modules, residual.add, residual.stream, residual.branch
+            )
         )
     _refuse_attention_outside(graph, regions)
     _refuse_duplicates(found)
@@ -129,9 +138,9 @@ def shape_of(node: fx.Node) -> tuple[str, ...] | None:
 def ancestors_of(graph: fx.Graph) -> dict[fx.Node, int]:
     """For each node the nodes it depends on, itself included, as a bit set in graph order."""
     sets: dict[fx.Node, int] = {}
-    for i, node in enumerate(graph.nodes):
+    for i, (node, sources) in enumerate(dependencies(graph.nodes).items()):
         bits = 1 << i
-        for source in node.all_input_nodes:
+        for source in sources:
             bits |= sets[source]
         sets[node] = bits
     return sets
@@ -145,6 +154,30 @@ def root_of(node: fx.Node) -> fx.Node:
             break
         node = source
     return node
+
+
+def _unscaled(node: fx.Node) -> fx.Node:
+    """What a term is a multiple of: the output of a module that was scaled outside of it."""
+    node = root_of(node)
+    while operation(node) == "mul" and node.op in ("call_function", "call_method"):
+        factors = [a for a in node.args if isinstance(a, fx.Node) and a.op != "placeholder"]
+        if len(factors) != 1:
+            break
+        node = root_of(factors[0])
+    return node
+
+
+def _modules(branch: fx.Node, layer: str, later: Mapping[fx.Node, fx.Node]) -> list[str]:
+    """The modules that a branch comes out of; those of its terms, if the layer itself adds them.
+
+    `later`: for a node whose value is overwritten, the last node that does so.
+    """
+    source = _unscaled(branch)
+    source = later.get(source, source)
+    path = module_path(source)
+    if path != layer or not is_add(source):
+        return [path]
+    return [p for term in source.all_input_nodes for p in _modules(term, layer, later)]
 
 
 def is_add(node: fx.Node) -> bool:
@@ -165,13 +198,25 @@ def _residual(
     assert isinstance(a, fx.Node)
     assert isinstance(b, fx.Node)
     shape = shape_of(node)
-    if shape is None or len(shape) < 2 or shape_of(a) != shape or shape_of(b) != shape:
+    if shape is None or len(shape) < 2:
         return None
     for residual, branch in ((a, b), (b, a)):
+        if shape_of(residual) != shape or not _fits(branch, shape):
+            continue
         stream = root_of(residual)
         if stream is not root_of(branch) and ancestors[branch] >> order[stream] & 1:
             return _Residual(node, stream, branch)
     return None
+
+
+def _fits(branch: fx.Node, shape: tuple[str, ...]) -> bool:
+    """Whether a branch is as large as the stream: a length may be written in another way."""
+    mine = shape_of(branch)
+    return (
+        mine is not None
+        and len(mine) == len(shape)
+        and not any(one != other and one.isdigit() for one, other in zip(mine, shape, strict=True))
+    )
 
 
 def _longest_chain(residuals: list[_Residual]) -> list[_Residual]:
@@ -188,7 +233,8 @@ def _longest_chain(residuals: list[_Residual]) -> list[_Residual]:
         places = ", ".join(module_path(add) or add.name for add in ends)
         raise RefusedError(
             f"{len(ends)} chains of {longest} residual adds are equally long, ending at {places}; "
-            "which one is the residual stream cannot be told."
+            "which one is the residual stream cannot be told. (If they are one stream, something "
+            "else than a residual add changes it between them.)"
         )
     chain = []
     residual: _Residual | None = by_add[ends[0]]
@@ -224,8 +270,8 @@ def stream_levels(graph: fx.Graph, chain: list[tuple[fx.Node, fx.Node]]) -> dict
     made_at = {add: k for k, (_, add) in enumerate(chain)}
     value_level: dict[fx.Node, int] = {}  # the stream that a node's value depends on
     level: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        depends = max((value_level[i] for i in node.all_input_nodes), default=-1)
+    for node, sources in dependencies(graph.nodes).items():
+        depends = max((value_level[i] for i in sources), default=-1)
         level[node] = depends
         value_level[node] = made_at[node] + 1 if node in made_at else depends
         if node is chain[0][0]:
@@ -235,7 +281,7 @@ def stream_levels(graph: fx.Graph, chain: list[tuple[fx.Node, fx.Node]]) -> dict
 
 def branch_path(total: fx.Node, term: fx.Node) -> str:
     """The module path of a branch that `total` adds, down to the child of the decoder layer."""
-    branch = module_path(root_of(term))
+    branch = module_path(_unscaled(term))
     layer = module_path(total)
     if branch.startswith(layer + ".") and re.search(r"(?:^|\.)\d+$", layer):
         return layer + "." + branch[len(layer) + 1 :].split(".")[0]
@@ -248,24 +294,32 @@ def _layer(path: str) -> int | None:
 
 
 def _kind(region: list[fx.Node], path: str) -> str:
-    """What a region does decides; its module's name must not contradict."""
+    """What a region does decides; its module's name must not contradict.
+
+    Attention calls an attention operator, or appends to storage; a mixer overwrites a state. Some
+    mixers are called as attention is, so a name tells these two apart only where a part of a state
+    is written.
+    """
     attends = any(operation(n) in ATTENTION_OPERATIONS for n in region)
-    stores = any((w := written(n)) is not None and w.op == "placeholder" for n in region)
+    writes = [n for n in region if (w := written(n)) is not None and w.op == "placeholder"]
     tail = path.rsplit(".", 1)[-1].lower()
     named = next((kind for kind, name in KIND_BY_NAME.items() if name.search(tail)), None)
-    if attends or (stores and named != "mixer"):
+    if attends or (named != "mixer" and any(not _replaces(n) for n in writes)):
         kind = "attention"
-    elif stores:
-        kind = "mixer"
     else:
-        kind = "ffn"
-    if named is not None and named != kind:
-        does = "writes to a cache" if stores else "attends" if attends else "has no effect"
+        kind = "mixer" if writes else "ffn"
+    if named is not None and (named == "ffn") != (kind == "ffn"):
+        does = "writes to a cache" if writes else "attends" if attends else "has no effect"
         raise RefusedError(
             f"{path}: its name says {named}, but it {does}, which says {kind}. "
             "It is refused because skipping the wrong kind corrupts the KV cache."
         )
     return kind
+
+
+def _replaces(write: fx.Node) -> bool:
+    """Whether a write overwrites all of an input at once."""
+    return operation(write) == "copy_" and write.args[0] is written(write)
 
 
 def _refuse_parallel(
@@ -299,6 +353,11 @@ def _refuse_other_stream(residual: _Residual, path: str) -> None:
             f"{path} takes a residual stream {list(map(str, before.shape))} of {before.dtype} and "
             f"gives {list(map(str, after.shape))} of {after.dtype}; a skipped sublayer could not"
         )
+    if before.dim() != 3:
+        raise RefusedError(
+            f"{path} is added to a stream {list(map(str, before.shape))} of {before.dim()} "
+            "dimensions, not to a residual stream [batch, tokens, hidden]"
+        )
 
 
 def _refuse_attention_outside(graph: fx.Graph, regions: list[list[fx.Node]]) -> None:
@@ -326,7 +385,7 @@ def _refuse_duplicates(found: list[Sublayer]) -> None:
 def stream_independent(graph: fx.Graph, stream: fx.Node) -> set[fx.Node]:
     """The nodes of a piece that do not depend on the residual stream `stream`."""
     dependent = {stream}
-    for node in graph.nodes:
-        if any(source in dependent for source in node.all_input_nodes):
+    for node, sources in dependencies(graph.nodes).items():
+        if any(source in dependent for source in sources):
             dependent.add(node)
     return {node for node in graph.nodes if node not in dependent}

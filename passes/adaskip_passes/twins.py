@@ -153,7 +153,7 @@ class _Walk:
     def _object(self, kind: type, one: Any, other: Any) -> None:
         """Attribute by attribute; only of classes that keep nothing elsewhere."""
         in_sight = (
-            c is object or (c.__flags__ & _HEAP_TYPE and "__slots__" not in vars(c))
+            c is object or (c.__flags__ & _HEAP_TYPE and not vars(c).get("__slots__"))
             for c in kind.__mro__
         )
         _require(all(in_sight))

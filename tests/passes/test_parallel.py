@@ -221,7 +221,7 @@ def test_how_many_there_were() -> None:
 
 
 class Counting(Mlp):
-    """An FFN with a state: it cannot be moved behind attention, which has one as well."""
+    """An FFN with a state, as attention has one."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
@@ -245,14 +245,22 @@ class KeepsOld(Block):
         return x + 0.0 * old
 
 
-@pytest.mark.parametrize("block", [BothAct, KeepsOld])
-def test_what_cannot_be_separated_is_left_and_refused(block: type[Block]) -> None:
+def test_what_cannot_be_separated_is_left_and_refused() -> None:
     shape = Shape(layers=2)
-    graph = trace(step, **arguments(Decoder(shape, block), shape)).graph.graph
+    graph = trace(step, **arguments(Decoder(shape, KeepsOld), shape)).graph.graph
     before = str(graph)
     assert separate(graph) == 0
     assert str(graph) == before
     with pytest.raises(RefusedError):
+        find_sublayers(graph)
+
+
+def test_an_ffn_with_a_state_is_separated_and_refused() -> None:
+    """Its effect moves with it; but what writes is no FFN."""
+    shape = Shape(layers=2)
+    graph = trace(step, **arguments(Decoder(shape, BothAct), shape)).graph.graph
+    assert separate(graph) == 2
+    with pytest.raises(RefusedError, match="its name says ffn, but it writes to a cache"):
         find_sublayers(graph)
 
 

@@ -40,6 +40,7 @@ from tests.passes.decoders import (
     cut,
     cut_block,
     shared,
+    step,
 )
 from tests.passes.reference import Instead, eager, same
 
@@ -405,14 +406,16 @@ def test_what_is_not_there_cannot_be_skipped() -> None:
 
 
 class SharesKeys(Decoder):
-    """The second layer's attention reads the keys that the first computed."""
+    """Attention reads the keys that the layer `first` computed, and those before it their own."""
+
+    first = 1
 
     def forward(self, ids: Tensor, memory: Memory) -> Tensor:
         layers: Any = self.layers
         x, table, keys = self.embed(ids), self.table(0, ids.shape[1]), None
-        for layer, slot in zip(layers, memory.slots, strict=True):
+        for number, (layer, slot) in enumerate(zip(layers, memory.slots, strict=True)):
             q, k, v = layer.self_attn.project(layer.norm1(x), table)
-            keys = k if keys is None else keys
+            keys = k if number <= self.first else keys
             layer.self_attn.store(slot, keys, v)
             mixed = layer.self_attn.mix(q, keys, v, slot, 0)
             x = x + layer.self_attn.out(mixed.transpose(1, 2).reshape(x.shape))
@@ -421,15 +424,34 @@ class SharesKeys(Decoder):
 
 
 def test_a_sublayer_whose_values_are_read_later_cannot_be_skipped() -> None:
-    shape = Shape()
+    shape = Shape(layers=3)
     got = cut(SharesKeys(shape), shape)
     with pytest.raises(RefusedError) as caught:
-        skip(got, {0: Replacement("everything")})
+        skip(got, {2: Replacement("everything")})
     assert str(caught.value) == (
-        "layer 0's attention hands 1 value(s) besides the residual stream to later layers, so it "
+        "layer 1's attention hands 1 value(s) besides the residual stream to later layers, so it "
         "cannot be skipped."
     )
-    assert "layers_1_attention" not in calls(skip(got, {2: Replacement("nothing")}))
+    assert "layers_2_attention" not in calls(skip(got, {4: Replacement("nothing")}))
+
+
+class SharesFirstKeys(SharesKeys):
+    first = 0
+
+
+def test_values_of_the_embedding_that_later_layers_read_are_the_prologues() -> None:
+    """The first layer's keys are made of the embedding alone: it can be skipped all the same."""
+    shape = Shape(layers=3)
+    got = cut(SharesFirstKeys(shape), shape)
+    changed = skip(got, {0: Replacement("nothing")})
+    assert "layers_0_attention" not in calls(changed)
+    args, expected = arguments(got.model, shape), arguments(got.model, shape)
+    logits = call(link(changed, got.compiler), got, changed.graph, args)[0]
+    layers: Any = got.model.layers
+    with torch.no_grad():
+        layers[0].self_attn.out.weight.zero_()
+        (wanted,) = step(**expected)
+    torch.testing.assert_close(logits, wanted)
 
 
 def test_a_refused_skip_leaves_the_graph_as_it_was() -> None:

@@ -1,0 +1,237 @@
+"""Whether a compiled model computes what the eager one does, and if not, where they part."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from transformers import DynamicCache
+
+from adaskip_passes import Tap
+
+from ..api import build
+from ..plan import Action, Phase, SkipPlan
+from ..programs import Program
+from ..runtime import Runtime
+from .oracle import Oracle, Skips
+
+#: Relative errors allowed by default. The compiled model groups operations differently, and picks
+#: other attention kernels; bfloat16 keeps 8 bits of a value, float16 11.
+TOLERANCES = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 8e-2,
+}
+
+
+def assert_equivalent(
+    model: Any,
+    plan: SkipPlan | None = None,
+    *,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    decode_steps: int = 8,
+    dtype: torch.dtype | None = None,
+    tol: float | None = None,
+    backend: str = "eager",
+    modules: Mapping[str, str | Sequence[str]] | None = None,
+) -> float:
+    """Check that a model compiled under a plan gives the logits of the eager model under it.
+
+    The eager model is run with hooks on the modules that end its branches (:class:`Oracle`); none
+    of the graph passes is used for it. Both are given the prompt and then, one by one, the tokens
+    that the eager model finds likeliest. A model is compiled once and kept for the next call.
+
+    Args:
+        model: a decoder as :func:`adaskip_fx.compile` takes it; it is left as it was.
+        plan: what to leave out; nothing if None.
+        inputs: ``input_ids`` [B, T] and, for padded rows, ``attention_mask`` [B, T]; 13 random
+            tokens if None.
+        decode_steps: tokens after the prompt.
+        dtype: check a copy of the model converted to it.
+        tol: the largest difference of logits allowed, in units of the largest logit of the step;
+            by the model's dtype if None (see ``TOLERANCES``).
+        backend: what compiles the pieces; ``"eager"`` shows rewriting alone.
+        modules: for each sublayer the path of the module that ends its branch (see `Oracle`); as
+            the compiler found them if None.
+
+    Returns:
+        The largest relative difference that there was.
+
+    Raises:
+        AssertionError: logits differ; the message says in which step, and the first sublayer after
+            which the residual stream differs.
+        RefusedError: the model or the plan cannot be compiled.
+    """
+    pair = _pair(model, dtype, backend)
+    runtime: Runtime = pair.compiled.adaskip
+    runtime.plan = plan = plan if plan is not None else SkipPlan.empty(runtime.sublayers)
+    oracle = Oracle(pair.eager, modules or runtime.graphs.modules)
+    oracle.prefill, oracle.decode = _skips(plan, "prefill"), _skips(plan, "decode")
+    given = dict(inputs) if inputs is not None else {"input_ids": _random_tokens(pair.eager)}
+    allowed = tol if tol is not None else TOLERANCES[pair.eager.dtype]
+    steps = _eager_steps(pair, oracle, given, decode_steps)
+    worst, cache = 0.0, runtime.new_cache()
+    for number, step in enumerate(steps):
+        error = relative_error(pair.forward(pair.compiled, step.inputs, cache), step.logits)
+        if not error <= allowed:
+            where = _first_difference(pair, steps[: number + 1], allowed)
+            raise AssertionError(
+                f"{type(model).__name__} under plan {plan.digest[:8]}: the logits of step {number} "
+                f"({step.name}) differ from the eager model's by {error:.1e}, allowed "
+                f"{allowed:.1e}. {where}"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, in units of the largest expected value; infinite for NaN."""
+    if actual.shape != expected.shape:
+        raise AssertionError(f"shape {list(actual.shape)} instead of {list(expected.shape)}")
+    wide = expected.double()
+    error = (actual.double() - wide).abs().max() / wide.abs().max().clamp_min(1e-30)
+    return float("inf") if bool(error.isnan()) else float(error)
+
+
+def compiled_for(model: Any, dtype: torch.dtype | None = None, backend: str = "eager") -> Any:
+    """The compiled form of a model that :func:`assert_equivalent` uses; made once."""
+    return _pair(model, dtype, backend).compiled
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of the eager model: inputs, logits, and the stream before and after sublayers."""
+
+    name: str
+    inputs: dict[str, torch.Tensor]
+    logits: torch.Tensor
+    streams: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """An eager model and its compiled form."""
+
+    eager: Any
+    compiled: Any
+
+    def forward(self, model: Any, inputs: dict[str, torch.Tensor], cache: Any) -> torch.Tensor:
+        """Logits [B, T, V] of one step of either."""
+        named = {self.compiled.adaskip.cache_argument: cache}
+        with torch.no_grad():
+            logits: torch.Tensor = model(**inputs, use_cache=True, **named).logits
+        return logits
+
+
+#: by model: its compiled forms, and the converted copies that they were made of
+_made: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
+
+
+def _pair(model: Any, dtype: torch.dtype | None, backend: str) -> _Pair:
+    kept = _made.setdefault(model, {})
+    key = (dtype, backend)
+    converted, compiled = kept.get(key, (None, None))
+    source = converted if converted is not None else model
+    parameters = zip(source.parameters(), compiled.parameters() if compiled else (), strict=False)
+    if compiled is None or not all(a is b for a, b in parameters):
+        converted = None if dtype in (None, model.dtype) else copy.deepcopy(model).to(dtype)
+        source = converted if converted is not None else model
+        compiled = build(source, None, backend=backend, max_variants=64)
+        kept[key] = converted, compiled  # not the model itself, which would keep it alive
+    return _Pair(source, compiled)
+
+
+def _skips(plan: SkipPlan, phase: Phase) -> Skips:
+    """What a plan leaves out in a phase, as the oracle is told; `kv_only` adds nothing either."""
+    actions = {s: plan.action(phase, s) for s in plan.sublayers}
+    return {
+        str(s): plan.compensation.factor(s) if action is Action.SKIP else None
+        for s, action in actions.items()
+        if action is not Action.RUN
+    }
+
+
+def _random_tokens(model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, vocabulary, (1, 13), generator=generator).to(model.device)
+
+
+def _eager_steps(
+    pair: _Pair, oracle: Oracle, given: dict[str, torch.Tensor], decode_steps: int
+) -> list[_Step]:
+    """The eager model's prompt, and the tokens that it finds likeliest after it."""
+    has = inspect.signature(type(pair.eager).forward).parameters
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    valid = mask if mask is not None else torch.ones_like(ids)
+    cache, steps = DynamicCache(config=pair.eager.config.get_text_config()), list[_Step]()
+    with oracle.watching():
+        for number in range(1 + decode_steps):
+            inputs = {"input_ids": ids}
+            if mask is not None:
+                inputs["attention_mask"] = valid
+            if "position_ids" in has:
+                places = (valid.cumsum(-1) - 1).clamp_min(0)
+                inputs["position_ids"] = places[:, -ids.shape[1] :]
+            logits = pair.forward(pair.eager, inputs, cache)
+            name = f"decode, token {number}" if number else f"prefill, {ids.shape[1]} tokens"
+            steps.append(_Step(name, inputs, logits, oracle.streams))
+            ids = logits[:, -1:].argmax(-1)
+            valid = torch.cat((valid, torch.ones_like(ids)), 1)
+    return steps
+
+
+class _Watched(Program):
+    """A program that keeps the streams of its last run."""
+
+    first_passes = (Tap(),)
+    last: ClassVar[tuple[torch.Tensor, ...]] = ()
+
+    def run(self, *arguments: Any) -> tuple[Any, ...]:
+        outputs = super().run(*arguments)
+        end = 2 + len(self.phase.sublayers)
+        _Watched.last = outputs[1:end]
+        return outputs[:1] + outputs[end:]
+
+
+def _first_difference(pair: _Pair, steps: list[_Step], allowed: float) -> str:
+    """Run the steps again, watching the stream of the compiled model; what is seen, in words."""
+    runtime: Runtime = pair.compiled.adaskip
+    graphs, fixed = runtime.graphs, runtime.fixed_addresses
+    modules = graphs.modules
+    graphs.program_type, runtime.fixed_addresses = _Watched, False
+    try:
+        cache = runtime.new_cache()
+        for number, step in enumerate(steps):
+            logits = pair.forward(pair.compiled, step.inputs, cache)
+            begin, *afters = _Watched.last
+            for name, before, after in zip(modules, (begin, *afters), afters, strict=False):
+                expected = [t.reshape(after.shape) for t in step.streams[name]]
+                place = f"{name} ({', '.join(modules[name])}), step {number} ({step.name})"
+                for got, want, side in zip((before, after), expected, _SIDES, strict=True):
+                    if not relative_error(got, want) <= allowed:
+                        return f"First difference: the stream {side} {place}: {_worst(got, want)}."
+            if not relative_error(logits, step.logits) <= allowed:
+                return "No sublayer's stream differs: the difference is made after the last one."
+    finally:
+        graphs.program_type, runtime.fixed_addresses = Program, fixed
+    return "Watched, sublayer by sublayer, the model gives the eager model's logits."
+
+
+_SIDES = ("before", "after")
+
+
+def _worst(got: torch.Tensor, want: torch.Tensor) -> str:
+    """Where two tensors differ most, and by how much."""
+    error = relative_error(got, want)
+    wide = (got.double() - want.double()).abs()
+    at = torch.unravel_index(torch.where(wide.isnan(), torch.inf, wide).argmax(), wide.shape)
+    place = [int(i) for i in at]
+    values = (float(t[tuple(place)]) for t in (got, want))
+    return "relative error {:.1e}, at {} {:.6g} instead of {:.6g}".format(error, place, *values)

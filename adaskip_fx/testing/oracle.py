@@ -1,0 +1,177 @@
+"""The reference: an eager model with some sublayers replaced, seen from outside its modules.
+
+The output of a branch's last module is handed on as a tensor that remembers which branch it is,
+through factors, dropouts, norms and views, until it is added to something. What it is added to is
+the residual stream: there the branch is left out, or the stream before and after is noted. Nothing
+of the passes is used here, neither their graph nor what they found in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+_ADDS = frozenset(
+    [
+        *(torch.add, torch.Tensor.add, torch.Tensor.add_),
+        *(torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__),
+    ]
+)
+#: What stands in for a sublayer: None hands the stream on, a number is a factor on it.
+Skips = Mapping[str, float | None]
+
+
+@dataclass
+class Oracle:
+    """An eager model whose sublayers can be left out.
+
+    Attributes:
+        model: any decoder; hooks are put on its modules in `watching`, and taken off again.
+        modules: for each sublayer (``"3.ffn"``), in the order of the residual stream, the path of
+            the module whose output is its branch (``model.layers.3.mlp``), or the paths of the
+            modules whose sum it is.
+        prefill, decode: what is left out of prompts, and of single tokens after them.
+        streams: for each sublayer, the residual stream before and after it in the last forward.
+    """
+
+    model: nn.Module
+    modules: Mapping[str, str | Sequence[str]]
+    prefill: Skips = field(default_factory=dict)
+    decode: Skips = field(default_factory=dict)
+    streams: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _decoding: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._order = {name: i for i, name in enumerate(self.modules)}
+
+    @contextmanager
+    def watching(self) -> Iterator[Oracle]:
+        """Meanwhile the model leaves out what it should, and `streams` are noted."""
+        handles = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        try:
+            for name, paths in self.modules.items():
+                for path in (paths,) if isinstance(paths, str) else paths:
+                    module = self.model.get_submodule(path)
+                    handles.append(module.register_forward_hook(self._mark(name)))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        cache = next((kwargs[n] for n in ("past_key_values", "cache_params") if n in kwargs), None)
+        self._decoding = ids is not None and ids.shape[1] == 1 and _filled(cache)
+        self.streams = {}
+
+    def _mark(self, name: str) -> Callable[..., Any]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            tensor = output[0] if isinstance(output, tuple) else output
+            marked = _Branch.of(self, ((name, tensor),))
+            return (marked, *output[1:]) if isinstance(output, tuple) else marked
+
+        return hook
+
+    def join(
+        self,
+        stream: torch.Tensor,
+        parts: Sequence[tuple[str, torch.Tensor]],
+        total: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """The stream after some branches; `total` makes the sum that the model would make."""
+        skips = self.decode if self._decoding else self.prefill
+        ordered = sorted(parts, key=lambda part: self._order[part[0]])
+        for number, (name, branch) in enumerate(ordered):
+            if name in self.streams:
+                raise AssertionError(f"{name}: {self.modules[name]} is added to the stream twice")
+            before = stream
+            if name in skips:
+                factor = skips[name]
+                stream = before if factor is None else (before.float() * factor).to(before.dtype)
+            else:
+                whole = number == len(ordered) - 1 and not skips.keys() & dict(ordered).keys()
+                stream = total() if whole else before + branch
+            self.streams[name] = (before, stream)
+        return stream
+
+
+def _filled(cache: Any) -> bool:
+    """Whether a cache holds tokens."""
+    if cache is None:
+        return False
+    try:
+        return bool(cache.get_seq_length() > 0)
+    except ValueError:  # it keeps states alone
+        return bool(cache.has_previous_state())
+
+
+class _Branch(torch.Tensor):
+    """What branches make, on its way to the stream; several where they are added to each other."""
+
+    oracle: Oracle
+    parts: tuple[tuple[str, torch.Tensor], ...]
+    plain: torch.Tensor
+
+    @classmethod
+    def of(cls, oracle: Oracle, parts: tuple[tuple[str, torch.Tensor], ...]) -> _Branch:
+        plain = parts[0][1]
+        for _, value in parts[1:]:
+            plain = plain + value
+        made: _Branch = torch.Tensor._make_subclass(cls, plain)
+        made.oracle, made.parts, made.plain = oracle, parts, plain
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        branches: list[_Branch] = [a for a in args if isinstance(a, _Branch)]
+        if func in _ADDS and not kwargs and len(args) == 2:
+            joined = _added(func, *args)
+            if joined is not None:
+                return joined
+        if len(branches) != 1:
+            return func(*map(_plain, args), **{k: _plain(v) for k, v in kwargs.items()})
+        return _through(func, args, kwargs, branches[0])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Branch):
+        return value.plain
+    if isinstance(value, tuple | list):
+        return type(value)(map(_plain, value))
+    return value
+
+
+def _added(func: Any, left: Any, right: Any) -> Any:
+    """A sum of branches, or the stream after them; None for another kind of sum."""
+    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
+        return None
+    if left.shape != right.shape:
+        return None
+    branch, other = (left, right) if isinstance(left, _Branch) else (right, left)
+    assert isinstance(branch, _Branch)
+    if isinstance(other, _Branch):
+        if [name for name, _ in branch.parts] == [name for name, _ in other.parts]:
+            (name, _), *more = branch.parts  # two terms of one branch
+            if not more:
+                return _Branch.of(branch.oracle, ((name, func(_plain(left), _plain(right))),))
+        return _Branch.of(branch.oracle, (*branch.parts, *other.parts))
+    before = other.clone()  # the sum may be made in its place
+    return branch.oracle.join(before, branch.parts, lambda: func(_plain(left), _plain(right)))
+
+
+def _through(func: Any, args: Any, kwargs: Any, branch: _Branch) -> Any:
+    """What an operation makes of a branch: still one, if it has as many elements."""
+    results = []
+    for name, value in branch.parts:
+        given = [value if a is branch else _plain(a) for a in args]
+        result = func(*given, **{k: _plain(v) for k, v in kwargs.items()})
+        if not isinstance(result, torch.Tensor) or result.numel() != branch.numel():
+            return result
+        results.append((name, result))
+    return _Branch.of(branch.oracle, tuple(results))

@@ -1,0 +1,95 @@
+"""Hypothesis strategies: skip plans, prompts and tiny configurations to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from ..compensation import Compensation
+from ..plan import Action, SkipPlan
+from ..sublayer import Sublayer
+from .equivalence import compiled_for
+from .families import FAMILIES, tiny_config
+
+#: What each kind of sublayer may do in prefill and decode. The first, run in both, is the simplest:
+#: a failing plan shrinks to the fewest sublayers.
+_ACTIONS = {
+    "attention": (
+        ("run", "run"),
+        ("skip", "skip"),
+        ("kv_only", "run"),
+        ("run", "kv_only"),
+        ("kv_only", "kv_only"),
+    ),
+    "mixer": (("run", "run"), ("skip", "skip")),
+    "ffn": (("run", "run"), ("skip", "skip"), ("run", "skip"), ("skip", "run")),
+}
+_FACTORS = st.floats(0.25, 2.0, width=32)
+
+
+def plans(model: Any) -> st.SearchStrategy[SkipPlan]:
+    """Any skip plan for a model: what runs, what is skipped in which phase, with which factor.
+
+    Args:
+        model: a decoder as :func:`adaskip_fx.compile` takes it, whose sublayers are looked up; or
+            the sublayers themselves, in the order of the stream.
+    """
+    sublayers = model if isinstance(model, Sequence) else compiled_for(model).adaskip.sublayers
+    return _plans(tuple(sublayers))
+
+
+@st.composite
+def _plans(draw: st.DrawFn, sublayers: tuple[Sublayer, ...]) -> SkipPlan:
+    actions = {s: draw(st.sampled_from(_ACTIONS[s.kind]), label=str(s)) for s in sublayers}
+    for phase in (0, 1):
+        if all(a[phase] != "run" for a in actions.values()):
+            actions[sublayers[-1]] = ("run", "run")
+    skipped = [s for s, pair in actions.items() if "skip" in pair]
+    factors = {s: f for s in skipped if (f := draw(st.none() | _FACTORS, label=f"x {s}"))}
+    return SkipPlan(
+        sublayers,
+        {s: Action(pair[0]) for s, pair in actions.items()},
+        {s: Action(pair[1]) for s, pair in actions.items()},
+        Compensation("scale", factors) if factors else Compensation(),
+    )
+
+
+@st.composite
+def prompts(
+    draw: st.DrawFn, model: Any, *, max_tokens: int = 17, max_batch: int = 2, padding: bool = True
+) -> dict[str, torch.Tensor]:
+    """Prompts for a model: ``input_ids`` [B, T] and, where rows are padded, ``attention_mask``.
+
+    Args:
+        model: gives the vocabulary and the device.
+        max_tokens: T at most; two at least.
+        max_batch: B at most.
+        padding: whether rows may be padded, on the left.
+    """
+    batch, tokens = draw(st.integers(1, max_batch)), draw(st.integers(2, max_tokens))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16), label="seed of tokens"))
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocabulary, (batch, tokens), generator=generator)
+    prompt = {"input_ids": ids.to(model.device)}
+    if padding and batch > 1 and draw(st.booleans(), label="padded"):
+        missing = [draw(st.integers(0, tokens - 1)) for _ in range(batch - 1)] + [0]
+        places = torch.arange(tokens).expand(batch, -1)
+        mask = places >= torch.tensor(missing).unsqueeze(1)
+        prompt["attention_mask"] = mask.long().to(model.device)
+    return prompt
+
+
+@st.composite
+def tiny_configs(draw: st.DrawFn, family: str) -> Any:
+    """Configurations of a family, so small that a model of it takes milliseconds to make.
+
+    Args:
+        family: one of `FAMILIES`.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"no family {family!r}; known: {', '.join(sorted(FAMILIES))}")
+    drawn = {name: draw(st.sampled_from(v), label=name) for name, v in FAMILIES[family].vary}
+    return tiny_config(family, **drawn)
