@@ -216,11 +216,10 @@ def _dynamic(one: Subject) -> str:
 
 def _window(one: Subject) -> str:
     config = one.model.config
-    windows = (getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size"))
-    windows = [w for w in (*windows, getattr(config, "window_size", None)) if isinstance(w, int)]
-    if not windows or getattr(config, "use_sliding_window", True) is False:
+    names = ("sliding_window", "attention_chunk_size", "window_size")
+    windows = [w for name in names if isinstance(w := getattr(config, name, None), int)]
+    if not any(w < PROMPT for w in windows) or getattr(config, "use_sliding_window", 1) is False:
         return NONE
-    assert windows[0] < PROMPT
     return YES  # all that was compared was longer
 
 
@@ -264,16 +263,22 @@ def versions() -> str:
 
 
 def main(names: list[str]) -> None:
-    known: dict[str, dict[str, dict[str, str]]] = (
-        json.loads(FILE.read_text()) if FILE.exists() else {}
-    )
-    column = known.setdefault(versions(), {})
+    rows = {}
     for name in names or FAMILIES:
         if FAMILIES[name].known:
-            column[name] = measure(name)
-            print(name, column[name], flush=True)
+            rows[name] = measure(name)
+            print(name, rows[name], flush=True)
+    known = table()
+    known.setdefault(versions(), {}).update(rows)
     ordered = {v: {n: known[v][n] for n in FAMILIES if n in known[v]} for v in sorted(known)}
     FILE.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
+
+
+def table() -> dict[str, dict[str, dict[str, str]]]:
+    """What has been measured: versions, family, column."""
+    text = FILE.read_text() if FILE.exists() else "{}"
+    measured: dict[str, dict[str, dict[str, str]]] = json.loads(text)
+    return measured
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from adaskip_fx.testing.families import FAMILIES
@@ -16,6 +14,6 @@ KNOWN = [name for name, family in FAMILIES.items() if family.known]
 def test_a_family(name: str) -> None:
     """What is compared is exact, and the table says just that."""
     row = support.measure(name)
-    table = json.loads(support.FILE.read_text()).get(support.versions())
+    table = support.table().get(support.versions())
     if table is not None:  # of other versions there is no table
         assert row == table[name]

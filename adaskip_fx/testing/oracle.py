@@ -134,7 +134,8 @@ class _Branch(torch.Tensor):
             joined = _added(func, *args)
             if joined is not None:
                 return joined
-        if len(branches) != 1:
+        names = {tuple(name for name, _ in branch.parts) for branch in branches}
+        if len(names) != 1:
             return func(*map(_plain, args), **{k: _plain(v) for k, v in kwargs.items()})
         return _through(func, args, kwargs, branches[0])
 
@@ -168,8 +169,8 @@ def _added(func: Any, left: Any, right: Any) -> Any:
 def _through(func: Any, args: Any, kwargs: Any, branch: _Branch) -> Any:
     """What an operation makes of a branch: still one, if it has as many elements."""
     results = []
-    for name, value in branch.parts:
-        given = [value if a is branch else _plain(a) for a in args]
+    for number, (name, _) in enumerate(branch.parts):
+        given = [a.parts[number][1] if isinstance(a, _Branch) else _plain(a) for a in args]
         result = func(*given, **{k: _plain(v) for k, v in kwargs.items()})
         if not isinstance(result, torch.Tensor) or result.numel() != branch.numel():
             return result

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter
 
 from .errors import RefusedError
+from .scan import one_operator
 
 __all__ = ["PythonPrinter", "ShapeEnv", "TracingContext", "tracing"]  # handed on
 
@@ -74,17 +75,18 @@ def trace(
         Exception: whatever `receive` raised.
     """
     failed: list[Exception] = []
+    receivers = [receive]  # not `receive` itself: Dynamo keeps every backend for ever
 
     def backend(graph: fx.GraphModule, example_inputs: list[Any], **_options: Any) -> NoReturn:
         try:
-            receive(graph)
+            receivers[0](graph)
         except Exception as error:  # raised below, outside Dynamo, which would wrap it
             failed.append(error)
         raise _Done
 
     with one_at_a_time, _swept():
         try:
-            with _without_stack_traces(), warnings.catch_warnings():
+            with _without_stack_traces(), one_operator(), warnings.catch_warnings():
                 # models ask such functions which libraries are installed, and for what is constant
                 warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.")
                 torch.compile(own, backend=backend, fullgraph=True)(**arguments)
@@ -93,9 +95,10 @@ def trace(
         except Exception as error:
             raise NoGraphError(_summary(error)) from error
         finally:
+            receivers.clear()
             torch._dynamo.eval_frame.reset_code(own.__code__)  # type: ignore[attr-defined]
     if failed:
-        raise failed[0]
+        raise failed.pop()
 
 
 @contextmanager
