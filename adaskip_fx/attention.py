@@ -74,6 +74,11 @@ def attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def can_be_set(model: Any) -> bool:
+    """Whether a model asks the registry for its attention; one of a user's own may not."""
+    return bool(type(model)._can_set_attn_implementation())
+
+
 def _written_out(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adaskip_passes import RefusedError, ShapeGuards, start_workers
+from adaskip_passes import RefusedError, ShapeGuards, piece_of, start_workers, sublayer_calls
 
 from . import phases
 from .phases import Forward, GraphKey, GraphPhaseCapture, Memory
@@ -73,6 +73,14 @@ class Graphs:
         """For each sublayer the modules whose outputs are its branch, in stream order."""
         first = self._all()[0]
         return {str(s): paths for s, paths in zip(first.sublayers, first.modules, strict=True)}
+
+    @property
+    def unskippable(self) -> frozenset[Sublayer]:
+        """The sublayers that hand more than the residual stream to later ones."""
+        first = self._all()[0]
+        pieces = (piece_of(call) for _, call in sorted(sublayer_calls(first.outer.graph).items()))
+        pairs = zip(first.sublayers, pieces, strict=True)
+        return frozenset(s for s, piece in pairs if piece is not None and piece.outputs > 1)
 
     @property
     def memory(self) -> dict[Sublayer, frozenset[Memory]]:

@@ -76,12 +76,14 @@ class Runtime:
         self._live: weakref.WeakSet[SkipCache] = weakref.WeakSet()
         self.sublayers = self._prove()
         self._memory = self.graphs.memory
+        self._unskippable = self.graphs.unskippable
         self.plan = plan if plan is not None else SkipPlan.empty(self.sublayers)
         if self.plan.sublayers != self.sublayers:
             raise PlanError(
                 f"the plan is for {_summary(self.plan.sublayers)}, but "
                 f"{type(model).__name__} has {_summary(self.sublayers)}"
             )
+        self._refuse_unskippable(self.plan)
 
     # What a user asks of it ------------------------------------------------------------------
 
@@ -159,6 +161,7 @@ class Runtime:
             plan: what the request begins with, if not `self.plan`.
         """
         plan = plan if plan is not None else self.plan
+        self._refuse_unskippable(plan)
         used = set[Memory]()
         for sublayer, memory in self._memory.items():
             if plan.action("prefill", sublayer) is not Action.SKIP:
@@ -252,6 +255,19 @@ class Runtime:
 
     # How it is done --------------------------------------------------------------------------
 
+    def _refuse_unskippable(self, plan: SkipPlan) -> None:
+        if not self._unskippable:
+            return
+        skipped = {*plan.skipped("prefill"), *plan.skipped("decode")}
+        refused = [str(s) for s in self.sublayers if s in skipped & self._unskippable]
+        if refused:
+            raise RefusedError(
+                f"the plan skips {', '.join(refused)}, but what is computed there is read by later "
+                f"layers besides the residual stream. Of {type(self.model).__name__} these cannot "
+                f"be skipped: {', '.join(map(str, sorted(self._unskippable)))}; pass a plan "
+                "without them"
+            )
+
     def _phase(self, input_ids: torch.Tensor, cache: SkipCache) -> GraphPhase:
         if cache.length and input_ids.shape[1] == 1:
             return "decode"
@@ -273,7 +289,7 @@ class Runtime:
         """None when nothing can be learned: no policy, or nothing skipped to compare with."""
         if self.policy is None or not self.policy.online or not plan.skipped("prefill"):
             return None
-        probed = probed_in_decode(plan)
+        probed = tuple(s for s in probed_in_decode(plan) if s not in self._unskippable)
         return Window(probed, self.policy.window) if probed else None
 
     def _learn(self, request: Request, moments: torch.Tensor) -> None:

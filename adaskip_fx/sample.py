@@ -17,7 +17,7 @@ from torch import fx
 
 from adaskip_passes import RefusedError
 
-from . import phases
+from . import attention, phases
 from .phases import Forward, GraphKey, GraphPhase, GraphPhaseCapture
 from .step_cache import StepCache, StepLayer, WholeCache
 from .storage import Slot, State, StateKind, Storage
@@ -72,12 +72,13 @@ class Sample:
 
     def again(self, model: Any, forward: Forward) -> Sample:
         """The same of a compiled model, whose weights may have been changed since."""
-        lowered = model.config._attn_implementation
+        if not attention.can_be_set(model):
+            return take(model, forward)
         model.set_attn_implementation(self.attention)
         try:
             return take(model, forward)
         finally:
-            model.set_attn_implementation(lowered)
+            model.set_attn_implementation(attention.NAME)
 
     @torch.no_grad()
     def check(self, captured: GraphPhaseCapture, model: Any, forward: Forward) -> None:

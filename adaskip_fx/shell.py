@@ -167,7 +167,8 @@ def make_shell(model: PreTrainedModel) -> PreTrainedModel:
     name = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     forward = _forward(base.forward)
     shell.__class__ = type(base.__name__, (CompiledModel, base), {**name, "forward": forward})
-    shell.set_attn_implementation(attention.NAME)
+    if attention.can_be_set(shell):
+        shell.set_attn_implementation(attention.NAME)
     return shell
 
 
@@ -194,6 +195,12 @@ def check_model(model: Any) -> None:
         raise TypeError(
             f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
         )
+    for asked in ("output_hidden_states", "output_attentions"):
+        if getattr(model.config, asked, False):
+            raise ValueError(
+                f"the model's config says {asked}=True, which a compiled model does not return; "
+                "set it to False"
+            )
     if "forward" in vars(model):
         raise TypeError(
             "the model's forward was replaced on the instance (accelerate hooks do that); load it "

@@ -296,36 +296,7 @@ def fewer(times: int) -> settings:
     return settings(max_examples=settings().max_examples // times)
 
 
-FACTORS = st.floats(0.25, 2.0, width=32)
 SEEDS = st.integers(0, 2**16)
-_ATTENTION = (
-    ("run", "run"),
-    ("skip", "skip"),
-    ("kv_only", "run"),
-    ("run", "kv_only"),
-    ("kv_only", "kv_only"),
-)
-_FFN = (("run", "run"), ("skip", "skip"), ("run", "skip"), ("skip", "run"))
-
-
-@st.composite
-def plans(draw: st.DrawFn, sublayers: Sequence[Sublayer]) -> SkipPlan:
-    """Any plan that is allowed; the first of each list, run in both phases, is the simplest."""
-    actions = {
-        s: draw(st.sampled_from(_ATTENTION if s.kind == "attention" else _FFN), label=str(s))
-        for s in sublayers
-    }
-    for phase in (0, 1):
-        if all(a[phase] != "run" for a in actions.values()):
-            actions[sublayers[-1]] = ("run", "run")
-    skipped = [s for s, pair in actions.items() if "skip" in pair]
-    factors = {s: f for s in skipped if (f := draw(st.none() | FACTORS, label=f"x {s}"))}
-    return SkipPlan(
-        tuple(sublayers),
-        {s: Action(pair[0]) for s, pair in actions.items()},
-        {s: Action(pair[1]) for s, pair in actions.items()},
-        Compensation("scale", factors) if factors else Compensation(),
-    )
 
 
 #: A prompt, then single tokens and chunks. (A prompt of one token is a graph of its own.)

@@ -12,18 +12,9 @@ from hypothesis import strategies as st
 from adaskip_fx.cache import SkipCache
 from adaskip_fx.plan import Action, SkipPlan, Sublayer
 from adaskip_fx.programs import rewrite
+from adaskip_fx.testing import plans
 from adaskip_passes import Replacement, Skip, fuse, run_passes, text
-from tests.bank import (
-    CELLS,
-    SEEDS,
-    STEPS,
-    Cell,
-    Entry,
-    check_request,
-    entry,
-    plans,
-    scales,
-)
+from tests.bank import CELLS, SEEDS, STEPS, Cell, Entry, check_request, entry, scales
 from tests.oracle import assert_close, moments
 
 # The whole request ------------------------------------------------------------------------------

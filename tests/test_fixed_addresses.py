@@ -17,18 +17,9 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 from adaskip_fx.api import build
 from adaskip_fx.online import Window
 from adaskip_fx.plan import Action
+from adaskip_fx.testing import plans
 from adaskip_passes import RefusedError
-from tests.bank import (
-    SEEDS,
-    STEPS,
-    Entry,
-    Oracle,
-    check_request,
-    fewer,
-    follow,
-    make_model,
-    plans,
-)
+from tests.bank import SEEDS, STEPS, Entry, Oracle, check_request, fewer, follow, make_model
 from tests.oracle import assert_close, moments
 
 

@@ -15,7 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 from adaskip_fx.api import build
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
-from tests.bank import SEEDS, Entry, entry, fewer, make_model, plans, profile_of
+from adaskip_fx.testing import plans
+from tests.bank import SEEDS, Entry, entry, fewer, make_model, profile_of
 from tests.oracle import assert_close
 
 SHAPE = "grouped"

@@ -15,7 +15,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from adaskip_fx import loop
 from adaskip_fx.cache import SkipCache
 from adaskip_fx.policies import AdaSkip
-from tests.bank import SEEDS, VOCABULARY, Entry, entry, fewer, plans, profile_of
+from adaskip_fx.testing import plans
+from tests.bank import SEEDS, VOCABULARY, Entry, entry, fewer, profile_of
 from tests.test_generate import Collected, LastTokenIn, mixed_plan, padded
 
 SHAPE = "grouped"

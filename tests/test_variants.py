@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from adaskip_fx.api import build
 from adaskip_fx.plan import Action, SkipPlan
-from tests.bank import Entry, check_request, entry, make_model, plans
+from adaskip_fx.testing import plans
+from tests.bank import Entry, check_request, entry, make_model
 from tests.oracle import Oracle, assert_close
 
 STEPS = (5, 1, 3)

@@ -72,6 +72,7 @@ def _as_gpt2(kind: str, **sizes: Any) -> Family:
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 _LINEAR = ["linear_attention", "full_attention", "linear_attention"]
 _ROUTED = {"num_experts": 4, "num_experts_per_tok": 2}
+_EAGER = {"attn_implementation": "eager"}  # transformers 5.17 leaves out the soft cap otherwise
 _MOE = {**_ROUTED, "moe_intermediate_size": 32}
 _SHARED_MOE = {
     "n_routed_experts": 4,
@@ -146,9 +147,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "xglm": Family("xglm", {"d_model": 32, "num_layers": 3, "attention_heads": 4}),
         "biogpt": Family("biogpt"),
         # norms after the branch, or on both sides of it
-        "gemma2": _usual("gemma2", head_dim=8, sliding_window=6),
+        "gemma2": _usual("gemma2", head_dim=8, sliding_window=6, **_EAGER),
         "gemma3": _usual("gemma3_text", head_dim=8, sliding_window=6, layer_types=_SLIDING),
-        "vaultgemma": _usual("vaultgemma", head_dim=8, sliding_window=6),
+        "vaultgemma": _usual("vaultgemma", head_dim=8, sliding_window=6, **_EAGER),
         "olmo2": _usual("olmo2"),
         "olmo3": _usual("olmo3", sliding_window=6, layer_types=_SLIDING),
         "glm4": _usual("glm4", head_dim=8),

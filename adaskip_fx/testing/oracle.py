@@ -8,6 +8,7 @@ of the passes is used here, neither their graph nor what they found in it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Oracle:
     decode: Skips = field(default_factory=dict)
     streams: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _decoding: bool = field(default=False, repr=False)
+    _calls: Counter[nn.Module] = field(default_factory=Counter, repr=False)
 
     def __post_init__(self) -> None:
         self._order = {name: i for i, name in enumerate(self.modules)}
@@ -53,11 +55,13 @@ class Oracle:
     def watching(self) -> Iterator[Oracle]:
         """Meanwhile the model leaves out what it should, and `streams` are noted."""
         handles = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        names: dict[nn.Module, list[str]] = {}  # several where layers share a module
+        for name, paths in self.modules.items():
+            for path in (paths,) if isinstance(paths, str) else paths:
+                names.setdefault(self.model.get_submodule(path), []).append(name)
         try:
-            for name, paths in self.modules.items():
-                for path in (paths,) if isinstance(paths, str) else paths:
-                    module = self.model.get_submodule(path)
-                    handles.append(module.register_forward_hook(self._mark(name)))
+            for module, its in names.items():
+                handles.append(module.register_forward_hook(self._mark(its)))
             yield self
         finally:
             for handle in handles:
@@ -67,10 +71,12 @@ class Oracle:
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = next((kwargs[n] for n in ("past_key_values", "cache_params") if n in kwargs), None)
         self._decoding = ids is not None and ids.shape[1] == 1 and _filled(cache)
-        self.streams = {}
+        self.streams, self._calls = {}, Counter()
 
-    def _mark(self, name: str) -> Callable[..., Any]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def _mark(self, names: Sequence[str]) -> Callable[..., Any]:
+        def hook(module: nn.Module, _args: Any, output: Any) -> Any:
+            name = names[self._calls[module] % len(names)]
+            self._calls[module] += 1
             tensor = output[0] if isinstance(output, tuple) else output
             marked = _Branch.of(self, ((name, tensor),))
             return (marked, *output[1:]) if isinstance(output, tuple) else marked
@@ -84,11 +90,11 @@ class Oracle:
         total: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
         """The stream after some branches; `total` makes the sum that the model would make."""
+        if all(name in self.streams for name, _ in parts):
+            return total()  # it was added to the stream before: somebody else reads it as well
         skips = self.decode if self._decoding else self.prefill
         ordered = sorted(parts, key=lambda part: self._order[part[0]])
         for number, (name, branch) in enumerate(ordered):
-            if name in self.streams:
-                raise AssertionError(f"{name}: {self.modules[name]} is added to the stream twice")
             before = stream
             if name in skips:
                 factor = skips[name]

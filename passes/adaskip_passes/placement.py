@@ -21,13 +21,15 @@ def place_nodes(graph: fx.Graph, sublayers: Sequence[Sublayer]) -> dict[fx.Node,
 
     What does not depend on the stream belongs to the prologue, unless one piece alone needs it:
     then it is computed there (and goes when that sublayer is skipped). What is made of the
-    embedding alone, and read by later sublayers as well, belongs to the prologue too.
+    embedding alone, and read by later sublayers as well, belongs to the prologue too. What is made
+    of the stream aside of a branch (another head's logits) belongs to who reads it.
     """
     levels = stream_levels(graph, [(s.stream, s.add) for s in sublayers])
     inner = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     place = {n: levels[n] + 1 for n in inner}
     pinned = _place_autocast(inner, place) | _overwritten(inner, place) | {sublayers[0].stream}
     _place_of_embedding(inner, place, pinned | {sublayers[0].add})
+    _place_asides(inner, place, pinned, sublayers)
     for node in reversed(inner):
         needed_by = {place[u] for u in node.users if u in place}
         if place[node] == 0 and node not in pinned and len(needed_by) == 1 and _inner_only(node):
@@ -53,9 +55,8 @@ def _place_of_embedding(
     roots = {r for n in inner if (r := written(n)) is not None}
 
     def movable(node: fx.Node) -> bool:
-        reads = {storage_root(i) for i in (node, *node.all_input_nodes)}
         attends = operation(node) in ATTENTION_OPERATIONS
-        return node not in pinned and not is_mutation(node) and not reads & roots and not attends
+        return node not in pinned and not attends and _is_pure(node, roots)
 
     for node in inner:
         if place[node] != 1 or all(place.get(u, 1) <= 1 for u in node.users):
@@ -67,6 +68,28 @@ def _place_of_embedding(
             wanted += [i for i in one.all_input_nodes if place.get(i) == 1 and i not in group]
         if all(map(movable, group)):
             place.update(dict.fromkeys(group, 0))
+
+
+def _place_asides(
+    inner: Sequence[fx.Node],
+    place: dict[fx.Node, int],
+    pinned: set[fx.Node],
+    sublayers: Sequence[Sublayer],
+) -> None:
+    """Move what a piece computes for later ones alone to the first of these."""
+    roots = {r for n in inner if (r := written(n)) is not None}
+    adds = {s.add for s in sublayers}
+    for node in reversed(inner):
+        readers = [place.get(user, len(sublayers) + 1) for user in node.users]
+        aside = 0 < place[node] < min(readers, default=0) and node not in adds
+        if aside and node not in pinned and _is_pure(node, roots):
+            place[node] = min(readers)
+
+
+def _is_pure(node: fx.Node, overwritten: set[fx.Node]) -> bool:
+    """Whether a node has no effect, and reads nothing that has been or will be overwritten."""
+    reads = {storage_root(i) for i in (node, *node.all_input_nodes)}
+    return not is_mutation(node) and not reads & overwritten
 
 
 def _place_autocast(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> set[fx.Node]:
