@@ -25,6 +25,7 @@ from adaskip_passes import (
     find_sublayers,
     outline,
     separate,
+    unflatten,
 )
 
 ROOM = 48  # tokens that a K/V buffer holds
@@ -380,6 +381,7 @@ def cut(
     mark_lengths(args)
 
     def build(got: Capture) -> Cut:
+        unflatten(got.graph.graph)
         separate(got.graph.graph)
         found = find_sublayers(got.graph.graph)
         outer = outline(got.graph, found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -569,3 +570,14 @@ def test_marks_are_the_callers() -> None:
     mark_lengths(args)
     sources = trace(step, **args).shape_guards().symbols.values()
     assert set(sources) == {"L['ids'].size()[1]", "L['memory'].filled.size()[0]"}
+
+
+def test_a_capture_dies_with_its_model() -> None:
+    """Dynamo keeps the last backends that it was given, and must not keep graphs with them."""
+    shape = Shape()
+    got = cut(Decoder(shape), shape)
+    watched = [weakref.ref(got.model), weakref.ref(got.capture.graph), weakref.ref(got.outer)]
+    assert all(one() is not None for one in watched)
+    del got
+    gc.collect()
+    assert [one() for one in watched] == [None, None, None]

@@ -14,7 +14,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from adaskip_passes import eliminate_dead_code
-from adaskip_passes.effects import accesses, is_mutation, operation, storage_root, written
+from adaskip_passes.effects import (
+    accesses,
+    dependencies,
+    is_mutation,
+    operation,
+    storage_root,
+    written,
+)
 from tests.passes.decoders import Shape, arguments, call, shared
 
 
@@ -230,6 +237,27 @@ def test_accesses_are_reads_and_writes_through_any_view() -> None:
     assert other not in found
     assert of_copy not in found
     assert accesses(g.graph.nodes, y) == [write, other]
+
+
+def test_what_must_come_before() -> None:
+    """Inputs, and the last write to what a node reads, through any view."""
+    g = Graph("x", "y")
+    x, y = g.inputs
+    early = g.call("sum", x)
+    view = g.call("narrow", x, 0, 0, 1)
+    first = g.call("copy_", view, y)
+    second = g.call("add_", x, 1)
+    read = g.call("sum", view)
+    other = g.call("sum", y)
+    found = dependencies(g.graph.nodes)
+    assert {n: set(found[n]) for n in (early, view, first, second, read, other)} == {
+        early: {x},
+        view: {x},
+        first: {view, y},
+        second: {x, first},
+        read: {view, second},
+        other: {y},
+    }
 
 
 # Dead code -------------------------------------------------------------------------------------

@@ -373,6 +373,36 @@ def test_what_the_first_layer_makes_for_all_is_hoisted() -> None:
     assert same(args, twin)
 
 
+class TwoHeads(Decoder):
+    """The stream after every layer has logits of its own."""
+
+    def forward(self, ids: Tensor, memory: Memory) -> Tensor:
+        x, table = self.embed(ids), self.table(0, ids.shape[1])
+        logits = self.head(x)
+        for layer, slot in zip(self.layers, memory.slots, strict=True):
+            x = layer(x, table, slot, 0)
+            logits = logits + self.head(self.norm(x))
+        return logits
+
+
+def test_what_is_made_aside_of_the_branches_is_computed_where_it_is_read() -> None:
+    """Otherwise every sublayer would hand on more than the stream, and none could be skipped."""
+    shape = Shape()
+    got = cut(TwoHeads(shape), shape)
+    found = pieces(got.outer)
+    assert all(p.outputs == 1 for p in found.values() if p.role == "sublayer")
+    plain = keys(shared(shape))
+    assert {n: k for n, k in keys(got).items() if n in found and found[n].role == "sublayer"} == {
+        n: k for n, k in plain.items() if n.startswith("layers")
+    }
+    args, twin = (arguments(got.model, shape) for _ in range(2))
+    flat = fuse(got.outer)
+    with torch.no_grad():
+        expected = got.model(twin["ids"], twin["memory"])
+    torch.testing.assert_close(call(flat, got, flat.graph, args)[0], expected)
+    assert same(args, twin)
+
+
 class Unread(Block):
     """Computes something that nobody reads."""
 

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from adaskip_passes import Probe, RefusedError, Replacement, Skip, piece_of, run_passes, text
+from adaskip_passes import (
+    Probe,
+    RefusedError,
+    Replacement,
+    Skip,
+    Tap,
+    link,
+    piece_of,
+    run_passes,
+    text,
+)
 from adaskip_passes import pipeline as pipeline_module
 from adaskip_passes.outline import PIECE
 from adaskip_passes.pipeline import Step
-from tests.passes.decoders import Shape, shared
+from tests.passes.decoders import Shape, arguments, call, shared
+from tests.passes.reference import Instead, eager
 
 SKIP = Skip({1: Replacement("nothing", "scale")})
 
@@ -161,3 +174,31 @@ def test_text_has_results_in_the_order_of_their_places() -> None:
         last.name = f"value_{place}"
     shown = text(outer).splitlines()[0].removesuffix(" = prologue(+5 inputs)")
     assert shown.split(", ") == ["x", "table", *(f"value_{i}" for i in range(2, 12))]
+
+
+# Tap -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skipped", [{}, {1: Replacement("nothing", "scale")}])
+def test_a_tap_hands_out_the_stream(skipped: dict[int, Replacement]) -> None:
+    """Before the first sublayer and after each: also what a pass after it has put in its place."""
+    got = shared(Shape())
+    outer = run_passes(got.outer, (Tap(), Skip(skipped)))
+    args, again = (arguments(got.model, got.shape) for _ in range(2))
+    factors = {f"factor_{i}": torch.tensor(0.75) for i in skipped}
+    logits, *streams = call(link(outer, got.compiler), got, outer.graph, args, factors)
+    expected: list[Tensor] = []
+    assert torch.equal(logits, eager(again, dict.fromkeys(skipped, Instead(0.75)), expected))
+    assert len(streams) == len(expected) == 5
+    assert all(torch.equal(a, b) for a, b in zip(streams, expected, strict=True))
+    assert not any(torch.equal(a, b) for a, b in pairwise(streams))
+
+
+def test_passes_in_any_order_of_sublayers() -> None:
+    """Skipping one sublayer and then another, the other way round, or both at once."""
+    outer = shared(Shape()).outer
+    how = Replacement("nothing", "scale")
+    orders = ((Skip({1: how}), Skip({2: how})), (Skip({2: how}), Skip({1: how})))
+    texts = {text(run_passes(outer, passes)) for passes in (*orders, (Skip({1: how, 2: how}),))}
+    assert len(texts) == 1
+    assert texts != {text(run_passes(outer, (Skip({1: how}),)))}
