@@ -19,13 +19,12 @@ from torch import fx
 from adaskip_passes import (
     PieceCompiler,
     RefusedError,
+    canonicalize,
     describe,
     find_sublayers,
     fuse,
     link,
     outline,
-    separate,
-    unflatten,
 )
 
 from .online import Window, probed_in_decode
@@ -125,8 +124,7 @@ class _Graph:
 
     def __init__(self, graph: fx.GraphModule, model: _Model, options: dict[str, Any]) -> None:
         capture = describe(graph)
-        unflatten(graph.graph)
-        separate(graph.graph)
+        canonicalize(graph.graph)
         found = find_sublayers(graph.graph)
         self.model = model
         self.sublayers = model.plan.sublayers

@@ -205,8 +205,6 @@ class SkipCache(Cache):
         """-1: storage grows."""
         return -1
 
-    get_max_cache_shape = get_max_length
-
     def __len__(self) -> int:
         return len(self.slots)
 

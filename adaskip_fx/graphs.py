@@ -12,6 +12,7 @@ from .plan import SkipPlan
 from .programs import Counters, Link, Program, VariantCache, plan_phase
 from .sample import Sample
 from .step_cache import WholeCache
+from .storage import Slot
 from .sublayer import Sublayer
 
 if TYPE_CHECKING:
@@ -88,6 +89,13 @@ class Graphs:
         first = self._all()[0]
         return dict(zip(first.sublayers, first.memory, strict=True))
 
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What each layer stores; states have dtypes of their own, which follow the model's."""
+        if self.sample.dtype != self.model.dtype:
+            self.sample = self.sample.again(self.model, self.forward)
+        return self.sample.slots
+
     def _all(self) -> list[GraphPhaseCapture]:
         return [c for group in self._captures.values() for c in group]
 
@@ -152,7 +160,7 @@ class Graphs:
             self.model,
             self.forward,
             key,
-            self.sample.slots,
+            self.slots,
             lengths or phases.example_lengths(key, self.max_length),
             self.backend,
         )

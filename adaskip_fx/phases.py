@@ -26,12 +26,11 @@ from adaskip_passes import (
     RefusedError,
     Repeat,
     ShapeGuards,
+    canonicalize,
     capture,
     find_sublayers,
     outline,
-    separate,
     sublayer_calls,
-    unflatten,
 )
 
 from .plan import Sublayer
@@ -159,8 +158,7 @@ def capture_phase(
                 f"{type(model).__name__}.forward changes {', '.join(captured.python_effects)} "
                 "while it runs; a captured graph cannot repeat that"
             )
-        unflatten(captured.graph.graph)
-        separate(captured.graph.graph)
+        canonicalize(captured.graph.graph)
         found = find_sublayers(captured.graph.graph)
         names = tuple(Sublayer(s.layer, _kind(s.kind)) for s in found)
         outer = outline(captured.graph, found)

@@ -112,7 +112,7 @@ def _not_fixed_rows(runtime: Runtime) -> list[tuple[str, str]]:
 def _storage(runtime: Runtime) -> str:
     live = runtime.live_caches()
     full = sum(_full_bytes(cache) for cache in live)
-    layers = len(runtime.slots)
+    layers = len(runtime.graphs.slots)
     stored = {sum(cache.stored) for cache in live} or {layers}
     some = " or ".join(map(str, sorted(stored)))
     return (

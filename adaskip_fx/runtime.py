@@ -61,7 +61,6 @@ class Runtime:
     ) -> None:
         self.model = model
         self.forward = forward
-        self.slots = sample.slots
         self.cache_argument = phases.cache_argument(forward)
         self.profile = profile
         self.policy = policy
@@ -168,9 +167,9 @@ class Runtime:
                 used |= memory
         kept = [
             slot.only({kind for kind in ("attention", "mixer") if (i, kind) in used})
-            for i, slot in enumerate(self.slots)
+            for i, slot in enumerate(self.graphs.slots)
         ]
-        cache = SkipCache(self, self.slots, kept, self.model.dtype, self.device, capacity)
+        cache = SkipCache(self, self.graphs.slots, kept, self.model.dtype, self.device, capacity)
         cache.request = Request(plan, stop_tokens)
         self.track(cache)
         return cache
@@ -367,7 +366,7 @@ class Runtime:
             if self._recorder is None and self.device.type == "cuda":
                 self._recorder = Recorder(self.device)
             decoder = storage.decoder = Decoder(
-                storage, self.slots, self.model.dtype, self.device, self._recorder
+                storage, self.graphs.slots, self.model.dtype, self.device, self._recorder
             )
         lane = request.lane
         if lane is None or not lane.serves(storage, plan, probed, self.counters):

@@ -28,6 +28,7 @@ _ROWS, _PROMPT, _EXTENSION, _ROOM = 3, 5, 2, 16
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
 _HALF = 0.2
 #: transformers' classes of a layer's memory that hold keys and values, states, both or nothing
+#: (`DummyLayer` since 5.23)
 _KNOWN_LAYERS = frozenset(
     {
         *("DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"),

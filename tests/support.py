@@ -40,8 +40,10 @@ COLUMNS = (
     "padded batch",
     "fixed addresses",
 )
-YES, NONE = "yes", "-"
+YES, NONE, _REFUSED = "yes", "-", "refused: "
 FILE = Path(__file__).parent / "support.json"
+README = Path(__file__).parents[1] / "README.md"
+MARKS = "<!-- families -->", "<!-- end of families -->"
 #: Operations are grouped differently, and a scan is summed in another order.
 TOLERANCE = 2e-5
 PROMPT, NEW = 9, 3
@@ -162,7 +164,7 @@ def measure(family: str) -> dict[str, str]:
     try:
         one = subject(family)
     except RefusedError as error:
-        return {"found": f"refused: {error}"}
+        return {"found": f"{_REFUSED}{error}"}
     assert [str(s) for s in one.runtime.sublayers] == list(one.oracle.modules), "found"
     with one.oracle.watching():
         return {"found": YES, **{column: check(one) for column, check in _CHECKS.items()}}
@@ -262,6 +264,38 @@ def versions() -> str:
     return f"torch {torch_version}, transformers {of_transformers}"
 
 
+def rendered(measured: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
+    """The table for the README: a cell says one thing where all versions agree, else each."""
+    columns = COLUMNS[1:]
+    supported = [f"| family | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    refused = ["| family | why it is refused |", "|---|---|"]
+    names = dict.fromkeys(name for rows in measured.values() for name in rows)
+    for name in names:
+        found = {v: rows[name]["found"] for v, rows in measured.items() if name in rows}
+        if all(f.startswith(_REFUSED) for f in found.values()):
+            refused.append(f"| {name} | {_cell(found)} |")
+            continue
+        cells = (
+            _cell({v: rows[name].get(c, NONE) for v, rows in measured.items() if name in rows})
+            for c in columns
+        )
+        supported.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join((*supported, "", *refused))
+
+
+def _cell(by_version: Mapping[str, str]) -> str:
+    said = {version: _short(text) for version, text in by_version.items()}
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return "; ".join(f"{version.split(',')[0]}: {text}" for version, text in said.items())
+
+
+def _short(text: str) -> str:
+    """The first sentence of a reason, in one line of a table."""
+    first = text.removeprefix(_REFUSED).split(". ")[0].removesuffix(".")
+    return first.replace("|", "/").replace("<", "").replace(">", "")
+
+
 def main(names: list[str]) -> None:
     rows = {}
     for name in names or FAMILIES:
@@ -272,6 +306,9 @@ def main(names: list[str]) -> None:
     known.setdefault(versions(), {}).update(rows)
     ordered = {v: {n: known[v][n] for n in FAMILIES if n in known[v]} for v in sorted(known)}
     FILE.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
+    before, (begin, end) = README.read_text(), MARKS
+    head, tail = before.partition(begin)[0], before.partition(end)[2]
+    README.write_text(f"{head}{begin}\n\n{rendered(ordered)}\n\n{end}{tail}")
 
 
 def table() -> dict[str, dict[str, dict[str, str]]]:

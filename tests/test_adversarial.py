@@ -182,39 +182,6 @@ def test_a_layer_that_runs_twice() -> None:
         build(own(SharedLayer), None, backend="eager")
 
 
-def test_states_kept_outside_of_the_stream() -> None:
-    """Gemma 3n predicts and corrects several streams; Mamba's kind is supported, RWKV's is not."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    sizes = {
-        "vocab_size": 61,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-    }
-    gemma = {
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
-        "vocab_size_per_layer_input": 61,
-        "hidden_size_per_layer_input": 8,
-    }
-    more = {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4}
-    cases = {
-        "gemma3n_text": ({**gemma, **more}, "of 4 dimensions, not to a residual stream"),
-        "gemma4_text": ({**gemma, "global_head_dim": 8}, "chains of . residual adds are equally"),
-        "rwkv": ({"attention_hidden_size": 32}, "does not run on a DynamicCache|must vary"),
-    }
-    for kind, (own_sizes, message) in cases.items():
-        config = AutoConfig.for_model(kind, **sizes, **own_sizes)
-        model = AutoModelForCausalLM.from_config(config).eval()
-        with pytest.raises(RefusedError, match=message):
-            build(model, None, backend="eager")
-
-
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
 def test_a_config_that_asks_for_more_outputs(asked: str) -> None:
     model = llama(attn_implementation="eager")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from adaskip_fx.testing import Oracle
 from adaskip_fx.testing.families import FAMILIES
 from tests import support
 
@@ -17,3 +20,29 @@ def test_a_family(name: str) -> None:
     table = support.table().get(support.versions())
     if table is not None:  # of other versions there is no table
         assert row == table[name]
+
+
+def test_the_readme_shows_the_table() -> None:
+    begin, end = support.MARKS
+    shown = support.README.read_text().partition(begin)[2].partition(end)[0]
+    assert shown.strip() == support.rendered(support.table())
+
+
+def test_a_family_that_differs_between_versions_says_so() -> None:
+    row = dict.fromkeys(support.COLUMNS, "yes")
+    other = {**row, "probed": "no: for a reason. And more"}
+    shown = support.rendered({"torch 1, x": {"a": row}, "torch 2, x": {"a": other, "b": row}})
+    assert "| a | yes | torch 1: yes; torch 2: no: for a reason | yes |" in shown
+    assert "| b | yes | yes | yes |" in shown
+
+
+def test_a_wrong_model_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companion: what is measured can fail."""
+    right = Oracle.join
+
+    def wrong(self: Oracle, stream: Any, parts: Any, total: Any) -> Any:
+        return right(self, stream, parts, total) * 1.001
+
+    monkeypatch.setattr(Oracle, "join", wrong)
+    with pytest.raises(AssertionError, match=r"llama, logits after 9 tokens"):
+        support.measure("llama")

@@ -3,6 +3,7 @@
 The mechanism under ``adaskip_fx``; it needs torch alone. In order:
 
 - :func:`capture` a function as one graph with Dynamo, to be run without it;
+- :func:`canonicalize` how it adds to the residual stream;
 - :func:`find_sublayers`: the residual branches of the graph;
 - :func:`outline`: a small outer graph of calls to pieces, equal pieces sharing one key;
 - :class:`Skip`, :class:`Probe`, :class:`Tap`: passes over the outer graph, run by
@@ -13,6 +14,7 @@ For a GPU's decode step: :class:`FuseProjections` gives its pieces operators tha
 once, and a :class:`Recorder` makes a program one CUDA graph.
 """
 
+from .canonical import canonicalize
 from .capture import Binder, Capture, ShapeGuards, capture, describe
 from .compiler import PieceCompiler, start_workers
 from .cuda_graphs import Recorder
@@ -53,6 +55,7 @@ __all__ = [
     "Sublayer",
     "Tap",
     "attend",
+    "canonicalize",
     "capture",
     "describe",
     "eliminate_dead_code",

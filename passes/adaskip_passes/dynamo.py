@@ -25,6 +25,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from .errors import RefusedError
 from .scan import one_operator
+from .versions import not_exporting, source_name
 
 __all__ = ["PythonPrinter", "ShapeEnv", "TracingContext", "tracing"]  # handed on
 
@@ -86,7 +87,7 @@ def trace(
 
     with one_at_a_time, _swept():
         try:
-            with _without_stack_traces(), one_operator(), warnings.catch_warnings():
+            with _tracing(), warnings.catch_warnings():
                 # models ask such functions which libraries are installed, and for what is constant
                 warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.")
                 torch.compile(own, backend=backend, fullgraph=True)(**arguments)
@@ -120,11 +121,15 @@ def _swept() -> Iterator[None]:
 
 
 @contextmanager
-def _without_stack_traces() -> Iterator[None]:
-    """Trace without the text of a stack for every node, a tenth of the time; nobody reads it."""
-    with patch.object(
+def _tracing() -> Iterator[None]:
+    """Trace as is needed here.
+
+    Without the text of a stack for every node: a tenth of the time, and nobody reads it.
+    """
+    no_stacks = patch.object(
         InstructionTranslatorBase, "is_co_filename_from_nn_modules", lambda _translator: True
-    ):
+    )
+    with no_stacks, one_operator(), not_exporting():
         yield
 
 
@@ -154,7 +159,7 @@ def refuse_constant_lengths(function: Callable[..., Any]) -> None:
             constant = size if isinstance(size, int) else size.node.maybe_as_int()
             if constant is not None:
                 raise RefusedError(
-                    f"{function.__name__} is only right where {_expression(tracked.source)}.size()"
+                    f"{function.__name__} is only right where {source_name(tracked.source)}.size()"
                     f"[{dim}] is {constant}, a length that must vary; its code branches on it"
                 )
 
@@ -172,20 +177,14 @@ def python_effects() -> tuple[str, ...]:
 
 def source_of(placeholder: fx.Node) -> str:
     """Where a placeholder's value comes from, as Python text over ``L`` and globals."""
-    return _expression(placeholder._dynamo_source)  # type: ignore[attr-defined]
+    return source_name(placeholder._dynamo_source)  # type: ignore[attr-defined]
 
 
 def _root_expression(source: Any) -> str:
     try:
-        return _expression(source)
+        return source_name(source)
     except NotImplementedError:  # an object made while tracing, which no argument holds
         return ""
-
-
-def _expression(source: Any) -> str:
-    """A Dynamo source as Python text (``name`` is a property since 2.12, a method before)."""
-    name = source.name
-    return str(name() if callable(name) else name)
 
 
 # What is left of it ------------------------------------------------------------------------------
@@ -194,7 +193,7 @@ def _expression(source: Any) -> str:
 def symbol_sources(env: ShapeEnv) -> dict[str, str]:
     """For each shape symbol the input size, stride or integer that it stands for."""
     return {
-        str(symbol): _expression(sources[0])
+        str(symbol): source_name(sources[0])
         for symbol, sources in env.var_to_sources.items()
         if sources
     }

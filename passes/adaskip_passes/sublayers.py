@@ -82,7 +82,7 @@ def find_sublayers(graph: fx.Graph) -> tuple[Sublayer, ...]:
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     ancestors = ancestors_of(graph)
-    residuals = [r for node in graph.nodes if (r := _residual(node, order, ancestors))]
+    residuals = [r for node in graph.nodes if (r := residual_of(node, order, ancestors))]
     chain = _longest_chain(residuals)
     if not chain:
         raise RefusedError(
@@ -189,9 +189,10 @@ def is_add(node: fx.Node) -> bool:
     return adds and len(operands) == len(node.args) == 2 and not node.kwargs
 
 
-def _residual(
+def residual_of(
     node: fx.Node, order: Mapping[fx.Node, int], ancestors: Mapping[fx.Node, int]
 ) -> _Residual | None:
+    """The stream and the branch that a node adds, if one operand is an ancestor of the other."""
     if not is_add(node):
         return None
     a, b = node.args

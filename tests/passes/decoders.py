@@ -21,11 +21,10 @@ from adaskip_passes import (
     Capture,
     PieceCompiler,
     Sublayer,
+    canonicalize,
     capture,
     find_sublayers,
     outline,
-    separate,
-    unflatten,
 )
 
 ROOM = 48  # tokens that a K/V buffer holds
@@ -381,8 +380,7 @@ def cut(
     mark_lengths(args)
 
     def build(got: Capture) -> Cut:
-        unflatten(got.graph.graph)
-        separate(got.graph.graph)
+        canonicalize(got.graph.graph)
         found = find_sublayers(got.graph.graph)
         outer = outline(got.graph, found)
         return Cut(shape, model, got, found, outer, PieceCompiler(got, backend))

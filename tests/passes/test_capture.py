@@ -581,3 +581,15 @@ def test_a_capture_dies_with_its_model() -> None:
     del got
     gc.collect()
     assert [one() for one in watched] == [None, None, None]
+
+
+def exporting(x: Tensor) -> tuple[Tensor]:
+    return (x + 1 if torch.compiler.is_exporting() else x * 3,)
+
+
+def test_a_capture_is_not_an_export() -> None:
+    """Models choose other code for one."""
+    before = torch.compiler.is_exporting
+    captured = trace(exporting, x=torch.ones(3))
+    assert [n.name for n in captured.graph.graph.nodes if n.op == "call_function"] == ["mul"]
+    assert torch.compiler.is_exporting is before

@@ -19,12 +19,12 @@ from adaskip_passes import (
     Probe,
     Replacement,
     Skip,
+    canonicalize,
     capture,
     find_sublayers,
     link,
     outline,
     run_passes,
-    separate,
 )
 
 WIDTH, DEPTH, VOCABULARY = 12, 3, 17
@@ -109,7 +109,7 @@ class Cut:
             capture(logits, {"model": model, "ids": ids}, self.build)
 
     def build(self, got: Capture) -> None:
-        separate(got.graph.graph)  # parallel branches, one after the other
+        canonicalize(got.graph.graph)
         self.sublayers = find_sublayers(got.graph.graph)
         self.outer = outline(got.graph, self.sublayers)
         self.compiler = PieceCompiler(got, "eager")

@@ -1,0 +1,100 @@
+"""The proof on a few tokens: no captured graph is used that gives other logits than the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from adaskip_fx import api, sample
+from adaskip_fx.api import build
+from adaskip_fx.sample import take
+from adaskip_fx.testing.families import tiny_config, tiny_model
+from adaskip_passes import RefusedError
+
+
+def model_of(family: str = "llama") -> Any:
+    return tiny_model(tiny_config(family))
+
+
+def be_wrong(patch: pytest.MonkeyPatch, change: float) -> None:
+    """Have every sample say logits that differ by so much of the largest."""
+
+    def changed(*arguments: Any) -> Any:
+        right = take(*arguments)
+        steps = {
+            phase: replace(one, logits=one.logits + change * one.logits.abs().max())
+            for phase, one in right.steps.items()
+        }
+        return replace(right, steps=steps)
+
+    for module in (api, sample):
+        patch.setattr(module, "take", changed)
+
+
+def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_wrong(monkeypatch, 2e-3)
+    with pytest.raises(RefusedError) as caught:
+        build(model_of(), None, backend="eager")
+    message = str(caught.value)
+    assert message.startswith(
+        "the graph captured for prefill gives other logits than the model: on 5 token(s) after 0 "
+        "they differ by 2.0e-03 of the largest. The model's code depends on something that was "
+    )
+
+
+def test_what_other_kernels_may_differ_by_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_wrong(monkeypatch, 5e-4)
+    build(model_of(), None, backend="eager")
+
+
+def test_bfloat16_is_compared_as_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    build(model_of().bfloat16(), None, backend="eager")
+    be_wrong(monkeypatch, 0.3)
+    with pytest.raises(RefusedError, match=r"they differ by 2\.\de-01 of the largest"):
+        build(model_of().bfloat16(), None, backend="eager")
+
+
+@torch.no_grad()
+def test_weights_may_change_before_the_next_capture() -> None:
+    """Decode is captured when it is needed, and then compared with the model as it is then."""
+    model = model_of()
+    compiled = build(model, None, backend="eager")
+    for parameter in model.parameters():
+        parameter.mul_(1.2)
+    ids = torch.arange(9).unsqueeze(0)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(compiled.generate(ids, **options), model.generate(ids, **options))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "falcon_h1", "mamba", "qwen3_next"])
+def test_what_layers_store(family: str) -> None:
+    """Shapes as of what transformers' own cache holds after the same tokens."""
+    model = model_of(family)
+    slots = take(model).slots
+    argument = "cache_params" if family == "mamba" else "past_key_values"
+    with torch.no_grad():
+        cache = model(input_ids=torch.arange(5).unsqueeze(0), use_cache=True)[argument]
+    assert len(slots) == len(cache.layers)
+    for slot, layer in zip(slots, cache.layers, strict=True):
+        keys = getattr(layer, "keys", None)
+        assert slot.attends == (keys is not None)
+        if keys is not None:
+            assert (slot.key_heads, slot.key_dim) == (keys.shape[1], keys.shape[3])
+            assert (slot.value_heads, slot.value_dim) == (
+                layer.values.shape[1],
+                layer.values.shape[3],
+            )
+        states = [*getattr(layer, "conv_states", {}).values()]
+        states += getattr(layer, "recurrent_states", {}).values()
+        expected = [(tuple(t.shape[1:]), t.dtype) for t in states if t is not None]
+        assert [(s.shape, s.dtype) for s in slot.states] == expected
+
+
+def test_a_cache_that_is_not_understood() -> None:
+    """Layers that keep an index besides keys and values (DeepSeek-V3.2)."""
+    with pytest.raises(RefusedError, match="layer 0 keeps its memory in a Dynamic"):
+        take(model_of("deepseek_v32"))
