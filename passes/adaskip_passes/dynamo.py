@@ -90,6 +90,8 @@ def trace(
             with _tracing(), warnings.catch_warnings():
                 # models ask such functions which libraries are installed, and for what is constant
                 warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.")
+                # Dynamo makes one of every autograd function that it traces (Bloom's GELU)
+                warnings.filterwarnings("ignore", message=".* should not be instantiated")
                 torch.compile(own, backend=backend, fullgraph=True)(**arguments)
         except _Done:
             pass
