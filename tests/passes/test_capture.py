@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
+from torch.fx.experimental.symbolic_shapes import TrackedFake
 
 from adaskip_passes import Capture, RefusedError, ShapeGuards, capture, fuse, link
 from tests.passes.decoders import (
@@ -573,13 +574,22 @@ def test_marks_are_the_callers() -> None:
 
 
 def test_a_capture_dies_with_its_model() -> None:
-    """Dynamo keeps the last backends that it was given, and must not keep graphs with them."""
+    """Dynamo keeps the last backends that it was given, and must not keep graphs with them.
+
+    Nor must the fake tensors of a trace stay, which torch ties to each other through C++.
+    """
+
+    def fakes() -> int:
+        gc.collect()
+        return sum(type(one) is TrackedFake for one in gc.get_objects())
+
+    before = fakes()
     shape = Shape()
     got = cut(Decoder(shape), shape)
     watched = [weakref.ref(got.model), weakref.ref(got.capture.graph), weakref.ref(got.outer)]
     assert all(one() is not None for one in watched)
     del got
-    gc.collect()
+    assert fakes() <= before
     assert [one() for one in watched] == [None, None, None]
 
 

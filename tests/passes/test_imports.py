@@ -16,7 +16,7 @@ PACKAGE = Path(adaskip_passes.__file__).parent
 FILES = sorted(PACKAGE.glob("**/*.py"))
 FORBIDDEN = ("transformers", "adaskip_fx", "numpy", "safetensors", "typer", "rich")
 NEEDS_TRITON = {"decode_kernels.py"}  # comes with torch where there is a GPU; imported at use
-PRIVATE = {"dynamo.py", "compiler.py"}  # may use what torch does not promise
+PRIVATE = {"dynamo.py", "compiler.py", "versions.py"}  # may use what torch does not promise
 
 BLOCKED = f"""
 import importlib.abc, sys
@@ -85,7 +85,7 @@ def test_no_file_imports_what_it_must_not(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
-def test_private_parts_of_torch_are_used_in_two_files(file: Path) -> None:
+def test_private_parts_of_torch_are_used_in_few_files(file: Path) -> None:
     found = private(file.read_text())
     assert found == [] or file.name in PRIVATE
 
