@@ -7,12 +7,24 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy.typing as npt
 
 from adaskip_fx.policies.adaskip import AdaSkip
+from adaskip_fx.policies.early_exit import EarlyExit
+from adaskip_fx.policies.llm_drop import LLMDrop
+from adaskip_fx.policies.reverse_order import ReverseOrder
+from adaskip_fx.policies.unified_skip import UnifiedSkip
 
 if TYPE_CHECKING:
     from adaskip_fx.plan import SkipPlan, Sublayer
     from adaskip_fx.profile import Profile
 
-__all__ = ["AdaSkip", "OnlinePolicy", "Policy"]
+__all__ = [
+    "AdaSkip",
+    "EarlyExit",
+    "LLMDrop",
+    "OnlinePolicy",
+    "Policy",
+    "ReverseOrder",
+    "UnifiedSkip",
+]
 
 
 class Policy(Protocol):

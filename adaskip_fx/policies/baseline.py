@@ -1,0 +1,24 @@
+"""The plan of a policy that chooses once, from sublayers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from adaskip_fx.compensation import NONE, Compensation
+from adaskip_fx.plan import SkipPlan, Sublayer
+
+if TYPE_CHECKING:
+    from adaskip_fx.profile import Profile
+
+
+def plan_without(profile: Profile, skip: Collection[Sublayer], compensated: bool) -> SkipPlan:
+    """Skip `skip` in both phases; what is skipped becomes `scale * x` if `compensated`, else `x`.
+
+    The scale is AdaSkip's (arXiv 2501.02336, eq. 4).
+    """
+    compensation = NONE
+    if compensated and skip:
+        scale = profile.compensation().factors
+        compensation = Compensation("scale", {s: scale[s] for s in skip})
+    return SkipPlan.of(profile.sublayers, skip, compensation=compensation)

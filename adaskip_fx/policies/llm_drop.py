@@ -1,0 +1,53 @@
+"""LLM-Drop (arXiv 2406.15786): the sublayers whose output is most like their input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from adaskip_fx.policies.adaskip import skip_count
+from adaskip_fx.policies.baseline import plan_without
+
+if TYPE_CHECKING:
+    from adaskip_fx.plan import SkipPlan
+    from adaskip_fx.profile import Profile
+
+Which = Literal["attention", "joint"]
+
+
+@dataclass(frozen=True)
+class LLMDrop:
+    """Rank by similarity; nothing is learned while decoding.
+
+    which: rank `"attention"` sublayers alone (the paper's advice), or `"joint"`, attention and ffn
+        in one ranking, which is AdaSkip's offline step.
+    compensated: whether a skipped sublayer becomes AdaSkip's `scale * x` instead of `x`.
+
+    ValueError for another `which`.
+    """
+
+    which: Which = "attention"
+    compensated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.which not in get_args(Which):
+            raise ValueError(f"which must be 'attention' or 'joint', got {self.which!r}")
+
+    def plan(self, profile: Profile, alpha: float) -> SkipPlan:
+        """Skip the `skip_count(alpha, S)` most similar sublayers, ties in stream order.
+
+        ValueError for an `alpha` that `skip_count` refuses, or that is more than all attention.
+        """
+        sublayers, similarity = profile.sublayers, profile.similarity()
+        count = skip_count(alpha, len(sublayers))
+        ranking = [sublayers[i] for i in np.argsort(-similarity, kind="stable")]
+        if self.which == "attention":
+            ranking = [s for s in ranking if s.kind == "attention"]
+        if count > len(ranking):
+            raise ValueError(
+                f"alpha {alpha} skips {count} sublayers, but the model has {len(ranking)} of "
+                "attention: take a smaller alpha, or LLMDrop('joint')"
+            )
+        return plan_without(profile, ranking[:count], self.compensated)
