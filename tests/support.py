@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def subject(family: str) -> Subject:
     return Subject(family, model, compiled, Oracle(model, branches(family, model)))
 
 
-def measure(family: str, columns: Sequence[str] = COLUMNS) -> dict[str, str]:
+def measure(family: str) -> dict[str, str]:
     """The row of a family: for each column YES, NONE, or the reason why not.
 
     Raises:
@@ -166,7 +166,7 @@ def measure(family: str, columns: Sequence[str] = COLUMNS) -> dict[str, str]:
     except RefusedError as error:
         return {"found": f"{_REFUSED}{error}"}
     with one.oracle.watching():
-        return {column: _CHECKS[column](one) for column in columns}
+        return {column: check(one) for column, check in _CHECKS.items()}
 
 
 def _found(one: Subject) -> str:

@@ -6,6 +6,7 @@ Each is compared with its own eager run; what is refused says why.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for
 from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes import RefusedError
+from tests import support
 from tests.own_models import DeepSupervision, EarlyExit, FeedsTwoLayers, SharedLayer, own
 
 
@@ -112,7 +114,6 @@ EXACT: dict[str, Callable[[], Any]] = {
     "a hook on inputs": with_input_hook,
     "adapters by hand": with_adapters,
     "adapters by peft": with_peft,
-    "gradient checkpointing": with_checkpointing,
     "one weight in two layers": with_tied_layers,
     "one FFN in two layers": with_a_shared_ffn,
     "a tied head": with_a_tied_head,
@@ -130,6 +131,14 @@ def test_exact(case: str) -> None:
         for names in ((), ("1.attention",), ("1.ffn",), ("0.attention", "2.ffn"))
     ]
     assert max(errors) < 1e-5
+
+
+def test_gradient_checkpointing() -> None:
+    """Nothing is checkpointed where there are no gradients; 2.11 cannot capture its hook."""
+    model = with_checkpointing()
+    old = support.versions().startswith("torch 2.11")
+    with pytest.raises(RefusedError, match="requires_grad_") if old else nullcontext():
+        assert assert_equivalent(model, plan_of(model, "1.ffn"), decode_steps=3) < 1e-5
 
 
 @pytest.mark.parametrize("make", [with_hook, with_adapters, lambda: own(DeepSupervision)])

@@ -29,20 +29,24 @@ def widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def widen(graph: fx.Graph) -> bool:
-    """Widen what the stream begins with; returns whether it was narrower than the stream."""
+    """Widen what the stream begins with; returns whether it was narrower than the stream.
+
+    An add in a wider dtype inside of a branch is another thing: no stream goes on from it.
+    """
     adds = [node for node in graph.nodes if is_add(node) and _widens(node)]
     if not adds:
         return False
     order = {node: i for i, node in enumerate(graph.nodes)}
     ancestors = ancestors_of(graph)
+    residuals = {n: r for n in graph.nodes if (r := residual_of(n, order, ancestors))}
+    continued = {r.stream for r in residuals.values()}
     for node in adds:
-        found = residual_of(node, order, ancestors)
-        if found is None or is_add(found.stream) or not _widens(node, found.stream):
-            continue
-        narrow, wide = _dtype(found.stream), _dtype(node)
-        assert isinstance(wide, torch.dtype)
-        _write(graph, found.stream, narrow, wide)
-        return True
+        start = residuals[node].stream if node in residuals and node in continued else None
+        if start is not None and not is_add(start) and _widens(node, start):
+            narrow, wide = _dtype(start), _dtype(node)
+            assert isinstance(wide, torch.dtype)
+            _write(graph, start, narrow, wide)
+            return True
     return False
 
 

@@ -103,9 +103,23 @@ def test_equal_layers_are_equal_pieces() -> None:
     assert got.compiler.compiled == 4
 
 
-@pytest.mark.parametrize("block", [Block, Wide])
-def test_a_stream_of_one_dtype_is_left_alone(block: type[nn.Module]) -> None:
-    graph = graph_of(block, torch.float32)
+class WideInside(Block):
+    """A branch adds in float32; the stream is bfloat16 throughout."""
+
+    def feed(self, x: Tensor) -> Tensor:
+        return (x.float() + super().feed(x).float()).to(x.dtype)
+
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        x = self.join(x, self.feed(x))
+        return self.join(x, self.attend(x, table, slot, start))
+
+
+CASES = [(Block, torch.float32), (Wide, torch.float32), (WideInside, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("block", "dtype"), CASES)
+def test_a_stream_of_one_dtype_is_left_alone(block: type[nn.Module], dtype: torch.dtype) -> None:
+    graph = graph_of(block, dtype)
     before = str(graph)
     assert not widen(graph)
     assert str(graph) == before
