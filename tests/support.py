@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,9 @@ def measure(family: str) -> dict[str, str]:
         AssertionError: the compiled model computes something else than the eager one.
     """
     try:
-        one = subject(family)
+        with warnings.catch_warnings():  # 2.11 warns of what is then refused
+            warnings.filterwarnings("ignore", message="Dynamo does not know how to trace")
+            one = subject(family)
     except RefusedError as error:
         return {"found": f"{_REFUSED}{error}"}
     with one.oracle.watching():
