@@ -18,8 +18,8 @@ from .sublayer import Sublayer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# As many shapes may break a key's guards before it is an error; a scan over a prompt (Mamba's, on a
-# CPU) is unrolled by halving, and there are so many powers of two.
+# As many lengths may break a key's guards before it is an error: code that counts the chunks of a
+# prompt (Mamba 2's) is another graph for other counts.
 _GRAPHS_PER_KEY = 24
 
 
@@ -143,6 +143,8 @@ class Graphs:
 
     def _check(self, captured: GraphPhaseCapture) -> None:
         """Refuse a graph that gives other logits than the model does."""
+        if self.sample.device != captured.key.device:
+            self.sample = self.sample.again(self.model, self.forward)
         try:
             self.sample.check(captured, self.model, self.forward)
         except RefusedError:

@@ -71,6 +71,11 @@ class Sample:
     attention: str
     steps: Mapping[GraphPhase, _Step]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model was."""
+        return self.steps["prefill"].logits.device
+
     def again(self, model: Any, forward: Forward) -> Sample:
         """The same of a compiled model, whose weights may have been changed since."""
         if not attention.can_be_set(model):

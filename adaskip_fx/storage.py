@@ -83,6 +83,7 @@ class Storage:
     Attributes:
         batch: rows.
         capacity: tokens.
+        dtype, device: of keys and values.
         slots: what is stored, by layer.
         keys, values: [batch, heads, capacity, dim] by layer; None where nothing is stored.
         states: by layer, in the order of its slot's states.
@@ -92,6 +93,8 @@ class Storage:
 
     batch: int
     capacity: int
+    dtype: torch.dtype
+    device: torch.device
     slots: tuple[Slot, ...]
     keys: list[torch.Tensor | None]
     values: list[torch.Tensor | None]
@@ -122,6 +125,8 @@ class Storage:
             return cls(
                 batch,
                 capacity,
+                dtype,
+                device,
                 tuple(slots),
                 keys=[made(s.key_heads, s.key_dim) for s in slots],
                 values=[made(s.value_heads, s.value_dim) for s in slots],
@@ -174,7 +179,7 @@ class Storage:
             [None if t is None else t.clone() for t in group] for group in (self.keys, self.values)
         )
         states = [tuple(t.clone() for t in group) for group in self.states]
-        return Storage(self.batch, self.capacity, self.slots, keys, values, states, self.lengths)
+        return replace(self, keys=keys, values=values, states=states, decoder=None)
 
 
 class StoragePool:
@@ -205,7 +210,8 @@ class StoragePool:
         idle, self._idle = self._idle, None
         if (
             idle is not None
-            and (idle.batch, idle.slots) == (batch, tuple(slots))
+            and (idle.batch, idle.dtype, idle.device, idle.slots)
+            == (batch, dtype, device, tuple(slots))
             and capacity <= idle.capacity <= 2 * capacity
         ):
             idle.clear()

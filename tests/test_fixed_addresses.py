@@ -18,6 +18,7 @@ from adaskip_fx.api import build
 from adaskip_fx.online import Window
 from adaskip_fx.plan import Action
 from adaskip_fx.testing import plans
+from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes import RefusedError
 from tests.bank import SEEDS, STEPS, Entry, Oracle, check_request, fewer, follow, make_model
 from tests.oracle import assert_close, moments
@@ -330,3 +331,19 @@ def test_a_sliding_window_is_seen_on_whole_buffers() -> None:
             logits = compiled(ids, past_key_values=cache, logits_to_keep=1).logits
             expected = model(ids, past_key_values=reference).logits[:, -1:]
             assert_close(logits, expected, 1e-5, f"step {step}")
+
+
+def test_kept_buffers_are_not_used_for_another_dtype() -> None:
+    """The next request after a model has moved needs buffers of its own."""
+    model = tiny_model(tiny_config("llama"))
+    compiled = build(model, None, backend="eager", fixed_addresses=True)
+    ids = torch.arange(3, 12).unsqueeze(0)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"output_logits": True, "attention_mask": torch.ones_like(ids)}
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        got, expected = (m.generate(ids, **options) for m in (compiled, model))
+        for mine, theirs in zip(got.logits, expected.logits, strict=True):
+            assert mine.dtype == theirs.dtype
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        del got

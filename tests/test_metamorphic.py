@@ -39,7 +39,8 @@ KINDS = {
 
 
 def _is_supported(name: str) -> bool:
-    return any(rows[name]["found"] == support.YES for rows in support.table().values())
+    rows = (measured.get(name, {}) for measured in support.table().values())
+    return any(row.get("found") == support.YES for row in rows)
 
 
 NAMES = [n for n in FAMILIES if FAMILIES[n].known and _is_supported(n)]

@@ -70,6 +70,20 @@ def test_weights_may_change_before_the_next_capture() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_model_that_has_moved_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample from another device proves nothing (there is but one here: it is made up)."""
+    compiled = build(model_of(), None, backend="eager")
+    graphs = compiled.adaskip.graphs
+    steps = {
+        p: replace(one, logits=one.logits.to("meta")) for p, one in graphs.sample.steps.items()
+    }
+    graphs.sample = replace(graphs.sample, steps=steps)
+    be_wrong(monkeypatch, 2e-3)
+    with pytest.raises(RefusedError, match="captured for decode gives other logits"):
+        compiled.generate(torch.arange(9).unsqueeze(0), max_new_tokens=3, do_sample=False)
+    assert graphs.sample.device.type == "cpu"
+
+
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3", "falcon_h1", "mamba", "qwen3_next"])
 def test_what_layers_store(family: str) -> None:
     """Shapes as of what transformers' own cache holds after the same tokens."""

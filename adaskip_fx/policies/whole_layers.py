@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class WholeLayers:
+class WholeLayers(ABC):
     """A policy that leaves out whole decoder layers, in prefill and decode.
 
     compensated: whether a skipped sublayer becomes AdaSkip's `scale * x` (eq. 4) instead of `x`.
@@ -30,9 +31,9 @@ class WholeLayers:
 
     name: ClassVar[str] = ""
 
+    @abstractmethod
     def choose(self, candidates: list[int], count: int) -> Collection[int]:
         """`count` of the layers `candidates` (in order), to be skipped."""
-        raise NotImplementedError
 
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Skip `skip_count(alpha, L)` of the model's L layers, whatever was measured.
