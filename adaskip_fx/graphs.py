@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from adaskip_passes import RefusedError, ShapeGuards, piece_of, start_workers, sublayer_calls
 
 from . import phases
+from .folding import Placed
 from .phases import Forward, GraphKey, GraphPhaseCapture, Memory
 from .plan import SkipPlan
 from .programs import Counters, Link, Program, VariantCache, plan_phase
@@ -50,6 +51,7 @@ class Graphs:
         self.counters = Counters()
         start_workers(backend, model.device)  # while the first graph is traced
         self.max_length = _positions(model)
+        self._placed = Placed()
         self._programs = VariantCache(max_variants, self.counters)
         self._captures: dict[GraphKey, list[GraphPhaseCapture]] = {}
         self._guards: dict[int, tuple[int, ShapeGuards]] = {}
@@ -132,7 +134,12 @@ class Graphs:
             plan.phase_digest(plan_phase(captured.key.phase)),
             probed,
         )
-        return self._programs.get(key, lambda: self.program_type(captured, plan, probed, self.link))
+        return self._programs.get(key, lambda: self._program(captured, plan, probed))
+
+    def _program(
+        self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
+    ) -> Program:
+        return self.program_type(captured, plan, probed, self.link, self._placed)
 
     def _guards_of(self, captured: GraphPhaseCapture) -> ShapeGuards:
         """Guards as of what is compiled now; made again when more has been compiled since."""

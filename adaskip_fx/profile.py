@@ -118,7 +118,7 @@ class Profile:
     def compensation(self, variant: Variant = "paper") -> Compensation:
         """`scale` of every sublayer as a compensation; ValueError where it is not positive."""
         factors = zip(self.sublayers, self.scale(variant).tolist(), strict=True)
-        return Compensation("scale", dict(factors))
+        return Compensation.scale(dict(factors))
 
     def preview(self, alpha: float, policy: Policy | None = None) -> SkipPlan:
         """The plan that `policy` (default: `AdaSkip()`) makes at `alpha`, without the model."""

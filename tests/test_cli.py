@@ -114,7 +114,7 @@ def profile(calibrated: tuple[Path, Result]) -> Path:
 def plan(tmp_path: Path) -> Path:
     """Attention 0 is skipped, and ffn 1 in decode as well."""
     file = tmp_path / "plan.json"
-    scale = Compensation("scale", {SUBLAYERS[0]: 1.05})
+    scale = Compensation.scale({SUBLAYERS[0]: 1.05})
     adaskip_fx.SkipPlan.of(
         SUBLAYERS, ["0.attention"], decode_extra=["1.ffn"], compensation=scale
     ).save(file)
@@ -384,7 +384,7 @@ def test_an_excerpt_is_where_a_plan_skips_the_most() -> None:
     from adaskip_fx.explain import excerpt
 
     sublayers = [adaskip_fx.Sublayer(i, kind) for i in range(5) for kind in ("attention", "ffn")]
-    factors = Compensation("scale", {sublayers[6]: 1.5, sublayers[0]: 2.0})
+    factors = Compensation.scale({sublayers[6]: 1.5, sublayers[0]: 2.0})
     whole = adaskip_fx.SkipPlan.of(
         sublayers, ["0.attention", "3.attention"], decode_extra=["4.ffn"], compensation=factors
     )
@@ -394,7 +394,7 @@ def test_an_excerpt_is_where_a_plan_skips_the_most() -> None:
         SUBLAYERS,
         ["0.attention"],
         decode_extra=["1.ffn"],
-        compensation=Compensation("scale", {SUBLAYERS[0]: 1.5}),
+        compensation=Compensation.scale({SUBLAYERS[0]: 1.5}),
     )
     assert excerpt(short) == (short, 0)
 

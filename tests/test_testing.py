@@ -83,7 +83,7 @@ def wrong_factors(monkeypatch: pytest.MonkeyPatch) -> None:
 def scaled(model: Any, prefill: str = "", decode: str = "") -> SkipPlan:
     sublayers = {str(s): s for s in compiled_for(model).adaskip.sublayers}
     skip, extra = ([sublayers[n] for n in (name,) if n] for name in (prefill, decode))
-    factors = Compensation("scale", dict.fromkeys((*skip, *extra), 0.75))
+    factors = Compensation.scale(dict.fromkeys((*skip, *extra), 0.75))
     return SkipPlan.of(tuple(sublayers.values()), skip, decode_extra=extra, compensation=factors)
 
 
