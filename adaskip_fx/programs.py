@@ -16,7 +16,18 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from adaskip_passes import VALID, Keep, Pass, Probe, Replacement, Skip, fuse, link, run_passes
+from adaskip_passes import (
+    VALID,
+    Keep,
+    Pass,
+    Probe,
+    Replacement,
+    Skip,
+    fuse,
+    link,
+    run_passes,
+    sublayer_calls,
+)
 
 from .phases import GraphPhaseCapture
 from .plan import Action, Phase, SkipPlan, Sublayer
@@ -84,6 +95,7 @@ class Program:
     Attributes:
         phase: the capture it was linked from.
         probed: the sublayers whose moments it returns, in stream order.
+        runs: the sublayers that it calls, read from the graph that was linked.
         seconds: how long linking took.
     """
 
@@ -108,6 +120,7 @@ class Program:
             probe_together=phase.key.whole_cache,
             first=self.first_passes,
         )
+        self.runs = frozenset(phase.sublayers[i] for i in sublayer_calls(outer.graph))
         inputs = outer.graph.find_nodes(op="placeholder")
         factors = factor_tensors(inputs, phase.sublayers, plan, phase.key.device)
         added = {name: len(phase.place) + i for i, name in enumerate([*factors, VALID])}
