@@ -1,4 +1,4 @@
-"""The command line: ``adaskip-fx demo | calibrate | generate | inspect``.
+"""The command line: ``adaskip-fx demo | calibrate | generate | inspect | eval``.
 
 torch and transformers take seconds to import, so commands import what they need when they run.
 """
@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from .evaluation.command import evaluate
+from .options import MODEL, Alpha, Backend, Debug, Device, Dtype, Model
+from .options import console as _console
+from .options import reported as _reported
 
+if TYPE_CHECKING:
     from .plan import SkipPlan
 
 app = typer.Typer(
@@ -27,20 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_MODEL = "A folder, a .gguf file, or a name on the Hugging Face hub."
-Model = Annotated[str, typer.Argument(help=_MODEL)]
-Alpha = Annotated[
-    float, typer.Option(help="Acceleration ratio: of S sublayers, about S (1 - 1/alpha) go.")
-]
-Backend = Annotated[str, typer.Option(help="Inner torch.compile backend that compiles the pieces.")]
-Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="float32, bfloat16 or float16.", show_default="float32 on CPU, bfloat16 on CUDA"
-    ),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -48,7 +36,7 @@ def demo(
     alpha: Alpha = 1.2,
     device: Device = "auto",
     model: Annotated[
-        str | None, typer.Option(help=_MODEL, show_default="SmolLM2-135M-Instruct")
+        str | None, typer.Option(help=MODEL, show_default="SmolLM2-135M-Instruct")
     ] = None,
     backend: Backend = "inductor",
     as_json: Annotated[
@@ -166,7 +154,7 @@ def inspect(
         bool, typer.Option("--graph", help="Show the outer graph before and after.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help=_MODEL, show_default="two layers of a tiny Llama")
+        str | None, typer.Option(help=MODEL, show_default="two layers of a tiny Llama")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -230,32 +218,3 @@ def _read(path: Path) -> str:
         raise ValueError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from error
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    console = Console(stderr=stderr)
-    if not console.is_terminal or console.width > 100:
-        console = Console(stderr=stderr, width=100)
-    return console
-
-
-@contextmanager
-def _reported(debug: bool) -> Iterator[None]:
-    """Errors that a user can do something about: one line on stderr and exit code 1."""
-    try:
-        yield
-    except Exception as error:
-        if debug or not _expected(error):
-            raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
-
-
-def _expected(error: Exception) -> bool:
-    if isinstance(error, BrokenPipeError):  # the reader has enough; click ends quietly
-        return False
-    from adaskip_passes import RefusedError
-
-    return isinstance(error, ValueError | TypeError | OSError | NotImplementedError | RefusedError)

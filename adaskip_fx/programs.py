@@ -27,6 +27,7 @@ from adaskip_passes import (
     link,
     run_passes,
     stand_in_inputs,
+    sublayer_calls,
 )
 
 from .folding import Fold, Placed, folds
@@ -111,6 +112,7 @@ class Program:
     Attributes:
         phase: the capture it was linked from.
         probed: the sublayers whose moments it returns, in stream order.
+        runs: the sublayers that it calls, read from the graph that was linked.
         seconds: how long linking took.
     """
 
@@ -140,6 +142,7 @@ class Program:
             first=self.first_passes,
             stand_ins=stand_ins,
         )
+        self.runs = frozenset(phase.sublayers[i] for i in sublayer_calls(outer.graph))
         inputs = outer.graph.find_nodes(op="placeholder")
         factors = stand_in_tensors(outer, phase.sublayers, stand_ins, placed)
         added = {name: len(phase.place) + i for i, name in enumerate([*factors, VALID])}

@@ -127,7 +127,7 @@ def plan(tmp_path: Path) -> Path:
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "calibrate", "generate", "inspect"):
+    for command in ("demo", "calibrate", "generate", "inspect", "eval"):
         assert re.search(rf"\b{command}\b", result.stdout)
         assert run(command, "--help").exit_code == 0
 
