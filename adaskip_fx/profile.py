@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,9 @@ from adaskip_fx.plan import TIMES, layer_table
 from adaskip_fx.sublayer import Sublayer
 
 if TYPE_CHECKING:
+    from adaskip_fx.decisions import Decision
     from adaskip_fx.plan import SkipPlan
-    from adaskip_fx.policies import Policy
+    from adaskip_fx.policies import PlanPolicy, Policy
 
 __all__ = ["MOMENTS", "Fingerprint", "Profile", "ProfileError", "Variant", "fingerprint"]
 
@@ -120,7 +121,11 @@ class Profile:
         factors = zip(self.sublayers, self.scale(variant).tolist(), strict=True)
         return Compensation("scale", dict(factors))
 
-    def preview(self, alpha: float, policy: Policy | None = None) -> SkipPlan:
+    @overload
+    def preview(self, alpha: float, policy: PlanPolicy | None = None) -> SkipPlan: ...
+    @overload
+    def preview(self, alpha: float, policy: Policy | None = None) -> Decision: ...
+    def preview(self, alpha: float, policy: Policy | None = None) -> Decision:
         """The plan that `policy` (default: `AdaSkip()`) makes at `alpha`, without the model."""
         from adaskip_fx.policies import AdaSkip  # policies import this module
 

@@ -13,6 +13,7 @@ from adaskip_fx.policies.reverse_order import ReverseOrder
 from adaskip_fx.policies.unified_skip import UnifiedSkip
 
 if TYPE_CHECKING:
+    from adaskip_fx.decisions import Decision
     from adaskip_fx.plan import SkipPlan, Sublayer
     from adaskip_fx.profile import Profile
 
@@ -21,6 +22,7 @@ __all__ = [
     "EarlyExit",
     "LLMDrop",
     "OnlinePolicy",
+    "PlanPolicy",
     "Policy",
     "ReverseOrder",
     "UnifiedSkip",
@@ -30,13 +32,21 @@ __all__ = [
 class Policy(Protocol):
     """A rule that chooses sublayers."""
 
+    def plan(self, profile: Profile, alpha: float) -> Decision:
+        """What to do with `profile`'s model at acceleration ratio `alpha` (1.0: skip nothing)."""
+        ...
+
+
+class PlanPolicy(Protocol):
+    """A policy whose decision is one plan, which other policies may build on."""
+
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """The plan for `profile`'s model at acceleration ratio `alpha` (1.0: skip nothing)."""
         ...
 
 
 @runtime_checkable
-class OnlinePolicy(Policy, Protocol):
+class OnlinePolicy(PlanPolicy, Protocol):
     """A policy that may add FFN sublayers to the decode plan of a running request."""
 
     @property
