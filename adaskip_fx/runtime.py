@@ -15,6 +15,7 @@ from .cache import SkipCache
 from .decisions import Choice, Decision, Schedule, Stages, plans_of
 from .decoding import Decoder, Lane
 from .graphs import Graphs
+from .layers import LayerProgram
 from .online import Request, Window, probed_in_decode
 from .phases import Forward, GraphKey, GraphPhase, Memory
 from .plan import Action, PlanError, SkipPlan, Sublayer
@@ -290,14 +291,25 @@ class Runtime:
         return self.ahead and request.decoding and not learning and not cache.stateful
 
     def measure(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        layers: bool = False,
     ) -> torch.Tensor:
         """Moments of every sublayer of the full model over a prompt, [sublayers, B, 5].
 
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, T], 0 at padding, which counts for nothing.
+            layers: whether those of whole layers follow, [sublayers + layers, B, 5].
         """
+        if layers:
+            self.graphs.program_type, before = LayerProgram, self.graphs.program_type
+            try:
+                return self.measure(input_ids, attention_mask)
+            finally:
+                self.graphs.program_type = before
         empty = SkipPlan.empty(self.sublayers)
         cache = self.new_cache(capacity=input_ids.shape[1], plan=empty)
         phase = self._phase(input_ids, cache)
