@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy.typing as npt
 
 from adaskip_fx.policies.adaskip import AdaSkip
+from adaskip_fx.policies.d3 import D3
 from adaskip_fx.policies.early_exit import EarlyExit
 from adaskip_fx.policies.llm_drop import LLMDrop
+from adaskip_fx.policies.pop import POP
 from adaskip_fx.policies.reverse_order import ReverseOrder
+from adaskip_fx.policies.short_gpt import ShortGPT
+from adaskip_fx.policies.skip_decode import SkipDecode
 from adaskip_fx.policies.unified_skip import UnifiedSkip
 
 if TYPE_CHECKING:
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
     from adaskip_fx.profile import Profile
 
 __all__ = [
+    "D3",
+    "POP",
     "AdaSkip",
     "EarlyExit",
     "LLMDrop",
@@ -25,6 +31,8 @@ __all__ = [
     "PlanPolicy",
     "Policy",
     "ReverseOrder",
+    "ShortGPT",
+    "SkipDecode",
     "UnifiedSkip",
 ]
 
