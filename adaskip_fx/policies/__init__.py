@@ -1,4 +1,9 @@
-"""One file per system: from what calibration measured and a target speed to a skip plan."""
+"""One file per system: from what calibration measured and a target speed to a decision.
+
+A decision is a plan, a schedule of decode plans, a choice among plans by the prompt, or a plan per
+stage. What a policy needs besides a profile (who judges candidate plans, where kinds of prompts
+lie) are fields of it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,14 @@ import numpy.typing as npt
 from adaskip_fx.policies.adaskip import AdaSkip
 from adaskip_fx.policies.d3 import D3
 from adaskip_fx.policies.early_exit import EarlyExit
+from adaskip_fx.policies.evolve import Evolve
+from adaskip_fx.policies.greedy import Greedy
+from adaskip_fx.policies.lite_stage import LiteStage, Stage
 from adaskip_fx.policies.llm_drop import LLMDrop
 from adaskip_fx.policies.pop import POP
 from adaskip_fx.policies.reverse_order import ReverseOrder
+from adaskip_fx.policies.router import Route, Router
+from adaskip_fx.policies.searching import Compensate, Evaluator
 from adaskip_fx.policies.short_gpt import ShortGPT
 from adaskip_fx.policies.skip_decode import SkipDecode
 from adaskip_fx.policies.unified_skip import UnifiedSkip
@@ -25,14 +35,22 @@ __all__ = [
     "D3",
     "POP",
     "AdaSkip",
+    "Compensate",
     "EarlyExit",
+    "Evaluator",
+    "Evolve",
+    "Greedy",
     "LLMDrop",
+    "LiteStage",
     "OnlinePolicy",
     "PlanPolicy",
     "Policy",
     "ReverseOrder",
+    "Route",
+    "Router",
     "ShortGPT",
     "SkipDecode",
+    "Stage",
     "UnifiedSkip",
 ]
 
