@@ -131,8 +131,10 @@ class CalibrationLoss:
     @torch.no_grad()
     def _divergence(self, number: int, plan: SkipPlan) -> float:
         ids = self._texts[number]
-        expected = self._kept[number] if number < len(self._kept) else self._predicted(ids)
-        logits = self._prompt(ids, plan, 0)[0]
+        expected = (
+            self._kept[number] if number < len(self._kept) else self._predicted(ids, self._full)
+        )
+        logits = self._predicted(ids, plan)
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         for want, got in zip(_parts(expected), _parts(logits), strict=True):
             # normalised again: what was kept was rounded
@@ -142,34 +144,33 @@ class CalibrationLoss:
 
     @torch.no_grad()
     def _surprise(self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan) -> float:
-        alike = plan.prefill == plan.decode and not plan.last_token_full
-        logits = (self._at_once if alike else self._by_token)(prompt, answer, plan)
+        logits = self._answered(prompt, answer, plan)
         chosen = logits.float().log_softmax(-1).gather(1, answer[0].unsqueeze(1))
         return -float(chosen.mean(dtype=torch.float64))
 
-    def _at_once(self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
-        """Logits [A, V] that predict an answer, in one step."""
-        return self._prompt(torch.cat((prompt, answer[:, :-1]), 1), plan, answer.shape[1])[0]
+    def _answered(self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
+        """Logits [A, V] that predict an answer.
 
-    def _by_token(self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
-        """Likewise, decoded."""
-        # as a schedule, beside which nothing is learned, whatever the model's policy
+        Where the phases are alike, the answer is a chunk after the prompt. (In one step with it, a
+        graph would be needed for every length of an answer, or all of a prompt's logits.)
+        """
         cache = self.runtime.new_cache(prompt.shape[1] + answer.shape[1], plan=_fixed(plan))
-        steps = [prompt, *(answer[:, i : i + 1] for i in range(answer.shape[1] - 1))]
-        return torch.cat([self.runtime.step(ids, None, None, cache, 1)[0] for ids in steps])
+        alike = plan.prefill == plan.decode and not plan.last_token_full
+        rest = answer[:, :-1]
+        chunks = torch.split(rest, rest.shape[1] if alike else 1, 1) if rest.shape[1] else ()
+        steps = [self.runtime.step(prompt, None, None, cache, 1)]
+        steps += [self.runtime.step(ids, None, None, cache, 0) for ids in chunks]
+        return torch.cat(steps, 1)[0]
 
-    def _prompt(self, ids: torch.Tensor, plan: SkipPlan, keep: int) -> torch.Tensor:
+    def _predicted(self, ids: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
+        """Logits [T, V] for a text."""
         cache = self.runtime.new_cache(ids.shape[1], plan=_fixed(plan))
-        return self.runtime.step(ids, None, None, cache, keep)
-
-    def _predicted(self, ids: torch.Tensor) -> torch.Tensor:
-        """The full model's logits [T, V] for a text."""
-        return self._prompt(ids, self._full, 0)[0]
+        return self.runtime.step(ids, None, None, cache, 0)[0]
 
     @torch.no_grad()
     def _keep(self, memory: int) -> None:
         for ids in self._texts:
-            logits = self._predicted(ids)
+            logits = self._predicted(ids, self._full)
             memory -= 2 * logits.numel()
             if memory < 0:
                 return
@@ -182,6 +183,7 @@ def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _fixed(plan: SkipPlan) -> Schedule:
+    """As a schedule, beside which nothing is learned, whatever the model's policy."""
     return Schedule(((0, plan),))
 
 
