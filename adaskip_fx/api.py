@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .decisions import Decision
 from .loading import usable_backend
-from .plan import SkipPlan
 from .policies import AdaSkip, OnlinePolicy, Policy
 from .profile import Profile
 from .programs import Link
@@ -23,7 +23,7 @@ def compile(
     alpha: float = 1.2,
     *,
     policy: Policy | None = None,
-    plan: SkipPlan | None = None,
+    plan: Decision | None = None,
     backend: str = "inductor",
     link: Link = "pieces",
     max_variants: int = 32,
@@ -40,8 +40,10 @@ def compile(
             saved to. None only with an explicit `plan`.
         alpha: acceleration ratio; ``floor(S (1 - 1/alpha) + 1/2)`` of S sublayers are skipped
             (AdaSkip, arXiv 2501.02336).
-        policy: chooses the sublayers; ``AdaSkip()`` when None.
-        plan: an explicit plan instead of a policy's; nothing is learned online then.
+        policy: chooses the sublayers; ``AdaSkip()`` when None. What it decides may also be a
+            schedule of decode plans, a choice among plans by the prompt, or a plan per stage.
+        plan: an explicit plan, or other decision, instead of a policy's; nothing is learned online
+            then.
         backend: name of the torch.compile backend that compiles the pieces.
         link: ``"pieces"`` calls pieces compiled once; ``"fused"`` compiles the whole graph anew
             for each plan.
@@ -78,7 +80,7 @@ def compile(
     return compiled
 
 
-def build(model: Any, plan: SkipPlan | None, **options: Any) -> Any:
+def build(model: Any, plan: Decision | None, **options: Any) -> Any:
     """A compiled model with an explicit plan; None for the empty one. Options as for `Runtime`."""
     shell = make_shell(model)
     shell._adaskip = Runtime(shell, type(model).forward, take(model), plan, **options)

@@ -51,12 +51,14 @@ def calibrate(
     for done, ids in enumerate(samples):
         if progress is not None:
             progress(done, len(samples))
-        moments.append(runtime.measure(ids.to(model.device))[:, 0].double().cpu().numpy())
+        reading = runtime.measure(ids.to(model.device), layers=True)
+        moments.append(reading[:, 0].double().cpu().numpy())
     if progress is not None:
         progress(len(samples), len(samples))
     return Profile(
         sublayers=runtime.sublayers,
-        moments=np.stack(moments),
+        moments=np.stack(moments)[:, : len(runtime.sublayers)],
+        layers=np.stack(moments)[:, len(runtime.sublayers) :],
         fingerprint=fingerprint(model),
         versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
         calibration={

@@ -145,7 +145,9 @@ def generate(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A profile's folder, or a plan's file.")],
+    path: Annotated[
+        Path, typer.Argument(help="A profile's or decision's folder, or a plan's file.")
+    ],
     alpha: Annotated[
         float | None,
         typer.Option(help="Show what a profile would skip at this ratio.", show_default="1.2"),
@@ -158,7 +160,7 @@ def inspect(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show a profile or a plan as a table, and what it does to a graph."""
+    """Show a profile, a plan or another decision, and what a plan does to a graph."""
     if path.is_file() and alpha is not None:
         raise typer.BadParameter("a plan is made for one alpha already; --alpha is for profiles")
     with _reported(debug):
@@ -169,11 +171,17 @@ def inspect(
 
 def _show_file(path: Path, alpha: float | None, need_plan: bool) -> SkipPlan | None:
     """Print what is at `path`; returns the plan that it holds or leads to."""
+    from .decision_files import DOCUMENT, load
     from .plan import SkipPlan
     from .profile import Profile
 
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if (path / DOCUMENT).is_file():
+        if alpha is not None or need_plan:
+            raise ValueError(f"{path}: holds several plans; name one of its plan files instead")
+        typer.echo(str(load(path)))
+        return None
     if path.is_file():
         plan = SkipPlan.load(path)
         typer.echo(str(plan))

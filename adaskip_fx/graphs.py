@@ -32,7 +32,7 @@ class Graphs:
         max_length: positions of the model; None if it has no limit.
     """
 
-    program_type = Program
+    program_type: type[Program] = Program
 
     def __init__(
         self,

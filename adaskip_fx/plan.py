@@ -46,6 +46,8 @@ class SkipPlan:
     sublayers: every sublayer of the model, in stream order.
     prefill, decode: the sublayers that do not simply run (entries `RUN` are dropped).
     compensation: what stands in for the skipped ones.
+    last_token_full: whether the last token of a prompt runs as `decode` says instead, as a step of
+        its own (POP, arXiv 2602.03295): the first new token then comes from the decode plan.
 
     PlanError, naming the sublayer: unknown or listed twice; K/V that would be missing or would
     have holes (attention and mixers are skipped in both phases or in none); `KV_ONLY` for an ffn;
@@ -56,6 +58,7 @@ class SkipPlan:
     prefill: Mapping[Sublayer, Action]
     decode: Mapping[Sublayer, Action]
     compensation: Compensation = NONE
+    last_token_full: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sublayers", tuple(self.sublayers))
@@ -97,8 +100,8 @@ class SkipPlan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping proxy can be neither pickled nor deep-copied.
-        fields = (self.sublayers, dict(self.prefill), dict(self.decode), self.compensation)
-        return SkipPlan, fields
+        maps = dict(self.prefill), dict(self.decode)
+        return SkipPlan, (self.sublayers, *maps, self.compensation, self.last_token_full)
 
     def action(self, phase: Phase, sublayer: Sublayer) -> Action:
         """What `sublayer` does in `phase`; PlanError when the model has no such sublayer."""
@@ -124,9 +127,8 @@ class SkipPlan:
             if sublayer not in extra or sublayer in self.prefill:
                 raise PlanError(f"{sublayer}: a factor was given, but it is no extra of decode")
         decode = {**self.decode, **dict.fromkeys(extra, Action.SKIP)}
-        return SkipPlan(
-            self.sublayers, self.prefill, decode, self.compensation.with_factors(factors)
-        )
+        compensation = self.compensation.with_factors(factors)
+        return replace(self, decode=decode, compensation=compensation)
 
     def with_compensation(self, compensation: Compensation) -> SkipPlan:
         """The same sublayers skipped, with other stand-ins."""
@@ -181,6 +183,7 @@ class SkipPlan:
                 {Sublayer.parse(name): action for name, action in data["prefill"].items()},
                 {Sublayer.parse(name): action for name, action in data["decode"].items()},
                 Compensation.from_json(data["compensation"], _load_tensors(path, data["tensors"])),
+                data.get("last_token_full", False) is True,
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise PlanError(f"{path}: not a valid plan ({error}); {redo}") from error
@@ -217,6 +220,8 @@ class SkipPlan:
             "sublayers": [str(s) for s in self.sublayers],
             "prefill": {str(s): action.value for s, action in self.prefill.items()},
             "decode": {str(s): action.value for s, action in self.decode.items()},
+            # Left out where it is off: what plans were called before there was such a thing.
+            **({"last_token_full": True} if self.last_token_full else {}),
         }
 
 
@@ -313,6 +318,7 @@ def _heading(plan: SkipPlan) -> str:
     return (
         f"SkipPlan {plan.digest[:8]}: prefill skips {len(skipped)} of {total} sublayers"
         f"{f' ({kinds})' if kinds else ''}, decode {len(plan.skipped('decode'))} of {total}"
+        f"{'; the last token of a prompt runs as in decode' if plan.last_token_full else ''}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .decisions import Choice, Schedule, Stages, left_out
 from .plan import Action, Phase, SkipPlan
 from .text import by_kind, storage
 
@@ -24,6 +25,7 @@ def runtime_report(runtime: Runtime) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     rows = [
         ("model", f"{type(model).__name__}, {dtype} on {model.device}"),
+        *_decision_rows(runtime),
         *_plan_rows("prefill", runtime.plan, "prefill"),
         ("online", _online(runtime)),
         *_request_rows(runtime),
@@ -33,6 +35,22 @@ def runtime_report(runtime: Runtime) -> str:
         ("K/V", _storage(runtime)),
     ]
     return _aligned(rows)
+
+
+def _decision_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    given = runtime.decision
+    match given:
+        case SkipPlan():
+            return []
+        case Schedule():
+            rows = [(f"from {step}", left_out(plan)) for step, plan in given.steps]
+        case Choice():
+            rows = [(option.name, left_out(option.plan)) for option in given.options]
+        case Stages():
+            rows = [(name, left_out(plan)) for name, plan in given.stages]
+    stage = f", stage {runtime.stage} is next" if isinstance(given, Stages) else ""
+    heading = f"{given.digest[:8]}, {len(rows)} plans{stage}"
+    return [(given.kind, heading), *((f"{_INDENT}{name}", text) for name, text in rows)]
 
 
 def _plan_rows(title: str, plan: SkipPlan, phase: Phase) -> list[tuple[str, str]]:
@@ -49,6 +67,8 @@ def _plan_rows(title: str, plan: SkipPlan, phase: Phase) -> list[tuple[str, str]
 
 def _online(runtime: Runtime) -> str:
     policy = runtime.policy
+    if not isinstance(runtime.decision, SkipPlan):
+        return f"off: a {runtime.decision.kind} decides how decoding changes"
     if policy is None:
         return "off: the plan was given, and there is no policy to change it"
     if not policy.online:
@@ -68,8 +88,12 @@ def _request_rows(runtime: Runtime) -> list[tuple[str, str]]:
             extra = (s for s in plan.skipped("decode") if s not in plan.prefill)
             total = f"skips {len(plan.skipped('decode'))} of {len(plan.sublayers)} sublayers"
             learned = by_kind(extra)
+            written = [s for s in plan.sublayers if plan.action("decode", s) is Action.KV_ONLY]
+            only = f"; K/V only: {by_kind(written)}" if written else ""
             more = f", on top of prefill's: {learned}" if learned else ", as prefill does"
-            rows.append((f"{_INDENT}{_INDENT}decode", f"plan {plan.digest[:8]}, {total}{more}"))
+            rows.append(
+                (f"{_INDENT}{_INDENT}decode", f"plan {plan.digest[:8]}, {total}{more}{only}")
+            )
     return rows
 
 

@@ -28,6 +28,7 @@ import adaskip_fx
 from adaskip_fx import demo, loading
 from adaskip_fx.cli import app
 from adaskip_fx.compensation import Compensation
+from adaskip_fx.decisions import Stages
 from adaskip_fx.demo import measure, texts
 from adaskip_fx.demo.result import Answer, Contender
 from adaskip_fx.progress import Steps
@@ -305,6 +306,17 @@ def test_inspect_a_profile(profile: Path) -> None:
     preview = run("inspect", profile, "--alpha", 2)
     assert preview.stdout.endswith(f"alpha 2: {saved.preview(2)}\n")
     assert "acceleration ratio" in refused(run("inspect", profile, "--alpha", 0.9))
+
+
+def test_inspect_a_decision(plan: Path, tmp_path: Path) -> None:
+    loaded = adaskip_fx.SkipPlan.load(plan)
+    decision = Stages((("recall", loaded), ("answer", adaskip_fx.SkipPlan.empty(loaded.sublayers))))
+    decision.save(tmp_path / "stages")
+    result = run("inspect", tmp_path / "stages")
+    assert result.exit_code == 0
+    assert str(decision) in result.stdout
+    for more in (["--alpha", 2], ["--graph"]):
+        assert "holds several plans" in refused(run("inspect", tmp_path / "stages", *more))
 
 
 def test_inspect_a_plan(plan: Path, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ The mechanism under ``adaskip_fx``; it needs torch alone. In order:
 - :func:`canonicalize` how it adds to the residual stream;
 - :func:`find_sublayers`: the residual branches of the graph;
 - :func:`outline`: a small outer graph of calls to pieces, equal pieces sharing one key;
-- :class:`Skip`, :class:`Probe`, :class:`Tap`: passes over the outer graph, run by
-  :func:`run_passes`;
+- :class:`Skip`, :class:`Probe`, :class:`ProbeLayers`, :class:`Tap`: passes over the outer graph,
+  run by :func:`run_passes`;
 - :func:`link` compiled pieces into a program, or :func:`fuse` them into one flat graph.
 
 For a GPU's decode step: :class:`FuseProjections` gives its pieces operators that read every weight
@@ -27,7 +27,7 @@ from .link import fuse, link
 from .outline import Piece, outline, piece_of, sublayer_calls
 from .parallel import separate
 from .pipeline import Pass, run_passes, text
-from .probe import MOMENTS, VALID, Probe
+from .probe import MOMENTS, VALID, Probe, ProbeLayers
 from .projections import FuseProjections
 from .repeats import Repeat
 from .skip import Keep, Replacement, Skip, stand_in_inputs
@@ -48,6 +48,7 @@ __all__ = [
     "PieceCompiler",
     "Place",
     "Probe",
+    "ProbeLayers",
     "Recorder",
     "RefusedError",
     "Repeat",
