@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from adaskip_fx.policies.adaskip import AdaSkip
 from adaskip_fx.policies.early_exit import EarlyExit
+from adaskip_fx.policies.latency import LatencyBudget
 from adaskip_fx.policies.llm_drop import LLMDrop
 from adaskip_fx.policies.reverse_order import ReverseOrder
 from adaskip_fx.policies.unified_skip import UnifiedSkip
@@ -20,6 +21,7 @@ __all__ = [
     "AdaSkip",
     "EarlyExit",
     "LLMDrop",
+    "LatencyBudget",
     "OnlinePolicy",
     "Policy",
     "ReverseOrder",
