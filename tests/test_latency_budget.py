@@ -1,22 +1,34 @@
-"""Budgets by measured time: the knapsack and the policy, against all subsets tried one by one."""
+"""Budgets by measured time: the knapsack and the policy, against all subsets tried one by one.
+
+And `compile(budget="latency")`, with tables that were made up.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Sequence
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import adaskip_fx
+from adaskip_fx import api, budget
+from adaskip_fx.fingerprint import fingerprint
 from adaskip_fx.knapsack import choose
-from adaskip_fx.latency import Costs, LatencyTable
+from adaskip_fx.latency import Costs, LatencyTable, device_name
 from adaskip_fx.parts import TableError, Weights
 from adaskip_fx.plan import SkipPlan, Sublayer
-from adaskip_fx.policies import AdaSkip, LatencyBudget, OnlinePolicy
+from adaskip_fx.policies import AdaSkip, EarlyExit, LatencyBudget, OnlinePolicy
 from adaskip_fx.profile import Fingerprint, Profile
+from tests import bank
+from tests.oracle import assert_close
 
 FINGERPRINT = Fingerprint("0" * 16, "toy", 1, "0" * 16)
 PREFILL = {"rest": 1.0, "attention": 4.0, "ffn": 2.0, "scale": 0.25}
@@ -282,3 +294,106 @@ def test_arguments() -> None:
             LatencyBudget(table(3), 100, phase)  # type: ignore[arg-type]
     with pytest.raises(TableError):
         table(3, {"rest": 1.0, "ffn": 1.0})
+
+
+# compile(budget="latency"). --------------------------------------------------------------------
+
+
+def bank_table(**changes: Any) -> LatencyTable:
+    """Made-up costs of the bank's three-layer model, on this device."""
+    model = bank.entry("three_layers").model
+    about = {"device": device_name(model), "dtype": "float32"}
+    given_: dict[str, Any] = {"fingerprint": fingerprint(model), "conditions": about, **changes}
+    return dataclasses.replace(table(3), **given_)
+
+
+def bank_profile() -> Profile:
+    model = bank.entry("three_layers").model
+    return dataclasses.replace(profile(SIMILAR), fingerprint=fingerprint(model))
+
+
+def compiled(alpha: float = 1.3, **options: Any) -> Any:
+    model = bank.entry("three_layers").model
+    options = {"budget": "latency", "context": 100, "backend": "eager", **options}
+    return adaskip_fx.compile(model, bank_profile(), alpha, **options)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_compile_takes_a_table(as_file: bool, tmp_path: Path) -> None:
+    costs: Any = bank_table()
+    if as_file:
+        costs.save(tmp_path / "table.json")
+        costs = tmp_path / "table.json"
+    runtime = compiled(table=costs, policy=AdaSkip(window=3)).adaskip
+    assert runtime.plan == LatencyBudget(table(3), 100).plan(profile(SIMILAR), 1.3)
+    assert runtime.plan != AdaSkip().plan(profile(SIMILAR), 1.3)
+    assert runtime.policy.window == 3
+    assert runtime.profile is not None
+
+
+def test_compile_measures_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def measured(model: Any, contexts: Any) -> LatencyTable:
+        asked.append((model, contexts))
+        return bank_table()
+
+    monkeypatch.setattr(budget, "measure", measured)
+    fast = compiled(context=100)
+    assert asked == [(fast, (100,))]
+    assert fast.adaskip.plan == LatencyBudget(table(3), 100).plan(profile(SIMILAR), 1.3)
+
+
+def test_the_compiled_model_answers_and_learns() -> None:
+    """As any other policy's: the plan runs, and the window adds FFN sublayers to it."""
+    fast = compiled(table=bank_table(), policy=AdaSkip(window=2))
+    plan = fast.adaskip.plan
+    oracle = bank.entry("three_layers").oracle
+    ids = bank.entry("three_layers").tokens(1, 9)
+    with torch.no_grad():
+        bank.follow(oracle, plan)
+        try:
+            expected = oracle.step(ids, bank.entry("three_layers").reference_cache())[:, -1:]
+        finally:
+            oracle.behave({})
+        out = fast(input_ids=ids, logits_to_keep=1)
+    assert_close(out.logits, expected, 1e-5, "logits")
+    with torch.no_grad():
+        for _ in range(3):
+            fast(input_ids=ids[:, :1], past_key_values=out.past_key_values)
+    assert out.past_key_values.request.window.closed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "time"}, "budget must be 'count' or 'latency', got 'time'"),
+        ({"context": None}, "budget='latency' needs context=, the tokens of a typical request"),
+        ({"budget": "count"}, "context and table are for budget='latency'; pass it, or neither"),
+        ({"plan": SkipPlan.empty(sublayers(3))}, "budget='latency' chooses a plan; leave plan out"),
+        ({"policy": EarlyExit()}, "chooses by AdaSkip's similarities, not by EarlyExit; leave"),
+        ({"table": "no/such.json"}, "no/such.json: no such file; check the path, or measure again"),
+        ({"alpha": 99.0}, "alpha 99 cannot be met at 100 tokens"),
+        ({"context": 50}, "prefill at 50 tokens: measured were 100"),
+    ],
+)
+def test_what_compile_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compiled(**{"table": bank_table(), **options})
+
+
+def test_a_table_of_another_device_or_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before anything is captured, but for a policy that was made with it on purpose."""
+    other = bank_table(conditions={"device": "Some GPU", "dtype": "float32"})
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "build", lambda *_, **__: pytest.fail("captured"))
+        with pytest.raises(TableError, match="measured with device Some GPU, but the model has"):
+            compiled(table=other)
+        with pytest.raises(TableError, match=r"the table is of the model .*, not "):
+            compiled(table=bank_table(fingerprint=FINGERPRINT))
+    on_purpose = LatencyBudget(other, 100)
+    fast = compiled(budget="count", context=None, policy=on_purpose)
+    assert fast.adaskip.plan == on_purpose.plan(profile(SIMILAR), 1.3)
+    model = bank.entry("three_layers").model
+    with pytest.raises(ValueError, match="compile needs a profile to choose by measured time"):
+        adaskip_fx.compile(model, None, budget="latency", context=100, backend="eager")
