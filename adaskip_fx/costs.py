@@ -68,9 +68,9 @@ def measure(
     costs = []
     for phase in PHASES:
         for context in lengths:
-            samples = _rounds(clock, phase, context, plans, rounds)
+            took = measure_plans(clock, phase, context, plans, rounds)
             counts = [parts(p, phase, runtime.sublayers, classes) for p in plans]
-            costs.append(Costs(phase, context, *solve(counts, steady(samples))))
+            costs.append(Costs(phase, context, *solve(counts, took)))
             if progress is not None:
                 progress(len(costs), len(PHASES) * len(lengths))
     return LatencyTable(
@@ -130,6 +130,24 @@ def plans_to_time(
     return plans
 
 
+def measure_plans(
+    clock: TimeStep, phase: Phase, context: int, plans: Sequence[SkipPlan], rounds: int
+) -> Array:
+    """Seconds of each plan [plans], which take turns; every other round goes backwards.
+
+    Args:
+        clock: see `time_step` of :func:`measure`.
+        phase, context, plans: what to time.
+        rounds: after one that does not count, because it compiles and links.
+    """
+    samples = np.zeros((len(plans), rounds + 1))
+    for turn in range(rounds + 1):
+        order = range(len(plans)) if turn % 2 else reversed(range(len(plans)))
+        for i in order:
+            samples[i, turn] = clock(phase, context, plans[i])
+    return steady(samples[:, 1:])
+
+
 def steady(samples: Array) -> Array:
     """Seconds of each plan [plans] from samples [plans, rounds], freed of what rounds differ in.
 
@@ -174,18 +192,6 @@ def _not_negative(rows: Array, target: Array) -> Array:
     solution = np.zeros(rows.shape[1])
     solution[kept] = found
     return solution
-
-
-def _rounds(
-    clock: TimeStep, phase: Phase, context: int, plans: Sequence[SkipPlan], rounds: int
-) -> Array:
-    """Samples [plans, rounds]; every other round goes backwards."""
-    samples = np.zeros((len(plans), rounds + 1))
-    for turn in range(rounds + 1):
-        order = range(len(plans)) if turn % 2 else reversed(range(len(plans)))
-        for i in order:
-            samples[i, turn] = clock(phase, context, plans[i])
-    return samples[:, 1:]  # the first one compiles and links
 
 
 def _checked(runtime: Runtime, contexts: Iterable[int], rounds: int) -> list[int]:
