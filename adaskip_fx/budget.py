@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -81,6 +82,8 @@ def choose_by_time(
         ValueError: alpha cannot be met, or the table does not cover `context`.
     """
     costs = table if table is not None else measure(runtime.model, (context,))
+    if costs.doubt:
+        warnings.warn(costs.doubt, stacklevel=3)
     policy = LatencyBudget(costs, context, base=base if isinstance(base, AdaSkip) else AdaSkip())
     runtime.plan = policy.plan(profile, alpha)
     runtime.profile, runtime.policy = profile, policy

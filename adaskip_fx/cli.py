@@ -177,6 +177,8 @@ def measure(
         steps = Steps(_console(stderr=True))
         table = measure_table(model, out, context, batch, rounds, backend, dtype, device, steps)
         typer.echo(str(table))
+        if table.doubt:
+            typer.echo(table.doubt, err=True)
         typer.echo(f"saved to {out}", err=True)
 
 

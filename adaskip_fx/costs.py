@@ -26,6 +26,7 @@ Array = npt.NDArray[np.float64]
 TimeStep = Callable[[Phase, int, SkipPlan], float]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 _SHORTEST = 16  # tokens
+_GOOD = 0.04
 
 
 def measure(
@@ -46,7 +47,8 @@ def measure(
         contexts: tokens of a prompt, and tokens stored at a decode step, at which to measure;
             between them costs are interpolated.
         batch: rows.
-        rounds: how often each plan is timed, after once that does not count.
+        rounds: how often each plan is timed, after once that does not count; up to three times as
+            often where times do not add up within 4%, as on a device that others use as well.
         compensations: of each kind to measure, one that names every sublayer; the scale if None.
         kv_only: measure as well what sublayers cost of which only K/V are written.
         time_step: the clock: seconds of one prompt or step, from (phase, context, plan).
@@ -68,9 +70,8 @@ def measure(
     costs = []
     for phase in PHASES:
         for context in lengths:
-            took = measure_plans(clock, phase, context, plans, rounds)
             counts = [parts(p, phase, runtime.sublayers, classes) for p in plans]
-            costs.append(Costs(phase, context, *solve(counts, took)))
+            costs.append(_costs(clock, phase, context, plans, counts, rounds))
             if progress is not None:
                 progress(len(costs), len(PHASES) * len(lengths))
     return LatencyTable(
@@ -140,12 +141,8 @@ def measure_plans(
         phase, context, plans: what to time.
         rounds: after one that does not count, because it compiles and links.
     """
-    samples = np.zeros((len(plans), rounds + 1))
-    for turn in range(rounds + 1):
-        order = range(len(plans)) if turn % 2 else reversed(range(len(plans)))
-        for i in order:
-            samples[i, turn] = clock(phase, context, plans[i])
-    return steady(samples[:, 1:])
+    _rounds(clock, phase, context, plans, 1)
+    return steady(_rounds(clock, phase, context, plans, rounds))
 
 
 def steady(samples: Array) -> Array:
@@ -192,6 +189,35 @@ def _not_negative(rows: Array, target: Array) -> Array:
     solution = np.zeros(rows.shape[1])
     solution[kept] = found
     return solution
+
+
+def _costs(
+    clock: TimeStep,
+    phase: Phase,
+    context: int,
+    plans: Sequence[SkipPlan],
+    counts: Sequence[Mapping[str, int]],
+    rounds: int,
+) -> Costs:
+    _rounds(clock, phase, context, plans, 1)
+    samples = _rounds(clock, phase, context, plans, rounds)
+    while True:
+        seconds, error = solve(counts, steady(samples))
+        if error <= _GOOD or samples.shape[1] >= 3 * rounds:
+            return Costs(phase, context, seconds, error)
+        samples = np.hstack([samples, _rounds(clock, phase, context, plans, rounds)])
+
+
+def _rounds(
+    clock: TimeStep, phase: Phase, context: int, plans: Sequence[SkipPlan], rounds: int
+) -> Array:
+    """Samples [plans, rounds]."""
+    samples = np.zeros((len(plans), rounds))
+    for turn in range(rounds):
+        order = reversed(range(len(plans))) if turn % 2 else range(len(plans))
+        for i in order:
+            samples[i, turn] = clock(phase, context, plans[i])
+    return samples
 
 
 def _checked(runtime: Runtime, contexts: Iterable[int], rounds: int) -> list[int]:

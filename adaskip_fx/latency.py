@@ -26,6 +26,7 @@ from adaskip_fx.sublayer import Sublayer
 
 SCHEMA = 1
 _KEYS = ("digest", "fingerprint", "conditions", "sublayers", "classes", "costs")
+_DOUBTFUL = 0.05
 _REDO = "measure again (adaskip-fx measure)"
 
 
@@ -154,6 +155,18 @@ class LatencyTable:
                     f"model has {value}; {_REDO}, or pass policy=LatencyBudget(table, ...) to "
                     "use it all the same"
                 )
+
+    @property
+    def doubt(self) -> str:
+        """What to know before the table is believed: where times did not add up; or nothing."""
+        worst = max(self.costs, key=lambda c: c.error)
+        if worst.error <= _DOUBTFUL:
+            return ""
+        return (
+            f"measured times do not add up: the sum of parts is off by {worst.error:.1%} in "
+            f"{worst.phase} at {worst.context:,} tokens, so that speed-ups may be missed by as "
+            "much; measure again while nothing else runs on the device, or with more rounds"
+        )
 
     # As a file -------------------------------------------------------------------------------
 

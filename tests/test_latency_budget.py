@@ -344,6 +344,15 @@ def test_compile_measures_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fast.adaskip.plan == LatencyBudget(table(3), 100).plan(profile(SIMILAR), 1.3)
 
 
+def test_compile_warns_of_times_that_did_not_add_up() -> None:
+    first, second = bank_table().costs
+    noisy = bank_table(costs=(first, dataclasses.replace(second, error=0.071)))
+    message = "the sum of parts is off by 7.1% in decode at 100 tokens, so that speed-ups may be"
+    with pytest.warns(UserWarning, match=message) as caught:
+        compiled(table=noisy)
+    assert [Path(w.filename).name for w in caught] == ["test_latency_budget.py"]
+
+
 def test_the_compiled_model_answers_and_learns() -> None:
     """As any other policy's: the plan runs, and the window adds FFN sublayers to it."""
     fast = compiled(table=bank_table(), policy=AdaSkip(window=2))
