@@ -32,7 +32,6 @@ class StepTimer:
         self.steps = steps
         self._held: tuple[int, SkipCache] | None = None
 
-    @torch.inference_mode()
     def __call__(self, phase: Phase, context: int, plan: SkipPlan) -> float:
         if phase == "prefill":
             self._held = None  # its memory

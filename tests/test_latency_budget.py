@@ -328,6 +328,10 @@ def test_compile_takes_a_table(as_file: bool, tmp_path: Path) -> None:
     assert runtime.plan == LatencyBudget(table(3), 100).plan(profile(SIMILAR), 1.3)
     assert runtime.plan != AdaSkip().plan(profile(SIMILAR), 1.3)
     assert runtime.policy.window == 3
+    skip = runtime.plan.skipped("prefill")
+    prefill, decode = (f"{speed_up(skip, phase):.3g}x" for phase in PHASES[:2])
+    line = f"budget prefill {prefill}, decode {decode} predicted at 100 tokens"
+    assert line in " ".join(str(runtime).split())
     assert runtime.profile is not None
 
 
