@@ -92,11 +92,30 @@ class Graphs:
         return dict(zip(first.sublayers, first.memory, strict=True))
 
     @property
+    def keys(self) -> dict[Sublayer, tuple[str, ...]]:
+        """For each sublayer the key of its piece in each capture: equal ones run the same code."""
+        pieces = [
+            [piece_of(call) for _, call in sorted(sublayer_calls(c.outer.graph).items())]
+            for c in self._all()
+        ]
+        keys = (tuple(p.key for p in group if p is not None) for group in zip(*pieces, strict=True))
+        return dict(zip(self._all()[0].sublayers, keys, strict=True))
+
+    @property
     def slots(self) -> tuple[Slot, ...]:
         """What each layer stores; states have dtypes of their own, which follow the model's."""
         if self.sample.dtype != self.model.dtype:
             self.sample = self.sample.again(self.model, self.forward)
         return self.sample.slots
+
+    def check_room(self, programs: int) -> None:
+        """ValueError when fewer linked programs are kept than are to be run in turn."""
+        if self._programs.limit < programs:
+            raise ValueError(
+                f"{programs} plans are run in turn, but max_variants={self._programs.limit} "
+                "programs are kept, so that each turn would link again; compile with a larger "
+                "max_variants"
+            )
 
     def _all(self) -> list[GraphPhaseCapture]:
         return [c for group in self._captures.values() for c in group]

@@ -25,6 +25,7 @@ WORKLOADS = {
     "peers": "peers",
     "peers_whole_graph": "peers",
     "cold": "cold",
+    "budget": "budget",
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -128,7 +128,7 @@ def plan(tmp_path: Path) -> Path:
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "calibrate", "generate", "inspect", "eval"):
+    for command in ("demo", "calibrate", "generate", "inspect", "measure", "eval"):
         assert re.search(rf"\b{command}\b", result.stdout)
         assert run(command, "--help").exit_code == 0
 
@@ -370,6 +370,34 @@ x_3 = layers_1_attention(x_2, cos_2, sin_2, sub, +9 inputs)
 epilogue = epilogue(x_3, +2 inputs)
 return (epilogue,)
 """
+
+
+def test_measure_writes_a_table_that_inspect_shows(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "table.json"
+    options = ("--context", 64, "--context", 32, "--rounds", 1, "--backend", "eager")
+    result = run("measure", folder, out, *options)
+    assert result.exit_code == 0, result.output
+    assert "4 of 4" in result.stderr
+    assert f"saved to {out}" in result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("LatencyTable ")
+    assert "backend eager" in lines[0]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["32", "64", "32", "64"]
+    assert run("inspect", out).stdout == result.stdout
+    assert "a latency table has no graph" in refused(run("inspect", out, "--graph"))
+    out.write_text(out.read_text().replace("eager", "lazy"))
+    assert "edited after it was saved" in refused(run("inspect", out))
+
+
+def test_measure_refuses_before_it_works(folder: Path, tmp_path: Path) -> None:
+    for out in (tmp_path, tmp_path / "absent" / "table.json"):
+        message = refused(run("measure", tmp_path / "no-model", out, "--context", 32))
+        assert message.endswith("a table is a file in a folder that exists; choose another path")
+    file = tmp_path / "table.json"
+    short = refused(run("measure", folder, file, "--context", 8, "--backend", "eager"))
+    assert "contexts must be lengths of at least 16 tokens" in short
+    assert run("measure", folder, file).exit_code == 2
+    assert not file.exists()
 
 
 def test_the_outer_graph_before_and_after(plan: Path) -> None:

@@ -7,7 +7,7 @@ from a window of its own tokens which ffn sublayers to skip on top of that.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
@@ -82,15 +82,18 @@ class AdaSkip:
         """
         sublayers = profile.sublayers
         count = skip_count(alpha, len(sublayers))
-        if count == 0:
-            return SkipPlan.empty(sublayers)
         ranking = np.argsort(-profile.similarity(self.variant), kind="stable")
-        skip = {sublayers[i] for i in ranking[:count]}
+        return self.plan_of(profile, {sublayers[i] for i in ranking[:count]})
+
+    def plan_of(self, profile: Profile, skip: Collection[Sublayer]) -> SkipPlan:
+        """The plan that skips just `skip` in prefill, each with its scale (eq. 4)."""
+        if not skip:
+            return SkipPlan.empty(profile.sublayers)
         # Every ffn gets its factor now: decode may add any of them, and the plan alone, without
         # the profile, then says what stands in for it.
         scale = profile.compensation(self.variant).factors
         factors = {s: f for s, f in scale.items() if s in skip or s.kind == "ffn"}
-        return SkipPlan.of(sublayers, skip, compensation=Compensation.scale(factors))
+        return SkipPlan.of(profile.sublayers, skip, compensation=Compensation.scale(factors))
 
     def threshold(self, profile: Profile, plan: SkipPlan) -> float | None:
         """beta: the least offline similarity among what prefill skips; None when it skips nothing.
