@@ -1,4 +1,4 @@
-"""The command line: ``adaskip-fx demo | calibrate | generate | inspect``.
+"""The command line: ``adaskip-fx demo | calibrate | generate | inspect | plot``.
 
 torch and transformers take seconds to import, so commands import what they need when they run.
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .plots.command import register as register_plot
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -259,3 +261,6 @@ def _expected(error: Exception) -> bool:
     from adaskip_passes import RefusedError
 
     return isinstance(error, ValueError | TypeError | OSError | NotImplementedError | RefusedError)
+
+
+register_plot(app, _reported)

@@ -1,0 +1,113 @@
+"""Quality against measured speed-up, for every policy, with the front of what is best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .source import Document, items, place
+from .style import look, plain
+
+HOW = (
+    "a Pareto picture is drawn from a list, or 'points', of {policy, alpha or skipped, speedup: "
+    "{prefill, decode}, quality}, as `python -m benchmarks run study_pareto` writes them"
+)
+PHASES = ("prefill", "decode")
+_LOG_FROM = 8.0  # times between the best and the worst, from which a log scale shows more
+
+
+def front(points: Sequence[tuple[float, float]], lower_is_better: bool) -> list[int]:
+    """The points (speed, quality) that no other beats in both, as indices, slowest first.
+
+    Of equal points the first counts.
+    """
+    sign = -1 if lower_is_better else 1
+    order = sorted(range(len(points)), key=lambda i: (-points[i][0], -sign * points[i][1], i))
+    best, kept = float("-inf"), []
+    for i in order:
+        if sign * points[i][1] > best:
+            best = sign * points[i][1]
+            kept.append(i)
+    return kept[::-1]
+
+
+def figure(documents: Sequence[Document], make: Any) -> Any:
+    """One panel a phase; hollow markers have no compensation. PlotError for other data.
+
+    Documents may say ``quality_name`` (default: perplexity ratio) and ``lower_is_better`` (true).
+    """
+    points = items(documents, "points", ("policy", "speedup", "quality"), HOW)
+    name = documents[0].get("quality_name", "perplexity ratio")
+    lower = bool(documents[0].get("lower_is_better", True))
+    phases = [p for p in PHASES if any(p in point["speedup"] for point in points)]
+    drawn = make(figsize=(1.8 + 4.6 * len(phases), 4.8), layout="constrained")
+    axes = drawn.subplots(1, len(phases), squeeze=False, sharey=True)[0]
+    for one, phase in zip(axes, phases, strict=True):
+        _panel(one, [p for p in points if phase in p["speedup"]], phase, lower)
+        one.set_xlabel(f"{phase} speed-up over the full model (measured, times)")
+    axes[0].set_ylabel(f"{name} ({'lower' if lower else 'higher'} is better)")
+    drawn.legend(*_legend(axes), loc="outside right center", frameon=False)
+    drawn.suptitle(place(documents) or None, fontsize=10)
+    return drawn
+
+
+def _panel(axes: Any, points: Sequence[Document], phase: str, lower: bool) -> None:
+    policies = list(dict.fromkeys(p["policy"] for p in points))
+    values = [(float(p["speedup"][phase]), float(p["quality"])) for p in points]
+    for point, (speed, quality) in zip(points, values, strict=True):
+        looks = look(policies.index(point["policy"]))
+        axes.plot(
+            speed,
+            quality,
+            label=label_of(point),
+            **{**looks, "linestyle": "none"},
+            fillstyle="none" if _bare(point) else "full",
+            markersize=7,
+        )
+        axes.annotate(
+            _size(point),
+            (speed, quality),
+            xytext=(5, 3),
+            textcoords="offset points",
+            fontsize=6.5,
+        )
+    best = [values[i] for i in front(values, lower)]
+    axes.plot(
+        *zip(*best, strict=True),
+        color="black",
+        linewidth=1,
+        drawstyle="steps-pre",  # what at least this speed can have
+        label="best of all",
+        zorder=1,
+    )
+    qualities = [q for _, q in values]
+    if min(qualities) > 0 and max(qualities) / min(qualities) > _LOG_FROM:
+        axes.set_yscale("log")
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    axes.margins(0.08)
+    plain(axes)
+
+
+def _bare(point: Document) -> bool:
+    return str(point.get("compensation", "none")) == "none"
+
+
+def label_of(point: Document) -> str:
+    """The policy, with its compensation if it has one."""
+    return str(point["policy"]) if _bare(point) else f"{point['policy']} + {point['compensation']}"
+
+
+def _size(point: Document) -> str:
+    return str(point["skipped"]) if "skipped" in point else f"{point.get('alpha', ''):.4g}"
+
+
+def _legend(axes: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """Each label once, the front last."""
+    known: dict[str, Any] = {}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    last = known.pop("best of all")
+    return [*known.values(), last], [*known, "best of all"]
