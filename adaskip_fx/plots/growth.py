@@ -19,7 +19,10 @@ _PANELS = (
 
 
 def figure(documents: Sequence[Document], make: Any) -> Any:
-    """One panel for the stream, one for KL; the faint line is the sum. PlotError for other data."""
+    """One panel for the stream, one for KL; hollow markers are the sum. PlotError for other data.
+
+    Rows may also say ``error_root``, the root of the sum of squares.
+    """
     needs = ("compensation", "skipped", *(k for key, _ in _PANELS for k in (key, f"{key}_sum")))
     rows = items(documents, "rows", needs, HOW)
     drawn = make(figsize=(10.5, 4.4), layout="constrained")
@@ -32,6 +35,10 @@ def figure(documents: Sequence[Document], make: Any) -> Any:
             label_sum = f"{kind}: sum of single errors"
             sums = [r[f"{key}_sum"] for r in mine]
             axes.plot(at, sums, label=label_sum, markersize=5, alpha=0.8, **faint)
+            if all(f"{key}_root" in r for r in mine):
+                roots = [r[f"{key}_root"] for r in mine]
+                root = {"color": looks["color"], "linestyle": (0, (1, 3)), "linewidth": 1}
+                axes.plot(at, roots, label=f"{kind}: root of the sum of squares", **root)
         axes.set(xlabel="sublayers skipped", ylabel=label)
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)

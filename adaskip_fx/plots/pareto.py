@@ -13,6 +13,7 @@ HOW = (
     "{prefill, decode}, quality}, as `python -m benchmarks run study_pareto` writes them"
 )
 PHASES = ("prefill", "decode")
+_HOPELESS = 100.0  # times the best quality, where lower is better: not shown
 _LOG_FROM = 8.0  # times between the best and the worst, from which a log scale shows more
 
 
@@ -70,6 +71,7 @@ def _panel(axes: Any, points: Sequence[Document], phase: str, lower: bool) -> No
             xytext=(5, 3),
             textcoords="offset points",
             fontsize=6.5,
+            annotation_clip=True,
         )
     best = [values[i] for i in front(values, lower)]
     axes.plot(
@@ -87,7 +89,19 @@ def _panel(axes: Any, points: Sequence[Document], phase: str, lower: bool) -> No
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
     axes.margins(0.08)
+    _cut(axes, points, lower)
     plain(axes)
+
+
+def _cut(axes: Any, points: Sequence[Document], lower: bool) -> None:
+    """Where lower is better, leave out of sight what is hopeless, and say so."""
+    limit = _HOPELESS * min(float(p["quality"]) for p in points)
+    gone = dict.fromkeys(str(p["policy"]) for p in points if float(p["quality"]) > limit)
+    if not lower or limit <= 0 or not gone:
+        return
+    axes.set_ylim(top=limit)
+    text = "\n".join(["off the scale:", *gone])
+    axes.text(0.02, 0.98, text, transform=axes.transAxes, va="top", fontsize=7)
 
 
 def _bare(point: Document) -> bool:

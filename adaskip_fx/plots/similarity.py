@@ -17,7 +17,8 @@ HOW = (
     "and high, as `python -m benchmarks run study_similarity` writes them"
 )
 _NUMBERED = 40  # layers: more leave no room for numbers
-_DARK = 0.1  # the share of sublayers that may be lighter than the scale's end
+_LIGHT = 0.1  # the share of sublayers that may be lighter than the scale's end
+_LEAST = 1e-5  # of 1 - similarity, which a log scale needs to be positive
 
 
 def figure(documents: Sequence[Document], make: Any) -> Any:
@@ -65,10 +66,10 @@ def _of_kind(names: Sequence[str], values: Sequence[float], kind: str) -> np.nda
 def _map(axes: Any, names: Sequence[str], group: Sequence[Document]) -> Any:
     labels = [f"{kind}, {row['name']}" for kind in _kinds(names) for row in group]
     values = [_of_kind(names, row["mean"], kind) for kind in _kinds(names) for row in group]
-    low = float(np.nanquantile(values, _DARK))
+    low = float(np.nanquantile(values, _LIGHT))
     image = heat(axes, values, min(low, 0.999), 1.0)
     if len(values[0]) <= _NUMBERED:
-        number_cells(axes, 100 * np.array(values), _Percent(image), "{:.0f}", 6.5)
+        number_cells(axes, 100 * np.array(values), _Percent(image), "{:.1f}", 6)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xticks(range(0, len(values[0]), 1 if len(values[0]) <= _NUMBERED else 4))
     axes.set_xlabel("layer (numbers: similarity in percent)")
@@ -86,22 +87,27 @@ class _Percent:
 
 
 def _chart(axes: Any, names: Sequence[str], group: Sequence[Document]) -> None:
-    """The mean over the rows; bars from the least to the greatest quantile of any row."""
+    """The mean over the rows; bars from the least to the greatest quantile of any row.
+
+    What is drawn is 1 - similarity on a log scale that points down: most are close to 1.
+    """
     for i, kind in enumerate(_kinds(names)):
         mean, low, high = (
-            np.array([_of_kind(names, row[key], kind) for row in group])
+            np.array([1 - _of_kind(names, row[key], kind) for row in group]).clip(_LEAST)
             for key in ("mean", "low", "high")
         )
-        middle, bottom, top = mean.mean(0), low.min(0), high.max(0)
+        middle, bottom, top = mean.mean(0), high.min(0), low.max(0)
         has = np.flatnonzero(np.isfinite(middle))
         bars = np.maximum([middle[has] - bottom[has], top[has] - middle[has]], 0)
         aside = 0.16 * (i - (len(_kinds(names)) - 1) / 2)
         axes.errorbar(
             has + aside, middle[has], yerr=bars, label=kind, capsize=2, linewidth=1, **look(i)
         )
+    axes.set_yscale("log")
+    axes.invert_yaxis()
     axes.set(
         xlabel="layer (bars: 10 % and 90 % quantile, the widest of the rows above)",
-        ylabel="similarity",
+        ylabel="1 - similarity",
     )
     plain(axes)
     axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 0.98))

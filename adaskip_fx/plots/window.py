@@ -11,20 +11,21 @@ from .source import Document, items, place
 from .style import look, plain
 
 HOW = (
-    "a window picture is drawn from 'rows' with text, window, precision and recall, as "
-    "`python -m benchmarks run study_window` writes them"
+    "a window picture is drawn from 'rows' with text, window, hit_rate, precision and recall, "
+    "as `python -m benchmarks run study_window` writes them"
 )
 _PANELS = (
+    ("hit_rate", "of the most similar by the window, share that is right"),
     ("precision", "of what the window adds, share that is right"),
     ("recall", "of what is right, share that the window adds"),
 )
 
 
 def figure(documents: Sequence[Document], make: Any) -> Any:
-    """Both shares against P, a line for each text and one for all. PlotError for other data."""
-    rows = items(documents, "rows", ("text", "window", "precision", "recall"), HOW)
-    drawn = make(figsize=(9.5, 4), layout="constrained")
-    for axes, (key, label) in zip(drawn.subplots(1, 2, sharey=True), _PANELS, strict=True):
+    """Three shares against P, a line for each text. PlotError for other data."""
+    rows = items(documents, "rows", ("text", "window", *(key for key, _ in _PANELS)), HOW)
+    drawn = make(figsize=(12.5, 4), layout="constrained")
+    for axes, (key, label) in zip(drawn.subplots(1, 3, sharey=True), _PANELS, strict=True):
         for i, text in enumerate(dict.fromkeys(row["text"] for row in rows)):
             mine = sorted((r for r in rows if r["text"] == text), key=lambda r: int(r["window"]))
             at = [r["window"] for r in mine]

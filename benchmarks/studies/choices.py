@@ -27,10 +27,14 @@ Fit = Callable[[Subject, Profile, Sequence[Sublayer], Windows], Compensation]
 
 @dataclass(frozen=True)
 class Choice:
-    """A policy twice: as its authors define it, and as we would use it (with protection)."""
+    """A policy twice: as its authors define it, and as we would use it (with protection).
+
+    our_name: for the second.
+    """
 
     name: str
     published: Planner
+    our_name: str
     ours: Planner
 
 
@@ -44,11 +48,12 @@ def by_profile(policy: Policy) -> Planner:
 
 
 def _same(name: str, policy: Policy) -> Choice:
-    return Choice(name, by_profile(policy), by_profile(policy))
+    return Choice(name, by_profile(policy), name, by_profile(policy))
 
 
 def _protected(name: str, policy: type[UnifiedSkip | EarlyExit | ReverseOrder]) -> Choice:
-    return Choice(name, by_profile(policy()), by_profile(policy(protected=True)))
+    ours = by_profile(policy(protected=True))
+    return Choice(name, by_profile(policy()), f"{name}, protected", ours)
 
 
 POLICIES = (

@@ -17,7 +17,7 @@ PICTURES = ("pareto", "plans")
 
 def measure(options: Options) -> dict[str, Any]:
     """Points and plans of all policies, as published and with our compensations."""
-    subject = open_subject(options)
+    subject = open_subject(options, timed=True)
     return {**subject.about(), **pareto(subject, POLICIES)}
 
 
@@ -77,7 +77,7 @@ def candidates_of(subject: Subject, policy: Choice) -> list[tuple[dict[str, Any]
             variants.append((compensated(ours, fitted), name, False))
         for plan, kind, as_published in variants:
             about = {
-                "policy": policy.name,
+                "policy": policy.name if as_published else policy.our_name,
                 "alpha": alpha,
                 "compensation": kind,
                 "published": as_published,
@@ -101,7 +101,7 @@ def _seconds(times: Times) -> dict[str, list[float]]:
 
 def summary(result: dict[str, Any]) -> str:
     return "\n".join(
-        f"{p['policy']}{'' if p['published'] else ', ours'} ({p['compensation']}), "
+        f"{p['policy']} ({p['compensation']}), "
         f"{p['skipped']} skipped: perplexity {p['perplexity_ratio']:.3f}x, KL {p['kl']:.3f}, "
         f"prefill {p['speedup']['prefill']:.2f}x, decode {p['speedup']['decode']:.2f}x"
         for p in result["points"]

@@ -38,8 +38,8 @@ class Options:
         model: as `adaskip_fx.loading.load` takes it; SmolLM2-135M-Instruct when None.
         texts: (name, file) of more texts than the two that Python brings.
         only: names of the texts to use; all when empty.
-        device, dtype: as `load` takes them.
-        backend: for what is timed; Inductor on a GPU and eager pieces elsewhere when None.
+        device, dtype: as `load` takes them; see `open_subject` for no dtype.
+        backend: of the pieces; see `open_subject` for what None means.
         samples, length: windows of each text's half, and tokens of each; 8 of 2048 on a GPU and
             2 of 256 elsewhere when None.
         alphas: acceleration ratios.
@@ -168,19 +168,29 @@ class Subject:
 
 
 @functools.cache
-def open_subject(options: Options) -> Subject:
-    """Load and compile what `options` name; once in a process."""
-    loaded = load(options.model or str(packaged_model()), options.device, options.dtype)
+def open_subject(options: Options, timed: bool = False) -> Subject:
+    """Load and compile what `options` name; once in a process.
+
+    timed: the study decodes or measures speed, so that on a GPU Inductor compiles (if the options
+        don't say otherwise) and the model is in bfloat16. Else pieces run as they were captured, in
+        float32.
+    """
+    dtype = options.dtype or (None if timed else "float32")
+    loaded = _load(options.model or str(packaged_model()), options.device, dtype)
     texts = read_texts(options, loaded.tokenizer)
-    return subject_of(Path(loaded.name).stem, loaded.model, loaded.tokenizer, texts, options)
+    name = Path(loaded.name).stem
+    return subject_of(name, loaded.model, loaded.tokenizer, texts, options, timed)
+
+
+_load = functools.cache(load)
 
 
 def subject_of(
-    name: str, model: Any, tokenizer: Any, texts: Sequence[Text], options: Options
+    name: str, model: Any, tokenizer: Any, texts: Sequence[Text], options: Options, timed: bool
 ) -> Subject:
-    """A subject of a model in memory."""
+    """A subject of a model in memory; `timed` as for `open_subject`."""
     on_gpu = model.device.type == "cuda"
-    backend = options.backend or ("inductor" if on_gpu else "eager")
+    backend = options.backend or ("inductor" if on_gpu and timed else "eager")
     compiled = build(model, None, backend=backend, max_variants=1024)
     samples = options.samples or (8 if on_gpu else 2)
     length = options.length or (2048 if on_gpu else 256)

@@ -31,7 +31,7 @@ Score = Callable[[str, str], float]
 def measure(options: Options) -> dict[str, Any]:
     """ROUGE-L and speed at every alpha."""
     score = rouge_l()  # before minutes of work
-    subject = open_subject(options)
+    subject = open_subject(options, timed=True)
     tokens = 96 if subject.device.type == "cuda" else 32
     return {**subject.about(), **summaries(subject, score, tokens)}
 

@@ -27,7 +27,7 @@ Array = npt.NDArray[np.float64]
 
 def measure(options: Options) -> dict[str, Any]:
     """Hit rates of P = 5 to 80 on every text, at the last alpha that was asked for."""
-    subject = open_subject(options)
+    subject = open_subject(options, timed=True)
     rest = _REST if subject.device.type == "cuda" else _SHORT_REST
     sizes = SIZES if subject.device.type == "cuda" else SIZES[:4]
     return {**subject.about(), **windows(subject, sizes, rest)}
