@@ -10,7 +10,8 @@ from .style import look, plain
 
 HOW = (
     "a Pareto picture is drawn from a list, or 'points', of {policy, alpha or skipped, speedup: "
-    "{prefill, decode}, quality}, as `python -m benchmarks run study_pareto` writes them"
+    "{prefill, decode}, quality (a number, or one a phase)}, as `python -m benchmarks run "
+    "study_pareto` writes them"
 )
 PHASES = ("prefill", "decode")
 _HOPELESS = 100.0  # times the best quality, where lower is better: not shown
@@ -54,7 +55,7 @@ def figure(documents: Sequence[Document], make: Any) -> Any:
 
 def _panel(axes: Any, points: Sequence[Document], phase: str, lower: bool) -> None:
     policies = list(dict.fromkeys(p["policy"] for p in points))
-    values = [(float(p["speedup"][phase]), float(p["quality"])) for p in points]
+    values = [(float(p["speedup"][phase]), quality_of(p, phase)) for p in points]
     for point, (speed, quality) in zip(points, values, strict=True):
         looks = look(policies.index(point["policy"]))
         axes.plot(
@@ -89,17 +90,26 @@ def _panel(axes: Any, points: Sequence[Document], phase: str, lower: bool) -> No
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
     axes.margins(0.08)
-    _cut(axes, points, lower)
+    if lower:
+        _cut(axes, points, qualities)
     plain(axes)
 
 
-def _cut(axes: Any, points: Sequence[Document], lower: bool) -> None:
-    """Where lower is better, leave out of sight what is hopeless, and say so."""
-    limit = _HOPELESS * min(float(p["quality"]) for p in points)
-    gone = dict.fromkeys(str(p["policy"]) for p in points if float(p["quality"]) > limit)
-    if not lower or limit <= 0 or not gone:
+def quality_of(point: Document, phase: str) -> float:
+    """Of one phase, where a point has one for each."""
+    quality = point["quality"]
+    return float(quality[phase] if isinstance(quality, dict) else quality)
+
+
+def _cut(axes: Any, points: Sequence[Document], qualities: Sequence[float]) -> None:
+    """Leave out of sight what is hopeless, and say so."""
+    best = min(qualities)
+    limit = _HOPELESS * best
+    pairs = zip(points, qualities, strict=True)
+    gone = dict.fromkeys(str(p["policy"]) for p, quality in pairs if quality > limit)
+    if limit <= 0 or not gone:
         return
-    axes.set_ylim(top=limit)
+    axes.set_ylim(best / 1.3, limit)
     text = "\n".join(["off the scale:", *gone])
     axes.text(0.02, 0.98, text, transform=axes.transAxes, va="top", fontsize=7)
 

@@ -24,29 +24,25 @@ _LEAST = 1e-5  # of 1 - similarity, which a log scale needs to be positive
 def figure(documents: Sequence[Document], make: Any) -> Any:
     """A heat map (darker: more alike) above a chart with spreads, for each kind of model.
 
-    Rows of equal sublayers share a heat map, a line of it each. PlotError for other data.
+    Rows of one family and equal sublayers share a heat map, a line of it each. PlotError for other
+    data.
     """
     rows = items(documents, "rows", ("name", "sublayers", "mean", "low", "high"), HOW)
     groups: dict[tuple[str, ...], list[Document]] = {}
     for row in rows:
-        groups.setdefault(tuple(row["sublayers"]), []).append(row)
+        groups.setdefault((row.get("family", ""), *row["sublayers"]), []).append(row)
     heights: list[float] = []
-    for names, group in groups.items():
+    for (_, *names), group in groups.items():
         heights += [0.8 + 0.26 * len(group) * len(_kinds(names)), 2.6]
     drawn = make(figsize=(11, sum(heights) + 0.6), layout="constrained")
     axes = drawn.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for i, (names, group) in enumerate(groups.items()):
+    for i, ((family, *names), group) in enumerate(groups.items()):
         image = _map(axes[2 * i], names, group)
         drawn.colorbar(image, ax=axes[2 * i], label="similarity", extend="min", pad=0.01)
         _chart(axes[2 * i + 1], names, group)
-        if len(groups) > 1:
-            axes[2 * i].set_title(" and ".join(dict.fromkeys(_family(row) for row in group)))
+        axes[2 * i].set_title(family)
     drawn.suptitle(place(documents) or None, fontsize=10)
     return drawn
-
-
-def _family(row: Document) -> str:
-    return str(row.get("family", row["name"]))
 
 
 def _kinds(names: Sequence[str]) -> list[str]:
@@ -105,6 +101,8 @@ def _chart(axes: Any, names: Sequence[str], group: Sequence[Document]) -> None:
         )
     axes.set_yscale("log")
     axes.invert_yaxis()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(
         xlabel="layer (bars: 10 % and 90 % quantile, the widest of the rows above)",
         ylabel="1 - similarity",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -21,7 +22,8 @@ from adaskip_fx.profile import Profile
 from .setup import Subject
 
 Windows = Sequence[torch.Tensor]
-Planner = Callable[[Subject, Profile, float, Windows], SkipPlan]
+#: what it gives is a plan, or something that a request may begin with and that has ``plans``
+Planner = Callable[[Subject, Profile, float, Windows], Any]
 Fit = Callable[[Subject, Profile, Sequence[Sublayer], Windows], Compensation]
 
 
@@ -41,7 +43,7 @@ class Choice:
 def by_profile(policy: Policy) -> Planner:
     """A planner that needs nothing but the profile."""
 
-    def plan(_subject: Subject, profile: Profile, alpha: float, _windows: Windows) -> SkipPlan:
+    def plan(_subject: Subject, profile: Profile, alpha: float, _windows: Windows) -> Any:
         return policy.plan(profile, alpha)
 
     return plan
@@ -85,6 +87,11 @@ def chosen_compensations(names: Sequence[str]) -> dict[str, Fit]:
             f"no compensation {unknown[0]!r}; this version has {', '.join(COMPENSATIONS)}"
         )
     return {name: fit for name, fit in COMPENSATIONS.items() if not names or name in names}
+
+
+def plans_in(decision: Any) -> tuple[SkipPlan, ...]:
+    """The plan, or those of a schedule or a choice."""
+    return (decision,) if isinstance(decision, SkipPlan) else tuple(decision.plans)
 
 
 def compensated(plan: SkipPlan, compensation: Compensation) -> SkipPlan:

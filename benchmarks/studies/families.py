@@ -104,9 +104,7 @@ def families(options: Options, size: Size, device: torch.device) -> dict[str, An
         model, losses = train(kind, config, text, size, options.seed, device)
         subject = subject_of(kind, model, None, [text], options, timed=False)
         measured = similarity(subject)
-        rows += [
-            {**row, "name": f"{kind}, {text.name}", "family": kind} for row in measured["rows"]
-        ]
+        rows += [{**row, "name": text.name, "family": kind} for row in measured["rows"]]
         models.append({**subject.about()["model"], "last_loss": losses[-1], "losses": losses[::20]})
         skipping += [{"family": kind, **row} for row in _skipping(subject, text)]
     return {"texts": [text.about()], "models": models, "rows": rows, "skipping": skipping}

@@ -7,12 +7,15 @@ from typing import Any
 
 from adaskip_fx.plan import SkipPlan
 
-from .choices import POLICIES, Choice, chosen_compensations, compensated
-from .quality import costs
+from .choices import POLICIES, Choice, chosen_compensations, compensated, plans_in
+from .quality import costs, decode_costs
 from .setup import Options, Subject, open_subject
 from .timing import Times, measure_times
 
 PICTURES = ("pareto", "plans")
+_DECODED = (48, 4)  # tokens that are decoded for quality, of so many windows
+_FEW_DECODED = (8, 1)  # on a CPU
+Candidate = tuple[dict[str, Any], Any]
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -24,85 +27,110 @@ def measure(options: Options) -> dict[str, Any]:
 def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
     """Points and plans as the pictures take them.
 
-    Calibrated on the first text, evaluated on the last. Quality is that of the prefill's plan;
-    what decode adds online depends on the request and is not in it.
+    Calibrated on the first text, evaluated on the last. Each phase has a quality of its own; what
+    AdaSkip adds online depends on the request and is in neither.
     """
     candidates = [c for policy in policies for c in candidates_of(subject, policy)]
     plans = [plan for _, plan in candidates]
-    evaluation = subject.windows(subject.texts[-1], "second")
-    full, found = costs(subject.runtime, plans, evaluation)
-    on_gpu = subject.device.type == "cuda"
-    empty = SkipPlan.empty(subject.runtime.sublayers)
-    steps, rounds = (24, 3) if on_gpu else (3, 1)
-    times = measure_times(subject.runtime, [empty, *plans], evaluation[0], steps, rounds)
+    windows = subject.windows(subject.texts[-1], "second")
+    tokens, few = _DECODED if subject.device.type == "cuda" else _FEW_DECODED
+    by_phase = {
+        "prefill": costs(subject.runtime, plans, windows),
+        "decode": decode_costs(subject.runtime, plans, windows[:few], tokens),
+    }
+    times = _times(subject, plans)
     points = []
-    for (about, plan), cost, own in zip(candidates, found, times[1:], strict=True):
-        quality = cost.against(full)
-        point = {
-            **about,
-            "skipped": len(plan.skipped("prefill")),
-            "speedup": own.speedup(times[0]),
-            "quality": quality["perplexity_ratio"],
-            **quality,
-        }
-        points.append(point)
+    for i, (about, plan) in enumerate(candidates):
+        found = {phase: own[i].against(full) for phase, (full, own) in by_phase.items()}
+        points.append(
+            {
+                **about,
+                "skipped": len(plans_in(plan)[-1].skipped("decode")),
+                "speedup": times[i + 1].speedup(times[0]),
+                "quality": {phase: cost["perplexity_ratio"] for phase, cost in found.items()},
+                "costs": found,
+            }
+        )
     return {
         "quality_name": f"perplexity ratio on {subject.texts[-1].name}",
         "lower_is_better": True,
         "calibrated_on": subject.texts[0].name,
         "evaluated_on": subject.texts[-1].name,
         "context": subject.length,
-        "full": {"perplexity": full.perplexity, **_seconds(times[0])},
+        "full": {
+            "perplexity": {phase: full.perplexity for phase, (full, _) in by_phase.items()},
+            "prefill_seconds": times[0].prefill,
+            "decode_seconds": times[0].decode,
+        },
         "points": points,
-        "plans": [named_plan(about, plan) for about, plan in candidates if about["published"]],
+        "plans": [p for about, plan in candidates for p in named_plans(about, plan)],
     }
 
 
-def candidates_of(subject: Subject, policy: Choice) -> list[tuple[dict[str, Any], SkipPlan]]:
-    """A policy's plans at every alpha that it can serve: as published, then with ours.
+def _times(subject: Subject, plans: Sequence[Any]) -> list[Times]:
+    """Of the full model, then of each plan."""
+    prompt = subject.windows(subject.texts[-1], "second")[0]
+    steps, rounds = (24, 3) if subject.device.type == "cuda" else (3, 1)
+    empty = SkipPlan.empty(subject.runtime.sublayers)
+    return measure_times(subject.runtime, [empty, *plans], prompt, steps, rounds)
 
-    Plans that run the same programs are kept once.
+
+def candidates_of(subject: Subject, policy: Choice) -> list[Candidate]:
+    """A policy's plans at every alpha: as published, then with our compensations.
+
+    Plans that do the same are kept once.
     """
-    text = subject.texts[0]
-    profile, windows = subject.profile(text), subject.windows(text, "first")
-    found: dict[tuple[str, str], tuple[dict[str, Any], SkipPlan]] = {}
+    profile = subject.profile(subject.texts[0])
+    windows = subject.windows(subject.texts[0], "first")
+    found: dict[str, Candidate] = {}
     for alpha in subject.options.alphas:
         published = policy.published(subject, profile, alpha, windows)
-        variants: list[tuple[SkipPlan, str, bool]] = [
-            (published, published.compensation.kind, True)
-        ]
-        for name, fit in chosen_compensations(subject.options.compensations).items():
-            ours = policy.ours(subject, profile, alpha, windows)
-            fitted = fit(subject, profile, ours.skipped("prefill"), windows)
-            variants.append((compensated(ours, fitted), name, False))
-        for plan, kind, as_published in variants:
+        ours = policy.ours(subject, profile, alpha, windows)
+        variants = [(policy.name, published)]
+        if isinstance(ours, SkipPlan):
+            for fit in chosen_compensations(subject.options.compensations).values():
+                fitted = fit(subject, profile, ours.skipped("prefill"), windows)
+                variants.append((policy.our_name, compensated(ours, fitted)))
+        else:
+            variants.append((policy.our_name, ours))
+        for name, plan in variants:
             about = {
-                "policy": policy.name if as_published else policy.our_name,
+                "policy": name,
                 "alpha": alpha,
-                "compensation": kind,
-                "published": as_published,
+                "compensation": plans_in(plan)[0].compensation.kind,
+                "published": plan is published,
                 "plan": plan.digest,
             }
-            found.setdefault(
-                (plan.phase_digest("prefill"), plan.phase_digest("decode")), (about, plan)
-            )
+            found.setdefault(what_runs(plan), (about, plan))
     return list(found.values())
 
 
-def named_plan(about: dict[str, Any], plan: SkipPlan) -> dict[str, Any]:
-    """A plan as plan maps take it."""
-    name = f"{about['policy']}, {len(plan.skipped('prefill'))}"
-    return {"name": name, **plan.to_json()}
+def what_runs(plan: Any) -> str:
+    """Equal for plans that run the same programs, whatever else they say."""
+    if not isinstance(plan, SkipPlan):
+        return str(plan.digest)
+    return f"{plan.phase_digest('prefill')} {plan.phase_digest('decode')}"
 
 
-def _seconds(times: Times) -> dict[str, list[float]]:
-    return {"prefill_seconds": times.prefill, "decode_seconds": times.decode}
+def named_plans(about: dict[str, Any], plan: Any) -> list[dict[str, Any]]:
+    """A published plan as plan maps take it; of a schedule its first and its last."""
+    if not about["published"]:
+        return []
+    first, *_, last = (*plans_in(plan), plans_in(plan)[-1])
+    name = f"{about['policy']}, {len(last.skipped('decode'))}"
+    if first == last:
+        return [{"name": name, **first.to_json()}]
+    ends = zip(("at first", "at last"), (first, last), strict=True)
+    return [{"name": f"{name} {when}", **one.to_json()} for when, one in ends]
 
 
 def summary(result: dict[str, Any]) -> str:
     return "\n".join(
-        f"{p['policy']} ({p['compensation']}), "
-        f"{p['skipped']} skipped: perplexity {p['perplexity_ratio']:.3f}x, KL {p['kl']:.3f}, "
-        f"prefill {p['speedup']['prefill']:.2f}x, decode {p['speedup']['decode']:.2f}x"
+        f"{p['policy']} ({p['compensation']}), {p['skipped']} skipped: "
+        + ", ".join(
+            f"{phase} {p['speedup'][phase]:.2f}x at perplexity {cost['perplexity_ratio']:.3f}x, "
+            f"KL {cost['kl']:.3f}"
+            for phase, cost in p["costs"].items()
+        )
         for p in result["points"]
     )

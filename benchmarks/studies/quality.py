@@ -57,6 +57,33 @@ def costs(
     return full, found
 
 
+def decode_costs(
+    runtime: Runtime, plans: Sequence[SkipPlan], windows: Sequence[torch.Tensor], tokens: int
+) -> tuple[Cost, list[Cost]]:
+    """Likewise for decoding: the last `tokens` of each window are fed one by one.
+
+    The prompt before them runs with the plan too, as in a request.
+    """
+    empty = SkipPlan.empty(runtime.sublayers)
+    full, found = Cost(), [Cost() for _ in plans]
+    for ids in windows:
+        expected = decoded(runtime, empty, ids, tokens)
+        last = ids[:, -tokens - 1 :]
+        add(full, expected, expected, last)
+        for plan, cost in zip(plans, found, strict=True):
+            add(cost, decoded(runtime, plan, ids, tokens), expected, last)
+    return full, found
+
+
+def decoded(runtime: Runtime, plan: SkipPlan, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Log probabilities float32 [tokens, V] of the last `tokens` of a window int64 [1, T]."""
+    cache = runtime.new_cache(capacity=ids.shape[1], plan=plan)
+    logits = [runtime.step(ids[:, : -tokens - 1], None, None, cache, 1)]
+    for i in range(-tokens - 1, -1):
+        logits.append(runtime.step(ids[:, i, None], None, None, cache, 1).clone())
+    return torch.cat(logits[1:], 1)[0].float().log_softmax(-1)
+
+
 def log_probabilities(runtime: Runtime, plan: SkipPlan, ids: torch.Tensor) -> torch.Tensor:
     """Of the next token, at every token but the last: float32 [T - 1, V]."""
     cache = runtime.new_cache(capacity=ids.shape[1], plan=plan)
