@@ -30,7 +30,8 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
     Calibrated on the first text, evaluated on the last. Each phase has a quality of its own; what
     AdaSkip adds online depends on the request and is in neither.
     """
-    candidates = [c for policy in policies for c in candidates_of(subject, policy)]
+    left_out: list[dict[str, Any]] = []
+    candidates = [c for policy in policies for c in candidates_of(subject, policy, left_out)]
     plans = [plan for _, plan in candidates]
     windows = subject.windows(subject.texts[-1], "second")
     tokens, few = _DECODED if subject.device.type == "cuda" else _FEW_DECODED
@@ -63,6 +64,7 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
             "decode_seconds": times[0].decode,
         },
         "points": points,
+        "left_out": left_out,
         "plans": [p for about, plan in candidates for p in named_plans(about, plan)],
     }
 
@@ -75,17 +77,23 @@ def _times(subject: Subject, plans: Sequence[Any]) -> list[Times]:
     return measure_times(subject.runtime, [empty, *plans], prompt, steps, rounds)
 
 
-def candidates_of(subject: Subject, policy: Choice) -> list[Candidate]:
+def candidates_of(
+    subject: Subject, policy: Choice, left_out: list[dict[str, Any]]
+) -> list[Candidate]:
     """A policy's plans at every alpha: as published, then with our compensations.
 
-    Plans that do the same are kept once.
+    Plans that do the same are kept once. What a policy refuses is added to `left_out`.
     """
     profile = subject.profile(subject.texts[0])
     windows = subject.windows(subject.texts[0], "first")
     found: dict[str, Candidate] = {}
     for alpha in subject.options.alphas:
-        published = policy.published(subject, profile, alpha, windows)
-        ours = policy.ours(subject, profile, alpha, windows)
+        try:
+            published = policy.published(subject, profile, alpha, windows)
+            ours = policy.ours(subject, profile, alpha, windows)
+        except ValueError as error:
+            left_out.append({"policy": policy.name, "alpha": alpha, "why": str(error)})
+            continue
         variants = [(policy.name, published)]
         if isinstance(ours, SkipPlan):
             for fit in chosen_compensations(subject.options.compensations).values():

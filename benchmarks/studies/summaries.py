@@ -41,7 +41,7 @@ def rouge_l() -> Score:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ModuleNotFoundError as error:
-        if error.name != "rouge_score":
+        if (error.name or "").split(".")[0] != "rouge_score":
             raise
         raise ValueError(
             "summaries are scored by rouge-score, which is not installed. Run: pip install "
