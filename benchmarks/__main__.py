@@ -3,7 +3,8 @@
 Names that begin with ``study_`` are studies of the method on a real model, which take options
 for the model and the texts, and draw pictures beside the JSON.
 
-``python -m benchmarks report`` prints what those files hold as Markdown tables, with pictures.
+``python -m benchmarks studies`` says what their results hold and draws them again;
+``python -m benchmarks report`` prints what the others hold as Markdown tables, with pictures.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def run(
         (out / f"{name}.json").write_text(text_ + "\n")
         typer.echo(f"{name}:\n{module.summary(result)}" if hasattr(module, "summary") else text_)
         if name in STUDIES:
-            _draw(name, module, out)
+            _draw(name, module, out, out)
 
 
 def _texts(named: Sequence[str], folder: Path | None) -> tuple[tuple[str, Path], ...]:
@@ -102,18 +103,39 @@ def _texts(named: Sequence[str], folder: Path | None) -> tuple[tuple[str, Path],
     return tuple(found)
 
 
-def _draw(name: str, module: Any, out: Path) -> None:
-    """A study's pictures, beside its result; none without matplotlib."""
+def _draw(name: str, module: Any, results: Path, out: Path) -> None:
+    """A study's pictures, of its result; none without matplotlib."""
     from adaskip_fx.plots import PlotError, plot
 
     for kind in module.PICTURES:
         title = name if kind == module.PICTURES[0] else f"{name}_{kind}"
         try:
-            paths = plot(kind, [out / f"{name}.json"], out, title)
+            paths = plot(kind, [results / f"{name}.json"], out, title)
         except PlotError as error:
             typer.echo(f"no picture: {error}", err=True)
             return
         typer.echo(f"wrote {', '.join(map(str, paths))}", err=True)
+
+
+@app.command()
+def studies(
+    results: Annotated[Path, typer.Option(help="folder with the JSON")] = RESULTS,
+    out: Annotated[Path | None, typer.Option(help="folder for the pictures; the same")] = None,
+) -> None:
+    """Say in words what the studies found whose results are there, and draw them again."""
+    found = [name for name in STUDIES if (results / f"{name}.json").is_file()]
+    if not found:
+        typer.echo(
+            f"error: no study in {results}: `run {next(iter(STUDIES))}` writes one", err=True
+        )
+        raise typer.Exit(1)
+    for name in found:
+        module = importlib.import_module(f"benchmarks.{STUDIES[name]}")
+        result = json.loads((results / f"{name}.json").read_text())
+        at = result["conditions"]
+        where = f"{at['device']}, torch {at['torch']}, transformers {at['transformers']}"
+        typer.echo(f"{name}: {where}\n{module.summary(result)}\n")
+        _draw(name, module, results, out or results)
 
 
 @app.command()

@@ -482,6 +482,8 @@ def test_summaries_are_scored_against_the_full_models_own(tmp_path: Path) -> Non
     result = summaries.summaries(made, same, tokens=6)
     nothing, half = result["points"]
     assert (nothing["skipped"], nothing["quality"], nothing["rouge_l_loss"]) == (0, 1, 0)
+    assert nothing["agreement"] == 1
+    assert half["agreement"] < 1
     assert half["skipped"] == 3
     assert half["quality"] < 1
     assert half["quality"] == pytest.approx(
@@ -562,6 +564,14 @@ def test_a_study_from_the_command_line(tmp_path: Path) -> None:
     assert written["panels"][0]["title"] == "alpha 1.33333: 1 of 4"
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == [f"study_transfer.{ext}" for ext in ("json", "png", "svg")]
+
+    again = CliRunner().invoke(app, ["studies", "--results", str(tmp_path / "out")])
+    assert again.exit_code == 0
+    assert again.output.startswith("study_transfer: ")
+    assert "alpha 1.33333: 1 of 4; columns letters, digits" in again.output
+    none = CliRunner().invoke(app, ["studies", "--results", str(tmp_path)])
+    assert none.exit_code == 1
+    assert f"error: no study in {tmp_path}" in none.output
 
 
 def test_bad_texts_on_the_command_line(tmp_path: Path) -> None:

@@ -65,13 +65,13 @@ def decode_costs(
     The prompt before them runs with the plan too, as in a request.
     """
     empty = SkipPlan.empty(runtime.sublayers)
+    expected = [decoded(runtime, empty, ids, tokens) for ids in windows]
     full, found = Cost(), [Cost() for _ in plans]
-    for ids in windows:
-        expected = decoded(runtime, empty, ids, tokens)
-        last = ids[:, -tokens - 1 :]
-        add(full, expected, expected, last)
-        for plan, cost in zip(plans, found, strict=True):
-            add(cost, decoded(runtime, plan, ids, tokens), expected, last)
+    # A plan's requests one after another: on a GPU they share buffers and recorded graphs.
+    for plan, cost in zip((None, *plans), (full, *found), strict=True):
+        for ids, right in zip(windows, expected, strict=True):
+            actual = right if plan is None else decoded(runtime, plan, ids, tokens)
+            add(cost, actual, right, ids[:, -tokens - 1 :])
     return full, found
 
 

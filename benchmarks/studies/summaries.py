@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from statistics import mean, median
 from typing import Any
@@ -20,6 +21,7 @@ from adaskip_fx.demo.texts import prompt_ids
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 
+from .quality import decoded
 from .setup import Options, Subject, Text, open_subject
 
 PICTURES = ("pareto",)
@@ -66,9 +68,15 @@ class _Clock(BaseStreamer):  # type: ignore[misc]  # transformers is not typed
 
 @dataclass(frozen=True)
 class Summary:
-    """What was generated for one document; seconds of the prompt, and of a step in the median."""
+    """What was generated for one document.
+
+    ids: prompt and summary, int64 [1, T]; new: tokens of the summary; prefill, step: seconds of the
+    prompt, and of a step in the median.
+    """
 
     text: str
+    ids: torch.Tensor
+    new: int
     prefill: float
     step: float
 
@@ -76,6 +84,8 @@ class Summary:
 def summaries(subject: Subject, score: Score, tokens: int) -> dict[str, Any]:
     """Points as the picture takes them; a profile is of the first half of a document's text.
 
+    ``agreement``: along the full model's summary, how often the next token is the same one. (Two
+    greedy summaries part for good at the first token that differs.)
     ``chance``: ROUGE-L between full summaries of different documents, what no relation gives.
     """
     documents = [(text, ids) for text in subject.texts for ids in _prompts(subject, text)]
@@ -95,6 +105,7 @@ def summaries(subject: Subject, score: Score, tokens: int) -> dict[str, Any]:
                 "quality": mean(scores),
                 "rouge_l_loss": 1 - mean(scores),
                 "scores": scores,
+                "agreement": mean(map(partial(_agreement, subject), plans, full)),
                 "speedup": _speedup(full, ours),
                 "examples": [one.text for one in ours[:3]],
             }
@@ -156,7 +167,14 @@ def _generate(subject: Subject, ids: torch.Tensor, tokens: int) -> Summary:
     text = subject.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     first, *_ = arrived = clock.ticks[1:]
     steps = [b - a for a, b in pairwise(arrived)]
-    return Summary(text, first - start, median(steps) if steps else 0.0)
+    new = output.shape[1] - ids.shape[1]
+    return Summary(text, output, new, first - start, median(steps) if steps else 0.0)
+
+
+def _agreement(subject: Subject, plan: SkipPlan, full: Summary) -> float:
+    """The share of a full summary's tokens that the plan finds likeliest after those before."""
+    predicted = decoded(subject.runtime, plan, full.ids, full.new).argmax(-1)
+    return float((predicted == full.ids[0, -full.new :]).double().mean())
 
 
 def _speedup(full: Sequence[Summary], ours: Sequence[Summary]) -> dict[str, float]:
@@ -183,6 +201,7 @@ def summary(result: dict[str, Any]) -> str:
         speeds = ", ".join(f"{phase} {x:.2f}x" for phase, x in point["speedup"].items())
         lines.append(
             f"alpha {point['alpha']:g} ({point['skipped']} skipped): ROUGE-L "
-            f"{point['quality']:.3f}, loss {point['rouge_l_loss']:.3f}, {speeds}"
+            f"{point['quality']:.3f}, loss {point['rouge_l_loss']:.3f}, same next token "
+            f"{point['agreement']:.3f}, {speeds}"
         )
     return "\n".join(lines)
