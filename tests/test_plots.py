@@ -228,6 +228,13 @@ def test_pareto_places_every_point_in_its_phase(tmp_path: Path) -> None:
     assert (fills["A"], fills["A + scale"]) == ("none", "full")
 
 
+def test_a_level_to_compare_with(tmp_path: Path) -> None:
+    levels = {"by chance": 1.5, "unknown": None}
+    for axes in drawn("pareto", tmp_path, {"points": POINTS, "levels": levels}).axes:
+        assert {label: y[0] for label, _, y in lines(axes)}["by chance"] == 1.5
+        assert "unknown" not in {label for label, _, _ in lines(axes)}
+
+
 def test_hopeless_points_are_named_and_not_shown(tmp_path: Path) -> None:
     hopeless = {**POINTS[0], "policy": "Exit", "quality": 1e6}
     (axes, _) = drawn("pareto", tmp_path, [*POINTS, hopeless]).axes

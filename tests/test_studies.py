@@ -407,11 +407,11 @@ def test_windows_of_all_texts(subject: Subject, tmp_path: Path) -> None:
 
 
 def test_candidates_are_published_then_ours(subject: Subject) -> None:
-    left_out: list[dict[str, Any]] = []
+    refused: list[dict[str, Any]] = []
     unified = next(p for p in choices.POLICIES if p.name == "UnifiedSkip")
-    found = pareto.candidates_of(subject, unified, left_out)
-    assert left_out[0]["policy"] == "UnifiedSkip"
-    assert "take a smaller alpha" in left_out[0]["why"]  # protected, nothing of 3 layers may go
+    found = pareto.candidates_of(subject, unified, refused)
+    assert refused[0]["policy"] == "UnifiedSkip"
+    assert "take a smaller alpha" in refused[0]["why"]  # protected, nothing of 3 layers may go
     assert not [about for about, _ in found if about["alpha"] == 1.5]
     ada = next(p for p in choices.POLICIES if p.name == "AdaSkip")
     shown = [(a["compensation"], a["published"]) for a, _ in pareto.candidates_of(subject, ada, [])]

@@ -36,7 +36,8 @@ def front(points: Sequence[tuple[float, float]], lower_is_better: bool) -> list[
 def figure(documents: Sequence[Document], make: Any) -> Any:
     """One panel a phase; hollow markers have no compensation. PlotError for other data.
 
-    Documents may say ``quality_name`` (default: perplexity ratio) and ``lower_is_better`` (true).
+    Documents may say ``quality_name`` (default: perplexity ratio), ``lower_is_better`` (true) and
+    ``levels``, qualities to compare with, by name.
     """
     points = items(documents, "points", ("policy", "speedup", "quality"), HOW)
     name = documents[0].get("quality_name", "perplexity ratio")
@@ -46,6 +47,9 @@ def figure(documents: Sequence[Document], make: Any) -> Any:
     axes = drawn.subplots(1, len(phases), squeeze=False, sharey=True)[0]
     for one, phase in zip(axes, phases, strict=True):
         _panel(one, [p for p in points if phase in p["speedup"]], phase, lower)
+        for level, quality in documents[0].get("levels", {}).items():
+            if quality is not None:
+                one.axhline(quality, color="#666666", linestyle=":", linewidth=1.2, label=level)
         one.set_xlabel(f"{phase} speed-up over the full model (measured, times)")
     axes[0].set_ylabel(f"{name} ({'lower' if lower else 'higher'} is better)")
     drawn.legend(*_legend(axes), loc="outside right center", frameon=False)

@@ -8,7 +8,7 @@ the windows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -96,4 +96,9 @@ def plans_in(decision: Any) -> tuple[SkipPlan, ...]:
 
 def compensated(plan: SkipPlan, compensation: Compensation) -> SkipPlan:
     """The same sublayers left out, with another compensation."""
-    return SkipPlan(plan.sublayers, plan.prefill, plan.decode, compensation)
+    return replace(plan, compensation=compensation)
+
+
+def left_out(plan: SkipPlan) -> tuple[Sublayer, ...]:
+    """What does not run in either phase, in stream order (also where its K/V is still written)."""
+    return tuple(s for s in plan.sublayers if s in plan.prefill or s in plan.decode)

@@ -7,7 +7,7 @@ from typing import Any
 
 from adaskip_fx.plan import SkipPlan
 
-from .choices import POLICIES, Choice, chosen_compensations, compensated, plans_in
+from .choices import POLICIES, Choice, chosen_compensations, compensated, left_out, plans_in
 from .quality import costs, decode_costs
 from .setup import Options, Subject, open_subject
 from .timing import Times, measure_times
@@ -30,8 +30,8 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
     Calibrated on the first text, evaluated on the last. Each phase has a quality of its own; what
     AdaSkip adds online depends on the request and is in neither.
     """
-    left_out: list[dict[str, Any]] = []
-    candidates = [c for policy in policies for c in candidates_of(subject, policy, left_out)]
+    refused: list[dict[str, Any]] = []
+    candidates = [c for policy in policies for c in candidates_of(subject, policy, refused)]
     plans = [plan for _, plan in candidates]
     windows = subject.windows(subject.texts[-1], "second")
     tokens, few = _DECODED if subject.device.type == "cuda" else _FEW_DECODED
@@ -46,7 +46,7 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
         points.append(
             {
                 **about,
-                "skipped": len(plans_in(plan)[-1].skipped("decode")),
+                "skipped": len(left_out(plans_in(plan)[-1])),
                 "speedup": times[i + 1].speedup(times[0]),
                 "quality": {phase: cost["perplexity_ratio"] for phase, cost in found.items()},
                 "costs": found,
@@ -64,7 +64,7 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
             "decode_seconds": times[0].decode,
         },
         "points": points,
-        "left_out": left_out,
+        "refused": refused,
         "plans": [p for about, plan in candidates for p in named_plans(about, plan)],
     }
 
@@ -78,11 +78,11 @@ def _times(subject: Subject, plans: Sequence[Any]) -> list[Times]:
 
 
 def candidates_of(
-    subject: Subject, policy: Choice, left_out: list[dict[str, Any]]
+    subject: Subject, policy: Choice, refused: list[dict[str, Any]]
 ) -> list[Candidate]:
     """A policy's plans at every alpha: as published, then with our compensations.
 
-    Plans that do the same are kept once. What a policy refuses is added to `left_out`.
+    Plans that do the same are kept once. What a policy refuses is added to `refused`.
     """
     profile = subject.profile(subject.texts[0])
     windows = subject.windows(subject.texts[0], "first")
@@ -92,12 +92,12 @@ def candidates_of(
             published = policy.published(subject, profile, alpha, windows)
             ours = policy.ours(subject, profile, alpha, windows)
         except ValueError as error:
-            left_out.append({"policy": policy.name, "alpha": alpha, "why": str(error)})
+            refused.append({"policy": policy.name, "alpha": alpha, "why": str(error)})
             continue
         variants = [(policy.name, published)]
         if isinstance(ours, SkipPlan):
             for fit in chosen_compensations(subject.options.compensations).values():
-                fitted = fit(subject, profile, ours.skipped("prefill"), windows)
+                fitted = fit(subject, profile, left_out(ours), windows)
                 variants.append((policy.our_name, compensated(ours, fitted)))
         else:
             variants.append((policy.our_name, ours))
@@ -125,7 +125,7 @@ def named_plans(about: dict[str, Any], plan: Any) -> list[dict[str, Any]]:
     if not about["published"]:
         return []
     first, *_, last = (*plans_in(plan), plans_in(plan)[-1])
-    name = f"{about['policy']}, {len(last.skipped('decode'))}"
+    name = f"{about['policy']}, {len(left_out(last))}"
     if first == last:
         return [{"name": name, **first.to_json()}]
     ends = zip(("at first", "at last"), (first, last), strict=True)

@@ -47,7 +47,7 @@ def rouge_l() -> Score:
             raise
         raise ValueError(
             "summaries are scored by rouge-score, which is not installed. Run: pip install "
-            "rouge-score"
+            "'adaskip-fx[eval]'"
         ) from None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return lambda reference, summary: float(scorer.score(reference, summary)["rougeL"].fmeasure)
@@ -86,7 +86,7 @@ def summaries(subject: Subject, score: Score, tokens: int) -> dict[str, Any]:
 
     ``agreement``: along the full model's summary, how often the next token is the same one. (Two
     greedy summaries part for good at the first token that differs.)
-    ``chance``: ROUGE-L between full summaries of different documents, what no relation gives.
+    ``levels``: ROUGE-L between full summaries of different documents, what no relation gives.
     """
     documents = [(text, ids) for text in subject.texts for ids in _prompts(subject, text)]
     empty = [SkipPlan.empty(subject.runtime.sublayers)] * len(documents)
@@ -116,7 +116,7 @@ def summaries(subject: Subject, score: Score, tokens: int) -> dict[str, Any]:
         "reference": "the full model's own greedy summary; there are no gold summaries",
         "documents": len(documents),
         "new_tokens": tokens,
-        "chance": _chance(full, score),
+        "levels": {"another document's summary": _chance(full, score)},
         "points": points,
         "full_examples": [one.text for one in full[:3]],
     }
@@ -192,7 +192,7 @@ def _chance(full: Sequence[Summary], score: Score) -> float | None:
 
 
 def summary(result: dict[str, Any]) -> str:
-    chance = result["chance"]
+    (chance,) = result["levels"].values()
     lines = [
         f"{result['documents']} documents, reference: {result['reference']}; ROUGE-L by chance "
         + ("-" if chance is None else f"{chance:.3f}")
