@@ -1,4 +1,4 @@
-"""The command line: ``adaskip-fx demo | calibrate | generate | inspect | measure | eval``.
+"""The command line: ``adaskip-fx --help`` names its commands.
 
 torch and transformers take seconds to import, so commands import what they need when they run.
 """
@@ -16,6 +16,7 @@ from .evaluation.command import evaluate
 from .options import MODEL, Alpha, Backend, Debug, Device, Dtype, Model
 from .options import console as _console
 from .options import reported as _reported
+from .plots.command import register as register_plot
 
 if TYPE_CHECKING:
     from .plan import SkipPlan
@@ -262,3 +263,6 @@ def _read(path: Path) -> str:
         raise ValueError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from error
+
+
+register_plot(app, _reported)

@@ -65,6 +65,11 @@ class Compensation:
         return MappingProxyType({s: f for s, f in found if f is not None})
 
     @property
+    def kinds(self) -> str:
+        """The kinds of its stand-ins, in words: `linear and scale`; `none` where there are none."""
+        return " and ".join(sorted({c.kind for c in self.stand_ins.values()})) or "none"
+
+    @property
     def parameters(self) -> int:
         """How many numbers all stand-ins hold."""
         return sum(c.parameters for c in self.stand_ins.values())

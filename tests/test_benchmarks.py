@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 from adaskip_fx.plan import SkipPlan, Sublayer
 from benchmarks import budget, floors, generate, link, models, peers, plans, speed, window
 from benchmarks.__main__ import WORKLOADS, app
+from benchmarks.studies import STUDIES
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 PHASES = ("prefill", "decode")
@@ -487,7 +488,9 @@ def test_unknown_workload_is_refused_before_anything_runs(
     monkeypatch.setenv("COLUMNS", "200")
     result = invoke("run", "plans", "sped", "--out", tmp_path / "new")
     assert result.exit_code == 2
-    assert f"'sped' is none of {', '.join(sorted(WORKLOADS))}" in result.output
+    known = ", ".join(sorted([*WORKLOADS, *STUDIES]))
+    said = " ".join(result.output.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+    assert f"'sped' is none of {known}" in said
     assert not (tmp_path / "new").exists()
 
 
