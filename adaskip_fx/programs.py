@@ -113,6 +113,7 @@ class Program:
         phase: the capture it was linked from.
         probed: the sublayers whose moments it returns, in stream order.
         runs: the sublayers that it calls, read from the graph that was linked.
+        stand_ins: the tensors that stand in for others, by the names of the graph's inputs.
         seconds: how long linking took.
     """
 
@@ -144,15 +145,18 @@ class Program:
         )
         self.runs = frozenset(phase.sublayers[i] for i in sublayer_calls(outer.graph))
         inputs = outer.graph.find_nodes(op="placeholder")
-        factors = stand_in_tensors(outer, phase.sublayers, stand_ins, placed)
-        added = {name: len(phase.place) + i for i, name in enumerate([*factors, VALID])}
+        self.stand_ins = stand_in_tensors(outer, phase.sublayers, stand_ins, placed)
+        added = {name: len(phase.place) + i for i, name in enumerate([*self.stand_ins, VALID])}
         place = {**phase.place, **added}
-        self._factors = tuple(factors.values())
+        self._tensors = tuple(self.stand_ins.values())
         self._take = operator.itemgetter(*(place[n.name] for n in inputs))
-        self._function = (
-            link(outer, phase.compiler) if how == "pieces" else phase.compiler.compile(fuse(outer))
-        )
+        self._function = self._link(outer, how)
         self.seconds = time.perf_counter() - start
+
+    def _link(self, outer: fx.GraphModule, how: Link) -> Callable[..., Any]:
+        """A function of the outer graph's placeholders."""
+        compiler = self.phase.compiler
+        return link(outer, compiler) if how == "pieces" else compiler.compile(fuse(outer))
 
     @property
     def functions(self) -> frozenset[Callable[..., Any]]:
@@ -182,7 +186,7 @@ class Program:
         self, arguments: Mapping[str, Any], fixed: tuple[Any, ...], valid: torch.Tensor | None
     ) -> tuple[Any, ...]:
         """All that the graph returns; arguments as of a call."""
-        values = (*fixed, *self.phase.step(arguments), *self._factors, valid)
+        values = (*fixed, *self.phase.step(arguments), *self._tensors, valid)
         outputs: tuple[Any, ...] = self._function(*self._take(values))
         return outputs
 

@@ -21,6 +21,7 @@ from .compiler import PieceCompiler, start_workers
 from .cuda_graphs import Recorder
 from .dead_code import eliminate_dead_code
 from .decode_ops import attend, project
+from .differentiable import differentiable
 from .errors import RefusedError
 from .flattened import unflatten
 from .link import fuse, link
@@ -61,6 +62,7 @@ __all__ = [
     "canonicalize",
     "capture",
     "describe",
+    "differentiable",
     "eliminate_dead_code",
     "find_sublayers",
     "fuse",
