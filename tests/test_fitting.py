@@ -10,7 +10,7 @@ import torch
 
 from adaskip_fx.compensation import Compensation
 from adaskip_fx.fitting import Fitter, Moments, Rung, fit, solve, unexplained
-from adaskip_fx.fitting.solve import best_ridge, smallest_rank
+from adaskip_fx.fitting.solve import best_ridge, left_out, smallest_rank
 from adaskip_fx.plan import Action, SkipPlan
 from adaskip_fx.stand_in import StandIn
 from adaskip_fx.sublayer import Sublayer
@@ -68,9 +68,13 @@ def test_linear_is_weighted_ridge_regression() -> None:
     z, _, t = weighted(x, y)
     ridge = 0.01 * np.diag(z.T @ z)[:-1].mean()
     rows = np.hstack((np.sqrt(ridge) * np.eye(HIDDEN), np.zeros((HIDDEN, 1))))
-    expected = np.linalg.lstsq(np.vstack((z, rows)), np.vstack((t, np.zeros((HIDDEN, HIDDEN)))))[0]
+    own = (z[:, :-1] * t).sum() / (z[:, :-1] ** 2).sum()  # what the map is held to
+    towards = own * np.sqrt(ridge) * np.eye(HIDDEN)
+    expected = np.linalg.lstsq(np.vstack((z, rows)), np.vstack((t, towards)))[0]
     fitted = as_map(solve(moments_of(x, y), "linear", ridge=0.01))
     np.testing.assert_allclose(fitted, expected, rtol=1e-5, atol=1e-6)
+    stiff = solve(moments_of(x, y), "linear", ridge=1e9).tensors["weight"]
+    np.testing.assert_allclose(stiff, own * np.eye(HIDDEN), atol=1e-5)
     unweighted = np.linalg.lstsq(np.hstack((x, np.ones((len(x), 1)))), y - x)[0]
     assert not np.allclose(fitted, unweighted, rtol=1e-2)  # companion: weights matter
 
@@ -116,17 +120,23 @@ def test_what_stays_unexplained() -> None:
     assert unexplained(moments, StandIn.scale(1.0)) == 1.0
 
 
-def test_held_out_tokens_choose_ridge_and_rank() -> None:
-    few, many = moments_of(*drawn(12, noise=1.0)), moments_of(*drawn(4000, noise=0.01))
-    held_out = moments_of(*drawn(2000, seed=1, noise=0.01))
-    assert best_ridge(few, held_out)[0] > best_ridge(many, held_out)[0]
-    loss = best_ridge(many, held_out)[1]
-    exact = smallest_rank(many, held_out, 1e-5, range(1, HIDDEN + 1), loss + 1e-4)
-    coarse = smallest_rank(many, held_out, 1e-5, range(1, HIDDEN + 1), 0.5)
-    assert coarse < exact <= HIDDEN
-    nothing = Moments.zeros(HIDDEN, torch.device("cpu"))
-    assert Rung("low_rank").fit(many, nothing).rank == 1
-    assert Rung("low_rank", rank=HIDDEN).fit(many, nothing).kind == "linear"
+def test_unseen_texts_choose_ridge_and_rank() -> None:
+    few = [moments_of(*drawn(12, seed=i, noise=1.0)) for i in range(3)]
+    many = [moments_of(*drawn(2000, seed=i, noise=0.01)) for i in range(3)]
+    assert best_ridge(few) > best_ridge(many)
+    by_hand = [unexplained(a, solve(b, "linear", ridge=0.1)) for a, b in (few[:2], few[1::-1])]
+    assert left_out(few[:2], "linear", 0, 0.1) == pytest.approx(sum(by_hand) / 2)
+    assert smallest_rank(many, [1, 2, 4], slack=0.9)[0] == 1
+    assert smallest_rank(many, [1, 2, 4], slack=0.0)[0] == HIDDEN
+    assert Rung("low_rank").fit(many[:1]).rank == 1
+    assert Rung("low_rank", rank=HIDDEN).fit(many).kind == "linear"
+
+
+def test_texts_of_several_kinds_are_left_out_kind_by_kind() -> None:
+    """A kind that is another function: only a stiff map holds for a kind that was not seen."""
+    x, y = drawn(500, seed=0, noise=0.01)
+    odd = moments_of(*(a := drawn(500, seed=1, noise=0.01))[:1], a[0] - (a[1] - a[0]))
+    assert best_ridge([moments_of(x, y), odd]) > best_ridge([moments_of(x, y), moments_of(*a)])
 
 
 def test_rungs_are_checked() -> None:
@@ -171,7 +181,8 @@ def expected_map(model: Any, modules: Any, name: str, before: dict[str, Any]) ->
     x, y = (torch.cat([p[i][0] for p in pairs]).double().numpy() for i in (0, 1))
     z, _, t = weighted(x, y)
     ridge = 1e-3 * np.diag(z.T @ z)[:-1].mean() * np.diag([1.0] * x.shape[1] + [0.0])
-    return np.linalg.solve(z.T @ z + ridge, z.T @ t)
+    own = (z[:, :-1] * t).sum() / (z[:, :-1] ** 2).sum()
+    return np.linalg.solve(z.T @ z + ridge, z.T @ t + own * ridge[:, :-1])
 
 
 def test_later_stand_ins_see_compensated_streams(model: Any, fitter: Fitter) -> None:

@@ -9,6 +9,7 @@ programs. A plan is linked in milliseconds, so none of this compiles anything.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,9 @@ from adaskip_fx.watched import Streams, watching
 from .moments import Moments
 from .solve import best_ridge, smallest_rank, solve
 
-_HELD_OUT = 5  # every fifth text chooses ridge and rank; the others are what it chooses for
-_SLACK = 0.01  # of the target: what a smaller rank may leave more than the whole map
+Texts = Iterable[str] | Mapping[str, Iterable[str]]
+_FOLDS = 5  # that texts of one kind are dealt out to
+_ALONE = 1e-2  # the ridge where there is nothing to choose it by
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,12 @@ class Rung:
 
     kind: of the ladder.
     rank: of low-rank maps; None: for each sublayer the smallest power of two that leaves at most a
-        hundredth more of held-out texts than the whole linear map, which is taken where its H^2
+        hundredth more of unseen texts than the linear map, which is taken itself where its H^2
         weights are no more than the 2 H r.
-    ridge: in units of the mean square of the inputs; None: what is best on held-out texts.
+    ridge: in units of the mean square of the inputs; None: what leaves the least of unseen texts.
+
+    Texts are unseen in turn: each kind of text by a fit to the other kinds, or, where there is but
+    one kind, each fifth by a fit to the others.
 
     ValueError for an unknown kind, or a rank below 1 or of another kind.
     """
@@ -55,32 +60,38 @@ class Rung:
         if self.rank is not None and (self.kind != "low_rank" or self.rank < 1):
             raise ValueError(f"rank must be at least 1, and of low_rank, got {self.rank!r}")
 
-    def fit(self, fitted: Moments, held_out: Moments) -> StandIn:
-        """The stand-in of this rung; held-out tokens choose, then all count."""
-        both = fitted.plus(held_out)
+    def fit(self, folds: Sequence[Moments]) -> StandIn:
+        """The stand-in of this rung; folds choose, and then all of them count."""
+        folds = [fold for fold in folds if fold.tokens]
+        total = functools.reduce(Moments.plus, folds)
         if self.kind in ("scale", "diagonal"):
-            return solve(both, self.kind)
-        ridge, left = (self.ridge, None) if self.ridge is not None else _ridge(fitted, held_out)
+            return solve(total, self.kind)
         if self.kind == "linear":
-            return solve(both, "linear", ridge=ridge)
-        rank = self.rank
+            return solve(total, "linear", ridge=self._ridge(folds, "linear"))
+        rank, ridge = self.rank, self.ridge
         if rank is None:
-            rank = _rank(fitted, held_out, ridge, left)
-        if 2 * rank >= both.hidden:
-            return solve(both, "linear", ridge=ridge)
-        return solve(both, "low_rank", rank, ridge)
+            rank, best = _rank(folds)
+            ridge = best if ridge is None else ridge
+        if 2 * rank >= total.hidden:
+            return solve(total, "linear", ridge=self._ridge(folds, "linear"))
+        return solve(
+            total,
+            "low_rank",
+            rank,
+            self._ridge(folds, "low_rank", rank) if ridge is None else ridge,
+        )
+
+    def _ridge(self, folds: Sequence[Moments], kind: StandInKind, rank: int = 0) -> float:
+        if self.ridge is not None:
+            return self.ridge
+        return best_ridge(folds, kind, rank) if len(folds) > 1 else _ALONE
 
 
-def _ridge(fitted: Moments, held_out: Moments) -> tuple[float, float | None]:
-    return best_ridge(fitted, held_out) if held_out.tokens else (1e-4, None)
-
-
-def _rank(fitted: Moments, held_out: Moments, ridge: float, left: float | None) -> int:
-    if not held_out.tokens:
-        return max(1, fitted.hidden // 8)
-    whole = left if left is not None else best_ridge(fitted, held_out, (ridge,))[1]
-    ranks = [2**i for i in range(fitted.hidden.bit_length())]
-    return smallest_rank(fitted, held_out, ridge, ranks, whole + _SLACK)
+def _rank(folds: Sequence[Moments]) -> tuple[int, float]:
+    hidden = folds[0].hidden
+    if len(folds) == 1:
+        return max(1, hidden // 8), _ALONE
+    return smallest_rank(folds, [2**i for i in range(hidden.bit_length() - 1)])
 
 
 class Fitter:
@@ -89,7 +100,8 @@ class Fitter:
     Args:
         model: a transformers decoder in evaluation mode; it is not changed.
         tokenizer: the model's.
-        texts: as of :func:`adaskip_fx.calibrate`; every fifth is held out.
+        texts: as of :func:`adaskip_fx.calibrate`, or by kind (prose, code, ...), so that ridge and
+            rank are chosen to hold for kinds that were not seen.
         max_length: tokens of a text at most.
         backend: inner torch.compile backend.
         together: sublayers whose moments are taken in one pass, where they do not see each other.
@@ -97,20 +109,24 @@ class Fitter:
     Attributes:
         runtime: of the compiled model that it runs.
         samples: token ids int64 [1, T].
+        folds: for each sample the fold that it is in.
     """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
-        texts: Iterable[str],
+        texts: Texts,
         *,
         max_length: int = 2048,
         backend: str = "eager",
         together: int = 16,
     ) -> None:
         check_model(model)
-        self.samples = [s.to(model.device) for s in tokenize(model, tokenizer, texts, max_length)]
+        pairs = _dealt(texts)
+        found = tokenize(model, tokenizer, [text for _, text in pairs], max_length)
+        self.samples = [ids.to(model.device) for ids in found]
+        self.folds = [fold for fold, _ in pairs]
         self.runtime: Runtime = build(model, None, backend=backend).adaskip
         self.together = together
 
@@ -134,7 +150,7 @@ class Fitter:
                 progress(number, len(left_out))
             moments = self._moments(Compensation(done), tuple(done), [sublayer])[sublayer]
             kind = rung.get(sublayer, Rung()) if isinstance(rung, Mapping) else rung or Rung()
-            done[sublayer] = kind.fit(*moments)
+            done[sublayer] = kind.fit(moments)
         if progress is not None:
             progress(len(left_out), len(left_out))
         return plan.with_compensation(plan.compensation.merged(Compensation(done)))
@@ -158,30 +174,27 @@ class Fitter:
         for start in range(0, len(running), self.together):
             group = running[start : start + self.together]
             for sublayer, moments in self._moments(plan.compensation, left_out, group).items():
-                fitted[sublayer] = (rung or Rung()).fit(*moments)
+                fitted[sublayer] = (rung or Rung()).fit(moments)
         return Compensation(fitted)
 
     def _moments(
         self, compensation: Compensation, left_out: Sequence[Sublayer], wanted: Sequence[Sublayer]
-    ) -> dict[Sublayer, tuple[Moments, Moments]]:
-        """For each of `wanted` the moments of fitted and of held-out texts."""
+    ) -> dict[Sublayer, list[Moments]]:
+        """For each of `wanted` the moments of each fold."""
         sublayers = self.runtime.sublayers
         place = {s: i for i, s in enumerate(sublayers)}
         behind = sublayers[max(map(place.__getitem__, wanted)) + 1 :]
         skipping = SkipPlan.of(sublayers, (*left_out, *behind), compensation=compensation)
         full = SkipPlan.of(sublayers, behind)
-        found: dict[Sublayer, tuple[Moments, Moments]] = {}
+        found: dict[Sublayer, list[Moments]] = {}
         with watching(self.runtime) as watched:
-            for number, ids in enumerate(self.samples):
+            for ids, fold in zip(self.samples, self.folds, strict=True):
                 seen, wished = (self._streams(ids, p, watched) for p in (skipping, full))
-                held = number % _HELD_OUT == _HELD_OUT - 1
                 for s in wanted:
                     if s not in found:
-                        hidden = seen[0].shape[-1]
-                        found[s] = tuple(  # type: ignore[assignment]  # two
-                            Moments.zeros(hidden, seen[0].device) for _ in range(2)
-                        )
-                    found[s][held].add(seen[place[s]], wished[place[s] + 1])
+                        size = seen[0].shape[-1], seen[0].device
+                        found[s] = [Moments.zeros(*size) for _ in range(max(self.folds) + 1)]
+                    found[s][fold].add(seen[place[s]], wished[place[s] + 1])
         return found
 
     @torch.no_grad()
@@ -193,10 +206,19 @@ class Fitter:
         return watched()
 
 
+def _dealt(texts: Texts) -> list[tuple[int, str]]:
+    """Each text with the fold that it is in: its kind's, or one of five in turn."""
+    if not isinstance(texts, Mapping):
+        return [(i % _FOLDS, text) for i, text in enumerate(texts)]
+    if len(texts) == 1:
+        return _dealt(next(iter(texts.values())))
+    return [(fold, text) for fold, group in enumerate(texts.values()) for text in group]
+
+
 def fit(
     model: Any,
     tokenizer: Any,
-    texts: Iterable[str],
+    texts: Texts,
     plan: SkipPlan,
     *,
     kind: StandInKind = "linear",
@@ -216,8 +238,9 @@ def fit(
     Args:
         model: a transformers decoder in evaluation mode; it is not changed.
         tokenizer: the model's.
-        texts: what the model will be used on, or close to it; five or more, so that some can be
-            held out.
+        texts: what the model will be used on, or close to it: some, or some of each of several
+            kinds by name (prose, code, ...), and then ridge and rank are chosen to hold for kinds
+            that a fit has not seen.
         plan: which sublayers are skipped.
         kind: ``"linear"``, ``"low_rank"``, ``"diagonal"`` or ``"scale"``.
         rank: of low-rank maps; chosen on held-out texts if None (see :class:`Rung`).

@@ -56,11 +56,15 @@ class Moments:
         self.targets += t.square().sum()
         self.tokens += len(x)
 
-    def plus(self, other: Moments) -> Moments:
+    def plus(self, other: Moments, times: int = 1) -> Moments:
         """Of the tokens of both."""
         return Moments(
-            self.inputs + other.inputs,
-            self.products + other.products,
-            self.targets + other.targets,
-            self.tokens + other.tokens,
+            self.inputs + times * other.inputs,
+            self.products + times * other.products,
+            self.targets + times * other.targets,
+            self.tokens + times * other.tokens,
         )
+
+    def minus(self, part: Moments) -> Moments:
+        """Without the tokens of a part."""
+        return self.plus(part, -1)

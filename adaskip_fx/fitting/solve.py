@@ -7,7 +7,8 @@ all, is the share that stays unexplained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from adaskip_fx.stand_in import StandIn, StandInKind
 from .moments import Moments
 
 #: Ridge, in units of the mean diagonal of the moments, from which a fit may choose.
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
 def solve(moments: Moments, kind: StandInKind, rank: int = 0, ridge: float = 1e-4) -> StandIn:
@@ -32,23 +33,25 @@ def solve(moments: Moments, kind: StandInKind, rank: int = 0, ridge: float = 1e-
         ridge: of linear and low-rank maps, in units of the mean diagonal of `moments.inputs`.
 
     Closed forms: scale and diagonal are regressions without a constant; linear is ridge regression,
-    `W = (C_zz + ridge I)^-1 C_zt` (NBL, arXiv 2505.21077; the constant is not held down); a
-    low-rank map is the best approximation of that one in the metric of the inputs (reduced-rank
+    `W = (C_zz + ridge I)^-1 C_zt` (NBL, arXiv 2505.21077), of what the scale leaves: the more it
+    is held down, the more it is that scale (the constant is not held down). A low-rank map is the
+    best approximation of the ridge regression of all of t in the metric of the inputs (reduced-rank
     regression: the leading singular vectors of `C_xx^1/2 W`).
 
     ValueError for a scale that is not positive.
     """
     if kind == "scale":
-        own = moments.products.diagonal().sum() / moments.inputs.diagonal()[:-1].sum()
-        return StandIn.scale(float(1 + own))
+        return StandIn.scale(float(1 + _own(moments)))
     if kind == "diagonal":
         own = moments.products.diagonal() / moments.inputs.diagonal()[:-1].clamp_min(1e-300)
         return StandIn(kind, {"factor": _numpy(1 + own)})
     held = _held(moments, ridge)
-    full = torch.linalg.solve(held, moments.products)
-    if kind == "linear":
-        return StandIn(kind, {"weight": _numpy(full[:-1].T), "bias": _numpy(full[-1])})
-    return _reduced(held, full, rank)
+    if kind == "low_rank":
+        return _reduced(held, torch.linalg.solve(held, moments.products), rank)
+    own = _own(moments)
+    full = torch.linalg.solve(held, moments.products - own * moments.inputs[:, :-1])
+    full[:-1].diagonal().add_(own)
+    return StandIn(kind, {"weight": _numpy(full[:-1].T), "bias": _numpy(full[-1])})
 
 
 def unexplained(moments: Moments, stand_in: StandIn) -> float:
@@ -60,27 +63,42 @@ def unexplained(moments: Moments, stand_in: StandIn) -> float:
     return float(1 - explained / moments.targets)
 
 
+def left_out(folds: Sequence[Moments], kind: StandInKind, rank: int, ridge: float) -> float:
+    """The share that stays unexplained of each fold by a fit to the others; the mean over folds."""
+    total = functools.reduce(Moments.plus, folds)
+    shares = [unexplained(fold, solve(total.minus(fold), kind, rank, ridge)) for fold in folds]
+    return sum(shares) / len(shares)
+
+
 def best_ridge(
-    fitted: Moments, held_out: Moments, ridges: Iterable[float] = RIDGES
-) -> tuple[float, float]:
-    """The ridge whose linear map leaves the least of held-out tokens, and what it leaves."""
-    left = {r: unexplained(held_out, solve(fitted, "linear", ridge=r)) for r in ridges}
-    best = min(left, key=left.__getitem__)
-    return best, left[best]
+    folds: Sequence[Moments],
+    kind: StandInKind = "linear",
+    rank: int = 0,
+    ridges: Iterable[float] = RIDGES,
+) -> float:
+    """The ridge that leaves the least of folds that the fit has not seen."""
+    return min(ridges, key=lambda ridge: left_out(folds, kind, rank, ridge))
 
 
 def smallest_rank(
-    fitted: Moments, held_out: Moments, ridge: float, ranks: Iterable[int], loss: float
-) -> int:
-    """The smallest of `ranks` that leaves at most `loss` of held-out tokens; else the largest.
+    folds: Sequence[Moments], ranks: Iterable[int], slack: float = 0.01
+) -> tuple[int, float]:
+    """The smallest of `ranks` that leaves at most `slack` more than the linear map, and its ridge.
 
-    A rank of H or more stands for the full linear map.
+    If none does, H, for the linear map itself.
     """
-    ordered = sorted({min(r, fitted.hidden) for r in ranks})
-    for rank in ordered:
-        if unexplained(held_out, solve(fitted, "low_rank", rank, ridge)) <= loss:
-            return rank
-    return ordered[-1]
+    ridge = best_ridge(folds)
+    wanted = left_out(folds, "linear", 0, ridge) + slack
+    for rank in sorted(ranks):
+        own = best_ridge(folds, "low_rank", rank)
+        if left_out(folds, "low_rank", rank, own) <= wanted:
+            return rank, own
+    return folds[0].hidden, ridge
+
+
+def _own(moments: Moments) -> torch.Tensor:
+    """The regression of t on x alone: what the scale is above 1."""
+    return moments.products.diagonal().sum() / moments.inputs.diagonal()[:-1].sum()
 
 
 def _held(moments: Moments, ridge: float) -> torch.Tensor:
