@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from adaskip_fx.compensation import Compensation
-from adaskip_fx.fitting import Fitter, Moments, Rung, fit, solve, unexplained
+from adaskip_fx.fitting import (
+    Compensator,
+    Fitter,
+    Moments,
+    Refinement,
+    Rung,
+    fit,
+    refine,
+    solve,
+    unexplained,
+)
 from adaskip_fx.fitting.solve import best_ridge, left_out, smallest_rank
 from adaskip_fx.plan import Action, SkipPlan
 from adaskip_fx.stand_in import StandIn
@@ -237,3 +247,75 @@ def test_fit_adds_scales_for_what_decoding_may_add(model: Any) -> None:
         "2.ffn": "linear",
     }
     assert plan.compensation.factor(Sublayer(0, "ffn")) != 3.0
+
+
+def test_a_compensator_fits_what_is_known_once(
+    fitter: Fitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, moments = [], fitter._moments
+    monkeypatch.setattr(fitter, "_moments", lambda *a: passes.append(a) or moments(*a))
+    compensator = Compensator(fitter, Rung(ridge=1e-3))
+    known = (Sublayer(0, "ffn"), Sublayer(1, "attention"))
+    plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, known), Rung(ridge=1e-3))
+    both = compensator((*known, Sublayer(2, "ffn")), known)
+    beside = fitter.beside(plan, Rung(ridge=1e-3), ("ffn",))
+    assert both == plan.compensation.merged(
+        Compensation({Sublayer(2, "ffn"): beside.stand_ins[Sublayer(2, "ffn")]})
+    )
+    assert passes
+    passes.clear()
+    compensator((*known, Sublayer(1, "ffn")), known)
+    assert not passes, "it was fitted along with the other"
+    whole = compensator((*known, Sublayer(2, "ffn")))
+    ordered = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, whole.stand_ins), Rung(ridge=1e-3))
+    assert passes
+    assert whole == ordered.compensation
+
+
+# By descent ------------------------------------------------------------------------------------
+
+
+def kl(model: Any, modules: Any, skips: dict[str, Any], text: str) -> float:
+    ids = Letters()(text, truncation=True, max_length=LIMIT, return_tensors="pt")["input_ids"]
+    logits = []
+    for skipped in ({}, skips):
+        oracle = Oracle(model, modules, prefill=skipped)
+        with oracle.watching(), torch.no_grad():
+            logits.append(model(input_ids=ids).logits[0].double())
+    p, q = (one.log_softmax(-1) for one in logits)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_descent_brings_predictions_nearer(model: Any, fitter: Fitter) -> None:
+    runtime = fitter.runtime
+    plan = fitter.fit(SkipPlan.of(runtime.sublayers, SKIPPED), Rung("low_rank", rank=2))
+    how = Refinement(steps=20, rate=5e-3, batch=1, every=5)
+    refined, seen = refine(runtime, plan, fitter.samples[:1], fitter.samples[:1], how)
+    assert seen.step > 0
+    assert set(seen.losses) == {0, 5, 10, 15, 20}
+    assert (refined.prefill, refined.decode) == (plan.prefill, plan.decode)
+    for one, loss in ((plan, seen.losses[0]), (refined, min(seen.losses.values()))):
+        skips = {str(s): c for s, c in one.compensation.stand_ins.items()}
+        assert kl(model, runtime.graphs.modules, skips, TEXTS[0]) == pytest.approx(loss, rel=1e-3)
+    assert min(seen.losses.values()) < 0.9 * seen.losses[0]
+    assert all(p.grad is None for p in model.parameters())
+    assert_equivalent(model, refined)
+
+
+def test_what_held_out_texts_like_best_is_kept(fitter: Fitter) -> None:
+    plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, SKIPPED), Rung())
+    how = Refinement(steps=2, rate=10.0, every=1)
+    same, seen = refine(fitter.runtime, plan, fitter.samples[:1], fitter.samples[1:3], how)
+    assert seen.step == 0
+    assert seen.losses[2] > seen.losses[0]
+    assert same == plan
+
+
+def test_what_cannot_be_refined(fitter: Fitter) -> None:
+    plan = SkipPlan.of(fitter.runtime.sublayers, SKIPPED)
+    with pytest.raises(ValueError, match="the plan has no stand-in to refine; fit one first"):
+        refine(fitter.runtime, plan, fitter.samples, fitter.samples)
+    with pytest.raises(ValueError, match="refining needs texts to descend on and texts that are"):
+        refine(fitter.runtime, plan, fitter.samples, [])
+    with pytest.raises(ValueError, match="rate must be positive, got 0"):
+        Refinement(rate=0)

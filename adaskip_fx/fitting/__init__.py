@@ -1,7 +1,20 @@
 """Fit what stands in for skipped sublayers, on the same captured graphs that will run."""
 
+from .compensator import Compensator
 from .fit import Fitter, Rung, fit
 from .moments import Moments
+from .refine import Descent, Refinement, refine
 from .solve import solve, unexplained
 
-__all__ = ["Fitter", "Moments", "Rung", "fit", "solve", "unexplained"]
+__all__ = [
+    "Compensator",
+    "Descent",
+    "Fitter",
+    "Moments",
+    "Refinement",
+    "Rung",
+    "fit",
+    "refine",
+    "solve",
+    "unexplained",
+]

@@ -31,6 +31,7 @@ from .solve import best_ridge, smallest_rank, solve
 
 Texts = Iterable[str] | Mapping[str, Iterable[str]]
 _FOLDS = 5  # that texts of one kind are dealt out to
+_KEPT = 64  # stand-ins that a fitter remembers
 _ALONE = 1e-2  # the ridge where there is nothing to choose it by
 
 
@@ -129,6 +130,7 @@ class Fitter:
         self.folds = [fold for fold, _ in pairs]
         self.runtime: Runtime = build(model, None, backend=backend).adaskip
         self.together = together
+        self._fitted: dict[tuple[object, ...], StandIn] = {}
 
     def fit(
         self,
@@ -148,12 +150,23 @@ class Fitter:
         for number, sublayer in enumerate(left_out):
             if progress is not None:
                 progress(number, len(left_out))
-            moments = self._moments(Compensation(done), tuple(done), [sublayer])[sublayer]
             kind = rung.get(sublayer, Rung()) if isinstance(rung, Mapping) else rung or Rung()
-            done[sublayer] = kind.fit(moments)
+            done[sublayer] = self._next(done, sublayer, kind)
         if progress is not None:
             progress(len(left_out), len(left_out))
         return plan.with_compensation(plan.compensation.merged(Compensation(done)))
+
+    def _next(self, done: dict[Sublayer, StandIn], sublayer: Sublayer, rung: Rung) -> StandIn:
+        """What stands in for `sublayer`, after those before it; plans begin alike in a search."""
+        key = (*((s, c.digest) for s, c in done.items()), sublayer, rung)
+        found = self._fitted.pop(key, None)
+        if found is None:
+            moments = self._moments(Compensation(done), tuple(done), [sublayer])[sublayer]
+            found = rung.fit(moments)
+        self._fitted[key] = found  # as the last one used
+        while len(self._fitted) > _KEPT:
+            del self._fitted[next(iter(self._fitted))]
+        return found
 
     def beside(
         self, plan: SkipPlan, rung: Rung | None = None, kinds: Sequence[str] = ("ffn",)

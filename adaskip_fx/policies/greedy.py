@@ -19,7 +19,7 @@ class Greedy:
 
     evaluator: judges candidate plans.
     compensate: fits what stands in for a set of sublayers; called for every candidate, so that each
-        is judged with its own fit (keep what was fitted before where a fit takes long).
+        is judged with its own fit.
     compensated: without `compensate`, whether AdaSkip's `scale * x` (eq. 4) stands in.
     protected: whether the first two layers and the last always run.
     never: other sublayers that always run.
@@ -54,9 +54,11 @@ class Greedy:
         for _ in range(count):
             gone = plan.skipped("prefill")
             left = [s for s in ranking if s not in gone][: self.shortlist]
-            plans = [self._candidate(profile, (*gone, s)) for s in left]
+            plans = [self._candidate(profile, gone, s) for s in left]
             plan = min(plans, key=lambda p: self.evaluator(p, self.samples))
         return plan
 
-    def _candidate(self, profile: Profile, skip: tuple[Sublayer, ...]) -> SkipPlan:
-        return candidate(profile, skip, self.compensate, self.compensated)
+    def _candidate(
+        self, profile: Profile, gone: tuple[Sublayer, ...], another: Sublayer
+    ) -> SkipPlan:
+        return candidate(profile, (*gone, another), self.compensate, self.compensated, gone)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Protocol
 
 from adaskip_fx.plan import SkipPlan, Sublayer
 from adaskip_fx.policies.baseline import plan_without
@@ -21,8 +21,17 @@ class Evaluator(Protocol):
         ...
 
 
-#: From the sublayers that are skipped, in stream order, to what stands in for them.
-Compensate: TypeAlias = "Callable[[tuple[Sublayer, ...]], Compensation]"
+class Compensate(Protocol):
+    """Fits what stands in for sublayers, such as `adaskip_fx.fitting.Compensator`."""
+
+    def __call__(
+        self, skip: tuple[Sublayer, ...], known: tuple[Sublayer, ...] = ()
+    ) -> Compensation:
+        """Stand-ins for what is skipped, in stream order.
+
+        known: those of `skip` that other candidates have in common; their fits may be kept.
+        """
+        ...
 
 
 def candidate(
@@ -30,15 +39,16 @@ def candidate(
     skip: Collection[Sublayer],
     compensate: Compensate | None,
     compensated: bool,
+    known: tuple[Sublayer, ...] = (),
 ) -> SkipPlan:
-    """The plan that skips `skip`, with what `compensate` fits for it.
+    """The plan that skips `skip`, with what `compensate` fits for it, of which `known` is common.
 
     Without `compensate`: AdaSkip's scale if `compensated`, else nothing.
     """
     ordered = tuple(s for s in profile.sublayers if s in skip)
     if compensate is None or not ordered:
         return plan_without(profile, ordered, compensated)
-    return SkipPlan.of(profile.sublayers, ordered, compensation=compensate(ordered))
+    return SkipPlan.of(profile.sublayers, ordered, compensation=compensate(ordered, known))
 
 
 def skippable(

@@ -97,7 +97,9 @@ def test_a_shortlist_is_of_the_most_similar() -> None:
 def test_compensation_is_fitted_for_every_candidate() -> None:
     fitted: list[tuple[Sublayer, ...]] = []
 
-    def compensate(skipped: tuple[Sublayer, ...]) -> Compensation:
+    def compensate(skipped: tuple[Sublayer, ...], known: tuple[Sublayer, ...] = ()) -> Compensation:
+        assert set(known) < set(skipped)
+        assert len(known) == len(skipped) - 1
         fitted.append(skipped)
         return Compensation.scale({s: 1.0 + len(skipped) / 8 for s in skipped})
 
