@@ -16,7 +16,7 @@ class Generate:
 
     Attributes:
         prompt: tokens, special ones included.
-        answers: what is right.
+        answers: what is right; none: what the reference model says.
         metric: one of :data:`adaskip_fx.evaluation.text_scores.METRICS`.
         limit: new tokens at most.
         stop: the answer ends before this text; empty for nothing.

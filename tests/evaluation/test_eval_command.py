@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from adaskip_fx.calibration import calibrate
 from adaskip_fx.cli import app
 from adaskip_fx.evaluation.choose import tasks_of
 from adaskip_fx.evaluation.tasks import Passkey, Perplexity, Trec
 from adaskip_fx.plan import SkipPlan
+from adaskip_fx.policies import AdaSkip
 from tests.evaluation.toys import SUBLAYERS, tiny_llama, tokenizer
 
 
@@ -61,6 +63,24 @@ def test_eval_prints_a_table_and_writes_a_file(folder: Path, tmp_path: Path) -> 
     assert "0-255" in result.stdout
     assert max(map(len, lines)) <= 100
     assert "  3 of 4\n" in result.stderr
+
+
+def test_eval_with_a_profile(folder: Path, tmp_path: Path) -> None:
+    learned, out = tmp_path / "learned", tmp_path / "out.json"
+    profile = calibrate(tiny_llama(), tokenizer(), ["a text to learn from, and more of it"])
+    profile.save(learned)
+    result = run(
+        *("eval", folder, learned, "--alpha", 1.5, "--backend", "eager", "--json", out),
+        *("--task", "passkey", "--samples", 1, "--max-length", 300, "--no-compare"),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert report["conditions"]["alpha"] == 1.5
+    assert report["conditions"]["policy"] == repr(AdaSkip())
+    assert report["conditions"]["plan"] == AdaSkip().plan(profile, 1.5).to_json()
+    (asked,) = report["results"]
+    assert asked["ran"]["prefill"]["skipped_fraction"] == 0.25
+    assert asked["reference"] is None
 
 
 def test_eval_of_the_model_as_it_is(folder: Path, tmp_path: Path) -> None:

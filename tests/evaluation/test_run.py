@@ -17,6 +17,7 @@ from adaskip_fx.evaluation.tasks import (
     CommonWords,
     KeyValue,
     Needle,
+    OwnSummary,
     Passkey,
     Perplexity,
     VariableTracking,
@@ -144,6 +145,24 @@ def test_a_compiled_model_beside_its_own() -> None:
     assert other.conditions["plan"] == plan.to_json()
     assert other.conditions["backend"] == "eager"
     json.dumps(other.to_json())
+
+
+def test_what_the_reference_says_is_right_where_nobody_else_says_it() -> None:
+    pytest.importorskip("rouge_score")
+    task = OwnSummary(samples=2, length=900)
+    examples = task.examples(tokenizer())
+    texts = ["one two three four", "five six seven eight"]
+    full = knows(*(e.prompt + encoded(t) for e, t in zip(examples, texts, strict=True)))
+    half = knows(examples[0].prompt + encoded("one two"), examples[1].prompt + encoded("nine"))
+    (found,) = evaluate(half, tokenizer(), [task], reference=full).results
+    # of "one two" all is right, and it is half of what the reference said: F = 2/3
+    assert found.scores.values == pytest.approx((2 / 3, 0.0))
+    assert found.answers == ("one two", "nine")
+    assert found.reference is not None
+    assert found.reference.values == (1.0, 1.0)
+    assert all(len(e.prompt) <= 900 for e in examples)
+    with pytest.raises(ValueError, match="compares with what a reference model says, and there is"):
+        evaluate(half, tokenizer(), [task])
 
 
 def test_what_cannot_be_evaluated() -> None:

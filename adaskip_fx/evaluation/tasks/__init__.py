@@ -11,6 +11,7 @@ from .counting import CommonWords, FrequentWords
 from .documents import MultiDocumentQA
 from .key_value import KeyValue
 from .needles import MultiKeyNeedle, Needle
+from .own_summary import OwnSummary
 from .passkey import Passkey
 from .perplexity import Perplexity
 from .summary import Summary
@@ -26,6 +27,7 @@ __all__ = [
     "MultiDocumentQA",
     "MultiKeyNeedle",
     "Needle",
+    "OwnSummary",
     "Passkey",
     "Perplexity",
     "Summary",
@@ -51,6 +53,7 @@ TASKS: Mapping[str, type[TaskOptions]] = MappingProxyType(
             TriviaQA,
             MultiDocumentQA,
             Summary,
+            OwnSummary,
         )
     }
 )
