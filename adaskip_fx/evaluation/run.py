@@ -158,11 +158,11 @@ def _put(
     """Put one example to the model, and to the reference."""
     start = time.perf_counter()
     if isinstance(example, Predict):
-        logits = scoring.logits_of(model, example.tokens)
+        tokens, logits = scoring.predictions(model, example)
         found.seconds += time.perf_counter() - start
-        others = None if reference is None else scoring.logits_of(reference, example.tokens)
+        others = None if reference is None else scoring.predictions(reference, example)[1]
         edges: Sequence[int] = getattr(task, "edges", ())
-        found.windows.append(by_position(example.tokens, logits, others, edges))
+        found.windows.append(by_position(tokens, logits, others, edges))
         return
     if isinstance(example, Generate) and not example.answers:
         said = scoring.generated(reference, tokenizer, example)

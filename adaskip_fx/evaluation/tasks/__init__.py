@@ -13,7 +13,7 @@ from .key_value import KeyValue
 from .needles import MultiKeyNeedle, Needle
 from .own_summary import OwnSummary
 from .passkey import Passkey
-from .perplexity import Perplexity
+from .perplexity import DecodePerplexity, Perplexity
 from .summary import Summary
 from .tracking import VariableTracking
 from .trec import Trec
@@ -22,6 +22,7 @@ from .trivia import TriviaQA
 __all__ = [
     "TASKS",
     "CommonWords",
+    "DecodePerplexity",
     "FrequentWords",
     "KeyValue",
     "MultiDocumentQA",
@@ -42,6 +43,7 @@ TASKS: Mapping[str, type[TaskOptions]] = MappingProxyType(
         task.name: task
         for task in (
             Perplexity,
+            DecodePerplexity,
             Passkey,
             Needle,
             MultiKeyNeedle,
