@@ -3,8 +3,8 @@
 Dynamo captures and guards, the user's own ``StaticCache`` is in the graph, and this backend skips
 sublayers in it. A skipped attention's K/V writes are dropped and its length counter is kept. A
 request begins with a prefill call (more than one token); decode calls after it measure, decide and
-switch plans as :func:`adaskip_fx.compile` does, except that padding and rows that have ended count
-in the window like any other: the backend cannot see them.
+switch plans as :func:`adaskip_fx.compile` does, also by a schedule, except that padding and rows
+that have ended count in the window like any other: the backend cannot see them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from adaskip_passes import (
     outline,
 )
 
+from .decisions import Decision, Schedule, plans_of
+from .folding import Placed, folds
 from .online import Window, probed_in_decode
 from .plan import Phase, SkipPlan, Sublayer
-from .policies import AdaSkip
+from .policies import AdaSkip, OnlinePolicy
 from .profile import Profile
-from .programs import factor_tensors, rewrite
+from .programs import rewrite, stand_in_tensors
 
 _OPTIONS = ("profile", "alpha", "policy", "plan", "inner_backend", "link")
 
@@ -40,18 +42,24 @@ _OPTIONS = ("profile", "alpha", "policy", "plan", "inner_backend", "link")
 class _Model:
     """What the graphs of one compiled model share: its plan, and the request that is running."""
 
-    plan: SkipPlan
+    decision: SkipPlan | Schedule
     profile: Profile | None
-    policy: AdaSkip | None
+    policy: OnlinePolicy | None
     decode_plan: SkipPlan = field(init=False)
+    decoded: int = field(init=False, default=0)
     window: Window | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.begin()
 
+    @property
+    def plan(self) -> SkipPlan:
+        """What a request begins with."""
+        return plans_of(self.decision)[0]
+
     def begin(self) -> None:
-        """A new request: the window opens again."""
-        self.decode_plan, self.window = self.plan, None
+        """A new request: the window opens again, a schedule begins again."""
+        self.decode_plan, self.decoded, self.window = self.plan, 0, None
         if self.policy is not None and self.policy.online and self.plan.skipped("prefill"):
             probed = probed_in_decode(self.plan)
             self.window = Window(probed, self.policy.window) if probed else None
@@ -61,6 +69,13 @@ class _Model:
         if self.window is None or self.window.closed:
             return ()
         return self.window.probed
+
+    def next(self) -> SkipPlan:
+        """The plan of the next decode step, which is counted."""
+        if isinstance(self.decision, Schedule):
+            self.decode_plan = self.decision.at(self.decoded)
+        self.decoded += 1
+        return self.decode_plan
 
     def learn(self, moments: torch.Tensor) -> None:
         """Count a step's moments; at the end of the window, decide."""
@@ -91,12 +106,12 @@ def adaskip(
     Options:
         profile: a `Profile`, or the path of a saved one.
         alpha: acceleration ratio, 1.2 if not given.
-        policy: an `AdaSkip`; plan: an explicit `SkipPlan` instead.
+        policy: an `AdaSkip`, or another; plan: an explicit `SkipPlan` or `Schedule` instead.
         inner_backend: what compiles the pieces, ``"inductor"`` if not given.
         link: ``"pieces"`` or ``"fused"``.
 
     Raises:
-        ValueError: unknown or missing options.
+        ValueError: unknown or missing options, or a decision that needs `adaskip_fx.compile`.
         RefusedError: gradients are required, or the graph is not a decoder of the profile's shape.
     """
     given = options or {}
@@ -135,6 +150,7 @@ class _Graph:
                 "or their order differs: it was made for another model"
             )
         self.outer = outline(graph, found)
+        self.placed = Placed()
         self.inputs = [n.name for n in graph.graph.find_nodes(op="placeholder")]
         stream = found[0].stream.meta["example_value"]
         self.device: torch.device = stream.device
@@ -143,7 +159,8 @@ class _Graph:
         self.fused = options.get("link", "pieces") == "fused"
         self.programs: dict[tuple[str, tuple[Sublayer, ...]], Callable[..., Any]] = {}
         # now, inside Dynamo's call, so that the guards of every piece are recorded
-        self._program(model.plan, ())
+        for plan in plans_of(model.decision):
+            self._program(plan, ())
         if self.phase == "decode":
             self._program(model.plan, model.probed())
 
@@ -153,7 +170,7 @@ class _Graph:
             self.model.begin()
             return self._program(self.model.plan, ())(values)
         probed = self.model.probed()
-        outputs = self._program(self.model.decode_plan, probed)(values)
+        outputs = self._program(self.model.next(), probed)(values)
         if probed:
             *outputs, moments = outputs
             self.model.learn(moments)
@@ -168,9 +185,18 @@ class _Graph:
         return self.programs[key]
 
     def _link(self, plan: SkipPlan, probed: tuple[Sublayer, ...]) -> Callable[[Sequence[Any]], Any]:
-        outer = rewrite(self.outer, self.sublayers, plan, self.phase, probed, keep="counters")
+        stand_ins = folds(plan, self.phase)
+        outer = rewrite(
+            self.outer,
+            self.sublayers,
+            plan,
+            self.phase,
+            probed,
+            keep="counters",
+            stand_ins=stand_ins,
+        )
         inputs = outer.graph.find_nodes(op="placeholder")
-        factors = factor_tensors(inputs, self.sublayers, plan, self.device)
+        factors = stand_in_tensors(outer, self.sublayers, stand_ins, self.placed)
         place = {name: i for i, name in enumerate(self.inputs)}
         takes = [place.get(n.name, n.name) for n in inputs]
         function = self.compiler.compile(fuse(outer)) if self.fused else link(outer, self.compiler)
@@ -216,9 +242,23 @@ def _make_model(options: dict[str, Any]) -> _Model:
         profile = Profile.load(profile)
     plan, policy = options.get("plan"), options.get("policy", AdaSkip())
     if plan is not None:
-        return _Model(plan, profile, None)
+        return _Model(_usable(plan), profile, None)
     if profile is None:
         raise ValueError(
             'backend adaskip needs options={"profile": path, "alpha": 1.2} or {"plan": plan}'
         )
-    return _Model(policy.plan(profile, options.get("alpha", 1.2)), profile, policy)
+    decision = _usable(policy.plan(profile, options.get("alpha", 1.2)))
+    return _Model(decision, profile, policy if isinstance(policy, OnlinePolicy) else None)
+
+
+def _usable(decision: Decision) -> SkipPlan | Schedule:
+    if isinstance(decision, SkipPlan | Schedule):
+        if not plans_of(decision)[0].last_token_full:
+            return decision
+        what = "a plan with last_token_full"
+    else:
+        what = f"a {decision.kind}"
+    raise ValueError(
+        f"backend adaskip cannot run {what}: it sees a prompt as one graph and no request; use "
+        "adaskip_fx.compile"
+    )

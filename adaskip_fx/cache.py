@@ -96,6 +96,13 @@ class SkipCache(Cache):
         """As `keys`."""
         return self._storage.values if self._storage is not None else [None] * len(self.slots)
 
+    def keep(self, kept: Sequence[Slot]) -> None:
+        """Store `kept` from now on. Only while nothing is stored: storage for others goes back."""
+        assert not self.length
+        if self.kept != tuple(kept):
+            self.kept = tuple(kept)
+            self._release()
+
     def reserve(self, batch: int, tokens: int) -> Storage:
         """Storage with room for `tokens` more tokens; made or grown as needed.
 
@@ -245,7 +252,7 @@ class SkipCache(Cache):
     def reset(self) -> None:
         """Forget everything; storage is kept for the next prompt."""
         self.length, self.padded = 0, False
-        self.request = self.request.fresh()
+        self.request = self.request.anew()
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(

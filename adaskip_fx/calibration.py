@@ -45,18 +45,20 @@ def calibrate(
         RefusedError: the model's sublayers cannot be captured or proven.
     """
     check_model(model)
-    samples = _tokenize(model, tokenizer, texts, max_length)
+    samples = tokenize(model, tokenizer, texts, max_length)
     runtime = build(model, None, backend=backend).adaskip
     moments = []
     for done, ids in enumerate(samples):
         if progress is not None:
             progress(done, len(samples))
-        moments.append(runtime.measure(ids.to(model.device))[:, 0].double().cpu().numpy())
+        reading = runtime.measure(ids.to(model.device), layers=True)
+        moments.append(reading[:, 0].double().cpu().numpy())
     if progress is not None:
         progress(len(samples), len(samples))
     return Profile(
         sublayers=runtime.sublayers,
-        moments=np.stack(moments),
+        moments=np.stack(moments)[:, : len(runtime.sublayers)],
+        layers=np.stack(moments)[:, len(runtime.sublayers) :],
         fingerprint=fingerprint(model),
         versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
         calibration={
@@ -69,7 +71,7 @@ def calibrate(
     )
 
 
-def _tokenize(
+def tokenize(
     model: Any, tokenizer: Any, texts: Iterable[str], max_length: int
 ) -> list[torch.Tensor]:
     """One int64 tensor [1, tokens] per text."""

@@ -1,4 +1,4 @@
-"""The command line: ``adaskip-fx demo | calibrate | generate | inspect | eval``.
+"""The command line: ``adaskip-fx --help`` names its commands.
 
 torch and transformers take seconds to import, so commands import what they need when they run.
 """
@@ -16,6 +16,7 @@ from .evaluation.command import evaluate
 from .options import MODEL, Alpha, Backend, Debug, Device, Dtype, Model
 from .options import console as _console
 from .options import reported as _reported
+from .plots.command import register as register_plot
 
 if TYPE_CHECKING:
     from .plan import SkipPlan
@@ -144,8 +145,40 @@ def generate(
 
 
 @app.command()
+def measure(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="File to write the table to.")],
+    context: Annotated[
+        list[int], typer.Option(help="Tokens at which to measure; may be repeated.")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each plan is timed.")] = 5,
+    backend: Backend = "inductor",
+    dtype: Dtype = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measure what each sublayer costs on this device, for budgets of time, and save the table."""
+    with _reported(debug):
+        from .measuring import measure_table
+        from .progress import Steps
+
+        steps = Steps(_console(stderr=True))
+        table = measure_table(model, out, context, batch, rounds, backend, dtype, device, steps)
+        typer.echo(str(table))
+        if table.doubt:
+            typer.echo(table.doubt, err=True)
+        typer.echo(f"saved to {out}", err=True)
+
+
+@app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A profile's folder, or a plan's file.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A profile's or decision's folder, or the file of a plan or a latency table."
+        ),
+    ],
     alpha: Annotated[
         float | None,
         typer.Option(help="Show what a profile would skip at this ratio.", show_default="1.2"),
@@ -158,7 +191,7 @@ def inspect(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show a profile or a plan as a table, and what it does to a graph."""
+    """Show a profile, a decision or a latency table, and what a plan does to a graph."""
     if path.is_file() and alpha is not None:
         raise typer.BadParameter("a plan is made for one alpha already; --alpha is for profiles")
     with _reported(debug):
@@ -169,11 +202,23 @@ def inspect(
 
 def _show_file(path: Path, alpha: float | None, need_plan: bool) -> SkipPlan | None:
     """Print what is at `path`; returns the plan that it holds or leads to."""
+    from .decision_files import DOCUMENT, load
+    from .latency import LatencyTable, is_table
     from .plan import SkipPlan
     from .profile import Profile
 
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if (path / DOCUMENT).is_file():
+        if alpha is not None or need_plan:
+            raise ValueError(f"{path}: holds several plans; name one of its plan files instead")
+        typer.echo(str(load(path)))
+        return None
+    if is_table(path):
+        if need_plan:
+            raise ValueError(f"{path}: a latency table has no graph; --graph is for plans")
+        typer.echo(str(LatencyTable.load(path)))
+        return None
     if path.is_file():
         plan = SkipPlan.load(path)
         typer.echo(str(plan))
@@ -218,3 +263,6 @@ def _read(path: Path) -> str:
         raise ValueError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from error
+
+
+register_plot(app, _reported)

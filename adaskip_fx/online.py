@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .decisions import Choice, Schedule, plans_of
 from .plan import Action, SkipPlan, Sublayer
 
 if TYPE_CHECKING:
@@ -56,22 +57,29 @@ class Request:
     """What a compiled model remembers of one request, kept in the request's cache.
 
     Attributes:
+        decision: what it was begun with.
+        stop_tokens: ids after which a row has ended, on the device; None when not known.
+        chosen: the plan that a `Choice` gave it; None before its first prompt.
         plan: the plan that the request's prompts run with, and its decoding at first.
-        decode_plan: the plan in use for decoding; the online one once the window has closed.
+        decode_plan: the plan in use for decoding: of the schedule's last step, or the online one
+            once the window has closed.
         window: the decode window of the current turn; None before its first decoded token and
             where nothing is learned online.
-        decoding: whether the current turn has decoded a token yet.
-        stop_tokens: token ids that end a row, on the device; None when not known.
+        decoding: whether the current turn has begun to decode.
+        decoding_from: tokens that were stored then.
         finished: rows [batch] that have ended; they count for nothing in the window.
         lane: what the decode steps of the turn repeat.
         fixed: inputs that stay the same during the request (weights), by captured graph.
     """
 
-    plan: SkipPlan
+    decision: SkipPlan | Schedule | Choice
     stop_tokens: torch.Tensor | None = None
+    chosen: SkipPlan | None = None
+    plan: SkipPlan = field(init=False)
     decode_plan: SkipPlan = field(init=False)
     window: Window | None = field(init=False, default=None)
     decoding: bool = field(init=False, default=False)
+    decoding_from: int = field(init=False, default=0)
     finished: torch.Tensor | None = field(init=False, default=None)
     lane: Lane | None = field(init=False, default=None, repr=False)
     fixed: dict[GraphPhaseCapture, tuple[Any, ...]] = field(
@@ -79,22 +87,38 @@ class Request:
     )
 
     def __post_init__(self) -> None:
-        self.decode_plan = self.plan
+        self.plan = self.decode_plan = self.chosen or plans_of(self.decision)[0]
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the first prompt is still to choose the plan."""
+        return isinstance(self.decision, Choice) and self.chosen is None
 
     def fresh(self) -> Request:
         """The state at the beginning of another turn: nothing learned yet."""
-        return Request(self.plan, self.stop_tokens)
+        return Request(self.decision, self.stop_tokens, self.chosen)
+
+    def anew(self, chosen: SkipPlan | None = None) -> Request:
+        """The state at the beginning of another request; `chosen`: its plan, if one was chosen."""
+        return Request(self.decision, self.stop_tokens, chosen)
 
     def copy(self) -> Request:
         """The same state for a second request with the same past."""
         twin = self.fresh()
-        twin.decode_plan, twin.decoding, twin.finished = (
-            self.decode_plan,
-            self.decoding,
-            self.finished,
-        )
+        for name in ("decode_plan", "decoding", "decoding_from", "finished"):
+            setattr(twin, name, getattr(self, name))
         twin.window = replace(self.window) if self.window is not None else None
         return twin
+
+    def plan_at(self, length: int) -> SkipPlan:
+        """The plan for a decode step with `length` tokens stored.
+
+        Of a schedule by how many tokens the turn has decoded, which is seen from the cache's
+        length: so a token that is taken back takes its step back.
+        """
+        if isinstance(self.decision, Schedule):
+            self.decode_plan = self.decision.at(length - self.decoding_from)
+        return self.decode_plan
 
     def probed(self) -> tuple[Sublayer, ...]:
         """What the next decode step measures."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,9 @@ from adaskip_fx.sublayer import Kind, Sublayer
 __all__ = ["Action", "Kind", "Phase", "PlanError", "SkipPlan", "Sublayer"]
 
 Phase = Literal["prefill", "decode"]
-SCHEMA = 1
-_KEYS = ("digest", "sublayers", "prefill", "decode", "compensation")
+SCHEMA = 2
+_KEYS = ("digest", "sublayers", "prefill", "decode", "compensation", "tensors")
+_TENSOR_FILE = re.compile(r"compensation-[0-9a-f]{16}\.safetensors")
 TIMES = "\N{MULTIPLICATION SIGN}"
 _DOT = "\N{MIDDLE DOT}"
 
@@ -30,7 +32,7 @@ class Action(StrEnum):
 
     RUN = "run"
     SKIP = "skip"
-    KV_ONLY = "kv_only"  # K/V (or a mixer's state) is written, nothing is added to the stream
+    KV_ONLY = "kv_only"  # K/V (or a mixer's state) is written; the stream is as if it were skipped
 
 
 class PlanError(ValueError):
@@ -44,21 +46,24 @@ class SkipPlan:
     sublayers: every sublayer of the model, in stream order.
     prefill, decode: the sublayers that do not simply run (entries `RUN` are dropped).
     compensation: what stands in for the skipped ones.
+    last_token_full: whether the last token of a prompt runs as `decode` says instead, as a step of
+        its own (POP, arXiv 2602.03295): the first new token then comes from the decode plan.
 
     PlanError, naming the sublayer: unknown or listed twice; K/V that would be missing or would
     have holes (attention and mixers are skipped in both phases or in none); `KV_ONLY` for an ffn;
-    a factor for an unknown sublayer; a phase in which nothing runs.
+    a stand-in for an unknown sublayer; a phase in which nothing runs.
     """
 
     sublayers: tuple[Sublayer, ...]
     prefill: Mapping[Sublayer, Action]
     decode: Mapping[Sublayer, Action]
     compensation: Compensation = NONE
+    last_token_full: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sublayers", tuple(self.sublayers))
         _check_unique(self.sublayers)
-        _check_known(self.sublayers, self.compensation.factors, "factor")
+        _check_known(self.sublayers, self.compensation.stand_ins, "compensation")
         for phase in get_args(Phase):
             given: Mapping[Sublayer, Action] = getattr(self, phase)
             _check_known(self.sublayers, given, phase)
@@ -95,8 +100,8 @@ class SkipPlan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping proxy can be neither pickled nor deep-copied.
-        fields = (self.sublayers, dict(self.prefill), dict(self.decode), self.compensation)
-        return SkipPlan, fields
+        maps = dict(self.prefill), dict(self.decode)
+        return SkipPlan, (self.sublayers, *maps, self.compensation, self.last_token_full)
 
     def action(self, phase: Phase, sublayer: Sublayer) -> Action:
         """What `sublayer` does in `phase`; PlanError when the model has no such sublayer."""
@@ -122,9 +127,12 @@ class SkipPlan:
             if sublayer not in extra or sublayer in self.prefill:
                 raise PlanError(f"{sublayer}: a factor was given, but it is no extra of decode")
         decode = {**self.decode, **dict.fromkeys(extra, Action.SKIP)}
-        return SkipPlan(
-            self.sublayers, self.prefill, decode, self.compensation.with_factors(factors)
-        )
+        compensation = self.compensation.with_factors(factors)
+        return replace(self, decode=decode, compensation=compensation)
+
+    def with_compensation(self, compensation: Compensation) -> SkipPlan:
+        """The same sublayers skipped, with other stand-ins."""
+        return replace(self, compensation=compensation)
 
     @cached_property
     def digest(self) -> str:
@@ -136,20 +144,33 @@ class SkipPlan:
     def phase_digest(self, phase: Phase) -> str:
         """16 hex characters that identify what a compiled program of `phase` depends on.
 
-        That is: the phase, every sublayer's action in it, and the factors of those skipped in it.
+        That is: the phase, every sublayer's action in it, and what stands in for those that do not
+        run in it.
         """
         self._actions(phase)
         return self._phase_digests[phase]
 
     def to_json(self) -> dict[str, JSON]:
-        """The content of a plan file."""
-        compensation = self.compensation.to_json()
+        """The content of a plan file; `tensors` names the file beside it, if there is one."""
         head: dict[str, JSON] = {"schema": SCHEMA, "digest": self.digest}
-        return {**head, **self._phases_json(), "compensation": compensation}
+        tensors = self._tensors
+        return {
+            **head,
+            **self._phases_json(),
+            "compensation": self.compensation.to_json(),
+            "tensors": f"compensation-{tensors.digest}.safetensors" if tensors else None,
+        }
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to the file `path` (JSON); the old file stays until the new is whole."""
-        write_atomically(Path(path), json.dumps(self.to_json(), indent=1).encode())
+        """Write the plan to the file `path` (JSON); the old file stays until the new is whole.
+
+        Stand-ins that are more than one number are written to a file of their own beside it, whose
+        name says what is in it (`compensation-DIGEST.safetensors`).
+        """
+        path, data = Path(path), self.to_json()
+        if data["tensors"] is not None:
+            self._tensors.save(path.parent / str(data["tensors"]))
+        write_atomically(path, json.dumps(data, indent=1).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> SkipPlan:
@@ -161,7 +182,8 @@ class SkipPlan:
                 tuple(map(Sublayer.parse, data["sublayers"])),
                 {Sublayer.parse(name): action for name, action in data["prefill"].items()},
                 {Sublayer.parse(name): action for name, action in data["decode"].items()},
-                Compensation.from_json(data["compensation"]),
+                Compensation.from_json(data["compensation"], _load_tensors(path, data["tensors"])),
+                data.get("last_token_full", False) is True,
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise PlanError(f"{path}: not a valid plan ({error}); {redo}") from error
@@ -171,6 +193,13 @@ class SkipPlan:
     def __str__(self) -> str:
         """A heading and one row per layer, plain text."""
         return f"{_heading(self)}\n{layer_table(self.sublayers, lambda s: _cell(self, s))}"
+
+    @property
+    def _tensors(self) -> Compensation:
+        """The stand-ins that JSON does not hold."""
+        return Compensation(
+            {s: c for s, c in self.compensation.stand_ins.items() if c.factor is None}
+        )
 
     @cached_property
     def _known(self) -> frozenset[Sublayer]:
@@ -191,16 +220,27 @@ class SkipPlan:
             "sublayers": [str(s) for s in self.sublayers],
             "prefill": {str(s): action.value for s, action in self.prefill.items()},
             "decode": {str(s): action.value for s, action in self.decode.items()},
+            # Left out where it is off: what plans were called before there was such a thing.
+            **({"last_token_full": True} if self.last_token_full else {}),
         }
 
 
 def _phase_digest(plan: SkipPlan, phase: Phase) -> str:
     actions: list[JSON] = [[str(s), plan.action(phase, s).value] for s in plan.sublayers]
-    factors = {str(s): plan.compensation.factor(s) for s in plan.skipped(phase)}
-    # Passing the stream through is the same program under every kind of compensation.
-    used = any(factor is not None for factor in factors.values())
-    kind = plan.compensation.kind if used else NONE.kind
-    return canonical_digest({"phase": phase, "actions": actions, "kind": kind, "factors": factors})
+    found = {str(s): plan.compensation.stand_in(s) for s in plan._actions(phase)}
+    stand_ins = {name: c.digest for name, c in found.items() if c is not None}
+    return canonical_digest({"phase": phase, "actions": actions, "stand_ins": stand_ins})
+
+
+def _load_tensors(path: Path, name: object) -> Compensation | None:
+    """The file beside a plan's that it names, if it names one."""
+    if name is None:
+        return None
+    if not isinstance(name, str) or not _TENSOR_FILE.fullmatch(name):  # never outside the folder
+        raise ValueError(f"{name!r} is not the name of a compensation's file")
+    if not (path.parent / name).is_file():
+        raise ValueError(f"{path.parent / name} is missing: copy it along with the plan")
+    return Compensation.load(path.parent / name)
 
 
 def _as_sublayer(item: Sublayer | str) -> Sublayer:
@@ -278,6 +318,7 @@ def _heading(plan: SkipPlan) -> str:
     return (
         f"SkipPlan {plan.digest[:8]}: prefill skips {len(skipped)} of {total} sublayers"
         f"{f' ({kinds})' if kinds else ''}, decode {len(plan.skipped('decode'))} of {total}"
+        f"{'; the last token of a prompt runs as in decode' if plan.last_token_full else ''}"
     )
 
 
@@ -285,10 +326,8 @@ def _cell(plan: SkipPlan, sublayer: Sublayer) -> str:
     def text(action: Action) -> str:
         if action is Action.RUN:
             return _DOT
-        factor = plan.compensation.factor(sublayer)
-        if action is Action.KV_ONLY or factor is None:
-            return action.value.replace("_", " ")
-        return f"skip {TIMES}{factor:.3f}"
+        words, stand_in = action.value.replace("_", " "), plan.compensation.stand_in(sublayer)
+        return words if stand_in is None else f"{words} {stand_in}"
 
     prefill, decode = plan.action("prefill", sublayer), plan.action("decode", sublayer)
     if prefill is decode:

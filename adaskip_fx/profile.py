@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,9 @@ from adaskip_fx.plan import TIMES, layer_table
 from adaskip_fx.sublayer import Sublayer
 
 if TYPE_CHECKING:
+    from adaskip_fx.decisions import Decision
     from adaskip_fx.plan import SkipPlan
-    from adaskip_fx.policies import Policy
+    from adaskip_fx.policies import PlanPolicy, Policy
 
 __all__ = ["MOMENTS", "Fingerprint", "Profile", "ProfileError", "Variant", "fingerprint"]
 
@@ -58,6 +59,8 @@ class Profile:
         after the sublayer). Copied and read-only.
     fingerprint: the model; versions: of the libraries used; calibration: a description of the
         texts, anything that JSON can hold.
+    layers: float64 [samples, layers, 5], the same of whole layers, before their first sublayer and
+        after their last; None in profiles of versions that did not measure them.
 
     ProfileError for a wrong shape, a moment that is not finite, or a sublayer without tokens.
     """
@@ -67,6 +70,7 @@ class Profile:
     fingerprint: Fingerprint
     versions: Mapping[str, str]
     calibration: Mapping[str, JSON]
+    layers: Array | None = None
 
     def __post_init__(self) -> None:
         moments = np.array(self.moments, dtype=np.float64, order="C")
@@ -76,11 +80,16 @@ class Profile:
         for name in ("versions", "calibration"):
             object.__setattr__(self, name, _json_copy(name, getattr(self, name)))
         _check_moments(self.sublayers, moments)
+        if self.layers is not None:
+            layers = np.array(self.layers, dtype=np.float64, order="C")
+            layers.flags.writeable = False
+            object.__setattr__(self, "layers", layers)
+            _check_layers(self.layer_numbers, layers, len(moments))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping proxy can be neither pickled nor deep-copied.
         about = (self.fingerprint, dict(self.versions), dict(self.calibration))
-        return Profile, (self.sublayers, self.moments, *about)
+        return Profile, (self.sublayers, self.moments, *about, self.layers)
 
     @property
     def digest(self) -> str:
@@ -102,6 +111,25 @@ class Profile:
             return self._sum("cosine") / self._sum("tokens")
         return np.asarray((self._of("cosine") / self._of("tokens")).mean(axis=0))
 
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """The decoder layers, in order."""
+        return tuple(sorted({s.layer for s in self.sublayers}))
+
+    def layer_similarity(self) -> Array:
+        """[layers]: mean cosine, over all tokens, of the stream before and after each layer.
+
+        1 minus it is ShortGPT's block influence (arXiv 2403.03853, eq. 1).
+
+        ProfileError for a profile of a version that did not measure layers.
+        """
+        if self.layers is None:
+            raise ProfileError(
+                "this profile was measured before whole layers were; calibrate again"
+            )
+        sums = self.layers.sum(axis=0)
+        return np.asarray(sums[:, MOMENTS.index("cosine")] / sums[:, MOMENTS.index("tokens")])
+
     def scale(self, variant: Variant = "paper") -> Array:
         """[sublayers]: the factor that stands in for each sublayer, no unit.
 
@@ -118,9 +146,13 @@ class Profile:
     def compensation(self, variant: Variant = "paper") -> Compensation:
         """`scale` of every sublayer as a compensation; ValueError where it is not positive."""
         factors = zip(self.sublayers, self.scale(variant).tolist(), strict=True)
-        return Compensation("scale", dict(factors))
+        return Compensation.scale(dict(factors))
 
-    def preview(self, alpha: float, policy: Policy | None = None) -> SkipPlan:
+    @overload
+    def preview(self, alpha: float, policy: PlanPolicy | None = None) -> SkipPlan: ...
+    @overload
+    def preview(self, alpha: float, policy: Policy | None = None) -> Decision: ...
+    def preview(self, alpha: float, policy: Policy | None = None) -> Decision:
         """The plan that `policy` (default: `AdaSkip()`) makes at `alpha`, without the model."""
         from adaskip_fx.policies import AdaSkip  # policies import this module
 
@@ -164,14 +196,15 @@ class Profile:
             raise ProfileError(f"{folder}: no such folder; check the path, or {_REDO}")
         document = folder / _DOCUMENT
         data = read_document(document, SCHEMA, _KEYS, ProfileError, _REDO)
-        moments = _read_moments(folder, data["tensors"])
+        tensors = _read_tensors(folder, data["tensors"])
         try:
             profile = cls(
                 tuple(map(Sublayer.parse, data["sublayers"])),
-                moments,
+                tensors["moments"],
                 Fingerprint(**data["fingerprint"]),
                 data["versions"],
                 data["calibration"],
+                tensors.get("layers"),
             )
         except (TypeError, ValueError) as error:
             raise ProfileError(f"{document}: not a valid profile ({error}); {_REDO}") from error
@@ -205,7 +238,8 @@ class Profile:
         }
 
     def _tensor_bytes(self) -> bytes:
-        return bytes(safetensors.numpy.save({"moments": self.moments}))
+        layers = {} if self.layers is None else {"layers": self.layers}
+        return bytes(safetensors.numpy.save({"moments": self.moments, **layers}))
 
 
 def _check_variant(variant: str) -> None:
@@ -225,6 +259,18 @@ def _check_moments(sublayers: tuple[Sublayer, ...], moments: Array) -> None:
         if bad.any():
             sample, sublayer = np.argwhere(bad)[0]
             raise ProfileError(f"{sublayers[sublayer]}: {what} in sample {sample}")
+
+
+def _check_layers(numbers: tuple[int, ...], layers: Array, samples: int) -> None:
+    if layers.shape != (samples, len(numbers), len(MOMENTS)):
+        raise ProfileError(
+            f"layers have shape {list(layers.shape)}, expected "
+            f"[{samples} samples, {len(numbers)} layers, {len(MOMENTS)}]"
+        )
+    bad = ~np.isfinite(layers).all(axis=2) | (layers[:, :, MOMENTS.index("tokens")] <= 0)
+    if bad.any():
+        sample, place = np.argwhere(bad)[0]
+        raise ProfileError(f"layer {numbers[place]}: not finite, or no tokens, in sample {sample}")
 
 
 def _json_copy(name: str, value: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -265,7 +311,7 @@ def _remove_leftovers(folder: Path, keep: str) -> None:
                 entry.unlink()
 
 
-def _read_moments(folder: Path, named: Any) -> Array:
+def _read_tensors(folder: Path, named: Any) -> dict[str, Array]:
     name = named.get("file") if isinstance(named, dict) else None
     if not isinstance(name, str) or not _TENSOR_FILE.fullmatch(name):  # never outside the folder
         raise ProfileError(f"{folder / _DOCUMENT}: does not name its tensor file; {_REDO}")
@@ -282,6 +328,7 @@ def _read_moments(folder: Path, named: Any) -> Array:
             f"copy the whole folder again, or {_REDO}"
         )
     try:
-        return np.asarray(safetensors.numpy.load(data)["moments"])
+        tensors = safetensors.numpy.load(data)
+        return {"moments": tensors.pop("moments"), **tensors}
     except Exception as error:  # safetensors has an exception of its own, a plain Exception
         raise ProfileError(f"{file}: holds no moments ({error}); {_REDO}") from error

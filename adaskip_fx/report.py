@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from .decisions import Choice, Schedule, Stages, left_out
 from .plan import Action, Phase, SkipPlan
+from .policies import LatencyBudget
 from .text import by_kind, storage
 
 if TYPE_CHECKING:
@@ -24,7 +26,9 @@ def runtime_report(runtime: Runtime) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     rows = [
         ("model", f"{type(model).__name__}, {dtype} on {model.device}"),
+        *_decision_rows(runtime),
         *_plan_rows("prefill", runtime.plan, "prefill"),
+        *_budget_rows(runtime),
         ("online", _online(runtime)),
         *_request_rows(runtime),
         ("compiled", _compiled(runtime)),
@@ -33,6 +37,22 @@ def runtime_report(runtime: Runtime) -> str:
         ("K/V", _storage(runtime)),
     ]
     return _aligned(rows)
+
+
+def _decision_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    given = runtime.decision
+    match given:
+        case SkipPlan():
+            return []
+        case Schedule():
+            rows = [(f"from {step}", left_out(plan)) for step, plan in given.steps]
+        case Choice():
+            rows = [(option.name, left_out(option.plan)) for option in given.options]
+        case Stages():
+            rows = [(name, left_out(plan)) for name, plan in given.stages]
+    stage = f", stage {runtime.stage} is next" if isinstance(given, Stages) else ""
+    heading = f"{given.digest[:8]}, {len(rows)} plans{stage}"
+    return [(given.kind, heading), *((f"{_INDENT}{name}", text) for name, text in rows)]
 
 
 def _plan_rows(title: str, plan: SkipPlan, phase: Phase) -> list[tuple[str, str]]:
@@ -47,8 +67,21 @@ def _plan_rows(title: str, plan: SkipPlan, phase: Phase) -> list[tuple[str, str]
     return rows
 
 
+def _budget_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    policy = runtime.policy
+    if not isinstance(policy, LatencyBudget):
+        return []
+    speed_ups = (
+        f"{phase} {policy.table.predict(runtime.plan, phase, policy.context):.3g}x"
+        for phase in get_args(Phase)
+    )
+    return [("budget", f"{', '.join(speed_ups)} predicted at {policy.context:,} tokens")]
+
+
 def _online(runtime: Runtime) -> str:
     policy = runtime.policy
+    if not isinstance(runtime.decision, SkipPlan):
+        return f"off: a {runtime.decision.kind} decides how decoding changes"
     if policy is None:
         return "off: the plan was given, and there is no policy to change it"
     if not policy.online:
@@ -68,8 +101,12 @@ def _request_rows(runtime: Runtime) -> list[tuple[str, str]]:
             extra = (s for s in plan.skipped("decode") if s not in plan.prefill)
             total = f"skips {len(plan.skipped('decode'))} of {len(plan.sublayers)} sublayers"
             learned = by_kind(extra)
+            written = [s for s in plan.sublayers if plan.action("decode", s) is Action.KV_ONLY]
+            only = f"; K/V only: {by_kind(written)}" if written else ""
             more = f", on top of prefill's: {learned}" if learned else ", as prefill does"
-            rows.append((f"{_INDENT}{_INDENT}decode", f"plan {plan.digest[:8]}, {total}{more}"))
+            rows.append(
+                (f"{_INDENT}{_INDENT}decode", f"plan {plan.digest[:8]}, {total}{more}{only}")
+            )
     return rows
 
 

@@ -12,14 +12,17 @@ from adaskip_passes import Recorder, RefusedError
 
 from . import phases
 from .cache import SkipCache
+from .decisions import Choice, Decision, Schedule, Stages, plans_of
 from .decoding import Decoder, Lane
 from .graphs import Graphs
+from .layers import LayerProgram
 from .online import Request, Window, probed_in_decode
 from .phases import Forward, GraphKey, GraphPhase, Memory
 from .plan import Action, PlanError, SkipPlan, Sublayer
 from .programs import Counters, Link, Program
+from .prompts import Inputs, cut_last_token, mean_embedding
 from .sample import Sample
-from .storage import Storage, StoragePool
+from .storage import Slot, Storage, StoragePool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +35,8 @@ class Runtime:
     """What a compiled model does behind its ``forward``; also its ``.adaskip`` attribute.
 
     Attributes:
-        plan: the plan that requests begin with.
+        decision: what requests begin with: a plan, a schedule, a choice or a plan per stage.
+        stage: which of a plan per stage requests begin with.
         profile: what calibration measured; None when an explicit plan needs none.
         policy: decides the online plan; None when nothing is learned while decoding.
         cache_argument: what the model's forward calls its cache.
@@ -52,7 +56,7 @@ class Runtime:
         model: PreTrainedModel,
         forward: Forward,
         sample: Sample,
-        plan: SkipPlan | None,
+        plan: Decision | None,
         *,
         profile: Profile | None = None,
         policy: OnlinePolicy | None = None,
@@ -79,13 +83,14 @@ class Runtime:
         self.sublayers = self._prove()
         self._memory = self.graphs.memory
         self._unskippable = self.graphs.unskippable
-        self.plan = plan if plan is not None else SkipPlan.empty(self.sublayers)
-        if self.plan.sublayers != self.sublayers:
+        self.decision: Decision = plan if plan is not None else SkipPlan.empty(self.sublayers)
+        self.stage = plan.stages[0][0] if isinstance(plan, Stages) else None
+        if self.decision.sublayers != self.sublayers:
             raise PlanError(
-                f"the plan is for {_summary(self.plan.sublayers)}, but "
+                f"the plan is for {_summary(self.decision.sublayers)}, but "
                 f"{type(model).__name__} has {_summary(self.sublayers)}"
             )
-        self._refuse_unskippable(self.plan)
+        self._refuse_unskippable(self.decision)
 
     # What a user asks of it ------------------------------------------------------------------
 
@@ -94,6 +99,16 @@ class Runtime:
         """Where the parameters are now (`PreTrainedModel.device` looks at all modules for that)."""
         device: torch.device = self.model.get_parameter(self._parameter).device
         return device
+
+    @property
+    def plan(self) -> SkipPlan:
+        """The plan that requests begin with; of a choice, its first option's."""
+        given = self.decision
+        return given.plan(self.stage) if isinstance(given, Stages) else plans_of(given)[0]
+
+    @plan.setter
+    def plan(self, plan: SkipPlan) -> None:
+        self.decision = plan
 
     @property
     def counters(self) -> Counters:
@@ -128,15 +143,23 @@ class Runtime:
             batch_size: rows of the requests to come.
         """
         self.check_length(max_length)
-        cache = self.new_cache(capacity=max_length)
-        device = self.device
+        given = self.decision
+        for begin in given.plans if isinstance(given, Choice | Stages) else (given,):
+            self._warm(begin, max_length, batch_size)
+
+    def _warm(self, begin: SkipPlan | Schedule, max_length: int, batch_size: int) -> None:
+        cache = self.new_cache(capacity=max_length, plan=begin)
         prompt = torch.zeros(batch_size, max(2, min(max_length - 1, 16)), dtype=torch.int64)
-        self.step(prompt.to(device), None, None, cache, 1)
-        token = prompt[:, :1].to(device)
-        self.step(token, None, None, cache, 1)
+        prompt = prompt.to(self.device)
+        for ids in (prompt, prompt[:, :1]):
+            self.step(ids, None, None, cache, 1)
         if cache.request.window is not None:  # the program after the window as well
             cache.request.window = None
-            self.step(token, None, None, cache, 1)
+            self.step(prompt[:, :1], None, None, cache, 1)
+        for first, _ in begin.steps[1:] if isinstance(begin, Schedule) else ():
+            cache.crop(len(prompt[0]))
+            cache.request.decoding_from = cache.length - first
+            self.step(prompt[:, :1], None, None, cache, 1)
 
     def __str__(self) -> str:
         from .report import runtime_report
@@ -153,29 +176,36 @@ class Runtime:
         self,
         capacity: int = 0,
         stop_tokens: torch.Tensor | None = None,
-        plan: SkipPlan | None = None,
+        plan: Decision | None = None,
     ) -> SkipCache:
         """An empty cache for a new request.
 
         Args:
             capacity: tokens to make room for at once; it grows when that is not enough.
             stop_tokens: ids after which a row has ended.
-            plan: what the request begins with, if not `self.plan`.
+            plan: what the request begins with, if not `self.decision`.
         """
-        plan = plan if plan is not None else self.plan
-        self._refuse_unskippable(plan)
+        given = plan if plan is not None else self.decision
+        self._refuse_unskippable(given)
+        request = Request(
+            given.plan(self.stage) if isinstance(given, Stages) else given, stop_tokens
+        )
+        slots, kept = self.graphs.slots, self._kept(request.plan)
+        cache = SkipCache(self, slots, kept, self.model.dtype, self.device, capacity)
+        cache.request = request
+        self.track(cache)
+        return cache
+
+    def _kept(self, plan: SkipPlan) -> list[Slot]:
+        """What a request of this plan stores of each layer: nothing for what prompts skip."""
         used = set[Memory]()
         for sublayer, memory in self._memory.items():
             if plan.action("prefill", sublayer) is not Action.SKIP:
                 used |= memory
-        kept = [
+        return [
             slot.only({kind for kind in ("attention", "mixer") if (i, kind) in used})
             for i, slot in enumerate(self.graphs.slots)
         ]
-        cache = SkipCache(self, self.graphs.slots, kept, self.model.dtype, self.device, capacity)
-        cache.request = Request(plan, stop_tokens)
-        self.track(cache)
-        return cache
 
     def track(self, cache: SkipCache) -> None:
         """Count a cache among the live ones for as long as somebody holds it."""
@@ -199,23 +229,59 @@ class Runtime:
             logits_to_keep: 0 for the logits of all new tokens, else of the last n.
         """
         phase = self._phase(input_ids, cache)
-        request = self._turn(cache.request, phase)
-        decoding = phase == "decode"
-        logits, moments = self._run(
-            phase,
-            request,
-            request.decode_plan if decoding else request.plan,
-            request.probed() if decoding else (),
-            input_ids,
-            attention_mask,
-            position_ids,
-            cache,
-            logits_to_keep,
-        )
+        request = self._turn(cache, phase)
+        inputs = input_ids, attention_mask, position_ids
+        if request.undecided:
+            request = self._choose(cache, input_ids, attention_mask)
+        moments = None
+        if phase == "decode":
+            plan, probed = request.plan_at(cache.length), request.probed()
+            logits, moments = self._run(phase, request, plan, probed, *inputs, cache, 1)
+        elif request.plan.last_token_full:
+            logits = self._prompt_in_two(phase, request, inputs, cache, logits_to_keep)
+        else:
+            logits, _ = self._run(phase, request, request.plan, (), *inputs, cache, logits_to_keep)
         cache.request = request  # only now: a step that was refused has changed nothing
         if moments is not None:
             self._learn(request, moments)
         return logits
+
+    def _choose(
+        self, cache: SkipCache, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> Request:
+        """The request with the plan for its first prompt; the cache stores what that plan runs."""
+        request: Request = cache.request
+        assert isinstance(request.decision, Choice)
+        embedding = mean_embedding(self.model, input_ids, attention_mask)
+        chosen = request.decision.nearest(embedding.cpu().numpy()).plan
+        cache.keep(self._kept(chosen))
+        return request.anew(chosen)
+
+    def _prompt_in_two(
+        self,
+        phase: GraphPhase,
+        request: Request,
+        inputs: Inputs,
+        cache: SkipCache,
+        logits_to_keep: int,
+    ) -> torch.Tensor:
+        """A prompt whose last token runs with the decode plan; logits [B, kept, V] as of one step.
+
+        That token is none of the turn's decoded ones: nothing is measured at it.
+        """
+        _check_positions(inputs[2], *inputs[0].shape)
+        head, tail = cut_last_token(*inputs)
+        before, parts = cache.length, list[torch.Tensor]()
+        try:
+            if head is not None:
+                keep = max(1, logits_to_keep - 1) if logits_to_keep else 0
+                parts.append(self._run(phase, request, request.plan, (), *head, cache, keep)[0])
+            parts.append(self._run("decode", request, request.plan, (), *tail, cache, 1)[0])
+        except BaseException:
+            if not cache.stateful:  # (a mixer's state cannot be taken back)
+                cache.crop(before)
+            raise
+        return parts[-1] if logits_to_keep == 1 else torch.cat(parts, 1)
 
     def may_run_ahead(self, cache: SkipCache) -> bool:
         """Whether a decode step may be begun that ``cache.crop(-1)`` may have to take back.
@@ -228,14 +294,25 @@ class Runtime:
         return self.ahead and request.decoding and not learning and not cache.stateful
 
     def measure(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        layers: bool = False,
     ) -> torch.Tensor:
         """Moments of every sublayer of the full model over a prompt, [sublayers, B, 5].
 
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, T], 0 at padding, which counts for nothing.
+            layers: whether those of whole layers follow, [sublayers + layers, B, 5].
         """
+        if layers:
+            self.graphs.program_type, before = LayerProgram, self.graphs.program_type
+            try:
+                return self.measure(input_ids, attention_mask)
+            finally:
+                self.graphs.program_type = before
         empty = SkipPlan.empty(self.sublayers)
         cache = self.new_cache(capacity=input_ids.shape[1], plan=empty)
         phase = self._phase(input_ids, cache)
@@ -257,10 +334,12 @@ class Runtime:
 
     # How it is done --------------------------------------------------------------------------
 
-    def _refuse_unskippable(self, plan: SkipPlan) -> None:
+    def _refuse_unskippable(self, decision: Decision) -> None:
         if not self._unskippable:
             return
-        skipped = {*plan.skipped("prefill"), *plan.skipped("decode")}
+        skipped = {
+            s for p in plans_of(decision) for s in (*p.skipped("prefill"), *p.skipped("decode"))
+        }
         refused = [str(s) for s in self.sublayers if s in skipped & self._unskippable]
         if refused:
             raise RefusedError(
@@ -276,15 +355,17 @@ class Runtime:
         self.check_length(cache.length + input_ids.shape[1])
         return "extend" if cache.length else "prefill"
 
-    def _turn(self, request: Request, phase: GraphPhase) -> Request:
+    def _turn(self, cache: SkipCache, phase: GraphPhase) -> Request:
         """The request's state for this step; a prompt after decoded tokens begins a new turn."""
+        request: Request = cache.request
         if phase != "decode":
             if request.decoding:
                 return request.fresh()
             request.fixed.clear()  # parameters may have been replaced since
         elif not request.decoding:
-            request.decoding = True
-            request.window = self._new_window(request.plan)
+            request.decoding, request.decoding_from = True, cache.length
+            if request.decision is request.plan:  # nothing is learned beside a schedule or choice
+                request.window = self._new_window(request.plan)
         return request
 
     def _new_window(self, plan: SkipPlan) -> Window | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from adaskip_fx import AdaSkip, Profile, SkipPlan
 from adaskip_fx import backend as module
 from adaskip_fx.compensation import Compensation
+from adaskip_fx.decisions import Schedule, Stages
 from adaskip_fx.fingerprint import fingerprint
-from adaskip_fx.plan import Sublayer
+from adaskip_fx.plan import Action, Sublayer
+from adaskip_fx.policies import LLMDrop
 from adaskip_fx.sublayer import Kind
+from tests.oracle import Oracle
 
 LAYERS = 3
 KINDS: tuple[Kind, ...] = ("attention", "ffn")
@@ -50,7 +54,7 @@ def _fresh_dynamo() -> Iterator[None]:
 
 def plan_of(skip: list[str], factor: float = 1.1) -> SkipPlan:
     factors = {Sublayer.parse(name): factor for name in skip}
-    return SkipPlan.of(SUBLAYERS, skip, compensation=Compensation("scale", factors))
+    return SkipPlan.of(SUBLAYERS, skip, compensation=Compensation.scale(factors))
 
 
 def compiled(model: LlamaForCausalLM, **options: Any) -> Any:
@@ -163,6 +167,50 @@ def test_the_decode_window_adds_ffn_sublayers(model: LlamaForCausalLM, tmp_path:
         fast(ids[:, :9], past_key_values=cache)  # a new request: the window is open again
         assert state.decode_plan is state.plan
         assert [str(s) for s in state.probed()] == ffn
+
+
+def schedule() -> Schedule:
+    empty = SkipPlan.empty(SUBLAYERS)
+    late = {Sublayer(1, "attention"): Action.KV_ONLY, Sublayer(2, "ffn"): Action.SKIP}
+    return Schedule(((0, empty), (2, SkipPlan(SUBLAYERS, {}, late))))
+
+
+@pytest.mark.parametrize("after", [2, 1, 9])
+def test_a_schedule_equals_the_oracle(model: LlamaForCausalLM, after: int) -> None:
+    """Two requests of two tokens in full, then two with less; other switches are other logits."""
+    fast, cache = compiled(model, plan=schedule()), static_cache(model)
+    oracle = Oracle(model)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 128, (1, 9), generator=generator)
+    worst = 0.0
+    for _ in range(2):
+        cache.reset()
+        reference = DynamicCache(config=model.config)
+        for decoded in range(-1, 4):
+            new = ids[:, :5] if decoded < 0 else ids[:, 5 + decoded : 6 + decoded]
+            less = {"1.attention": "kv_only", "2.ffn": "skip"} if decoded >= after else {}
+            oracle.behave({}, less)
+            with torch.no_grad():
+                logits = fast(new, past_key_values=cache).logits[:, -1:]
+            expected = oracle.step(new, reference)[:, -1:]
+            worst = max(worst, (logits - expected).abs().max().item())
+    assert (worst < 1e-5) == (after == 2)
+
+
+def test_decisions_that_need_a_request_are_refused(model: LlamaForCausalLM) -> None:
+    plan = SkipPlan.empty(SUBLAYERS)
+    for decision, what in (
+        (Stages((("a", plan),)), "a plan per stage"),
+        (replace(plan, last_token_full=True), "a plan with last_token_full"),
+    ):
+        text = backend_error(compiled(model, plan=decision), static_cache(model))
+        assert f"cannot run {what}: it sees a prompt as one graph and no request" in text
+
+
+def test_a_policy_that_learns_nothing(model: LlamaForCausalLM) -> None:
+    measured = profile_of(model, {"1.ffn": 0.9})
+    fast = compiled(model, profile=measured, alpha=1.2, policy=LLMDrop("joint"))
+    assert request(model, fast, static_cache(model), ["1.ffn"], factor=1.0) < 1e-5
 
 
 def test_the_entry_point_is_declared() -> None:

@@ -1,4 +1,9 @@
-"""One file per system: from what calibration measured and a target speed to a skip plan."""
+"""One file per system: from what calibration measured and a target speed to a decision.
+
+A decision is a plan, a schedule of decode plans, a choice among plans by the prompt, or a plan per
+stage. What a policy needs besides a profile (who judges candidate plans, where kinds of prompts
+lie) are fields of it.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +12,47 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy.typing as npt
 
 from adaskip_fx.policies.adaskip import AdaSkip
+from adaskip_fx.policies.d3 import D3
 from adaskip_fx.policies.early_exit import EarlyExit
+from adaskip_fx.policies.evolve import Evolve
+from adaskip_fx.policies.greedy import Greedy
+from adaskip_fx.policies.latency import LatencyBudget
+from adaskip_fx.policies.lite_stage import LiteStage, Stage
 from adaskip_fx.policies.llm_drop import LLMDrop
+from adaskip_fx.policies.pop import POP
 from adaskip_fx.policies.reverse_order import ReverseOrder
+from adaskip_fx.policies.router import Route, Router
+from adaskip_fx.policies.searching import Compensate, Evaluator
+from adaskip_fx.policies.short_gpt import ShortGPT
+from adaskip_fx.policies.skip_decode import SkipDecode
 from adaskip_fx.policies.unified_skip import UnifiedSkip
 
 if TYPE_CHECKING:
+    from adaskip_fx.decisions import Decision
     from adaskip_fx.plan import SkipPlan, Sublayer
     from adaskip_fx.profile import Profile
 
 __all__ = [
+    "D3",
+    "POP",
     "AdaSkip",
+    "Compensate",
     "EarlyExit",
+    "Evaluator",
+    "Evolve",
+    "Greedy",
     "LLMDrop",
+    "LatencyBudget",
+    "LiteStage",
     "OnlinePolicy",
+    "PlanPolicy",
     "Policy",
     "ReverseOrder",
+    "Route",
+    "Router",
+    "ShortGPT",
+    "SkipDecode",
+    "Stage",
     "UnifiedSkip",
 ]
 
@@ -30,13 +60,21 @@ __all__ = [
 class Policy(Protocol):
     """A rule that chooses sublayers."""
 
+    def plan(self, profile: Profile, alpha: float) -> Decision:
+        """What to do with `profile`'s model at acceleration ratio `alpha` (1.0: skip nothing)."""
+        ...
+
+
+class PlanPolicy(Protocol):
+    """A policy whose decision is one plan, which other policies may build on."""
+
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """The plan for `profile`'s model at acceleration ratio `alpha` (1.0: skip nothing)."""
         ...
 
 
 @runtime_checkable
-class OnlinePolicy(Policy, Protocol):
+class OnlinePolicy(PlanPolicy, Protocol):
     """A policy that may add FFN sublayers to the decode plan of a running request."""
 
     @property

@@ -16,18 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from .errors import RefusedError
 from .lengths import length_inputs
-from .outline import PIECE, Piece, helper_piece, stream_after, sublayer_calls
+from .outline import PIECE, Piece, helper_piece, piece_of, stream_after, sublayer_calls
 
 #: What a probe measures, per row, summed over its valid tokens (a: stream before, b: after).
 MOMENTS = ("cosine", "ratio", "before_squared", "after_squared", "tokens")
 
 VALID = "valid"
+_PROBED = "sublayers are probed"  # in the metadata of that input
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,12 @@ class Probe:
         missing = [i for i in self.sublayers if i not in calls]
         if missing:
             raise RefusedError(f"sublayers {missing} do not run in this graph: nothing to measure")
-        if any(n.name == VALID for n in graph.find_nodes(op="placeholder")):
-            raise RefusedError("this graph is probed already; name all sublayers in one Probe")
         first = calls[self.sublayers[0]].args[0]
         assert isinstance(first, fx.Node)
         valid = _valid_input(graph, first.meta["example_value"])
+        if valid.meta.get(_PROBED):
+            raise RefusedError("this graph is probed already; name all sublayers in one Probe")
+        valid.meta[_PROBED] = True
         pairs = [(calls[i].args[0], stream_after(calls[i])) for i in self.sublayers]
         if self.together:
             with graph.inserting_before(graph.output_node()):
@@ -65,21 +68,52 @@ class Probe:
                 node = graph.call_function(measure_together, (befores, afters, valid))
             _append_output(graph, node)
             return
-        lengths = length_inputs(graph, (first, valid))
-        piece = probe_piece(first.meta["example_value"], valid.meta["example_value"], lengths)
-        outer.add_submodule(piece.name, piece.module)
-        readings = []
-        for index, (before, after) in zip(self.sublayers, pairs, strict=True):
-            with graph.inserting_after(after):
-                arguments = (before, after, valid, *lengths)
-                reading = graph.create_node(
-                    "call_module", piece.name, arguments, name=f"probe_{index}"
-                )
-            reading.meta[PIECE] = piece
-            readings.append(reading)
-        with graph.inserting_before(graph.output_node()):
-            stacked = graph.call_function(torch.stack, (tuple(readings),))
-        _append_output(graph, stacked)
+        _insert_probes(outer, pairs, valid, [f"probe_{i}" for i in self.sublayers])
+
+
+@dataclass(frozen=True)
+class ProbeLayers:
+    """Pass: measure whole layers: the stream before a layer's first sublayer and after its last.
+
+    Adds the moments, float32 [layers, batch, 5] in the order of layers and `MOMENTS`, as last
+    output, and the input ``valid``. Run it before `Probe`, if that is to run as well, on a graph
+    whose sublayers all run.
+    """
+
+    def __call__(self, outer: fx.GraphModule) -> None:
+        layers: dict[int, list[fx.Node]] = {}
+        for _, call in sorted(sublayer_calls(outer.graph).items()):
+            piece = piece_of(call)
+            assert piece is not None
+            layers.setdefault(piece.layer, []).append(call)
+        pairs = [(calls[0].args[0], stream_after(calls[-1])) for calls in layers.values()]
+        first = pairs[0][0]
+        assert isinstance(first, fx.Node)
+        valid = _valid_input(outer.graph, first.meta["example_value"])
+        _insert_probes(outer, pairs, valid, [f"probe_layer_{n}" for n in layers])
+
+
+def _insert_probes(
+    outer: fx.GraphModule,
+    pairs: Sequence[tuple[Any, fx.Node]],
+    valid: fx.Node,
+    names: Sequence[str],
+) -> None:
+    """Measure pairs of the stream before and after, by one piece; stacked as last output."""
+    graph, first = outer.graph, pairs[0][0]
+    lengths = length_inputs(graph, (first, valid))
+    piece = probe_piece(first.meta["example_value"], valid.meta["example_value"], lengths)
+    outer.add_submodule(piece.name, piece.module)
+    readings = []
+    for name, (before, after) in zip(names, pairs, strict=True):
+        with graph.inserting_after(after):
+            arguments = (before, after, valid, *lengths)
+            reading = graph.create_node("call_module", piece.name, arguments, name=name)
+        reading.meta[PIECE] = piece
+        readings.append(reading)
+    with graph.inserting_before(graph.output_node()):
+        stacked = graph.call_function(torch.stack, (tuple(readings),))
+    _append_output(graph, stacked)
 
 
 def probe_piece(stream: torch.Tensor, valid: torch.Tensor, lengths: Sequence[fx.Node]) -> Piece:
@@ -126,7 +160,10 @@ def _measure(before: torch.Tensor, after: torch.Tensor, valid: torch.Tensor) -> 
 
 
 def _valid_input(graph: fx.Graph, stream: torch.Tensor) -> fx.Node:
-    last = graph.find_nodes(op="placeholder")[-1]
+    last: fx.Node
+    for last in graph.find_nodes(op="placeholder"):
+        if last.name == VALID:
+            return last
     with graph.inserting_after(last):
         node = graph.placeholder(VALID)
     node.meta["example_value"] = stream.new_empty(stream.shape[:2], dtype=torch.bool)

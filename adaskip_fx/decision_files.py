@@ -1,0 +1,108 @@
+"""Decisions of several plans as folders: a document, and a plan file for each plan it names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from adaskip_fx.decisions import Choice, Option, Schedule, Stages
+from adaskip_fx.files import JSON, check_digest, read_document, write_atomically
+from adaskip_fx.plan import PlanError, SkipPlan
+
+SCHEMA = 1
+DOCUMENT = "decision.json"
+_KEYS = ("digest", "kind", "entries")
+_PLAN_FILE = re.compile(r"plan-[0-9a-f]{16}\.json")
+_REDO = "make the decision again and save it"
+
+
+def save(decision: Schedule | Choice | Stages, folder: Path) -> None:
+    """Write `folder`; a crash at any point leaves what was there, or the new decision, whole.
+
+    PlanError when `folder` is a file, or a folder that holds something else.
+    """
+    _check_target(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {plan.digest: f"plan-{plan.digest}.json" for plan in decision.plans}
+    for plan in decision.plans:
+        plan.save(folder / names[plan.digest])
+    document: dict[str, JSON] = {
+        "schema": SCHEMA,
+        "digest": decision.digest,
+        "kind": decision.kind,
+        "entries": _entries(decision),
+    }
+    write_atomically(folder / DOCUMENT, json.dumps(document, indent=1).encode())
+    for path in folder.iterdir():
+        if _PLAN_FILE.fullmatch(path.name) and path.name not in names.values():
+            path.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> Schedule | Choice | Stages:
+    """Read a saved decision; PlanError says which file, what is wrong and what to do."""
+    if not folder.is_dir():
+        raise PlanError(f"{folder}: no such folder; check the path, or {_REDO}")
+    path = folder / DOCUMENT
+    data = read_document(path, SCHEMA, _KEYS, PlanError, _REDO)
+    if data["kind"] not in _KINDS:
+        raise PlanError(f"{path}: unknown kind {data['kind']!r}; {_REDO}")
+    try:
+        decision = _KINDS[data["kind"]](
+            [(_plan(folder, entry), entry) for entry in data["entries"]]
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise PlanError(f"{path}: not a valid {data['kind']} ({error!r}); {_REDO}") from error
+    check_digest(path, data["digest"], decision.digest, PlanError, _REDO)
+    return decision
+
+
+_Read = list[tuple[SkipPlan, dict[str, Any]]]
+#: By kind, how one is made of what was read.
+_KINDS: dict[str, Callable[[_Read], Schedule | Choice | Stages]] = {
+    Schedule.kind: lambda read: Schedule(tuple((e["first_step"], plan) for plan, e in read)),
+    Choice.kind: lambda read: Choice(
+        tuple(Option(e["name"], plan, e["centroid"]) for plan, e in read)
+    ),
+    Stages.kind: lambda read: Stages(tuple((e["name"], plan) for plan, e in read)),
+}
+
+
+def _entries(decision: Schedule | Choice | Stages) -> list[JSON]:
+    beside: list[dict[str, JSON]]
+    match decision:
+        case Schedule():
+            beside = [{"first_step": step} for step, _ in decision.steps]
+        case Choice():
+            beside = [{"name": o.name, "centroid": list(o.centroid)} for o in decision.options]
+        case Stages():
+            beside = [{"name": name} for name, _ in decision.stages]
+    return [
+        {**more, "plan": plan.digest} for more, plan in zip(beside, decision.plans, strict=True)
+    ]
+
+
+def _plan(folder: Path, entry: dict[str, Any]) -> SkipPlan:
+    name = f"plan-{entry['plan']}.json"
+    if not _PLAN_FILE.fullmatch(name):
+        raise KeyError(entry["plan"])
+    return SkipPlan.load(folder / name)
+
+
+def _check_target(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise PlanError(f"{folder}: is a file, but this decision is a folder; choose another path")
+    foreign = [p.name for p in folder.iterdir() if not _ours(p.name)]
+    if foreign and not (folder / DOCUMENT).exists():
+        raise PlanError(
+            f"{folder}: holds other files ({min(foreign)}) and no {DOCUMENT}; choose a new or "
+            "empty folder"
+        )
+
+
+def _ours(name: str) -> bool:
+    return name == DOCUMENT or name.startswith((".", "plan-"))

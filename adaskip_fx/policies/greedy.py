@@ -1,0 +1,62 @@
+"""Greedy removal by loss (BlockPruner 2406.10594, FinerCut 2405.18218, SLEB 2402.09025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adaskip_fx.policies.adaskip import skip_count
+from adaskip_fx.policies.searching import Compensate, Evaluator, candidate, skippable
+
+if TYPE_CHECKING:
+    from adaskip_fx.plan import SkipPlan, Sublayer
+    from adaskip_fx.profile import Profile
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Remove sublayers one by one, each time the one whose removal leaves the least loss.
+
+    evaluator: judges candidate plans.
+    compensate: fits what stands in for a set of sublayers; called for every candidate, so that each
+        is judged with its own fit (keep what was fitted before where a fit takes long).
+    compensated: without `compensate`, whether AdaSkip's `scale * x` (eq. 4) stands in.
+    protected: whether the first two layers and the last always run.
+    never: other sublayers that always run.
+    shortlist: of those left, try only so many at each step, the most similar; None: all.
+    samples: to judge on; None: all.
+
+    ValueError for a shortlist below 1.
+    """
+
+    evaluator: Evaluator
+    compensate: Compensate | None = None
+    compensated: bool = False
+    protected: bool = False
+    never: frozenset[Sublayer] = frozenset()
+    shortlist: int | None = None
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.shortlist is not None and self.shortlist < 1:
+            raise ValueError(f"Greedy: shortlist must be at least 1, got {self.shortlist!r}")
+
+    def plan(self, profile: Profile, alpha: float) -> SkipPlan:
+        """Skip `skip_count(alpha, S)` sublayers; ties go to the more similar one.
+
+        ValueError for an `alpha` that `skip_count` refuses, or when too few may be skipped.
+        """
+        count = skip_count(alpha, len(profile.sublayers))
+        free = skippable(profile, self.protected, self.never, count, "Greedy")
+        similarity = dict(zip(profile.sublayers, profile.similarity().tolist(), strict=True))
+        ranking = sorted(free, key=lambda s: -similarity[s])
+        plan = candidate(profile, (), None, False)
+        for _ in range(count):
+            gone = plan.skipped("prefill")
+            left = [s for s in ranking if s not in gone][: self.shortlist]
+            plans = [self._candidate(profile, (*gone, s)) for s in left]
+            plan = min(plans, key=lambda p: self.evaluator(p, self.samples))
+        return plan
+
+    def _candidate(self, profile: Profile, skip: tuple[Sublayer, ...]) -> SkipPlan:
+        return candidate(profile, skip, self.compensate, self.compensated)
