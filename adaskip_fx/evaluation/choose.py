@@ -1,8 +1,9 @@
-"""From names and paths, as a command line gives them, to tasks."""
+"""From names, paths and values, as a command line gives them, to tasks."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,48 +14,75 @@ from .tasks import TASKS
 Files: TypeAlias = dict[str, list[Path]]
 
 
-def tasks_of(names: Sequence[str], data: Sequence[str], options: Mapping[str, Any]) -> list[Task]:
+def tasks_of(
+    names: Sequence[str],
+    data: Sequence[str],
+    changes: Sequence[str],
+    options: Mapping[str, Any],
+) -> list[Task]:
     """The tasks of these names; one that has several files comes up once for each.
 
     Args:
         names: of :data:`adaskip_fx.evaluation.tasks.TASKS`.
         data: ``TASK=PATH`` or ``TASK.OPTION=PATH``.
+        changes: ``TASK.OPTION=VALUE``, the value as JSON.
         options: of all tasks.
 
     Raises:
-        ValueError: an unknown task or option, or a file for a task that is not asked for.
+        ValueError: an unknown task, option or value, or one for a task that is not asked for.
         FileNotFoundError: a file that is not there.
     """
     for name in names:
         if name not in TASKS:
             raise ValueError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
     files: dict[str, Files] = {name: {} for name in names}
+    own: dict[str, dict[str, Any]] = {name: {} for name in names}
     for item in data:
-        name, option, path = _parsed(item)
-        if name not in files:
-            raise ValueError(f"--data {item}: the task {name} is not asked for; add --task {name}")
-        files[name].setdefault(option, []).append(path)
-    return [task for name in files for task in _made(name, files[name], options)]
+        name, option, text = _parsed(f"--data {item}", item, "TASK=PATH", names, paths=True)
+        files[name].setdefault(option, []).append(_file(text))
+    for item in changes:
+        given = f"--set {item}"
+        name, option, text = _parsed(given, item, "TASK.OPTION=VALUE", names, paths=False)
+        own[name][option] = _value(given, text)
+    return [task for name in files for task in _made(name, files[name], {**options, **own[name]})]
 
 
-def _parsed(item: str) -> tuple[str, str, Path]:
-    """The task, its option, and the path."""
+def _parsed(
+    given: str, item: str, form: str, names: Sequence[str], paths: bool
+) -> tuple[str, str, str]:
+    """The task, its option, and the text after it."""
     target, equals, text = item.partition("=")
     name, _, option = target.partition(".")
-    path, option = Path(text).expanduser(), option or "path"
-    if not equals or not text or name not in TASKS:
-        raise ValueError(f"--data {item}: not TASK=PATH with a TASK of {', '.join(TASKS)}")
-    if option not in _paths(name):
-        known = ", ".join(_paths(name)) or "none"
-        raise ValueError(f"--data {item}: {name} has no file {option!r}; it has {known}")
+    option = option or ("path" if paths else "")
+    if not equals or not text or not option or name not in TASKS:
+        raise ValueError(f"{given}: not {form} with a TASK of {', '.join(TASKS)}")
+    fields = dataclasses.fields(TASKS[name])
+    known = [f.name for f in fields if ("Path" in str(f.type)) == paths]
+    if option not in known:
+        what = "file" if paths else "option"
+        raise ValueError(f"{given}: {name} has no {what} {option!r}; it has {_listed(known)}")
+    if name not in names:
+        raise ValueError(f"{given}: the task {name} is not asked for; add --task {name}")
+    return name, option, text
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _file(text: str) -> Path:
+    path = Path(text).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return name, option, path
+    return path
 
 
-def _paths(name: str) -> list[str]:
-    """The options of a task that are paths."""
-    return [f.name for f in dataclasses.fields(TASKS[name]) if "Path" in str(f.type)]
+def _value(given: str, text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{given}: not JSON; write a text in double quotes") from error
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _made(name: str, files: Files, options: Mapping[str, Any]) -> list[Task]:

@@ -41,8 +41,12 @@ def evaluate(
             "for a task, it is done on both."
         ),
     ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="TASK.OPTION=VALUE, as JSON: passkey.forced=false."),
+    ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Examples of a task at most.", show_default="8 or 20")
+        int | None, typer.Option(min=1, help="Examples of a task at most.", show_default="4 to 20")
     ] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a prompt at most.")] = 2048,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
@@ -68,7 +72,8 @@ def evaluate(
         options: dict[str, Any] = {"length": max_length, "seed": seed}
         if samples is not None:
             options["samples"] = samples
-        tasks: Sequence[Task] = tasks_of(task or ["perplexity", "passkey"], data or [], options)
+        names = task or ["perplexity", "passkey"]
+        tasks: Sequence[Task] = tasks_of(names, data or [], changes or [], options)
         steps = Steps(console(stderr=True))
         with steps.step("load the model"):
             loaded = load(model, device, dtype)

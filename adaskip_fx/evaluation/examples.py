@@ -16,7 +16,7 @@ class Generate:
 
     Attributes:
         prompt: tokens, special ones included.
-        answers: what is right.
+        answers: what is right; none: what the reference model says.
         metric: one of :data:`adaskip_fx.evaluation.text_scores.METRICS`.
         limit: new tokens at most.
         stop: the answer ends before this text; empty for nothing.
@@ -56,9 +56,15 @@ class Choose:
 
 @dataclass(frozen=True)
 class Predict:
-    """How well is every token predicted from those before it?"""
+    """How well is every token predicted from those before it?
+
+    Attributes:
+        steps: 0 for one pass over all tokens; else only so many last tokens are predicted, each
+            by a decode step of its own, after a prompt of the others.
+    """
 
     tokens: Tokens
+    steps: int = 0
 
 
 Example: TypeAlias = Generate | Recall | Choose | Predict

@@ -86,7 +86,7 @@ def by_position(
 
     Args:
         tokens: of the window; the first is predicted by nothing.
-        logits: the model's for each of them, [tokens, V].
+        logits: the model's that predict the others, [tokens - 1, V].
         others: the reference model's.
         edges: where buckets end; the last one has no end.
     """

@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from adaskip_fx.files import JSON
 from adaskip_fx.runtime import Runtime
 
 from . import scoring
-from .examples import Example, Predict, to_json
+from .examples import Example, Generate, Predict, to_json
 from .predictions import Bucket, by_position
 from .ran import watched
 from .result import Evaluation, Scores, TaskResult
@@ -56,7 +56,8 @@ def evaluate(
     """
     if reference is model:
         raise ValueError("the reference is the model itself; pass the model it was compiled from")
-    prepared = [(task, _examples(task, tokenizer)) for task in tasks]  # before minutes of work
+    alone = reference is None
+    prepared = [(task, _examples(task, tokenizer, alone)) for task in tasks]  # before minutes
     counter = _Counter(progress, sum(len(examples) for _, examples in prepared))
     results = tuple(
         _one(model, tokenizer, task, examples, reference, counter) for task, examples in prepared
@@ -99,10 +100,15 @@ class _Counter:
         self.done += 1
 
 
-def _examples(task: Task, tokenizer: Any) -> Sequence[Example]:
+def _examples(task: Task, tokenizer: Any, alone: bool) -> Sequence[Example]:
     examples = task.examples(tokenizer)
     if not examples:
         raise ValueError(f"the task {task.name} has no example with these options")
+    if alone and any(isinstance(e, Generate) and not e.answers for e in examples):
+        raise ValueError(
+            f"the task {task.name} compares with what a reference model says, and there is none; "
+            "give evaluate(reference=...), on the command line a profile or a plan"
+        )
     return examples
 
 
@@ -152,12 +158,16 @@ def _put(
     """Put one example to the model, and to the reference."""
     start = time.perf_counter()
     if isinstance(example, Predict):
-        logits = scoring.logits_of(model, example.tokens)
+        tokens, logits = scoring.predictions(model, example)
         found.seconds += time.perf_counter() - start
-        others = None if reference is None else scoring.logits_of(reference, example.tokens)
+        others = None if reference is None else scoring.predictions(reference, example)[1]
         edges: Sequence[int] = getattr(task, "edges", ())
-        found.windows.append(by_position(example.tokens, logits, others, edges))
+        found.windows.append(by_position(tokens, logits, others, edges))
         return
+    if isinstance(example, Generate) and not example.answers:
+        said = scoring.generated(reference, tokenizer, example)
+        example = replace(example, answers=(said,))
+        start = time.perf_counter()
     outcome = scoring.score(model, tokenizer, example)
     found.seconds += time.perf_counter() - start
     found.scores.append(outcome.score)

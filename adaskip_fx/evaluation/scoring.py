@@ -9,7 +9,7 @@ from typing import Any, assert_never
 
 import torch
 
-from .examples import Choose, Generate, Recall, Tokens
+from .examples import Choose, Generate, Predict, Recall, Tokens
 from .text_scores import METRICS
 
 # The logits of how many last tokens a compiled model is asked for is part of its graph's key, so
@@ -102,6 +102,32 @@ def logits_of(model: Any, tokens: Sequence[int], keep: int = 0) -> torch.Tensor:
     output = model(input_ids=_row(model, tokens), use_cache=False, **more)
     logits: torch.Tensor = output.logits[0]
     return logits
+
+
+@torch.no_grad()
+def stepped_logits(model: Any, tokens: Sequence[int], steps: int) -> torch.Tensor:
+    """Logits [steps, V] that predict the last `steps` tokens, one decode step for each.
+
+    The right token is fed at every step, whatever the model would have said.
+    """
+    known = inspect.signature(model.forward).parameters
+    cache = "cache_params" if "cache_params" in known else "past_key_values"
+    more = {"logits_to_keep": 1} if _can_keep(model) else {}
+    output = model(input_ids=_row(model, tokens[: -steps - 1]), use_cache=True, **more)
+    rows = []
+    for token in tokens[-steps - 1 : -1]:
+        kept = {cache: getattr(output, cache)}
+        output = model(input_ids=_row(model, [token]), use_cache=True, **kept)
+        rows.append(output.logits[0, -1])
+    return torch.stack(rows)
+
+
+def predictions(model: Any, example: Predict) -> tuple[Tokens, torch.Tensor]:
+    """Tokens, and the logits that predict all of them but the first."""
+    if not example.steps:
+        return example.tokens, logits_of(model, example.tokens)[:-1]
+    logits = stepped_logits(model, example.tokens, example.steps)
+    return example.tokens[-example.steps - 1 :], logits
 
 
 def _can_keep(model: Any) -> bool:

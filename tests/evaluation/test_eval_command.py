@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from adaskip_fx.calibration import calibrate
 from adaskip_fx.cli import app
 from adaskip_fx.evaluation.choose import tasks_of
 from adaskip_fx.evaluation.tasks import Passkey, Perplexity, Trec
 from adaskip_fx.plan import SkipPlan
+from adaskip_fx.policies import AdaSkip
 from tests.evaluation.toys import SUBLAYERS, tiny_llama, tokenizer
 
 
@@ -63,6 +65,24 @@ def test_eval_prints_a_table_and_writes_a_file(folder: Path, tmp_path: Path) -> 
     assert "  3 of 4\n" in result.stderr
 
 
+def test_eval_with_a_profile(folder: Path, tmp_path: Path) -> None:
+    learned, out = tmp_path / "learned", tmp_path / "out.json"
+    profile = calibrate(tiny_llama(), tokenizer(), ["a text to learn from, and more of it"])
+    profile.save(learned)
+    result = run(
+        *("eval", folder, learned, "--alpha", 1.5, "--backend", "eager", "--json", out),
+        *("--task", "passkey", "--samples", 1, "--max-length", 300, "--no-compare"),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert report["conditions"]["alpha"] == 1.5
+    assert report["conditions"]["policy"] == repr(AdaSkip())
+    assert report["conditions"]["plan"] == AdaSkip().plan(profile, 1.5).to_json()
+    (asked,) = report["results"]
+    assert asked["ran"]["prefill"]["skipped_fraction"] == 0.25
+    assert asked["reference"] is None
+
+
 def test_eval_of_the_model_as_it_is(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.txt"
     file.write_text("some words " * 200)
@@ -82,11 +102,12 @@ def test_tasks_by_name_and_file(tmp_path: Path) -> None:
     options = {"length": 99, "seed": 1}
     names = ["perplexity", "trec", "passkey"]
     data = [f"perplexity={one}", f"perplexity={two}", f"trec={one}", f"trec.train={two}"]
-    assert tasks_of(names, data, options) == [
-        Perplexity(length=99, seed=1, path=one),
-        Perplexity(length=99, seed=1, path=two),
+    changes = ["passkey.forced=false", "passkey.seed=7", "perplexity.edges=[3, 5]"]
+    assert tasks_of(names, data, changes, options) == [
+        Perplexity(length=99, seed=1, path=one, edges=(3, 5)),
+        Perplexity(length=99, seed=1, path=two, edges=(3, 5)),
         Trec(length=99, seed=1, path=one, train=two),
-        Passkey(length=99, seed=1),
+        Passkey(length=99, seed=7, forced=False),
     ]
 
 
@@ -94,7 +115,7 @@ def test_eval_refuses(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")
     base = ("eval", folder)
-    assert "unknown task 'x'; there are perplexity, passkey, " in refused(run(*base, "--task", "x"))
+    assert "unknown task 'x'; there are perplexity, " in refused(run(*base, "--task", "x"))
     missing = refused(run(*base, "--data", f"passkey={tmp_path / 'absent'}"))
     assert missing.endswith("absent: no such file")
     unasked = refused(run(*base, "--data", f"trec={file}"))
@@ -106,6 +127,16 @@ def test_eval_refuses(folder: Path, tmp_path: Path) -> None:
     assert "frequent_words has no file 'path'; it has none" in refused(
         run(*base, "--task", "frequent_words", "--data", f"frequent_words={file}")
     )
+    assert "--set passkey.x=1: passkey has no option 'x'; it has samples, " in refused(
+        run(*base, "--set", "passkey.x=1")
+    )
+    assert "--set passkey.path=1: passkey has no option 'path'" in refused(
+        run(*base, "--set", "passkey.path=1")
+    )
+    assert "--set passkey.seed=a: not JSON; write a text in double quotes" in refused(
+        run(*base, "--set", "passkey.seed=a")
+    )
+    assert "--set passkey=1: not TASK.OPTION=VALUE" in refused(run(*base, "--set", "passkey=1"))
     assert "summary reads a file" in refused(run(*base, "--task", "summary"))
     assert "raise length (--max-length)" in refused(run(*base, "--max-length", 20))
     assert "no such file" in refused(run(*base, "--plan", tmp_path / "absent"))

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from adaskip_fx.calibration import calibrate
 from adaskip_fx.evaluation.ran import SkipPathError
 from adaskip_fx.plan import SkipPlan
+from adaskip_fx.policies import AdaSkip
 from tests.evaluation.toys import SUBLAYERS, compiled, tiny_llama, tokenizer
 
 pytest.importorskip("lm_eval")
@@ -109,12 +111,20 @@ def test_from_a_folder_as_the_command_line_gives_it(tmp_path: Path) -> None:
 
     from adaskip_fx.evaluation import lm_eval_model  # noqa: F401  # registers it
 
-    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny = tiny_llama()
+    tiny.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
+    profile = calibrate(tiny, tokenizer(), ["a text to learn from, and more of it"])
+    profile.save(tmp_path / "learned")
     PLAN.save(tmp_path / "plan.json")
-    given = f"pretrained={tmp_path}/model,plan={tmp_path}/plan.json,inner_backend=eager"
-    model = get_model("adaskip").create_from_arg_string(given, {"batch_size": 1, "device": None})
-    assert model.model.adaskip.plan == PLAN
+    for given, plan in (
+        (f"profile={tmp_path}/learned,alpha=1.5", AdaSkip().plan(profile, 1.5)),
+        (f"plan={tmp_path}/plan.json", PLAN),
+    ):
+        arguments = f"pretrained={tmp_path}/model,inner_backend=eager,{given}"
+        model = get_model("adaskip").create_from_arg_string(arguments, {"device": None})
+        assert model.model.adaskip.plan == plan
+        assert (model.model.adaskip.policy is None) == (plan is PLAN)
     request = SimpleNamespace(args=("some text", " more"))
     ((likelihood, greedy),) = model.loglikelihood([request], disable_tqdm=True)
     assert likelihood < 0

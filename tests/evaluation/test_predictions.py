@@ -50,10 +50,10 @@ def test_by_position_by_hand(edges: tuple[int, ...]) -> None:
 
 def test_the_same_predictions_have_no_divergence() -> None:
     logits = _logits(8, 3)
-    (bucket,) = by_position(range(8), logits, logits.clone(), ())
+    (bucket,) = by_position(range(9), logits, logits.clone(), ())
     assert bucket.kl == pytest.approx(0, abs=1e-6)
-    assert bucket.agreed == bucket.tokens == 7
-    (other,) = by_position(range(8), logits, logits + torch.eye(8, 11), ())
+    assert bucket.agreed == bucket.tokens == 8
+    (other,) = by_position(range(9), logits, logits + torch.eye(8, 11), ())
     assert other.kl is not None
     assert other.kl > 0.01
 

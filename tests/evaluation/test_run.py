@@ -15,8 +15,10 @@ from adaskip_fx.evaluation.examples import Generate, Predict, Recall
 from adaskip_fx.evaluation.run import digest, evaluate
 from adaskip_fx.evaluation.tasks import (
     CommonWords,
+    DecodePerplexity,
     KeyValue,
     Needle,
+    OwnSummary,
     Passkey,
     Perplexity,
     VariableTracking,
@@ -116,6 +118,34 @@ def test_perplexity_is_what_the_models_own_loss_says() -> None:
     assert found.metric == "perplexity"
 
 
+def test_decode_perplexity_is_of_decode_steps() -> None:
+    """The same numbers as one pass gives, where nothing is skipped; and the decode plan's."""
+    subject = compiled()
+    task = DecodePerplexity(samples=2, length=60, steps=30, edges=(11,))
+    losses = []
+    for example in task.examples(tokenizer()):
+        ids = torch.tensor([example.tokens])
+        labels = ids.clone()
+        labels[:, :-30] = -100  # not counted
+        with torch.no_grad():
+            losses.append(float(subject.model(input_ids=ids, labels=labels).loss))
+    for model in (subject.model, subject.fast):
+        (found,) = evaluate(model, tokenizer(), [task]).results
+        assert found.scores.values == pytest.approx(losses, rel=1e-4)
+        assert [(b.first, b.tokens) for b in found.buckets] == [(0, 20), (11, 40)]
+    # what only decoding skips is seen here, and not by a pass over the text
+    tasks = [Perplexity(samples=1, length=60), task]
+    with subject.using(decode_extra=["1.ffn"]) as fast:
+        passed, stepped = evaluate(fast, tokenizer(), tasks, reference=subject.model).results
+    assert passed.kl == pytest.approx(0, abs=1e-5)
+    assert stepped.kl is not None
+    assert stepped.kl > 1e-3
+    assert stepped.ran is not None
+    assert stepped.ran.prefill.tokens == 2 * 29
+    assert stepped.ran.decode.tokens == 2 * 30
+    assert (stepped.ran.prefill.fraction, stepped.ran.decode.fraction) == (0, 0.25)
+
+
 def test_a_compiled_model_beside_its_own() -> None:
     subject = compiled()
     tasks = [
@@ -144,6 +174,24 @@ def test_a_compiled_model_beside_its_own() -> None:
     assert other.conditions["plan"] == plan.to_json()
     assert other.conditions["backend"] == "eager"
     json.dumps(other.to_json())
+
+
+def test_what_the_reference_says_is_right_where_nobody_else_says_it() -> None:
+    pytest.importorskip("rouge_score")
+    task = OwnSummary(samples=2, length=900)
+    examples = task.examples(tokenizer())
+    texts = ["one two three four", "five six seven eight"]
+    full = knows(*(e.prompt + encoded(t) for e, t in zip(examples, texts, strict=True)))
+    half = knows(examples[0].prompt + encoded("one two"), examples[1].prompt + encoded("nine"))
+    (found,) = evaluate(half, tokenizer(), [task], reference=full).results
+    # of "one two" all is right, and it is half of what the reference said: F = 2/3
+    assert found.scores.values == pytest.approx((2 / 3, 0.0))
+    assert found.answers == ("one two", "nine")
+    assert found.reference is not None
+    assert found.reference.values == (1.0, 1.0)
+    assert all(len(e.prompt) <= 900 for e in examples)
+    with pytest.raises(ValueError, match="compares with what a reference model says, and there is"):
+        evaluate(half, tokenizer(), [task])
 
 
 def test_what_cannot_be_evaluated() -> None:

@@ -17,6 +17,7 @@ from adaskip_fx.evaluation.haystack import hide, paragraphs, words
 from adaskip_fx.evaluation.run import digest
 from adaskip_fx.evaluation.tasks import (
     CommonWords,
+    DecodePerplexity,
     FrequentWords,
     KeyValue,
     MultiKeyNeedle,
@@ -243,6 +244,7 @@ def test_an_answer_is_tokenized_with_its_prompt_where_it_can_be() -> None:
         (lambda: FrequentWords(vocabulary=3), "vocabulary at least 4, got 2.0 and 3"),
         (lambda: Perplexity(edges=(4, 4)), r"edges must rise from above 0, got \(4, 4\)"),
         (lambda: Perplexity(length=1), "length must be at least 2"),
+        (lambda: DecodePerplexity(length=9, steps=7), "leave 3 of length 9 for the prompt, got 7"),
         (lambda: Passkey(length=0), "passkey: length must be at least 1, got 0"),
     ],
 )

@@ -11,8 +11,9 @@ from .counting import CommonWords, FrequentWords
 from .documents import MultiDocumentQA
 from .key_value import KeyValue
 from .needles import MultiKeyNeedle, Needle
+from .own_summary import OwnSummary
 from .passkey import Passkey
-from .perplexity import Perplexity
+from .perplexity import DecodePerplexity, Perplexity
 from .summary import Summary
 from .tracking import VariableTracking
 from .trec import Trec
@@ -21,11 +22,13 @@ from .trivia import TriviaQA
 __all__ = [
     "TASKS",
     "CommonWords",
+    "DecodePerplexity",
     "FrequentWords",
     "KeyValue",
     "MultiDocumentQA",
     "MultiKeyNeedle",
     "Needle",
+    "OwnSummary",
     "Passkey",
     "Perplexity",
     "Summary",
@@ -40,6 +43,7 @@ TASKS: Mapping[str, type[TaskOptions]] = MappingProxyType(
         task.name: task
         for task in (
             Perplexity,
+            DecodePerplexity,
             Passkey,
             Needle,
             MultiKeyNeedle,
@@ -51,6 +55,7 @@ TASKS: Mapping[str, type[TaskOptions]] = MappingProxyType(
             TriviaQA,
             MultiDocumentQA,
             Summary,
+            OwnSummary,
         )
     }
 )

@@ -12,6 +12,8 @@ from adaskip_fx.evaluation.fitting import fit, message
 from adaskip_fx.evaluation.records import answers_of, read_records, text_of
 from adaskip_fx.evaluation.task import TaskOptions, needed
 
+from .own_summary import INSTRUCTION
+
 _WHAT = "a JSON list, or JSON lines, of objects with `text` and `summary` (one text or several)"
 
 
@@ -40,7 +42,7 @@ class Summary(TaskOptions):
         words = text.split(" ")
 
         def build(count: int) -> Tokens:
-            return message(tokenizer, f"{' '.join(words[:count])}\n\nSummarize the text above.")
+            return message(tokenizer, f"{' '.join(words[:count])}\n\n{INSTRUCTION}")
 
         _, prompt = fit(build, len(words), self.length, self.name)
         answers = answers_of(path, number, record, "summary")
