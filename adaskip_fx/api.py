@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from .budget import Budget, check_budget, choose_by_time, open_table
 from .decisions import Decision
+from .latency import LatencyTable
 from .loading import usable_backend
 from .policies import AdaSkip, OnlinePolicy, Policy
 from .profile import Profile
@@ -27,6 +29,9 @@ def compile(
     backend: str = "inductor",
     link: Link = "pieces",
     max_variants: int = 32,
+    budget: Budget = "count",
+    context: int | None = None,
+    table: LatencyTable | str | Path | None = None,
 ) -> Model:
     """A model that runs `model` with its least important sublayers skipped.
 
@@ -48,6 +53,11 @@ def compile(
         link: ``"pieces"`` calls pieces compiled once; ``"fused"`` compiles the whole graph anew
             for each plan.
         max_variants: linked programs to keep; the least recently used are dropped.
+        budget: what alpha counts: ``"count"`` sublayers, as the paper does; ``"latency"`` time, so
+            that prefill and decode are each predicted to be alpha times as fast at `context`.
+        context: for ``"latency"``: tokens of a typical request.
+        table: for ``"latency"``: what sublayers cost (``adaskip-fx measure``), or the path it was
+            saved to; measured here, at `context`, when None.
 
     Raises:
         TypeError, ValueError: a model, profile, alpha or plan that cannot be used.
@@ -57,9 +67,17 @@ def compile(
     check_model(model)
     _check_options(backend, link)
     _check_compiler(backend, model)
+    check_budget(budget, context, table, policy, plan)
     loaded = Profile.load(profile) if isinstance(profile, str | Path) else profile
     if loaded is not None:
         loaded.check(model)
+    if context is not None:
+        if loaded is None:
+            raise ValueError("compile needs a profile to choose by measured time")
+        costs = open_table(table, model)
+        timed = build(model, None, backend=backend, link=link, max_variants=max_variants)
+        choose_by_time(timed.adaskip, loaded, alpha, policy, context, costs)
+        return cast(Model, timed)
     chosen = policy if policy is not None else AdaSkip()
     if plan is None:
         if loaded is None:

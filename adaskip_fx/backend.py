@@ -28,11 +28,12 @@ from adaskip_passes import (
 )
 
 from .decisions import Decision, Schedule, plans_of
+from .folding import Placed, folds
 from .online import Window, probed_in_decode
 from .plan import Phase, SkipPlan, Sublayer
 from .policies import AdaSkip, OnlinePolicy
 from .profile import Profile
-from .programs import factor_tensors, rewrite
+from .programs import rewrite, stand_in_tensors
 
 _OPTIONS = ("profile", "alpha", "policy", "plan", "inner_backend", "link")
 
@@ -149,6 +150,7 @@ class _Graph:
                 "or their order differs: it was made for another model"
             )
         self.outer = outline(graph, found)
+        self.placed = Placed()
         self.inputs = [n.name for n in graph.graph.find_nodes(op="placeholder")]
         stream = found[0].stream.meta["example_value"]
         self.device: torch.device = stream.device
@@ -183,9 +185,18 @@ class _Graph:
         return self.programs[key]
 
     def _link(self, plan: SkipPlan, probed: tuple[Sublayer, ...]) -> Callable[[Sequence[Any]], Any]:
-        outer = rewrite(self.outer, self.sublayers, plan, self.phase, probed, keep="counters")
+        stand_ins = folds(plan, self.phase)
+        outer = rewrite(
+            self.outer,
+            self.sublayers,
+            plan,
+            self.phase,
+            probed,
+            keep="counters",
+            stand_ins=stand_ins,
+        )
         inputs = outer.graph.find_nodes(op="placeholder")
-        factors = factor_tensors(inputs, self.sublayers, plan, self.device)
+        factors = stand_in_tensors(outer, self.sublayers, stand_ins, self.placed)
         place = {name: i for i, name in enumerate(self.inputs)}
         takes = [place.get(n.name, n.name) for n in inputs]
         function = self.compiler.compile(fuse(outer)) if self.fused else link(outer, self.compiler)

@@ -45,7 +45,7 @@ def calibrate(
         RefusedError: the model's sublayers cannot be captured or proven.
     """
     check_model(model)
-    samples = _tokenize(model, tokenizer, texts, max_length)
+    samples = tokenize(model, tokenizer, texts, max_length)
     runtime = build(model, None, backend=backend).adaskip
     moments = []
     for done, ids in enumerate(samples):
@@ -71,7 +71,7 @@ def calibrate(
     )
 
 
-def _tokenize(
+def tokenize(
     model: Any, tokenizer: Any, texts: Iterable[str], max_length: int
 ) -> list[torch.Tensor]:
     """One int64 tensor [1, tokens] per text."""

@@ -1,4 +1,4 @@
-"""The command line: ``adaskip-fx demo | calibrate | generate | inspect``.
+"""The command line: ``adaskip-fx --help`` names its commands.
 
 torch and transformers take seconds to import, so commands import what they need when they run.
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from .evaluation.command import evaluate
+from .options import MODEL, Alpha, Backend, Debug, Device, Dtype, Model
+from .options import console as _console
+from .options import reported as _reported
+from .plots.command import register as register_plot
 
+if TYPE_CHECKING:
     from .plan import SkipPlan
 
 app = typer.Typer(
@@ -27,20 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_MODEL = "A folder, a .gguf file, or a name on the Hugging Face hub."
-Model = Annotated[str, typer.Argument(help=_MODEL)]
-Alpha = Annotated[
-    float, typer.Option(help="Acceleration ratio: of S sublayers, about S (1 - 1/alpha) go.")
-]
-Backend = Annotated[str, typer.Option(help="Inner torch.compile backend that compiles the pieces.")]
-Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="float32, bfloat16 or float16.", show_default="float32 on CPU, bfloat16 on CUDA"
-    ),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -48,7 +37,7 @@ def demo(
     alpha: Alpha = 1.2,
     device: Device = "auto",
     model: Annotated[
-        str | None, typer.Option(help=_MODEL, show_default="SmolLM2-135M-Instruct")
+        str | None, typer.Option(help=MODEL, show_default="SmolLM2-135M-Instruct")
     ] = None,
     backend: Backend = "inductor",
     as_json: Annotated[
@@ -156,9 +145,39 @@ def generate(
 
 
 @app.command()
+def measure(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="File to write the table to.")],
+    context: Annotated[
+        list[int], typer.Option(help="Tokens at which to measure; may be repeated.")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each plan is timed.")] = 5,
+    backend: Backend = "inductor",
+    dtype: Dtype = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measure what each sublayer costs on this device, for budgets of time, and save the table."""
+    with _reported(debug):
+        from .measuring import measure_table
+        from .progress import Steps
+
+        steps = Steps(_console(stderr=True))
+        table = measure_table(model, out, context, batch, rounds, backend, dtype, device, steps)
+        typer.echo(str(table))
+        if table.doubt:
+            typer.echo(table.doubt, err=True)
+        typer.echo(f"saved to {out}", err=True)
+
+
+@app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A profile's or decision's folder, or a plan's file.")
+        Path,
+        typer.Argument(
+            help="A profile's or decision's folder, or the file of a plan or a latency table."
+        ),
     ],
     alpha: Annotated[
         float | None,
@@ -168,11 +187,11 @@ def inspect(
         bool, typer.Option("--graph", help="Show the outer graph before and after.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help=_MODEL, show_default="two layers of a tiny Llama")
+        str | None, typer.Option(help=MODEL, show_default="two layers of a tiny Llama")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show a profile, a plan or another decision, and what a plan does to a graph."""
+    """Show a profile, a decision or a latency table, and what a plan does to a graph."""
     if path.is_file() and alpha is not None:
         raise typer.BadParameter("a plan is made for one alpha already; --alpha is for profiles")
     with _reported(debug):
@@ -184,6 +203,7 @@ def inspect(
 def _show_file(path: Path, alpha: float | None, need_plan: bool) -> SkipPlan | None:
     """Print what is at `path`; returns the plan that it holds or leads to."""
     from .decision_files import DOCUMENT, load
+    from .latency import LatencyTable, is_table
     from .plan import SkipPlan
     from .profile import Profile
 
@@ -193,6 +213,11 @@ def _show_file(path: Path, alpha: float | None, need_plan: bool) -> SkipPlan | N
         if alpha is not None or need_plan:
             raise ValueError(f"{path}: holds several plans; name one of its plan files instead")
         typer.echo(str(load(path)))
+        return None
+    if is_table(path):
+        if need_plan:
+            raise ValueError(f"{path}: a latency table has no graph; --graph is for plans")
+        typer.echo(str(LatencyTable.load(path)))
         return None
     if path.is_file():
         plan = SkipPlan.load(path)
@@ -240,30 +265,4 @@ def _read(path: Path) -> str:
         ) from error
 
 
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    console = Console(stderr=stderr)
-    if not console.is_terminal or console.width > 100:
-        console = Console(stderr=stderr, width=100)
-    return console
-
-
-@contextmanager
-def _reported(debug: bool) -> Iterator[None]:
-    """Errors that a user can do something about: one line on stderr and exit code 1."""
-    try:
-        yield
-    except Exception as error:
-        if debug or not _expected(error):
-            raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
-
-
-def _expected(error: Exception) -> bool:
-    if isinstance(error, BrokenPipeError):  # the reader has enough; click ends quietly
-        return False
-    from adaskip_passes import RefusedError
-
-    return isinstance(error, ValueError | TypeError | OSError | NotImplementedError | RefusedError)
+register_plot(app, _reported)

@@ -1,9 +1,4 @@
-"""What is added in place of a skipped sublayer.
-
-AdaSkip (arXiv 2501.02336, eq. 4) replaces a skipped sublayer by `scale * x`, one number per
-sublayer. Stronger kinds (a factor per channel, a linear map) share this file's shape: a `kind`,
-what that kind needs, a digest of it and a JSON form.
-"""
+"""What is put in place of the skipped sublayers of a plan: a stand-in for each."""
 
 from __future__ import annotations
 
@@ -12,72 +7,168 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, cast
 
-from adaskip_fx.files import JSON, canonical_digest
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from adaskip_fx.files import JSON, canonical_digest, write_atomically
+from adaskip_fx.stand_in import SHAPES, StandIn, StandInKind
 from adaskip_fx.sublayer import Sublayer
 
-CompensationKind = Literal["none", "scale"]
+__all__ = ["NONE", "Compensation", "StandIn"]
+
+_FORMAT = "adaskip-compensation-1"
 
 
 @dataclass(frozen=True)
 class Compensation:
-    """What a skipped sublayer becomes. Immutable, hashable, equal by value.
+    """A stand-in for each of some sublayers. Immutable, hashable, equal by value.
 
-    kind: `"none"` (skipped sublayers pass the stream through) or `"scale"` (`x -> factor * x`).
-    factors: for `"scale"`, one factor per sublayer (no unit); sublayers without one pass through.
-
-    ValueError for an unknown kind, factors under `"none"`, and a factor that is not finite and
-    positive (a ratio of norms is both).
+    stand_ins: sublayers without one pass the stream through when they are skipped.
     """
 
-    kind: CompensationKind = "none"
-    factors: Mapping[Sublayer, float] = field(default_factory=dict)
+    stand_ins: Mapping[Sublayer, StandIn] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(CompensationKind):
-            known = ", ".join(get_args(CompensationKind))
-            raise ValueError(f"unknown compensation kind {self.kind!r}: this version has {known}")
-        if self.kind == "none" and self.factors:
-            raise ValueError("compensation of kind 'none' has no factors: use kind 'scale'")
         # Sorted, so that the text of a saved plan does not depend on who built it.
-        factors = {s: _factor(s, self.factors[s]) for s in sorted(self.factors)}
-        object.__setattr__(self, "factors", MappingProxyType(factors))
+        ordered = {s: self.stand_ins[s] for s in sorted(self.stand_ins)}
+        object.__setattr__(self, "stand_ins", MappingProxyType(ordered))
+
+    @classmethod
+    def scale(cls, factors: Mapping[Sublayer, float]) -> Compensation:
+        """`factor * x` for each (AdaSkip, eq. 4); ValueError, naming it, for one not positive."""
+        return cls({s: StandIn.scale(_factor(s, f)) for s, f in factors.items()})
 
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __bool__(self) -> bool:
+        return bool(self.stand_ins)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping proxy can be neither pickled nor deep-copied.
-        return Compensation, (self.kind, dict(self.factors))
+        return Compensation, (dict(self.stand_ins),)
 
     @cached_property
     def digest(self) -> str:
         """16 hex characters that identify the content."""
-        return canonical_digest(self.to_json())
+        return canonical_digest({str(s): c.digest for s, c in self.stand_ins.items()})
+
+    @cached_property
+    def factors(self) -> Mapping[Sublayer, float]:
+        """The numbers of those that are scales."""
+        found = ((s, c.factor) for s, c in self.stand_ins.items())
+        return MappingProxyType({s: f for s, f in found if f is not None})
+
+    @property
+    def kinds(self) -> str:
+        """The kinds of its stand-ins, in words: `linear and scale`; `none` where there are none."""
+        return " and ".join(sorted({c.kind for c in self.stand_ins.values()})) or "none"
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers all stand-ins hold."""
+        return sum(c.parameters for c in self.stand_ins.values())
+
+    def stand_in(self, sublayer: Sublayer) -> StandIn | None:
+        """What a skipped `sublayer` becomes; None when the stream passes through unchanged."""
+        return self.stand_ins.get(sublayer)
 
     def factor(self, sublayer: Sublayer) -> float | None:
-        """The scale of a skipped `sublayer`; None when the stream passes through unchanged."""
-        return self.factors.get(sublayer)
+        """The scale of a skipped `sublayer`; None where there is none, or a stronger stand-in."""
+        found = self.stand_ins.get(sublayer)
+        return found.factor if found is not None else None
+
+    def merged(self, other: Compensation) -> Compensation:
+        """Both; where both have a stand-in, that of `other`."""
+        return Compensation({**self.stand_ins, **other.stand_ins})
 
     def with_factors(self, extra: Mapping[Sublayer, float]) -> Compensation:
-        """A copy of kind `"scale"` in which `extra` is added and wins over what was there."""
-        if not extra:
-            return self
-        return Compensation("scale", {**self.factors, **extra})
+        """A copy in which the scales `extra` are added and win over what was there."""
+        return self.merged(Compensation.scale(extra)) if extra else self
 
     def to_json(self) -> dict[str, JSON]:
-        """A JSON-compatible form; floats survive JSON exactly."""
-        return {"kind": self.kind, "factors": {str(s): f for s, f in self.factors.items()}}
+        """A JSON-compatible form. Scales are whole; of others the kind and the digest."""
+        return {
+            str(s): {"kind": c.kind, **({"factor": c.factor} if c.kind == "scale" else _named(c))}
+            for s, c in self.stand_ins.items()
+        }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Compensation:
-        """Inverse of `to_json`; ValueError for anything that `to_json` does not write."""
-        if not isinstance(data, Mapping) or not isinstance(data.get("factors"), Mapping):
-            raise ValueError("a compensation is an object with 'kind' and 'factors'")
-        factors = {Sublayer.parse(name): value for name, value in data["factors"].items()}
-        return cls(data.get("kind"), factors)  # type: ignore[arg-type]  # checked on construction
+    def from_json(cls, data: Any, tensors: Compensation | None = None) -> Compensation:
+        """Inverse of `to_json`; ValueError for anything that `to_json` does not write.
+
+        tensors: what has the stand-ins that are not scales.
+        """
+        if not isinstance(data, Mapping) or not all(isinstance(c, Mapping) for c in data.values()):
+            raise ValueError("a compensation is an object with a stand-in for each sublayer")
+        found = {}
+        for name, entry in data.items():
+            sublayer = Sublayer.parse(name)
+            if entry.get("kind") == "scale":
+                found[sublayer] = StandIn.scale(_factor(sublayer, entry.get("factor")))
+                continue
+            stored = tensors.stand_in(sublayer) if tensors is not None else None
+            if stored is None or {"kind": stored.kind, **_named(stored)} != dict(entry):
+                raise ValueError(f"the tensors that stand in for {sublayer} are not in its file")
+            found[sublayer] = stored
+        return cls(found)
+
+    def save(self, path: str | Path) -> None:
+        """Write all stand-ins to the file `path` (safetensors), whole or not at all."""
+        write_atomically(Path(path), self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of such a file."""
+        tensors = {
+            f"{s}/{name}": value
+            for s, c in self.stand_ins.items()
+            for name, value in c.tensors.items()
+        }
+        kinds = {str(s): c.kind for s, c in self.stand_ins.items()}
+        about = {"format": _FORMAT, "digest": self.digest, **kinds}
+        return bytes(safetensors.numpy.save(tensors, metadata=about))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Compensation:
+        """Read a saved compensation; ValueError says which file, what is wrong and what to do."""
+        path = Path(path)
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                about = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); fit it again") from error
+        if about.pop("format", None) != _FORMAT:
+            raise ValueError(f"{path}: not a compensation that this version reads; fit it again")
+        digest = about.pop("digest", None)
+        try:
+            loaded = cls(
+                {Sublayer.parse(n): _stand_in(n, kind, tensors) for n, kind in about.items()}
+            )
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: not a valid compensation ({error}); fit it again") from error
+        if loaded.digest != digest:
+            raise ValueError(
+                f"{path}: edited after it was saved (digest {digest} is {loaded.digest} now); "
+                "fit it again"
+            )
+        return loaded
+
+
+def _named(stand_in: StandIn) -> dict[str, JSON]:
+    return {"digest": stand_in.digest}
+
+
+def _stand_in(name: str, kind: str, tensors: Mapping[str, np.ndarray[Any, Any]]) -> StandIn:
+    if kind not in SHAPES:
+        raise ValueError(f"unknown stand-in {kind!r} of {name}")
+    known = cast(StandInKind, kind)
+    return StandIn(known, {part: tensors[f"{name}/{part}"] for part in SHAPES[known]})
 
 
 def _factor(sublayer: Sublayer, value: object) -> float:

@@ -108,11 +108,11 @@ def excerpt(plan: SkipPlan) -> tuple[SkipPlan, int]:
     partial = [pair for pair in pairs if len(skips[pair]) < len(by_layer[pair[0]]) * 2]
     first, second = max(partial, key=lambda pair: len(skips[pair]))
     new = {s: Sublayer(i, s.kind) for i, n in enumerate((first, second)) for s in by_layer[n]}
-    factors = {new[s]: f for s, f in plan.compensation.factors.items() if s in new}
+    kept = {new[s]: c for s, c in plan.compensation.stand_ins.items() if s in new}
     short = SkipPlan(
         tuple(new.values()),
         {new[s]: action for s, action in plan.prefill.items() if s in new},
         {new[s]: action for s, action in plan.decode.items() if s in new},
-        Compensation(plan.compensation.kind, factors),
+        Compensation(kept),
     )
     return short, first

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from adaskip_passes import RefusedError, ShapeGuards, piece_of, start_workers, sublayer_calls
 
 from . import phases
+from .folding import Placed
 from .phases import Forward, GraphKey, GraphPhaseCapture, Memory
 from .plan import SkipPlan
 from .programs import Counters, Link, Program, VariantCache, plan_phase
@@ -50,6 +51,7 @@ class Graphs:
         self.counters = Counters()
         start_workers(backend, model.device)  # while the first graph is traced
         self.max_length = _positions(model)
+        self._placed = Placed()
         self._programs = VariantCache(max_variants, self.counters)
         self._captures: dict[GraphKey, list[GraphPhaseCapture]] = {}
         self._guards: dict[int, tuple[int, ShapeGuards]] = {}
@@ -90,11 +92,30 @@ class Graphs:
         return dict(zip(first.sublayers, first.memory, strict=True))
 
     @property
+    def keys(self) -> dict[Sublayer, tuple[str, ...]]:
+        """For each sublayer the key of its piece in each capture: equal ones run the same code."""
+        pieces = [
+            [piece_of(call) for _, call in sorted(sublayer_calls(c.outer.graph).items())]
+            for c in self._all()
+        ]
+        keys = (tuple(p.key for p in group if p is not None) for group in zip(*pieces, strict=True))
+        return dict(zip(self._all()[0].sublayers, keys, strict=True))
+
+    @property
     def slots(self) -> tuple[Slot, ...]:
         """What each layer stores; states have dtypes of their own, which follow the model's."""
         if self.sample.dtype != self.model.dtype:
             self.sample = self.sample.again(self.model, self.forward)
         return self.sample.slots
+
+    def check_room(self, programs: int) -> None:
+        """ValueError when fewer linked programs are kept than are to be run in turn."""
+        if self._programs.limit < programs:
+            raise ValueError(
+                f"{programs} plans are run in turn, but max_variants={self._programs.limit} "
+                "programs are kept, so that each turn would link again; compile with a larger "
+                "max_variants"
+            )
 
     def _all(self) -> list[GraphPhaseCapture]:
         return [c for group in self._captures.values() for c in group]
@@ -132,7 +153,12 @@ class Graphs:
             plan.phase_digest(plan_phase(captured.key.phase)),
             probed,
         )
-        return self._programs.get(key, lambda: self.program_type(captured, plan, probed, self.link))
+        return self._programs.get(key, lambda: self._program(captured, plan, probed))
+
+    def _program(
+        self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
+    ) -> Program:
+        return self.program_type(captured, plan, probed, self.link, self._placed)
 
     def _guards_of(self, captured: GraphPhaseCapture) -> ShapeGuards:
         """Guards as of what is compiled now; made again when more has been compiled since."""

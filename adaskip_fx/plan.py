@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +20,9 @@ from adaskip_fx.sublayer import Kind, Sublayer
 __all__ = ["Action", "Kind", "Phase", "PlanError", "SkipPlan", "Sublayer"]
 
 Phase = Literal["prefill", "decode"]
-SCHEMA = 1
-_KEYS = ("digest", "sublayers", "prefill", "decode", "compensation")
+SCHEMA = 2
+_KEYS = ("digest", "sublayers", "prefill", "decode", "compensation", "tensors")
+_TENSOR_FILE = re.compile(r"compensation-[0-9a-f]{16}\.safetensors")
 TIMES = "\N{MULTIPLICATION SIGN}"
 _DOT = "\N{MIDDLE DOT}"
 
@@ -30,7 +32,7 @@ class Action(StrEnum):
 
     RUN = "run"
     SKIP = "skip"
-    KV_ONLY = "kv_only"  # K/V (or a mixer's state) is written, nothing is added to the stream
+    KV_ONLY = "kv_only"  # K/V (or a mixer's state) is written; the stream is as if it were skipped
 
 
 class PlanError(ValueError):
@@ -49,7 +51,7 @@ class SkipPlan:
 
     PlanError, naming the sublayer: unknown or listed twice; K/V that would be missing or would
     have holes (attention and mixers are skipped in both phases or in none); `KV_ONLY` for an ffn;
-    a factor for an unknown sublayer; a phase in which nothing runs.
+    a stand-in for an unknown sublayer; a phase in which nothing runs.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -61,7 +63,7 @@ class SkipPlan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sublayers", tuple(self.sublayers))
         _check_unique(self.sublayers)
-        _check_known(self.sublayers, self.compensation.factors, "factor")
+        _check_known(self.sublayers, self.compensation.stand_ins, "compensation")
         for phase in get_args(Phase):
             given: Mapping[Sublayer, Action] = getattr(self, phase)
             _check_known(self.sublayers, given, phase)
@@ -128,6 +130,10 @@ class SkipPlan:
         compensation = self.compensation.with_factors(factors)
         return replace(self, decode=decode, compensation=compensation)
 
+    def with_compensation(self, compensation: Compensation) -> SkipPlan:
+        """The same sublayers skipped, with other stand-ins."""
+        return replace(self, compensation=compensation)
+
     @cached_property
     def digest(self) -> str:
         """16 hex characters that identify the whole plan, whatever order it was written in."""
@@ -138,20 +144,33 @@ class SkipPlan:
     def phase_digest(self, phase: Phase) -> str:
         """16 hex characters that identify what a compiled program of `phase` depends on.
 
-        That is: the phase, every sublayer's action in it, and the factors of those skipped in it.
+        That is: the phase, every sublayer's action in it, and what stands in for those that do not
+        run in it.
         """
         self._actions(phase)
         return self._phase_digests[phase]
 
     def to_json(self) -> dict[str, JSON]:
-        """The content of a plan file."""
-        compensation = self.compensation.to_json()
+        """The content of a plan file; `tensors` names the file beside it, if there is one."""
         head: dict[str, JSON] = {"schema": SCHEMA, "digest": self.digest}
-        return {**head, **self._phases_json(), "compensation": compensation}
+        tensors = self._tensors
+        return {
+            **head,
+            **self._phases_json(),
+            "compensation": self.compensation.to_json(),
+            "tensors": f"compensation-{tensors.digest}.safetensors" if tensors else None,
+        }
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to the file `path` (JSON); the old file stays until the new is whole."""
-        write_atomically(Path(path), json.dumps(self.to_json(), indent=1).encode())
+        """Write the plan to the file `path` (JSON); the old file stays until the new is whole.
+
+        Stand-ins that are more than one number are written to a file of their own beside it, whose
+        name says what is in it (`compensation-DIGEST.safetensors`).
+        """
+        path, data = Path(path), self.to_json()
+        if data["tensors"] is not None:
+            self._tensors.save(path.parent / str(data["tensors"]))
+        write_atomically(path, json.dumps(data, indent=1).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> SkipPlan:
@@ -163,7 +182,7 @@ class SkipPlan:
                 tuple(map(Sublayer.parse, data["sublayers"])),
                 {Sublayer.parse(name): action for name, action in data["prefill"].items()},
                 {Sublayer.parse(name): action for name, action in data["decode"].items()},
-                Compensation.from_json(data["compensation"]),
+                Compensation.from_json(data["compensation"], _load_tensors(path, data["tensors"])),
                 data.get("last_token_full", False) is True,
             )
         except (AttributeError, TypeError, ValueError) as error:
@@ -174,6 +193,13 @@ class SkipPlan:
     def __str__(self) -> str:
         """A heading and one row per layer, plain text."""
         return f"{_heading(self)}\n{layer_table(self.sublayers, lambda s: _cell(self, s))}"
+
+    @property
+    def _tensors(self) -> Compensation:
+        """The stand-ins that JSON does not hold."""
+        return Compensation(
+            {s: c for s, c in self.compensation.stand_ins.items() if c.factor is None}
+        )
 
     @cached_property
     def _known(self) -> frozenset[Sublayer]:
@@ -201,11 +227,20 @@ class SkipPlan:
 
 def _phase_digest(plan: SkipPlan, phase: Phase) -> str:
     actions: list[JSON] = [[str(s), plan.action(phase, s).value] for s in plan.sublayers]
-    factors = {str(s): plan.compensation.factor(s) for s in plan.skipped(phase)}
-    # Passing the stream through is the same program under every kind of compensation.
-    used = any(factor is not None for factor in factors.values())
-    kind = plan.compensation.kind if used else NONE.kind
-    return canonical_digest({"phase": phase, "actions": actions, "kind": kind, "factors": factors})
+    found = {str(s): plan.compensation.stand_in(s) for s in plan._actions(phase)}
+    stand_ins = {name: c.digest for name, c in found.items() if c is not None}
+    return canonical_digest({"phase": phase, "actions": actions, "stand_ins": stand_ins})
+
+
+def _load_tensors(path: Path, name: object) -> Compensation | None:
+    """The file beside a plan's that it names, if it names one."""
+    if name is None:
+        return None
+    if not isinstance(name, str) or not _TENSOR_FILE.fullmatch(name):  # never outside the folder
+        raise ValueError(f"{name!r} is not the name of a compensation's file")
+    if not (path.parent / name).is_file():
+        raise ValueError(f"{path.parent / name} is missing: copy it along with the plan")
+    return Compensation.load(path.parent / name)
 
 
 def _as_sublayer(item: Sublayer | str) -> Sublayer:
@@ -291,10 +326,8 @@ def _cell(plan: SkipPlan, sublayer: Sublayer) -> str:
     def text(action: Action) -> str:
         if action is Action.RUN:
             return _DOT
-        factor = plan.compensation.factor(sublayer)
-        if action is Action.KV_ONLY or factor is None:
-            return action.value.replace("_", " ")
-        return f"skip {TIMES}{factor:.3f}"
+        words, stand_in = action.value.replace("_", " "), plan.compensation.stand_in(sublayer)
+        return words if stand_in is None else f"{words} {stand_in}"
 
     prefill, decode = plan.action("prefill", sublayer), plan.action("decode", sublayer)
     if prefill is decode:

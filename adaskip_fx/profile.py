@@ -146,7 +146,7 @@ class Profile:
     def compensation(self, variant: Variant = "paper") -> Compensation:
         """`scale` of every sublayer as a compensation; ValueError where it is not positive."""
         factors = zip(self.sublayers, self.scale(variant).tolist(), strict=True)
-        return Compensation("scale", dict(factors))
+        return Compensation.scale(dict(factors))
 
     @overload
     def preview(self, alpha: float, policy: PlanPolicy | None = None) -> SkipPlan: ...

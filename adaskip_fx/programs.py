@@ -16,8 +16,21 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from adaskip_passes import VALID, Keep, Pass, Probe, Replacement, Skip, fuse, link, run_passes
+from adaskip_passes import (
+    VALID,
+    Keep,
+    Pass,
+    Probe,
+    Replacement,
+    Skip,
+    fuse,
+    link,
+    run_passes,
+    stand_in_inputs,
+    sublayer_calls,
+)
 
+from .folding import Fold, Placed, folds
 from .phases import GraphPhaseCapture
 from .plan import Action, Phase, SkipPlan, Sublayer
 
@@ -39,6 +52,7 @@ def rewrite(
     keep: Keep = "nothing",
     probe_together: bool = False,
     first: Sequence[Pass] = (),
+    stand_ins: Mapping[Sublayer, Fold] | None = None,
 ) -> fx.GraphModule:
     """An outer graph under one phase of a plan.
 
@@ -50,32 +64,46 @@ def rewrite(
         keep: which effects of a skipped sublayer stay; see `adaskip_passes.Replacement`.
         probe_together: see `adaskip_passes.Probe`.
         first: passes that run before the others.
+        stand_ins: what is put in for sublayers that do not run; by `folds` if None.
     """
+    put_in = folds(plan, phase) if stand_ins is None else stand_ins
     position = {s: i for i, s in enumerate(sublayers)}
     replacements = {}
     for sublayer in sublayers:
         action = plan.action(phase, sublayer)
         if action is not Action.RUN:
-            factor = plan.compensation.factor(sublayer) if action is Action.SKIP else None
+            fold = put_in.get(sublayer)
             replacements[position[sublayer]] = Replacement(
                 keep="everything" if action is Action.KV_ONLY else keep,
-                compensation=plan.compensation.kind if factor is not None else None,
+                compensation=fold.kind if fold is not None else None,
+                rank=fold.rank if fold is not None else 0,
             )
     probe = Probe(tuple(sorted(position[s] for s in probed)), probe_together)
     return run_passes(outer, (*first, Skip(replacements), probe))
 
 
-def factor_tensors(
-    inputs: list[fx.Node],
+def stand_in_tensors(
+    outer: fx.GraphModule,
     sublayers: tuple[Sublayer, ...],
-    plan: SkipPlan,
-    device: torch.device,
+    stand_ins: Mapping[Sublayer, Fold],
+    placed: Placed,
 ) -> dict[str, torch.Tensor]:
-    """The compensation factors that a rewritten graph takes, float32 scalars by input name."""
-    names = [n.name for n in inputs if n.name.startswith("factor_")]
-    values = [plan.compensation.factor(sublayers[int(n.rsplit("_", 1)[1])]) for n in names]
-    tensors = torch.tensor(values, dtype=torch.float32).to(device).unbind()
-    return dict(zip(names, tensors, strict=True))
+    """The tensors of stand-ins that a rewritten graph takes, by input name.
+
+    PlanError where one does not fit the model.
+    """
+    inputs: dict[int, dict[str, str]] = {}
+    for name, (index, tensor) in stand_in_inputs(outer.graph).items():
+        inputs.setdefault(index, {})[tensor] = name
+    nodes = outer.graph.find_nodes(op="placeholder")
+    examples = {n.name: n.meta.get("example_value") for n in nodes}
+    found = {}
+    for index, names in inputs.items():
+        like = {tensor: examples[name] for tensor, name in names.items()}
+        sublayer = sublayers[index]
+        tensors = placed.get(sublayer, stand_ins[sublayer], like)
+        found.update({name: tensors[tensor] for tensor, name in names.items()})
+    return found
 
 
 class Program:
@@ -84,10 +112,13 @@ class Program:
     Attributes:
         phase: the capture it was linked from.
         probed: the sublayers whose moments it returns, in stream order.
+        runs: the sublayers that it calls, read from the graph that was linked.
+        stand_ins: the tensors that stand in for others, by the names of the graph's inputs.
         seconds: how long linking took.
     """
 
     first_passes: Sequence[Pass] = ()  #: what else is done to the outer graph
+    folded: bool = True  #: whether neighbouring stand-ins become one
 
     def __init__(
         self,
@@ -95,29 +126,37 @@ class Program:
         plan: SkipPlan,
         probed: tuple[Sublayer, ...],
         how: Link,
+        placed: Placed,
     ) -> None:
         start = time.perf_counter()
         self.phase = phase
         self.probed = tuple(s for s in phase.sublayers if s in set(probed))
+        part = plan_phase(phase.key.phase)
+        stand_ins = folds(plan, part, self.folded)
         outer = rewrite(
             phase.outer,
             phase.sublayers,
             plan,
-            plan_phase(phase.key.phase),
+            part,
             self.probed,
             probe_together=phase.key.whole_cache,
             first=self.first_passes,
+            stand_ins=stand_ins,
         )
+        self.runs = frozenset(phase.sublayers[i] for i in sublayer_calls(outer.graph))
         inputs = outer.graph.find_nodes(op="placeholder")
-        factors = factor_tensors(inputs, phase.sublayers, plan, phase.key.device)
-        added = {name: len(phase.place) + i for i, name in enumerate([*factors, VALID])}
+        self.stand_ins = stand_in_tensors(outer, phase.sublayers, stand_ins, placed)
+        added = {name: len(phase.place) + i for i, name in enumerate([*self.stand_ins, VALID])}
         place = {**phase.place, **added}
-        self._factors = tuple(factors.values())
+        self._tensors = tuple(self.stand_ins.values())
         self._take = operator.itemgetter(*(place[n.name] for n in inputs))
-        self._function = (
-            link(outer, phase.compiler) if how == "pieces" else phase.compiler.compile(fuse(outer))
-        )
+        self._function = self._link(outer, how)
         self.seconds = time.perf_counter() - start
+
+    def _link(self, outer: fx.GraphModule, how: Link) -> Callable[..., Any]:
+        """A function of the outer graph's placeholders."""
+        compiler = self.phase.compiler
+        return link(outer, compiler) if how == "pieces" else compiler.compile(fuse(outer))
 
     @property
     def functions(self) -> frozenset[Callable[..., Any]]:
@@ -147,7 +186,7 @@ class Program:
         self, arguments: Mapping[str, Any], fixed: tuple[Any, ...], valid: torch.Tensor | None
     ) -> tuple[Any, ...]:
         """All that the graph returns; arguments as of a call."""
-        values = (*fixed, *self.phase.step(arguments), *self._factors, valid)
+        values = (*fixed, *self.phase.step(arguments), *self._tensors, valid)
         outputs: tuple[Any, ...] = self._function(*self._take(values))
         return outputs
 

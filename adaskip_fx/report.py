@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from .decisions import Choice, Schedule, Stages, left_out
 from .plan import Action, Phase, SkipPlan
+from .policies import LatencyBudget
 from .text import by_kind, storage
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def runtime_report(runtime: Runtime) -> str:
         ("model", f"{type(model).__name__}, {dtype} on {model.device}"),
         *_decision_rows(runtime),
         *_plan_rows("prefill", runtime.plan, "prefill"),
+        *_budget_rows(runtime),
         ("online", _online(runtime)),
         *_request_rows(runtime),
         ("compiled", _compiled(runtime)),
@@ -63,6 +65,17 @@ def _plan_rows(title: str, plan: SkipPlan, phase: Phase) -> list[tuple[str, str]
     if kept:
         rows.append((f"{_INDENT}K/V only", by_kind(kept)))
     return rows
+
+
+def _budget_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    policy = runtime.policy
+    if not isinstance(policy, LatencyBudget):
+        return []
+    speed_ups = (
+        f"{phase} {policy.table.predict(runtime.plan, phase, policy.context):.3g}x"
+        for phase in get_args(Phase)
+    )
+    return [("budget", f"{', '.join(speed_ups)} predicted at {policy.context:,} tokens")]
 
 
 def _online(runtime: Runtime) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ from .layers import LayerProgram
 from .online import Request, Window, probed_in_decode
 from .phases import Forward, GraphKey, GraphPhase, Memory
 from .plan import Action, PlanError, SkipPlan, Sublayer
-from .programs import Counters, Link
+from .programs import Counters, Link, Program
 from .prompts import Inputs, cut_last_token, mean_embedding
 from .sample import Sample
 from .storage import Slot, Storage, StoragePool
@@ -47,6 +47,8 @@ class Runtime:
             need not wait for the host; the default there.
         why_not_fixed: why the model could not be captured that way; None if it could.
         storages: K/V buffers between requests.
+        observer: is told of every step: the program that ran, the plan in force and how many
+            tokens (rows times tokens).
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Runtime:
         self.fixed_addresses = on_gpu if fixed_addresses is None else fixed_addresses
         self.ahead = on_gpu
         self.why_not_fixed: str | None = None
+        self.observer: Callable[[Program, SkipPlan, int], None] | None = None
         self.storages = StoragePool(keep=self.fixed_addresses)
         self._recorder: Recorder | None = None  # on a GPU, at the first decode step
         self.graphs = Graphs(model, forward, sample, backend, link, max_variants)
@@ -426,6 +429,7 @@ class Runtime:
             fixed = request.fixed[program.phase] = program.phase.fixed(arguments)
         valid = _valid(request, phase, input_ids, mask) if probed else None
         logits, moments = program(arguments, fixed, valid)
+        self._observe(program, plan, batch * tokens)
         cache.advance(tokens)
         cache.padded |= mask is not None
         return logits, moments
@@ -464,8 +468,13 @@ class Runtime:
         result = decoder.run(
             lane.program, lane.arguments, fixed, input_ids, position_ids, cache.length, valid
         )
+        self._observe(lane.program, plan, batch)
         cache.advance(1)
         return result
+
+    def _observe(self, program: Program, plan: SkipPlan, tokens: int) -> None:
+        if self.observer is not None:
+            self.observer(program, plan, tokens)
 
     def _give_up_fixed_addresses(self, error: RefusedError) -> None:
         """Decode on views of the filled cache from now on, as on a CPU; `report` says why."""

@@ -1,18 +1,24 @@
 """``python -m benchmarks run NAME [NAME ...]`` measures, prints and writes ``results/NAME.json``.
 
-``python -m benchmarks report`` prints what those files hold as Markdown tables, with pictures.
+Names that begin with ``study_`` are studies of the method on a real model, which take options
+for the model and the texts, and draw pictures beside the JSON.
+
+``python -m benchmarks studies`` says what their results hold and draws them again;
+``python -m benchmarks report`` prints what the others hold as Markdown tables, with pictures.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import report as reports
+from .studies import STUDIES
 
 #: name -> the module that measures it; imported when it runs, since `report` needs no torch
 WORKLOADS = {
@@ -25,6 +31,7 @@ WORKLOADS = {
     "peers": "peers",
     "peers_whole_graph": "peers",
     "cold": "cold",
+    "budget": "budget",
 }
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,20 +45,98 @@ def main() -> None:
 
 @app.command()
 def run(
-    workloads: Annotated[list[str], typer.Argument(metavar="NAME", help=", ".join(WORKLOADS))],
+    workloads: Annotated[
+        list[str], typer.Argument(metavar="NAME", help=", ".join([*WORKLOADS, *STUDIES]))
+    ],
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = RESULTS,
+    model: Annotated[
+        str | None, typer.Option(help="of studies", show_default="SmolLM2-135M-Instruct")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="another text for studies")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="folder: each *.txt is a text")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="texts to use, of all")] = None,
+    device: Annotated[str, typer.Option(help="of studies: auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="of studies")] = None,
+    backend: Annotated[str | None, typer.Option(help="of studies")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="windows of a text's half")] = None,
+    length: Annotated[int | None, typer.Option(min=16, help="tokens of a window")] = None,
+    alpha: Annotated[list[float] | None, typer.Option(help="of studies; may be repeated")] = None,
+    compensation: Annotated[list[str] | None, typer.Option(help="of studies; all")] = None,
+    most: Annotated[int, typer.Option(min=1, help="sublayers study_errors goes up to")] = 16,
+    seed: Annotated[int, typer.Option(help="of studies")] = 0,
 ) -> None:
     """Measure workloads, one after another in this process, so that they share the model."""
+    known = {**WORKLOADS, **STUDIES}
     for name in workloads:
-        if name not in WORKLOADS:
-            raise typer.BadParameter(f"{name!r} is none of {', '.join(sorted(WORKLOADS))}")
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(sorted(known))}")
+    given = {
+        **{"model": model, "texts": _texts(text or (), data), "only": tuple(only or ())},
+        **{"device": device, "dtype": dtype, "backend": backend},
+        **{"samples": samples, "length": length, "most": most, "seed": seed},
+        **({"alphas": tuple(alpha)} if alpha else {}),
+        "compensations": tuple(compensation or ()),
+    }
     out.mkdir(parents=True, exist_ok=True)
     for name in workloads:
-        module = importlib.import_module(f"benchmarks.{WORKLOADS[name]}")
-        result = _document(name, module)
-        text = json.dumps(result, indent=1)
-        (out / f"{name}.json").write_text(text + "\n")
-        typer.echo(f"{name}:\n{module.summary(result)}" if hasattr(module, "summary") else text)
+        module = importlib.import_module(f"benchmarks.{known[name]}")
+        result = _document(name, module, given)
+        text_ = json.dumps(result, indent=1)
+        (out / f"{name}.json").write_text(text_ + "\n")
+        typer.echo(f"{name}:\n{module.summary(result)}" if hasattr(module, "summary") else text_)
+        if name in STUDIES:
+            _draw(name, module, out, out)
+
+
+def _texts(named: Sequence[str], folder: Path | None) -> tuple[tuple[str, Path], ...]:
+    """(name, file) of each text; those of a folder by the names of their files."""
+    found = [(path.stem, path) for path in sorted(folder.glob("*.txt"))] if folder else []
+    for item in named:
+        name, separator, path = item.partition("=")
+        if not (name and separator and path):
+            raise typer.BadParameter(f"--text {item!r}: write NAME=PATH")
+        found.append((name, Path(path)))
+    missing = [path for _, path in found if not path.is_file()]
+    if missing:
+        raise typer.BadParameter(f"{missing[0]}: no such file")
+    return tuple(found)
+
+
+def _draw(name: str, module: Any, results: Path, out: Path) -> None:
+    """A study's pictures, of its result; none without matplotlib."""
+    from adaskip_fx.plots import PlotError, plot
+
+    for kind in module.PICTURES:
+        title = name if kind == module.PICTURES[0] else f"{name}_{kind}"
+        try:
+            paths = plot(kind, [results / f"{name}.json"], out, title)
+        except PlotError as error:
+            typer.echo(f"no picture: {error}", err=True)
+            return
+        typer.echo(f"wrote {', '.join(map(str, paths))}", err=True)
+
+
+@app.command()
+def studies(
+    results: Annotated[Path, typer.Option(help="folder with the JSON")] = RESULTS,
+    out: Annotated[Path | None, typer.Option(help="folder for the pictures; the same")] = None,
+) -> None:
+    """Say in words what the studies found whose results are there, and draw them again."""
+    found = [name for name in STUDIES if (results / f"{name}.json").is_file()]
+    if not found:
+        typer.echo(
+            f"error: no study in {results}: `run {next(iter(STUDIES))}` writes one", err=True
+        )
+        raise typer.Exit(1)
+    for name in found:
+        module = importlib.import_module(f"benchmarks.{STUDIES[name]}")
+        result = json.loads((results / f"{name}.json").read_text())
+        at = result["conditions"]
+        where = f"{at['device']}, torch {at['torch']}, transformers {at['transformers']}"
+        typer.echo(f"{name}: {where}\n{module.summary(result)}\n")
+        _draw(name, module, results, out or results)
 
 
 @app.command()
@@ -79,7 +164,7 @@ def report(
             typer.echo(f"wrote {path}", err=True)
 
 
-def _document(name: str, module: Any) -> dict[str, Any]:
+def _document(name: str, module: Any, given: dict[str, Any]) -> dict[str, Any]:
     """One workload's result with its conditions; a thread count it sets ends with it."""
     import torch
 
@@ -87,14 +172,19 @@ def _document(name: str, module: Any) -> dict[str, Any]:
 
     threads = torch.get_num_threads()
     try:
-        return {"workload": name, **_measure(name, module), "conditions": conditions()}
+        measured = _measure(name, module, given)
+        return {"workload": name, **measured, "conditions": conditions()}
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(name: str, module: Any) -> dict[str, Any]:
+def _measure(name: str, module: Any, given: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any]
-    if name == "speed_batch8":
+    if name in STUDIES:
+        from .studies.setup import Options
+
+        result = module.measure(Options(**given))
+    elif name == "speed_batch8":
         on_gpu = module.models.device().type == "cuda"
         result = module.measure(batch=8, contexts=(8192,) if on_gpu else None)
     elif name == "peers_whole_graph":

@@ -57,7 +57,7 @@ def _random_plan(sublayers: tuple[Any, ...], draw: random.Random) -> SkipPlan:
     return SkipPlan.of(
         sublayers,
         skip,
-        compensation=Compensation("scale", {s: draw.uniform(0.9, 1.1) for s in skip}),
+        compensation=Compensation.scale({s: draw.uniform(0.9, 1.1) for s in skip}),
     )
 
 

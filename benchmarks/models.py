@@ -68,7 +68,7 @@ def random_plan(sublayers: Sequence[Sublayer], skip: int, seed: int = 0) -> Skip
     draw = random.Random(seed)
     chosen = draw.sample(list(sublayers[2:-2]), skip)
     factors = {s: draw.uniform(0.9, 1.1) for s in chosen}
-    return SkipPlan.of(sublayers, chosen, compensation=Compensation("scale", factors))
+    return SkipPlan.of(sublayers, chosen, compensation=Compensation.scale(factors))
 
 
 def tokens(batch: int, count: int) -> torch.Tensor:

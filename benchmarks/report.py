@@ -18,6 +18,7 @@ NAMES = (
     "plans",
     "window",
     "cold",
+    "budget",
 )
 SPEED_HEAD = (
     *("context", "skipped"),
@@ -25,6 +26,7 @@ SPEED_HEAD = (
     *("decode ms", "over floor", "speed-up", "promise", "kept"),
     *("K/V GiB", "share"),
 )
+BUDGET_HEAD = ("phase", "context", "plan", "attention", "ffn", "predicted", "measured", "error")
 PEERS_HEAD = ("context", "peer", "prefill s", "decode ms", "decode against adaskip")
 
 Document = dict[str, Any]
@@ -72,6 +74,8 @@ def tables(documents: dict[str, Document]) -> str:
             where = _where(document)
             if name in ("speed", "speed_batch8"):
                 parts.append(_speed(document, where))
+            elif name == "budget":
+                parts.append(_budget(document, where))
             elif name in ("peers", "peers_whole_graph"):
                 rows = _peer_rows(document["rows"])
                 title = "Peers" if name == "peers" else "Peers, in another run"
@@ -134,6 +138,23 @@ def _speed(document: Document, where: str) -> str:
         f"hidden size {model['hidden']}, {document['dtype']}; measured ceilings "
         f"{top['copy_bytes_per_s'] / 1e9:.4g} GB/s and "
         f"{top['matrix_flop_per_s'] / 1e12:.4g} TFLOP/s\n\n{_table(SPEED_HEAD, rows)}"
+    )
+
+
+def _budget(document: Document, where: str) -> str:
+    model = document["model"]
+    rows = [
+        [
+            *(row["phase"], str(row["context"]), row["plan"]),
+            *(str(row["attention"]), str(row["ffn"])),
+            *(_number(row["predicted"]), _number(row["measured"]), f"{row['error']:+.1%}"),
+        ]
+        for row in document["rows"]
+    ]
+    return (
+        f"## Speed-up, predicted and measured\n\n{where}; {model['layers']} layers, "
+        f"hidden size {model['hidden']}, {document['dtype']}; the prediction is off by at most "
+        f"{document['worst']:.1%}\n\n{_table(BUDGET_HEAD, rows, left=(0, 2))}"
     )
 
 

@@ -218,7 +218,7 @@ def follow(oracle: Oracle, plan: SkipPlan) -> None:
 def scales(factors: dict[str, float] | None) -> Compensation:
     if not factors:
         return Compensation()
-    return Compensation("scale", {Sublayer.parse(name): f for name, f in factors.items()})
+    return Compensation.scale({Sublayer.parse(name): f for name, f in factors.items()})
 
 
 def profile_of(

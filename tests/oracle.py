@@ -99,6 +99,8 @@ class Oracle:
                 x = after
             elif action == KV_ONLY:
                 branch(x)  # for its K/V
+                if name in self.factors:
+                    x = (x.float() * self.factors[name]).to(x.dtype)
             else:
                 if kind == "attention" and kwargs.get("past_key_values") is not None:
                     _hold_place(layer.self_attn, x, kwargs["past_key_values"])

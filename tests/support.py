@@ -70,7 +70,7 @@ class Subject:
         inner = sublayers[len(sublayers) // 3 : -1] or sublayers
         single = {s.kind: s for s in inner}
         ends = sublayers[0], sublayers[-1]
-        factors = Compensation("scale", {ends[0]: 0.75, ends[1]: 1.25})
+        factors = Compensation.scale({ends[0]: 0.75, ends[1]: 1.25})
         plans = [
             SkipPlan.empty(sublayers),
             SkipPlan.of(sublayers, ends, compensation=factors),

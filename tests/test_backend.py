@@ -54,7 +54,7 @@ def _fresh_dynamo() -> Iterator[None]:
 
 def plan_of(skip: list[str], factor: float = 1.1) -> SkipPlan:
     factors = {Sublayer.parse(name): factor for name in skip}
-    return SkipPlan.of(SUBLAYERS, skip, compensation=Compensation("scale", factors))
+    return SkipPlan.of(SUBLAYERS, skip, compensation=Compensation.scale(factors))
 
 
 def compiled(model: LlamaForCausalLM, **options: Any) -> Any:

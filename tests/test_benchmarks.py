@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from adaskip_fx.plan import SkipPlan, Sublayer
-from benchmarks import floors, generate, link, models, peers, plans, speed, window
+from benchmarks import budget, floors, generate, link, models, peers, plans, speed, window
 from benchmarks.__main__ import WORKLOADS, app
+from benchmarks.studies import STUDIES
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 PHASES = ("prefill", "decode")
@@ -174,6 +175,24 @@ def broken_link(result: Document) -> set[str]:
     return broken
 
 
+def broken_budget(result: Document, layers: int) -> set[str]:
+    broken: set[str] = set()
+    costs = {(c["phase"], c["context"]): c["seconds"] for c in result["costs"]}
+    for row in result["rows"]:
+        cost = costs[row["phase"], row["context"]]
+        full = cost["rest"] + layers * (cost["attention"] + cost["ffn"])
+        saved = sum(row[kind] * (cost[kind] - cost["scale"]) for kind in ("attention", "ffn"))
+        _same(broken, "predicted", row["predicted"], full / (full - saved))
+        _same(broken, "error", row["error"] + 1, row["predicted"] / row["measured"])
+        what, number = row["plan"].split()
+        if what == "alpha" and row["predicted"] < float(number) - 0.005:  # three digits
+            broken.add("alpha")
+        if what == "random" and row["attention"] + row["ffn"] != int(number):
+            broken.add("random")
+    _same(broken, "worst", result["worst"], max(abs(row["error"]) for row in result["rows"]))
+    return broken
+
+
 def near_miss(result: Document, path: str, change: Callable[[Any], Any]) -> Document:
     """A copy of `result` with the number at `path` changed."""
     result = copy.deepcopy(result)
@@ -189,7 +208,7 @@ def _off(value: float) -> float:
     return value * 1.001
 
 
-def _more(value: int) -> int:
+def _more(value: float) -> float:
     return value + 1
 
 
@@ -285,6 +304,7 @@ def measured() -> dict[str, Document]:
         "generate": generate.measure(context=32, tokens=4),
         "peers": _peers(),
         "link": link.measure(layers=6, repeats=2),
+        "budget": budget.measure(contexts=(32,), rounds=1),
     }
 
 
@@ -294,6 +314,7 @@ CHECKS: dict[str, Callable[[Document], set[str]]] = {
     "generate": broken_generate,
     "peers": lambda result: broken_peers(result, (32,)),
     "link": broken_link,
+    "budget": lambda result: broken_budget(result, 8),
 }
 KEYS = {
     "plans": {
@@ -307,6 +328,7 @@ KEYS = {
     "generate": {"context", "tokens", "step_s", "greedy", "sampling"},
     "peers": {"rows"},
     "link": {"layers", "sublayers", "link_ms", "new_captures", "new_pieces"},
+    "budget": {"model", "dtype", "rounds", "costs", "rows", "worst"},
 }
 
 
@@ -338,6 +360,9 @@ def test_workload(measured: dict[str, Document], name: str) -> None:
         ("link", "link_ms/decode/median", lambda _: math.inf, "decode"),
         ("link", "new_captures", _more, "new_captures"),
         ("link", "new_pieces", _more, "new_pieces"),
+        ("budget", "costs/0/seconds/rest", _more, "predicted"),
+        ("budget", "rows/0/measured", _off, "error"),
+        ("budget", "worst", _off, "worst"),
     ],
 )
 def test_workload_near_miss(
@@ -463,14 +488,16 @@ def test_unknown_workload_is_refused_before_anything_runs(
     monkeypatch.setenv("COLUMNS", "200")
     result = invoke("run", "plans", "sped", "--out", tmp_path / "new")
     assert result.exit_code == 2
-    assert f"'sped' is none of {', '.join(sorted(WORKLOADS))}" in result.output
+    known = ", ".join(sorted([*WORKLOADS, *STUDIES]))
+    said = " ".join(result.output.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+    assert f"'sped' is none of {known}" in said
     assert not (tmp_path / "new").exists()
 
 
 def test_every_workload_has_its_module() -> None:
     assert list(WORKLOADS) == [
         *("link", "speed", "speed_batch8", "plans", "window", "generate"),
-        *("peers", "peers_whole_graph", "cold"),
+        *("peers", "peers_whole_graph", "cold", "budget"),
     ]
     for module in WORKLOADS.values():
         assert (RESULTS.parent / f"{module}.py").is_file()
@@ -509,6 +536,10 @@ def _documents() -> dict[str, Document]:
     ]
     new_plan = {"median": 12.5, "min": 10.0, "max": 20.0, "repeats": 9}
     cold = {"layers": 4, "cache": "warm", "capture_s": 1.0, "prompt_s": 2.0, "total_s": 3.25}
+    planned = {
+        **{"phase": "decode", "context": 64, "plan": "alpha 1.25", "attention": 2, "ffn": 1},
+        **{"predicted": 1.25, "measured": 1.2753, "error": -0.02},
+    }
     results: dict[str, Document] = {
         "speed": {
             **{"model": {"layers": 4, "hidden": 64}, "dtype": "torch.bfloat16", "batch": 1},
@@ -531,6 +562,10 @@ def _documents() -> dict[str, Document]:
             **{"prompt": 16, "calibration_over_prompts": 1.07},
         },
         "cold": {"rows": [cold]},
+        "budget": {
+            **{"model": {"layers": 4, "hidden": 64}, "dtype": "torch.bfloat16", "worst": 0.0225},
+            "rows": [planned],
+        },
     }
     return {
         name: {"workload": name, **result, "conditions": CONDITIONS}
@@ -563,10 +598,17 @@ def test_report_shows_every_number(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert result.exit_code == 0, result.output
     assert result.stderr == "plots left out: matplotlib is not installed\n"
     heads = [line for line in result.stdout.splitlines() if line.startswith("#")]
-    assert heads == ["## Speed, batch 1", "## Peers", "## Single figures"]
-    assert result.stdout.count(UNDER) == 3
+    assert heads == [
+        *("## Speed, batch 1", "## Peers", "## Speed-up, predicted and measured"),
+        "## Single figures",
+    ]
+    assert result.stdout.count(UNDER) == 4
     assert "4 layers, hidden size 64, torch.bfloat16" in result.stdout
     assert "2000 GB/s and 500 TFLOP/s" in result.stdout
+    assert "the prediction is off by at most 2.2%" in result.stdout
+    assert ["decode", "64", "alpha 1.25", "2", "1", "1.250", "1.275", "-2.0%"] in _cells(
+        result.stdout
+    )
     rows = _cells(result.stdout)
     for expected in (
         "64 0 0.5000 1.250 - - - 8.000 1.500 - - - 2.000 1.000",
@@ -596,7 +638,7 @@ def test_report_leaves_out_what_was_not_measured(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_matplotlib(monkeypatch)
-    for name in ("speed", "peers", "cold", "window", "plans"):
+    for name in ("speed", "peers", "cold", "window", "plans", "budget"):
         (folder / f"{name}.json").unlink()
     result = invoke("report", "--results", folder)
     assert result.exit_code == 0, result.output

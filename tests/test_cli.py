@@ -115,7 +115,7 @@ def profile(calibrated: tuple[Path, Result]) -> Path:
 def plan(tmp_path: Path) -> Path:
     """Attention 0 is skipped, and ffn 1 in decode as well."""
     file = tmp_path / "plan.json"
-    scale = Compensation("scale", {SUBLAYERS[0]: 1.05})
+    scale = Compensation.scale({SUBLAYERS[0]: 1.05})
     adaskip_fx.SkipPlan.of(
         SUBLAYERS, ["0.attention"], decode_extra=["1.ffn"], compensation=scale
     ).save(file)
@@ -128,7 +128,7 @@ def plan(tmp_path: Path) -> Path:
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "calibrate", "generate", "inspect"):
+    for command in ("demo", "calibrate", "generate", "inspect", "measure", "eval"):
         assert re.search(rf"\b{command}\b", result.stdout)
         assert run(command, "--help").exit_code == 0
 
@@ -372,6 +372,34 @@ return (epilogue,)
 """
 
 
+def test_measure_writes_a_table_that_inspect_shows(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "table.json"
+    options = ("--context", 64, "--context", 32, "--rounds", 1, "--backend", "eager")
+    result = run("measure", folder, out, *options)
+    assert result.exit_code == 0, result.output
+    assert "4 of 4" in result.stderr
+    assert f"saved to {out}" in result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("LatencyTable ")
+    assert "backend eager" in lines[0]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["32", "64", "32", "64"]
+    assert run("inspect", out).stdout == result.stdout
+    assert "a latency table has no graph" in refused(run("inspect", out, "--graph"))
+    out.write_text(out.read_text().replace("eager", "lazy"))
+    assert "edited after it was saved" in refused(run("inspect", out))
+
+
+def test_measure_refuses_before_it_works(folder: Path, tmp_path: Path) -> None:
+    for out in (tmp_path, tmp_path / "absent" / "table.json"):
+        message = refused(run("measure", tmp_path / "no-model", out, "--context", 32))
+        assert message.endswith("a table is a file in a folder that exists; choose another path")
+    file = tmp_path / "table.json"
+    short = refused(run("measure", folder, file, "--context", 8, "--backend", "eager"))
+    assert "contexts must be lengths of at least 16 tokens" in short
+    assert run("measure", folder, file).exit_code == 2
+    assert not file.exists()
+
+
 def test_the_outer_graph_before_and_after(plan: Path) -> None:
     result = run("inspect", plan, "--graph")
     assert result.exit_code == 0, result.stderr
@@ -396,7 +424,7 @@ def test_an_excerpt_is_where_a_plan_skips_the_most() -> None:
     from adaskip_fx.explain import excerpt
 
     sublayers = [adaskip_fx.Sublayer(i, kind) for i in range(5) for kind in ("attention", "ffn")]
-    factors = Compensation("scale", {sublayers[6]: 1.5, sublayers[0]: 2.0})
+    factors = Compensation.scale({sublayers[6]: 1.5, sublayers[0]: 2.0})
     whole = adaskip_fx.SkipPlan.of(
         sublayers, ["0.attention", "3.attention"], decode_extra=["4.ffn"], compensation=factors
     )
@@ -406,7 +434,7 @@ def test_an_excerpt_is_where_a_plan_skips_the_most() -> None:
         SUBLAYERS,
         ["0.attention"],
         decode_extra=["1.ffn"],
-        compensation=Compensation("scale", {SUBLAYERS[0]: 1.5}),
+        compensation=Compensation.scale({SUBLAYERS[0]: 1.5}),
     )
     assert excerpt(short) == (short, 0)
 

@@ -72,7 +72,7 @@ def two(runtime: Runtime) -> SkipPlan:
     """A plan without the second sublayer and the last."""
     chosen = [runtime.sublayers[1], runtime.sublayers[-1]]
     return SkipPlan.of(
-        runtime.sublayers, chosen, compensation=Compensation("scale", {chosen[0]: 0.75})
+        runtime.sublayers, chosen, compensation=Compensation.scale({chosen[0]: 0.75})
     )
 
 

@@ -40,7 +40,7 @@ def sub(text: str) -> Sublayer:
 def scale(**factors: float) -> Compensation:
     """scale(ffn1=0.9) gives sublayer 1.ffn that factor."""
     named = {Sublayer(int(key.removeprefix("ffn")), "ffn"): f for key, f in factors.items()}
-    return Compensation("scale", named)
+    return Compensation.scale(named)
 
 
 FACTORS = st.floats(min_value=1e-300, max_value=1e300, allow_nan=False)
@@ -55,7 +55,7 @@ def plans(draw: st.DrawFn) -> SkipPlan:
     room = len(sublayers) - len(skip) - 1
     extra = draw(st.lists(st.sampled_from(free), unique=True, max_size=room)) if free else []
     factors = draw(st.dictionaries(st.sampled_from(sublayers), FACTORS))
-    compensation = Compensation("scale", factors) if factors else NONE
+    compensation = Compensation.scale(factors) if factors else NONE
     return SkipPlan.of(sublayers, skip, decode_extra=extra, compensation=compensation)
 
 
@@ -93,12 +93,12 @@ def test_sublayer_values_refused() -> None:
 
 
 def test_compensation_is_a_value() -> None:
-    one = Compensation("scale", {sub("0.ffn"): 0.5, sub("1.ffn"): 2})
-    two = Compensation("scale", {sub("1.ffn"): cast(float, np.float32(2)), sub("0.ffn"): 0.5})
+    one = Compensation.scale({sub("0.ffn"): 0.5, sub("1.ffn"): 2})
+    two = Compensation.scale({sub("1.ffn"): cast(float, np.float32(2)), sub("0.ffn"): 0.5})
     assert one == two
     assert hash(one) == hash(two)
     assert one.digest == two.digest
-    assert one != Compensation("scale", {sub("0.ffn"): 0.5})
+    assert one != Compensation.scale({sub("0.ffn"): 0.5})
     assert one.factor(sub("1.ffn")) == 2.0
     assert one.factor(sub("1.attention")) is None
     assert NONE.factor(sub("0.ffn")) is None
@@ -106,26 +106,19 @@ def test_compensation_is_a_value() -> None:
 
 def test_compensation_cannot_be_changed() -> None:
     given_factors = {sub("0.ffn"): 0.5}
-    compensation = Compensation("scale", given_factors)
+    compensation = Compensation.scale(given_factors)
     given_factors[sub("0.ffn")] = 7.0
     assert compensation.factor(sub("0.ffn")) == 0.5
     with pytest.raises(TypeError):
         compensation.factors[sub("0.ffn")] = 1.0  # type: ignore[index]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        compensation.kind = "none"  # type: ignore[misc]
+        compensation.stand_ins = {}  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, -0.5, "0.9", None, 1j])
 def test_factor_refused_by_name(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"scale factor of 3\.ffn must be finite and positive"):
-        Compensation("scale", {sub("1.ffn"): 1.0, sub("3.ffn"): bad})
-
-
-def test_compensation_kinds_refused() -> None:
-    with pytest.raises(ValueError, match="unknown compensation kind 'linear': this version has"):
-        Compensation(cast(Any, "linear"))
-    with pytest.raises(ValueError, match="'none' has no factors"):
-        Compensation("none", {sub("0.ffn"): 1.0})
+        Compensation.scale({sub("1.ffn"): 1.0, sub("3.ffn"): bad})
 
 
 def test_with_factors_adds_and_replaces() -> None:
@@ -141,15 +134,24 @@ def test_with_factors_adds_and_replaces() -> None:
 @PROPERTY
 @given(st.dictionaries(st.sampled_from(model(3)), FACTORS))
 def test_compensation_survives_json_exactly(factors: dict[Sublayer, float]) -> None:
-    one = Compensation("scale", factors)
+    one = Compensation.scale(factors)
     assert Compensation.from_json(json.loads(json.dumps(one.to_json()))) == one
 
 
 @pytest.mark.parametrize(
-    "data", [None, [], {}, {"kind": "none"}, {"factors": {}}, {"kind": "scale", "factors": [1]}]
+    ("data", "message"),
+    [
+        (None, "a compensation is an object"),
+        ([], "a compensation is an object"),
+        ({"0.ffn": 0.5}, "a compensation is an object"),
+        ({"0.mlp": {"kind": "scale", "factor": 0.5}}, "'0.mlp' is not a sublayer"),
+        ({"0.ffn": {"kind": "scale"}}, "scale factor of 0.ffn must be finite and positive"),
+        ({"0.ffn": {"kind": "linear", "digest": "0" * 16}}, "the tensors that stand in for 0.ffn"),
+        ({"0.ffn": {}}, "the tensors that stand in for 0.ffn are not in its file"),
+    ],
 )
-def test_compensation_json_refused(data: Any) -> None:
-    with pytest.raises(ValueError, match="compensation"):
+def test_compensation_json_refused(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Compensation.from_json(data)
 
 
@@ -246,7 +248,7 @@ def test_unknown_sublayers_are_refused() -> None:
         SkipPlan.of(model(2), ["2.ffn"])
     with pytest.raises(PlanError, match=r"^2\.ffn: unknown sublayer \(decode\)"):
         SkipPlan.of(model(2), [], decode_extra=["2.ffn"])
-    with pytest.raises(PlanError, match=r"^9\.ffn: unknown sublayer \(factor\)"):
+    with pytest.raises(PlanError, match=r"^9\.ffn: unknown sublayer \(compensation\)"):
         SkipPlan.of(model(2), [], compensation=scale(ffn9=0.9))
     with pytest.raises(PlanError, match=r"^2\.ffn: unknown"):
         SkipPlan.empty(model(2)).action("decode", sub("2.ffn"))
@@ -337,11 +339,10 @@ def sha(value: Any) -> str:
 
 def test_digest_written_out() -> None:
     """The digests are part of the file format: this is what they are taken over."""
-    plan = SkipPlan.of(
-        model(1), ["0.ffn"], compensation=Compensation("scale", {sub("0.ffn"): 0.75})
-    )
-    factors = {"0.ffn": {"float": "0x1.8000000000000p-1"}}
-    compensation = sha({"kind": "scale", "factors": factors})
+    plan = SkipPlan.of(model(1), ["0.ffn"], compensation=Compensation.scale({sub("0.ffn"): 0.75}))
+    factor = {"factor": {"float": "0x1.8000000000000p-1"}}
+    stand_in = sha({"kind": "scale", "tensors": factor})
+    compensation = sha({"0.ffn": stand_in})
     assert plan.compensation.digest == compensation
     actions = {"prefill": {"0.ffn": "skip"}, "decode": {"0.ffn": "skip"}}
     names = ["0.attention", "0.ffn"]
@@ -350,8 +351,7 @@ def test_digest_written_out() -> None:
         {
             "phase": "decode",
             "actions": [["0.attention", "run"], ["0.ffn", "skip"]],
-            "kind": "scale",
-            "factors": factors,
+            "stand_ins": {"0.ffn": stand_in},
         }
     )
 
@@ -365,7 +365,7 @@ def test_digest_does_not_depend_on_order(plan: SkipPlan, random: Any) -> None:
         return dict(items)
 
     factors = shuffled(plan.compensation.factors)
-    compensation = Compensation("scale", factors) if factors else NONE
+    compensation = Compensation.scale(factors) if factors else NONE
     again = SkipPlan(plan.sublayers, shuffled(plan.prefill), shuffled(plan.decode), compensation)
     assert again.digest == plan.digest
     assert again == plan
@@ -384,9 +384,9 @@ def test_phase_digest_is_what_a_program_depends_on(
     one: SkipPlan, two: SkipPlan, phase: Phase
 ) -> None:
     def content(plan: SkipPlan) -> Any:
-        skipped = plan.skipped(phase)
+        changed = plan.prefill if phase == "prefill" else plan.decode
         return [
-            (s, plan.action(phase, s), plan.compensation.factor(s) if s in skipped else None)
+            (s, plan.action(phase, s), plan.compensation.factor(s) if s in changed else None)
             for s in plan.sublayers
         ]
 
@@ -447,16 +447,21 @@ def test_file_format(tmp_path: Path) -> None:
     data = saved(tmp_path / "plan.json")
     assert len(data.pop("digest")) == 16
     assert data == {
-        "schema": 1,
+        "schema": 2,
         "sublayers": ["0.attention", "0.ffn", "1.attention", "1.ffn"],
         "prefill": {"0.ffn": "skip"},
         "decode": {"0.ffn": "skip", "1.ffn": "skip"},
-        "compensation": {"kind": "scale", "factors": {"0.ffn": 0.5, "1.ffn": 0.75}},
+        "compensation": {
+            "0.ffn": {"kind": "scale", "factor": 0.5},
+            "1.ffn": {"kind": "scale", "factor": 0.75},
+        },
+        "tensors": None,
     }
 
 
 EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda d: d.update(schema=2), r"schema 2 is newer than this version reads \(1\); upgrade"),
+    (lambda d: d.update(schema=3), r"schema 3 is newer than this version reads \(2\); upgrade"),
+    (lambda d: d.update(schema=1), "unknown schema 1; build the plan again"),
     (lambda d: d.update(schema=0), "unknown schema 0; build the plan again"),
     (lambda d: d.update(schema="1"), "no schema number"),
     (lambda d: d.pop("schema"), "no schema number"),
@@ -464,10 +469,11 @@ EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: (d.pop("digest"), d.pop("prefill")), "missing digest, prefill"),
     (lambda d: d["decode"].pop("1.ffn"), "edited after it was saved"),
     (lambda d: d["decode"].update({"1.attention": "kv_only"}), "edited after it was saved"),
-    (lambda d: d["compensation"]["factors"].update({"0.ffn": 0.51}), "edited after it was saved"),
+    (lambda d: d["compensation"]["0.ffn"].update(factor=0.51), "edited after it was saved"),
     (lambda d: d.update(digest="0" * 16), "edited after it was saved"),
-    (lambda d: d["compensation"]["factors"].update({"0.ffn": -1}), r"not a valid plan \(scale fac"),
-    (lambda d: d["compensation"].update(kind="linear"), r"not a valid plan \(unknown compensation"),
+    (lambda d: d["compensation"]["0.ffn"].update(factor=-1), r"not a valid plan \(scale fac"),
+    (lambda d: d["compensation"]["0.ffn"].update(kind="linear"), "the tensors that stand in for 0"),
+    (lambda d: d.update(tensors="../other.safetensors"), "is not the name of a compensation's fil"),
     (lambda d: d["decode"].update({"0.attention": "skip"}), r"not a valid plan \(0\.attention: ru"),
     (lambda d: d["prefill"].update({"0.mlp": "skip"}), r"not a valid plan \('0\.mlp' is not a sub"),
     (lambda d: d["prefill"].update({"0.ffn": ["skip"]}), "not a valid plan"),

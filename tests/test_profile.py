@@ -137,14 +137,14 @@ def test_variants_differ_when_lengths_do() -> None:
 def test_compensation_is_the_scale_of_every_sublayer(variant: Variant) -> None:
     result = measured(draw_streams(1))
     expected = dict(zip(NAMES, map(float, result.scale(variant)), strict=True))
-    assert result.compensation(variant) == Compensation("scale", expected)
+    assert result.compensation(variant) == Compensation.scale(expected)
 
 
 def test_compensation_refuses_a_dead_stream_by_name() -> None:
     moments = profile().moments.copy()
     moments[1, 2, MOMENTS.index("before_squared")] = 0
     broken = profile(moments=moments)
-    assert broken.compensation("paper").kind == "scale"  # near miss: the paper needs no |a|^2
+    assert broken.compensation("paper").factors  # near miss: the paper needs no |a|^2
     with pytest.raises(ValueError, match=r"scale factor of 1\.attention"):
         broken.compensation("released")
 

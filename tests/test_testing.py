@@ -72,18 +72,18 @@ def test_a_model_whose_masks_are_its_own_is_not_run_at_fixed_addresses() -> None
 @pytest.fixture
 def wrong_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A defect: what stands in for a skipped sublayer is scaled by twice its factor."""
-    right = programs.factor_tensors
+    right = programs.stand_in_tensors
 
     def wrong(*arguments: Any) -> dict[str, torch.Tensor]:
         return {name: 2 * factor for name, factor in right(*arguments).items()}
 
-    monkeypatch.setattr(programs, "factor_tensors", wrong)
+    monkeypatch.setattr(programs, "stand_in_tensors", wrong)
 
 
 def scaled(model: Any, prefill: str = "", decode: str = "") -> SkipPlan:
     sublayers = {str(s): s for s in compiled_for(model).adaskip.sublayers}
     skip, extra = ([sublayers[n] for n in (name,) if n] for name in (prefill, decode))
-    factors = Compensation("scale", dict.fromkeys((*skip, *extra), 0.75))
+    factors = Compensation.scale(dict.fromkeys((*skip, *extra), 0.75))
     return SkipPlan.of(tuple(sublayers.values()), skip, decode_extra=extra, compensation=factors)
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from adaskip_fx.plan import Phase, SkipPlan
 from adaskip_fx.sublayer import Kind, Sublayer
-from adaskip_fx.text import TIMES, by_kind, storage
+from adaskip_fx.text import by_kind, storage
 
 from .result import CONTENDERS, Contender, DemoResult
 
@@ -61,8 +61,8 @@ def _sublayers(result: DemoResult, console: Console) -> None:
 def _action(result: DemoResult, sublayer: Sublayer) -> str:
     extra = result.extra(sublayer)
     if sublayer in result.plan.prefill:
-        factor = result.plan.compensation.factor(sublayer)
-        return f"skip {TIMES}{factor:.3f}" if factor is not None else "skip"
+        stand_in = result.plan.compensation.stand_in(sublayer)
+        return f"skip {stand_in}" if stand_in is not None else "skip"
     return f"decode skips it in {extra} of {len(result.learned)}" if extra else ""
 
 

@@ -14,10 +14,10 @@ _LONGEST = 800  # characters of a paragraph; longer ones (grammars, tables) are 
 _LETTERS_PER_TOKEN = 6  # more than any usual tokenizer takes
 
 # A "pass key" or a "secret word" would be taken for something of Python in these texts.
-_INSTRUCTION = "There is an important secret number hidden in the text. Find it and memorize it.\n"
-_NEEDLE = "The secret number is {key}. Remember it. {key} is the secret number."
-_QUESTION = "\nWhat is the secret number? Answer with the number."
-_OPENING = "The secret number is"  # of the answer: small models do not find a way into it
+INSTRUCTION = "There is an important secret number hidden in the text. Find it and memorize it.\n"
+NEEDLE = "The secret number is {key}. Remember it. {key} is the secret number."
+QUESTION = "\nWhat is the secret number? Answer with the number."
+OPENING = "The secret number is"  # of the answer: small models do not find a way into it
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,9 @@ def _window(tokenizer: Any, paragraphs: list[str], tokens: int) -> tuple[int, ..
 
 def _passkey(tokenizer: Any, paragraphs: list[str], key: str, depth: float) -> Passkey:
     at = round(depth * len(paragraphs))
-    hidden = [*paragraphs[:at], _NEEDLE.format(key=key), *paragraphs[at:]]
-    text = _INSTRUCTION + "\n\n".join(hidden) + _QUESTION
-    return Passkey(tuple(prompt_ids(tokenizer, text, opening=_OPENING)), key, depth)
+    hidden = [*paragraphs[:at], NEEDLE.format(key=key), *paragraphs[at:]]
+    text = INSTRUCTION + "\n\n".join(hidden) + QUESTION
+    return Passkey(tuple(prompt_ids(tokenizer, text, opening=OPENING)), key, depth)
 
 
 def prompt_ids(tokenizer: Any, text: str, opening: str = "") -> list[int]:

@@ -16,6 +16,7 @@ from adaskip_fx.policies.d3 import D3
 from adaskip_fx.policies.early_exit import EarlyExit
 from adaskip_fx.policies.evolve import Evolve
 from adaskip_fx.policies.greedy import Greedy
+from adaskip_fx.policies.latency import LatencyBudget
 from adaskip_fx.policies.lite_stage import LiteStage, Stage
 from adaskip_fx.policies.llm_drop import LLMDrop
 from adaskip_fx.policies.pop import POP
@@ -41,6 +42,7 @@ __all__ = [
     "Evolve",
     "Greedy",
     "LLMDrop",
+    "LatencyBudget",
     "LiteStage",
     "OnlinePolicy",
     "PlanPolicy",

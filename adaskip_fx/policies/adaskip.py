@@ -7,7 +7,7 @@ from a window of its own tokens which ffn sublayers to skip on top of that.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
@@ -82,15 +82,18 @@ class AdaSkip:
         """
         sublayers = profile.sublayers
         count = skip_count(alpha, len(sublayers))
-        if count == 0:
-            return SkipPlan.empty(sublayers)
         ranking = np.argsort(-profile.similarity(self.variant), kind="stable")
-        skip = {sublayers[i] for i in ranking[:count]}
+        return self.plan_of(profile, {sublayers[i] for i in ranking[:count]})
+
+    def plan_of(self, profile: Profile, skip: Collection[Sublayer]) -> SkipPlan:
+        """The plan that skips just `skip` in prefill, each with its scale (eq. 4)."""
+        if not skip:
+            return SkipPlan.empty(profile.sublayers)
         # Every ffn gets its factor now: decode may add any of them, and the plan alone, without
         # the profile, then says what stands in for it.
         scale = profile.compensation(self.variant).factors
         factors = {s: f for s, f in scale.items() if s in skip or s.kind == "ffn"}
-        return SkipPlan.of(sublayers, skip, compensation=Compensation("scale", factors))
+        return SkipPlan.of(profile.sublayers, skip, compensation=Compensation.scale(factors))
 
     def threshold(self, profile: Profile, plan: SkipPlan) -> float | None:
         """beta: the least offline similarity among what prefill skips; None when it skips nothing.
@@ -130,12 +133,14 @@ class AdaSkip:
         chosen = self._above(beta, moments, probed)
         running = [s for s in plan.sublayers if plan.action("decode", s) is Action.RUN]
         fresh = [s for s in chosen if s in running][: len(running) - 1]
+        # What prefill skips keeps what stands in for it there, and so does what was fitted for it.
+        known = plan.compensation.stand_ins
         if self.variant == "released":
             scale = _window_scale(moments, probed)
+            known = {s: c for s, c in known.items() if s in plan.prefill or c.factor is None}
         else:
-            scale = profile.compensation(self.variant).factors
-        # What prefill skips keeps the factor that it had there.
-        factors = {s: scale[s] for s in fresh if s not in plan.prefill}
+            scale = profile.compensation().factors
+        factors = {s: scale[s] for s in fresh if s not in known and s not in plan.prefill}
         return plan.with_decode_extra(fresh, factors)
 
     def _above(

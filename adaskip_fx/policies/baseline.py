@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from adaskip_fx.compensation import NONE, Compensation
+from adaskip_fx.compensation import Compensation
 from adaskip_fx.plan import SkipPlan, Sublayer
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ def plan_without(profile: Profile, skip: Collection[Sublayer], compensated: bool
 
     The scale is AdaSkip's (arXiv 2501.02336, eq. 4).
     """
-    compensation = NONE
-    if compensated and skip:
-        scale = profile.compensation().factors
-        compensation = Compensation("scale", {s: scale[s] for s in skip})
+    scale = profile.compensation().factors if compensated else {}
+    compensation = Compensation.scale({s: f for s, f in scale.items() if s in skip})
     return SkipPlan.of(profile.sublayers, skip, compensation=compensation)

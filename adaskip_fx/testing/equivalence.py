@@ -7,17 +7,15 @@ import inspect
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from adaskip_passes import Tap
-
 from ..api import build
 from ..plan import Action, Phase, SkipPlan
-from ..programs import Program
 from ..runtime import Runtime
+from ..watched import watching
 from .oracle import Oracle, Skips
 
 #: Relative errors allowed by default. The compiled model groups operations differently, and picks
@@ -153,12 +151,8 @@ def _pair(model: Any, dtype: torch.dtype | None, backend: str) -> _Pair:
 
 def _skips(plan: SkipPlan, phase: Phase) -> Skips:
     """What a plan leaves out in a phase, as the oracle is told; `kv_only` adds nothing either."""
-    actions = {s: plan.action(phase, s) for s in plan.sublayers}
-    return {
-        str(s): plan.compensation.factor(s) if action is Action.SKIP else None
-        for s, action in actions.items()
-        if action is not Action.RUN
-    }
+    left_out = (s for s in plan.sublayers if plan.action(phase, s) is not Action.RUN)
+    return {str(s): plan.compensation.stand_in(s) for s in left_out}
 
 
 def _random_tokens(model: Any) -> torch.Tensor:
@@ -191,30 +185,15 @@ def _eager_steps(
     return steps
 
 
-class _Watched(Program):
-    """A program that keeps the streams of its last run."""
-
-    first_passes = (Tap(),)
-    last: ClassVar[tuple[torch.Tensor, ...]] = ()
-
-    def run(self, *arguments: Any) -> tuple[Any, ...]:
-        outputs = super().run(*arguments)
-        end = 2 + len(self.phase.sublayers)
-        _Watched.last = outputs[1:end]
-        return outputs[:1] + outputs[end:]
-
-
 def _first_difference(pair: _Pair, steps: list[_Step], allowed: float) -> str:
     """Run the steps again, watching the stream of the compiled model; what is seen, in words."""
     runtime: Runtime = pair.compiled.adaskip
-    graphs, fixed = runtime.graphs, runtime.fixed_addresses
-    modules = graphs.modules
-    graphs.program_type, runtime.fixed_addresses = _Watched, False
-    try:
+    modules = runtime.graphs.modules
+    with watching(runtime) as streams:
         cache = runtime.new_cache()
         for number, step in enumerate(steps):
             logits = pair.forward(pair.compiled, step.inputs, cache)
-            begin, *afters = _Watched.last
+            begin, *afters = streams()
             for name, before, after in zip(modules, (begin, *afters), afters, strict=False):
                 expected = [t.reshape(after.shape) for t in step.streams[name]]
                 place = f"{name} ({', '.join(modules[name])}), step {number} ({step.name})"
@@ -223,8 +202,6 @@ def _first_difference(pair: _Pair, steps: list[_Step], allowed: float) -> str:
                         return f"First difference: the stream {side} {place}: {_worst(got, want)}."
             if not relative_error(logits, step.logits) <= allowed:
                 return "No sublayer's stream differs: the difference is made after the last one."
-    finally:
-        graphs.program_type, runtime.fixed_addresses = Program, fixed
     return "Watched, sublayer by sublayer, the model gives the eager model's logits."
 
 

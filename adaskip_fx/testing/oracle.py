@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaskip_fx.stand_in import StandIn
+
 _ADDS = frozenset(
     [
         *(torch.add, torch.Tensor.add, torch.Tensor.add_),
@@ -24,7 +26,7 @@ _ADDS = frozenset(
     ]
 )
 #: What stands in for a sublayer: None hands the stream on, a number is a factor on it.
-Skips = Mapping[str, float | None]
+Skips = Mapping[str, StandIn | float | None]
 
 
 @dataclass
@@ -97,13 +99,27 @@ class Oracle:
         for number, (name, branch) in enumerate(ordered):
             before = stream
             if name in skips:
-                factor = skips[name]
-                stream = before if factor is None else (before.float() * factor).to(before.dtype)
+                stream = replaced(before, skips[name])
             else:
                 whole = number == len(ordered) - 1 and not skips.keys() & dict(ordered).keys()
                 stream = total() if whole else before + branch
             self.streams[name] = (before, stream)
         return stream
+
+
+def replaced(stream: torch.Tensor, by: StandIn | float | None) -> torch.Tensor:
+    """What a stream [..., H] becomes where a sublayer is left out, written out."""
+    if by is None:
+        return stream
+    if not isinstance(by, StandIn):
+        return (stream.float() * by).to(stream.dtype)
+    tensors = {n: torch.tensor(t, device=stream.device) for n, t in by.tensors.items()}
+    if "factor" in tensors:
+        return (stream.float() * tensors["factor"].float()).to(stream.dtype)
+    narrow = {n: t.to(stream.dtype) for n, t in tensors.items()}
+    inner = stream if by.kind == "linear" else stream @ narrow["down"].T
+    weight = narrow["weight"] if by.kind == "linear" else narrow["up"]
+    return stream + (inner @ weight.T + narrow["bias"])
 
 
 def _filled(cache: Any) -> bool:

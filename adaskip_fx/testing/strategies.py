@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
 from ..compensation import Compensation
 from ..plan import Action, SkipPlan
+from ..stand_in import SHAPES, StandIn
 from ..sublayer import Sublayer
 from .equivalence import compiled_for
 from .families import FAMILIES, tiny_config
@@ -28,32 +30,53 @@ _ACTIONS = {
     "ffn": (("run", "run"), ("skip", "skip"), ("run", "skip"), ("skip", "run")),
 }
 _FACTORS = st.floats(0.25, 2.0, width=32)
+_TENSORS = ("diagonal", "low_rank", "linear")
 
 
 def plans(model: Any) -> st.SearchStrategy[SkipPlan]:
-    """Any skip plan for a model: what runs, what is skipped in which phase, with which factor.
+    """Any skip plan for a model: what runs, what is skipped in which phase, what stands in for it.
 
     Args:
         model: a decoder as :func:`adaskip_fx.compile` takes it, whose sublayers are looked up; or
-            the sublayers themselves, in the order of the stream.
+            the sublayers themselves, in the order of the stream, and then only scales stand in.
     """
-    sublayers = model if isinstance(model, Sequence) else compiled_for(model).adaskip.sublayers
-    return _plans(tuple(sublayers))
+    if isinstance(model, Sequence):
+        return _plans(tuple(model), None)
+    hidden = model.get_input_embeddings().weight.shape[1]
+    return _plans(compiled_for(model).adaskip.sublayers, hidden)
+
+
+def stand_ins(hidden: int | None) -> st.SearchStrategy[StandIn]:
+    """Stand-ins for a stream of width `hidden`; scales alone where that is None."""
+    scales = _FACTORS.map(StandIn.scale)
+    if hidden is None:
+        return scales
+    drawn = st.tuples(st.sampled_from(_TENSORS), st.integers(1, 4), st.integers(0, 2**16))
+    return scales | drawn.map(lambda values: _random_stand_in(*values, hidden))
+
+
+def _random_stand_in(kind: Any, rank: int, seed: int, hidden: int) -> StandIn:
+    """As large as what sublayers add."""
+    draw, sizes = np.random.default_rng(seed), {"H": hidden, "r": rank}
+    shapes = {name: [sizes[n] for n in letters] for name, letters in SHAPES[kind].items()}
+    return StandIn(
+        kind, {n: draw.normal(size=shape) / np.sqrt(hidden) for n, shape in shapes.items()}
+    )
 
 
 @st.composite
-def _plans(draw: st.DrawFn, sublayers: tuple[Sublayer, ...]) -> SkipPlan:
+def _plans(draw: st.DrawFn, sublayers: tuple[Sublayer, ...], hidden: int | None) -> SkipPlan:
     actions = {s: draw(st.sampled_from(_ACTIONS[s.kind]), label=str(s)) for s in sublayers}
     for phase in (0, 1):
         if all(a[phase] != "run" for a in actions.values()):
             actions[sublayers[-1]] = ("run", "run")
-    skipped = [s for s, pair in actions.items() if "skip" in pair]
-    factors = {s: f for s in skipped if (f := draw(st.none() | _FACTORS, label=f"x {s}"))}
+    left_out = [s for s, pair in actions.items() if pair != ("run", "run")]
+    drawn = {s: draw(st.none() | stand_ins(hidden), label=f"x {s}") for s in left_out}
     return SkipPlan(
         sublayers,
         {s: Action(pair[0]) for s, pair in actions.items()},
         {s: Action(pair[1]) for s, pair in actions.items()},
-        Compensation("scale", factors) if factors else Compensation(),
+        Compensation({s: c for s, c in drawn.items() if c is not None}),
     )
 
 

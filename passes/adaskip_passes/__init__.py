@@ -16,10 +16,12 @@ once, and a :class:`Recorder` makes a program one CUDA graph.
 
 from .canonical import canonicalize
 from .capture import Binder, Capture, ShapeGuards, capture, describe
+from .compensation import STAND_INS
 from .compiler import PieceCompiler, start_workers
 from .cuda_graphs import Recorder
 from .dead_code import eliminate_dead_code
 from .decode_ops import attend, project
+from .differentiable import differentiable
 from .errors import RefusedError
 from .flattened import unflatten
 from .link import fuse, link
@@ -29,13 +31,14 @@ from .pipeline import Pass, run_passes, text
 from .probe import MOMENTS, VALID, Probe, ProbeLayers
 from .projections import FuseProjections
 from .repeats import Repeat
-from .skip import Keep, Replacement, Skip
+from .skip import Keep, Replacement, Skip, stand_in_inputs
 from .sublayers import Sublayer, find_sublayers
 from .tap import Tap
 from .twins import Place, place_of
 
 __all__ = [
     "MOMENTS",
+    "STAND_INS",
     "VALID",
     "Binder",
     "Capture",
@@ -59,6 +62,7 @@ __all__ = [
     "canonicalize",
     "capture",
     "describe",
+    "differentiable",
     "eliminate_dead_code",
     "find_sublayers",
     "fuse",
@@ -69,6 +73,7 @@ __all__ = [
     "project",
     "run_passes",
     "separate",
+    "stand_in_inputs",
     "start_workers",
     "sublayer_calls",
     "text",

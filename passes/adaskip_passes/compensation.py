@@ -1,27 +1,43 @@
-"""Pieces that stand in for a skipped sublayer.
+"""Pieces that stand in for a skipped sublayer: the ladder, from one factor to a linear map.
 
-A compensation is data, not code: its tensors are inputs of the outer graph, so one compiled piece
-serves every factor.
+A stand-in is data, not code: its tensors are inputs of the outer graph, so one compiled piece
+serves every sublayer, whatever was fitted for it. Each kind is a function of a token's stream
+alone; it stores nothing and reads no other token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import fx
+from torch.nn.functional import linear as apply_linear
 
 from .outline import Piece, helper_piece
 
+STAND_IN = "adaskip_stand_in"  # marks an input: (position of the sublayer, name of the tensor)
 
-def scale(x: fx.Node, factor: fx.Node) -> fx.Node:
-    """``b_hat = factor * a`` (AdaSkip eq. 4), computed in float32.
 
-    Args:
-        x: residual stream [batch, tokens, hidden], any floating type.
-        factor: float32 tensor without dimensions.
+@dataclass(frozen=True)
+class StandInKind:
+    """One rung of the ladder.
+
+    Attributes:
+        compute: what it makes of the stream [batch, tokens, hidden] and its tensors.
+        shapes: from hidden size and rank to the shapes of its tensors, by name.
+        wide: whether its tensors are float32 whatever the stream is (else they are like it).
     """
+
+    compute: Callable[..., fx.Node]
+    shapes: Callable[[Any, int], Mapping[str, tuple[Any, ...]]]
+    wide: bool = False
+
+
+def _multiplied(x: fx.Node, factor: fx.Node) -> fx.Node:
+    """``factor * x``, computed in float32: one factor (AdaSkip eq. 4), or one for each channel."""
     graph, dtype = x.graph, x.meta["example_value"].dtype
     if dtype == torch.float32:
         return graph.call_function(torch.mul, (x, factor))
@@ -29,30 +45,64 @@ def scale(x: fx.Node, factor: fx.Node) -> fx.Node:
     return graph.call_method("to", (graph.call_function(torch.mul, (wide, factor)), dtype))
 
 
-#: kind -> (names of its tensors, what it computes)
-COMPENSATIONS: Mapping[str, tuple[tuple[str, ...], Callable[..., fx.Node]]] = MappingProxyType(
-    {"scale": (("factor",), scale)}
+def _linear(x: fx.Node, weight: fx.Node, bias: fx.Node) -> fx.Node:
+    """``x + x W^T + b`` (NBL, arXiv 2505.21077)."""
+    return _added(x, x, weight, bias)
+
+
+def _low_rank(x: fx.Node, down: fx.Node, up: fx.Node, bias: fx.Node) -> fx.Node:
+    """``x + (x D^T) U^T + b``."""
+    return _added(x, x.graph.call_function(apply_linear, (x, down)), up, bias)
+
+
+def _added(x: fx.Node, source: fx.Node, weight: fx.Node, bias: fx.Node) -> fx.Node:
+    """``x + source W^T + b``."""
+    branch = x.graph.call_function(apply_linear, (source, weight, bias))
+    return x.graph.call_function(torch.add, (x, branch))
+
+
+STAND_INS: Mapping[str, StandInKind] = MappingProxyType(
+    {
+        "scale": StandInKind(_multiplied, lambda hidden, rank: {"factor": ()}, wide=True),
+        "diagonal": StandInKind(_multiplied, lambda hidden, rank: {"factor": (hidden,)}, wide=True),
+        "linear": StandInKind(
+            _linear, lambda hidden, rank: {"weight": (hidden, hidden), "bias": (hidden,)}
+        ),
+        "low_rank": StandInKind(
+            _low_rank,
+            lambda hidden, rank: {"down": (rank, hidden), "up": (hidden, rank), "bias": (hidden,)},
+        ),
+    }
 )
 
 
-def compensation_piece(
-    kind: str,
-    stream: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor],
-    lengths: Sequence[fx.Node],
-) -> Piece:
-    """The piece for one kind of compensation.
+def stand_in_examples(kind: str, rank: int, stream: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Example (fake) values of a stand-in's tensors, by name, for a stream like this one."""
+    found = STAND_INS[kind]
+    dtype = torch.float32 if found.wide else stream.dtype
+    shapes = found.shapes(stream.shape[-1], rank)
+    return {name: stream.new_empty(shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+def stand_in_piece(kind: str, rank: int, stream: torch.Tensor, lengths: Sequence[fx.Node]) -> Piece:
+    """The piece for one kind of stand-in.
 
     Args:
-        kind: a key of `COMPENSATIONS`.
+        kind: a key of `STAND_INS`.
+        rank: of ``"low_rank"``; 0 otherwise.
         stream: example (fake) value of the residual stream.
-        tensors: example values of the kind's tensors, by name.
         lengths: see :func:`helper_piece`.
     """
-    names, compute = COMPENSATIONS[kind]
+    tensors = stand_in_examples(kind, rank, stream)
     graph = fx.Graph()
     x = graph.placeholder("x")
     x.meta["example_value"] = stream
-    graph.output(compute(x, *(graph.placeholder(name) for name in names)))
-    examples = [stream, *(tensors[name] for name in names)]
-    return helper_piece(kind, "compensation", graph, examples, lengths)
+    graph.output(STAND_INS[kind].compute(x, *(graph.placeholder(name) for name in tensors)))
+    return helper_piece(
+        piece_name(kind, rank), "compensation", graph, [stream, *tensors.values()], lengths
+    )
+
+
+def piece_name(kind: str, rank: int) -> str:
+    """What a stand-in's piece is called in an outer graph."""
+    return f"{kind}_{rank}" if rank else kind

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from .compensation import COMPENSATIONS, compensation_piece
+from .compensation import STAND_IN, piece_name, stand_in_examples, stand_in_piece
 from .dead_code import eliminate_dead_code
 from .effects import accesses, is_mutation, written
 from .errors import RefusedError
@@ -41,11 +41,13 @@ class Replacement:
         keep: which of the sublayer's effects stay. ``counters``: those that do not depend on the
             stream (a cache's length), so that K/V writes go; ``everything``: K/V writes as well;
             ``nothing``: none, for a cache that has no storage for this sublayer.
-        compensation: a kind in `COMPENSATIONS`, or None to hand the stream on unchanged.
+        compensation: a kind in `STAND_INS`, or None to hand the stream on unchanged.
+        rank: of a ``"low_rank"`` compensation.
     """
 
     keep: Keep = "counters"
     compensation: str | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ class Skip:
             eliminate_dead_code(outer.graph, keep=_is_call, placeholders=True)
 
 
-def factor_name(index: int, tensor: str) -> str:
-    """The name of the outer graph's input that carries a compensation tensor of a sublayer."""
-    return f"{tensor}_{index}"
+def stand_in_inputs(outer: fx.Graph) -> dict[str, tuple[int, str]]:
+    """The inputs that passes added for stand-ins: by name the sublayer's position, the tensor."""
+    marked = ((n.name, n.meta.get(STAND_IN)) for n in outer.find_nodes(op="placeholder"))
+    return {name: mark for name, mark in marked if mark is not None}
 
 
 def _is_call(node: fx.Node) -> bool:
@@ -101,7 +104,7 @@ def _replace(outer: fx.GraphModule, call: fx.Node, replacement: Replacement) -> 
             _insert_residue(outer, call, piece, replacement.keep)
         value = stream
         if replacement.compensation is not None:
-            value = _insert_compensation(outer, stream, piece.index, replacement.compensation)
+            value = _insert_stand_in(outer, stream, piece.index, replacement)
     call.replace_all_uses_with(value)
     outer.graph.erase_node(call)
 
@@ -152,30 +155,36 @@ def _used(whole: fx.GraphModule, part: fx.GraphModule) -> list[bool]:
     return [n.name in names for n in whole.graph.find_nodes(op="placeholder")]
 
 
-def _insert_compensation(outer: fx.GraphModule, stream: fx.Node, index: int, kind: str) -> fx.Node:
-    names, _ = COMPENSATIONS[kind]
+def _insert_stand_in(
+    outer: fx.GraphModule, stream: fx.Node, index: int, replacement: Replacement
+) -> fx.Node:
+    kind, rank = replacement.compensation, replacement.rank
+    assert kind is not None
     example = stream.meta["example_value"]
     lengths = length_inputs(outer.graph, (stream,))
-    inputs = [_new_input(outer.graph, factor_name(index, n), _scalar_like(example)) for n in names]
-    piece = _shared_compensation(outer, kind, example, lengths)
+    inputs = []
+    for name, tensor in stand_in_examples(kind, rank, example).items():
+        inputs.append(_new_input(outer.graph, f"{name}_{index}", tensor))
+        inputs[-1].meta[STAND_IN] = (index, name)
+    piece = _shared_stand_in(outer, kind, rank, example, lengths)
     node = outer.graph.create_node(
-        "call_module", piece.name, (stream, *inputs, *lengths), name=f"{piece.name}_{index}"
+        "call_module", piece.name, (stream, *inputs, *lengths), name=f"{kind}_{index}"
     )
     node.meta[PIECE] = piece
     node.meta["example_value"] = example
     return node
 
 
-def _shared_compensation(
-    outer: fx.GraphModule, kind: str, stream: torch.Tensor, lengths: list[fx.Node]
+def _shared_stand_in(
+    outer: fx.GraphModule, kind: str, rank: int, stream: torch.Tensor, lengths: list[fx.Node]
 ) -> Piece:
-    """The outer graph's one piece for this kind of compensation, added if need be."""
+    """The outer graph's one piece for this kind of stand-in, added if need be."""
+    name = piece_name(kind, rank)
     for node in outer.graph.nodes:
         piece = piece_of(node)
-        if piece is not None and piece.role == "compensation" and piece.name == kind:
+        if piece is not None and piece.role == "compensation" and piece.name == name:
             return piece
-    tensors = {n: _scalar_like(stream) for n in COMPENSATIONS[kind][0]}
-    piece = compensation_piece(kind, stream, tensors, lengths)
+    piece = stand_in_piece(kind, rank, stream, lengths)
     outer.add_submodule(piece.name, piece.module)
     return piece
 
@@ -186,7 +195,3 @@ def _new_input(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
         node = graph.placeholder(name)
     node.meta["example_value"] = example
     return node
-
-
-def _scalar_like(stream: torch.Tensor) -> torch.Tensor:
-    return stream.new_empty((), dtype=torch.float32)

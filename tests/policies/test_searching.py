@@ -99,7 +99,7 @@ def test_compensation_is_fitted_for_every_candidate() -> None:
 
     def compensate(skipped: tuple[Sublayer, ...]) -> Compensation:
         fitted.append(skipped)
-        return Compensation("scale", {s: 1.0 + len(skipped) / 8 for s in skipped})
+        return Compensation.scale({s: 1.0 + len(skipped) / 8 for s in skipped})
 
     toy = Toy(COSTS, {})
     plan = Greedy(toy, compensate).plan(profile(LAYERS), 1.3)

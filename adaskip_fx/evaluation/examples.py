@@ -1,0 +1,69 @@
+"""What a task asks of a model: four kinds of questions, as tokens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TypeAlias
+
+from adaskip_fx.files import JSON
+
+Tokens: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue the prompt greedily, through ``model.generate``; the text is scored.
+
+    Attributes:
+        prompt: tokens, special ones included.
+        answers: what is right.
+        metric: one of :data:`adaskip_fx.evaluation.text_scores.METRICS`.
+        limit: new tokens at most.
+        stop: the answer ends before this text; empty for nothing.
+    """
+
+    prompt: Tokens
+    answers: tuple[str, ...]
+    metric: str
+    limit: int
+    stop: str = ""
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Is every token of the answer the most likely one, given those before it?
+
+    One pass over prompt and answer: what greedy generation would give, without its steps.
+    """
+
+    prompt: Tokens
+    answer: Tokens
+
+
+@dataclass(frozen=True)
+class Choose:
+    """Which of the options is the most likely continuation of the prompt?
+
+    Attributes:
+        options: tokens of each.
+        right: index of the right one.
+    """
+
+    prompt: Tokens
+    options: tuple[Tokens, ...]
+    right: int
+
+
+@dataclass(frozen=True)
+class Predict:
+    """How well is every token predicted from those before it?"""
+
+    tokens: Tokens
+
+
+Example: TypeAlias = Generate | Recall | Choose | Predict
+
+
+def to_json(example: Example) -> dict[str, JSON]:
+    """All of an example, as digests take it."""
+    return {"kind": type(example).__name__, **asdict(example)}

@@ -1,0 +1,81 @@
+"""Scores of an answer's text, each in [0, 1]."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+Metric = Callable[[str, Sequence[str]], float]
+
+
+def normalized(text: str) -> str:
+    """Lower case, without punctuation and articles, words one space apart.
+
+    As SQuAD does before it compares (Rajpurkar et al., arXiv 1606.05250, section 6.1).
+    """
+    bare = text.lower().translate(_NO_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", bare).split())
+
+
+def f1(text: str, answers: Sequence[str]) -> float:
+    """The best F1 of words against any of `answers` (SQuAD), after `normalized`."""
+    return max(_f1(normalized(text).split(), normalized(a).split()) for a in answers)
+
+
+def _f1(said: list[str], right: list[str]) -> float:
+    if not said or not right:
+        return float(said == right)
+    common = (Counter(said) & Counter(right)).total()
+    if not common:
+        return 0.0
+    precision, recall = common / len(said), common / len(right)
+    return 2 * precision * recall / (precision + recall)
+
+
+def exact(text: str, answers: Sequence[str]) -> float:
+    """1 if the text is one of `answers`, after `normalized`."""
+    return float(normalized(text) in {normalized(a) for a in answers})
+
+
+def contains(text: str, answers: Sequence[str]) -> float:
+    """1 if any of `answers` occurs in the text, case aside."""
+    return float(any(a.lower() in text.lower() for a in answers))
+
+
+def contains_all(text: str, answers: Sequence[str]) -> float:
+    """The share of `answers` that occur in the text, case aside (RULER, arXiv 2404.06654)."""
+    return sum(a.lower() in text.lower() for a in answers) / len(answers)
+
+
+def rouge_l(text: str, answers: Sequence[str]) -> float:
+    """The best ROUGE-L F-measure against any of `answers`, by the package rouge-score.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ValueError(
+            "ROUGE-L needs the package rouge-score. Run: pip install 'adaskip-fx[eval]'"
+        ) from error
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return max(float(scorer.score(a, text)["rougeL"].fmeasure) for a in answers)
+
+
+#: By the name that an example gives.
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        "f1": f1,
+        "exact": exact,
+        "contains": contains,
+        "contains_all": contains_all,
+        "rouge_l": rouge_l,
+    }
+)

@@ -1,0 +1,66 @@
+"""What a fit needs of the calibration: second moments, whose size does not depend on its length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Moments:
+    """Sums over tokens of a stream x before a sublayer and what is to be added to it there, t.
+
+    Each token counts with weight 1 / |x|^2: the norm before the next sublayer divides by |x|, so an
+    error matters in proportion to it, and the first tokens of a text, whose streams are hundreds of
+    times larger, do not decide alone.
+
+    Attributes:
+        inputs: sum of w z z^T, float64 [H + 1, H + 1], where z is x and a last 1.
+        products: sum of w z t^T, float64 [H + 1, H].
+        targets: sum of w t . t.
+        tokens: how many.
+    """
+
+    inputs: torch.Tensor
+    products: torch.Tensor
+    targets: torch.Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, hidden: int, device: torch.device) -> Moments:
+        """Of no tokens."""
+        shapes = ((hidden + 1, hidden + 1), (hidden + 1, hidden), ())
+        made = (torch.zeros(s, dtype=torch.float64, device=device) for s in shapes)
+        inputs, products, targets = made
+        return cls(inputs, products, targets)
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self.products.shape[1]
+
+    def add(self, stream: torch.Tensor, target: torch.Tensor) -> None:
+        """Count tokens.
+
+        Args:
+            stream: what the stand-in will be given, [..., H].
+            target: what the stream is to be after it, [..., H].
+        """
+        x, y = (t.reshape(-1, self.hidden).to(torch.float64) for t in (stream, target))
+        weight = 1 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        z = torch.cat((x, torch.ones_like(x[:, :1])), 1) * weight
+        t = (y - x) * weight
+        self.inputs += z.T @ z
+        self.products += z.T @ t
+        self.targets += t.square().sum()
+        self.tokens += len(x)
+
+    def plus(self, other: Moments) -> Moments:
+        """Of the tokens of both."""
+        return Moments(
+            self.inputs + other.inputs,
+            self.products + other.products,
+            self.targets + other.targets,
+            self.tokens + other.tokens,
+        )

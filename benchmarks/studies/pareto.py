@@ -1,0 +1,144 @@
+"""All policies: what each costs in quality, against how fast it is on this device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from adaskip_fx.plan import SkipPlan
+
+from .choices import POLICIES, Choice, chosen_compensations, compensated, left_out, plans_in
+from .quality import costs, decode_costs
+from .setup import Options, Subject, open_subject
+from .timing import Times, measure_times
+
+PICTURES = ("pareto", "plans")
+_DECODED = (48, 4)  # tokens that are decoded for quality, of so many windows
+_FEW_DECODED = (8, 1)  # on a CPU
+Candidate = tuple[dict[str, Any], Any]
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Points and plans of all policies, as published and with our compensations."""
+    subject = open_subject(options, timed=True)
+    return {**subject.about(), **pareto(subject, POLICIES)}
+
+
+def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
+    """Points and plans as the pictures take them.
+
+    Calibrated on the first text, evaluated on the last. Each phase has a quality of its own; what
+    AdaSkip adds online depends on the request and is in neither.
+    """
+    refused: list[dict[str, Any]] = []
+    candidates = [c for policy in policies for c in candidates_of(subject, policy, refused)]
+    plans = [plan for _, plan in candidates]
+    windows = subject.windows(subject.texts[-1], "second")
+    tokens, few = _DECODED if subject.device.type == "cuda" else _FEW_DECODED
+    by_phase = {
+        "prefill": costs(subject.runtime, plans, windows),
+        "decode": decode_costs(subject.runtime, plans, windows[:few], tokens),
+    }
+    times = _times(subject, plans)
+    points = []
+    for i, (about, plan) in enumerate(candidates):
+        found = {phase: own[i].against(full) for phase, (full, own) in by_phase.items()}
+        points.append(
+            {
+                **about,
+                "skipped": len(left_out(plans_in(plan)[-1])),
+                "speedup": times[i + 1].speedup(times[0]),
+                "quality": {phase: cost["perplexity_ratio"] for phase, cost in found.items()},
+                "costs": found,
+            }
+        )
+    return {
+        "quality_name": f"perplexity ratio on {subject.texts[-1].name}",
+        "lower_is_better": True,
+        "calibrated_on": subject.texts[0].name,
+        "evaluated_on": subject.texts[-1].name,
+        "context": subject.length,
+        "full": {
+            "perplexity": {phase: full.perplexity for phase, (full, _) in by_phase.items()},
+            "prefill_seconds": times[0].prefill,
+            "decode_seconds": times[0].decode,
+        },
+        "points": points,
+        "refused": refused,
+        "plans": [p for about, plan in candidates for p in named_plans(about, plan)],
+    }
+
+
+def _times(subject: Subject, plans: Sequence[Any]) -> list[Times]:
+    """Of the full model, then of each plan."""
+    prompt = subject.windows(subject.texts[-1], "second")[0]
+    steps, rounds = (24, 3) if subject.device.type == "cuda" else (3, 1)
+    empty = SkipPlan.empty(subject.runtime.sublayers)
+    return measure_times(subject.runtime, [empty, *plans], prompt, steps, rounds)
+
+
+def candidates_of(
+    subject: Subject, policy: Choice, refused: list[dict[str, Any]]
+) -> list[Candidate]:
+    """A policy's plans at every alpha: as published, then with our compensations.
+
+    Plans that do the same are kept once. What a policy refuses is added to `refused`.
+    """
+    profile = subject.profile(subject.texts[0])
+    windows = subject.windows(subject.texts[0], "first")
+    found: dict[str, Candidate] = {}
+    for alpha in subject.options.alphas:
+        try:
+            published = policy.published(subject, profile, alpha, windows)
+            ours = policy.ours(subject, profile, alpha, windows)
+        except ValueError as error:
+            refused.append({"policy": policy.name, "alpha": alpha, "why": str(error)})
+            continue
+        variants = [(policy.name, published)]
+        if isinstance(ours, SkipPlan):
+            for fit in chosen_compensations(subject.options.compensations).values():
+                fitted = fit(subject, profile, left_out(ours), windows)
+                variants.append((policy.our_name, compensated(ours, fitted)))
+        else:
+            variants.append((policy.our_name, ours))
+        for name, plan in variants:
+            about = {
+                "policy": name,
+                "alpha": alpha,
+                "compensation": plans_in(plan)[0].compensation.kinds,
+                "published": plan is published,
+                "plan": plan.digest,
+            }
+            found.setdefault(what_runs(plan), (about, plan))
+    return list(found.values())
+
+
+def what_runs(plan: Any) -> str:
+    """Equal for plans that run the same programs, whatever else they say."""
+    if not isinstance(plan, SkipPlan):
+        return str(plan.digest)
+    return f"{plan.phase_digest('prefill')} {plan.phase_digest('decode')}"
+
+
+def named_plans(about: dict[str, Any], plan: Any) -> list[dict[str, Any]]:
+    """A published plan as plan maps take it; of a schedule its first and its last."""
+    if not about["published"]:
+        return []
+    first, *_, last = (*plans_in(plan), plans_in(plan)[-1])
+    name = f"{about['policy']}, {len(left_out(last))}"
+    if first == last:
+        return [{"name": name, **first.to_json()}]
+    ends = zip(("at first", "at last"), (first, last), strict=True)
+    return [{"name": f"{name} {when}", **one.to_json()} for when, one in ends]
+
+
+def summary(result: dict[str, Any]) -> str:
+    return "\n".join(
+        f"{p['policy']} ({p['compensation']}), {p['skipped']} skipped: "
+        + ", ".join(
+            f"{phase} {p['speedup'][phase]:.2f}x at perplexity {cost['perplexity_ratio']:.3f}x, "
+            f"KL {cost['kl']:.3f}"
+            for phase, cost in p["costs"].items()
+        )
+        for p in result["points"]
+    )

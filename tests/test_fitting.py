@@ -1,0 +1,228 @@
+"""Fits of stand-ins: closed forms against numpy on all tokens, and plan order against hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from adaskip_fx.compensation import Compensation
+from adaskip_fx.fitting import Fitter, Moments, Rung, fit, solve, unexplained
+from adaskip_fx.fitting.solve import best_ridge, smallest_rank
+from adaskip_fx.plan import Action, SkipPlan
+from adaskip_fx.stand_in import StandIn
+from adaskip_fx.sublayer import Sublayer
+from adaskip_fx.testing import assert_equivalent
+from adaskip_fx.testing.oracle import Oracle
+from tests.bank import make_model
+from tests.test_calibrate import Letters
+
+HIDDEN = 8
+Array = np.ndarray[Any, Any]
+
+
+def drawn(tokens: int = 400, seed: int = 0, noise: float = 0.1) -> tuple[Array, Array]:
+    """Streams before and after a sublayer that is nearly linear; norms differ by a hundred."""
+    draw = np.random.default_rng(seed)
+    x = draw.normal(size=(tokens, HIDDEN)) * np.exp(draw.uniform(-2, 2, size=(tokens, 1))) + 0.5
+    weight = np.random.default_rng(99).normal(size=(HIDDEN, HIDDEN)) / 4
+    size = np.linalg.norm(x, axis=1, keepdims=True)
+    return x, x + x @ weight + 0.3 + noise * size * draw.normal(size=x.shape)
+
+
+def moments_of(x: Array, y: Array, parts: int = 3) -> Moments:
+    moments = Moments.zeros(HIDDEN, torch.device("cpu"))
+    for a, b in zip(np.array_split(x, parts), np.array_split(y, parts), strict=True):
+        moments.add(torch.tensor(a)[None], torch.tensor(b)[None])
+    return moments
+
+
+def weighted(x: Array, y: Array) -> tuple[Array, Array, Array]:
+    """z, x and t with every token divided by |x|."""
+    size = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.hstack((x, np.ones((len(x), 1)))) / size, x / size, (y - x) / size
+
+
+def as_map(stand_in: StandIn) -> Array:
+    t = stand_in.tensors
+    weight = t["weight"] if "weight" in t else t["up"].astype(float) @ t["down"]
+    return np.vstack((weight.T, t["bias"]))
+
+
+def test_moments_do_not_depend_on_how_texts_are_cut() -> None:
+    x, y = drawn()
+    whole, cut = moments_of(x, y, 1), moments_of(x, y, 7)
+    assert whole.tokens == cut.tokens == 400
+    assert whole.inputs.shape == (HIDDEN + 1, HIDDEN + 1)
+    torch.testing.assert_close(whole.inputs, cut.inputs)
+    torch.testing.assert_close(whole.products, cut.products)
+    half = moments_of(x[:150], y[:150]).plus(moments_of(x[150:], y[150:]))
+    torch.testing.assert_close(half.inputs, whole.inputs)
+    torch.testing.assert_close(half.targets, whole.targets)
+
+
+def test_linear_is_weighted_ridge_regression() -> None:
+    x, y = drawn()
+    z, _, t = weighted(x, y)
+    ridge = 0.01 * np.diag(z.T @ z)[:-1].mean()
+    rows = np.hstack((np.sqrt(ridge) * np.eye(HIDDEN), np.zeros((HIDDEN, 1))))
+    expected = np.linalg.lstsq(np.vstack((z, rows)), np.vstack((t, np.zeros((HIDDEN, HIDDEN)))))[0]
+    fitted = as_map(solve(moments_of(x, y), "linear", ridge=0.01))
+    np.testing.assert_allclose(fitted, expected, rtol=1e-5, atol=1e-6)
+    unweighted = np.linalg.lstsq(np.hstack((x, np.ones((len(x), 1)))), y - x)[0]
+    assert not np.allclose(fitted, unweighted, rtol=1e-2)  # companion: weights matter
+
+
+def test_scale_and_diagonal_are_regressions() -> None:
+    x, y = drawn()
+    _, u, t = weighted(x, y)
+    v = u + t
+    scale = solve(moments_of(x, y), "scale")
+    assert scale.factor == pytest.approx((u * v).sum() / (u * u).sum())
+    diagonal = solve(moments_of(x, y), "diagonal").tensors["factor"]
+    np.testing.assert_allclose(diagonal, (u * v).sum(0) / (u * u).sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 3, HIDDEN])
+def test_low_rank_is_the_best_of_its_rank(rank: int) -> None:
+    """Reduced-rank regression, written as in textbooks: project the fitted values."""
+    x, y = drawn()
+    z, _, t = weighted(x, y)
+    last = z[:, -1:]  # the constant, to be taken out of both sides
+    out = np.eye(len(z)) - last @ np.linalg.pinv(last)
+    a, b = out @ z[:, :-1], out @ t
+    full = np.linalg.lstsq(a, b)[0]
+    _, _, right = np.linalg.svd(a @ full, full_matrices=False)
+    best = full @ right[:rank].T @ right[:rank]
+    bias = np.linalg.lstsq(last, t - z[:, :-1] @ best)[0]
+    fitted = solve(moments_of(x, y), "low_rank", rank, ridge=0.0)
+    assert fitted.rank == rank
+    np.testing.assert_allclose(as_map(fitted), np.vstack((best, bias)), rtol=1e-4, atol=1e-5)
+
+
+def test_what_stays_unexplained() -> None:
+    x, y = drawn()
+    z, _, t = weighted(x, y)
+    moments = moments_of(x, y)
+    for kind in ("linear", "low_rank"):
+        fitted = solve(moments, kind, 2)  # type: ignore[arg-type]
+        left = ((t - z @ as_map(fitted)) ** 2).sum() / (t**2).sum()
+        assert unexplained(moments, fitted) == pytest.approx(left, rel=1e-5)
+    ladder = [unexplained(moments, solve(moments, k, 4)) for k in ("scale", "diagonal")]
+    ladder += [unexplained(moments, solve(moments, "low_rank", r)) for r in (2, 4, HIDDEN)]
+    assert ladder == sorted(ladder, reverse=True)
+    assert unexplained(moments, StandIn.scale(1.0)) == 1.0
+
+
+def test_held_out_tokens_choose_ridge_and_rank() -> None:
+    few, many = moments_of(*drawn(12, noise=1.0)), moments_of(*drawn(4000, noise=0.01))
+    held_out = moments_of(*drawn(2000, seed=1, noise=0.01))
+    assert best_ridge(few, held_out)[0] > best_ridge(many, held_out)[0]
+    loss = best_ridge(many, held_out)[1]
+    exact = smallest_rank(many, held_out, 1e-5, range(1, HIDDEN + 1), loss + 1e-4)
+    coarse = smallest_rank(many, held_out, 1e-5, range(1, HIDDEN + 1), 0.5)
+    assert coarse < exact <= HIDDEN
+    nothing = Moments.zeros(HIDDEN, torch.device("cpu"))
+    assert Rung("low_rank").fit(many, nothing).rank == 1
+    assert Rung("low_rank", rank=HIDDEN).fit(many, nothing).kind == "linear"
+
+
+def test_rungs_are_checked() -> None:
+    with pytest.raises(ValueError, match="unknown stand-in 'cubic': use one of scale, diagonal"):
+        Rung("cubic")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rank must be at least 1, and of low_rank, got 3"):
+        Rung("linear", rank=3)
+
+
+# On a model ------------------------------------------------------------------------------------
+
+TEXTS = tuple(f"{word} " * 30 for word in ("alpha", "beta", "gamma", "delta", "eta", "theta"))
+LIMIT = 80
+SKIPPED = ("0.ffn", "1.attention", "2.ffn")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model("three_layers")
+
+
+@pytest.fixture(scope="module")
+def fitter(model: Any) -> Fitter:
+    return Fitter(model, Letters(), TEXTS, max_length=LIMIT)
+
+
+def streams(
+    model: Any, modules: Any, skips: dict[str, Any], text: str
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    oracle = Oracle(model, modules, prefill=skips)
+    ids = Letters()(text, truncation=True, max_length=LIMIT, return_tensors="pt")["input_ids"]
+    with oracle.watching(), torch.no_grad():
+        model(input_ids=ids)
+    return oracle.streams
+
+
+def expected_map(model: Any, modules: Any, name: str, before: dict[str, Any]) -> Array:
+    pairs = [
+        (streams(model, modules, before, t)[name][0], streams(model, modules, {}, t)[name][1])
+        for t in TEXTS
+    ]
+    x, y = (torch.cat([p[i][0] for p in pairs]).double().numpy() for i in (0, 1))
+    z, _, t = weighted(x, y)
+    ridge = 1e-3 * np.diag(z.T @ z)[:-1].mean() * np.diag([1.0] * x.shape[1] + [0.0])
+    return np.linalg.solve(z.T @ z + ridge, z.T @ t)
+
+
+def test_later_stand_ins_see_compensated_streams(model: Any, fitter: Fitter) -> None:
+    runtime = fitter.runtime
+    plan = fitter.fit(SkipPlan.of(runtime.sublayers, SKIPPED), Rung(ridge=1e-3))
+    before: dict[str, Any] = {}
+    for name in SKIPPED:
+        expected = expected_map(model, runtime.graphs.modules, name, before)
+        stand_in = plan.compensation.stand_in(Sublayer.parse(name))
+        assert stand_in is not None
+        np.testing.assert_allclose(as_map(stand_in), expected, rtol=0.02, atol=2e-3)
+        before[name] = stand_in
+    alone = expected_map(model, runtime.graphs.modules, "2.ffn", {})
+    assert not np.allclose(as_map(before["2.ffn"]), alone, rtol=0.02, atol=2e-3)  # companion
+
+
+def test_the_fit_is_the_plan_that_runs(model: Any, fitter: Fitter) -> None:
+    plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, SKIPPED), Rung("low_rank", rank=3))
+    assert [str(plan.compensation.stand_in(Sublayer.parse(n))) for n in SKIPPED] == ["rank 3"] * 3
+    assert_equivalent(model, plan)
+
+
+def test_beside_gives_every_running_ffn_its_own(model: Any, fitter: Fitter) -> None:
+    sublayers = fitter.runtime.sublayers
+    plan = fitter.fit(SkipPlan.of(sublayers, ["0.attention"]), Rung(ridge=1e-3))
+    extras = fitter.beside(plan, Rung(ridge=1e-3))
+    assert [str(s) for s in extras.stand_ins] == ["0.ffn", "1.ffn", "2.ffn"]
+    before = {"0.attention": plan.compensation.stand_in(Sublayer(0, "attention"))}
+    expected = expected_map(model, fitter.runtime.graphs.modules, "1.ffn", before)
+    found = extras.stand_in(Sublayer(1, "ffn"))
+    assert found is not None
+    np.testing.assert_allclose(as_map(found), expected, rtol=0.02, atol=2e-3)
+
+
+def test_fit_adds_scales_for_what_decoding_may_add(model: Any) -> None:
+    sublayers = tuple(Sublayer(i, k) for i in range(3) for k in ("attention", "ffn"))  # type: ignore[arg-type]
+    given = SkipPlan(
+        sublayers,
+        {Sublayer(1, "attention"): Action.KV_ONLY, Sublayer(2, "ffn"): Action.SKIP},
+        {Sublayer(2, "ffn"): Action.SKIP},
+        Compensation.scale({Sublayer(0, "ffn"): 3.0}),
+    )
+    seen: list[tuple[int, int]] = []
+    plan = fit(model, Letters(), TEXTS, given, max_length=LIMIT, progress=lambda *p: seen.append(p))
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+    assert (plan.prefill, plan.decode) == (given.prefill, given.decode)
+    kinds = {str(s): c.kind for s, c in plan.compensation.stand_ins.items()}
+    assert kinds == {
+        "0.ffn": "scale",
+        "1.attention": "linear",
+        "1.ffn": "scale",
+        "2.ffn": "linear",
+    }
+    assert plan.compensation.factor(Sublayer(0, "ffn")) != 3.0
