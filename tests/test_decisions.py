@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaskip_fx.compensation import Compensation, StandIn
 from adaskip_fx.decisions import Choice, Decision, Option, Schedule, Stages, map_plans, plans_of
 from adaskip_fx.phase_plans import decode_only, prefill_only
 from adaskip_fx.plan import Action, PlanError, SkipPlan, Sublayer
@@ -140,6 +142,18 @@ def test_saved_and_loaded(decision: Schedule | Choice | Stages, tmp_path: Path) 
     assert pickle.loads(pickle.dumps(decision)) == copy.deepcopy(decision) == decision
     map_plans(decision, lambda plan: plan).save(folder)  # over it
     assert type(decision).load(folder) == decision
+
+
+def test_stand_ins_that_are_tensors_go_along(tmp_path: Path) -> None:
+    width = 8
+    diagonal = StandIn("diagonal", {"factor": np.linspace(0.5, 1.5, width, dtype=np.float32)})
+    plans = [LEAST.with_compensation(Compensation({Sublayer(0, "ffn"): diagonal})), LESS]
+    decision = Schedule(((0, plans[1]), (3, plans[0])))
+    decision.save(tmp_path / "d")
+    assert Schedule.load(tmp_path / "d") == decision
+    (kept,) = (path for path in (tmp_path / "d").iterdir() if path.suffix == ".safetensors")
+    SCHEDULE.save(tmp_path / "d")
+    assert not kept.exists()
 
 
 def test_saving_over_another_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -293,7 +307,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
 
     def one() -> SkipPlan:
         chosen = {n: draw(st.sampled_from(kinds[n.split(".")[1]])) for n in NAMES[:-1]}
-        return plan_of(chosen, compensation=scales({"1.ffn": 0.75}))
+        return plan_of(chosen, compensation=scales({"1.ffn": 0.75, "1.attention": 1.25}))
 
     return Schedule(tuple((first, one()) for first in firsts))
 
