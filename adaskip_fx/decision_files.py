@@ -1,4 +1,4 @@
-"""Decisions of several plans as folders: a document, and a plan file for each plan it names."""
+"""Decisions of several plans as folders: a document, and the files of each plan that it names."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from adaskip_fx.plan import PlanError, SkipPlan
 SCHEMA = 1
 DOCUMENT = "decision.json"
 _KEYS = ("digest", "kind", "entries")
+_OURS = re.compile(r"plan-[0-9a-f]{16}\.json|compensation-[0-9a-f]{16}\.safetensors")
 _PLAN_FILE = re.compile(r"plan-[0-9a-f]{16}\.json")
 _REDO = "make the decision again and save it"
 
@@ -36,8 +37,9 @@ def save(decision: Schedule | Choice | Stages, folder: Path) -> None:
         "entries": _entries(decision),
     }
     write_atomically(folder / DOCUMENT, json.dumps(document, indent=1).encode())
+    named = {*names.values(), *(str(plan.to_json()["tensors"]) for plan in decision.plans)}
     for path in folder.iterdir():
-        if _PLAN_FILE.fullmatch(path.name) and path.name not in names.values():
+        if _OURS.fullmatch(path.name) and path.name not in named:
             path.unlink(missing_ok=True)
 
 
@@ -105,4 +107,4 @@ def _check_target(folder: Path) -> None:
 
 
 def _ours(name: str) -> bool:
-    return name == DOCUMENT or name.startswith((".", "plan-"))
+    return name == DOCUMENT or name.startswith(".") or _OURS.fullmatch(name) is not None

@@ -64,7 +64,7 @@ class Schedule(_Plans):
         Steps are counted anew in every turn of a request.
 
     The cache stays whole: attention that prompts run and some step skips is `kv_only` in that step.
-    It adds nothing and its K/V is there for the next turn.
+    The stream is as if it were skipped, and its K/V is there for the next turn.
 
     PlanError: no steps, not from 0 or not rising; plans of different models, or whose prompts
     differ in what runs, in compensation or in `last_token_full`.

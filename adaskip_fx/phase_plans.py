@@ -1,7 +1,7 @@
 """Plans whose phases differ: skip only while decoding, or only in prompts.
 
 Either way the cache stays whole: attention and mixers that a phase leaves out still write their K/V
-or state (`kv_only`), and add nothing.
+or state (`kv_only`); to the stream they are as if they were skipped.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Runtime:
 
     Attributes:
         decision: what requests begin with: a plan, a schedule, a choice or a plan per stage.
-        stage: which of a plan per stage requests begin with.
+        stage: which of a plan per stage requests begin with: the first, until another is set.
         profile: what calibration measured; None when an explicit plan needs none.
         policy: decides the online plan; None when nothing is learned while decoding.
         cache_argument: what the model's forward calls its cache.
@@ -157,7 +157,8 @@ class Runtime:
             cache.request.window = None
             self.step(prompt[:, :1], None, None, cache, 1)
         for first, _ in begin.steps[1:] if isinstance(begin, Schedule) else ():
-            cache.crop(len(prompt[0]))
+            if not cache.stateful:
+                cache.crop(prompt.shape[1])  # as far as there may be room
             cache.request.decoding_from = cache.length - first
             self.step(prompt[:, :1], None, None, cache, 1)
 
@@ -287,7 +288,7 @@ class Runtime:
         """Whether a decode step may be begun that ``cache.crop(-1)`` may have to take back.
 
         Not while a window is open, or about to be: what was learned could not be taken back; nor
-        can the state of a mixer.
+        can the state of a mixer. A schedule is no reason: its step is seen from the cache's length.
         """
         request: Request = cache.request
         learning = request.window is not None and not request.window.closed

@@ -12,15 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaskip_fx.compensation import Compensation, StandIn
 from adaskip_fx.decisions import Choice, Decision, Option, Schedule, Stages, map_plans, plans_of
+from adaskip_fx.phase_plans import decode_only, prefill_only
 from adaskip_fx.plan import Action, PlanError, SkipPlan, Sublayer
 from adaskip_fx.prompts import mean_embedding
 from adaskip_fx.report import runtime_report
+from adaskip_fx.testing import assert_equivalent
+from adaskip_fx.testing.equivalence import compiled_for
+from adaskip_fx.testing.families import tiny_config, tiny_model
 from tests.bank import SEEDS, STEPS, Entry, entry, fewer, follow, make_model, scales, stored
 from tests.oracle import assert_close
 from tests.test_fixed_addresses import fixed
@@ -136,6 +142,18 @@ def test_saved_and_loaded(decision: Schedule | Choice | Stages, tmp_path: Path) 
     assert pickle.loads(pickle.dumps(decision)) == copy.deepcopy(decision) == decision
     map_plans(decision, lambda plan: plan).save(folder)  # over it
     assert type(decision).load(folder) == decision
+
+
+def test_stand_ins_that_are_tensors_go_along(tmp_path: Path) -> None:
+    width = 8
+    diagonal = StandIn("diagonal", {"factor": np.linspace(0.5, 1.5, width, dtype=np.float32)})
+    plans = [LEAST.with_compensation(Compensation({Sublayer(0, "ffn"): diagonal})), LESS]
+    decision = Schedule(((0, plans[1]), (3, plans[0])))
+    decision.save(tmp_path / "d")
+    assert Schedule.load(tmp_path / "d") == decision
+    (kept,) = (path for path in (tmp_path / "d").iterdir() if path.suffix == ".safetensors")
+    SCHEDULE.save(tmp_path / "d")
+    assert not kept.exists()
 
 
 def test_saving_over_another_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -289,7 +307,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
 
     def one() -> SkipPlan:
         chosen = {n: draw(st.sampled_from(kinds[n.split(".")[1]])) for n in NAMES[:-1]}
-        return plan_of(chosen, compensation=scales({"1.ffn": 0.75}))
+        return plan_of(chosen, compensation=scales({"1.ffn": 0.75, "1.attention": 1.25}))
 
     return Schedule(tuple((first, one()) for first in firsts))
 
@@ -446,8 +464,35 @@ def test_the_last_token_of_a_prompt_runs_in_full(bank: Any, keep: int) -> None:
     check(bank(SHAPE), POP, lambda step: POP, (7, 1, 1, 4, 1, 2, 1), keep=keep)
 
 
-def test_prompts_of_one_token_run_in_full() -> None:
-    check(entry(SHAPE), POP, lambda step: POP, (1, 1, 1, 2, 1))
+@pytest.mark.parametrize("bank", [entry, fixed])
+def test_prompts_of_one_token_run_in_full(bank: Any) -> None:
+    check(bank(SHAPE), POP, lambda step: POP, (1, 1, 1, 2, 1))
+    other = replace(POP, last_token_full=False)
+    with pytest.raises(AssertionError, match="step 0: relative error"):
+        check(bank(SHAPE), other, lambda step: POP, (1,))
+
+
+def test_a_mixers_state_is_written_where_only_a_phase_leaves_it_out() -> None:
+    """A schedule on a model that keeps states, which cannot be taken back, warmed up as well."""
+    model = tiny_model(tiny_config("jamba"))
+    compiled = compiled_for(model)
+    runtime = compiled.adaskip
+    skipping = SkipPlan.of(runtime.sublayers, runtime.sublayers[:-1:2])
+    plans = SkipPlan.empty(runtime.sublayers), decode_only(skipping)
+    for plan in (plans[1], prefill_only(skipping, last_token_full=False)):
+        assert Action.KV_ONLY in {*plan.prefill.values(), *plan.decode.values()}
+        assert_equivalent(model, plan, inputs={"input_ids": torch.ones(1, 5, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="assert_equivalent runs a prompt as one step"):
+        assert_equivalent(model, replace(plans[0], last_token_full=True))
+    runtime.decision = Schedule(((0, plans[0]), (2, plans[1])))
+    runtime.warmup(32)
+    before = runtime.counters.links
+    cache = runtime.new_cache()
+    with torch.no_grad():
+        for count in (5, 1, 1, 1):
+            compiled(torch.ones(1, count, dtype=torch.int64), past_key_values=cache)
+    assert cache.request.decode_plan is plans[1]
+    assert runtime.counters.links <= before + 1, "all logits of a prompt are another graph"
 
 
 def test_an_oracle_whose_last_token_is_like_the_others_differs() -> None:

@@ -66,6 +66,10 @@ def assert_equivalent(
             which the residual stream differs.
         RefusedError: the model or the plan cannot be compiled.
     """
+    if plan is not None and plan.last_token_full:
+        raise ValueError(
+            "assert_equivalent runs a prompt as one step; check a plan with last_token_full=False"
+        )
     pair = _pair(model, dtype, backend)
     runtime: Runtime = pair.compiled.adaskip
     runtime.plan = plan = plan if plan is not None else SkipPlan.empty(runtime.sublayers)
