@@ -314,7 +314,8 @@ def test_the_clock_runs_what_it_says(shape: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(runtime, "_run", spy)
     clock = StepTimer(runtime, batch=2, steps=3)
     assert clock("prefill", 20, plan) > 0
-    assert seen == [("prefill", 0, 20)]
+    assert set(seen) == {("prefill", 0, 20)}
+    assert len(seen) <= 3
     seen.clear()
     steps = [("decode", 16 + i, 1) for i in range(4)]
     for _ in range(2):
