@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from .compensation import Compensation
 from .fingerprint import fingerprint
-from .latency import Costs, LatencyTable
-from .parts import parts
+from .latency import LatencyTable
+from .parts import Costs, parts
 from .plan import Action, Phase, SkipPlan, Sublayer
 from .runtime import Runtime
 from .timing import StepTimer, conditions

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any
 
 from adaskip_fx.files import JSON, canonical_digest, check_digest, read_document, write_atomically
 from adaskip_fx.fingerprint import Fingerprint, fingerprint
-from adaskip_fx.parts import REST, TableError, Weights, parts, weights_of
+from adaskip_fx.parts import Costs, TableError, Weights, between, parts, weights_of
 from adaskip_fx.plan import Phase, SkipPlan
 from adaskip_fx.sublayer import Sublayer
 
@@ -28,32 +28,6 @@ SCHEMA = 1
 _KEYS = ("digest", "fingerprint", "conditions", "sublayers", "classes", "costs")
 _DOUBTFUL = 0.05
 _REDO = "measure again (adaskip-fx measure)"
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What was measured for one phase at one context.
-
-    phase: prefill (a prompt of `context` tokens) or decode (a step at `context` stored ones).
-    seconds: by class of sublayer, by kind of compensation, and `REST`.
-    error: how far the sum was off at most, relatively, in the plans that were timed.
-    """
-
-    phase: Phase
-    context: int
-    seconds: Mapping[str, float]
-    error: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.phase not in get_args(Phase):
-            raise TableError(f"unknown phase {self.phase!r}: use 'prefill' or 'decode'")
-        if REST not in self.seconds or any(not value >= 0 for value in self.seconds.values()):
-            raise TableError(f"costs must be at least 0 and name {REST!r}, got {self.seconds}")
-        object.__setattr__(self, "seconds", MappingProxyType(dict(self.seconds)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A mapping proxy can be neither pickled nor deep-copied.
-        return Costs, (self.phase, self.context, dict(self.seconds), self.error)
 
 
 @dataclass(frozen=True)
@@ -106,7 +80,7 @@ class LatencyTable:
                 return costs.seconds
         for low, high in pairwise(known):
             if low.context < context < high.context:
-                return _between(low, high, context)
+                return between(low, high, context)
         measured = ", ".join(f"{c.context:,}" for c in known) or "none"
         raise TableError(
             f"{phase} at {context:,} tokens: measured were {measured}; {_REDO} with a context on "
@@ -119,14 +93,22 @@ class LatencyTable:
         Raises:
             TableError: the plan is of another model, or does what was not measured.
         """
-        costs, counts = self.at(phase, context), parts(plan, phase, self.sublayers, self.classes)
-        unknown = sorted(counts.keys() - costs.keys())
-        if unknown:
+        counts = parts(plan, phase, self.sublayers, self.classes)
+        return sum(count * self.cost(name, phase, context) for name, count in counts.items())
+
+    def cost(self, part: str, phase: Phase, context: int) -> float:
+        """Seconds of one part: a class of sublayers, a kind of compensation, or `REST`.
+
+        Raises:
+            TableError: it was not measured.
+        """
+        costs = self.at(phase, context)
+        if part not in costs:
             raise TableError(
-                f"the cost of {unknown[0]!r} was not measured (known: "
-                f"{', '.join(sorted(costs))}); {_REDO} with it"
+                f"the cost of {part!r} was not measured (known: {', '.join(sorted(costs))}); "
+                f"{_REDO} with it"
             )
-        return sum(count * costs[name] for name, count in counts.items())
+        return costs[part]
 
     def predict(self, plan: SkipPlan, phase: Weights, context: int) -> float:
         """Predicted speed-up of `plan`: seconds of the full model over seconds of the plan."""
@@ -245,14 +227,3 @@ def device_name(model: Any) -> str:
     if model.device.type == "cuda":
         return torch.cuda.get_device_name(model.device)
     return f"{model.device.type.upper()} ({platform.machine()})"
-
-
-def _between(low: Costs, high: Costs, context: int) -> Mapping[str, float]:
-    share = (context - low.context) / (high.context - low.context)
-    found = {}
-    for name in low.seconds.keys() & high.seconds.keys():
-        by_token = low.phase == "prefill" and name != REST
-        unit = (low.context, high.context, context) if by_token else (1, 1, 1)
-        first, last = low.seconds[name] / unit[0], high.seconds[name] / unit[1]
-        found[name] = unit[2] * ((1 - share) * first + share * last)
-    return found

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import get_args
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, get_args
 
 from adaskip_fx.folding import Fold, folds
 from adaskip_fx.plan import Action, Phase, SkipPlan
@@ -22,6 +24,32 @@ Weights = Phase | Mapping[Phase, float]
 
 class TableError(ValueError):
     """A latency table that is damaged, of something else, or does not cover what is asked."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was measured for one phase at one context.
+
+    phase: prefill (a prompt of `context` tokens) or decode (a step at `context` stored ones).
+    seconds: by class of sublayer, by kind of compensation, and `REST`.
+    error: how far the sum was off at most, relatively, in the plans that were timed.
+    """
+
+    phase: Phase
+    context: int
+    seconds: Mapping[str, float]
+    error: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.phase not in get_args(Phase):
+            raise TableError(f"unknown phase {self.phase!r}: use 'prefill' or 'decode'")
+        if REST not in self.seconds or any(not value >= 0 for value in self.seconds.values()):
+            raise TableError(f"costs must be at least 0 and name {REST!r}, got {self.seconds}")
+        object.__setattr__(self, "seconds", MappingProxyType(dict(self.seconds)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapping proxy can be neither pickled nor deep-copied.
+        return Costs, (self.phase, self.context, dict(self.seconds), self.error)
 
 
 def parts(
@@ -73,3 +101,15 @@ def weights_of(phase: Weights) -> Mapping[Phase, float]:
             f"{{'prefill': 1, 'decode': 200}}; got {phase!r}"
         )
     return {name: weight for name, weight in weights.items() if weight}
+
+
+def between(low: Costs, high: Costs, context: int) -> Mapping[str, float]:
+    """Seconds by part at a context between two that were measured: see `LatencyTable.at`."""
+    share = (context - low.context) / (high.context - low.context)
+    found = {}
+    for name in low.seconds.keys() & high.seconds.keys():
+        by_token = low.phase == "prefill" and name != REST
+        unit = (low.context, high.context, context) if by_token else (1, 1, 1)
+        first, last = low.seconds[name] / unit[0], high.seconds[name] / unit[1]
+        found[name] = unit[2] * ((1 - share) * first + share * last)
+    return found

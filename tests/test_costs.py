@@ -22,8 +22,8 @@ from adaskip_fx.api import build
 from adaskip_fx.compensation import Compensation
 from adaskip_fx.costs import measure, plans_to_time, solve, steady, sublayer_classes
 from adaskip_fx.fingerprint import fingerprint
-from adaskip_fx.latency import Costs, LatencyTable, is_table
-from adaskip_fx.parts import TableError, parts
+from adaskip_fx.latency import LatencyTable, is_table
+from adaskip_fx.parts import Costs, TableError, parts
 from adaskip_fx.plan import Action, Phase, SkipPlan, Sublayer
 from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_fx.timing import StepTimer
@@ -312,7 +312,8 @@ def test_the_clock_runs_what_it_says(shape: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(runtime, "_run", spy)
     clock = StepTimer(runtime, batch=2, steps=3)
     assert clock("prefill", 20, plan) > 0
-    assert seen == [("prefill", 0, 20)]
+    assert set(seen) == {("prefill", 0, 20)}
+    assert len(seen) <= 3
     seen.clear()
     steps = [("decode", 16 + i, 1) for i in range(4)]
     for _ in range(2):

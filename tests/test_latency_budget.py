@@ -22,8 +22,8 @@ import adaskip_fx
 from adaskip_fx import api, budget
 from adaskip_fx.fingerprint import fingerprint
 from adaskip_fx.knapsack import choose
-from adaskip_fx.latency import Costs, LatencyTable, device_name
-from adaskip_fx.parts import TableError, Weights
+from adaskip_fx.latency import LatencyTable, device_name
+from adaskip_fx.parts import Costs, TableError, Weights
 from adaskip_fx.plan import SkipPlan, Sublayer
 from adaskip_fx.policies import AdaSkip, EarlyExit, LatencyBudget, OnlinePolicy
 from adaskip_fx.profile import Fingerprint, Profile
@@ -196,7 +196,7 @@ def test_what_is_dear_in_one_phase_goes_for_that_phase() -> None:
 @given(st.permutations([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]), st.sampled_from([2, 4 / 3, 8]))
 def test_where_all_cost_the_same_it_is_the_paper(similarity: list[float], alpha: float) -> None:
     """Nothing but equal sublayers: alpha in time is alpha in sublayers."""
-    same = {"rest": 0.0, "attention": 1.0, "ffn": 1.0}
+    same = {"rest": 0.0, "attention": 1.0, "ffn": 1.0, "scale": 0.0}
     measured = profile(similarity)
     budget = LatencyBudget(table(4, same, same), 100)
     assert budget.plan(measured, alpha) == AdaSkip().plan(measured, alpha)
@@ -276,6 +276,12 @@ def test_out_of_reach() -> None:
     assert re.search(r"is [0-9.]+x \(1 prefill \+ 2 decode\); take", refusal(request, 9))
     reachable = LatencyBudget(table(3), 100, "prefill").plan(profile(SIMILAR), best[0] - 1e-9)
     assert len(reachable.prefill) == 5
+
+
+def test_a_compensation_that_was_not_measured() -> None:
+    plain = {name: cost for name, cost in PREFILL.items() if name != "scale"}
+    message = "the cost of 'scale' was not measured (known: attention, ffn, rest); measure again"
+    assert message in refusal(LatencyBudget(table(3, plain), 100, "prefill"), 1.2)
 
 
 def test_arguments() -> None:

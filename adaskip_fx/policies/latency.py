@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from adaskip_fx.knapsack import choose
 from adaskip_fx.latency import LatencyTable
-from adaskip_fx.parts import Weights, weights_of
+from adaskip_fx.parts import Weights, stand_in, weights_of
 from adaskip_fx.plan import Phase, SkipPlan, Sublayer
 from adaskip_fx.policies.adaskip import AdaSkip
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from adaskip_fx.profile import Profile
 
 Array = npt.NDArray[np.float64]
-_STAND_IN = "scale"  # what AdaSkip puts in place of a skipped sublayer
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class LatencyBudget:
             )
         full = SkipPlan.empty(profile.sublayers)
         before = self._seconds(full)  # refuses a profile of another model
-        losses, savings = self._losses(profile), self._savings()
+        losses, savings = self._losses(profile), self._savings(profile)
         items = [i for i, name in enumerate(self.table.classes) if name]
         try:
             chosen = choose(
@@ -113,17 +112,26 @@ class LatencyBudget:
             for weights in self._constraints()
         ]
 
-    def _savings(self) -> Array:
-        """Seconds [sublayers, constraints] that skipping each sublayer saves."""
+    def _savings(self, profile: Profile) -> Array:
+        """Seconds [sublayers, constraints] that skipping each sublayer saves: it costs nothing any
+        more, but what stands in for it may. 0 for one that cannot be skipped."""
+        pairs = [
+            (name, stand_in(self.base.plan_of(profile, {s}), s)) if name else ("", "")
+            for s, name in zip(profile.sublayers, self.table.classes, strict=True)
+        ]
         columns = []
         for weights in self._constraints():
-            costs = [(w, self.table.at(phase, self.context)) for phase, w in weights.items()]
-            saved = {
-                name: sum(w * (at[name] - at.get(_STAND_IN, 0.0)) for w, at in costs)
-                for name in {*self.table.classes} - {""}
-            }
-            columns.append([saved.get(name, 0.0) for name in self.table.classes])
+            saved = {("", ""): 0.0}
+            for own, other in set(pairs) - saved.keys():
+                saved[own, other] = sum(
+                    weight * (self._cost(own, phase) - self._cost(other, phase))
+                    for phase, weight in weights.items()
+                )
+            columns.append([saved[pair] for pair in pairs])
         return np.array(columns).T
+
+    def _cost(self, part: str, phase: Phase) -> float:
+        return self.table.cost(part, phase, self.context) if part else 0.0
 
     def _losses(self, profile: Profile) -> list[float]:
         if self.losses is None:
