@@ -10,11 +10,10 @@ from adaskip_fx.plan import SkipPlan
 from .choices import POLICIES, Choice, chosen_compensations, compensated, left_out, plans_in
 from .quality import costs, decode_costs
 from .setup import Options, Subject, open_subject
-from .timing import Times, measure_times
+from .timing import measure_times
 
 PICTURES = ("pareto", "plans")
-_DECODED = (48, 4)  # tokens that are decoded for quality, of so many windows
-_FEW_DECODED = (8, 1)  # on a CPU
+_DECODED = 4  # windows whose end is decoded token by token; one on a CPU
 Candidate = tuple[dict[str, Any], Any]
 
 
@@ -34,12 +33,15 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
     candidates = [c for policy in policies for c in candidates_of(subject, policy, refused)]
     plans = [plan for _, plan in candidates]
     windows = subject.windows(subject.texts[-1], "second")
-    tokens, few = _DECODED if subject.device.type == "cuda" else _FEW_DECODED
+    on_gpu = subject.device.type == "cuda"
+    few = windows[: _DECODED if on_gpu else 1]
     by_phase = {
         "prefill": costs(subject.runtime, plans, windows),
-        "decode": decode_costs(subject.runtime, plans, windows[:few], tokens),
+        "decode": decode_costs(subject.runtime, plans, few, subject.decoded),
     }
-    times = _times(subject, plans)
+    everything = [SkipPlan.empty(subject.runtime.sublayers), *plans]
+    rounds = 3 if on_gpu else 1
+    times = measure_times(subject.runtime, everything, windows[0], subject.decoded, rounds)
     points = []
     for i, (about, plan) in enumerate(candidates):
         found = {phase: own[i].against(full) for phase, (full, own) in by_phase.items()}
@@ -67,14 +69,6 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
         "refused": refused,
         "plans": [p for about, plan in candidates for p in named_plans(about, plan)],
     }
-
-
-def _times(subject: Subject, plans: Sequence[Any]) -> list[Times]:
-    """Of the full model, then of each plan."""
-    prompt = subject.windows(subject.texts[-1], "second")[0]
-    steps, rounds = (24, 3) if subject.device.type == "cuda" else (3, 1)
-    empty = SkipPlan.empty(subject.runtime.sublayers)
-    return measure_times(subject.runtime, [empty, *plans], prompt, steps, rounds)
 
 
 def candidates_of(
