@@ -88,16 +88,17 @@ def candidates_of(
         except ValueError as error:
             refused.append({"policy": policy.name, "alpha": alpha, "why": str(error)})
             continue
-        variants = [(policy.name, published)]
+        variants = [("", published)]
         if isinstance(ours, SkipPlan):
             for fit in chosen_compensations(subject.options.compensations).values():
                 fitted = fit(subject, profile, left_out(ours), windows)
-                variants.append((policy.our_name, compensated(ours, fitted)))
+                variants.append((policy.variant, compensated(ours, fitted)))
         else:
-            variants.append((policy.our_name, ours))
-        for name, plan in variants:
+            variants.append((policy.variant, ours))
+        for variant, plan in variants:
             about = {
-                "policy": name,
+                "policy": policy.name,
+                "variant": variant,
                 "alpha": alpha,
                 "compensation": plans_in(plan)[0].compensation.kind,
                 "published": plan is published,
@@ -128,7 +129,8 @@ def named_plans(about: dict[str, Any], plan: Any) -> list[dict[str, Any]]:
 
 def summary(result: dict[str, Any]) -> str:
     return "\n".join(
-        f"{p['policy']} ({p['compensation']}), {p['skipped']} skipped: "
+        f"{p['policy']}{', ' * bool(p['variant'])}{p['variant']} ({p['compensation']}), "
+        f"{p['skipped']} skipped: "
         + ", ".join(
             f"{phase} {p['speedup'][phase]:.2f}x at perplexity {cost['perplexity_ratio']:.3f}x, "
             f"KL {cost['kl']:.3f}"
