@@ -235,10 +235,22 @@ def test_a_level_to_compare_with(tmp_path: Path) -> None:
         assert "unknown" not in {label for label, _, _ in lines(axes)}
 
 
+def test_the_legend_says_what_markers_and_letters_mean(tmp_path: Path) -> None:
+    points = [*POINTS, {**POINTS[1], "policy": "B", "variant": "protected"}]
+    figure = drawn("pareto", tmp_path, points)
+    (legend,) = figure.legends
+    said = [t.get_text() for t in legend.get_texts()]
+    assert said == ["A", "B", "no compensation", "scale", "p: protected", "best of all"]
+    assert "15p" in {t.get_text() for t in figure.axes[0].texts}
+    assert "B, protected + scale" in {label for label, _, _ in lines(figure.axes[0])}
+    marks = {(line.get_marker(), line.get_fillstyle()) for line in figure.axes[0].lines}
+    assert {("o", "none"), ("o", "full"), ("s", "none"), ("s", "full")} <= marks
+
+
 def test_hopeless_points_are_named_and_not_shown(tmp_path: Path) -> None:
     hopeless = {**POINTS[0], "policy": "Exit", "quality": 1e6}
     (axes, _) = drawn("pareto", tmp_path, [*POINTS, hopeless]).axes
-    assert "off the scale:\nExit" in [t.get_text() for t in axes.texts]
+    assert "off the scale (points):\nExit (1)" in [t.get_text() for t in axes.texts]
     assert axes.get_ylim()[1] < 1000
 
 

@@ -433,7 +433,7 @@ def test_a_schedule_is_shown_at_its_ends(subject: Subject) -> None:
     """Anything that has plans and a digest may stand in for one plan."""
     ends = [SkipPlan.empty(_six()), SkipPlan.of(_six(), [], decode_extra=["1.ffn", "2.ffn"])]
     schedule = SimpleNamespace(plans=tuple(ends), digest="d")
-    policy = choices.Choice("S", lambda *_: schedule, "S", lambda *_: schedule)
+    policy = choices.Choice("S", lambda *_: schedule, lambda *_: schedule)
     ((about, plan),) = pareto.candidates_of(subject, policy, [])
     assert (about["published"], plan) == (True, schedule)
     assert [p["name"] for p in pareto.named_plans(about, plan)] == ["S, 2 at first", "S, 2 at last"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,17 @@ HOW = (
 )
 PHASES = ("prefill", "decode")
 _HOPELESS = 100.0  # times the best quality, where lower is better: not shown
+_FILLS = ("full", "bottom", "left", "top", "right")  # of markers, by compensation
+_KINDS = {"none": "no compensation"}
+_LEVEL = {"color": "#666666", "linestyle": ":", "linewidth": 1.2}
+_BEST = {  # steps: what at least this speed can have
+    **{"color": "black", "linewidth": 1, "zorder": 1},
+    "drawstyle": "steps-pre",
+}
 _LOG_FROM = 8.0  # times between the best and the worst, from which a log scale shows more
+
+#: keyword arguments by policy, fill styles by compensation
+Looks = tuple[dict[str, dict[str, Any]], dict[str, str]]
 
 
 def front(points: Sequence[tuple[float, float]], lower_is_better: bool) -> list[int]:
@@ -34,42 +45,63 @@ def front(points: Sequence[tuple[float, float]], lower_is_better: bool) -> list[
 
 
 def figure(documents: Sequence[Document], make: Any) -> Any:
-    """One panel a phase; hollow markers have no compensation. PlotError for other data.
+    """One panel a phase. PlotError for other data.
 
+    The marker is the policy, its filling the compensation, the number what is skipped (or alpha); a
+    letter after it is a variant of the policy. Points may say ``compensation`` and ``variant``.
     Documents may say ``quality_name`` (default: perplexity ratio), ``lower_is_better`` (true) and
     ``levels``, qualities to compare with, by name.
     """
     points = items(documents, "points", ("policy", "speedup", "quality"), HOW)
     name = documents[0].get("quality_name", "perplexity ratio")
     lower = bool(documents[0].get("lower_is_better", True))
+    levels = {k: v for k, v in documents[0].get("levels", {}).items() if v is not None}
     phases = [p for p in PHASES if any(p in point["speedup"] for point in points)]
+    looks = _looks(points)
     drawn = make(figsize=(1.8 + 4.6 * len(phases), 4.8), layout="constrained")
     axes = drawn.subplots(1, len(phases), squeeze=False, sharey=True)[0]
     for one, phase in zip(axes, phases, strict=True):
-        _panel(one, [p for p in points if phase in p["speedup"]], phase, lower)
-        for level, quality in documents[0].get("levels", {}).items():
-            if quality is not None:
-                one.axhline(quality, color="#666666", linestyle=":", linewidth=1.2, label=level)
+        for level, quality in levels.items():
+            one.axhline(quality, label=level, **_LEVEL)
+        _panel(one, [p for p in points if phase in p["speedup"]], phase, lower, looks)
         one.set_xlabel(f"{phase} speed-up over the full model (measured, times)")
     axes[0].set_ylabel(f"{name} ({'lower' if lower else 'higher'} is better)")
-    drawn.legend(*_legend(axes), loc="outside right center", frameon=False)
+    handles = _legend(points, looks, levels)
+    drawn.legend(handles=handles, loc="outside right center", frameon=False)
     drawn.suptitle(place(documents) or None, fontsize=10)
     return drawn
 
 
-def _panel(axes: Any, points: Sequence[Document], phase: str, lower: bool) -> None:
-    policies = list(dict.fromkeys(p["policy"] for p in points))
+def _looks(points: Sequence[Document]) -> Looks:
+    """How each policy and compensation are drawn."""
+    policies = dict.fromkeys(str(p["policy"]) for p in points)
+    kinds = sorted({_compensation(p) for p in points} - {"none"})
+    fills = {"none": "none", **{k: _FILLS[i % len(_FILLS)] for i, k in enumerate(kinds)}}
+    marks = {
+        policy: {**look(i), "linestyle": "none", "markersize": 7}
+        for i, policy in enumerate(policies)
+    }
+    return marks, fills
+
+
+def _compensation(point: Document) -> str:
+    return str(point.get("compensation", "none"))
+
+
+def label_of(point: Document) -> str:
+    """The policy, with its variant and its compensation if it has them."""
+    name = ", ".join(filter(None, (str(point["policy"]), point.get("variant"))))
+    kind = _compensation(point)
+    return name if kind == "none" else f"{name} + {kind}"
+
+
+def _panel(axes: Any, points: Sequence[Document], phase: str, lower: bool, looks: Looks) -> None:
+    marks, fills = looks
     values = [(float(p["speedup"][phase]), quality_of(p, phase)) for p in points]
     for point, (speed, quality) in zip(points, values, strict=True):
-        looks = look(policies.index(point["policy"]))
-        axes.plot(
-            speed,
-            quality,
-            label=label_of(point),
-            **{**looks, "linestyle": "none"},
-            fillstyle="none" if _bare(point) else "full",
-            markersize=7,
-        )
+        shape = marks[str(point["policy"])]
+        fill = fills[_compensation(point)]
+        axes.plot(speed, quality, label=label_of(point), fillstyle=fill, **shape)
         axes.annotate(
             _size(point),
             (speed, quality),
@@ -79,14 +111,7 @@ def _panel(axes: Any, points: Sequence[Document], phase: str, lower: bool) -> No
             annotation_clip=True,
         )
     best = [values[i] for i in front(values, lower)]
-    axes.plot(
-        *zip(*best, strict=True),
-        color="black",
-        linewidth=1,
-        drawstyle="steps-pre",  # what at least this speed can have
-        label="best of all",
-        zorder=1,
-    )
+    axes.plot(*zip(*best, strict=True), label="best of all", **_BEST)
     qualities = [q for _, q in values]
     if min(qualities) > 0 and max(qualities) / min(qualities) > _LOG_FROM:
         axes.set_yscale("log")
@@ -110,32 +135,32 @@ def _cut(axes: Any, points: Sequence[Document], qualities: Sequence[float]) -> N
     best = min(qualities)
     limit = _HOPELESS * best
     pairs = zip(points, qualities, strict=True)
-    gone = dict.fromkeys(str(p["policy"]) for p, quality in pairs if quality > limit)
+    gone = Counter(str(p["policy"]) for p, quality in pairs if quality > limit)
     if limit <= 0 or not gone:
         return
     axes.set_ylim(best / 1.3, limit)
-    text = "\n".join(["off the scale:", *gone])
+    counted = (f"{policy} ({count})" for policy, count in gone.items())
+    text = "\n".join(["off the scale (points):", *counted])
     axes.text(0.02, 0.98, text, transform=axes.transAxes, va="top", fontsize=7)
 
 
-def _bare(point: Document) -> bool:
-    return str(point.get("compensation", "none")) == "none"
-
-
-def label_of(point: Document) -> str:
-    """The policy, with its compensation if it has one."""
-    return str(point["policy"]) if _bare(point) else f"{point['policy']} + {point['compensation']}"
-
-
 def _size(point: Document) -> str:
-    return str(point["skipped"]) if "skipped" in point else f"{point.get('alpha', ''):.4g}"
+    size = str(point["skipped"]) if "skipped" in point else f"{point.get('alpha', ''):.4g}"
+    return size + str(point.get("variant") or "")[:1]
 
 
-def _legend(axes: Sequence[Any]) -> tuple[list[Any], list[str]]:
-    """Each label once, the front last."""
-    known: dict[str, Any] = {}
-    for one in axes:
-        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
-            known.setdefault(label, handle)
-    last = known.pop("best of all")
-    return [*known.values(), last], [*known, "best of all"]
+def _legend(points: Sequence[Document], looks: Looks, levels: dict[str, float]) -> list[Any]:
+    """Policies, then compensations, variants, levels and the front."""
+    from matplotlib.lines import Line2D
+
+    marks, fills = looks
+    square = {"marker": "s", "linestyle": "none", "color": "#444444", "markersize": 7}
+    variants = dict.fromkeys(str(p["variant"]) for p in points if p.get("variant"))
+    entries: list[tuple[str, dict[str, Any]]] = [
+        *((policy, {**mark, "fillstyle": "none"}) for policy, mark in marks.items()),
+        *((_KINDS.get(k, k), {**square, "fillstyle": fill}) for k, fill in fills.items()),
+        *((f"{v[:1]}: {v}", {"linestyle": "none"}) for v in variants),
+        *((level, _LEVEL) for level in levels),
+        ("best of all", _BEST),
+    ]
+    return [Line2D([], [], label=label, **style) for label, style in entries]

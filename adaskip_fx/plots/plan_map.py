@@ -42,7 +42,9 @@ def figure(documents: Sequence[Document], make: Any) -> Any:
     plans = items(documents, "plans", ("name", "sublayers", "prefill", "decode"), HOW)
     lines = [(plan, kind) for plan in plans for kind in _kinds(plan["sublayers"])]
     layers = 1 + max(Sublayer.parse(s).layer for plan in plans for s in plan["sublayers"])
-    drawn = make(figsize=(3.4 + 0.25 * layers, 1.2 + 0.22 * len(lines)), layout="constrained")
+    drawn = make(
+        figsize=(max(3.4 + 0.25 * layers, 7.5), 1.2 + 0.22 * len(lines)), layout="constrained"
+    )
     axes = drawn.subplots()
     used: dict[str, None] = {}
     for row, (plan, kind) in enumerate(lines):

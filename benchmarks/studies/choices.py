@@ -31,13 +31,13 @@ Fit = Callable[[Subject, Profile, Sequence[Sublayer], Windows], Compensation]
 class Choice:
     """A policy twice: as its authors define it, and as we would use it (with protection).
 
-    our_name: for the second.
+    variant: what the second has that the first has not; empty for nothing.
     """
 
     name: str
     published: Planner
-    our_name: str
     ours: Planner
+    variant: str = ""
 
 
 def by_profile(policy: Policy) -> Planner:
@@ -50,12 +50,12 @@ def by_profile(policy: Policy) -> Planner:
 
 
 def _same(name: str, policy: Policy) -> Choice:
-    return Choice(name, by_profile(policy), name, by_profile(policy))
+    return Choice(name, by_profile(policy), by_profile(policy))
 
 
 def _protected(name: str, policy: type[UnifiedSkip | EarlyExit | ReverseOrder]) -> Choice:
     ours = by_profile(policy(protected=True))
-    return Choice(name, by_profile(policy()), f"{name}, protected", ours)
+    return Choice(name, by_profile(policy()), ours, "protected")
 
 
 POLICIES = (

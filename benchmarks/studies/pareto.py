@@ -10,11 +10,10 @@ from adaskip_fx.plan import SkipPlan
 from .choices import POLICIES, Choice, chosen_compensations, compensated, left_out, plans_in
 from .quality import costs, decode_costs
 from .setup import Options, Subject, open_subject
-from .timing import Times, measure_times
+from .timing import measure_times
 
 PICTURES = ("pareto", "plans")
-_DECODED = (48, 4)  # tokens that are decoded for quality, of so many windows
-_FEW_DECODED = (8, 1)  # on a CPU
+_DECODED = 4  # windows whose end is decoded token by token; one on a CPU
 Candidate = tuple[dict[str, Any], Any]
 
 
@@ -34,12 +33,15 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
     candidates = [c for policy in policies for c in candidates_of(subject, policy, refused)]
     plans = [plan for _, plan in candidates]
     windows = subject.windows(subject.texts[-1], "second")
-    tokens, few = _DECODED if subject.device.type == "cuda" else _FEW_DECODED
+    on_gpu = subject.device.type == "cuda"
+    few = windows[: _DECODED if on_gpu else 1]
     by_phase = {
         "prefill": costs(subject.runtime, plans, windows),
-        "decode": decode_costs(subject.runtime, plans, windows[:few], tokens),
+        "decode": decode_costs(subject.runtime, plans, few, subject.decoded),
     }
-    times = _times(subject, plans)
+    everything = [SkipPlan.empty(subject.runtime.sublayers), *plans]
+    rounds = 3 if on_gpu else 1
+    times = measure_times(subject.runtime, everything, windows[0], subject.decoded, rounds)
     points = []
     for i, (about, plan) in enumerate(candidates):
         found = {phase: own[i].against(full) for phase, (full, own) in by_phase.items()}
@@ -69,14 +71,6 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
     }
 
 
-def _times(subject: Subject, plans: Sequence[Any]) -> list[Times]:
-    """Of the full model, then of each plan."""
-    prompt = subject.windows(subject.texts[-1], "second")[0]
-    steps, rounds = (24, 3) if subject.device.type == "cuda" else (3, 1)
-    empty = SkipPlan.empty(subject.runtime.sublayers)
-    return measure_times(subject.runtime, [empty, *plans], prompt, steps, rounds)
-
-
 def candidates_of(
     subject: Subject, policy: Choice, refused: list[dict[str, Any]]
 ) -> list[Candidate]:
@@ -94,16 +88,17 @@ def candidates_of(
         except ValueError as error:
             refused.append({"policy": policy.name, "alpha": alpha, "why": str(error)})
             continue
-        variants = [(policy.name, published)]
+        variants = [("", published)]
         if isinstance(ours, SkipPlan):
             for fit in chosen_compensations(subject.options.compensations).values():
                 fitted = fit(subject, profile, left_out(ours), windows)
-                variants.append((policy.our_name, compensated(ours, fitted)))
+                variants.append((policy.variant, compensated(ours, fitted)))
         else:
-            variants.append((policy.our_name, ours))
-        for name, plan in variants:
+            variants.append((policy.variant, ours))
+        for variant, plan in variants:
             about = {
-                "policy": name,
+                "policy": policy.name,
+                "variant": variant,
                 "alpha": alpha,
                 "compensation": plans_in(plan)[0].compensation.kinds,
                 "published": plan is published,
@@ -134,7 +129,8 @@ def named_plans(about: dict[str, Any], plan: Any) -> list[dict[str, Any]]:
 
 def summary(result: dict[str, Any]) -> str:
     return "\n".join(
-        f"{p['policy']} ({p['compensation']}), {p['skipped']} skipped: "
+        f"{p['policy']}{', ' * bool(p['variant'])}{p['variant']} ({p['compensation']}), "
+        f"{p['skipped']} skipped: "
         + ", ".join(
             f"{phase} {p['speedup'][phase]:.2f}x at perplexity {cost['perplexity_ratio']:.3f}x, "
             f"KL {cost['kl']:.3f}"

@@ -12,8 +12,6 @@ import torch
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.runtime import Runtime
 
-_FIRST_STEPS = 4  # they record graphs
-
 
 @dataclass
 class Times:
@@ -33,33 +31,33 @@ class Times:
 def measure_times(
     runtime: Runtime, plans: Sequence[SkipPlan], ids: torch.Tensor, steps: int, rounds: int
 ) -> list[Times]:
-    """Times of each plan: `rounds` times all plans in turn, after one turn that links them.
+    """Times of each plan: `rounds` times all plans in turn.
+
+    In each turn a first request links the plan, and on a GPU records its graphs; a second one, on
+    the same buffers, is timed.
 
     ids: a prompt int64 [1, T]; steps: decode steps that are timed together after it.
     """
     found = [Times() for _ in plans]
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for plan, times in zip(plans, found, strict=True):
+            _once(runtime, plan, ids, steps)
             prefill, decode = _once(runtime, plan, ids, steps)
-            if number:
-                times.prefill.append(prefill)
-                times.decode.append(decode)
+            times.prefill.append(prefill)
+            times.decode.append(decode)
     return found
 
 
 def _once(runtime: Runtime, plan: SkipPlan, ids: torch.Tensor, steps: int) -> tuple[float, float]:
-    capacity = ids.shape[1] + steps + _FIRST_STEPS
+    capacity = ids.shape[1] + steps
     cache = runtime.new_cache(capacity=capacity, plan=plan)
     token = ids[:, :1].contiguous()
     start = _now(ids.device)
     runtime.step(ids, None, None, cache, 1)
     prompted = _now(ids.device)
-    for _ in range(_FIRST_STEPS):
-        runtime.step(token, None, None, cache, 1)
-    begin = _now(ids.device)
     for _ in range(steps):
         runtime.step(token, None, None, cache, 1)
-    return prompted - start, (_now(ids.device) - begin) / steps
+    return prompted - start, (_now(ids.device) - prompted) / steps
 
 
 def _now(device: torch.device) -> float:
