@@ -6,7 +6,7 @@ nothing in between, and the composition of two is often a stand-in again::
     x -> 0.9 x -> 0.9 x + (0.9 x) W^T + b        becomes        x -> x + x V^T + b
 
 with `V = 0.9 (I + W) - I`. Exact as algebra, and computed in float64; what changes is rounding.
-A multiple of a low-rank map has no such form and stays as it is.
+A multiple of a low-rank map has no such form and stays as it is, and so does a normalized map.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Fold:
             return Fold("low_rank", rank, parts) if rank < (stand_in.width or 0) else None
         if kinds <= {"scale", "diagonal"}:
             return Fold("scale" if kinds == {"scale"} else "diagonal", 0, parts)
-        return Fold("linear", 0, parts) if "linear" in kinds else None
+        foldable = "linear" in kinds and "normalized" not in kinds
+        return Fold("linear", 0, parts) if foldable else None
 
     def tensors(self, device: torch.device) -> Tensors:
         """The tensors of the one stand-in, float64 on `device`, by name."""

@@ -5,7 +5,9 @@ From cheap to strong, for a stream `x` of width H:
 - `"scale"`: `factor * x`, one number (AdaSkip, arXiv 2501.02336, eq. 4);
 - `"diagonal"`: `factor * x`, a number for each channel;
 - `"low_rank"`: `x + (x down^T) up^T + bias`, 2 H r weights;
-- `"linear"`: `x + x weight^T + bias`, H^2 weights (NBL, arXiv 2505.21077).
+- `"linear"`: `x + x weight^T + bias`, H^2 weights (NBL, arXiv 2505.21077);
+- `"normalized"`: `x + (x / rms(x)) weight^T + bias`: like a sublayer, whose norm is its first step,
+  it adds the same whatever the size of x.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ import numpy.typing as npt
 
 from adaskip_fx.files import canonical_digest
 
-StandInKind = Literal["scale", "diagonal", "low_rank", "linear"]
+StandInKind = Literal["scale", "diagonal", "low_rank", "linear", "normalized"]
 Array = npt.NDArray[np.floating[Any]]
 
+EPS = 1e-6  #: under the root of the mean square that a normalized map divides by
 #: kind -> its tensors, by the letters of their dimensions
 SHAPES: Mapping[StandInKind, Mapping[str, str]] = MappingProxyType(
     {
@@ -32,6 +35,7 @@ SHAPES: Mapping[StandInKind, Mapping[str, str]] = MappingProxyType(
         "diagonal": {"factor": "H"},
         "low_rank": {"down": "rH", "up": "Hr", "bias": "H"},
         "linear": {"weight": "HH", "bias": "H"},
+        "normalized": {"weight": "HH", "bias": "H"},
     }
 )
 

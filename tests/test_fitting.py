@@ -89,6 +89,22 @@ def test_linear_is_weighted_ridge_regression() -> None:
     assert not np.allclose(fitted, unweighted, rtol=1e-2)  # companion: weights matter
 
 
+def test_a_normalized_map_is_ridge_regression_on_normalized_streams() -> None:
+    x, y = drawn()
+    size = np.linalg.norm(x, axis=1, keepdims=True)
+    normal = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
+    z, t = np.hstack((normal, np.ones((len(x), 1)))) / size, (y - x) / size
+    ridge = 0.01 * np.diag(z.T @ z)[:-1].mean() * np.diag([1.0] * HIDDEN + [0.0])
+    moments = Moments.zeros(HIDDEN, torch.device("cpu"), normalized=True)
+    moments.add(torch.tensor(x), torch.tensor(y))
+    fitted = solve(moments, "normalized", ridge=0.01)
+    expected = np.linalg.solve(z.T @ z + ridge, z.T @ t)
+    np.testing.assert_allclose(as_map(fitted), expected, rtol=1e-5, atol=1e-6)
+    left = ((t - z @ as_map(fitted)) ** 2).sum() / (t**2).sum()
+    assert unexplained(moments, fitted) == pytest.approx(left, rel=1e-5)
+    assert moments.minus(moments).normalized
+
+
 def test_scale_and_diagonal_are_regressions() -> None:
     x, y = drawn()
     _, u, t = weighted(x, y)

@@ -31,6 +31,10 @@ def applied(x: np.ndarray[Any, Any], by: StandIn) -> np.ndarray[Any, Any]:
         if by.kind in ("scale", "diagonal"):
             rows.append(row * t["factor"])
             continue
+        if by.kind == "normalized":
+            row_in = row / np.sqrt((row**2).mean() + 1e-6)
+            rows.append(row + t["weight"] @ row_in + t["bias"])
+            continue
         branch = t["weight"] @ row if by.kind == "linear" else t["up"] @ (t["down"] @ row)
         rows.append(row + branch + t["bias"])
     return np.stack(rows)
@@ -62,7 +66,7 @@ def test_a_fold_is_its_parts_in_turn(drawn: list[tuple[Any, int, int]]) -> None:
     np.testing.assert_allclose(together, expected, rtol=1e-9, atol=1e-9)
     if len(used) > 1:  # companion: in another order it is another function, but for factors
         backwards = functools.reduce(applied, used[::-1], x)
-        commute = {p.kind for p in used} <= {"scale", "diagonal"} or len(set(used)) == 1
+        commute = {p.kind for p in used} <= {"scale", "diagonal"} or used == used[::-1]
         assert np.allclose(together, backwards, rtol=1e-9, atol=1e-9) == commute
 
 
@@ -71,6 +75,9 @@ def _applied_float64(
 ) -> np.ndarray[Any, Any]:
     if "factor" in t:
         return x * t["factor"]
+    if fold.kind == "normalized":
+        size = np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
+        return x + (x / size) @ t["weight"].T + t["bias"]
     return x + x @ (t["weight"] if fold.kind == "linear" else t["up"] @ t["down"]).T + t["bias"]
 
 
@@ -84,6 +91,8 @@ def _applied_float64(
         ("low_rank", "low_rank", "low_rank"),
         ("scale", "low_rank", None),
         ("low_rank", "diagonal", None),
+        ("linear", "normalized", None),
+        ("normalized", "scale", None),
     ],
 )
 def test_what_two_become(first: Any, second: Any, result: str | None) -> None:

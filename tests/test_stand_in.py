@@ -46,12 +46,13 @@ def test_a_stand_in_is_a_value(kind: StandInKind) -> None:
 
 
 def test_what_it_says_of_itself() -> None:
-    assert [str(stand_in(k, rank=3)) for k in KINDS[1:]] == ["diagonal", "rank 3", "linear"]
+    words = ["diagonal", "rank 3", "linear", "normalized"]
+    assert [str(stand_in(k, rank=3)) for k in KINDS[1:]] == words
     assert str(StandIn.scale(0.93149)) == "\N{MULTIPLICATION SIGN}0.931"
-    assert [stand_in(k).factor is None for k in KINDS] == [False, True, True, True]
-    assert [stand_in(k, rank=3).rank for k in KINDS] == [0, 0, 3, 0]
-    assert [stand_in(k, hidden=6).width for k in KINDS] == [None, 6, 6, 6]
-    assert [stand_in(k, hidden=4, rank=2).parameters for k in KINDS] == [1, 4, 20, 20]
+    assert [stand_in(k).factor is None for k in KINDS] == [False, True, True, True, True]
+    assert [stand_in(k, rank=3).rank for k in KINDS] == [0, 0, 3, 0, 0]
+    assert [stand_in(k, hidden=6).width for k in KINDS] == [None, 6, 6, 6, 6]
+    assert [stand_in(k, hidden=4, rank=2).parameters for k in KINDS] == [1, 4, 20, 20, 20]
 
 
 BAD: list[tuple[StandInKind, dict[str, Any], str]] = [

@@ -67,8 +67,8 @@ class Rung:
         total = functools.reduce(Moments.plus, folds)
         if self.kind in ("scale", "diagonal"):
             return solve(total, self.kind)
-        if self.kind == "linear":
-            return solve(total, "linear", ridge=self._ridge(folds, "linear"))
+        if self.kind in ("linear", "normalized"):
+            return solve(total, self.kind, ridge=self._ridge(folds, self.kind))
         rank, ridge = self.rank, self.ridge
         if rank is None:
             rank, best = _rank(folds)
@@ -161,8 +161,8 @@ class Fitter:
         key = (*((s, c.digest) for s, c in done.items()), sublayer, rung)
         found = self._fitted.pop(key, None)
         if found is None:
-            moments = self._moments(Compensation(done), tuple(done), [sublayer])[sublayer]
-            found = rung.fit(moments)
+            moments = self._moments(Compensation(done), tuple(done), [sublayer], rung)
+            found = rung.fit(moments[sublayer])
         self._fitted[key] = found  # as the last one used
         while len(self._fitted) > _KEPT:
             del self._fitted[next(iter(self._fitted))]
@@ -181,17 +181,22 @@ class Fitter:
             rung: what kind; linear maps if None.
             kinds: of the sublayers.
         """
+        rung = rung or Rung()
         left_out = tuple(s for s in plan.sublayers if plan.action("prefill", s) is not Action.RUN)
         running = [s for s in plan.sublayers if s not in left_out and s.kind in kinds]
         fitted: dict[Sublayer, StandIn] = {}
         for start in range(0, len(running), self.together):
             group = running[start : start + self.together]
-            for sublayer, moments in self._moments(plan.compensation, left_out, group).items():
-                fitted[sublayer] = (rung or Rung()).fit(moments)
+            found = self._moments(plan.compensation, left_out, group, rung)
+            fitted.update({s: rung.fit(moments) for s, moments in found.items()})
         return Compensation(fitted)
 
     def _moments(
-        self, compensation: Compensation, left_out: Sequence[Sublayer], wanted: Sequence[Sublayer]
+        self,
+        compensation: Compensation,
+        left_out: Sequence[Sublayer],
+        wanted: Sequence[Sublayer],
+        rung: Rung,
     ) -> dict[Sublayer, list[Moments]]:
         """For each of `wanted` the moments of each fold."""
         sublayers = self.runtime.sublayers
@@ -205,8 +210,8 @@ class Fitter:
                 seen, wished = (self._streams(ids, p, watched) for p in (skipping, full))
                 for s in wanted:
                     if s not in found:
-                        size = seen[0].shape[-1], seen[0].device
-                        found[s] = [Moments.zeros(*size) for _ in range(max(self.folds) + 1)]
+                        kind = seen[0].shape[-1], seen[0].device, rung.kind == "normalized"
+                        found[s] = [Moments.zeros(*kind) for _ in range(max(self.folds) + 1)]
                     found[s][fold].add(seen[place[s]], wished[place[s] + 1])
         return found
 
@@ -255,7 +260,7 @@ def fit(
             kinds by name (prose, code, ...), and then ridge and rank are chosen to hold for kinds
             that a fit has not seen.
         plan: which sublayers are skipped.
-        kind: ``"linear"``, ``"low_rank"``, ``"diagonal"`` or ``"scale"``.
+        kind: ``"normalized"``, ``"linear"``, ``"low_rank"``, ``"diagonal"`` or ``"scale"``.
         rank: of low-rank maps; chosen on held-out texts if None (see :class:`Rung`).
         max_length: tokens of a text at most.
         backend: inner torch.compile backend; ``"eager"`` needs no compilation.

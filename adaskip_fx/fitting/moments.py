@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from adaskip_fx.stand_in import EPS
+
 
 @dataclass
 class Moments:
@@ -16,24 +18,26 @@ class Moments:
     times larger, do not decide alone.
 
     Attributes:
-        inputs: sum of w z z^T, float64 [H + 1, H + 1], where z is x and a last 1.
+        inputs: sum of w z z^T, float64 [H + 1, H + 1], where z is x (or x / rms(x)) and a last 1.
         products: sum of w z t^T, float64 [H + 1, H].
         targets: sum of w t . t.
         tokens: how many.
+        normalized: whether z is x / rms(x).
     """
 
     inputs: torch.Tensor
     products: torch.Tensor
     targets: torch.Tensor
     tokens: int = 0
+    normalized: bool = False
 
     @classmethod
-    def zeros(cls, hidden: int, device: torch.device) -> Moments:
+    def zeros(cls, hidden: int, device: torch.device, normalized: bool = False) -> Moments:
         """Of no tokens."""
         shapes = ((hidden + 1, hidden + 1), (hidden + 1, hidden), ())
         made = (torch.zeros(s, dtype=torch.float64, device=device) for s in shapes)
         inputs, products, targets = made
-        return cls(inputs, products, targets)
+        return cls(inputs, products, targets, normalized=normalized)
 
     @property
     def hidden(self) -> int:
@@ -49,7 +53,8 @@ class Moments:
         """
         x, y = (t.reshape(-1, self.hidden).to(torch.float64) for t in (stream, target))
         weight = 1 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        z = torch.cat((x, torch.ones_like(x[:, :1])), 1) * weight
+        given = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() if self.normalized else x
+        z = torch.cat((given, torch.ones_like(x[:, :1])), 1) * weight
         t = (y - x) * weight
         self.inputs += z.T @ z
         self.products += z.T @ t
@@ -63,6 +68,7 @@ class Moments:
             self.products + times * other.products,
             self.targets + times * other.targets,
             self.tokens + times * other.tokens,
+            self.normalized,
         )
 
     def minus(self, part: Moments) -> Moments:

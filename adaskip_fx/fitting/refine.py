@@ -82,18 +82,14 @@ class Trainable(Program):
             return super().run(arguments, still, valid)
 
     @classmethod
-    def compensation(cls) -> Compensation:
-        """The stand-ins as they are now."""
+    def compensation(cls, kinds: Compensation) -> Compensation:
+        """The stand-ins as they are now, of the same kinds as those of `kinds`."""
         found: dict[Sublayer, dict[str, Any]] = {}
         for name, (sublayer, tensor) in cls.places.items():
             found.setdefault(sublayer, {})[tensor] = cls.shared[name].detach().cpu().numpy()
-        return Compensation({s: _stand_in(t) for s, t in found.items()})
-
-
-def _stand_in(tensors: dict[str, Any]) -> StandIn:
-    if "factor" in tensors:
-        return StandIn("diagonal" if tensors["factor"].ndim else "scale", tensors)
-    return StandIn("linear" if "weight" in tensors else "low_rank", tensors)
+        return Compensation(
+            {s: StandIn(kinds.stand_ins[s].kind, tensors) for s, tensors in found.items()}
+        )
 
 
 @dataclass
@@ -164,7 +160,7 @@ def refine(
                     kept = [p.detach().clone() for p in parameters]
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.data.copy_(value)
-        refined = trained.compensation()
+        refined = trained.compensation(plan.compensation)
     if progress is not None:
         progress(how.steps, how.steps)
     return plan.with_compensation(plan.compensation.merged(refined)), seen

@@ -27,7 +27,7 @@ def solve(moments: Moments, kind: StandInKind, rank: int = 0, ridge: float = 1e-
     """The stand-in of a kind with the least weighted squared error.
 
     Args:
-        moments: what it is fitted to.
+        moments: what it is fitted to; normalized ones for a normalized map.
         kind: which rung.
         rank: of a low-rank map; cut to H.
         ridge: of linear and low-rank maps, in units of the mean diagonal of `moments.inputs`.
@@ -38,8 +38,11 @@ def solve(moments: Moments, kind: StandInKind, rank: int = 0, ridge: float = 1e-
     best approximation of the ridge regression of all of t in the metric of the inputs (reduced-rank
     regression: the leading singular vectors of `C_xx^1/2 W`).
 
+    A normalized map is held down to nothing.
+
     ValueError for a scale that is not positive.
     """
+    assert moments.normalized == (kind == "normalized")
     if kind == "scale":
         return StandIn.scale(float(1 + _own(moments)))
     if kind == "diagonal":
@@ -48,7 +51,7 @@ def solve(moments: Moments, kind: StandInKind, rank: int = 0, ridge: float = 1e-
     held = _held(moments, ridge)
     if kind == "low_rank":
         return _reduced(held, torch.linalg.solve(held, moments.products), rank)
-    own = _own(moments)
+    own = torch.zeros_like(moments.targets) if moments.normalized else _own(moments)
     full = torch.linalg.solve(held, moments.products - own * moments.inputs[:, :-1])
     full[:-1].diagonal().add_(own)
     return StandIn(kind, {"weight": _numpy(full[:-1].T), "bias": _numpy(full[-1])})

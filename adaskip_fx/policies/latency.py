@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from adaskip_fx.folding import folds
 from adaskip_fx.knapsack import choose
 from adaskip_fx.latency import LatencyTable
 from adaskip_fx.parts import Weights, stand_in, weights_of
@@ -116,7 +117,7 @@ class LatencyBudget:
         """Seconds [sublayers, constraints] that skipping each sublayer saves: it costs nothing any
         more, but what stands in for it may. 0 for one that cannot be skipped."""
         pairs = [
-            (name, stand_in(self.base.plan_of(profile, {s}), s)) if name else ("", "")
+            (name, self._stand_in(profile, s)) if name else ("", "")
             for s, name in zip(profile.sublayers, self.table.classes, strict=True)
         ]
         columns = []
@@ -129,6 +130,11 @@ class LatencyBudget:
                 )
             columns.append([saved[pair] for pair in pairs])
         return np.array(columns).T
+
+    def _stand_in(self, profile: Profile, sublayer: Sublayer) -> str:
+        """The part that takes the place of a sublayer; empty where the stream is handed on."""
+        alone = self.base.plan_of(profile, {sublayer})
+        return next((stand_in(fold) for fold in folds(alone, "prefill").values()), "")
 
     def _cost(self, part: str, phase: Phase) -> float:
         return self.table.cost(part, phase, self.context) if part else 0.0

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaskip_fx.stand_in import StandIn
+from adaskip_fx.stand_in import EPS, StandIn
 
 _ADDS = frozenset(
     [
@@ -117,9 +117,12 @@ def replaced(stream: torch.Tensor, by: StandIn | float | None) -> torch.Tensor:
     if "factor" in tensors:
         return (stream.float() * tensors["factor"].float()).to(stream.dtype)
     narrow = {n: t.to(stream.dtype) for n, t in tensors.items()}
-    inner = stream if by.kind == "linear" else stream @ narrow["down"].T
-    weight = narrow["weight"] if by.kind == "linear" else narrow["up"]
-    return stream + (inner @ weight.T + narrow["bias"])
+    if by.kind == "low_rank":
+        return stream + ((stream @ narrow["down"].T) @ narrow["up"].T + narrow["bias"])
+    inner = stream
+    if by.kind == "normalized":
+        inner = torch.nn.functional.rms_norm(stream.float(), stream.shape[-1:], eps=EPS)
+    return stream + (inner.to(stream.dtype) @ narrow["weight"].T + narrow["bias"])
 
 
 def _filled(cache: Any) -> bool:

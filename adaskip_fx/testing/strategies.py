@@ -30,7 +30,7 @@ _ACTIONS = {
     "ffn": (("run", "run"), ("skip", "skip"), ("run", "skip"), ("skip", "run")),
 }
 _FACTORS = st.floats(0.25, 2.0, width=32)
-_TENSORS = ("diagonal", "low_rank", "linear")
+_TENSORS = ("diagonal", "low_rank", "linear", "normalized")
 
 
 def plans(model: Any) -> st.SearchStrategy[SkipPlan]:

@@ -18,6 +18,7 @@ from torch.nn.functional import linear as apply_linear
 
 from .outline import Piece, helper_piece
 
+EPS = 1e-6  #: under the root of a mean square
 STAND_IN = "adaskip_stand_in"  # marks an input: (position of the sublayer, name of the tensor)
 
 
@@ -50,6 +51,16 @@ def _linear(x: fx.Node, weight: fx.Node, bias: fx.Node) -> fx.Node:
     return _added(x, x, weight, bias)
 
 
+def _normalized(x: fx.Node, weight: fx.Node, bias: fx.Node) -> fx.Node:
+    """``x + (x / rms(x)) W^T + b``; the root mean square is taken in float32."""
+    graph, dtype = x.graph, x.meta["example_value"].dtype
+    wide = graph.call_method("to", (x, torch.float32))
+    mean = graph.call_method("mean", (graph.call_method("pow", (wide, 2)), -1), {"keepdim": True})
+    factor = graph.call_function(torch.rsqrt, (graph.call_function(torch.add, (mean, EPS)),))
+    normal = graph.call_method("to", (graph.call_function(torch.mul, (wide, factor)), dtype))
+    return _added(x, normal, weight, bias)
+
+
 def _low_rank(x: fx.Node, down: fx.Node, up: fx.Node, bias: fx.Node) -> fx.Node:
     """``x + (x D^T) U^T + b``."""
     return _added(x, x.graph.call_function(apply_linear, (x, down)), up, bias)
@@ -67,6 +78,9 @@ STAND_INS: Mapping[str, StandInKind] = MappingProxyType(
         "diagonal": StandInKind(_multiplied, lambda hidden, rank: {"factor": (hidden,)}, wide=True),
         "linear": StandInKind(
             _linear, lambda hidden, rank: {"weight": (hidden, hidden), "bias": (hidden,)}
+        ),
+        "normalized": StandInKind(
+            _normalized, lambda hidden, rank: {"weight": (hidden, hidden), "bias": (hidden,)}
         ),
         "low_rank": StandInKind(
             _low_rank,
