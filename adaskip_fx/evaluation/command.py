@@ -28,7 +28,10 @@ def evaluate(
     ] = None,
     alpha: Alpha = 1.2,
     plan: Annotated[
-        Path | None, typer.Option(help="A plan's file, instead of what AdaSkip would skip.")
+        Path | None,
+        typer.Option(
+            help="A plan's file or a decision's folder, instead of what AdaSkip would skip."
+        ),
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -104,13 +107,14 @@ def _subject(
     """The model to evaluate: compiled if anything says what to skip."""
     from adaskip_fx.api import compile
     from adaskip_fx.loading import usable_backend
-    from adaskip_fx.plan import SkipPlan
+
+    from .decided import load_decision
 
     if profile is None and plan is None:
         return loaded.model
     usable, why = usable_backend(backend, loaded.model.device)
     if why is not None:
         steps.say(why)
-    chosen = None if plan is None else SkipPlan.load(plan)
+    chosen = None if plan is None else load_decision(plan)
     with steps.step("compile"):
         return compile(loaded.model, profile, alpha, plan=chosen, backend=usable)

@@ -19,9 +19,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from adaskip_fx.api import compile
+from adaskip_fx.decisions import Decision
 from adaskip_fx.loading import usable_backend
-from adaskip_fx.plan import SkipPlan
 
+from .decided import decision_json, load_decision
 from .ran import Watch
 
 
@@ -38,7 +39,7 @@ class AdaSkipLM(HFLM):
         pretrained: Any,
         profile: str | None = None,
         alpha: float = 1.2,
-        plan: str | SkipPlan | None = None,
+        plan: str | Path | Decision | None = None,
         inner_backend: str = "inductor",
         device: str | None = None,
         **options: Any,
@@ -49,7 +50,7 @@ class AdaSkipLM(HFLM):
             pretrained: a folder, a name on the hub, or a model.
             profile: folder that ``calibrate`` wrote.
             alpha: acceleration ratio.
-            plan: a plan or its file, instead of what AdaSkip would skip.
+            plan: a plan or other decision, or the path of one, instead of what AdaSkip would skip.
             inner_backend: inner torch.compile backend; ``eager`` where it is Inductor and there
                 is no C++ compiler. (``backend`` is the harness's, and something else.)
             device: CUDA where there is one when None.
@@ -68,7 +69,7 @@ class AdaSkipLM(HFLM):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         super().__init__(pretrained, device=device, **options)
-        chosen = SkipPlan.load(plan) if isinstance(plan, str | Path) else plan
+        chosen = load_decision(Path(plan)) if isinstance(plan, str | Path) else plan
         usable, why = usable_backend(inner_backend, self._model.device)
         if why is not None:
             print(why, file=sys.stderr)
@@ -82,6 +83,6 @@ class AdaSkipLM(HFLM):
         Raises:
             SkipPathError: no step was run.
         """
-        plan: SkipPlan = self._model.adaskip.plan
-        about = {"plan": plan.to_json(), "ran": self._watch.read().to_json()}
+        decision = decision_json(self._model.adaskip.decision)
+        about = {"plan": decision, "ran": self._watch.read().to_json()}
         return {**super().get_model_info(), "adaskip": about}

@@ -66,7 +66,7 @@ class Ran:
 
     Attributes:
         prefill: over prompts, those that continue a request as well.
-        decode: over steps of one token.
+        decode: over steps of one token; the last one of a prompt that runs as in decode as well.
         plans: digests of the plans in force, in the order in which they came up.
     """
 

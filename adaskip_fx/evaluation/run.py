@@ -18,6 +18,7 @@ from adaskip_fx.files import JSON
 from adaskip_fx.runtime import Runtime
 
 from . import scoring
+from .decided import decision_json
 from .examples import Example, Generate, Predict, to_json
 from .predictions import Bucket, by_position
 from .ran import watched
@@ -76,7 +77,7 @@ def conditions(model: Any) -> dict[str, JSON]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device,
         "threads": torch.get_num_threads(),
-        "plan": compiled.plan.to_json() if compiled else None,
+        "plan": decision_json(compiled.decision) if compiled else None,
         "policy": repr(compiled.policy) if compiled and compiled.policy else None,
         "backend": compiled.graphs.backend if compiled else None,
         "adaskip_fx": adaskip_fx.__version__,

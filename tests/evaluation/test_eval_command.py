@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 from adaskip_fx.calibration import calibrate
 from adaskip_fx.cli import app
+from adaskip_fx.decisions import Schedule
 from adaskip_fx.evaluation.choose import tasks_of
 from adaskip_fx.evaluation.tasks import Passkey, Perplexity, Trec
 from adaskip_fx.plan import SkipPlan
@@ -63,6 +64,25 @@ def test_eval_prints_a_table_and_writes_a_file(folder: Path, tmp_path: Path) -> 
     assert "0-255" in result.stdout
     assert max(map(len, lines)) <= 100
     assert "  3 of 4\n" in result.stderr
+
+
+def test_eval_of_a_schedule(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    plans = (SkipPlan.empty(SUBLAYERS), SkipPlan.of(SUBLAYERS, [], decode_extra=["0.ffn"]))
+    Schedule(((0, plans[0]), (3, plans[1]))).save(tmp_path / "schedule")
+    result = run(
+        *("eval", folder, "--plan", tmp_path / "schedule", "--backend", "eager", "--json", out),
+        *("--task", "decode_perplexity", "--set", "decode_perplexity.steps=6"),
+        *("--samples", 1, "--max-length", 40),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    plan = report["conditions"]["plan"]
+    assert plan["kind"] == "schedule"
+    assert [p["digest"] for p in plan["plans"]] == [p.digest for p in plans]
+    (found,) = report["results"]
+    assert found["ran"]["decode"]["tokens_skipped"] == {"0.ffn": 3}
+    assert found["ran"]["plans"] == [p.digest for p in plans]
 
 
 def test_eval_with_a_profile(folder: Path, tmp_path: Path) -> None:

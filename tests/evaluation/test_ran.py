@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from adaskip_fx import programs
+from adaskip_fx.decisions import Choice, Decision, Option, Schedule, Stages
 from adaskip_fx.evaluation.examples import Generate, Recall
 from adaskip_fx.evaluation.ran import PhaseRan, Ran, SkipPathError, check_followed, watched
 from adaskip_fx.evaluation.scoring import score
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plan import Action, SkipPlan
 from adaskip_fx.policies import AdaSkip
 from tests.bank import profile_of
 from tests.evaluation.toys import SUBLAYERS, Compiled, compiled, encoded, tokenizer
@@ -111,6 +112,44 @@ def test_programs_say_what_they_call() -> None:
     assert [c.total() for c in calls] == [calls[0].total() - n for n in (0, 1, 2)]
     assert (calls[0] - calls[1]).total() == 1
     assert sorted((calls[0] - calls[2]).values()) == [1, 1]  # one attention and one ffn
+
+
+def test_schedules_are_followed_step_by_step() -> None:
+    kept = {SUBLAYERS[0]: Action.KV_ONLY, SUBLAYERS[1]: Action.SKIP}
+    less = SkipPlan(SUBLAYERS, {}, kept)
+    schedule = Schedule(((0, SkipPlan.empty(SUBLAYERS)), (2, less)))
+    found = _under(schedule, generate(6))
+    assert counts(found.decode) == {"0.attention": 2, "0.ffn": 2, "1.attention": 5, "1.ffn": 5}
+    assert found.plans == tuple(p.digest for p in schedule.plans)
+
+
+def test_choices_and_stages_are_followed() -> None:
+    plans = [SkipPlan.of(SUBLAYERS, [name]) for name in ("0.ffn", "1.attention")]
+    width = compiled().model.config.hidden_size
+    centroids = [(1.0,) * width, (-1.0,) * width]
+    options = (Option(str(i), p, c) for i, (p, c) in enumerate(zip(plans, centroids, strict=True)))
+    found = _under(Choice(tuple(options)), generate(2))
+    assert found.prefill.fraction == found.decode.fraction == 0.25
+    found = _under(Stages((("read", plans[0]), ("say", plans[1]))), generate(2))
+    assert counts(found.prefill)["0.ffn"] == 0
+
+
+def test_the_last_token_of_a_prompt_may_run_as_in_decode() -> None:
+    kept = {SUBLAYERS[0]: Action.KV_ONLY, SUBLAYERS[1]: Action.SKIP}
+    plan = SkipPlan(SUBLAYERS, kept, {}, last_token_full=True)
+    found = _under(plan, generate(3))
+    assert (found.prefill.tokens, found.prefill.fraction) == (len(PROMPT) - 1, 0.5)
+    assert (found.decode.tokens, found.decode.fraction) == (3, 0)
+
+
+def _under(decision: Decision, example: Generate) -> Ran:
+    runtime = compiled().runtime
+    before, runtime.decision = runtime.decision, decision
+    runtime.stage = "read" if isinstance(decision, Stages) else None
+    try:
+        return ran(compiled().fast, example)
+    finally:
+        runtime.decision, runtime.stage = before, None
 
 
 # Where it is not the plan ----------------------------------------------------------------------
