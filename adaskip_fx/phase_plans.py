@@ -18,7 +18,7 @@ def decode_only(plan: SkipPlan) -> SkipPlan:
 
     K/V then takes as many bytes as the full model's.
     """
-    return replace(plan, prefill={}, decode=_written(plan.decode))
+    return replace(plan, prefill={}, decode=_written(plan.decode), last_token_full=False)
 
 
 def prefill_only(

@@ -47,7 +47,8 @@ class SkipPlan:
     prefill, decode: the sublayers that do not simply run (entries `RUN` are dropped).
     compensation: what stands in for the skipped ones.
     last_token_full: whether the last token of a prompt runs as `decode` says instead, as a step of
-        its own (POP, arXiv 2602.03295): the first new token then comes from the decode plan.
+        its own (POP, arXiv 2602.03295): the first new token then comes from the decode plan. Of a
+        prompt that is handed over in chunks it is the last token of each.
 
     PlanError, naming the sublayer: unknown or listed twice; K/V that would be missing or would
     have holes (attention and mixers are skipped in both phases or in none); `KV_ONLY` for an ffn;

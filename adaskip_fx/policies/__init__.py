@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from adaskip_fx.policies.adaskip import AdaSkip
 from adaskip_fx.policies.d3 import D3
+from adaskip_fx.policies.decode_only import DecodeOnly
 from adaskip_fx.policies.early_exit import EarlyExit
 from adaskip_fx.policies.evolve import Evolve
 from adaskip_fx.policies.greedy import Greedy
@@ -37,6 +38,7 @@ __all__ = [
     "POP",
     "AdaSkip",
     "Compensate",
+    "DecodeOnly",
     "EarlyExit",
     "Evaluator",
     "Evolve",

@@ -9,7 +9,7 @@ import torch
 
 from adaskip_fx.phase_plans import decode_only, prefill_only
 from adaskip_fx.plan import Action, PlanError, SkipPlan
-from adaskip_fx.policies import POP, AdaSkip, EarlyExit, OnlinePolicy
+from adaskip_fx.policies import POP, AdaSkip, DecodeOnly, EarlyExit, OnlinePolicy, SkipDecode
 from tests.bank import entry, profile_of
 from tests.test_baselines import profile
 from tests.test_decisions import EMPTY, NAMES, SHAPE, SUBLAYERS, check
@@ -62,6 +62,15 @@ def test_the_policy() -> None:
     assert not isinstance(inner, OnlinePolicy)
     with pytest.raises(PlanError, match="left out of decode but not of prompts"):
         POP(AdaSkip(), decode_alpha=2.0).plan(entry_profile, 1.2)
+
+
+def test_decode_only_of_any_decision() -> None:
+    measured = profile(8)
+    plan = DecodeOnly(EarlyExit()).plan(measured, 4 / 3)
+    assert plan == decode_only(EarlyExit().plan(measured, 4 / 3))
+    schedule = SkipDecode(length=4).plan(measured, 1.2)
+    assert DecodeOnly(SkipDecode(length=4)).plan(measured, 1.2) == schedule
+    assert DecodeOnly(POP()).plan(measured, 1.5) == SkipPlan.empty(measured.sublayers)
 
 
 def test_the_first_new_token_comes_from_the_decode_plan() -> None:

@@ -1,0 +1,31 @@
+"""Skip only while decoding: prompts run in full, as in Unified Layer Skipping and SkipDecode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from adaskip_fx.decisions import map_plans
+from adaskip_fx.phase_plans import decode_only
+from adaskip_fx.policies.adaskip import AdaSkip
+
+if TYPE_CHECKING:
+    from adaskip_fx.decisions import Decision
+    from adaskip_fx.policies import Policy
+    from adaskip_fx.profile import Profile
+
+
+@dataclass(frozen=True)
+class DecodeOnly:
+    """What another policy decides, for decoding alone.
+
+    The cache is the full model's: what is left out still writes its K/V. Nothing is learned online.
+
+    policy: decides what decoding leaves out.
+    """
+
+    policy: Policy = field(default_factory=AdaSkip)
+
+    def plan(self, profile: Profile, alpha: float) -> Decision:
+        """`policy`'s decision at `alpha` with every prompt in full; errors as of `policy`."""
+        return map_plans(self.policy.plan(profile, alpha), decode_only)
