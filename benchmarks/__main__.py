@@ -63,7 +63,8 @@ def run(
     samples: Annotated[int | None, typer.Option(min=1, help="windows of a text's half")] = None,
     length: Annotated[int | None, typer.Option(min=16, help="tokens of a window")] = None,
     alpha: Annotated[list[float] | None, typer.Option(help="of studies; may be repeated")] = None,
-    compensation: Annotated[list[str] | None, typer.Option(help="of studies; all")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="of study_pareto; all")] = None,
+    compensation: Annotated[list[str] | None, typer.Option(help="of studies")] = None,
     most: Annotated[int, typer.Option(min=1, help="sublayers study_errors goes up to")] = 16,
     seed: Annotated[int, typer.Option(help="of studies")] = 0,
 ) -> None:
@@ -77,7 +78,7 @@ def run(
         **{"device": device, "dtype": dtype, "backend": backend},
         **{"samples": samples, "length": length, "most": most, "seed": seed},
         **({"alphas": tuple(alpha)} if alpha else {}),
-        "compensations": tuple(compensation or ()),
+        **{"policies": tuple(policy or ()), "compensations": tuple(compensation or ())},
     }
     out.mkdir(parents=True, exist_ok=True)
     for name in workloads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -31,6 +32,7 @@ from benchmarks.studies import (
     domain,
     errors,
     families,
+    fits,
     pareto,
     quality,
     similarity,
@@ -70,7 +72,7 @@ def eager_logits(model: Any, plan: SkipPlan, ids: torch.Tensor) -> torch.Tensor:
 def scaled(subject: Subject, *names: str) -> SkipPlan:
     factors = {Sublayer.parse(name): 0.9 for name in names}
     plan = SkipPlan.of(subject.runtime.sublayers, names)
-    return choices.compensated(plan, Compensation.scale(factors))
+    return plan.with_compensation(Compensation.scale(factors))
 
 
 # Statistics ------------------------------------------------------------------------------------
@@ -316,7 +318,7 @@ def test_planted_errors_add_up(parallel: bool) -> None:
     """In one direction to their sum, in unrelated ones to the root of the sum of squares."""
     made = planted(parallel)
     order = [Sublayer(i, "ffn") for i in range(3)]
-    rows = errors._growth(made, order, choices.COMPENSATIONS["none"])
+    rows = errors._growth(made, order, fits.COMPENSATIONS["none"])
     constants = [0.1, 0.2, 0.3]
     norm = (
         math.hypot(*([1.0] * 15 + [1.6])) if parallel else math.hypot(*([1.0] * 13), 1.1, 1.2, 1.3)
@@ -335,7 +337,7 @@ def test_planted_errors_add_up(parallel: bool) -> None:
 def test_errors_of_every_compensation(subject: Subject, tmp_path: Path) -> None:
     result = errors.errors(subject)
     assert [(r["compensation"], r["skipped"]) for r in result["rows"]] == [
-        (name, k) for name in choices.COMPENSATIONS for k in (1, 2, 3)
+        (name, k) for name in fits.COMPENSATIONS for k in (1, 2, 3)
     ]
     profile = subject.profile(subject.texts[0])
     named = dict(zip(map(str, profile.sublayers), profile.similarity(), strict=True))
@@ -415,7 +417,8 @@ def test_candidates_are_published_then_ours(subject: Subject) -> None:
     assert not [about for about, _ in found if about["alpha"] == 1.5]
     ada = next(p for p in choices.POLICIES if p.name == "AdaSkip")
     shown = [(a["compensation"], a["published"]) for a, _ in pareto.candidates_of(subject, ada, [])]
-    assert shown == [("scale", True), ("none", False)] * 2  # with scale it is the published one
+    # With the scale it is the published one.
+    assert shown == [("scale", True), ("none", False), ("linear", False)] * 2
 
 
 def test_pareto_points(subject: Subject, tmp_path: Path) -> None:
@@ -423,10 +426,10 @@ def test_pareto_points(subject: Subject, tmp_path: Path) -> None:
     for point in result["points"]:
         assert set(point["quality"]) == set(point["speedup"]) == {"prefill", "decode"}
         assert point["quality"]["prefill"] == point["costs"]["prefill"]["perplexity_ratio"]
-    assert [p["skipped"] for p in result["points"]] == [1, 1, 2, 2]
+    assert [p["skipped"] for p in result["points"]] == [1, 1, 1, 2, 2, 2]
     assert [p["name"] for p in result["plans"]] == ["AdaSkip, 1", "AdaSkip, 2"]
     assert draws(pareto.PICTURES, result, tmp_path)
-    assert pareto.summary(result).count("\n") == 3
+    assert pareto.summary(result).count("\n") == 5
 
 
 def test_a_schedule_is_shown_at_its_ends(subject: Subject) -> None:
@@ -449,10 +452,29 @@ def test_speedups_are_ratios_of_medians(subject: Subject) -> None:
     assert all(s > 0 for t in found for s in (*t.prefill, *t.decode))
 
 
-def test_an_unknown_compensation() -> None:
-    assert list(choices.chosen_compensations(())) == list(choices.COMPENSATIONS)
+def test_unknown_names() -> None:
+    assert list(fits.chosen_compensations(())) == list(fits.COMPENSATIONS)
+    assert list(fits.chosen_compensations((), ("scale",))) == ["scale"]
     with pytest.raises(ValueError, match="no compensation 'magic'; this version has none, scale"):
-        choices.chosen_compensations(("magic",))
+        fits.chosen_compensations(("magic",))
+    assert choices.chosen_policies(()) == choices.POLICIES
+    assert [p.name for p in choices.chosen_policies(("D3", "POP"))] == ["D3", "POP"]
+    with pytest.raises(ValueError, match="no policy 'Magic'; there are AdaSkip, LLMDrop, Unified"):
+        choices.chosen_policies(("Magic",))
+
+
+def test_a_linear_fit_leaves_less_than_a_scale(subject: Subject) -> None:
+    """On the very windows that it was fitted on."""
+    profile, skip = subject.profile(subject.texts[0]), [Sublayer.parse("2.ffn")]
+    ids = subject.windows(subject.texts[0], "first")[0]
+    plan = SkipPlan.of(subject.runtime.sublayers, skip)
+    _, right = streams.prompt_streams(subject.runtime, SkipPlan.empty(plan.sublayers), ids)
+    left = {}
+    for name, fit in fits.COMPENSATIONS.items():
+        made = plan.with_compensation(fit(subject, profile, skip))
+        _, found = streams.prompt_streams(subject.runtime, made, ids)
+        left[name] = float(streams.relative_errors(found[-1], right[-1]).square().mean())
+    assert left["linear"] < left["diagonal"] < left["none"]
 
 
 # Summaries -------------------------------------------------------------------------------------
@@ -591,3 +613,20 @@ def test_every_study_has_its_module() -> None:
         assert module.PICTURES
         assert callable(module.measure)
         assert callable(module.summary)
+
+
+def test_every_policy_gives_points(tmp_path: Path) -> None:
+    """Whole layers, schedules, searches and prompts alone; what is refused is told."""
+    texts = [text("one", 1), text("two", 2)]
+    options = dataclasses.replace(OPTIONS, alphas=(4 / 3,), compensations=("scale",))
+    model = make_model("four_layers")
+    made = subject_of("tiny", model, None, texts, options, timed=False)
+    result = pareto.pareto(made, choices.POLICIES)
+    named = {p["policy"] for p in result["points"]} | {p["policy"] for p in result["refused"]}
+    assert {p.name for p in choices.POLICIES} <= named
+    by_name = {p["policy"]: p for p in result["points"] if p["published"]}
+    schedule = by_name["SkipDecode"]
+    assert schedule["quality"]["prefill"] == pytest.approx(1)  # prompts run in full
+    assert schedule["costs"]["decode"]["kl"] > 1e-3
+    assert by_name["Greedy"]["skipped"] == by_name["Evolve"]["skipped"] == 2
+    assert draws(pareto.PICTURES, result, tmp_path)

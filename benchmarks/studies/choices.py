@@ -1,30 +1,40 @@
-"""What is compared: policies and compensations. A new one is a line here.
+"""The policies that are compared. A new one is a line here.
 
 A planner gets the subject, a profile, alpha and calibration windows, of which statistics need the
-profile alone and searches the windows. A fit gets the subject, the profile, what is skipped and
-the windows.
+profile alone and searches the windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from adaskip_fx.compensation import Compensation
 from adaskip_fx.plan import SkipPlan, Sublayer
-from adaskip_fx.policies import AdaSkip, EarlyExit, LLMDrop, Policy, ReverseOrder, UnifiedSkip
+from adaskip_fx.policies import (
+    D3,
+    POP,
+    AdaSkip,
+    EarlyExit,
+    Evolve,
+    Greedy,
+    LLMDrop,
+    Policy,
+    ReverseOrder,
+    ShortGPT,
+    SkipDecode,
+    UnifiedSkip,
+)
 from adaskip_fx.profile import Profile
+from adaskip_fx.search import CalibrationLoss
 
 from .setup import Subject
 
 Windows = Sequence[torch.Tensor]
 #: what it gives is a plan, or something that a request may begin with and that has ``plans``
 Planner = Callable[[Subject, Profile, float, Windows], Any]
-Fit = Callable[[Subject, Profile, Sequence[Sublayer], Windows], Compensation]
 
 
 @dataclass(frozen=True)
@@ -53,9 +63,48 @@ def _same(name: str, policy: Policy) -> Choice:
     return Choice(name, by_profile(policy), by_profile(policy))
 
 
-def _protected(name: str, policy: type[UnifiedSkip | EarlyExit | ReverseOrder]) -> Choice:
+def _protected(
+    name: str, policy: type[UnifiedSkip | EarlyExit | ReverseOrder | ShortGPT]
+) -> Choice:
     ours = by_profile(policy(protected=True))
     return Choice(name, by_profile(policy()), ours, "protected")
+
+
+def _schedule(name: str, policy: type[SkipDecode | D3]) -> Choice:
+    """Ours with the scale too: a schedule's plans are all made by the policy.
+
+    A schedule falls over as many tokens as are decoded.
+    """
+
+    def planner(ours: bool) -> Planner:
+        def plan(subject: Subject, profile: Profile, alpha: float, _windows: Windows) -> Any:
+            return policy(subject.decoded, compensated=ours, protected=ours).plan(profile, alpha)
+
+        return plan
+
+    return Choice(name, planner(False), planner(True), "protected")
+
+
+def _searched(name: str, make: Callable[[CalibrationLoss, bool], Policy]) -> Choice:
+    """A search of plans without compensation, and of plans with AdaSkip's scale."""
+
+    def planner(compensated: bool) -> Planner:
+        def plan(subject: Subject, profile: Profile, alpha: float, windows: Windows) -> Any:
+            return make(judge(subject, windows), compensated).plan(profile, alpha)
+
+        return plan
+
+    return Choice(name, planner(False), planner(True))
+
+
+_judges: dict[Subject, CalibrationLoss] = {}
+
+
+def judge(subject: Subject, windows: Windows) -> CalibrationLoss:
+    """KL on one calibration window; one for all searches of a subject, since it remembers."""
+    if subject not in _judges:
+        _judges[subject] = CalibrationLoss(subject.compiled, windows[:1])
+    return _judges[subject]
 
 
 POLICIES = (
@@ -64,39 +113,27 @@ POLICIES = (
     _protected("UnifiedSkip", UnifiedSkip),
     _protected("EarlyExit", EarlyExit),
     _protected("ReverseOrder", ReverseOrder),
+    _protected("ShortGPT", ShortGPT),
+    _schedule("SkipDecode", SkipDecode),
+    _schedule("D3", D3),
+    _same("POP", POP()),
+    _searched("Greedy", lambda loss, c: Greedy(loss, compensated=c, shortlist=12)),
+    _searched("Evolve", lambda loss, c: Evolve(loss, compensated=c, generations=8, offspring=8)),
 )
 
 
-def _none(_s: Subject, _profile: Profile, _skip: Sequence[Sublayer], _w: Windows) -> Compensation:
-    return Compensation()
-
-
-def _scale(_s: Subject, profile: Profile, skip: Sequence[Sublayer], _w: Windows) -> Compensation:
-    factors = profile.compensation().factors
-    return Compensation.scale({s: factors[s] for s in skip})
-
-
-COMPENSATIONS: Mapping[str, Fit] = MappingProxyType({"none": _none, "scale": _scale})
-
-
-def chosen_compensations(names: Sequence[str]) -> dict[str, Fit]:
+def chosen_policies(names: Sequence[str]) -> tuple[Choice, ...]:
     """Those named; all when none is. ValueError for an unknown one."""
-    unknown = [name for name in names if name not in COMPENSATIONS]
+    known = {policy.name: policy for policy in POLICIES}
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(
-            f"no compensation {unknown[0]!r}; this version has {', '.join(COMPENSATIONS)}"
-        )
-    return {name: fit for name, fit in COMPENSATIONS.items() if not names or name in names}
+        raise ValueError(f"no policy {unknown[0]!r}; there are {', '.join(known)}")
+    return tuple(p for name, p in known.items() if not names or name in names)
 
 
 def plans_in(decision: Any) -> tuple[SkipPlan, ...]:
     """The plan, or those of a schedule or a choice."""
     return (decision,) if isinstance(decision, SkipPlan) else tuple(decision.plans)
-
-
-def compensated(plan: SkipPlan, compensation: Compensation) -> SkipPlan:
-    """The same sublayers left out, with another compensation."""
-    return replace(plan, compensation=compensation)
 
 
 def left_out(plan: SkipPlan) -> tuple[Sublayer, ...]:

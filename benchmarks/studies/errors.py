@@ -11,7 +11,7 @@ import torch
 
 from adaskip_fx.plan import SkipPlan, Sublayer
 
-from .choices import Fit, chosen_compensations
+from .fits import Fit, chosen_compensations
 from .quality import Cost, add, normalised
 from .setup import Options, Subject, open_subject
 from .streams import prompt_streams, relative_errors
@@ -48,11 +48,10 @@ def errors(subject: Subject) -> dict[str, Any]:
 
 
 def _growth(subject: Subject, order: Sequence[Sublayer], fit: Fit) -> list[dict[str, float]]:
-    calibration = subject.windows(subject.texts[0], "first")
     profile, all_ = subject.profile(subject.texts[0]), subject.runtime.sublayers
 
     def plan(skip: Sequence[Sublayer]) -> SkipPlan:
-        return SkipPlan.of(all_, skip, compensation=fit(subject, profile, skip, calibration))
+        return SkipPlan.of(all_, skip, compensation=fit(subject, profile, skip))
 
     singles = [plan([s]) for s in order]
     together = [plan(order[: k + 1]) for k in range(len(order))]

@@ -20,7 +20,6 @@ from adaskip_fx.plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.policies.adaskip import skip_count
 
-from .choices import compensated
 from .quality import costs
 from .setup import Options, Subject, Text, library, subject_of
 from .similarity import similarity
@@ -180,7 +179,7 @@ def _random(
     sublayers: Sequence[Any], count: int, compensation: Any, chance: random.Random
 ) -> list[SkipPlan]:
     plans = (SkipPlan.of(sublayers, chance.sample(sublayers, count)) for _ in range(_RANDOM_PLANS))
-    return [compensated(plan, compensation) for plan in plans]
+    return [plan.with_compensation(compensation) for plan in plans]
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -7,20 +7,22 @@ from typing import Any
 
 from adaskip_fx.plan import SkipPlan
 
-from .choices import POLICIES, Choice, chosen_compensations, compensated, left_out, plans_in
+from .choices import Choice, chosen_policies, left_out, plans_in
+from .fits import chosen_compensations
 from .quality import costs, decode_costs
 from .setup import Options, Subject, open_subject
 from .timing import measure_times
 
 PICTURES = ("pareto", "plans")
 _DECODED = 4  # windows whose end is decoded token by token; one on a CPU
+_USUAL = ("none", "scale", "linear")  # compensations, if no others are asked for
 Candidate = tuple[dict[str, Any], Any]
 
 
 def measure(options: Options) -> dict[str, Any]:
     """Points and plans of all policies, as published and with our compensations."""
     subject = open_subject(options, timed=True)
-    return {**subject.about(), **pareto(subject, POLICIES)}
+    return {**subject.about(), **pareto(subject, chosen_policies(options.policies))}
 
 
 def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
@@ -80,6 +82,7 @@ def candidates_of(
     """
     profile = subject.profile(subject.texts[0])
     windows = subject.windows(subject.texts[0], "first")
+    wanted = subject.options.compensations
     found: dict[str, Candidate] = {}
     for alpha in subject.options.alphas:
         try:
@@ -88,19 +91,21 @@ def candidates_of(
         except ValueError as error:
             refused.append({"policy": policy.name, "alpha": alpha, "why": str(error)})
             continue
-        variants = [("", published)]
+        kind = plans_in(published)[0].compensation.kinds
+        variants = [("", kind, published)]
         if isinstance(ours, SkipPlan):
-            for fit in chosen_compensations(subject.options.compensations).values():
-                fitted = fit(subject, profile, left_out(ours), windows)
-                variants.append((policy.variant, compensated(ours, fitted)))
+            for name, fit in chosen_compensations(wanted, _USUAL).items():
+                fitted = fit(subject, profile, left_out(ours))
+                variants.append((policy.variant, name, ours.with_compensation(fitted)))
         else:
-            variants.append((policy.variant, ours))
-        for variant, plan in variants:
+            kind = plans_in(ours)[0].compensation.kinds
+            variants.append((policy.variant, kind, ours))
+        for variant, kind, plan in variants:
             about = {
                 "policy": policy.name,
                 "variant": variant,
                 "alpha": alpha,
-                "compensation": plans_in(plan)[0].compensation.kinds,
+                "compensation": kind,
                 "published": plan is published,
                 "plan": plan.digest,
             }

@@ -43,7 +43,7 @@ class Options:
         samples, length: windows of each text's half, and tokens of each; 8 of 2048 on a GPU and
             2 of 256 elsewhere when None.
         alphas: acceleration ratios.
-        compensations: which; all when empty.
+        policies, compensations: which; the usual ones when empty.
         most: sublayers to skip at most, where a study goes through all numbers.
         seed: of whatever is drawn.
     """
@@ -57,6 +57,7 @@ class Options:
     samples: int | None = None
     length: int | None = None
     alphas: tuple[float, ...] = (1.143, 1.25, 1.333)
+    policies: tuple[str, ...] = ()
     compensations: tuple[str, ...] = ()
     most: int = 16
     seed: int = 0
@@ -147,13 +148,16 @@ class Subject:
     def profile(self, text: Text, half: Half = "first") -> Profile:
         """What calibration on one half of a text measures."""
         windows = self.windows(text, half)
-        moments = [self.runtime.measure(ids)[:, 0].double().cpu().numpy() for ids in windows]
+        count = len(self.runtime.sublayers)
+        readings = [self.runtime.measure(ids, layers=True) for ids in windows]
+        moments = np.stack([reading[:, 0].double().cpu().numpy() for reading in readings])
         return Profile(
             self.runtime.sublayers,
-            np.stack(moments),
+            moments[:, :count],
             fingerprint(self.model),
             {"torch": str(torch.__version__), "transformers": transformers.__version__},
             {"text": text.name, "sha256": text.sha256, "half": half, "length": self.length},
+            layers=moments[:, count:],
         )
 
     def about(self) -> dict[str, Any]:

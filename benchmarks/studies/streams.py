@@ -2,40 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar
-
 import torch
 
 from adaskip_fx.plan import SkipPlan
-from adaskip_fx.programs import Program
 from adaskip_fx.runtime import Runtime
-from adaskip_passes import Tap
-
-
-class _Tapped(Program):
-    """A program that keeps the streams of its last run."""
-
-    first_passes = (Tap(),)
-    last: ClassVar[tuple[torch.Tensor, ...]] = ()
-
-    def run(self, *arguments: Any) -> tuple[Any, ...]:
-        outputs = super().run(*arguments)
-        end = 2 + len(self.phase.sublayers)
-        _Tapped.last = outputs[1:end]
-        return outputs[:1] + outputs[end:]
-
-
-@contextmanager
-def _tapped(runtime: Runtime) -> Iterator[None]:
-    before = runtime.graphs.program_type
-    runtime.graphs.program_type = _Tapped
-    try:
-        yield
-    finally:
-        runtime.graphs.program_type = before
-        _Tapped.last = ()
+from adaskip_fx.watched import watching
 
 
 def prompt_streams(
@@ -45,10 +16,10 @@ def prompt_streams(
 
     keep: logits to make, of the last tokens; 0 for all.
     """
-    with _tapped(runtime):
+    with watching(runtime) as streams:
         cache = runtime.new_cache(capacity=ids.shape[1], plan=plan)
         logits = runtime.step(ids, None, None, cache, keep)
-        return logits, list(_Tapped.last)
+        return logits, list(streams())
 
 
 def cosines(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
