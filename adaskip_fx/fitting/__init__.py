@@ -4,6 +4,7 @@ from .compensator import Compensator
 from .fit import Fitter, Rung, fit
 from .moments import Moments
 from .refine import Descent, Refinement, refine
+from .sample import Sample
 from .solve import solve, unexplained
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Moments",
     "Refinement",
     "Rung",
+    "Sample",
     "fit",
     "refine",
     "solve",

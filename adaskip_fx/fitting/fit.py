@@ -29,7 +29,8 @@ from adaskip_fx.watched import Streams, watching
 from .moments import Moments
 from .solve import best_ridge, smallest_rank, solve
 
-Texts = Iterable[str] | Mapping[str, Iterable[str]]
+#: texts, or token ids int64 [1, T]; or several kinds of them, by name
+Texts = Iterable[str | torch.Tensor] | Mapping[str, Iterable[str | torch.Tensor]]
 _FOLDS = 5  # that texts of one kind are dealt out to
 _KEPT = 64  # stand-ins that a fitter remembers
 _ALONE = 1e-2  # the ridge where there is nothing to choose it by
@@ -125,7 +126,9 @@ class Fitter:
     ) -> None:
         check_model(model)
         pairs = _dealt(texts)
-        found = tokenize(model, tokenizer, [text for _, text in pairs], max_length)
+        if not pairs:
+            raise ValueError("no text was given to fit on; pass at least one")
+        found = (_ids(model, tokenizer, text, max_length) for _, text in pairs)
         self.samples = [ids.to(model.device) for ids in found]
         self.folds = [fold for fold, _ in pairs]
         self.runtime: Runtime = build(model, None, backend=backend).adaskip
@@ -161,7 +164,7 @@ class Fitter:
         key = (*((s, c.digest) for s, c in done.items()), sublayer, rung)
         found = self._fitted.pop(key, None)
         if found is None:
-            moments = self._moments(Compensation(done), tuple(done), [sublayer], rung)
+            moments = self.moments(Compensation(done), tuple(done), [sublayer], rung)
             found = rung.fit(moments[sublayer])
         self._fitted[key] = found  # as the last one used
         while len(self._fitted) > _KEPT:
@@ -187,18 +190,25 @@ class Fitter:
         fitted: dict[Sublayer, StandIn] = {}
         for start in range(0, len(running), self.together):
             group = running[start : start + self.together]
-            found = self._moments(plan.compensation, left_out, group, rung)
+            found = self.moments(plan.compensation, left_out, group, rung)
             fitted.update({s: rung.fit(moments) for s, moments in found.items()})
         return Compensation(fitted)
 
-    def _moments(
+    def moments(
         self,
         compensation: Compensation,
         left_out: Sequence[Sublayer],
         wanted: Sequence[Sublayer],
         rung: Rung,
     ) -> dict[Sublayer, list[Moments]]:
-        """For each of `wanted` the moments of each fold."""
+        """For each of `wanted` the moments of each fold.
+
+        Args:
+            compensation: what stands in already.
+            left_out: what is skipped; of what lies behind all of `wanted` nothing is run.
+            wanted: sublayers, skipped or not.
+            rung: says whether a normalized stream is looked at.
+        """
         sublayers = self.runtime.sublayers
         place = {s: i for i, s in enumerate(sublayers)}
         behind = sublayers[max(map(place.__getitem__, wanted)) + 1 :]
@@ -224,8 +234,16 @@ class Fitter:
         return watched()
 
 
-def _dealt(texts: Texts) -> list[tuple[int, str]]:
+def _ids(model: Any, tokenizer: Any, text: str | torch.Tensor, longest: int) -> torch.Tensor:
+    if isinstance(text, torch.Tensor):
+        return text[:, :longest]
+    return tokenize(model, tokenizer, [text], longest)[0]
+
+
+def _dealt(texts: Texts) -> list[tuple[int, str | torch.Tensor]]:
     """Each text with the fold that it is in: its kind's, or one of five in turn."""
+    if isinstance(texts, str):
+        raise TypeError("texts must be a sequence of texts, not one string")
     if not isinstance(texts, Mapping):
         return [(i % _FOLDS, text) for i, text in enumerate(texts)]
     if len(texts) == 1:

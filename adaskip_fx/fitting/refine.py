@@ -9,43 +9,41 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 import torch
-from torch import fx
 
-from adaskip_fx.compensation import Compensation
 from adaskip_fx.plan import SkipPlan
-from adaskip_fx.programs import Link, Program
-from adaskip_fx.runtime import Runtime
-from adaskip_fx.stand_in import StandIn
-from adaskip_fx.sublayer import Sublayer
-from adaskip_passes import differentiable, fuse, stand_in_inputs
+
+from .fit import Fitter
+from .sample import Sample
+from .trainable import Trainable, training
+from .whitening import whitenings
 
 _CHUNK = 512  # tokens whose distributions are compared at once
+_WARM = 0.05  # of the steps, in which the rate rises
 
 
 @dataclass(frozen=True)
 class Refinement:
     """How to descend.
 
-    steps: of Adam; each takes `batch` texts.
-    rate: learning rate at first; it falls to 0 along half a cosine.
-    batch: texts of a step.
-    every: steps after which held-out texts are judged; the best state is kept, the beginning
+    steps: of Adam; each takes `batch` samples, drawn from the groups of samples in turn.
+    rate: the highest learning rate; it rises over the first twentieth of the steps and falls to 0
+        along half a cosine.
+    batch: samples of a step.
+    every: steps after which held-out samples are judged; the best state is kept, the beginning
         included.
-    seed: draws the texts of each step.
+    seed: draws the samples of each step.
 
     ValueError for a number that is not positive.
     """
 
-    steps: int = 200
+    steps: int = 300
     rate: float = 3e-4
-    batch: int = 2
-    every: int = 25
+    batch: int = 4
+    every: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,47 +52,9 @@ class Refinement:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
 
 
-class Trainable(Program):
-    """A program of prompts whose stand-ins are parameters, and whose logits have gradients.
-
-    shared: the parameters by input name; several graphs of one model have them in common.
-    """
-
-    folded = False
-    shared: ClassVar[dict[str, torch.Tensor]] = {}
-    places: ClassVar[dict[str, tuple[Sublayer, str]]] = {}
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        for name, tensor in self.stand_ins.items():
-            if name not in self.shared:
-                self.shared[name] = tensor.detach().float().clone().requires_grad_(True)
-
-    def _link(self, outer: fx.GraphModule, how: Link) -> Callable[..., Any]:
-        for name, (index, tensor) in stand_in_inputs(outer.graph).items():
-            self.places[name] = self.phase.sublayers[index], tensor
-        return differentiable(fuse(outer))
-
-    def run(self, arguments: Any, fixed: Any, valid: Any) -> tuple[Any, ...]:
-        still = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in fixed)
-        with torch.enable_grad():
-            self._tensors = tuple(self.shared[n].to(t.dtype) for n, t in self.stand_ins.items())
-            return super().run(arguments, still, valid)
-
-    @classmethod
-    def compensation(cls, kinds: Compensation) -> Compensation:
-        """The stand-ins as they are now, of the same kinds as those of `kinds`."""
-        found: dict[Sublayer, dict[str, Any]] = {}
-        for name, (sublayer, tensor) in cls.places.items():
-            found.setdefault(sublayer, {})[tensor] = cls.shared[name].detach().cpu().numpy()
-        return Compensation(
-            {s: StandIn(kinds.stand_ins[s].kind, tensors) for s, tensors in found.items()}
-        )
-
-
 @dataclass
 class Descent:
-    """What a refinement did: KL in nats a token on held-out texts, by step, and the best of them.
+    """What a refinement did: KL in nats a token on held-out samples, by step, and the best of them.
 
     losses: by step, the first before any change.
     step: of the state that was kept.
@@ -105,19 +65,19 @@ class Descent:
 
 
 def refine(
-    runtime: Runtime,
+    fitter: Fitter,
     plan: SkipPlan,
-    texts: Sequence[torch.Tensor],
-    held_out: Sequence[torch.Tensor],
+    groups: Sequence[Sequence[Sample]],
+    held_out: Sequence[Sample],
     how: Refinement | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[SkipPlan, Descent]:
     """`plan` with its stand-ins of skipped sublayers refined.
 
     Args:
-        runtime: of the compiled model.
+        fitter: of the model; its texts say along which directions streams lie (see `whitenings`).
         plan: with a stand-in for at least one sublayer that prefill does not run.
-        texts: token ids int64 [1, T] to descend on.
+        groups: samples to descend on, by kind: steps take from each kind in turn.
         held_out: others, to choose the best step on.
         how: see `Refinement`.
         progress: called with (steps done, steps in all).
@@ -126,73 +86,94 @@ def refine(
         The plan, and what was seen on the way.
 
     Raises:
-        ValueError: no texts, or nothing to refine.
+        ValueError: no samples, or nothing to refine.
         RefusedError: gradients cannot flow through the model's graph.
     """
     how = how or Refinement()
-    if not texts or not held_out:
-        raise ValueError("refining needs texts to descend on and texts that are held out")
-    draw, seen = random.Random(how.seed), Descent()
-    with _training(runtime) as trained:
-        seen.losses[0] = best = _mean(runtime, plan, held_out)
-        parameters = list(trained.shared.values())
-        if not parameters:
-            raise ValueError("the plan has no stand-in to refine; fit one first")
-        kept = [p.detach().clone() for p in parameters]
-        descent = torch.optim.Adam(parameters, lr=how.rate, betas=(0.9, 0.99))
+    if not groups or not all(groups) or not held_out:
+        raise ValueError("refining needs samples to descend on and samples that are held out")
+    if not any(s in plan.compensation.stand_ins for s in plan.prefill):
+        raise ValueError("the plan has no stand-in to refine; fit one first")
+    seen = Descent()
+    with training(fitter.runtime, plan, whitenings(fitter, plan)) as trained:
+        loss = _Loss(fitter, plan)
+        seen.losses[0] = best = loss.mean(held_out)
+        kept = trained.compensation()
+        descent = _Adam(trained, how)
+        draws = _Draws(groups, how.seed)
         for step in range(how.steps):
             if progress is not None:
                 progress(step, how.steps)
-            for group in descent.param_groups:
-                group["lr"] = how.rate * (1 + math.cos(math.pi * step / how.steps)) / 2
-            for _ in range(how.batch):
-                loss = divergence(runtime, plan, draw.choice(texts)) / how.batch
-                for parameter, slope in zip(
-                    parameters, torch.autograd.grad(loss, parameters), strict=True
-                ):
-                    parameter.grad = slope if parameter.grad is None else parameter.grad + slope
-            descent.step()
-            descent.zero_grad()
+            descent.along(step, loss, [next(draws) for _ in range(how.batch)])
             if (step + 1) % how.every == 0 or step + 1 == how.steps:
-                seen.losses[step + 1] = found = _mean(runtime, plan, held_out)
+                seen.losses[step + 1] = found = loss.mean(held_out)
                 if found < best:
-                    best, seen.step = found, step + 1
-                    kept = [p.detach().clone() for p in parameters]
-        for parameter, value in zip(parameters, kept, strict=True):
-            parameter.data.copy_(value)
-        refined = trained.compensation(plan.compensation)
+                    best, seen.step, kept = found, step + 1, trained.compensation()
     if progress is not None:
         progress(how.steps, how.steps)
-    return plan.with_compensation(plan.compensation.merged(refined)), seen
+    return plan.with_compensation(plan.compensation.merged(kept)), seen
 
 
-@contextmanager
-def _training(runtime: Runtime) -> Iterator[type[Trainable]]:
-    """Meanwhile the programs of `runtime` are trainable, with parameters of their own."""
-    trained = type("Trainable", (Trainable,), {"shared": {}, "places": {}})
-    before = runtime.graphs.program_type
-    runtime.graphs.program_type = trained
-    try:
-        yield trained
-    finally:
-        runtime.graphs.program_type = before
+class _Adam:
+    """Steps of Adam at a rate that rises and falls."""
+
+    def __init__(self, trained: type[Trainable], how: Refinement) -> None:
+        self.how = how
+        self.parameters = trained.parameters()
+        self.rule = torch.optim.Adam(self.parameters, lr=how.rate, betas=(0.9, 0.98))
+
+    def along(
+        self, step: int, loss: Callable[[Sample], torch.Tensor], samples: Sequence[Sample]
+    ) -> None:
+        """Step number `step`, down the mean slope of some samples, which are taken one by one."""
+        steps = self.how.steps
+        rise = min(1.0, (step + 1) / (_WARM * steps + 1))
+        for group in self.rule.param_groups:
+            group["lr"] = self.how.rate * rise * (1 + math.cos(math.pi * step / steps)) / 2
+        for sample in samples:
+            slopes = torch.autograd.grad(loss(sample) / len(samples), self.parameters)
+            for parameter, slope in zip(self.parameters, slopes, strict=True):
+                parameter.grad = slope if parameter.grad is None else parameter.grad + slope
+        self.rule.step()
+        self.rule.zero_grad()
 
 
-def divergence(runtime: Runtime, plan: SkipPlan, ids: torch.Tensor) -> torch.Tensor:
-    """The mean over a text's tokens of KL(full model || plan) of the next one, in nats."""
-    full = _logits(runtime, SkipPlan.empty(plan.sublayers), ids).detach()
-    total: torch.Tensor = torch.zeros((), device=full.device)
-    parts = (torch.split(t, _CHUNK) for t in (full, _logits(runtime, plan, ids)))
-    for want, got in zip(*parts, strict=True):
-        p, q = want.float().log_softmax(-1), got.float().log_softmax(-1)
-        total = total + (p.exp() * (p - q)).sum()
-    return total / ids.shape[1]
+class _Draws:
+    """Samples of each group in turn; of a group each once before any comes again."""
+
+    def __init__(self, groups: Sequence[Sequence[Sample]], seed: int) -> None:
+        self._groups, self._random = groups, random.Random(seed)
+        self._left: list[list[Sample]] = [[] for _ in groups]
+        self._turn = 0
+
+    def __next__(self) -> Sample:
+        at = self._turn % len(self._groups)
+        self._turn += 1
+        if not self._left[at]:
+            self._left[at] = self._random.sample(self._groups[at], len(self._groups[at]))
+        return self._left[at].pop()
 
 
-def _logits(runtime: Runtime, plan: SkipPlan, ids: torch.Tensor) -> torch.Tensor:
-    cache = runtime.new_cache(ids.shape[1], plan=plan)
-    return runtime.step(ids, None, None, cache, 0)[0]
+class _Loss:
+    """KL(full model || plan) of the next token, in nats, weighted over a sample's tokens."""
 
+    def __init__(self, fitter: Fitter, plan: SkipPlan) -> None:
+        self._runtime, self._plan = fitter.runtime, plan
+        self._full = SkipPlan.empty(plan.sublayers)
 
-def _mean(runtime: Runtime, plan: SkipPlan, texts: Sequence[torch.Tensor]) -> float:
-    return sum(float(divergence(runtime, plan, ids).detach()) for ids in texts) / len(texts)
+    def __call__(self, sample: Sample) -> torch.Tensor:
+        wanted = self._logits(sample.ids, self._full).detach()
+        rows = (wanted, self._logits(sample.ids, self._plan), sample.shares.to(wanted.device))
+        total = wanted.new_zeros((), dtype=torch.float32)
+        for want, got, share in zip(*(torch.split(t, _CHUNK) for t in rows), strict=True):
+            p, q = want.float().log_softmax(-1), got.float().log_softmax(-1)
+            total = total + ((p.exp() * (p - q)).sum(-1) * share).sum()
+        return total
+
+    def mean(self, samples: Sequence[Sample]) -> float:
+        """Over samples."""
+        return sum(float(self(sample).detach()) for sample in samples) / len(samples)
+
+    def _logits(self, ids: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
+        cache = self._runtime.new_cache(ids.shape[1], plan=plan)
+        return self._runtime.step(ids, None, None, cache, 0)[0]

@@ -1,0 +1,118 @@
+"""Calibration texts that a model writes itself.
+
+A linear map that is fitted on one kind of text does harm on another; what the model writes when
+nothing is asked of it is as varied as what it was trained on, and no data is needed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+#: How texts begin that begin neither with a drawn token nor as a chat does.
+_OPENINGS = (
+    *("The ", "In 19", "Once upon a time", "Chapter 1\n", "Dear ", "Q: ", "He ", "It was ", "On "),
+    *("def ", "import ", "class ", "#include <", "function ", "<html>", "{\n", "# ", "| ", "1. "),
+    *("El ", "La ", "Le ", "Der ", "Die ", "Il ", "Abstract\n", '"', "- "),
+)
+_TEMPERATURES = (0.8, 1.0)
+
+
+@torch.inference_mode()
+def write_texts(
+    model: Any,
+    tokenizer: Any,
+    count: int,
+    tokens: int,
+    *,
+    batch: int = 32,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[torch.Tensor]:
+    """Texts as token ids, int64 [1, tokens] each.
+
+    A third begins with a drawn token, a third with the opening of a document, and a third as the
+    tokenizer's chat template begins, if it has one; then the model goes on by itself, beyond ends
+    of texts, sampled at temperatures of 0.8 and 1.
+
+    Args:
+        model: with ``generate``; one compiled with an empty plan is faster.
+        tokenizer: the model's.
+        count: of texts.
+        tokens: of each, at least 2.
+        batch: rows that are written at once.
+        seed: of all that is drawn; torch's own generators are left as they were.
+        progress: called with (texts written, texts in all).
+    """
+    if count < 1 or tokens < 2:
+        raise ValueError(f"write at least one text of two tokens, got {count} of {tokens}")
+    drawn, beginnings = random.Random(seed), _beginnings(model, tokenizer, seed)
+    found: list[torch.Tensor] = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        while len(found) < count:
+            if progress is not None:
+                progress(len(found), count)
+            rows = min(batch, count - len(found))
+            begun = next(beginnings)(rows)[:, : tokens - 1].to(model.device)
+            written = _continued(model, begun, tokens, drawn.choice(_TEMPERATURES))
+            found += torch.split(written, 1)
+    if progress is not None:
+        progress(count, count)
+    return [ids.contiguous() for ids in found]
+
+
+def _continued(model: Any, begun: torch.Tensor, tokens: int, temperature: float) -> torch.Tensor:
+    more = tokens - begun.shape[1]
+    written: torch.Tensor = model.generate(
+        input_ids=begun,
+        attention_mask=torch.ones_like(begun),
+        max_new_tokens=more,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=-1,  # no token: what comes after the end of a text is another one
+        pad_token_id=0,
+    )
+    return written.clone()
+
+
+def _beginnings(model: Any, tokenizer: Any, seed: int) -> Iterator[Callable[[int], torch.Tensor]]:
+    """Functions from a number of rows to how they begin, int64 [rows, n]; each kind in turn."""
+    drawn = random.Random(seed + 1)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    first = getattr(tokenizer, "bos_token_id", None)
+
+    def tokens(rows: int) -> torch.Tensor:
+        ids = [[drawn.randrange(vocabulary)] for _ in range(rows)]
+        return torch.tensor([[first, *row] if first is not None else [0, *row] for row in ids])
+
+    def opening(rows: int) -> torch.Tensor:
+        given = {"truncation": True, "max_length": 32, "return_tensors": "pt"}
+        ids = tokenizer(drawn.choice(_OPENINGS), **given)["input_ids"]
+        return torch.as_tensor(ids).expand(rows, -1)
+
+    kinds = [tokens, opening]
+    template = _chat_opening(tokenizer)
+    if template is not None:
+        kinds.append(lambda rows: template.expand(rows, -1))
+    while True:
+        yield from kinds
+
+
+def _chat_opening(tokenizer: Any) -> torch.Tensor | None:
+    """The tokens before a user's first message, int64 [1, some]; None without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    mark = "\N{WHITE SQUARE}mark\N{WHITE SQUARE}"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    before = str(text).split(mark)[0]
+    if not before:
+        return None
+    ids = tokenizer(before, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return torch.as_tensor(ids)
