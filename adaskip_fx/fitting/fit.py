@@ -9,6 +9,7 @@ programs. A plan is linked in milliseconds, so none of this compiles anything.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,14 +126,30 @@ class Fitter:
         together: int = 16,
     ) -> None:
         check_model(model)
+        self._source = model, tokenizer, max_length
+        self.runtime: Runtime = build(model, None, backend=backend).adaskip
+        self.together = together
+        self._take(texts)
+
+    def on(self, texts: Texts) -> Fitter:
+        """The same compiled model with other texts."""
+        twin = copy.copy(self)
+        twin._take(texts)
+        return twin
+
+    @property
+    def tokens(self) -> int:
+        """Of all samples together."""
+        return sum(ids.shape[1] for ids in self.samples)
+
+    def _take(self, texts: Texts) -> None:
         pairs = _dealt(texts)
         if not pairs:
             raise ValueError("no text was given to fit on; pass at least one")
-        found = (_ids(model, tokenizer, text, max_length) for _, text in pairs)
+        model, tokenizer, longest = self._source
+        found = (_ids(model, tokenizer, text, longest) for _, text in pairs)
         self.samples = [ids.to(model.device) for ids in found]
         self.folds = [fold for fold, _ in pairs]
-        self.runtime: Runtime = build(model, None, backend=backend).adaskip
-        self.together = together
         self._fitted: dict[tuple[object, ...], StandIn] = {}
 
     def fit(

@@ -16,6 +16,7 @@ from adaskip_fx.policies.d3 import D3
 from adaskip_fx.policies.decode_only import DecodeOnly
 from adaskip_fx.policies.early_exit import EarlyExit
 from adaskip_fx.policies.evolve import Evolve
+from adaskip_fx.policies.fitted import Fitted
 from adaskip_fx.policies.greedy import Greedy
 from adaskip_fx.policies.latency import LatencyBudget
 from adaskip_fx.policies.lite_stage import LiteStage, Stage
@@ -42,6 +43,7 @@ __all__ = [
     "EarlyExit",
     "Evaluator",
     "Evolve",
+    "Fitted",
     "Greedy",
     "LLMDrop",
     "LatencyBudget",

@@ -1,0 +1,63 @@
+"""A plan that was fitted beforehand, with AdaSkip's online step on top."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from adaskip_fx.plan import SkipPlan
+from adaskip_fx.policies.adaskip import AdaSkip
+
+if TYPE_CHECKING:
+    from adaskip_fx.profile import Profile
+    from adaskip_fx.sublayer import Sublayer
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Skip what `skip_plan` skips; decoding may add the ffn sublayers that it has a stand-in for.
+
+    skip_plan: as :func:`adaskip_fx.fit` or ``adaskip-fx fit`` made it; other policies have been
+        asked already, so `alpha` is not looked at.
+    base: its window and rule say which ffn sublayers are similar enough.
+    """
+
+    skip_plan: SkipPlan
+    base: AdaSkip = field(default_factory=AdaSkip)
+
+    def plan(self, profile: Profile, alpha: float) -> SkipPlan:
+        """The plan. ValueError when the profile is of other sublayers."""
+        self.base.threshold(profile, self.skip_plan)
+        return self.skip_plan
+
+    @property
+    def online(self) -> bool:
+        """Whether there is anything that decoding may add."""
+        return self.base.online and bool(self.extras)
+
+    @property
+    def window(self) -> int:
+        """Decoded tokens to measure before it decides."""
+        return self.base.window
+
+    @property
+    def extras(self) -> tuple[Sublayer, ...]:
+        """The ffn sublayers that run and have a stand-in."""
+        known = self.skip_plan.compensation.stand_ins
+        return tuple(s for s in known if s.kind == "ffn" and s not in self.skip_plan.decode)
+
+    def online_plan(
+        self,
+        profile: Profile,
+        plan: SkipPlan,
+        window: npt.ArrayLike,
+        probed: Sequence[Sublayer],
+    ) -> SkipPlan:
+        """As :meth:`AdaSkip.online_plan`, of what has a stand-in alone."""
+        allowed = [i for i, s in enumerate(probed) if s in self.extras]
+        rows = np.asarray(window, dtype=np.float64)[allowed]
+        return self.base.online_plan(profile, plan, rows, tuple(probed[i] for i in allowed))
