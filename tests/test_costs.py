@@ -43,14 +43,15 @@ def planted(phase: Phase, context: int, plan: SkipPlan) -> float:
         "scale": PLANTED["scale"] * tokens,
     }
     total = PLANTED["rest"]
+    scaled = False  # whether the stream has just been scaled: neighbours become one factor
     for sublayer in plan.sublayers:
         action = plan.action(phase, sublayer)
         if action is Action.RUN:
-            total += cost[sublayer.kind]
+            total, scaled = total + cost[sublayer.kind], False
         elif action is Action.KV_ONLY:
-            total += PLANTED["stored"] * tokens
+            total, scaled = total + PLANTED["stored"] * tokens, False
         elif sublayer in plan.compensation.factors:
-            total += cost["scale"]
+            total, scaled = total + (0 if scaled else cost["scale"]), True
     return total
 
 
