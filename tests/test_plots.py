@@ -305,6 +305,14 @@ def test_growth_lines(tmp_path: Path) -> None:
     assert found["scale: sum of single errors"][1] == pytest.approx([0.1, 0.2, 0.3])
     found = {label: (x, y) for label, x, y in lines(kl)}
     assert found["none: measured"][1] == pytest.approx([0.1, 0.4, 0.9])
+    (legend,) = stream.figure.legends
+    said = [t.get_text() for t in legend.get_texts()]
+    assert said[:2] == ["no compensation", "scale"]
+    assert "root" not in " ".join(label for label, _, _ in lines(stream))
+    rooted = {"rows": [{**row, "error_root": 0.5} for row in GROWTH]}
+    stream, _ = drawn("growth", tmp_path, rooted).axes
+    found = {label: y for label, _, y in lines(stream)}
+    assert found["none: root of the sum of squares"] == [0.5, 0.5, 0.5]
     assert kl.get_ylabel() == "KL to the full model, nats a token"
 
 

@@ -628,5 +628,8 @@ def test_every_policy_gives_points(tmp_path: Path) -> None:
     schedule = by_name["SkipDecode"]
     assert schedule["quality"]["prefill"] == pytest.approx(1)  # prompts run in full
     assert schedule["costs"]["decode"]["kl"] > 1e-3
+    in_prompts = by_name["POP"]
+    assert in_prompts["quality"]["prefill"] == in_prompts["quality"]["decode"]
+    assert in_prompts["costs"]["prefill"]["kl"] > in_prompts["costs"]["decode"]["kl"]
     assert by_name["Greedy"]["skipped"] == by_name["Evolve"]["skipped"] == 2
     assert draws(pareto.PICTURES, result, tmp_path)

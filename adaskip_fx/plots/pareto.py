@@ -138,7 +138,7 @@ def _cut(axes: Any, points: Sequence[Document], qualities: Sequence[float]) -> N
     gone = Counter(str(p["policy"]) for p, quality in pairs if quality > limit)
     if limit <= 0 or not gone:
         return
-    axes.set_ylim(best / 1.3, limit)
+    axes.set_ylim(best / 1.3, 2 * max(q for q in qualities if q <= limit))
     counted = (f"{policy} ({count})" for policy, count in gone.items())
     text = "\n".join(["off the scale (points):", *counted])
     axes.text(0.02, 0.98, text, transform=axes.transAxes, va="top", fontsize=7)

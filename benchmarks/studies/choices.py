@@ -17,6 +17,7 @@ from adaskip_fx.policies import (
     D3,
     POP,
     AdaSkip,
+    DecodeOnly,
     EarlyExit,
     Evolve,
     Greedy,
@@ -117,6 +118,7 @@ POLICIES = (
     _schedule("SkipDecode", SkipDecode),
     _schedule("D3", D3),
     _same("POP", POP()),
+    _same("DecodeOnly", DecodeOnly(AdaSkip())),
     _searched("Greedy", lambda loss, c: Greedy(loss, compensated=c, shortlist=12)),
     _searched("Evolve", lambda loss, c: Evolve(loss, compensated=c, generations=8, offspring=8)),
 )

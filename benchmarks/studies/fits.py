@@ -51,6 +51,7 @@ COMPENSATIONS: Mapping[str, Fit] = MappingProxyType(
         "scale": scale,
         "diagonal": fitted(lambda hidden: Rung("diagonal")),
         "linear": fitted(lambda hidden: Rung("linear")),
+        "normalized": fitted(lambda hidden: Rung("normalized")),
         "low_rank": fitted(lambda hidden: Rung("low_rank", rank=max(1, hidden // 9))),
     }
 )

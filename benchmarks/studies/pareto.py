@@ -28,8 +28,9 @@ def measure(options: Options) -> dict[str, Any]:
 def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
     """Points and plans as the pictures take them.
 
-    Calibrated on the first text, evaluated on the last. Each phase has a quality of its own; what
-    AdaSkip adds online depends on the request and is in neither.
+    Calibrated on the first text, evaluated on the last. Each phase has a quality of its own. Where
+    a prompt's last token runs as in decode, nobody reads what the others predict: its quality is
+    decoding's. What AdaSkip adds online depends on the request and is in neither.
     """
     refused: list[dict[str, Any]] = []
     candidates = [c for policy in policies for c in candidates_of(subject, policy, refused)]
@@ -52,7 +53,7 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
                 **about,
                 "skipped": len(left_out(plans_in(plan)[-1])),
                 "speedup": times[i + 1].speedup(times[0]),
-                "quality": {phase: cost["perplexity_ratio"] for phase, cost in found.items()},
+                "quality": _quality(plan, found),
                 "costs": found,
             }
         )
@@ -73,6 +74,13 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
     }
 
 
+def _quality(plan: Any, found: dict[str, dict[str, float]]) -> dict[str, float]:
+    ratios = {phase: cost["perplexity_ratio"] for phase, cost in found.items()}
+    if plans_in(plan)[0].last_token_full:
+        ratios["prefill"] = ratios["decode"]
+    return ratios
+
+
 def candidates_of(
     subject: Subject, policy: Choice, refused: list[dict[str, Any]]
 ) -> list[Candidate]:
@@ -91,14 +99,14 @@ def candidates_of(
         except ValueError as error:
             refused.append({"policy": policy.name, "alpha": alpha, "why": str(error)})
             continue
-        kind = plans_in(published)[0].compensation.kinds
+        kind = plans_in(published)[-1].compensation.kinds
         variants = [("", kind, published)]
         if isinstance(ours, SkipPlan):
             for name, fit in chosen_compensations(wanted, _USUAL).items():
                 fitted = fit(subject, profile, left_out(ours))
                 variants.append((policy.variant, name, ours.with_compensation(fitted)))
         else:
-            kind = plans_in(ours)[0].compensation.kinds
+            kind = plans_in(ours)[-1].compensation.kinds
             variants.append((policy.variant, kind, ours))
         for variant, kind, plan in variants:
             about = {
