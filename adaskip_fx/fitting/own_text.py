@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from adaskip_fx.plan import SkipPlan
+from adaskip_fx.runtime import Runtime
+
 #: How texts begin that begin neither with a drawn token nor as a chat does.
 _OPENINGS = (
     *("The ", "In 19", "Once upon a time", "Chapter 1\n", "Dear ", "Q: ", "He ", "It was ", "On "),
@@ -21,9 +24,9 @@ _OPENINGS = (
 _TEMPERATURES = (0.8, 1.0)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def write_texts(
-    model: Any,
+    runtime: Runtime,
     tokenizer: Any,
     count: int,
     tokens: int,
@@ -36,50 +39,48 @@ def write_texts(
 
     A third begins with a drawn token, a third with the opening of a document, and a third as the
     tokenizer's chat template begins, if it has one; then the model goes on by itself, beyond ends
-    of texts, sampled at temperatures of 0.8 and 1.
+    of texts, sampled at a temperature of 0.8 or 1.
 
     Args:
-        model: with ``generate``; one compiled with an empty plan is faster.
+        runtime: of a compiled model; nothing is skipped while it writes.
         tokenizer: the model's.
         count: of texts.
         tokens: of each, at least 2.
         batch: rows that are written at once.
-        seed: of all that is drawn; torch's own generators are left as they were.
+        seed: of all that is drawn; torch's own generators are left alone.
         progress: called with (texts written, texts in all).
     """
     if count < 1 or tokens < 2:
         raise ValueError(f"write at least one text of two tokens, got {count} of {tokens}")
-    drawn, beginnings = random.Random(seed), _beginnings(model, tokenizer, seed)
+    drawn, beginnings = random.Random(seed), _beginnings(runtime.model, tokenizer, seed)
+    chance = torch.Generator(runtime.device).manual_seed(seed)
     found: list[torch.Tensor] = []
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        while len(found) < count:
-            if progress is not None:
-                progress(len(found), count)
-            rows = min(batch, count - len(found))
-            begun = next(beginnings)(rows)[:, : tokens - 1].to(model.device)
-            written = _continued(model, begun, tokens, drawn.choice(_TEMPERATURES))
-            found += torch.split(written, 1)
+    while len(found) < count:
+        if progress is not None:
+            progress(len(found), count)
+        rows = min(batch, count - len(found))
+        begun = next(beginnings)(rows)[:, : tokens - 1].to(runtime.device)
+        written = _continued(runtime, begun, tokens, drawn.choice(_TEMPERATURES), chance)
+        found += torch.split(written, 1)
     if progress is not None:
         progress(count, count)
     return [ids.contiguous() for ids in found]
 
 
-def _continued(model: Any, begun: torch.Tensor, tokens: int, temperature: float) -> torch.Tensor:
-    more = tokens - begun.shape[1]
-    written: torch.Tensor = model.generate(
-        input_ids=begun,
-        attention_mask=torch.ones_like(begun),
-        max_new_tokens=more,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=-1,  # no token: what comes after the end of a text is another one
-        pad_token_id=0,
-    )
-    return written.clone()
+def _continued(
+    runtime: Runtime,
+    begun: torch.Tensor,
+    tokens: int,
+    temperature: float,
+    chance: torch.Generator,
+) -> torch.Tensor:
+    cache = runtime.new_cache(tokens, plan=SkipPlan.empty(runtime.sublayers))
+    ids, parts = begun.contiguous(), [begun]
+    for _ in range(tokens - begun.shape[1]):
+        logits = runtime.step(ids, None, None, cache, 1)[:, -1].float()
+        ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=chance)
+        parts.append(ids)
+    return torch.cat(parts, 1)
 
 
 def _beginnings(model: Any, tokenizer: Any, seed: int) -> Iterator[Callable[[int], torch.Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Recipe:
     """
 
     search: bool = True
-    rung: Rung = Rung("normalized")
+    rung: Rung = field(default_factory=lambda: Rung("normalized"))
     own: int = 64
     tokens: int = 2048
     steps: int = 300
@@ -123,13 +123,12 @@ class _Kitchen:
         }
         if not given or any(len(some) < 2 for some in given.values()):
             raise ValueError("give at least two texts of each kind: one is held out to judge by")
-        self.fitter = Fitter(
-            model, tokenizer, {k: v[:1] for k, v in given.items()}, backend=backend
-        )
+        first = {kind: some[:1] for kind, some in given.items()}
+        self.fitter = Fitter(model, tokenizer, first, max_length=recipe.tokens, backend=backend)
         if recipe.own:
             say(f"write {recipe.own} texts of {recipe.tokens:,} tokens")
             given["own"] = write_texts(
-                self.fitter.runtime.model, tokenizer, recipe.own, recipe.tokens, seed=recipe.seed
+                self.fitter.runtime, tokenizer, recipe.own, recipe.tokens, seed=recipe.seed
             )
         self.learned, self.held_out = _parted(given)
         self.fitter = self._fitter(None)
@@ -161,9 +160,10 @@ class _Kitchen:
         held += self._asked(self.held_out, 2, recipe.seed + 3)
         how = Refinement(steps=recipe.steps, batch=len(groups), seed=recipe.seed)
         plan, seen = refine(self.fitter, plan, groups, held, how)
+        best = min(seen.losses.values())
         self.say(
-            f"refined: KL of held-out texts {seen.losses[0]:.4f} to {min(seen.losses.values()):.4f} "
-            f"nats a token, at step {seen.step} of {recipe.steps}"
+            f"refined: KL of held-out texts from {seen.losses[0]:.4f} to {best:.4f} nats a token, "
+            f"at step {seen.step} of {recipe.steps}"
         )
         return plan
 
