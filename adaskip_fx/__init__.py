@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import compile
     from .calibration import calibrate
+    from .fitting import fit
     from .plan import SkipPlan
     from .policies import AdaSkip
     from .profile import Profile
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["AdaSkip", "Profile", "SkipPlan", "Sublayer", "calibrate", "compile"]
+__all__ = ["AdaSkip", "Profile", "SkipPlan", "Sublayer", "calibrate", "compile", "fit"]
 
 # Imported at first use: torch and transformers take seconds, which `adaskip-fx --help` need not.
 _HOMES = MappingProxyType(
@@ -32,6 +33,7 @@ _HOMES = MappingProxyType(
         "Sublayer": "sublayer",
         "calibrate": "calibration",
         "compile": "api",
+        "fit": "fitting",
     }
 )
 

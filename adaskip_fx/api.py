@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from .budget import Budget, check_budget, choose_by_time, open_table
+from .decision_files import load_decision
 from .decisions import Decision
 from .latency import LatencyTable
 from .loading import usable_backend
@@ -25,7 +26,7 @@ def compile(
     alpha: float = 1.2,
     *,
     policy: Policy | None = None,
-    plan: Decision | None = None,
+    plan: Decision | str | Path | None = None,
     backend: str = "inductor",
     link: Link = "pieces",
     max_variants: int = 32,
@@ -47,8 +48,8 @@ def compile(
             (AdaSkip, arXiv 2501.02336).
         policy: chooses the sublayers; ``AdaSkip()`` when None. What it decides may also be a
             schedule of decode plans, a choice among plans by the prompt, or a plan per stage.
-        plan: an explicit plan, or other decision, instead of a policy's; nothing is learned online
-            then.
+        plan: an explicit plan, or other decision, or the path that one was saved to, instead of a
+            policy's; nothing is learned online then.
         backend: name of the torch.compile backend that compiles the pieces.
         link: ``"pieces"`` calls pieces compiled once; ``"fused"`` compiles the whole graph anew
             for each plan.
@@ -67,7 +68,8 @@ def compile(
     check_model(model)
     _check_options(backend, link)
     _check_compiler(backend, model)
-    check_budget(budget, context, table, policy, plan)
+    decision = load_decision(Path(plan)) if isinstance(plan, str | Path) else plan
+    check_budget(budget, context, table, policy, decision)
     loaded = Profile.load(profile) if isinstance(profile, str | Path) else profile
     if loaded is not None:
         loaded.check(model)
@@ -79,16 +81,16 @@ def compile(
         choose_by_time(timed.adaskip, loaded, alpha, policy, context, costs)
         return cast(Model, timed)
     chosen = policy if policy is not None else AdaSkip()
-    if plan is None:
+    if decision is None:
         if loaded is None:
             raise ValueError("compile needs a profile, or an explicit plan")
-        plan = chosen.plan(loaded, alpha)
+        decision = chosen.plan(loaded, alpha)
         online = chosen if isinstance(chosen, OnlinePolicy) else None
     else:
         online = None
     compiled: Model = build(
         model,
-        plan,
+        decision,
         profile=loaded,
         policy=online,
         backend=backend,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .evaluation.command import evaluate
+from .fit_command import fit
 from .options import MODEL, Alpha, Backend, Debug, Device, Dtype, Model
 from .options import console as _console
 from .options import reported as _reported
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 
 app.command("eval")(evaluate)
+app.command("fit")(fit)
 
 
 @app.command()

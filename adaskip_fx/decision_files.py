@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adaskip_fx.decisions import Choice, Option, Schedule, Stages
+from adaskip_fx.decisions import Choice, Decision, Option, Schedule, Stages
 from adaskip_fx.files import JSON, check_digest, read_document, write_atomically
 from adaskip_fx.plan import PlanError, SkipPlan
 
@@ -108,3 +108,12 @@ def _check_target(folder: Path) -> None:
 
 def _ours(name: str) -> bool:
     return name == DOCUMENT or name.startswith(".") or _OURS.fullmatch(name) is not None
+
+
+def load_decision(path: Path) -> Decision:
+    """A plan's file, or the folder of a schedule, a choice or a plan per stage.
+
+    Raises:
+        PlanError: says which file, what is wrong with it and what to do.
+    """
+    return load(path) if path.is_dir() else SkipPlan.load(path)

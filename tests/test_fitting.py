@@ -16,13 +16,12 @@ from adaskip_fx.fitting import (
     Refinement,
     Rung,
     Sample,
-    fit,
     refine,
     solve,
     unexplained,
 )
 from adaskip_fx.fitting.solve import best_ridge, left_out, smallest_rank
-from adaskip_fx.plan import Action, SkipPlan
+from adaskip_fx.plan import SkipPlan
 from adaskip_fx.stand_in import StandIn
 from adaskip_fx.sublayer import Sublayer
 from adaskip_fx.testing import assert_equivalent
@@ -242,28 +241,6 @@ def test_beside_gives_every_running_ffn_its_own(model: Any, fitter: Fitter) -> N
     found = extras.stand_in(Sublayer(1, "ffn"))
     assert found is not None
     np.testing.assert_allclose(as_map(found), expected, rtol=0.02, atol=2e-3)
-
-
-def test_fit_adds_scales_for_what_decoding_may_add(model: Any) -> None:
-    sublayers = tuple(Sublayer(i, k) for i in range(3) for k in ("attention", "ffn"))  # type: ignore[arg-type]
-    given = SkipPlan(
-        sublayers,
-        {Sublayer(1, "attention"): Action.KV_ONLY, Sublayer(2, "ffn"): Action.SKIP},
-        {Sublayer(2, "ffn"): Action.SKIP},
-        Compensation.scale({Sublayer(0, "ffn"): 3.0}),
-    )
-    seen: list[tuple[int, int]] = []
-    plan = fit(model, Letters(), TEXTS, given, max_length=LIMIT, progress=lambda *p: seen.append(p))
-    assert seen == [(0, 2), (1, 2), (2, 2)]
-    assert (plan.prefill, plan.decode) == (given.prefill, given.decode)
-    kinds = {str(s): c.kind for s, c in plan.compensation.stand_ins.items()}
-    assert kinds == {
-        "0.ffn": "scale",
-        "1.attention": "linear",
-        "1.ffn": "scale",
-        "2.ffn": "linear",
-    }
-    assert plan.compensation.factor(Sublayer(0, "ffn")) != 3.0
 
 
 def test_a_compensator_fits_what_is_known_once(

@@ -106,9 +106,8 @@ def _subject(
 ) -> Any:
     """The model to evaluate: compiled if anything says what to skip."""
     from adaskip_fx.api import compile
+    from adaskip_fx.decision_files import load_decision
     from adaskip_fx.loading import usable_backend
-
-    from .decided import load_decision
 
     if profile is None and plan is None:
         return loaded.model

@@ -19,10 +19,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from adaskip_fx.api import compile
+from adaskip_fx.decision_files import load_decision
 from adaskip_fx.decisions import Decision
 from adaskip_fx.loading import usable_backend
 
-from .decided import decision_json, load_decision
+from .decided import decision_json
 from .ran import Watch
 
 

@@ -1,8 +1,9 @@
 """Fit what stands in for skipped sublayers, on the same captured graphs that will run."""
 
 from .compensator import Compensator
-from .fit import Fitter, Rung, fit
+from .fitter import Fitter, Rung
 from .moments import Moments
+from .recipe import Recipe, fit
 from .refine import Descent, Refinement, refine
 from .sample import Sample
 from .solve import solve, unexplained
@@ -12,6 +13,7 @@ __all__ = [
     "Descent",
     "Fitter",
     "Moments",
+    "Recipe",
     "Refinement",
     "Rung",
     "Sample",

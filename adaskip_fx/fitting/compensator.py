@@ -6,7 +6,7 @@ from adaskip_fx.compensation import Compensation
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.sublayer import Sublayer
 
-from .fit import Fitter, Rung
+from .fitter import Fitter, Rung
 
 
 class Compensator:

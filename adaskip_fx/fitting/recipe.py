@@ -19,7 +19,7 @@ from adaskip_fx.stand_in import StandInKind
 from adaskip_fx.sublayer import Sublayer
 
 from .compensator import Compensator
-from .fit import Fitter, Rung
+from .fitter import Fitter, Rung
 from .own_text import write_texts
 from .refine import Refinement, refine
 from .retrieval import retrieval_samples
@@ -64,7 +64,7 @@ class Recipe:
         return self.rung.kind
 
 
-def learn(
+def fit(
     model: Any,
     tokenizer: Any,
     texts: Kinds,

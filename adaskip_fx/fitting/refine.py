@@ -16,7 +16,7 @@ import torch
 
 from adaskip_fx.plan import SkipPlan
 
-from .fit import Fitter
+from .fitter import Fitter
 from .sample import Sample
 from .trainable import Trainable, training
 from .whitening import whitenings

@@ -15,7 +15,7 @@ import torch
 from adaskip_fx.plan import Action, SkipPlan
 from adaskip_fx.sublayer import Sublayer
 
-from .fit import Fitter, Rung
+from .fitter import Fitter, Rung
 from .moments import Moments
 
 _RIDGE = 1e-2  # of the mean square
