@@ -34,7 +34,7 @@ def fit(
         bool, typer.Option(help="Choose sublayers by what is lost, or by AdaSkip's similarity.")
     ] = True,
     own: Annotated[
-        int, typer.Option(min=0, help="Texts that the model writes itself, to fit on as well.")
+        int, typer.Option(min=0, help="Samples that the model writes itself, to fit on as well.")
     ] = 64,
     steps: Annotated[int, typer.Option(min=0, help="Of refinement by gradient descent.")] = 300,
     max_length: Annotated[int, typer.Option(min=64, help="Tokens of a text at most.")] = 2048,

@@ -57,6 +57,9 @@ def run(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="folder: each *.txt is a text")] = None,
     only: Annotated[list[str] | None, typer.Option(help="texts to use, of all")] = None,
+    calibrate: Annotated[
+        list[str] | None, typer.Option(help="texts that study_recipe calibrates on; two of all")
+    ] = None,
     device: Annotated[str, typer.Option(help="of studies: auto, cpu or cuda")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="of studies")] = None,
     backend: Annotated[str | None, typer.Option(help="of studies")] = None,
@@ -75,6 +78,7 @@ def run(
             raise typer.BadParameter(f"{name!r} is none of {', '.join(sorted(known))}")
     given = {
         **{"model": model, "texts": _texts(text or (), data), "only": tuple(only or ())},
+        "calibrate": tuple(calibrate or ()),
         **{"device": device, "dtype": dtype, "backend": backend},
         **{"samples": samples, "length": length, "most": most, "seed": seed},
         **({"alphas": tuple(alpha)} if alpha else {}),

@@ -68,10 +68,10 @@ def test_the_recipe_loses_less_than_adaskip(model: Any, profile: Profile, plan: 
 
 
 def test_it_says_what_it_does(plan: SkipPlan, said: list[str]) -> None:
-    assert said[0] == "write 3 texts of 360 tokens"
+    assert said[0] == "write 3 samples of 360 tokens"
     assert said[1] == "search"
     assert said[2].startswith("fit 2 stand-ins on ")
-    assert said[3].startswith("refined: KL of held-out texts from ")
+    assert said[3].startswith("refined: KL of held-out samples from ")
     assert said[4].startswith("decoding may add ")
 
 
@@ -178,7 +178,7 @@ def test_answers_are_in_the_text_and_have_half_of_the_weight() -> None:
 
 def test_questions_need_room() -> None:
     sources = [Letters()("lorem ipsum dolor " * 80)["input_ids"]]
-    with pytest.raises(ValueError, match="60 tokens are too few for"):
+    with pytest.raises(ValueError, match="60 tokens are too few for a question"):
         retrieval_samples(Letters(), sources, 1, 60)
     with pytest.raises(ValueError, match="need texts to hide things in"):
         retrieval_samples(Letters(), [], 1, 600)

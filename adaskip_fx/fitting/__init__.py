@@ -7,6 +7,7 @@ from .recipe import Recipe, fit
 from .refine import Descent, Refinement, refine
 from .sample import Sample
 from .solve import solve, unexplained
+from .workshop import Workshop
 
 __all__ = [
     "Compensator",
@@ -17,6 +18,7 @@ __all__ = [
     "Refinement",
     "Rung",
     "Sample",
+    "Workshop",
     "fit",
     "refine",
     "solve",

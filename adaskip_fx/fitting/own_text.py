@@ -7,7 +7,8 @@ nothing is asked of it is as varied as what it was trained on, and no data is ne
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -117,3 +118,57 @@ def _chat_opening(tokenizer: Any) -> torch.Tensor | None:
         return None
     ids = tokenizer(before, add_special_tokens=False, return_tensors="pt")["input_ids"]
     return torch.as_tensor(ids)
+
+
+def pack(
+    texts: Sequence[torch.Tensor], tokens: int, *, interleaved: bool = False, seed: int = 0
+) -> list[torch.Tensor]:
+    """Long samples of several short texts, int64 [1, tokens] each.
+
+    Args:
+        texts: token ids int64 [1, T].
+        tokens: of a sample; what is left over at the end is dropped.
+        interleaved: the beginnings of a sample's texts come first and then their ends, in another
+            order, so that what is to be said depends on what was said long before.
+        seed: of the order.
+    """
+    rows = [text[0] for text in texts]
+    if not interleaved:
+        parts = torch.split(torch.cat(rows), tokens)
+        return [part.unsqueeze(0) for part in parts if len(part) == tokens]
+    drawn, found, waiting = random.Random(seed), list[torch.Tensor](), list[torch.Tensor]()
+    for row in rows:
+        waiting.append(row)
+        if sum(map(len, waiting)) >= tokens:
+            ends = [one[len(one) // 2 :] for one in drawn.sample(waiting, len(waiting))]
+            whole = torch.cat([*(one[: len(one) // 2] for one in waiting), *ends])
+            found.append(whole[:tokens].unsqueeze(0))
+            waiting = []
+    return found
+
+
+def laid_out(text: str, drawn: random.Random) -> str:
+    """A text in another layout, or, of one in four, as it is.
+
+    What a model writes looks alike: lines without end. Books are wrapped, mail is quoted, headings
+    are in capitals; maps that are fitted on one layout do harm on others.
+    """
+    way = drawn.random()
+    if way < 0.25:
+        return text
+    if way < 0.70:
+        return _wrapped(text, drawn.randint(45, 90), drawn.choice(("\n", "\n\n")))
+    if way < 0.80:
+        return text.lower()
+    if way < 0.87:
+        return text.upper()
+    mark = drawn.choice(("    ", "> ", "\t", "# ", "// "))
+    return _wrapped(text, drawn.randint(50, 80), "\n", mark)
+
+
+def _wrapped(text: str, width: int, end: str, mark: str = "") -> str:
+    lines = (
+        textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]
+        for line in text.split("\n")
+    )
+    return end.join(mark + piece for line in lines for piece in line)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -95,7 +96,7 @@ def refine(
     if not any(s in plan.compensation.stand_ins for s in plan.prefill):
         raise ValueError("the plan has no stand-in to refine; fit one first")
     seen = Descent()
-    with training(fitter.runtime, plan, whitenings(fitter, plan)) as trained:
+    with _coarse(), training(fitter.runtime, plan, whitenings(fitter, plan)) as trained:
         loss = _Loss(fitter, plan)
         seen.losses[0] = best = loss.mean(held_out)
         kept = trained.compensation()
@@ -112,6 +113,17 @@ def refine(
     if progress is not None:
         progress(how.steps, how.steps)
     return plan.with_compensation(plan.compensation.merged(kept)), seen
+
+
+@contextmanager
+def _coarse() -> Iterator[None]:
+    """Meanwhile float32 products may be rounded to TF32, which slopes do not notice."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _Adam:

@@ -50,7 +50,7 @@ def retrieval_samples(
         texts: token ids int64 [1, T] to hide things in.
         count: of samples.
         tokens: of each.
-        most: things hidden in one, at most; all are asked for.
+        most: things hidden in one, at most, and as fit into half of it; all are asked for.
         seed: of all that is drawn.
 
     Raises:
@@ -66,11 +66,13 @@ def _sample(
     tokenizer: Any, texts: Sequence[torch.Tensor], tokens: int, hidden: int, drawn: random.Random
 ) -> Sample:
     triples = [_triple(tokenizer, drawn) for _ in range(hidden)]
+    while len(triples) > 1 and 2 * _length(triples) > tokens:
+        triples.pop()
+    room = tokens - _length(triples)
+    if room < 1:
+        raise ValueError(f"{tokens} tokens are too few for a question; make samples longer")
     asked = drawn.sample(triples, len(triples))
     tail = [(ids, part == 1) for _, *rest in asked for part, ids in enumerate(rest)]
-    room = tokens - sum(len(ids) for ids, _ in tail) - sum(len(facts) for facts, *_ in triples)
-    if room < 1:
-        raise ValueError(f"{tokens} tokens are too few for {hidden} questions; make samples longer")
     body = _stretch(texts, room, drawn)
     places = sorted((drawn.randint(0, room) for _ in triples), reverse=True)
     for place, (facts, *_) in zip(places, triples, strict=True):
@@ -81,6 +83,10 @@ def _sample(
     answers = torch.tensor([*answered[1:], False], dtype=torch.float32)
     weights = _HALF * answers / answers.sum() + (1 - _HALF) / len(whole)
     return Sample(torch.tensor([whole]).to(texts[0].device), weights)
+
+
+def _length(triples: Sequence[tuple[list[int], ...]]) -> int:
+    return sum(len(ids) for triple in triples for ids in triple)
 
 
 def _triple(tokenizer: Any, drawn: random.Random) -> tuple[list[int], list[int], list[int]]:

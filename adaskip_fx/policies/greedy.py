@@ -46,17 +46,21 @@ class Greedy:
 
         ValueError for an `alpha` that `skip_count` refuses, or when too few may be skipped.
         """
+        return self.plans(profile, alpha)[-1]
+
+    def plans(self, profile: Profile, alpha: float) -> tuple[SkipPlan, ...]:
+        """The plan after each removal, from none to as many as `alpha` says."""
         count = skip_count(alpha, len(profile.sublayers))
         free = skippable(profile, self.protected, self.never, count, "Greedy")
         similarity = dict(zip(profile.sublayers, profile.similarity().tolist(), strict=True))
         ranking = sorted(free, key=lambda s: -similarity[s])
-        plan = candidate(profile, (), None, False)
+        found = [candidate(profile, (), None, False)]
         for _ in range(count):
-            gone = plan.skipped("prefill")
+            gone = found[-1].skipped("prefill")
             left = [s for s in ranking if s not in gone][: self.shortlist]
             plans = [self._candidate(profile, gone, s) for s in left]
-            plan = min(plans, key=lambda p: self.evaluator(p, self.samples))
-        return plan
+            found.append(min(plans, key=lambda p: self.evaluator(p, self.samples)))
+        return tuple(found)
 
     def _candidate(
         self, profile: Profile, gone: tuple[Sublayer, ...], another: Sublayer

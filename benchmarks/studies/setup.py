@@ -38,6 +38,7 @@ class Options:
         model: as `adaskip_fx.loading.load` takes it; SmolLM2-135M-Instruct when None.
         texts: (name, file) of more texts than the two that Python brings.
         only: names of the texts to use; all when empty.
+        calibrate: names of the texts that study_recipe calibrates on; the first two when empty.
         device, dtype: as `load` takes them; see `open_subject` for no dtype.
         backend: of the pieces; see `open_subject` for what None means.
         samples, length: windows of each text's half, and tokens of each; 8 of 2048 on a GPU and
@@ -51,6 +52,7 @@ class Options:
     model: str | None = None
     texts: tuple[tuple[str, Path], ...] = ()
     only: tuple[str, ...] = ()
+    calibrate: tuple[str, ...] = ()
     device: str = "auto"
     dtype: str | None = None
     backend: str | None = None
@@ -129,6 +131,11 @@ class Subject:
     def runtime(self) -> Runtime:
         runtime: Runtime = self.compiled.adaskip
         return runtime
+
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """Names of the texts to calibrate on, where there are several."""
+        return self.options.calibrate or tuple(text.name for text in self.texts[:2])
 
     @property
     def decoded(self) -> int:

@@ -1,0 +1,218 @@
+"""How much the recipe keeps: a searched plan with fitted and refined stand-ins, against AdaSkip.
+
+Calibrated on some texts and evaluated on others, which have no book in common. Passkeys are hidden
+in a text that was not calibrated on.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adaskip_fx.evaluation.run import evaluate
+from adaskip_fx.evaluation.tasks.passkey import Passkey
+from adaskip_fx.fitting import Fitter, Rung, Workshop
+from adaskip_fx.plan import SkipPlan
+from adaskip_fx.policies import AdaSkip, Fitted
+from adaskip_fx.policies.adaskip import skip_count
+
+from .quality import costs, decode_costs
+from .setup import Options, Subject, Text, open_subject
+
+PICTURES: tuple[str, ...] = ()
+_KEPT = 3500  # tokens of a passkey's prompt
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How much is done: steps of refinement, own samples, passkeys, sublayers a search tries."""
+
+    steps: int
+    own: int
+    passkeys: int
+    shortlist: int
+
+    @classmethod
+    def on(cls, device: torch.device) -> _Size:
+        return cls(250, 128, 40, 32) if device.type == "cuda" else cls(2, 2, 1, 2)
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Rows of every method at every alpha."""
+    subject = open_subject(options)
+    return {**subject.about(), **recipe(subject)}
+
+
+def recipe(subject: Subject) -> dict[str, Any]:
+    """Rows: what a method loses on each text, and how many passkeys it finds.
+
+    The first half of each text that is calibrated on serves for that; all evaluation is on second
+    halves.
+    """
+    size = _Size.on(subject.device)
+    known = [t for t in subject.texts if t.name in subject.calibrated]
+    judge = _Judge(subject, known, size.passkeys)
+    said, seconds = list[str](), dict[str, float]()
+    plans = _plans(subject, known, size, said, seconds)
+    rows = [
+        {
+            "method": method,
+            "skipped": skipped,
+            "plan": [str(s) for s in plan.prefill],
+            **judge(plan),
+        }
+        for (method, skipped), plan in plans.items()
+    ]
+    return {
+        "calibrated_on": [t.name for t in known],
+        "full": judge.full,
+        "rows": rows,
+        "extras": _extras(subject, judge, plans),
+        "size": {"steps": size.steps, "own": size.own, "passkeys": size.passkeys},
+        "said": said,
+        "seconds": seconds,
+    }
+
+
+def _plans(
+    subject: Subject,
+    known: Sequence[Text],
+    size: _Size,
+    said: list[str],
+    seconds: dict[str, float],
+) -> dict[tuple[str, int], SkipPlan]:
+    """Plans by method and number of sublayers; says what it does, and how long that takes."""
+
+    def timed(what: str, do: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = do()
+        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - start
+        return result
+
+    def say(words: str) -> None:
+        said.append(words)
+        print(words, file=sys.stderr, flush=True)
+
+    windows = {t.name: subject.windows(t, "first") for t in known}
+    profile = subject.profile(known[0])
+    counts = {skip_count(a, len(profile.sublayers)): a for a in subject.options.alphas}
+    shop = timed(
+        "write",
+        lambda: Workshop(
+            subject.model,
+            subject.tokenizer,
+            windows,
+            own=size.own,
+            tokens=subject.length,
+            seed=subject.options.seed,
+            say=say,
+        ),
+    )
+    normalized = Rung("normalized", ridge=1e-4)
+    ordered = timed(
+        "search",
+        lambda: shop.searched(profile, max(counts.values()), normalized, shortlist=size.shortlist),
+    )
+    plain = Fitter(subject.model, subject.tokenizer, windows, max_length=subject.length)
+    found: dict[tuple[str, int], SkipPlan] = {}
+    for count, alpha in counts.items():
+        similar = AdaSkip().plan(profile, alpha)
+        found["AdaSkip", count] = similar
+        found["AdaSkip, linear", count] = plain.fit(similar, Rung("linear"))
+        fitted = timed("fit", lambda n=count: shop.fitted(ordered[n], normalized))
+        found["searched, fitted", count] = fitted
+        refined = timed("refine", lambda p=fitted: shop.refined(p, size.steps))
+        found["searched, refined", count] = refined
+        if "AdaSkip" in subject.options.policies:  # its choice with the same stand-ins
+            fair = shop.fitted(similar, normalized)
+            fair = timed("refine", lambda p=fair: shop.refined(p, size.steps))
+            found["AdaSkip, refined", count] = fair
+    least = min(counts)
+    for method in ("searched, refined", "AdaSkip, refined"):
+        if (method, least) in found:
+            plan = shop.with_extras(found[method, least], normalized)
+            found[f"{method}, extras", least] = plan
+    return found
+
+
+class _Judge:
+    """What a plan loses on texts, and how many passkeys it finds."""
+
+    def __init__(self, subject: Subject, known: Sequence[Text], passkeys: int) -> None:
+        self._subject = subject
+        self.windows = {t.name: _second(subject, t) for t in subject.texts}
+        haystacks = [p for n, p in subject.options.texts if n not in {t.name for t in known}]
+        length = min(_KEPT, 2 * subject.length)
+        path = haystacks[0] if haystacks else None
+        self._task = Passkey(samples=passkeys, length=length, path=path, seed=1)
+        self.full = {**self._costs(None), "passkeys": self._found(None)}
+
+    def __call__(self, plan: SkipPlan) -> dict[str, Any]:
+        return {"texts": self._costs(plan), "passkeys": self._found(plan)}
+
+    def _costs(self, plan: SkipPlan | None) -> dict[str, Any]:
+        runtime, found = self._subject.runtime, {}
+        for name, windows in self.windows.items():
+            full, ours = costs(runtime, [plan] if plan is not None else [], windows)
+            found[name] = ours[0].against(full) if plan is not None else full.against(full)
+        return found
+
+    def _found(self, plan: SkipPlan | None) -> float:
+        runtime = self._subject.runtime
+        runtime.plan = plan if plan is not None else SkipPlan.empty(runtime.sublayers)
+        try:
+            result = evaluate(self._subject.compiled, self._subject.tokenizer, [self._task])
+        finally:
+            runtime.plan = SkipPlan.empty(runtime.sublayers)
+        return result.results[0].scores.mean
+
+
+def _second(subject: Subject, text: Text) -> list[torch.Tensor]:
+    """Windows of the second half; of a short text one of all there is."""
+    half = text.tokens[len(text.tokens) // 2 :]
+    if len(half) < subject.length:
+        return [half.unsqueeze(0).to(subject.device)]
+    return subject.windows(text, "second")
+
+
+def _extras(
+    subject: Subject, judge: _Judge, plans: dict[tuple[str, int], SkipPlan]
+) -> list[dict[str, Any]]:
+    """Perplexity of decoding with the most that a window can add, against that without it."""
+    rows, steps = [], subject.decoded
+    for (method, skipped), plan in plans.items():
+        if not method.endswith(", extras"):
+            continue
+        extras = Fitted(plan).extras
+        more = plan.with_decode_extra(extras)
+        row: dict[str, Any] = {"method": method, "skipped": skipped, "added": len(extras)}
+        row["texts"] = {}
+        for name, windows in judge.windows.items():
+            _, both = decode_costs(subject.runtime, [plan, more], windows[:2], steps)
+            row["texts"][name] = both[1].against(both[0])["perplexity_ratio"]
+        rows.append(row)
+    return rows
+
+
+def summary(result: dict[str, Any]) -> str:
+    full = result["full"]["passkeys"]
+    lines = [
+        f"calibrated on {', '.join(result['calibrated_on'])}; passkeys of the model: {full:.3f}"
+    ]
+    for row in result["rows"]:
+        texts = ", ".join(
+            f"{name} {cost['perplexity_ratio']:.3f}x (KL {cost['kl']:.3f})"
+            for name, cost in row["texts"].items()
+        )
+        found = row["passkeys"] / full if full else float("nan")
+        lines.append(f"{row['method']}, {row['skipped']}: {texts}; passkeys {found:.2f} of full")
+    for row in result["extras"]:
+        worst = max(row["texts"].values())
+        lines.append(f"{row['method']}: {row['added']} extras, at worst {worst:.3f}x perplexity")
+    lines.append(", ".join(f"{what} {s:.0f} s" for what, s in result["seconds"].items()))
+    return "\n".join(lines)
