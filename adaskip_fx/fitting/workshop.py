@@ -33,9 +33,10 @@ Say = Callable[[str], None]
 OWN = ("own", "own, ends apart")
 _DOCUMENT = 640  # tokens that a model writes in one go: small ones lose the thread
 _SEARCHED = 6  # texts of each kind that a search fits on
-_JUDGES = 3  # held-out texts of each kind to judge by
-_JUDGED = 2048  # tokens of them, in a search
-_ASKED = 3  # answers to judge by
+_FITTED = 24  # of each kind that a closed form is fitted on: more would change it little
+_JUDGES = 1  # held-out texts of each kind that a search judges by
+_JUDGED = 2048  # tokens of them
+_ASKED = 2  # answers that it judges by
 _WORSE = math.log(1.04)  # nats a token that all decode extras together may cost
 
 
@@ -103,8 +104,9 @@ class Workshop:
 
     def fitted(self, plan: SkipPlan, rung: Rung) -> SkipPlan:
         """The plan with stand-ins of a rung, fitted in its order on all there is."""
-        self.say(f"fit {len(plan.prefill)} stand-ins on {self.fitter.tokens:,} tokens")
-        return self.fitter.fit(plan.with_compensation(Compensation()), rung)
+        some = self.fitter.on({kind: texts[:_FITTED] for kind, texts in self.learned.items()})
+        self.say(f"fit {len(plan.prefill)} stand-ins on {some.tokens:,} tokens")
+        return some.fit(plan.with_compensation(Compensation()), rung)
 
     def refined(self, plan: SkipPlan, steps: int) -> SkipPlan:
         """Stand-ins refined on texts of all kinds and on prompts that hide something."""
@@ -128,7 +130,8 @@ class Workshop:
 
         From the one that costs the least, as long as all together cost at most 4% of perplexity.
         """
-        beside = self.fitter.beside(plan, rung)
+        few = self.fitter.on({kind: some[:_SEARCHED] for kind, some in self.learned.items()})
+        beside = few.beside(plan, rung)
         most = self.loss.text_loss(plan) + _WORSE
         alone = {s: self.loss.text_loss(_and(plan, beside, [s])) for s in beside.stand_ins}
         allowed: list[Sublayer] = []

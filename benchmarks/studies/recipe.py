@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class _Size:
 
     @classmethod
     def on(cls, device: torch.device) -> _Size:
-        return cls(250, 128, 40, 32) if device.type == "cuda" else cls(2, 2, 1, 2)
+        return cls(220, 96, 40, 32) if device.type == "cuda" else cls(2, 2, 1, 2)
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -58,16 +58,13 @@ def recipe(subject: Subject) -> dict[str, Any]:
     known = [t for t in subject.texts if t.name in subject.calibrated]
     judge = _Judge(subject, known, size.passkeys)
     said, seconds = list[str](), dict[str, float]()
-    plans = _plans(subject, known, size, said, seconds)
-    rows = [
-        {
-            "method": method,
-            "skipped": skipped,
-            "plan": [str(s) for s in plan.prefill],
-            **judge(plan),
-        }
-        for (method, skipped), plan in plans.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    plans: dict[tuple[str, int], SkipPlan] = {}
+    for method, skipped, plan in _plans(subject, known, size, said, seconds):
+        plans[method, skipped] = plan
+        about = {"method": method, "skipped": skipped, "plan": [str(s) for s in plan.prefill]}
+        rows.append({**about, **judge(plan)})
+        print(_line(rows[-1], judge.full["passkeys"]), file=sys.stderr, flush=True)
     return {
         "calibrated_on": [t.name for t in known],
         "full": judge.full,
@@ -85,8 +82,8 @@ def _plans(
     size: _Size,
     said: list[str],
     seconds: dict[str, float],
-) -> dict[tuple[str, int], SkipPlan]:
-    """Plans by method and number of sublayers; says what it does, and how long that takes."""
+) -> Iterator[tuple[str, int, SkipPlan]]:
+    """(method, sublayers, plan); says what it does, and how long that takes."""
 
     def timed(what: str, do: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -119,25 +116,22 @@ def _plans(
         lambda: shop.searched(profile, max(counts.values()), normalized, shortlist=size.shortlist),
     )
     plain = Fitter(subject.model, subject.tokenizer, windows, max_length=subject.length)
-    found: dict[tuple[str, int], SkipPlan] = {}
+    least = min(counts)
     for count, alpha in counts.items():
         similar = AdaSkip().plan(profile, alpha)
-        found["AdaSkip", count] = similar
-        found["AdaSkip, linear", count] = plain.fit(similar, Rung("linear"))
-        fitted = timed("fit", lambda n=count: shop.fitted(ordered[n], normalized))
-        found["searched, fitted", count] = fitted
-        refined = timed("refine", lambda p=fitted: shop.refined(p, size.steps))
-        found["searched, refined", count] = refined
+        yield "AdaSkip", count, similar
+        yield "AdaSkip, linear", count, plain.fit(similar, Rung("linear"))
+        begun = {"searched": ordered[count]}
         if "AdaSkip" in subject.options.policies:  # its choice with the same stand-ins
-            fair = shop.fitted(similar, normalized)
-            fair = timed("refine", lambda p=fair: shop.refined(p, size.steps))
-            found["AdaSkip, refined", count] = fair
-    least = min(counts)
-    for method in ("searched, refined", "AdaSkip, refined"):
-        if (method, least) in found:
-            plan = shop.with_extras(found[method, least], normalized)
-            found[f"{method}, extras", least] = plan
-    return found
+            begun["AdaSkip"] = similar
+        for name, plan in begun.items():
+            fitted = timed("fit", lambda p=plan: shop.fitted(p, normalized))
+            yield f"{name}, fitted", count, fitted
+            refined = timed("refine", lambda p=fitted: shop.refined(p, size.steps))
+            yield f"{name}, refined", count, refined
+            if count == least:
+                extras = timed("extras", lambda p=refined: shop.with_extras(p, normalized))
+                yield f"{name}, refined, extras", count, extras
 
 
 class _Judge:
@@ -199,18 +193,21 @@ def _extras(
     return rows
 
 
+def _line(row: dict[str, Any], full: float) -> str:
+    texts = ", ".join(
+        f"{name} {cost['perplexity_ratio']:.3f}x (KL {cost['kl']:.3f})"
+        for name, cost in row["texts"].items()
+    )
+    found = row["passkeys"] / full if full else float("nan")
+    return f"{row['method']}, {row['skipped']}: {texts}; passkeys {found:.2f} of full"
+
+
 def summary(result: dict[str, Any]) -> str:
     full = result["full"]["passkeys"]
     lines = [
         f"calibrated on {', '.join(result['calibrated_on'])}; passkeys of the model: {full:.3f}"
     ]
-    for row in result["rows"]:
-        texts = ", ".join(
-            f"{name} {cost['perplexity_ratio']:.3f}x (KL {cost['kl']:.3f})"
-            for name, cost in row["texts"].items()
-        )
-        found = row["passkeys"] / full if full else float("nan")
-        lines.append(f"{row['method']}, {row['skipped']}: {texts}; passkeys {found:.2f} of full")
+    lines += [_line(row, full) for row in result["rows"]]
     for row in result["extras"]:
         worst = max(row["texts"].values())
         lines.append(f"{row['method']}: {row['added']} extras, at worst {worst:.3f}x perplexity")
