@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from adaskip_fx.plan import SkipPlan
 
 from .fitter import Fitter
+from .precision import coarse
 from .sample import Sample
 from .trainable import Trainable, training
 from .whitening import whitenings
@@ -96,7 +96,7 @@ def refine(
     if not any(s in plan.compensation.stand_ins for s in plan.prefill):
         raise ValueError("the plan has no stand-in to refine; fit one first")
     seen = Descent()
-    with _coarse(), training(fitter.runtime, plan, whitenings(fitter, plan)) as trained:
+    with coarse(), training(fitter.runtime, plan, whitenings(fitter, plan)) as trained:
         loss = _Loss(fitter, plan)
         seen.losses[0] = best = loss.mean(held_out)
         kept = trained.compensation()
@@ -113,17 +113,6 @@ def refine(
     if progress is not None:
         progress(how.steps, how.steps)
     return plan.with_compensation(plan.compensation.merged(kept)), seen
-
-
-@contextmanager
-def _coarse() -> Iterator[None]:
-    """Meanwhile float32 products may be rounded to TF32, which slopes do not notice."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class _Adam:

@@ -21,6 +21,7 @@ from adaskip_fx.sublayer import Sublayer
 from .compensator import Compensator
 from .fitter import Fitter, Rung
 from .own_text import laid_out, pack, write_texts
+from .precision import coarse
 from .refine import Refinement, refine
 from .retrieval import retrieval_samples
 from .sample import Sample
@@ -32,7 +33,7 @@ Say = Callable[[str], None]
 
 OWN = ("own", "own, ends apart")
 _DOCUMENT = 640  # tokens that a model writes in one go: small ones lose the thread
-_SEARCHED = 6  # texts of each kind that a search fits on
+_SEARCHED = 2  # texts of each kind that a search fits on
 _FITTED = 24  # of each kind that a closed form is fitted on: more would change it little
 _JUDGES = 1  # held-out texts of each kind that a search judges by
 _JUDGED = 2048  # tokens of them
@@ -100,7 +101,8 @@ class Workshop:
         few = self.fitter.on({kind: some[:_SEARCHED] for kind, some in self.learned.items()})
         never = frozenset(self.fitter.runtime.graphs.unskippable)
         greedy = Greedy(self.loss, Compensator(few, rung), never=never, shortlist=shortlist)
-        return greedy.plans(profile, alpha)
+        with coarse():
+            return greedy.plans(profile, alpha)
 
     def fitted(self, plan: SkipPlan, rung: Rung) -> SkipPlan:
         """The plan with stand-ins of a rung, fitted in its order on all there is."""
@@ -163,14 +165,16 @@ class Workshop:
         ids = self.tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"]
         return torch.as_tensor(ids).to(text.device)
 
-    def _asked(self, texts: Tokens, count: int, most: int, seed: int) -> list[Sample]:
+    def _asked(
+        self, texts: Tokens, count: int, most: int, seed: int, longest: int | None = None
+    ) -> list[Sample]:
         sources = [t for some in texts.values() for t in some]
-        tokens = min(self.tokens, max(t.shape[1] for t in sources))
+        tokens = min(longest or self.tokens, self.tokens, max(t.shape[1] for t in sources))
         return retrieval_samples(self.tokenizer, sources, count, tokens, most=most, seed=seed)
 
     def _questions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Prompts [1, T] that hide something and ask for it, and the answers [1, A]."""
-        samples = self._asked(self.held_out, _ASKED, 1, self.seed + 1)
+        samples = self._asked(self.held_out, _ASKED, 1, self.seed + 1, _JUDGED)
         places = [_answer_at(sample) for sample in samples]
         return [(s.ids[:, :at], s.ids[:, at:]) for s, at in zip(samples, places, strict=True)]
 

@@ -39,7 +39,7 @@ class _Size:
 
     @classmethod
     def on(cls, device: torch.device) -> _Size:
-        return cls(220, 96, 40, 32) if device.type == "cuda" else cls(2, 2, 1, 2)
+        return cls(220, 64, 40, 16) if device.type == "cuda" else cls(2, 2, 1, 2)
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -91,9 +91,11 @@ def _plans(
         seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - start
         return result
 
+    begun_at = time.perf_counter()
+
     def say(words: str) -> None:
         said.append(words)
-        print(words, file=sys.stderr, flush=True)
+        print(f"{time.perf_counter() - begun_at:.0f} s: {words}", file=sys.stderr, flush=True)
 
     windows = {t.name: subject.windows(t, "first") for t in known}
     profile = subject.profile(known[0])
