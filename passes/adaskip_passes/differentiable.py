@@ -14,11 +14,10 @@ fresh keys and values); another one is refused. The results are the same; the ca
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from .dead_code import eliminate_dead_code
-from .effects import accesses, storage_root, written
+from .effects import accesses, operation, storage_root, written
 from .errors import RefusedError
 
 
@@ -37,7 +36,7 @@ def differentiable(flat: fx.GraphModule) -> fx.GraphModule:
         if root is not None:
             _check_unread(node, root, nodes[place + 1 :])
     for node in nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if operation(node) == "_set_grad_enabled":
             graph.erase_node(node)
     eliminate_dead_code(graph, keep=lambda n: written(n) is not None and _stored_to(n) is None)
     return fx.GraphModule(flat, graph, "Differentiable")
