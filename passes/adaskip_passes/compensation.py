@@ -58,18 +58,27 @@ def _normalized(x: fx.Node, weight: fx.Node, bias: fx.Node) -> fx.Node:
     mean = graph.call_method("mean", (graph.call_method("pow", (wide, 2)), -1), {"keepdim": True})
     factor = graph.call_function(torch.rsqrt, (graph.call_function(torch.add, (mean, EPS)),))
     normal = graph.call_method("to", (graph.call_function(torch.mul, (wide, factor)), dtype))
-    return _added(x, normal, weight, bias)
+    return _added(x, _like(normal, x), weight, bias)
 
 
 def _low_rank(x: fx.Node, down: fx.Node, up: fx.Node, bias: fx.Node) -> fx.Node:
     """``x + (x D^T) U^T + b``."""
-    return _added(x, x.graph.call_function(apply_linear, (x, down)), up, bias)
+    inner = x.graph.call_function(apply_linear, (x, down))
+    example, rank = x.meta["example_value"], down.meta["example_value"].shape[0]
+    inner.meta["example_value"] = example.new_empty((*example.shape[:-1], rank))
+    return _added(x, inner, up, bias)
 
 
 def _added(x: fx.Node, source: fx.Node, weight: fx.Node, bias: fx.Node) -> fx.Node:
     """``x + source W^T + b``."""
-    branch = x.graph.call_function(apply_linear, (source, weight, bias))
-    return x.graph.call_function(torch.add, (x, branch))
+    branch = _like(x.graph.call_function(apply_linear, (source, weight, bias)), x)
+    return _like(x.graph.call_function(torch.add, (x, branch)), x)
+
+
+def _like(node: fx.Node, x: fx.Node) -> fx.Node:
+    """A node whose value is of the stream's shape and dtype; lowering passes look at that."""
+    node.meta["example_value"] = x.meta["example_value"]
+    return node
 
 
 STAND_INS: Mapping[str, StandInKind] = MappingProxyType(
@@ -111,7 +120,11 @@ def stand_in_piece(kind: str, rank: int, stream: torch.Tensor, lengths: Sequence
     graph = fx.Graph()
     x = graph.placeholder("x")
     x.meta["example_value"] = stream
-    graph.output(STAND_INS[kind].compute(x, *(graph.placeholder(name) for name in tensors)))
+    inputs = []
+    for name, tensor in tensors.items():
+        inputs.append(graph.placeholder(name))
+        inputs[-1].meta["example_value"] = tensor
+    graph.output(STAND_INS[kind].compute(x, *inputs))
     return helper_piece(
         piece_name(kind, rank), "compensation", graph, [stream, *tensors.values()], lengths
     )

@@ -1,0 +1,26 @@
+"""The compensation ladder on a GPU: decode steps as one CUDA graph, against the eager model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adaskip_fx.compensation import Compensation
+from adaskip_fx.plan import Action, SkipPlan
+from adaskip_fx.stand_in import SHAPES
+from adaskip_fx.testing import assert_equivalent
+from tests.bank import entry, make_model
+from tests.test_stand_in import stand_in
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_rung_on_a_gpu(kind: str, dtype: torch.dtype, backend: str) -> None:
+    sublayers = entry("three_layers").sublayers
+    skipped = (sublayers[1], sublayers[2], sublayers[5])
+    actions = dict.fromkeys(skipped, Action.SKIP)
+    drawn = {s: stand_in(kind, i, 32) for i, s in enumerate(skipped)}  # type: ignore[arg-type]
+    plan = SkipPlan(sublayers, actions, actions, Compensation(drawn))
+    model = make_model("three_layers", dtype).cuda()
+    assert_equivalent(model, plan, backend=backend, decode_steps=6)
