@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import fx
+
 from adaskip_passes import RefusedError, ShapeGuards, piece_of, start_workers, sublayer_calls
 
 from . import phases
@@ -76,6 +78,18 @@ class Graphs:
         """For each sublayer the modules whose outputs are its branch, in stream order."""
         first = self._all()[0]
         return {str(s): paths for s, paths in zip(first.sublayers, first.modules, strict=True)}
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """All of the model's, in stream order."""
+        return self._all()[0].sublayers
+
+    @property
+    def width(self) -> int:
+        """Of the residual stream."""
+        first = sublayer_calls(self._all()[0].outer.graph)[0].args[0]
+        assert isinstance(first, fx.Node)
+        return int(first.meta["example_value"].shape[-1])
 
     @property
     def unskippable(self) -> frozenset[Sublayer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from adaskip_passes import Recorder, RefusedError
 
 from . import phases
+from .admission import admit
 from .cache import SkipCache
 from .decisions import Choice, Decision, Schedule, Stages, plans_of
 from .decoding import Decoder, Lane
@@ -18,7 +19,7 @@ from .graphs import Graphs
 from .layers import LayerProgram
 from .online import Request, Window, probed_in_decode
 from .phases import Forward, GraphKey, GraphPhase, Memory
-from .plan import Action, PlanError, SkipPlan, Sublayer
+from .plan import Action, SkipPlan, Sublayer
 from .programs import Counters, Link, Program
 from .prompts import Inputs, cut_last_token, mean_embedding
 from .sample import Sample
@@ -85,12 +86,8 @@ class Runtime:
         self._unskippable = self.graphs.unskippable
         self.decision: Decision = plan if plan is not None else SkipPlan.empty(self.sublayers)
         self.stage = plan.stages[0][0] if isinstance(plan, Stages) else None
-        if self.decision.sublayers != self.sublayers:
-            raise PlanError(
-                f"the plan is for {_summary(self.decision.sublayers)}, but "
-                f"{type(model).__name__} has {_summary(self.sublayers)}"
-            )
-        self._refuse_unskippable(self.decision)
+        admit(self.decision, self.graphs, type(model).__name__)
+        self._admitted: Decision = self.decision  # the last one that was
 
     # What a user asks of it ------------------------------------------------------------------
 
@@ -187,7 +184,9 @@ class Runtime:
             plan: what the request begins with, if not `self.decision`.
         """
         given = plan if plan is not None else self.decision
-        self._refuse_unskippable(given)
+        if given is not self._admitted:
+            admit(given, self.graphs, type(self.model).__name__)
+            self._admitted = given
         request = Request(
             given.plan(self.stage) if isinstance(given, Stages) else given, stop_tokens
         )
@@ -334,21 +333,6 @@ class Runtime:
             )
 
     # How it is done --------------------------------------------------------------------------
-
-    def _refuse_unskippable(self, decision: Decision) -> None:
-        if not self._unskippable:
-            return
-        skipped = {
-            s for p in plans_of(decision) for s in (*p.skipped("prefill"), *p.skipped("decode"))
-        }
-        refused = [str(s) for s in self.sublayers if s in skipped & self._unskippable]
-        if refused:
-            raise RefusedError(
-                f"the plan skips {', '.join(refused)}, but what is computed there is read by later "
-                f"layers besides the residual stream. Of {type(self.model).__name__} these cannot "
-                f"be skipped: {', '.join(map(str, sorted(self._unskippable)))}; pass a plan "
-                "without them"
-            )
 
     def _phase(self, input_ids: torch.Tensor, cache: SkipCache) -> GraphPhase:
         if cache.length and input_ids.shape[1] == 1:
@@ -562,9 +546,3 @@ def _autocast(device_type: str) -> torch.dtype | None:
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
-
-
-def _summary(sublayers: Sequence[Sublayer]) -> str:
-    kinds = sorted({s.kind for s in sublayers})
-    counts = ", ".join(f"{sum(s.kind == k for s in sublayers)} {k}" for k in kinds)
-    return f"{len(sublayers)} sublayers ({counts})"

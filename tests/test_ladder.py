@@ -86,7 +86,15 @@ def test_a_new_stand_in_compiles_nothing() -> None:
 
 
 def test_stand_ins_of_another_width_are_refused() -> None:
-    compiled = build(MODELS["three_layers"], ladder("linear", 16), backend="eager")
-    message = r"stand-in has shape \[16, 16\], but the model needs \[32, 32\]; it was fitted on an"
-    with pytest.raises(PlanError, match=message), torch.no_grad():
-        compiled(input_ids=torch.arange(9)[None])
+    model = entry("three_layers")
+    wide = r"1\.attention: its linear stand-in is for a stream of width 16, but that of Llama"
+    with pytest.raises(PlanError, match=r"0\.ffn: its linear stand-in is for a stream of width 16"):
+        build(model.model, ladder("linear", 16), backend="eager")
+    other = SkipPlan.of(
+        model.sublayers,
+        ["1.attention"],
+        compensation=Compensation({model.sublayers[2]: stand_in("linear", 0, 16)}),
+    )
+    with pytest.raises(PlanError, match=wide):
+        model.runtime.new_cache(plan=other)
+    model.runtime.new_cache(plan=ladder("linear", 32))  # near miss
