@@ -115,6 +115,9 @@ def generate(
         Path | None, typer.Option(help="Read the prompt from this file; - is standard input.")
     ] = None,
     alpha: Alpha = 1.2,
+    plan: Annotated[
+        Path | None, typer.Option(help="File that fit wrote, instead of a choice by alpha.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 64,
     chat: Annotated[
         bool, typer.Option(help="Put the prompt into the tokenizer's chat template, if any.")
@@ -139,9 +142,8 @@ def generate(
         usable, why = usable_backend(backend, loaded.model.device)
         if why is not None:
             typer.echo(why, err=True)
-        fast, _output = stream(
-            loaded, measured, words, alpha=alpha, limit=max_new_tokens, backend=usable, chat=chat
-        )
+        options: dict[str, Any] = {"alpha": alpha, "limit": max_new_tokens, "plan": plan}
+        fast, _output = stream(loaded, measured, words, backend=usable, chat=chat, **options)
         if stats:
             typer.echo(str(fast.adaskip), err=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from transformers import TextStreamer
 from . import api
 from .demo.texts import prompt_ids
 from .loading import Loaded
+from .plan import SkipPlan
+from .policies import Fitted
 from .profile import Profile
 
 
@@ -22,6 +25,7 @@ def stream(
     limit: int,
     backend: str,
     chat: bool,
+    plan: Path | None = None,
 ) -> tuple[Any, Any]:
     """Print a greedy answer to stdout as it comes.
 
@@ -32,12 +36,14 @@ def stream(
         limit: new tokens at most.
         backend: inner torch.compile backend.
         chat: use the tokenizer's chat template if it has one.
+        plan: of a fitted plan's file; `alpha` is not looked at then.
 
     Returns:
         The compiled model and what its ``generate`` returned, with the request's cache.
     """
     tokenizer = loaded.tokenizer
-    fast = api.compile(loaded.model, profile, alpha, backend=backend)
+    policy = Fitted(SkipPlan.load(plan)) if plan is not None else None
+    fast = api.compile(loaded.model, profile, alpha, policy=policy, backend=backend)
     tokens = prompt_ids(tokenizer, prompt) if chat else tokenizer(prompt)["input_ids"]
     if not tokens:
         raise ValueError("the prompt is empty")

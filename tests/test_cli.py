@@ -128,7 +128,7 @@ def plan(tmp_path: Path) -> Path:
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "calibrate", "generate", "inspect", "measure", "eval"):
+    for command in ("demo", "calibrate", "fit", "generate", "inspect", "measure", "eval"):
         assert re.search(rf"\b{command}\b", result.stdout)
         assert run(command, "--help").exit_code == 0
 
@@ -259,7 +259,10 @@ def test_generate_reads_a_file_or_standard_input(
     assert run(*start, "--prompt-file", file, "--backend", "eager").exit_code == 0
     assert run(*start, "--prompt-file", "-", "--no-chat", text="from a pipe").exit_code == 0
     assert [prompt for prompt, _ in seen] == ["from a file", "from a pipe"]
-    assert seen[0][1] == {"alpha": 1.2, "limit": 64, "backend": "eager", "chat": True}
+    assert seen[0][1] == {
+        **{"alpha": 1.2, "limit": 64, "plan": None},
+        **{"backend": "eager", "chat": True},
+    }
     assert seen[1][1]["chat"] is False
     assert run(*start).exit_code == 2
     assert run(*start, "both", "--prompt-file", file).exit_code == 2

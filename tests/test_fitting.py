@@ -73,6 +73,15 @@ def test_moments_do_not_depend_on_how_texts_are_cut() -> None:
     torch.testing.assert_close(half.targets, whole.targets)
 
 
+def test_a_token_without_a_stream_counts_for_nothing() -> None:
+    x, y = drawn(50)
+    for kind in ("linear", "diagonal"):
+        with_zero = moments_of(np.vstack((x, np.zeros((1, HIDDEN)))), np.vstack((y, y[:1])))
+        fitted, expected = (solve(m, kind) for m in (with_zero, moments_of(x, y)))  # type: ignore[arg-type]
+        for name, tensor in expected.tensors.items():
+            np.testing.assert_allclose(fitted.tensors[name], tensor, rtol=1e-6)
+
+
 def test_linear_is_weighted_ridge_regression() -> None:
     x, y = drawn()
     z, _, t = weighted(x, y)

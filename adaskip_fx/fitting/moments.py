@@ -15,7 +15,7 @@ class Moments:
 
     Each token counts with weight 1 / |x|^2: the norm before the next sublayer divides by |x|, so an
     error matters in proportion to it, and the first tokens of a text, whose streams are hundreds of
-    times larger, do not decide alone.
+    times larger, do not decide alone. A token whose stream is zero counts for nothing.
 
     Attributes:
         inputs: sum of w z z^T, float64 [H + 1, H + 1], where z is x (or x / rms(x)) and a last 1.
@@ -52,7 +52,8 @@ class Moments:
             target: what the stream is to be after it, [..., H].
         """
         x, y = (t.reshape(-1, self.hidden).to(torch.float64) for t in (stream, target))
-        weight = 1 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        norm = x.norm(dim=-1, keepdim=True)
+        weight = torch.where(norm > 0, 1 / norm, 0.0)  # a padding token's embedding may be zero
         given = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() if self.normalized else x
         z = torch.cat((given, torch.ones_like(x[:, :1])), 1) * weight
         t = (y - x) * weight
