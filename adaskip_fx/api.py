@@ -22,7 +22,7 @@ Model = TypeVar("Model")
 
 def compile(
     model: Model,
-    profile: Profile | str | Path | None,
+    profile: Profile | str | Path | None = None,
     alpha: float = 1.2,
     *,
     policy: Policy | None = None,
