@@ -35,6 +35,7 @@ from benchmarks.studies import (
     fits,
     pareto,
     quality,
+    recipe,
     similarity,
     stats,
     streams,
@@ -47,6 +48,7 @@ from benchmarks.studies.setup import Options, Subject, Text, read_texts, subject
 from tests.bank import make_model, profile_of
 from tests.oracle import Oracle, plain_streams
 from tests.test_cli import save
+from tests.test_recipe import Letters as AnyText
 
 OPTIONS = Options(samples=2, length=24, alphas=(1.25, 1.5), most=3)
 
@@ -633,3 +635,43 @@ def test_every_policy_gives_points(tmp_path: Path) -> None:
     assert in_prompts["costs"]["prefill"]["kl"] > in_prompts["costs"]["decode"]["kl"]
     assert by_name["Greedy"]["skipped"] == by_name["Evolve"]["skipped"] == 2
     assert draws(pareto.PICTURES, result, tmp_path)
+
+
+# The recipe. -----------------------------------------------------------------------------------
+
+
+def test_the_recipe_is_judged_on_what_it_has_not_seen(tmp_path: Path) -> None:
+    texts = [text(name, seed, 2000) for seed, name in enumerate(("one", "two", "three"))]
+    options = dataclasses.replace(OPTIONS, samples=2, length=400, alphas=(1.25,))
+    model = make_model("three_layers")
+    made = subject_of("tiny", model, AnyText(), texts, options, timed=False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(recipe, "_Judge", Judge)
+        result = recipe.recipe(made)
+    assert result["calibrated_on"] == ["one", "two"]
+    methods = ("AdaSkip", "AdaSkip, linear", "searched, fitted", "searched, refined")
+    named = [(row["method"], row["skipped"]) for row in result["rows"]]
+    assert named == [(name, 1) for name in (*methods, "searched, refined, extras")]
+    by_method = {row["method"]: row for row in result["rows"]}
+    assert by_method["AdaSkip"]["plan"] == by_method["AdaSkip, linear"]["plan"]
+    assert by_method["searched, fitted"]["plan"] == by_method["searched, refined"]["plan"]
+    for row in result["rows"]:
+        assert set(row["texts"]) == {"one", "two", "three"}
+    full = result["full"]["texts"]["three"]
+    assert full["perplexity_ratio"] == 1.0
+    ids = texts[2].windows("second", 2, 400)
+    empty = SkipPlan.empty(made.runtime.sublayers)
+    nll = [cross_entropy(eager_logits(model, empty, w)[:-1], w[0, 1:]) for w in ids]
+    assert math.log(full["perplexity"]) == pytest.approx(float(torch.stack(nll).mean()), rel=1e-4)
+    assert [extra["method"] for extra in result["extras"]] == ["searched, refined, extras"]
+    lines = recipe.summary(result).splitlines()
+    assert lines[0].startswith("calibrated on one, two; passkeys that the model finds: 1.000")
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    assert plot("plans", [tmp_path / "r.json"], tmp_path, "r")
+
+
+class Judge(recipe._Judge):
+    """Passkeys are a task of their own, tested elsewhere, and too long for a tiny model."""
+
+    def _found(self, plan: SkipPlan | None) -> float:
+        return 1.0

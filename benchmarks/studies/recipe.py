@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from adaskip_fx.evaluation.run import evaluate
 from adaskip_fx.evaluation.tasks.passkey import Passkey
 from adaskip_fx.fitting import Fitter, Rung, Workshop
+from adaskip_fx.loading import choose_device
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.policies import AdaSkip, Fitted
 from adaskip_fx.policies.adaskip import skip_count
@@ -24,7 +25,7 @@ from adaskip_fx.policies.adaskip import skip_count
 from .quality import costs, decode_costs
 from .setup import Options, Subject, Text, open_subject
 
-PICTURES: tuple[str, ...] = ()
+PICTURES = ("plans",)
 _KEPT = 3500  # tokens of a passkey's prompt
 
 
@@ -43,7 +44,9 @@ class _Size:
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Rows of every method at every alpha."""
+    """Rows of every method at every alpha; on a GPU in bfloat16, for which attention is fast."""
+    if options.dtype is None and choose_device(options.device).type == "cuda":
+        options = replace(options, dtype="bfloat16")
     subject = open_subject(options)
     return {**subject.about(), **recipe(subject)}
 
@@ -69,6 +72,11 @@ def recipe(subject: Subject) -> dict[str, Any]:
         "calibrated_on": [t.name for t in known],
         "full": judge.full,
         "rows": rows,
+        "plans": [
+            {"name": f"{method}, {skipped}", **plan.to_json()}
+            for (method, skipped), plan in plans.items()
+            if method in ("AdaSkip", "searched, fitted")
+        ],
         "extras": _extras(subject, judge, plans),
         "size": {"steps": size.steps, "own": size.own, "passkeys": size.passkeys},
         "said": said,
@@ -146,9 +154,9 @@ class _Judge:
         length = min(_KEPT, 2 * subject.length)
         path = haystacks[0] if haystacks else None
         self._task = Passkey(samples=passkeys, length=length, path=path, seed=1)
-        self.full = {**self._costs(None), "passkeys": self._found(None)}
+        self.full = self(None)
 
-    def __call__(self, plan: SkipPlan) -> dict[str, Any]:
+    def __call__(self, plan: SkipPlan | None) -> dict[str, Any]:
         return {"texts": self._costs(plan), "passkeys": self._found(plan)}
 
     def _costs(self, plan: SkipPlan | None) -> dict[str, Any]:
