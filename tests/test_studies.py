@@ -665,7 +665,7 @@ def test_the_recipe_is_judged_on_what_it_has_not_seen(tmp_path: Path) -> None:
     assert math.log(full["perplexity"]) == pytest.approx(float(torch.stack(nll).mean()), rel=1e-4)
     assert [extra["method"] for extra in result["extras"]] == ["searched, refined, extras"]
     lines = recipe.summary(result).splitlines()
-    assert lines[0].startswith("calibrated on one, two; passkeys that the model finds: 1.000")
+    assert lines[0].startswith("calibrated on one, two; passkeys of the model: 1.000")
     (tmp_path / "r.json").write_text(json.dumps(result))
     assert plot("plans", [tmp_path / "r.json"], tmp_path, "r")
 
