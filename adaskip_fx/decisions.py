@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -23,15 +24,15 @@ from adaskip_fx.text import by_kind
 __all__ = ["Choice", "Decision", "Option", "Schedule", "Stages"]
 
 
-class _Plans:
+class _Plans(ABC):
     """What decisions of several plans share: their sublayers, a file form, a printed form."""
 
     kind: ClassVar[str] = ""
 
     @property
+    @abstractmethod
     def plans(self) -> tuple[SkipPlan, ...]:
         """Every plan, in order."""
-        raise NotImplementedError
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:

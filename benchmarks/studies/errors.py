@@ -98,6 +98,7 @@ def _measured(subject: Subject, plans: Sequence[SkipPlan]) -> list[tuple[float, 
 
 
 def summary(result: dict[str, Any]) -> str:
+    """What was found, in a few lines."""
     lines = [f"calibrated on {result['calibrated_on']}, evaluated on {result['evaluated_on']}"]
     lines += [
         f"{row['compensation']}, {row['skipped']} skipped: error {row['error']:.4f} (sum "

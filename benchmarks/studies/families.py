@@ -183,6 +183,7 @@ def _random(
 
 
 def summary(result: dict[str, Any]) -> str:
+    """What was found, in a few lines."""
     lines = [f"{result['note']} ({result['trained_on']})"]
     for row in result["skipping"]:
         others = sorted(row["random_perplexity_ratios"])

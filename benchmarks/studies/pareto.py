@@ -141,6 +141,7 @@ def named_plans(about: dict[str, Any], plan: Any) -> list[dict[str, Any]]:
 
 
 def summary(result: dict[str, Any]) -> str:
+    """What was found, in a few lines."""
     return "\n".join(
         f"{p['policy']}{', ' * bool(p['variant'])}{p['variant']} ({p['compensation']}), "
         f"{p['skipped']} skipped: "

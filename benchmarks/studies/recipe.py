@@ -213,6 +213,7 @@ def _line(row: dict[str, Any], full: float) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
+    """What was found, in a few lines."""
     full = result["full"]["passkeys"]
     lines = [
         f"calibrated on {', '.join(result['calibrated_on'])}; passkeys of the model: {full:.3f}"

@@ -98,6 +98,7 @@ def by_kind(
 
 
 def summary(result: dict[str, Any]) -> str:
+    """What was found, in a few lines."""
     lines = []
     for row in result["rows"]:
         lines.append(f"{row['name']}: {row['tokens']} tokens")

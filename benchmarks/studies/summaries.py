@@ -192,6 +192,7 @@ def _chance(full: Sequence[Summary], score: Score) -> float | None:
 
 
 def summary(result: dict[str, Any]) -> str:
+    """What was found, in a few lines."""
     (chance,) = result["levels"].values()
     lines = [
         f"{result['documents']} documents, reference: {result['reference']}; ROUGE-L by chance "

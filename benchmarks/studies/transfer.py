@@ -51,6 +51,7 @@ def transfer(subject: Subject) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
+    """What was found, in a few lines."""
     lines = []
     for panel in result["panels"]:
         lines.append(f"{panel['title']}; columns {', '.join(panel['columns'])}")

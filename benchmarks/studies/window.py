@@ -156,6 +156,8 @@ def _averaged(
 
 
 def summary(result: dict[str, Any]) -> str:
+    """What was found, in a few lines."""
+
     def text(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f}"
 
