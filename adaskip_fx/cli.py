@@ -157,6 +157,9 @@ def measure(
     ],
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="How often each plan is timed.")] = 5,
+    ranks: Annotated[
+        bool, typer.Option("--ranks", help="Measure low-rank stand-ins too, for fit --within.")
+    ] = False,
     backend: Backend = "inductor",
     dtype: Dtype = None,
     device: Device = "auto",
@@ -168,7 +171,9 @@ def measure(
         from .progress import Steps
 
         steps = Steps(_console(stderr=True))
-        table = measure_table(model, out, context, batch, rounds, backend, dtype, device, steps)
+        table = measure_table(
+            model, out, context, batch, rounds, ranks, backend, dtype, device, steps
+        )
         typer.echo(str(table))
         if table.doubt:
             typer.echo(table.doubt, err=True)

@@ -19,6 +19,7 @@ from .fingerprint import fingerprint
 from .latency import LatencyTable
 from .parts import Costs, parts
 from .plan import Action, Phase, SkipPlan, Sublayer
+from .rank_ladder import rank_ladder
 from .runtime import Runtime
 from .timing import StepTimer, conditions
 
@@ -37,6 +38,7 @@ def measure(
     rounds: int = 5,
     compensations: Sequence[Compensation] | None = None,
     kv_only: bool = False,
+    ranks: bool = False,
     time_step: TimeStep | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyTable:
@@ -51,6 +53,7 @@ def measure(
             often where times do not add up within 4%, as on a device that others use as well.
         compensations: of each kind to measure, one that names every sublayer; the scale if None.
         kv_only: measure as well what sublayers cost of which only K/V are written.
+        ranks: measure as well what low-rank maps of a few ranks, and linear maps, cost.
         time_step: the clock: seconds of one prompt or step, from (phase, context, plan).
         progress: called with (timed, to be timed).
 
@@ -64,6 +67,9 @@ def measure(
     classes = sublayer_classes(runtime)
     if compensations is None:
         compensations = (Compensation.scale(dict.fromkeys(runtime.sublayers, 1.0)),)
+    if ranks:
+        ladder = rank_ladder(runtime.sublayers, classes, runtime.graphs.width)
+        compensations = (*compensations, *ladder)
     plans = plans_to_time(runtime.sublayers, classes, compensations, kv_only)
     runtime.graphs.check_room(len(plans))
     clock = time_step or StepTimer(runtime, batch)

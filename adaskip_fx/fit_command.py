@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
 from adaskip_fx.options import Alpha, Backend, Debug, Device, Dtype, Model, console, reported
 from adaskip_fx.stand_in import StandInKind
 
+if TYPE_CHECKING:
+    from adaskip_fx.fitting import LatencyBound
+
+Phases = Literal["both", "prefill", "decode"]
 Rungs = Literal["scale", "diagonal", "low_rank", "linear", "normalized"]
 assert set(get_args(Rungs)) == set(get_args(StandInKind))
 
@@ -29,6 +33,19 @@ def fit(
     kind: Annotated[Rungs, typer.Option(help="What stands in for a sublayer.")] = "normalized",
     rank: Annotated[
         int | None, typer.Option(min=1, help="Of low_rank; chosen on unseen texts if not given.")
+    ] = None,
+    within: Annotated[
+        float | None,
+        typer.Option(help="Choose no rank that takes more than this share of a sublayer's time."),
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="For --within: file that measure --ranks wrote.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="For --within: tokens of a typical request.")
+    ] = None,
+    phase: Annotated[
+        Phases | None, typer.Option(help="For --within: in which it holds.", show_default="both")
     ] = None,
     search: Annotated[
         bool, typer.Option(help="Choose sublayers by what is lost, or by AdaSkip's similarity.")
@@ -56,13 +73,18 @@ def fit(
 
         if out.is_dir() or not out.parent.is_dir():  # before minutes of work
             raise ValueError(f"{out}: a plan is a file in a folder that exists; choose another")
-        rung = Rung(kind, rank)
+        bound = _bound(within, table, context, phase)
+        rung = Rung(kind, rank, bound=bound)
         sources = _sources(text)
         measured = Profile.load(profile)
         report = Steps(console(stderr=True))
         with report.step("load the model"):
             loaded = load(model, device, dtype)
         measured.check(loaded.model)
+        if bound is not None:
+            bound.table.check(loaded.model)
+            if bound.table.doubt:
+                report.say(bound.table.doubt)
         texts = {
             name: calibration_samples(words, max_length, samples) for name, words in sources.items()
         }
@@ -81,6 +103,28 @@ def fit(
         plan.save(out)
         typer.echo(str(plan))
         typer.echo(f"saved to {out}", err=True)
+
+
+def _bound(
+    within: float | None, table: Path | None, context: int | None, phase: Phases | None
+) -> LatencyBound | None:
+    """What --within says; None without it.
+
+    Raises:
+        ValueError: options that do not go together, a table that cannot be read or has no ranks,
+            or where none fits.
+    """
+    from adaskip_fx.fitting import LatencyBound
+    from adaskip_fx.latency import LatencyTable
+
+    if within is None and table is None and context is None and phase is None:
+        return None
+    if within is None or table is None or context is None:
+        raise ValueError(
+            "--within, --table and --context go together: a share of a sublayer's time, the file "
+            "that adaskip-fx measure --ranks wrote, and the tokens of a typical request"
+        )
+    return LatencyBound(LatencyTable.load(table), context, within, phase or "both")
 
 
 def _sources(given: list[str] | None) -> dict[str, list[str] | None]:

@@ -134,8 +134,8 @@ class LatencyTable:
             if value != self.conditions.get(name):
                 raise TableError(
                     f"the table was measured with {name} {self.conditions.get(name)}, but the "
-                    f"model has {value}; {_REDO}, or pass policy=LatencyBudget(table, ...) to "
-                    "use it all the same"
+                    f"model has {value}; {_REDO}, or make the LatencyBudget(table, ...) or "
+                    "LatencyBound(table, ...) yourself to use it all the same"
                 )
 
     @property

@@ -18,6 +18,7 @@ def measure_table(
     contexts: Sequence[int],
     batch: int,
     rounds: int,
+    ranks: bool,
     backend: str,
     dtype: str | None,
     device: str,
@@ -27,7 +28,7 @@ def measure_table(
 
     Args:
         model: a folder, a ``.gguf`` file, or a name on the Hugging Face hub.
-        contexts, batch, rounds: see :func:`adaskip_fx.costs.measure`.
+        contexts, batch, rounds, ranks: see :func:`adaskip_fx.costs.measure`.
         backend, dtype, device: how the model runs.
         steps: shows what is going on.
 
@@ -44,6 +45,8 @@ def measure_table(
     with steps.step("capture and compile"):
         compiled = api.build(loaded.model, None, backend=usable)
     with steps.step("measure") as advance:
-        table = measure(compiled, contexts, batch=batch, rounds=rounds, progress=advance)
+        table = measure(
+            compiled, contexts, batch=batch, rounds=rounds, ranks=ranks, progress=advance
+        )
     table.save(out)
     return table

@@ -79,7 +79,18 @@ def parts(
 
 def stand_in(fold: Fold) -> str:
     """What stands in for skipped sublayers, as a part that costs time: its kind, and its rank."""
-    return f"{fold.kind} {fold.rank}" if fold.rank else fold.kind
+    return low_rank(fold.rank) if fold.rank else fold.kind
+
+
+def low_rank(rank: int) -> str:
+    """The part that is a low-rank map of a rank."""
+    return f"low_rank {rank}"
+
+
+def rank_of(part: str) -> int | None:
+    """Inverse of `low_rank`; None for another part."""
+    kind, _, rank = part.partition(" ")
+    return int(rank) if kind == "low_rank" else None
 
 
 def stored_only(name: str) -> str:

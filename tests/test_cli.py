@@ -386,10 +386,22 @@ def test_measure_writes_a_table_that_inspect_shows(folder: Path, tmp_path: Path)
     assert lines[0].startswith("LatencyTable ")
     assert "backend eager" in lines[0]
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["32", "64", "32", "64"]
+    assert "low_rank" not in lines[1]
     assert run("inspect", out).stdout == result.stdout
     assert "a latency table has no graph" in refused(run("inspect", out, "--graph"))
     out.write_text(out.read_text().replace("eager", "lazy"))
     assert "edited after it was saved" in refused(run("inspect", out))
+
+
+def test_measure_times_ranks_if_asked(folder: Path, tmp_path: Path) -> None:
+    options = ("--context", 32, "--rounds", 1, "--backend", "eager", "--ranks")
+    result = run("measure", folder, tmp_path / "table.json", *options)
+    assert result.exit_code == 0, result.output
+    columns = [name.strip() for name in result.stdout.splitlines()[1].split("|")]
+    assert columns[2:-1] == [
+        *("rest", "attention (2)", "ffn (2)", "scale"),
+        *("low_rank 1", "low_rank 2", "low_rank 4", "linear"),
+    ]
 
 
 def test_measure_refuses_before_it_works(folder: Path, tmp_path: Path) -> None:

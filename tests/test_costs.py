@@ -491,7 +491,8 @@ def test_of_which_model_and_device() -> None:
         fitting.check(bank.entry("grouped").model)
     message = (
         "the table was measured with device Some GPU, but the model has CPU .*; measure again "
-        r"\(adaskip-fx measure\), or pass policy=LatencyBudget\(table, ...\) to use it all the same"
+        r"\(adaskip-fx measure\), or make the LatencyBudget\(table, ...\) or "
+        r"LatencyBound\(table, ...\) yourself to use it all the same"
     )
     with pytest.raises(TableError, match=message):
         made(conditions={**fitting.conditions, "device": "Some GPU"}).check(model)

@@ -10,7 +10,10 @@ import torch
 
 import adaskip_fx
 from adaskip_fx import SkipPlan
-from tests.test_cli import make_model, make_tokenizer, refused, run, save
+from adaskip_fx.fingerprint import fingerprint
+from adaskip_fx.latency import LatencyTable, device_name
+from adaskip_fx.parts import Costs
+from tests.test_cli import SUBLAYERS, make_model, make_tokenizer, refused, run, save
 
 QUICK = ("--max-length", 160, "--samples", 4, "--own", 2, "--steps", 2, "--alpha", 1.5)
 
@@ -75,10 +78,45 @@ def test_without_texts_or_a_search(folder: Path, profile: Path, tmp_path: Path) 
     assert {plan.compensation.stand_ins[s].rank for s in plan.prefill} == {2}
 
 
+def table_of(folder: Path, **conditions: object) -> Path:
+    """Of times that were made up: rank 1 takes a 32nd of a sublayer, rank 2 a 16th."""
+    model, out = make_model(), folder / "table.json"
+    seconds = {"rest": 1.0, "attention": 16.0, "ffn": 16.0, "scale": 0.5, "linear": 4.0}
+    seconds |= {f"low_rank {rank}": rank / 2 for rank in (1, 2, 4)}
+    costs = (Costs("prefill", 2048, seconds, 0.25), Costs("decode", 2048, seconds))
+    about = {"device": device_name(model), "dtype": "float32", **conditions}
+    classes = tuple(s.kind for s in SUBLAYERS)
+    LatencyTable(fingerprint(model), about, SUBLAYERS, classes, costs).save(out)
+    return out
+
+
+def test_ranks_by_measured_time(folder: Path, profile: Path, tmp_path: Path) -> None:
+    table, out = table_of(tmp_path), tmp_path / "plan.json"
+    quick = ("--max-length", 128, "--samples", 3, "--own", 0, "--steps", 0, "--no-search")
+    for share, rank in ((0.03125, 1), (0.0625, 2)):
+        bound = ("--within", share, "--table", table, "--context", 2048)
+        result = run("fit", folder, profile, out, *quick, "--kind", "low_rank", *bound)
+        assert result.exit_code == 0, result.stderr
+        assert "measured times do not add up: the sum of parts is off by 25.0%" in result.stderr
+        plan = SkipPlan.load(out)
+        assert [plan.compensation.stand_ins[s].rank for s in plan.prefill] == [rank]
+    other = table_of(tmp_path, device="Some GPU")
+    bound = ("--within", 0.125, "--table", other, "--context", 2048)
+    line = refused(run("fit", folder, profile, out, *quick, "--kind", "low_rank", *bound))
+    assert "the table was measured with device Some GPU, but the model has CPU" in line
+
+
+BOUND = ("--table", "{table}", "--context", 2048)
 BAD = [
     (("--text", "book.txt"), "--text book.txt: write NAME=PATH, for example --text prose=book.txt"),
     (("--text", "a={book}", "--text", "a={book}"), "a was given before; name each kind once"),
     (("--kind", "linear", "--rank", 3), "rank must be at least 1, and of low_rank, got 3"),
+    (("--within", 0.1), "--within, --table and --context go together: a share of a sublayer's"),
+    (("--context", 2048), "and the tokens of a typical request"),
+    (("--phase", "decode"), "the file that adaskip-fx measure --ranks wrote, and"),
+    ((*BOUND, "--within", 0.1), "a latency bound is for a low_rank without a rank, got normalized"),
+    ((*BOUND, "--within", 2), "share must be above 0 and at most 1, of a sublayer's time; got 2.0"),
+    ((*BOUND, "--within", 0.001), "no low-rank stand-in takes at most 0.001 of the time of attent"),
 ]
 
 
@@ -91,7 +129,8 @@ def test_bad_options_are_refused_at_once(
     arguments: tuple[str, ...],
     message: str,
 ) -> None:
-    given = [str(a).replace("{book}", str(book)) for a in arguments]
+    paths = {"{book}": str(book), "{table}": str(table_of(tmp_path))}
+    given = [re.sub(r"{\w+}", lambda found: paths[found[0]], str(a)) for a in arguments]
     line = refused(run("fit", folder, profile, tmp_path / "plan.json", *given))
     assert re.search(re.escape(message), line)
 

@@ -1,5 +1,6 @@
 """Fit what stands in for skipped sublayers, on the same captured graphs that will run."""
 
+from .bound import LatencyBound
 from .compensator import Compensator
 from .fitter import Fitter, Rung
 from .moments import Moments
@@ -13,6 +14,7 @@ __all__ = [
     "Compensator",
     "Descent",
     "Fitter",
+    "LatencyBound",
     "Moments",
     "Recipe",
     "Refinement",
