@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from adaskip_fx.fitting import (
     solve,
     unexplained,
 )
+from adaskip_fx.fitting.refine import _Loss
 from adaskip_fx.fitting.solve import best_ridge, left_out, smallest_rank
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.stand_in import StandIn
@@ -330,6 +332,47 @@ def test_what_held_out_texts_like_best_is_kept(fitter: Fitter) -> None:
     assert seen.step == 0
     assert seen.losses[2] > seen.losses[0]
     assert same == plan
+
+
+def test_samples_of_a_step_go_together_and_alone_where_there_is_no_room(
+    fitter: Fitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, SKIPPED), Rung("low_rank", rank=2))
+    known = samples(fitter)
+    cut = [Sample(k.ids[:, :30]) for k in known[:3]] + [Sample(known[3].ids[:, :20])]
+    how = Refinement(steps=3, rate=1e-3, batch=4, every=3)
+    seen = list[tuple[int, int]]()
+    whole = _Loss.__call__
+
+    def watched(self: _Loss, some: Sequence[Sample]) -> torch.Tensor:
+        seen.append((len(some), some[0].ids.shape[1]))
+        return whole(self, some)
+
+    monkeypatch.setattr(_Loss, "__call__", watched)
+    together, _ = refine(fitter, plan, [cut], cut[:1], how)
+    assert (3, 30) in seen
+    assert (1, 20) in seen
+
+    def crowded(self: _Loss, some: Sequence[Sample]) -> torch.Tensor:
+        if len(some) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return whole(self, some)
+
+    monkeypatch.setattr(_Loss, "__call__", crowded)
+    alone, _ = refine(fitter, plan, [cut], cut[:1], how)
+    for sublayer, one in together.compensation.stand_ins.items():
+        for name, tensor in alone.compensation.stand_ins[sublayer].tensors.items():
+            assert tensor == pytest.approx(one.tensors[name], abs=1e-5)
+    assert together != plan  # companion: something was learned
+
+    def full(self: _Loss, some: Sequence[Sample]) -> torch.Tensor:
+        if torch.is_grad_enabled() and seen:
+            raise torch.OutOfMemoryError("no room at all")
+        return whole(self, some)
+
+    monkeypatch.setattr(_Loss, "__call__", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no room at all"):
+        refine(fitter, plan, [cut], cut[:1], how)
 
 
 def test_what_cannot_be_refined(fitter: Fitter) -> None:

@@ -16,13 +16,12 @@ import torch
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.runtime import Runtime
 
-#: How texts begin that begin neither with a drawn token nor as a chat does.
-_OPENINGS = (
-    *("The ", "In 19", "Once upon a time", "Chapter 1\n", "Dear ", "Q: ", "He ", "It was ", "On "),
-    *("def ", "import ", "class ", "#include <", "function ", "<html>", "{\n", "# ", "| ", "1. "),
-    *("El ", "La ", "Le ", "Der ", "Die ", "Il ", "Abstract\n", '"', "- "),
-)
+from .openings import OPENINGS
+from .room import Room
+
 _TEMPERATURES = (0.8, 1.0)
+_LONGEST = 32  # tokens of an opening
+_AFTER_FIRST = 0.5  # of drawn tokens come after the token that texts begin with, if there is one
 
 
 @torch.no_grad()
@@ -38,16 +37,16 @@ def write_texts(
 ) -> list[torch.Tensor]:
     """Texts as token ids, int64 [1, tokens] each.
 
-    A third begins with a drawn token, a third with the opening of a document, and a third as the
-    tokenizer's chat template begins, if it has one; then the model goes on by itself, beyond ends
-    of texts, sampled at a temperature of 0.8 or 1.
+    A third begins with a drawn token, a third with the opening of a document of some kind, and a
+    third as the tokenizer's chat template begins, if it has one; then the model goes on by itself,
+    beyond ends of texts, sampled at a temperature of 0.8 or 1.
 
     Args:
         runtime: of a compiled model; nothing is skipped while it writes.
         tokenizer: the model's.
         count: of texts.
         tokens: of each, at least 2.
-        batch: rows that are written at once.
+        batch: rows that are written at once, or fewer where memory has no room for them.
         seed: of all that is drawn; torch's own generators are left alone.
         progress: called with (texts written, texts in all).
     """
@@ -56,13 +55,18 @@ def write_texts(
     drawn, beginnings = random.Random(seed), _beginnings(runtime.model, tokenizer, seed)
     chance = torch.Generator(runtime.device).manual_seed(seed)
     found: list[torch.Tensor] = []
+
+    def write(rows: int) -> torch.Tensor:
+        begun = [next(beginnings) for _ in range(min(rows, count - len(found)))]
+        warmth = [[drawn.choice(_TEMPERATURES)] for _ in begun]
+        temperatures = torch.tensor(warmth, device=runtime.device)
+        return _continued(runtime, begun, tokens, temperatures, chance)
+
+    room = Room(batch)
     while len(found) < count:
         if progress is not None:
             progress(len(found), count)
-        rows = min(batch, count - len(found))
-        begun = next(beginnings)(rows)[:, : tokens - 1].to(runtime.device)
-        written = _continued(runtime, begun, tokens, drawn.choice(_TEMPERATURES), chance)
-        found += torch.split(written, 1)
+        found += torch.split(room(write), 1)
     if progress is not None:
         progress(count, count)
     return [ids.contiguous() for ids in found]
@@ -70,54 +74,54 @@ def write_texts(
 
 def _continued(
     runtime: Runtime,
-    begun: torch.Tensor,
+    begun: Sequence[Sequence[int]],
     tokens: int,
-    temperature: float,
+    temperatures: torch.Tensor,
     chance: torch.Generator,
 ) -> torch.Tensor:
+    """Texts int64 [rows, tokens] that begin so; temperatures: [rows, 1]."""
+    longest = min(max(map(len, begun)), tokens)
+    given = torch.tensor([[*row, *[-1] * longest][:longest] for row in begun])
+    columns = torch.split(given.to(runtime.device), 1, dim=1)
     cache = runtime.new_cache(tokens, plan=SkipPlan.empty(runtime.sublayers))
-    ids, parts = begun.contiguous(), [begun]
-    for _ in range(tokens - begun.shape[1]):
-        logits = runtime.step(ids, None, None, cache, 1)[:, -1].float()
-        ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=chance)
+    parts = [columns[0]]
+    for place in range(1, tokens):
+        logits = runtime.step(parts[-1].contiguous(), None, None, cache, 1)[:, -1].float()
+        ids = torch.multinomial((logits / temperatures).softmax(-1), 1, generator=chance)
+        if place < longest:
+            ids = torch.where(columns[place] < 0, ids, columns[place])
         parts.append(ids)
     return torch.cat(parts, 1)
 
 
-def _beginnings(model: Any, tokenizer: Any, seed: int) -> Iterator[Callable[[int], torch.Tensor]]:
-    """Functions from a number of rows to how they begin, int64 [rows, n]; each kind in turn."""
+def _beginnings(model: Any, tokenizer: Any, seed: int) -> Iterator[list[int]]:
+    """The tokens that texts begin with, at least one; each kind in turn."""
     drawn = random.Random(seed + 1)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     first = getattr(tokenizer, "bos_token_id", None)
-
-    def tokens(rows: int) -> torch.Tensor:
-        ids = [[drawn.randrange(vocabulary)] for _ in range(rows)]
-        return torch.tensor([[first, *row] if first is not None else [0, *row] for row in ids])
-
-    def opening(rows: int) -> torch.Tensor:
-        given = {"truncation": True, "max_length": 32, "return_tensors": "pt"}
-        ids = tokenizer(drawn.choice(_OPENINGS), **given)["input_ids"]
-        return torch.as_tensor(ids).expand(rows, -1)
-
-    kinds = [tokens, opening]
-    template = _chat_opening(tokenizer)
-    if template is not None:
-        kinds.append(lambda rows: template.expand(rows, -1))
+    chat = _chat_opening(tokenizer)
     while True:
-        yield from kinds
+        token = [drawn.randrange(vocabulary)]
+        yield [first, *token] if first is not None and drawn.random() < _AFTER_FIRST else token
+        kind = drawn.choice(list(OPENINGS))
+        yield _opening(tokenizer, drawn.choice(OPENINGS[kind])) or token
+        if chat is not None:
+            yield chat
 
 
-def _chat_opening(tokenizer: Any) -> torch.Tensor | None:
-    """The tokens before a user's first message, int64 [1, some]; None without a template."""
+def _opening(tokenizer: Any, text: str, **more: Any) -> list[int]:
+    given = {"truncation": True, "max_length": _LONGEST, "return_tensors": "pt"}
+    return [int(i) for i in torch.as_tensor(tokenizer(text, **given, **more)["input_ids"])[0]]
+
+
+def _chat_opening(tokenizer: Any) -> list[int] | None:
+    """The tokens before a user's first message; None without a template."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     mark = "\N{WHITE SQUARE}mark\N{WHITE SQUARE}"
     text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
     before = str(text).split(mark)[0]
-    if not before:
-        return None
-    ids = tokenizer(before, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return torch.as_tensor(ids)
+    return _opening(tokenizer, before, add_special_tokens=False) if before else None
 
 
 def pack(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from adaskip_fx.plan import SkipPlan
 
 from .fitter import Fitter
 from .precision import coarse
+from .room import Room
 from .sample import Sample
 from .trainable import Trainable, training
 from .whitening import whitenings
@@ -33,7 +34,7 @@ class Refinement:
     steps: of Adam; each takes `batch` samples, drawn from the groups of samples in turn.
     rate: the highest learning rate; it rises over the first twentieth of the steps and falls to 0
         along half a cosine.
-    batch: samples of a step.
+    batch: samples of a step; those of one length go through the model together.
     every: steps after which held-out samples are judged; the best state is kept, the beginning
         included.
     seed: draws the samples of each step.
@@ -120,23 +121,44 @@ class _Adam:
 
     def __init__(self, trained: type[Trainable], how: Refinement) -> None:
         self.how = how
+        self.room = Room(how.batch)
         self.parameters = trained.parameters()
         self.rule = torch.optim.Adam(self.parameters, lr=how.rate, betas=(0.9, 0.98))
 
     def along(
-        self, step: int, loss: Callable[[Sample], torch.Tensor], samples: Sequence[Sample]
+        self,
+        step: int,
+        loss: Callable[[Sequence[Sample]], torch.Tensor],
+        samples: Sequence[Sample],
     ) -> None:
-        """Step number `step`, down the mean slope of some samples, which are taken one by one."""
+        """Step number `step`, down the mean slope of some samples, at once if there is room."""
         steps = self.how.steps
         rise = min(1.0, (step + 1) / (_WARM * steps + 1))
         for group in self.rule.param_groups:
             group["lr"] = self.how.rate * rise * (1 + math.cos(math.pi * step / steps)) / 2
-        for sample in samples:
-            slopes = torch.autograd.grad(loss(sample) / len(samples), self.parameters)
+        self.room(lambda together: self._slope(loss, samples, together))
+        self.rule.step()
+
+    def _slope(
+        self,
+        loss: Callable[[Sequence[Sample]], torch.Tensor],
+        samples: Sequence[Sample],
+        together: int,
+    ) -> None:
+        self.rule.zero_grad()
+        for some in _alike(samples, together):
+            slopes = torch.autograd.grad(loss(some) / len(samples), self.parameters)
             for parameter, slope in zip(self.parameters, slopes, strict=True):
                 parameter.grad = slope if parameter.grad is None else parameter.grad + slope
-        self.rule.step()
-        self.rule.zero_grad()
+
+
+def _alike(samples: Sequence[Sample], most: int) -> Iterator[list[Sample]]:
+    """Samples of one length, at most so many at once."""
+    lengths: dict[int, list[Sample]] = {}
+    for sample in samples:
+        lengths.setdefault(sample.ids.shape[1], []).append(sample)
+    for some in lengths.values():
+        yield from (some[i : i + most] for i in range(0, len(some), most))
 
 
 class _Draws:
@@ -162,9 +184,12 @@ class _Loss:
         self._runtime, self._plan = fitter.runtime, plan
         self._full = SkipPlan.empty(plan.sublayers)
 
-    def __call__(self, sample: Sample) -> torch.Tensor:
-        wanted = self._logits(sample.ids, self._full).detach()
-        rows = (wanted, self._logits(sample.ids, self._plan), sample.shares.to(wanted.device))
+    def __call__(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """The sum over samples of one length."""
+        ids = torch.cat([sample.ids for sample in samples])
+        wanted = self._logits(ids, self._full).detach()
+        shares = torch.cat([sample.shares for sample in samples]).to(wanted.device)
+        rows = (wanted, self._logits(ids, self._plan), shares)
         total = wanted.new_zeros((), dtype=torch.float32)
         for want, got, share in zip(*(torch.split(t, _CHUNK) for t in rows), strict=True):
             p, q = want.float().log_softmax(-1), got.float().log_softmax(-1)
@@ -173,8 +198,9 @@ class _Loss:
 
     def mean(self, samples: Sequence[Sample]) -> float:
         """Over samples."""
-        return sum(float(self(sample).detach()) for sample in samples) / len(samples)
+        return sum(float(self([sample]).detach()) for sample in samples) / len(samples)
 
     def _logits(self, ids: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
+        """Float [B T, V] of ids [B, T]."""
         cache = self._runtime.new_cache(ids.shape[1], plan=plan)
-        return self._runtime.step(ids, None, None, cache, 0)[0]
+        return self._runtime.step(ids, None, None, cache, 0).flatten(0, 1)

@@ -149,7 +149,7 @@ class Workshop:
         """Samples of texts that the model writes: half in a row, half with their ends apart."""
         length = min(_DOCUMENT, self.tokens)
         count = -(-own * self.tokens // length) + 2
-        rows = 128 if base.runtime.device.type == "cuda" else 16
+        rows = 512 if base.runtime.device.type == "cuda" else 16
         texts = write_texts(base.runtime, self.tokenizer, count, length, batch=rows, seed=self.seed)
         drawn = random.Random(self.seed)
         texts = [self._laid_out(text, drawn) for text in texts]
