@@ -68,6 +68,9 @@ def run(
     alpha: Annotated[list[float] | None, typer.Option(help="of studies; may be repeated")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="of study_pareto; all")] = None,
     compensation: Annotated[list[str] | None, typer.Option(help="of studies")] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(min=1, help="of study_recipe's refinement, for each alpha")
+    ] = None,
     most: Annotated[int, typer.Option(min=1, help="sublayers study_errors goes up to")] = 16,
     seed: Annotated[int, typer.Option(help="of studies")] = 0,
 ) -> None:
@@ -82,6 +85,7 @@ def run(
         **{"device": device, "dtype": dtype, "backend": backend},
         **{"samples": samples, "length": length, "most": most, "seed": seed},
         **({"alphas": tuple(alpha)} if alpha else {}),
+        "steps": tuple(steps or ()),
         **{"policies": tuple(policy or ()), "compensations": tuple(compensation or ())},
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from adaskip_fx.api import build
+from adaskip_fx.fitting import Fitter, Refinement, Rung, Sample, refine
+from adaskip_fx.fitting.refine import _divergence
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.programs import Link
 from tests.bank import Entry, assert_same_cache, make_model
@@ -150,3 +152,31 @@ def test_lowered_pieces_compile_and_equal_the_oracle(monkeypatch: pytest.MonkeyP
         request(bank, plan, (5, 1, 1, 1))
     assert sum("adaskip.project" in t for t in lowered) >= 5
     assert any("adaskip.attend" in t for t in lowered)
+
+
+def test_a_compiled_refinement_goes_as_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("three_layers")
+    draw = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 61, (1, 24), generator=draw) for _ in range(4)]
+    fitter = Fitter(model, None, texts)
+    plan = SkipPlan.of(fitter.runtime.sublayers, ["0.ffn", "1.attention", "2.ffn"])
+    plan = fitter.fit(plan, Rung("normalized"))
+    samples = [Sample(ids) for ids in texts]
+    compiled, compile_with = list[Any](), torch.compile
+
+    def watched(function: Any, **options: Any) -> Any:
+        compiled.append(function)
+        return compile_with(function, **options)
+
+    monkeypatch.setattr(torch, "compile", watched)
+    found = {}
+    for inductor in (False, True):
+        how = Refinement(steps=4, rate=3e-3, batch=3, every=2, compiled=inductor)
+        found[inductor] = refine(fitter, plan, [samples[:3]], samples[3:], how)
+        assert (_divergence in compiled) == inductor
+    (eager, slow), (fused, quick) = found[False], found[True]
+    assert quick.losses == pytest.approx(slow.losses, rel=1e-4)
+    for sublayer, one in eager.compensation.stand_ins.items():
+        for name, tensor in fused.compensation.stand_ins[sublayer].tensors.items():
+            assert tensor == pytest.approx(one.tensors[name], abs=1e-4)
+    assert slow.losses[4] != pytest.approx(slow.losses[0], rel=1e-3)  # companion: it goes somewhere

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -63,16 +64,19 @@ class Trainable(Program):
     """A program of prompts whose stand-ins are learned, and whose logits have gradients.
 
     learned: by sublayer; several graphs of one model have them in common.
+    compiled: whether Inductor compiles the graph, forward and backward.
     """
 
     folded = False
     learned: ClassVar[Mapping[Sublayer, Learned]] = {}
+    compiled: ClassVar[bool] = False
 
     def _link(self, outer: fx.GraphModule, how: Link) -> Callable[..., Any]:
         sublayers = self.phase.sublayers
         inputs = stand_in_inputs(outer.graph)
         self._places = {n: (sublayers[i], tensor) for n, (i, tensor) in inputs.items()}
-        return differentiable(fuse(outer))
+        whole = differentiable(fuse(outer))
+        return torch.compile(whole, dynamic=False) if self.compiled else whole
 
     def run(self, arguments: Any, fixed: Any, valid: Any) -> tuple[Any, ...]:
         still = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in fixed)
@@ -96,7 +100,10 @@ class Trainable(Program):
 
 @contextmanager
 def training(
-    runtime: Runtime, plan: SkipPlan, whitenings: Mapping[Sublayer, Whitening]
+    runtime: Runtime,
+    plan: SkipPlan,
+    whitenings: Mapping[Sublayer, Whitening],
+    compiled: bool = False,
 ) -> Iterator[type[Trainable]]:
     """Meanwhile the programs of `runtime` are trainable; yields their type.
 
@@ -104,16 +111,20 @@ def training(
         runtime: of a compiled model.
         plan: the stand-ins of what its prefill does not run are learned.
         whitenings: by sublayer, of linear maps.
+        compiled: whether Inductor compiles them, anew for each number and length of rows.
     """
     learned = {
         s: Learned(c, whitenings.get(s), runtime.device)
         for s, c in plan.compensation.stand_ins.items()
         if s in plan.prefill
     }
-    trained = type("Trainable", (Trainable,), {"learned": learned})
+    trained = type("Trainable", (Trainable,), {"learned": learned, "compiled": compiled})
     before = runtime.graphs.program_type
     runtime.graphs.program_type = trained
     try:
-        yield trained
+        with warnings.catch_warnings():
+            # Dynamo looks at the gradient of every tensor that it is given.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            yield trained
     finally:
         runtime.graphs.program_type = before

@@ -38,6 +38,7 @@ _FITTED = 24  # of each kind that a closed form is fitted on: more would change 
 _JUDGES = 1  # held-out texts of each kind that a search judges by
 _JUDGED = 2048  # tokens of them
 _ASKED = 2  # answers that it judges by
+_OWN_TURNS = 3  # in a refinement for one of the texts that were given, of each kind of own ones
 _WORSE = math.log(1.04)  # nats a token that all decode extras together may cost
 
 
@@ -98,7 +99,7 @@ class Workshop:
     ) -> tuple[SkipPlan, ...]:
         """The plans of a greedy search, from none skipped to as many as `alpha` says."""
         self.say("search")
-        few = self.fitter.on({kind: some[:_SEARCHED] for kind, some in self.learned.items()})
+        few = self._few(_SEARCHED)
         never = frozenset(self.fitter.runtime.graphs.unskippable)
         greedy = Greedy(self.loss, Compensator(few, rung), never=never, shortlist=shortlist)
         with coarse():
@@ -106,7 +107,7 @@ class Workshop:
 
     def fitted(self, plan: SkipPlan, rung: Rung) -> SkipPlan:
         """The plan with stand-ins of a rung, fitted in its order on all there is."""
-        some = self.fitter.on({kind: texts[:_FITTED] for kind, texts in self.learned.items()})
+        some = self._few(_FITTED)
         self.say(f"fit {len(plan.prefill)} stand-ins on {some.tokens:,} tokens")
         return some.fit(plan.with_compensation(Compensation()), rung)
 
@@ -118,8 +119,9 @@ class Workshop:
         held = [Sample(t) for some in self.held_out.values() for t in some[:2]]
         held += self._asked(self.held_out, 2, 4, self.seed + 3)
         samples = [[Sample(ids) for ids in some] for some in groups]
-        how = Refinement(steps=steps, batch=len(groups) + 1, seed=self.seed)
-        plan, seen = refine(self.fitter, plan, [*samples, asked], held, how)
+        turns = [samples[0], asked, *samples[1:] * _OWN_TURNS]
+        how = Refinement(steps=steps, every=max(1, steps // 10), seed=self.seed)
+        plan, seen = refine(self._few(_FITTED), plan, turns, held, how)
         best = min(seen.losses.values())
         self.say(
             f"refined: KL of held-out samples from {seen.losses[0]:.4f} to {best:.4f} nats a "
@@ -132,8 +134,7 @@ class Workshop:
 
         From the one that costs the least, as long as all together cost at most 4% of perplexity.
         """
-        few = self.fitter.on({kind: some[:_SEARCHED] for kind, some in self.learned.items()})
-        beside = few.beside(plan, rung)
+        beside = self._few(_SEARCHED).beside(plan, rung)
         most = self.loss.text_loss(plan) + _WORSE
         alone = {s: self.loss.text_loss(_and(plan, beside, [s])) for s in beside.stand_ins}
         allowed: list[Sublayer] = []
@@ -144,6 +145,10 @@ class Workshop:
         self.say(f"decoding may add {len(allowed)} ffn sublayers")
         chosen = Compensation({s: beside.stand_ins[s] for s in allowed})
         return plan.with_compensation(plan.compensation.merged(chosen))
+
+    def _few(self, most: int) -> Fitter:
+        """On at most so many texts of each kind."""
+        return self.fitter.on({kind: some[:most] for kind, some in self.learned.items()})
 
     def _written(self, base: Fitter, own: int) -> Tokens:
         """Samples of texts that the model writes: half in a row, half with their ends apart."""

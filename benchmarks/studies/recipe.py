@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -31,16 +31,30 @@ _KEPT = 3500  # tokens of a passkey's prompt
 
 @dataclass(frozen=True)
 class _Size:
-    """How much is done: steps of refinement, own samples, passkeys, sublayers a search tries."""
+    """How much is done.
 
-    steps: int
+    steps: of refinement, for each alpha. own: samples that the model writes. passkeys: to be found.
+    shortlist: sublayers that a search tries at each step. judged: windows of each text.
+    """
+
+    steps: tuple[int, ...]
     own: int
     passkeys: int
     shortlist: int
+    judged: int
 
     @classmethod
-    def on(cls, device: torch.device) -> _Size:
-        return cls(220, 64, 40, 16) if device.type == "cuda" else cls(2, 2, 1, 2)
+    def of(cls, subject: Subject) -> _Size:
+        """What is asked for; little on a CPU."""
+        steps, count = subject.options.steps, len(subject.options.alphas)
+        if subject.device.type == "cuda":
+            return cls(_each(steps or (1000,), count), 1024, 40, 16, 8)
+        return cls(_each(steps or (2,), count), 2, 1, 2, 2)
+
+
+def _each(values: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """So many; the last is repeated."""
+    return (*values, *values[-1:] * count)[:count]
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -57,9 +71,9 @@ def recipe(subject: Subject) -> dict[str, Any]:
     The first half of each text that is calibrated on serves for that; all evaluation is on second
     halves.
     """
-    size = _Size.on(subject.device)
+    size = _Size.of(subject)
     known = [t for t in subject.texts if t.name in subject.calibrated]
-    judge = _Judge(subject, known, size.passkeys)
+    judge = _Judge(subject, known, size)
     said, seconds = list[str](), dict[str, float]()
     rows: list[dict[str, Any]] = []
     plans: dict[tuple[str, int], SkipPlan] = {}
@@ -78,7 +92,7 @@ def recipe(subject: Subject) -> dict[str, Any]:
             if method in ("AdaSkip", "searched, fitted")
         ],
         "extras": _extras(subject, judge, plans),
-        "size": {"steps": size.steps, "own": size.own, "passkeys": size.passkeys},
+        "size": asdict(size),
         "said": said,
         "seconds": seconds,
     }
@@ -127,17 +141,18 @@ def _plans(
     )
     plain = Fitter(subject.model, subject.tokenizer, windows, max_length=subject.length)
     least = min(counts)
-    for count, alpha in counts.items():
+    for (count, alpha), steps in zip(counts.items(), size.steps, strict=False):
         similar = AdaSkip().plan(profile, alpha)
         yield "AdaSkip", count, similar
-        yield "AdaSkip, linear", count, plain.fit(similar, Rung("linear"))
+        if count == least:
+            yield "AdaSkip, linear", count, plain.fit(similar, Rung("linear"))
         begun = {"searched": ordered[count]}
         if "AdaSkip" in subject.options.policies:  # its choice with the same stand-ins
             begun["AdaSkip"] = similar
         for name, plan in begun.items():
             fitted = timed("fit", lambda p=plan: shop.fitted(p, normalized))
             yield f"{name}, fitted", count, fitted
-            refined = timed("refine", lambda p=fitted: shop.refined(p, size.steps))
+            refined = timed("refine", lambda p=fitted, n=steps: shop.refined(p, n))
             yield f"{name}, refined", count, refined
             if count == least:
                 extras = timed("extras", lambda p=refined: shop.with_extras(p, normalized))
@@ -147,13 +162,13 @@ def _plans(
 class _Judge:
     """What a plan loses on texts, and how many passkeys it finds."""
 
-    def __init__(self, subject: Subject, known: Sequence[Text], passkeys: int) -> None:
+    def __init__(self, subject: Subject, known: Sequence[Text], size: _Size) -> None:
         self._subject = subject
-        self.windows = {t.name: _second(subject, t) for t in subject.texts}
+        self.windows = {t.name: _second(subject, t, size.judged) for t in subject.texts}
         haystacks = [p for n, p in subject.options.texts if n not in {t.name for t in known}]
         length = min(_KEPT, 2 * subject.length)
         path = haystacks[0] if haystacks else None
-        self._task = Passkey(samples=passkeys, length=length, path=path, seed=1)
+        self._task = Passkey(samples=size.passkeys, length=length, path=path, seed=1)
         self.full = self(None)
 
     def __call__(self, plan: SkipPlan | None) -> dict[str, Any]:
@@ -176,12 +191,13 @@ class _Judge:
         return result.results[0].scores.mean
 
 
-def _second(subject: Subject, text: Text) -> list[torch.Tensor]:
+def _second(subject: Subject, text: Text, count: int) -> list[torch.Tensor]:
     """Windows of the second half; of a short text one of all there is."""
     half = text.tokens[len(text.tokens) // 2 :]
     if len(half) < subject.length:
         return [half.unsqueeze(0).to(subject.device)]
-    return subject.windows(text, "second")
+    windows = text.windows("second", count, subject.length)
+    return [window.to(subject.device) for window in windows]
 
 
 def _extras(

@@ -45,6 +45,7 @@ class Options:
             2 of 256 elsewhere when None.
         alphas: acceleration ratios.
         policies, compensations: which; the usual ones when empty.
+        steps: of study_recipe's refinement, for each alpha; the last holds for those after it.
         most: sublayers to skip at most, where a study goes through all numbers.
         seed: of whatever is drawn.
     """
@@ -61,6 +62,7 @@ class Options:
     alphas: tuple[float, ...] = (1.143, 1.25, 1.333)
     policies: tuple[str, ...] = ()
     compensations: tuple[str, ...] = ()
+    steps: tuple[int, ...] = ()
     most: int = 16
     seed: int = 0
 

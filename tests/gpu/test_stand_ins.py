@@ -13,6 +13,10 @@ from tests.bank import entry, make_model
 from tests.test_stand_in import stand_in
 
 
+#: Neighbours that are folded are rounded to bfloat16 once, the two maps of the eager model twice.
+_ROUNDED = {torch.float32: None, torch.bfloat16: 0.25}
+
+
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -23,4 +27,4 @@ def test_a_rung_on_a_gpu(kind: str, dtype: torch.dtype, backend: str) -> None:
     drawn = {s: stand_in(kind, i, 32) for i, s in enumerate(skipped)}  # type: ignore[arg-type]
     plan = SkipPlan(sublayers, actions, actions, Compensation(drawn))
     model = make_model("three_layers", dtype).cuda()
-    assert_equivalent(model, plan, backend=backend, decode_steps=6)
+    assert_equivalent(model, plan, backend=backend, decode_steps=6, tol=_ROUNDED[dtype])
