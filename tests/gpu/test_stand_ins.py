@@ -12,7 +12,6 @@ from adaskip_fx.testing import assert_equivalent
 from tests.bank import entry, make_model
 from tests.test_stand_in import stand_in
 
-
 #: Neighbours that are folded are rounded to bfloat16 once, the two maps of the eager model twice.
 _ROUNDED = {torch.float32: None, torch.bfloat16: 0.25}
 
