@@ -68,6 +68,10 @@ def run(
     alpha: Annotated[list[float] | None, typer.Option(help="of studies; may be repeated")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="of study_pareto; all")] = None,
     compensation: Annotated[list[str] | None, typer.Option(help="of studies")] = None,
+    plan: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="saved, for study_pareto")
+    ] = None,
+    keep: Annotated[Path | None, typer.Option(help="folder for the plans of study_recipe")] = None,
     steps: Annotated[
         list[int] | None, typer.Option(min=1, help="of study_recipe's refinement, for each alpha")
     ] = None,
@@ -79,8 +83,13 @@ def run(
     for name in workloads:
         if name not in known:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(sorted(known))}")
+    texts = [(path.stem, path) for path in sorted(data.glob("*.txt"))] if data else []
+    texts += _files("--text", text or ())
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
     given = {
-        **{"model": model, "texts": _texts(text or (), data), "only": tuple(only or ())},
+        **{"model": model, "texts": tuple(texts), "only": tuple(only or ())},
+        **{"plans": _files("--plan", plan or ()), "keep": keep},
         "calibrate": tuple(calibrate or ()),
         **{"device": device, "dtype": dtype, "backend": backend},
         **{"samples": samples, "length": length, "most": most, "seed": seed},
@@ -99,17 +108,16 @@ def run(
             _draw(name, module, out, out)
 
 
-def _texts(named: Sequence[str], folder: Path | None) -> tuple[tuple[str, Path], ...]:
-    """(name, file) of each text; those of a folder by the names of their files."""
-    found = [(path.stem, path) for path in sorted(folder.glob("*.txt"))] if folder else []
+def _files(option: str, named: Sequence[str]) -> tuple[tuple[str, Path], ...]:
+    """(name, file) of each NAME=PATH."""
+    found = []
     for item in named:
         name, separator, path = item.partition("=")
         if not (name and separator and path):
-            raise typer.BadParameter(f"--text {item!r}: write NAME=PATH")
+            raise typer.BadParameter(f"{option} {item!r}: write NAME=PATH")
+        if not Path(path).is_file():
+            raise typer.BadParameter(f"{path}: no such file")
         found.append((name, Path(path)))
-    missing = [path for _, path in found if not path.is_file()]
-    if missing:
-        raise typer.BadParameter(f"{missing[0]}: no such file")
     return tuple(found)
 
 

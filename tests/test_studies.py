@@ -25,6 +25,7 @@ from adaskip_fx.compensation import Compensation
 from adaskip_fx.plan import SkipPlan, Sublayer
 from adaskip_fx.plots import plot
 from adaskip_fx.policies import AdaSkip
+from adaskip_fx.runtime import Runtime
 from benchmarks.__main__ import app
 from benchmarks.studies import (
     STUDIES,
@@ -449,9 +450,19 @@ def test_speedups_are_ratios_of_medians(subject: Subject) -> None:
     assert fast.speedup(full) == {"prefill": 2.0, "decode": 4.0}
     plans = [SkipPlan.empty(subject.runtime.sublayers), scaled(subject, "1.ffn")]
     ids = subject.windows(subject.texts[0], "first")[0]
-    found = timing.measure_times(subject.runtime, plans, ids, steps=2, rounds=3)
+    shapes, step = list[tuple[int, ...]](), Runtime.step
+
+    def watched(self: Runtime, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shapes.append(tuple(tokens.shape))
+        return step(self, tokens, *rest)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Runtime, "step", watched)
+        found = timing.measure_times(subject.runtime, plans, ids, steps=2, rounds=3, rows=4)
     assert [(len(t.prefill), len(t.decode)) for t in found] == [(3, 3), (3, 3)]
     assert all(s > 0 for t in found for s in (*t.prefill, *t.decode))
+    length = ids.shape[1]  # of each plan and round: one request to link it, and one that is timed
+    assert shapes == [(4, length), (1, length), (1, 1), (1, 1)] * 2 * 3 * 2
 
 
 def test_unknown_names() -> None:
@@ -637,12 +648,29 @@ def test_every_policy_gives_points(tmp_path: Path) -> None:
     assert draws(pareto.PICTURES, result, tmp_path)
 
 
+def test_a_saved_plan_is_a_point_too(subject: Subject, tmp_path: Path) -> None:
+    plan = scaled(subject, "1.ffn")
+    plan.save(tmp_path / "plan.json")
+    options = dataclasses.replace(subject.options, plans=(("mine", tmp_path / "plan.json"),))
+    result = pareto.pareto(dataclasses.replace(subject, options=options), ())
+    (point,) = result["points"]
+    assert (point["policy"], point["compensation"], point["skipped"]) == ("mine", "scale", 1)
+    assert point["plan"] == plan.digest
+    (shown,) = result["plans"]
+    assert shown["name"] == "mine, 1"
+    ids = subject.texts[-1].windows("second", 2, 24)
+    logits = [(eager_logits(subject.model, plan, w), w) for w in ids]
+    nll = [cross_entropy(found[:-1], w[0, 1:]) for found, w in logits]
+    wanted = float(torch.stack(nll).mean())
+    assert math.log(point["costs"]["prefill"]["perplexity"]) == pytest.approx(wanted, rel=1e-4)
+
+
 # The recipe. -----------------------------------------------------------------------------------
 
 
 def test_the_recipe_is_judged_on_what_it_has_not_seen(tmp_path: Path) -> None:
     texts = [text(name, seed, 2000) for seed, name in enumerate(("one", "two", "three"))]
-    options = dataclasses.replace(OPTIONS, samples=2, length=400, alphas=(1.25,))
+    options = dataclasses.replace(OPTIONS, samples=2, length=400, alphas=(1.25,), keep=tmp_path)
     model = make_model("three_layers")
     made = subject_of("tiny", model, AnyText(), texts, options, timed=False)
     with pytest.MonkeyPatch.context() as patched:
@@ -664,6 +692,9 @@ def test_the_recipe_is_judged_on_what_it_has_not_seen(tmp_path: Path) -> None:
     nll = [cross_entropy(eager_logits(model, empty, w)[:-1], w[0, 1:]) for w in ids]
     assert math.log(full["perplexity"]) == pytest.approx(float(torch.stack(nll).mean()), rel=1e-4)
     assert [extra["method"] for extra in result["extras"]] == ["searched, refined, extras"]
+    refined = SkipPlan.load(tmp_path / "searched_refined_1.json")
+    assert [str(s) for s in refined.prefill] == by_method["searched, refined"]["plan"]
+    assert refined.compensation.kinds == "normalized"
     lines = recipe.summary(result).splitlines()
     assert lines[0].startswith("calibrated on one, two; passkeys of the model: 1.000")
     (tmp_path / "r.json").write_text(json.dumps(result))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from adaskip_fx.decision_files import load_decision
 from adaskip_fx.plan import SkipPlan
 
 from .choices import Choice, chosen_policies, left_out, plans_in
@@ -15,6 +16,7 @@ from .timing import measure_times
 
 PICTURES = ("pareto", "plans")
 _DECODED = 4  # windows whose end is decoded token by token; one on a CPU
+_ROWS = 8  # prompts of a prefill that is timed, on a GPU
 _USUAL = ("none", "scale", "linear")  # compensations, if no others are asked for
 Candidate = tuple[dict[str, Any], Any]
 
@@ -28,12 +30,14 @@ def measure(options: Options) -> dict[str, Any]:
 def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
     """Points and plans as the pictures take them.
 
-    Calibrated on the first text, evaluated on the last. Each phase has a quality of its own. Where
-    a prompt's last token runs as in decode, nobody reads what the others predict: its quality is
-    decoding's. What AdaSkip adds online depends on the request and is in neither.
+    Calibrated on the first text, evaluated on the last; saved plans are added. Each phase has a
+    quality of its own. Where a prompt's last token runs as in decode, nobody reads what the others
+    predict: its quality is decoding's. What AdaSkip adds online depends on the request and is in
+    neither.
     """
     refused: list[dict[str, Any]] = []
     candidates = [c for policy in policies for c in candidates_of(subject, policy, refused)]
+    candidates += [_saved(name, load_decision(path)) for name, path in subject.options.plans]
     plans = [plan for _, plan in candidates]
     windows = subject.windows(subject.texts[-1], "second")
     on_gpu = subject.device.type == "cuda"
@@ -43,8 +47,8 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
         "decode": decode_costs(subject.runtime, plans, few, subject.decoded),
     }
     everything = [SkipPlan.empty(subject.runtime.sublayers), *plans]
-    rounds = 3 if on_gpu else 1
-    times = measure_times(subject.runtime, everything, windows[0], subject.decoded, rounds)
+    rounds, rows = (3, _ROWS) if on_gpu else (1, 1)
+    times = measure_times(subject.runtime, everything, windows[0], subject.decoded, rounds, rows)
     points = []
     for i, (about, plan) in enumerate(candidates):
         found = {phase: own[i].against(full) for phase, (full, own) in by_phase.items()}
@@ -63,6 +67,7 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
         "calibrated_on": subject.texts[0].name,
         "evaluated_on": subject.texts[-1].name,
         "context": subject.length,
+        "prefill_rows": rows,
         "full": {
             "perplexity": {phase: full.perplexity for phase, (full, _) in by_phase.items()},
             "prefill_seconds": times[0].prefill,
@@ -72,6 +77,14 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
         "refused": refused,
         "plans": [p for about, plan in candidates for p in named_plans(about, plan)],
     }
+
+
+def _saved(name: str, plan: Any) -> Candidate:
+    """A plan that was made elsewhere, named as what it stands for."""
+    last = plans_in(plan)[-1]
+    kind = last.compensation.kinds
+    about = {"policy": name, "variant": "", "alpha": None, "compensation": kind}
+    return {**about, "published": True, "plan": last.digest}, plan
 
 
 def _quality(plan: Any, found: dict[str, dict[str, float]]) -> dict[str, float]:

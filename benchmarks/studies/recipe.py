@@ -79,6 +79,8 @@ def recipe(subject: Subject) -> dict[str, Any]:
     plans: dict[tuple[str, int], SkipPlan] = {}
     for method, skipped, plan in _plans(subject, known, size, said, seconds):
         plans[method, skipped] = plan
+        if subject.options.keep is not None:
+            plan.save(subject.options.keep / f"{method.replace(', ', '_')}_{skipped}.json")
         about = {"method": method, "skipped": skipped, "plan": [str(s) for s in plan.prefill]}
         rows.append({**about, **judge(plan)})
         print(_line(rows[-1], judge.full["passkeys"]), file=sys.stderr, flush=True)

@@ -44,6 +44,8 @@ class Options:
         samples, length: windows of each text's half, and tokens of each; 8 of 2048 on a GPU and
             2 of 256 elsewhere when None.
         alphas: acceleration ratios.
+        plans: (name, file) of plans that study_pareto compares too.
+        keep: folder for the plans that study_recipe makes; None: they are not kept.
         policies, compensations: which; the usual ones when empty.
         steps: of study_recipe's refinement, for each alpha; the last holds for those after it.
         most: sublayers to skip at most, where a study goes through all numbers.
@@ -60,6 +62,8 @@ class Options:
     samples: int | None = None
     length: int | None = None
     alphas: tuple[float, ...] = (1.143, 1.25, 1.333)
+    plans: tuple[tuple[str, Path], ...] = ()
+    keep: Path | None = None
     policies: tuple[str, ...] = ()
     compensations: tuple[str, ...] = ()
     steps: tuple[int, ...] = ()

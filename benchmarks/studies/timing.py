@@ -29,35 +29,53 @@ class Times:
 
 
 def measure_times(
-    runtime: Runtime, plans: Sequence[SkipPlan], ids: torch.Tensor, steps: int, rounds: int
+    runtime: Runtime,
+    plans: Sequence[SkipPlan],
+    ids: torch.Tensor,
+    steps: int,
+    rounds: int,
+    rows: int = 1,
 ) -> list[Times]:
     """Times of each plan: `rounds` times all plans in turn.
 
     In each turn a first request links the plan, and on a GPU records its graphs; a second one, on
     the same buffers, is timed.
 
-    ids: a prompt int64 [1, T]; steps: decode steps that are timed together after it.
+    Args:
+        ids: a prompt int64 [1, T].
+        steps: decode steps of one row that are timed together after it.
+        rows: how many such prompts make a prefill that is timed: launching the kernels of a small
+            model's prompt takes a host longer than running them takes a GPU.
     """
     found = [Times() for _ in plans]
+    wide = ids.expand(rows, -1).contiguous()
     for _ in range(rounds):
         for plan, times in zip(plans, found, strict=True):
-            _once(runtime, plan, ids, steps)
-            prefill, decode = _once(runtime, plan, ids, steps)
-            times.prefill.append(prefill)
-            times.decode.append(decode)
+            for request in range(2):
+                prefill = _prefill(runtime, plan, wide)
+                decode = _decode(runtime, plan, ids, steps)
+                if request:
+                    times.prefill.append(prefill)
+                    times.decode.append(decode)
     return found
 
 
-def _once(runtime: Runtime, plan: SkipPlan, ids: torch.Tensor, steps: int) -> tuple[float, float]:
-    capacity = ids.shape[1] + steps
-    cache = runtime.new_cache(capacity=capacity, plan=plan)
-    token = ids[:, :1].contiguous()
+def _prefill(runtime: Runtime, plan: SkipPlan, ids: torch.Tensor) -> float:
+    cache = runtime.new_cache(capacity=ids.shape[1], plan=plan)
     start = _now(ids.device)
     runtime.step(ids, None, None, cache, 1)
-    prompted = _now(ids.device)
+    return _now(ids.device) - start
+
+
+def _decode(runtime: Runtime, plan: SkipPlan, ids: torch.Tensor, steps: int) -> float:
+    """Of one step."""
+    cache = runtime.new_cache(capacity=ids.shape[1] + steps, plan=plan)
+    runtime.step(ids, None, None, cache, 1)
+    token = ids[:, :1].contiguous()
+    start = _now(ids.device)
     for _ in range(steps):
         runtime.step(token, None, None, cache, 1)
-    return prompted - start, (_now(ids.device) - prompted) / steps
+    return (_now(ids.device) - start) / steps
 
 
 def _now(device: torch.device) -> float:
