@@ -77,6 +77,7 @@ def run(
     ] = None,
     most: Annotated[int, typer.Option(min=1, help="sublayers study_errors goes up to")] = 16,
     seed: Annotated[int, typer.Option(help="of studies")] = 0,
+    label: Annotated[str, typer.Option(help="after the names of the results: NAME-LABEL")] = "",
 ) -> None:
     """Measure workloads, one after another in this process, so that they share the model."""
     known = {**WORKLOADS, **STUDIES}
@@ -102,10 +103,11 @@ def run(
         module = importlib.import_module(f"benchmarks.{known[name]}")
         result = _document(name, module, given)
         text_ = json.dumps(result, indent=1)
-        (out / f"{name}.json").write_text(text_ + "\n")
+        file = out / f"{name}{f'-{label}' if label else ''}.json"
+        file.write_text(text_ + "\n")
         typer.echo(f"{name}:\n{module.summary(result)}" if hasattr(module, "summary") else text_)
         if name in STUDIES:
-            _draw(name, module, out, out)
+            _draw(file, module, out)
 
 
 def _files(option: str, named: Sequence[str]) -> tuple[tuple[str, Path], ...]:
@@ -121,14 +123,14 @@ def _files(option: str, named: Sequence[str]) -> tuple[tuple[str, Path], ...]:
     return tuple(found)
 
 
-def _draw(name: str, module: Any, results: Path, out: Path) -> None:
+def _draw(result: Path, module: Any, out: Path) -> None:
     """A study's pictures, of its result; none without matplotlib."""
     from adaskip_fx.plots import PlotError, plot
 
     for kind in module.PICTURES:
-        title = name if kind == module.PICTURES[0] else f"{name}_{kind}"
+        title = result.stem if kind == module.PICTURES[0] else f"{result.stem}_{kind}"
         try:
-            paths = plot(kind, [results / f"{name}.json"], out, title)
+            paths = plot(kind, [result], out, title)
         except PlotError as error:
             typer.echo(f"no picture: {error}", err=True)
             return
@@ -141,19 +143,24 @@ def studies(
     out: Annotated[Path | None, typer.Option(help="folder for the pictures; the same")] = None,
 ) -> None:
     """Say in words what the studies found whose results are there, and draw them again."""
-    found = [name for name in STUDIES if (results / f"{name}.json").is_file()]
+    found = [
+        (name, path)
+        for name in STUDIES
+        for path in (results / f"{name}.json", *sorted(results.glob(f"{name}-*.json")))
+        if path.is_file()
+    ]
     if not found:
         typer.echo(
             f"error: no study in {results}: `run {next(iter(STUDIES))}` writes one", err=True
         )
         raise typer.Exit(1)
-    for name in found:
+    for name, path in found:
         module = importlib.import_module(f"benchmarks.{STUDIES[name]}")
-        result = json.loads((results / f"{name}.json").read_text())
+        result = json.loads(path.read_text())
         at = result["conditions"]
         where = f"{at['device']}, torch {at['torch']}, transformers {at['transformers']}"
-        typer.echo(f"{name}: {where}\n{module.summary(result)}\n")
-        _draw(name, module, results, out or results)
+        typer.echo(f"{path.stem}: {where}\n{module.summary(result)}\n")
+        _draw(path, module, out or results)
 
 
 @app.command()

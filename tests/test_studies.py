@@ -584,12 +584,13 @@ def test_a_study_from_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "letters.txt").write_text("the quick brown fox. " * 40)
     (tmp_path / "digits").write_text("0123456789 " * 80)
-    result = invoke(
+    arguments = (
         *("study_transfer", "--model", model, "--device", "cpu", "--out", tmp_path / "out"),
         *("--data", tmp_path / "texts", "--text", f"digits={tmp_path / 'digits'}"),
         *("--only", "letters", "--only", "digits"),
         *("--samples", 2, "--length", 64, "--alpha", 4 / 3),
     )
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "out" / "study_transfer.json").read_text())
     assert [t["name"] for t in written["texts"]] == ["letters", "digits"]
@@ -604,6 +605,11 @@ def test_a_study_from_the_command_line(tmp_path: Path) -> None:
     assert again.exit_code == 0
     assert again.output.startswith("study_transfer: ")
     assert "alpha 1.33333: 1 of 4; columns letters, digits" in again.output
+    assert invoke(*arguments, "--label", "again").exit_code == 0
+    assert (tmp_path / "out" / "study_transfer-again.svg").is_file()
+    both = CliRunner().invoke(app, ["studies", "--results", str(tmp_path / "out")])
+    heads = [line.split(":")[0] for line in both.output.splitlines() if line.startswith("study_")]
+    assert heads == ["study_transfer", "study_transfer-again"]
     none = CliRunner().invoke(app, ["studies", "--results", str(tmp_path)])
     assert none.exit_code == 1
     assert f"error: no study in {tmp_path}" in none.output

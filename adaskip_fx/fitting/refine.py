@@ -24,7 +24,7 @@ from .trainable import Trainable, training
 from .whitening import whitenings
 
 _CHUNK, _FUSED = 512, 2048  # tokens whose distributions are compared at once; by fused kernels
-_WORTH = 300  # steps from which on it pays to compile
+_WORTH = 600  # steps from which on it pays to compile
 _WARM = 0.05  # of the steps, in which the rate rises
 
 
@@ -40,7 +40,7 @@ class Refinement:
         included.
     seed: draws the samples of each step.
     compiled: whether Inductor compiles the model's graph forward and backward, which takes a minute
-        or two and makes a step two to three times as fast; None: on a GPU, for 300 steps or more on
+        or two and makes a step two to three times as fast; None: on a GPU, for 600 steps or more on
         samples of one length.
 
     ValueError for a number that is not positive.
