@@ -50,6 +50,13 @@ def fit(
     search: Annotated[
         bool, typer.Option(help="Choose sublayers by what is lost, or by AdaSkip's similarity.")
     ] = True,
+    in_order: Annotated[
+        bool,
+        typer.Option(
+            "--in-order/--at-once",
+            help="Fit stand-ins in the order of the plan, or all in one pass over the texts.",
+        ),
+    ] = True,
     own: Annotated[
         int, typer.Option(min=0, help="Samples that the model writes itself, to fit on as well.")
     ] = 64,
@@ -88,7 +95,7 @@ def fit(
         texts = {
             name: calibration_samples(words, max_length, samples) for name, words in sources.items()
         }
-        recipe = Recipe(search, rung, own, max_length, steps, seed=seed)
+        recipe = Recipe(search, rung, own, max_length, steps, seed=seed, in_order=in_order)
         with report.step("fit"):
             plan = learn(
                 loaded.model,

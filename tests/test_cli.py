@@ -486,25 +486,26 @@ def test_the_demo_prints_one_json_object(demonstrated: Demonstrated) -> None:
         *("conditions", "seconds", "profile", "plan", "learned", "contenders", "quality"),
         *("counts", "new_plans"),
     }
-    assert set(data["contenders"]) == {"as_is", "empty_plan", "skipped"}
+    assert set(data["contenders"]) == {"as_is", "empty_plan", "skipped", "fitted"}
     assert {*("alpha", "backend", "device", "dtype", "seed", "threads", "torch", "model")} <= set(
         data["conditions"]
     )
     assert data["conditions"]["alpha"] == 1.5
     assert min(data["conditions"]["prompt_tokens"]) >= 2000
-    assert "15 of 15" in printed.stderr
+    assert "20 of 20" in printed.stderr
 
 
-def test_the_demo_measures_the_same_answers_three_ways(demonstrated: Demonstrated) -> None:
+def test_the_demo_measures_the_same_answers_four_ways(demonstrated: Demonstrated) -> None:
     _, result, given = demonstrated
     for contender in result.contenders.values():
         assert [a.key for a in contender.answers] == [p.key for p in given.passkeys]
         assert {len(a.step_seconds) for a in contender.answers} == {31}
-    as_is, empty, skipped = (
+    as_is, empty, skipped, fitted = (
         [a.text for a in result.contenders[name].answers] for name in demo.result.CONTENDERS
     )
     assert as_is == empty
     assert as_is != skipped
+    assert fitted != skipped
     lengths = sorted(len(p.ids) for p in given.passkeys)
     stored = lengths[2] + 31  # the last token generated is not stored
     assert result.contenders["as_is"].cache_bytes == 2 * LAYERS * KV_HEADS * HEAD_DIM * 4 * stored
@@ -550,7 +551,10 @@ def test_the_tables_say_what_the_json_says(demonstrated: Demonstrated) -> None:
     assert re.search(r"^found\s+" + r"\s+".join(found), printed, re.M)
     prefill = [f"{c['prefill_seconds']:.3f} s" for c in data["contenders"].values()]
     assert re.search(r"^prefill\s+" + r"\s+".join(prefill), printed, re.M)
-    assert f"ratio {data['quality']['ratio']:.3f}" in printed
+    assert set(data["quality"]) == {"skipped", "fitted"}
+    for name, quality in data["quality"].items():
+        row = f"{quality['perplexity_skipped']:.2f}", f"{quality['ratio']:.3f}"
+        assert re.search(rf"^{name}\s+" + r"\s+".join(row), printed, re.M)
     links = [data["counts"][at]["links"] for at in ("after_warmup", "after_answers", "at_end")]
     for title, count in zip(
         ("after warm-up", "after the answers", "at the end"), links, strict=True

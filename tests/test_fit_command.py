@@ -72,6 +72,9 @@ def test_without_texts_or_a_search(folder: Path, profile: Path, tmp_path: Path) 
     result = run("fit", folder, profile, out, *quick, "--kind", "low_rank", "--rank", 2)
     assert result.exit_code == 0, result.stderr
     assert "search\n" not in result.stderr
+    at_once = run("fit", folder, profile, tmp_path / "b.json", *quick, "--at-once")
+    assert at_once.exit_code == 0, at_once.stderr
+    assert SkipPlan.load(tmp_path / "b.json").compensation.kinds == "normalized"
     plan = SkipPlan.load(out)
     wanted = adaskip_fx.Profile.load(profile).preview(1.2)
     assert plan.prefill == wanted.prefill

@@ -276,6 +276,21 @@ def test_a_compensator_fits_what_is_known_once(
     assert whole == ordered.compensation
 
 
+def test_alone_each_is_fitted_as_if_the_others_ran(fitter: Fitter) -> None:
+    plan = SkipPlan.of(fitter.runtime.sublayers, SKIPPED)
+    alone = fitter.alone(plan, Rung("normalized")).compensation.stand_ins
+    in_order = fitter.fit(plan, Rung("normalized")).compensation.stand_ins
+    assert set(alone) == set(in_order) == set(plan.prefill)
+    for sublayer in plan.prefill:
+        one = fitter.fit(SkipPlan.of(plan.sublayers, [sublayer]), Rung("normalized"))
+        for name, tensor in one.compensation.stand_ins[sublayer].tensors.items():
+            assert alone[sublayer].tensors[name] == pytest.approx(tensor, rel=1e-6, abs=1e-9)
+    first, *later = plan.prefill
+    assert alone[first] == in_order[first]  # nothing was skipped before it
+    for sublayer in later:  # companion: in order, what was skipped before changes what they see
+        assert alone[sublayer] != in_order[sublayer]
+
+
 # By descent ------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,12 @@ def test_without_a_search_a_policy_chooses(model: Any, profile: Profile) -> None
     assert plan.prefill == wanted.prefill
     assert set(plan.compensation.stand_ins) == set(plan.prefill)
     assert plan.compensation.kinds == "linear"
+    quick = replace(recipe, in_order=False)
+    at_once = adaskip_fx.fit(model, Letters(), TEXTS, profile, 1.5, quick).compensation.stand_ins
+    first, *later = wanted.prefill
+    assert at_once[first] == plan.compensation.stand_ins[first]
+    assert all(at_once[s] != plan.compensation.stand_ins[s] for s in later)
+    assert later
     nothing = adaskip_fx.fit(model, Letters(), TEXTS, profile, 1.0, recipe)
     assert nothing == SkipPlan.empty(profile.sublayers)
 

@@ -11,11 +11,12 @@ from adaskip_fx.plan import SkipPlan
 from adaskip_fx.profile import Profile
 from adaskip_fx.sublayer import Sublayer
 
-#: The three ways one model is run, and what they are called in tables.
+#: The four ways one model is run, and what they are called in tables.
 CONTENDERS: Mapping[str, str] = {
     "as_is": "as is",
     "empty_plan": "empty plan",
     "skipped": "skipped",
+    "fitted": "fitted",
 }
 
 
@@ -68,7 +69,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Contender:
-    """All answers of one of the three ways to run the model, in the order of the texts.
+    """All answers of one of the four ways to run the model, in the order of the texts.
 
     Attributes:
         answers: one a text.
@@ -117,11 +118,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Quality:
-    """The skipped model against the model as is, on held-out text, with the prefill's plan.
+    """A model that skips against the model as is, on held-out text, with the prefill's plan.
 
     Attributes:
         tokens: predicted.
-        perplexity, perplexity_skipped: of the model as is and of the skipped one.
+        perplexity, perplexity_skipped: of the model as is and of the other.
         agreement: share of tokens for which both predict the same.
     """
 
@@ -160,7 +161,7 @@ class DemoResult:
         plan: what prefill skips.
         learned: the decode plan of each text after its window.
         contenders: by the keys of `CONTENDERS`.
-        quality: on held-out text.
+        quality: on held-out text, of those that skip.
         after_warmup, after_answers, at_end: counts of the skipped model.
         link_seconds: for each of several new plans.
         pieces_for_new_plans: compiled while linking them.
@@ -172,7 +173,7 @@ class DemoResult:
     plan: SkipPlan
     learned: tuple[SkipPlan, ...]
     contenders: Mapping[str, Contender]
-    quality: Quality
+    quality: Mapping[str, Quality]
     after_warmup: Counts
     after_answers: Counts
     at_end: Counts
@@ -204,7 +205,7 @@ class DemoResult:
             "plan": self.plan.to_json(),
             "learned": [plan.to_json() for plan in self.learned],
             "contenders": {name: c.to_json() for name, c in self.contenders.items()},
-            "quality": self.quality.to_json(),
+            "quality": {name: q.to_json() for name, q in self.quality.items()},
             "counts": {
                 "after_warmup": asdict(self.after_warmup),
                 "after_answers": asdict(self.after_answers),

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import adaskip_fx
+from adaskip_fx.fitting import Fitter, Rung
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.profile import Profile
@@ -38,6 +39,9 @@ def run_demo(
 ) -> DemoResult:
     """Measure a model as it is, in the pipeline with an empty plan, and with AdaSkip's plan.
 
+    The latter twice: with AdaSkip's factors and FFN sublayers added online, and with linear maps of
+    the normalized stream that are fitted on the calibration texts, without.
+
     Args:
         model: a transformers decoder in evaluation mode; it is not changed.
         tokenizer: the model's.
@@ -54,13 +58,17 @@ def run_demo(
         profile = adaskip_fx.calibrate(
             model, tokenizer, texts.calibration, options.calibration[1], progress=advance
         )
-    models = _warm(model, profile, texts, options, steps)
+    with steps.step("fit linear maps"):
+        fitter = Fitter(model, tokenizer, texts.calibration, max_length=options.calibration[1])
+        fitted = fitter.alone(AdaSkip().plan(profile, options.alpha), Rung("normalized"))
+    plans = {"empty_plan": SkipPlan.empty(profile.sublayers), "fitted": fitted}
+    models = _warm(model, profile, plans, texts, options, steps)
     runtime = models["skipped"].adaskip
     after_warmup = counts(runtime)
     contenders, learned = _ask_all(models, tokenizer, texts, options, steps)
     after_answers = counts(runtime)
     with steps.step("compare on held-out text"):
-        quality = compare(model, models["skipped"], texts.held_out)
+        quality = {n: compare(model, models[n], texts.held_out) for n in ("skipped", "fitted")}
     with steps.step("link new plans"):
         link_seconds, new_pieces = link_new_plans(runtime, options.link_repeats)
     return DemoResult(
@@ -88,18 +96,25 @@ def _check(options: Options) -> None:
 
 
 def _warm(
-    model: Any, profile: Profile, texts: Texts, options: Options, steps: Steps
+    model: Any,
+    profile: Profile,
+    plans: dict[str, SkipPlan],
+    texts: Texts,
+    options: Options,
+    steps: Steps,
 ) -> dict[str, Any]:
-    """The three contenders, ready to answer without anything left to capture or compile."""
+    """The contenders, ready to answer without anything left to capture or compile."""
     longest = max(len(p.ids) for p in texts.passkeys) + options.new_tokens
+    found = {"as_is": model}
     with steps.step("compile with skipping, and warm up"):
-        skipped = adaskip_fx.compile(model, profile, options.alpha, backend=options.backend)
-        skipped.adaskip.warmup(longest)
-    with steps.step("compile with an empty plan, and warm up"):
-        empty = adaskip_fx.compile(
-            model, profile, plan=SkipPlan.empty(profile.sublayers), backend=options.backend
+        found["skipped"] = adaskip_fx.compile(
+            model, profile, options.alpha, backend=options.backend
         )
-        empty.adaskip.warmup(longest)
+        found["skipped"].adaskip.warmup(longest)
+    for name, plan in plans.items():
+        with steps.step(f"compile with the {name.removesuffix('_plan')} plan, and warm up"):
+            found[name] = adaskip_fx.compile(model, profile, plan=plan, backend=options.backend)
+            found[name].adaskip.warmup(longest)
     with steps.step("warm up the model as is"):
         ids = torch.tensor([texts.passkeys[0].ids[:64]], device=model.device)
         model.generate(
@@ -109,7 +124,7 @@ def _warm(
             min_new_tokens=3,
             do_sample=False,
         )
-    return dict(zip(CONTENDERS, (model, empty, skipped), strict=True))
+    return {name: found[name] for name in CONTENDERS}
 
 
 def _ask_all(
@@ -120,7 +135,7 @@ def _ask_all(
     answers: dict[str, list[Answer]] = {name: [] for name in names}
     learned: list[SkipPlan] = []
     total = len(names) * len(texts.passkeys)
-    with steps.step(f"ask for {len(texts.passkeys)} pass keys, three ways") as advance:
+    with steps.step(f"ask for {len(texts.passkeys)} pass keys, four ways") as advance:
         for number, passkey in enumerate(texts.passkeys):
             # Each goes first in turn, so that none has the warmer machine.
             for i in range(len(names)):

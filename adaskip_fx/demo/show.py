@@ -110,6 +110,9 @@ def _times(result: DemoResult, console: Console) -> None:
         console,
         "In its window the skipped model also measures its ffn sublayers; after it, the learned "
         "plan runs.",
+        "Fitted: AdaSkip's choice with linear maps of the normalized stream in place of factors; they "
+        "were",
+        "fitted on the calibration texts; nothing is added online. Speeds are the skipped model's.",
     )
 
 
@@ -133,18 +136,19 @@ def _answers(result: DemoResult, console: Console) -> None:
 
 def _short(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= 20 else line[:17] + "..."
+    return line if len(line) <= 16 else line[:13] + "..."
 
 
 def _quality(result: DemoResult, console: Console) -> None:
-    q = result.quality
-    _title(console, f"Against the model as is, on {q.tokens:,} held-out tokens (the prefill plan)")
-    _say(
-        console,
-        f"perplexity       {q.perplexity:.2f} as is, {q.perplexity_skipped:.2f} skipped: "
-        f"ratio {q.ratio:.3f}",
-        f"top-1 agreement  {q.agreement:.3f}",
-    )
+    tokens = next(iter(result.quality.values())).tokens
+    _title(console, f"Against the model as is, on {tokens:,} held-out tokens (the prefill plan)")
+    table = _table("", "perplexity", "ratio", "same next token")
+    for name, q in result.quality.items():
+        if not table.rows:
+            table.add_row(CONTENDERS["as_is"], f"{q.perplexity:.2f}", "", "")
+        row = f"{q.perplexity_skipped:.2f}", f"{q.ratio:.3f}", f"{q.agreement:.3f}"
+        table.add_row(CONTENDERS[name], *row)
+    console.print(table)
 
 
 def _counts(result: DemoResult, console: Console) -> None:

@@ -20,6 +20,8 @@ class Recipe:
     search: choose sublayers one by one by what is lost (`Greedy`, on texts and on answers to
         prompts that hide something); without, by the policy that is given.
     rung: what stands in for them.
+    in_order: fit stand-ins in the order of the plan, later ones on what earlier ones have left; if
+        not, each as if it alone were skipped, in a small part of the time (see `Fitter.alone`).
     own: samples of `tokens` tokens that the model writes itself, besides those that are given.
     tokens: of a sample at most.
     steps: of refinement; 0 for none.
@@ -36,6 +38,7 @@ class Recipe:
     shortlist: int | None = 32
     extras: bool = True
     seed: int = 0
+    in_order: bool = True
 
 
 def fit(
@@ -85,7 +88,7 @@ def fit(
         plan = (policy or AdaSkip()).plan(profile, alpha)
     if not plan.prefill:
         return plan
-    plan = workshop.fitted(plan, recipe.rung)
+    plan = workshop.fitted(plan, recipe.rung, recipe.in_order)
     if recipe.steps:
         plan = workshop.refined(plan, recipe.steps)
     return workshop.with_extras(plan, recipe.rung) if recipe.extras else plan

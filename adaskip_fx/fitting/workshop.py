@@ -105,11 +105,12 @@ class Workshop:
         with coarse():
             return greedy.plans(profile, alpha)
 
-    def fitted(self, plan: SkipPlan, rung: Rung) -> SkipPlan:
-        """The plan with stand-ins of a rung, fitted in its order on all there is."""
+    def fitted(self, plan: SkipPlan, rung: Rung, in_order: bool = True) -> SkipPlan:
+        """The plan with stand-ins of a rung, fitted in its order, or each as if it were alone."""
         some = self._few(_FITTED)
         self.say(f"fit {len(plan.prefill)} stand-ins on {some.tokens:,} tokens")
-        return some.fit(plan.with_compensation(Compensation()), rung)
+        bare = plan.with_compensation(Compensation())
+        return some.fit(bare, rung) if in_order else some.alone(bare, rung)
 
     def refined(self, plan: SkipPlan, steps: int) -> SkipPlan:
         """Stand-ins refined on texts of all kinds and on prompts that hide something."""
