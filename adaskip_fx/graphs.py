@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from adaskip_passes import RefusedError, ShapeGuards, piece_of, start_workers, sublayer_calls
 
 from . import phases
 from .folding import Placed
-from .phases import Forward, GraphKey, GraphPhaseCapture, Memory
-from .plan import SkipPlan
+from .phases import Forward, GraphKey, GraphPhaseCapture, Memory, active_autocast
+from .plan import Action, SkipPlan
 from .programs import Counters, Link, Program, VariantCache, plan_phase
 from .sample import Sample
 from .step_cache import WholeCache
@@ -122,6 +123,17 @@ class Graphs:
             self.sample = self.sample.again(self.model, self.forward)
         return self.sample.slots
 
+    def stored(self, plan: SkipPlan) -> list[Slot]:
+        """What a request of this plan stores of each layer: nothing for what prompts skip."""
+        used = set[Memory]()
+        for sublayer, memory in self.memory.items():
+            if plan.action("prefill", sublayer) is not Action.SKIP:
+                used |= memory
+        return [
+            slot.only({kind for kind in ("attention", "mixer") if (i, kind) in used})
+            for i, slot in enumerate(self.slots)
+        ]
+
     def check_room(self, programs: int) -> None:
         """ValueError when fewer linked programs are kept than are to be run in turn."""
         if self._programs.limit < programs:
@@ -130,6 +142,21 @@ class Graphs:
                 "programs are kept, so that each turn would link again; compile with a larger "
                 "max_variants"
             )
+
+    def prove(self, device: torch.device) -> None:
+        """Capture a prefill graph, so that a model that cannot be cut is refused at once."""
+        key = GraphKey(
+            "prefill",
+            batch=1,
+            one_token=False,
+            one_stored=False,
+            masked=False,
+            logits_to_keep=1,
+            dtype=self.model.dtype,
+            device=device,
+            autocast=active_autocast(device),
+        )
+        self.capture(key)
 
     def _all(self) -> list[GraphPhaseCapture]:
         return [c for group in self._captures.values() for c in group]

@@ -78,6 +78,13 @@ class GraphKey:
     whole_cache: bool = False
 
 
+def active_autocast(device: torch.device) -> torch.dtype | None:
+    """The dtype of an active autocast region on a device; None outside of one."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class GraphPhaseCapture:
     """One captured phase.

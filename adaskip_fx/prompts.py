@@ -1,4 +1,4 @@
-"""What is done to prompts before they run: where they lie, and where they are cut."""
+"""Where a prompt lies in the space of input embeddings, by which a plan may be chosen for it."""
 
 from __future__ import annotations
 
@@ -34,30 +34,3 @@ def mean_embedding(
         total = part if total is None else total + part
     assert total is not None
     return total / input_ids.shape[0]
-
-
-#: input_ids [B, T], attention_mask [B, stored + T] and position_ids [B or 1, T] of a step.
-Inputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-
-
-def cut_last_token(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-) -> tuple[Inputs | None, Inputs]:
-    """A prompt in two: what is before its last token (None if nothing is), and that token.
-
-    Of padded rows the last column is cut off: rows are padded on the left, as ``generate`` needs
-    them, so it holds every row's last token.
-    """
-    last = input_ids[:, -1:]
-    last_position = None if position_ids is None else position_ids[:, -1:]
-    tail = last.contiguous(), attention_mask, last_position
-    if input_ids.shape[1] == 1:
-        return None, tail
-    head = (
-        input_ids[:, :-1].contiguous(),
-        None if attention_mask is None else attention_mask[:, :-1],
-        None if position_ids is None else position_ids[:, :-1],
-    )
-    return head, tail

@@ -1,4 +1,7 @@
-"""Selection at run time: which captured phase, which plan, which program, for every step."""
+"""Selection at run time: which captured phase and which plan, for every step of a request.
+
+`step` is the way through a request; how a step runs with the plan that it is given is `runner`'s.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adaskip_passes import Recorder, RefusedError
-
 from . import phases
 from .admission import admit
 from .cache import SkipCache
-from .decisions import Choice, Decision, Schedule, Stages, plans_of
-from .decoding import Decoder, Lane
+from .decisions import Choice, Decision, Stages, plans_of
 from .graphs import Graphs
+from .inputs import Inputs
 from .layers import LayerProgram
 from .online import Request, Window, probed_in_decode
-from .phases import Forward, GraphKey, GraphPhase, Memory
-from .plan import Action, SkipPlan, Sublayer
+from .phases import Forward, GraphPhase
+from .plan import SkipPlan
 from .programs import Counters, Link, Program
-from .prompts import Inputs, cut_last_token, mean_embedding
+from .prompts import mean_embedding
+from .runner import Runner
 from .sample import Sample
-from .storage import Slot, Storage, StoragePool
+from .warmup import warm_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,14 +44,10 @@ class Runtime:
         policy: decides the online plan; None when nothing is learned while decoding.
         cache_argument: what the model's forward calls its cache.
         graphs: what has been captured, compiled and linked.
-        fixed_addresses: decode steps without padding work on whole buffers that stay where they
-            are (`Decoder`), which on CUDA makes them one graph; the default there.
-        ahead: ``generate`` begins a step before it knows that the request goes on, so that a GPU
-            need not wait for the host; the default there.
-        why_not_fixed: why the model could not be captured that way; None if it could.
+        runner: runs a step with the plan that is in force.
         storages: K/V buffers between requests.
-        observer: is told of every step: the program that ran, the plan in force and how many
-            tokens (rows times tokens).
+        ahead: ``generate`` begins a step before it knows that the request goes on, so that a GPU
+            need not wait for the host; the default on one.
     """
 
     def __init__(
@@ -67,23 +65,16 @@ class Runtime:
         fixed_addresses: bool | None = None,
     ) -> None:
         self.model = model
-        self.forward = forward
         self.cache_argument = phases.cache_argument(forward)
         self.profile = profile
         self.policy = policy
-        self._parameter = next(name for name, _ in model.named_parameters())
-        on_gpu = self.device.type == "cuda"
-        self.fixed_addresses = on_gpu if fixed_addresses is None else fixed_addresses
-        self.ahead = on_gpu
-        self.why_not_fixed: str | None = None
-        self.observer: Callable[[Program, SkipPlan, int], None] | None = None
-        self.storages = StoragePool(keep=self.fixed_addresses)
-        self._recorder: Recorder | None = None  # on a GPU, at the first decode step
         self.graphs = Graphs(model, forward, sample, backend, link, max_variants)
+        self.runner = Runner(self.graphs, fixed_addresses)
+        self.storages = self.runner.storages
+        self.ahead = self.device.type == "cuda"
         self._live: weakref.WeakSet[SkipCache] = weakref.WeakSet()
-        self.sublayers = self._prove()
-        self._memory = self.graphs.memory
-        self._unskippable = self.graphs.unskippable
+        self.graphs.prove(self.device)
+        self.sublayers = self.graphs.sublayers
         self.decision: Decision = plan if plan is not None else SkipPlan.empty(self.sublayers)
         self.stage = plan.stages[0][0] if isinstance(plan, Stages) else None
         admit(self.decision, self.graphs, type(model).__name__)
@@ -93,9 +84,8 @@ class Runtime:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are now (`PreTrainedModel.device` looks at all modules for that)."""
-        device: torch.device = self.model.get_parameter(self._parameter).device
-        return device
+        """Where the parameters are now."""
+        return self.runner.device
 
     @property
     def plan(self) -> SkipPlan:
@@ -106,6 +96,32 @@ class Runtime:
     @plan.setter
     def plan(self, plan: SkipPlan) -> None:
         self.decision = plan
+
+    @property
+    def fixed_addresses(self) -> bool:
+        """Whether decode steps without padding work on whole buffers that stay where they are.
+
+        On CUDA that makes them one graph (`Decoder`); it is the default there.
+        """
+        return self.runner.fixed_addresses
+
+    @fixed_addresses.setter
+    def fixed_addresses(self, fixed: bool) -> None:
+        self.runner.fixed_addresses = fixed
+
+    @property
+    def why_not_fixed(self) -> str | None:
+        """Why the model could not be captured that way; None if it could."""
+        return self.runner.why_not_fixed
+
+    @property
+    def observer(self) -> Callable[[Program, SkipPlan, int], None] | None:
+        """Is told of every step: the program, the plan in force, how many tokens of all rows."""
+        return self.runner.observer
+
+    @observer.setter
+    def observer(self, observer: Callable[[Program, SkipPlan, int], None] | None) -> None:
+        self.runner.observer = observer
 
     @property
     def counters(self) -> Counters:
@@ -142,22 +158,7 @@ class Runtime:
         self.check_length(max_length)
         given = self.decision
         for begin in given.plans if isinstance(given, Choice | Stages) else (given,):
-            self._warm(begin, max_length, batch_size)
-
-    def _warm(self, begin: SkipPlan | Schedule, max_length: int, batch_size: int) -> None:
-        cache = self.new_cache(capacity=max_length, plan=begin)
-        prompt = torch.zeros(batch_size, max(2, min(max_length - 1, 16)), dtype=torch.int64)
-        prompt = prompt.to(self.device)
-        for ids in (prompt, prompt[:, :1]):
-            self.step(ids, None, None, cache, 1)
-        if cache.request.window is not None:  # the program after the window as well
-            cache.request.window = None
-            self.step(prompt[:, :1], None, None, cache, 1)
-        for first, _ in begin.steps[1:] if isinstance(begin, Schedule) else ():
-            if not cache.stateful:
-                cache.crop(prompt.shape[1])  # as far as there may be room
-            cache.request.decoding_from = cache.length - first
-            self.step(prompt[:, :1], None, None, cache, 1)
+            warm_up(self, begin, max_length, batch_size)
 
     def __str__(self) -> str:
         from .report import runtime_report
@@ -190,22 +191,11 @@ class Runtime:
         request = Request(
             given.plan(self.stage) if isinstance(given, Stages) else given, stop_tokens
         )
-        slots, kept = self.graphs.slots, self._kept(request.plan)
+        slots, kept = self.graphs.slots, self.graphs.stored(request.plan)
         cache = SkipCache(self, slots, kept, self.model.dtype, self.device, capacity)
         cache.request = request
         self.track(cache)
         return cache
-
-    def _kept(self, plan: SkipPlan) -> list[Slot]:
-        """What a request of this plan stores of each layer: nothing for what prompts skip."""
-        used = set[Memory]()
-        for sublayer, memory in self._memory.items():
-            if plan.action("prefill", sublayer) is not Action.SKIP:
-                used |= memory
-        return [
-            slot.only({kind for kind in ("attention", "mixer") if (i, kind) in used})
-            for i, slot in enumerate(self.graphs.slots)
-        ]
 
     def track(self, cache: SkipCache) -> None:
         """Count a cache among the live ones for as long as somebody holds it."""
@@ -230,58 +220,28 @@ class Runtime:
         """
         phase = self._phase(input_ids, cache)
         request = self._turn(cache, phase)
-        inputs = input_ids, attention_mask, position_ids
+        inputs = Inputs(input_ids, attention_mask, position_ids)
         if request.undecided:
-            request = self._choose(cache, input_ids, attention_mask)
+            request = self._choose(cache, inputs)
         moments = None
         if phase == "decode":
             plan, probed = request.plan_at(cache.length), request.probed()
-            logits, moments = self._run(phase, request, plan, probed, *inputs, cache, 1)
-        elif request.plan.last_token_full:
-            logits = self._prompt_in_two(phase, request, inputs, cache, logits_to_keep)
+            logits, moments = self.runner.run(phase, request, plan, probed, inputs, cache, 1)
         else:
-            logits, _ = self._run(phase, request, request.plan, (), *inputs, cache, logits_to_keep)
+            logits = self.runner.run_prompt(phase, request, inputs, cache, logits_to_keep)
         cache.request = request  # only now: a step that was refused has changed nothing
         if moments is not None:
             self._learn(request, moments)
         return logits
 
-    def _choose(
-        self, cache: SkipCache, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> Request:
+    def _choose(self, cache: SkipCache, inputs: Inputs) -> Request:
         """The request with the plan for its first prompt; the cache stores what that plan runs."""
         request: Request = cache.request
         assert isinstance(request.decision, Choice)
-        embedding = mean_embedding(self.model, input_ids, attention_mask)
+        embedding = mean_embedding(self.model, inputs.input_ids, inputs.attention_mask)
         chosen = request.decision.nearest(embedding.cpu().numpy()).plan
-        cache.keep(self._kept(chosen))
+        cache.keep(self.graphs.stored(chosen))
         return request.anew(chosen)
-
-    def _prompt_in_two(
-        self,
-        phase: GraphPhase,
-        request: Request,
-        inputs: Inputs,
-        cache: SkipCache,
-        logits_to_keep: int,
-    ) -> torch.Tensor:
-        """A prompt whose last token runs with the decode plan; logits [B, kept, V] as of one step.
-
-        That token is none of the turn's decoded ones: nothing is measured at it.
-        """
-        _check_positions(inputs[2], *inputs[0].shape)
-        head, tail = cut_last_token(*inputs)
-        before, parts = cache.length, list[torch.Tensor]()
-        try:
-            if head is not None:
-                keep = max(1, logits_to_keep - 1) if logits_to_keep else 0
-                parts.append(self._run(phase, request, request.plan, (), *head, cache, keep)[0])
-            parts.append(self._run("decode", request, request.plan, (), *tail, cache, 1)[0])
-        except BaseException:
-            if not cache.stateful:  # (a mixer's state cannot be taken back)
-                cache.crop(before)
-            raise
-        return parts[-1] if logits_to_keep == 1 else torch.cat(parts, 1)
 
     def may_run_ahead(self, cache: SkipCache) -> bool:
         """Whether a decode step may be begun that ``cache.crop(-1)`` may have to take back.
@@ -316,9 +276,8 @@ class Runtime:
         empty = SkipPlan.empty(self.sublayers)
         cache = self.new_cache(capacity=input_ids.shape[1], plan=empty)
         phase = self._phase(input_ids, cache)
-        _, moments = self._run(
-            phase, cache.request, empty, self.sublayers, input_ids, attention_mask, None, cache, 1
-        )
+        inputs = Inputs(input_ids, attention_mask)
+        _, moments = self.runner.run(phase, cache.request, empty, self.sublayers, inputs, cache, 1)
         assert moments is not None
         return moments
 
@@ -357,7 +316,8 @@ class Runtime:
         """None when nothing can be learned: no policy, or nothing skipped to compare with."""
         if self.policy is None or not self.policy.online or not plan.skipped("prefill"):
             return None
-        probed = tuple(s for s in probed_in_decode(plan) if s not in self._unskippable)
+        unskippable = self.graphs.unskippable
+        probed = tuple(s for s in probed_in_decode(plan) if s not in unskippable)
         return Window(probed, self.policy.window) if probed else None
 
     def _learn(self, request: Request, moments: torch.Tensor) -> None:
@@ -370,179 +330,3 @@ class Runtime:
             request.decode_plan = self.policy.online_plan(
                 self.profile, request.plan, window.read(), window.probed
             )
-
-    @torch.no_grad()
-    def _run(
-        self,
-        phase: GraphPhase,
-        request: Request,
-        plan: SkipPlan,
-        probed: tuple[Sublayer, ...],
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: SkipCache,
-        logits_to_keep: int,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch, tokens = input_ids.shape
-        autocast = _autocast(self.device.type)
-        if self.fixed_addresses and phase == "decode" and attention_mask is None and not autocast:
-            result = self._decode(request, plan, probed, input_ids, position_ids, cache)
-            if result is not None:
-                return result
-        total = cache.length + tokens
-        mask, positions = _normal(input_ids, attention_mask, position_ids, cache.length)
-        key = GraphKey(
-            phase,
-            batch,
-            one_token=tokens == 1,
-            one_stored=total == 1,
-            masked=mask is not None,
-            logits_to_keep=1 if tokens == 1 else logits_to_keep,
-            dtype=self.model.dtype,
-            device=self.device,
-            autocast=autocast,
-        )
-        inputs = phases.step_inputs(self.forward, input_ids, positions, mask, key.logits_to_keep)
-        arguments = phases.bind_arguments(
-            self.model, self.forward, cache.step(batch, tokens, phase == "prefill"), inputs
-        )
-        program = self.graphs.program(key, plan, probed, arguments)
-        fixed = request.fixed.get(program.phase)
-        if fixed is None:
-            fixed = request.fixed[program.phase] = program.phase.fixed(arguments)
-        valid = _valid(request, phase, input_ids, mask) if probed else None
-        logits, moments = program(arguments, fixed, valid)
-        self._observe(program, plan, batch * tokens)
-        cache.advance(tokens)
-        cache.padded |= mask is not None
-        return logits, moments
-
-    def _decode(
-        self,
-        request: Request,
-        plan: SkipPlan,
-        probed: tuple[Sublayer, ...],
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        cache: SkipCache,
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """A decode step at fixed addresses; None where the model cannot be captured so."""
-        batch = input_ids.shape[0]
-        _check_positions(position_ids, batch, 1)
-        storage = cache.reserve(batch, 1)
-        decoder = storage.decoder
-        if decoder is None:
-            if self._recorder is None and self.device.type == "cuda":
-                self._recorder = Recorder(self.device)
-            decoder = storage.decoder = Decoder(
-                storage, self.graphs.slots, self.model.dtype, self.device, self._recorder
-            )
-        lane = request.lane
-        if lane is None or not lane.serves(storage, plan, probed, self.counters):
-            try:
-                lane = request.lane = self._lane(storage, decoder, plan, probed)
-            except RefusedError as error:
-                self._give_up_fixed_addresses(error)
-                return None
-        fixed = request.fixed.get(lane.program.phase)
-        if fixed is None:
-            fixed = request.fixed[lane.program.phase] = lane.program.phase.fixed(lane.arguments)
-        valid = request.valid_rows(input_ids) if probed else None
-        result = decoder.run(
-            lane.program, lane.arguments, fixed, input_ids, position_ids, cache.length, valid
-        )
-        self._observe(lane.program, plan, batch)
-        cache.advance(1)
-        return result
-
-    def _observe(self, program: Program, plan: SkipPlan, tokens: int) -> None:
-        if self.observer is not None:
-            self.observer(program, plan, tokens)
-
-    def _give_up_fixed_addresses(self, error: RefusedError) -> None:
-        """Decode on views of the filled cache from now on, as on a CPU; `report` says why."""
-        self.fixed_addresses = self.storages.keep = False
-        self.why_not_fixed = str(error)
-        self.storages.clear()
-
-    def _lane(
-        self, storage: Storage, decoder: Decoder, plan: SkipPlan, probed: tuple[Sublayer, ...]
-    ) -> Lane:
-        key = GraphKey(
-            "decode",
-            storage.batch,
-            one_token=True,
-            one_stored=False,
-            masked=False,
-            logits_to_keep=1,
-            dtype=self.model.dtype,
-            device=self.device,
-            whole_cache=True,
-        )
-        inputs = phases.step_inputs(self.forward, decoder.tokens, decoder.positions, None, 1)
-        arguments = phases.bind_arguments(self.model, self.forward, decoder.cache, inputs)
-        program = self.graphs.program(key, plan, probed, arguments)
-        return Lane(storage, plan, probed, program, arguments, self.counters.links)
-
-    def _prove(self) -> tuple[Sublayer, ...]:
-        """Capture a prefill graph, so that what cannot be skipped is refused at once."""
-        device = self.device
-        key = GraphKey(
-            "prefill",
-            batch=1,
-            one_token=False,
-            one_stored=False,
-            masked=False,
-            logits_to_keep=1,
-            dtype=self.model.dtype,
-            device=device,
-            autocast=_autocast(device.type),
-        )
-        return self.graphs.capture(key).sublayers
-
-
-def _normal(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    past: int,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Mask as bool, positions as int64 [B, T], both contiguous: as they were captured."""
-    batch, tokens = input_ids.shape
-    if position_ids is None:
-        position_ids = torch.arange(past, past + tokens, device=input_ids.device).unsqueeze(0)
-    _check_positions(position_ids, batch, tokens)
-    positions = position_ids.to(torch.int64).expand(batch, tokens).contiguous()
-    mask = attention_mask.to(torch.bool).contiguous() if attention_mask is not None else None
-    return mask, positions
-
-
-def _check_positions(position_ids: torch.Tensor | None, batch: int, tokens: int) -> None:
-    if position_ids is None:
-        return
-    if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
-        raise ValueError(
-            f"position_ids has shape {list(position_ids.shape)}, expected [{batch}, {tokens}]"
-        )
-
-
-def _valid(
-    request: Request,
-    phase: GraphPhase,
-    input_ids: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """Which of the new tokens count for a probe, bool [B, T]."""
-    rows = request.valid_rows(input_ids) if phase == "decode" else None
-    if rows is not None:
-        return rows
-    if mask is not None and phase != "decode":
-        return mask[:, -input_ids.shape[1] :]
-    return torch.ones_like(input_ids, dtype=torch.bool)
-
-
-def _autocast(device_type: str) -> torch.dtype | None:
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None

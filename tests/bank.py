@@ -173,8 +173,8 @@ class Entry:
     @contextmanager
     def probing(self, plan: SkipPlan) -> Iterator[list[torch.Tensor]]:
         """Have steps measure everything that runs; yields their readings [probed, batch, 5]."""
-        runtime: Any = self.runtime
-        run, readings = runtime._run, []
+        runner: Any = self.runtime.runner
+        run, readings = runner.run, []
         signature = inspect.signature(run)
 
         def probed_run(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
@@ -185,11 +185,11 @@ class Entry:
             readings.append(moments)
             return logits, None
 
-        runtime._run = probed_run
+        runner.run = probed_run
         try:
             yield readings
         finally:
-            del runtime._run
+            del runner.run
 
     def tokens(self, batch: int, count: int, seed: int = 0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)

@@ -299,10 +299,10 @@ def test_the_clock_runs_what_it_says(shape: str, monkeypatch: pytest.MonkeyPatch
         runtime = bank.entry(SHAPE).runtime if shape == SHAPE else of_family(shape)
     plan = SkipPlan.of(runtime.sublayers, runtime.sublayers[1:3])
     seen: list[tuple[str, int, int]] = []
-    run = runtime._run
+    run = runtime.runner.run
 
     def spy(phase: str, request: Any, ran: SkipPlan, probed: Any, *rest: Any) -> Any:
-        ids, _, _, cache, _ = rest
+        (ids, _, _), cache, _ = rest
         assert ids.shape[0] == 2
         if phase == "decode" or request.plan is plan:
             assert ran is plan
@@ -310,7 +310,7 @@ def test_the_clock_runs_what_it_says(shape: str, monkeypatch: pytest.MonkeyPatch
         seen.append((phase, cache.length, ids.shape[1]))
         return run(phase, request, ran, probed, *rest)
 
-    monkeypatch.setattr(runtime, "_run", spy)
+    monkeypatch.setattr(runtime.runner, "run", spy)
     clock = StepTimer(runtime, batch=2, steps=3)
     assert clock("prefill", 20, plan) > 0
     assert set(seen) == {("prefill", 0, 20)}

@@ -523,19 +523,19 @@ def test_a_step_that_fails_midway_leaves_the_cache_as_it_was() -> None:
     bank = entry(SHAPE)
     runtime: Any = bank.runtime
     cache = runtime.new_cache(plan=POP)
-    run = runtime._run
+    run = runtime.runner.run
 
     def failing(phase: str, *rest: Any) -> Any:
         if phase == "decode":
             raise KeyboardInterrupt
         return run(phase, *rest)
 
-    runtime._run = failing
+    runtime.runner.run = failing
     try:
         with torch.no_grad(), pytest.raises(KeyboardInterrupt):
             bank.compiled(bank.tokens(1, 5), past_key_values=cache)
     finally:
-        del runtime._run
+        del runtime.runner.run
     assert cache.length == 0
 
 

@@ -68,7 +68,7 @@ class Tape:
 def test_a_plan_of_pieces_that_have_run_is_recorded_at_once() -> None:
     model = make_model("three_layers")
     compiled = build(model, None, backend="eager", fixed_addresses=True)
-    tape = compiled.adaskip._recorder = Tape()
+    tape = compiled.adaskip.runner._recorder = Tape()
     bank = Entry(model, compiled, Oracle(model))
     changes = {  # at which step, to what, and what that does first
         1: (bank.plan(), ["run", "record"]),
@@ -94,7 +94,7 @@ def test_a_plan_of_pieces_that_have_run_is_recorded_at_once() -> None:
 def test_with_other_weights_pieces_run_before_they_are_recorded() -> None:
     model = make_model("three_layers")
     compiled = build(model, None, backend="eager", fixed_addresses=True)
-    tape = compiled.adaskip._recorder = Tape()
+    tape = compiled.adaskip.runner._recorder = Tape()
     bank = Entry(model, compiled, Oracle(model))
     other = bank.plan([], ["2.ffn"])
     for plan, first in ((bank.plan(), "run"), (other, "record")):

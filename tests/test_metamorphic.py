@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaskip_fx.compensation import Compensation
+from adaskip_fx.inputs import Inputs
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.runtime import Runtime
 from adaskip_fx.testing import assert_equivalent
@@ -212,7 +213,7 @@ def test_probes_agree_up_to_the_first_skipped_sublayer(family: str) -> None:
     plan = SkipPlan.of(sublayers, sublayers[first : first + 1])
     kept = tuple(s for s in sublayers if s != sublayers[first])
     cache = runtime.new_cache(plan=plan)
-    _, readings = runtime._run("prefill", cache.request, plan, kept, ids, None, None, cache, 1)
+    _, readings = runtime.runner.run("prefill", cache.request, plan, kept, Inputs(ids), cache, 1)
     assert readings is not None
     assert torch.equal(readings[:first], full[:first])
     behind, were = readings[first:], full[first + 1 :]

@@ -28,7 +28,7 @@ class OnGpu(Entry):
 
     @property
     def recorded(self) -> int:
-        recorder = self.runtime._recorder
+        recorder = self.runtime.runner._recorder
         assert recorder is not None
         return recorder.recorded
 

@@ -1,0 +1,64 @@
+"""What a step is handed: new tokens, which of them count, and where they are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Inputs(NamedTuple):
+    """New tokens of a request.
+
+    Attributes:
+        input_ids: int64 [B, T].
+        attention_mask: [B, stored + T], 0 at padding; None when there is none.
+        position_ids: int64 [B or 1, T]; None for the tokens after the last.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+
+    def check_positions(self) -> None:
+        """ValueError for positions of another number of tokens."""
+        batch, tokens = self.input_ids.shape
+        given = self.position_ids
+        if given is not None and (given.dim() != 2 or given.shape[1] != tokens):
+            raise ValueError(
+                f"position_ids has shape {list(given.shape)}, expected [{batch}, {tokens}]"
+            )
+
+    def normal(self, past: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Mask as bool, positions as int64 [B, T], both contiguous: as they were captured.
+
+        Args:
+            past: tokens stored before these.
+        """
+        self.check_positions()
+        batch, tokens = self.input_ids.shape
+        positions, mask = self.position_ids, self.attention_mask
+        if positions is None:
+            new = torch.arange(past, past + tokens, device=self.input_ids.device)
+            positions = new.unsqueeze(0)
+        if mask is not None:
+            mask = mask.to(torch.bool).contiguous()
+        return mask, positions.to(torch.int64).expand(batch, tokens).contiguous()
+
+    def cut_last_token(self) -> tuple[Inputs | None, Inputs]:
+        """A prompt in two: what is before its last token (None if nothing is), and that token.
+
+        Of padded rows the last column is cut off: rows are padded on the left, as ``generate``
+        needs them, so it holds every row's last token.
+        """
+        ids, mask, positions = self
+        last_position = None if positions is None else positions[:, -1:]
+        tail = Inputs(ids[:, -1:].contiguous(), mask, last_position)
+        if ids.shape[1] == 1:
+            return None, tail
+        head = Inputs(
+            ids[:, :-1].contiguous(),
+            None if mask is None else mask[:, :-1],
+            None if positions is None else positions[:, :-1],
+        )
+        return head, tail
