@@ -110,9 +110,9 @@ def _times(result: DemoResult, console: Console) -> None:
         console,
         "In its window the skipped model also measures its ffn sublayers; after it, the learned "
         "plan runs.",
-        "Fitted: AdaSkip's choice with linear maps of the normalized stream in place of factors; they "
-        "were",
-        "fitted on the calibration texts; nothing is added online. Speeds are the skipped model's.",
+        "Fitted: AdaSkip's choice with linear maps of the normalized stream, fitted on the "
+        "calibration",
+        "texts, in place of its factors; nothing is added online. Speeds are the skipped model's.",
     )
 
 
