@@ -515,7 +515,12 @@ def test_summaries_are_scored_against_the_full_models_own(tmp_path: Path) -> Non
     texts = [text("one", 1, 600)]
     made = subject_of("tiny", make_model("three_layers"), Letters(), texts, options, timed=False)
     result = summaries.summaries(made, same, tokens=6)
-    nothing, half = result["points"]
+    nothing, same_again, half, fitted = result["points"]
+    kinds = [point["compensation"] for point in result["points"]]
+    assert kinds == ["scale", "normalized", "scale", "normalized"]
+    assert same_again["quality"] == nothing["quality"]
+    assert fitted["skipped"] == half["skipped"]
+    assert fitted["examples"] != half["examples"]
     assert (nothing["skipped"], nothing["quality"], nothing["rouge_l_loss"]) == (0, 1, 0)
     assert nothing["agreement"] == 1
     assert half["agreement"] < 1
@@ -528,7 +533,7 @@ def test_summaries_are_scored_against_the_full_models_own(tmp_path: Path) -> Non
     )
     assert "no gold summaries" in result["reference"]
     assert draws(summaries.PICTURES, result, tmp_path)
-    assert "alpha 2 (3 skipped): ROUGE-L " in summaries.summary(result)
+    assert "alpha 2 (3 skipped, normalized): ROUGE-L " in summaries.summary(result)
     assert made.runtime.policy is None
 
 

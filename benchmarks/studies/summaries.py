@@ -10,17 +10,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from statistics import mean, median
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
 from adaskip_fx.demo.texts import prompt_ids
+from adaskip_fx.fitting import Rung
 from adaskip_fx.plan import SkipPlan
-from adaskip_fx.policies import AdaSkip
+from adaskip_fx.policies import AdaSkip, Fitted, OnlinePolicy
 
+from .fits import fitter
 from .quality import decoded
 from .setup import Options, Subject, Text, open_subject
 
@@ -28,13 +31,14 @@ PICTURES = ("pareto",)
 _QUESTION = "\n\nSummarize the text above in a few sentences."
 _SPECIAL = 64  # tokens for the question and the chat template
 Score = Callable[[str, str], float]
+Method = tuple[OnlinePolicy, SkipPlan]  #: what a request may add, and what it begins with
 
 
 def measure(options: Options) -> dict[str, Any]:
     """ROUGE-L and speed at every alpha."""
     score = rouge_l()  # before minutes of work
     subject = open_subject(options, timed=True)
-    tokens = 96 if subject.device.type == "cuda" else 32
+    tokens = 96 if subject.device.type == "cuda" else 64
     return {**subject.about(), **summaries(subject, score, tokens)}
 
 
@@ -82,24 +86,25 @@ class Summary:
 
 
 def summaries(subject: Subject, score: Score, tokens: int) -> dict[str, Any]:
-    """Points as the picture takes them; a profile is of the first half of a document's text.
+    """Points as the picture takes them; profiles and fits are of the first half of a text.
 
     ``agreement``: along the full model's summary, how often the next token is the same one. (Two
     greedy summaries part for good at the first token that differs.)
     ``levels``: ROUGE-L between full summaries of different documents, what no relation gives.
     """
     documents = [(text, ids) for text in subject.texts for ids in _prompts(subject, text)]
-    empty = [SkipPlan.empty(subject.runtime.sublayers)] * len(documents)
-    full = _generate_all(subject, documents, empty, tokens)
+    empty = AdaSkip(), SkipPlan.empty(subject.runtime.sublayers)
+    full = _generate_all(subject, documents, [empty] * len(documents), tokens)
     points = []
-    for alpha in subject.options.alphas:
-        plans = [AdaSkip().plan(subject.profile(text), alpha) for text, _ in documents]
-        ours = _generate_all(subject, documents, plans, tokens)
+    for alpha, (kind, method) in product(subject.options.alphas, _METHODS.items()):
+        known = {text: method(subject, text, alpha) for text in subject.texts}
+        plans = [known[text][1] for text, _ in documents]
+        ours = _generate_all(subject, documents, [known[text] for text, _ in documents], tokens)
         scores = [score(a.text, b.text) for a, b in zip(full, ours, strict=True)]
         points.append(
             {
                 "policy": "AdaSkip",
-                "compensation": "scale",
+                "compensation": kind,
                 "alpha": alpha,
                 "skipped": len(plans[0].skipped("prefill")),
                 "quality": mean(scores),
@@ -122,6 +127,21 @@ def summaries(subject: Subject, score: Score, tokens: int) -> dict[str, Any]:
     }
 
 
+def _by_factors(subject: Subject, text: Text, alpha: float) -> Method:
+    """AdaSkip as published: it adds FFN sublayers online."""
+    return AdaSkip(), AdaSkip().plan(subject.profile(text), alpha)
+
+
+def _by_maps(subject: Subject, text: Text, alpha: float) -> Method:
+    """Its choice with normalized maps, fitted in one pass; nothing is added online."""
+    plan = AdaSkip().plan(subject.profile(text), alpha)
+    fitted = fitter(subject).on(subject.windows(text, "first")).alone(plan, Rung("normalized"))
+    return Fitted(fitted), fitted
+
+
+_METHODS = MappingProxyType({"scale": _by_factors, "normalized": _by_maps})
+
+
 def _prompts(subject: Subject, text: Text) -> list[torch.Tensor]:
     """Documents of the second half of a text, asked about by the chat template."""
     length = max(subject.length - _SPECIAL, 32)
@@ -136,18 +156,18 @@ def _prompts(subject: Subject, text: Text) -> list[torch.Tensor]:
 def _generate_all(
     subject: Subject,
     documents: Sequence[tuple[Text, torch.Tensor]],
-    plans: Sequence[SkipPlan],
+    methods: Sequence[Method],
     tokens: int,
 ) -> list[Summary]:
-    """Greedy summaries with AdaSkip's online step; the first document twice, to warm up."""
+    """Greedy summaries, with a policy's online step; the first document twice, to warm up."""
     runtime = subject.runtime
     before = runtime.plan, runtime.policy, runtime.profile
     found = []
     try:
         for number in (0, *range(len(documents))):
             text, ids = documents[number]
-            runtime.plan = plans[number]
-            runtime.policy, runtime.profile = AdaSkip(), subject.profile(text)
+            runtime.policy, runtime.plan = methods[number]
+            runtime.profile = subject.profile(text)
             found.append(_generate(subject, ids, tokens))
     finally:
         runtime.plan, runtime.policy, runtime.profile = before
@@ -201,8 +221,8 @@ def summary(result: dict[str, Any]) -> str:
     for point in result["points"]:
         speeds = ", ".join(f"{phase} {x:.2f}x" for phase, x in point["speedup"].items())
         lines.append(
-            f"alpha {point['alpha']:g} ({point['skipped']} skipped): ROUGE-L "
-            f"{point['quality']:.3f}, loss {point['rouge_l_loss']:.3f}, same next token "
+            f"alpha {point['alpha']:g} ({point['skipped']} skipped, {point['compensation']}): "
+            f"ROUGE-L {point['quality']:.3f}, loss {point['rouge_l_loss']:.3f}, same next token "
             f"{point['agreement']:.3f}, {speeds}"
         )
     return "\n".join(lines)
