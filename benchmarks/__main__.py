@@ -69,7 +69,8 @@ def run(
     policy: Annotated[list[str] | None, typer.Option(help="of study_pareto; all")] = None,
     compensation: Annotated[list[str] | None, typer.Option(help="of studies")] = None,
     plan: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="saved, for study_pareto")
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="saved, for study_pareto and study_summaries"),
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="folder for the plans of study_recipe")] = None,
     steps: Annotated[

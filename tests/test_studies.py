@@ -511,13 +511,16 @@ def same(reference: str, summary: str) -> float:
 
 
 def test_summaries_are_scored_against_the_full_models_own(tmp_path: Path) -> None:
-    options = Options(samples=2, length=96, alphas=(1.0, 2.0))
+    saved = tmp_path / "plan.json"
+    options = Options(samples=2, length=96, alphas=(1.0, 2.0), plans=(("mine", saved),))
     texts = [text("one", 1, 600)]
     made = subject_of("tiny", make_model("three_layers"), Letters(), texts, options, timed=False)
+    scaled(made, "1.ffn").save(saved)
     result = summaries.summaries(made, same, tokens=6)
-    nothing, same_again, half, fitted = result["points"]
+    nothing, same_again, half, fitted, mine = result["points"]
     kinds = [point["compensation"] for point in result["points"]]
-    assert kinds == ["scale", "normalized", "scale", "normalized"]
+    assert kinds == ["scale", "normalized", "scale", "normalized", "scale"]
+    assert (mine["policy"], mine["skipped"]) == ("mine", 1)
     assert same_again["quality"] == nothing["quality"]
     assert fitted["skipped"] == half["skipped"]
     assert fitted["examples"] != half["examples"]
@@ -533,7 +536,7 @@ def test_summaries_are_scored_against_the_full_models_own(tmp_path: Path) -> Non
     )
     assert "no gold summaries" in result["reference"]
     assert draws(summaries.PICTURES, result, tmp_path)
-    assert "alpha 2 (3 skipped, normalized): ROUGE-L " in summaries.summary(result)
+    assert "AdaSkip (3 skipped, normalized): ROUGE-L " in summaries.summary(result)
     assert made.runtime.policy is None
 
 

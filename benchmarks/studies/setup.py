@@ -44,7 +44,7 @@ class Options:
         samples, length: windows of each text's half, and tokens of each; 8 of 2048 on a GPU and
             2 of 256 elsewhere when None.
         alphas: acceleration ratios.
-        plans: (name, file) of plans that study_pareto compares too.
+        plans: (name, file) of plans that study_pareto and study_summaries compare too.
         keep: folder for the plans that study_recipe makes; None: they are not kept.
         policies, compensations: which; the usual ones when empty.
         steps: of study_recipe's refinement, for each alpha; the last holds for those after it.

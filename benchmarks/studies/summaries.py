@@ -7,7 +7,7 @@ summary, so what is measured is how far skipping leads away from the full model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise, product
@@ -96,16 +96,13 @@ def summaries(subject: Subject, score: Score, tokens: int) -> dict[str, Any]:
     empty = AdaSkip(), SkipPlan.empty(subject.runtime.sublayers)
     full = _generate_all(subject, documents, [empty] * len(documents), tokens)
     points = []
-    for alpha, (kind, method) in product(subject.options.alphas, _METHODS.items()):
-        known = {text: method(subject, text, alpha) for text in subject.texts}
+    for about, known in _contenders(subject):
         plans = [known[text][1] for text, _ in documents]
         ours = _generate_all(subject, documents, [known[text] for text, _ in documents], tokens)
         scores = [score(a.text, b.text) for a, b in zip(full, ours, strict=True)]
         points.append(
             {
-                "policy": "AdaSkip",
-                "compensation": kind,
-                "alpha": alpha,
+                **about,
                 "skipped": len(plans[0].skipped("prefill")),
                 "quality": mean(scores),
                 "rouge_l_loss": 1 - mean(scores),
@@ -125,6 +122,17 @@ def summaries(subject: Subject, score: Score, tokens: int) -> dict[str, Any]:
         "points": points,
         "full_examples": [one.text for one in full[:3]],
     }
+
+
+def _contenders(subject: Subject) -> Iterator[tuple[dict[str, Any], dict[Text, Method]]]:
+    """What a point is of, and the method for each text; saved plans come last."""
+    for alpha, (kind, method) in product(subject.options.alphas, _METHODS.items()):
+        about = {"policy": "AdaSkip", "compensation": kind, "alpha": alpha}
+        yield about, {text: method(subject, text, alpha) for text in subject.texts}
+    for name, path in subject.options.plans:
+        plan = SkipPlan.load(path)
+        about = {"policy": name, "compensation": plan.compensation.kinds, "alpha": None}
+        yield about, dict.fromkeys(subject.texts, (Fitted(plan), plan))
 
 
 def _by_factors(subject: Subject, text: Text, alpha: float) -> Method:
@@ -181,6 +189,7 @@ def _generate(subject: Subject, ids: torch.Tensor, tokens: int) -> Summary:
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,
+        min_new_tokens=tokens // 2,  # a small model that skips may end at once
         do_sample=False,
         streamer=clock,
     )
@@ -221,7 +230,7 @@ def summary(result: dict[str, Any]) -> str:
     for point in result["points"]:
         speeds = ", ".join(f"{phase} {x:.2f}x" for phase, x in point["speedup"].items())
         lines.append(
-            f"alpha {point['alpha']:g} ({point['skipped']} skipped, {point['compensation']}): "
+            f"{point['policy']} ({point['skipped']} skipped, {point['compensation']}): "
             f"ROUGE-L {point['quality']:.3f}, loss {point['rouge_l_loss']:.3f}, same next token "
             f"{point['agreement']:.3f}, {speeds}"
         )
