@@ -33,20 +33,16 @@ OPENINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             *("static", "struct", "function", "const", "package", "public class", "fn", "#!/bin/"),
             *("SELECT", "--", "//"),
         ),
-        # several words each: models soon fall back to English
-        "romance languages": (
+        "languages": (  # several words each: models soon fall back to English
             *("El gobierno de España anunció", "Había una vez un", "La ciudad es conocida por su"),
             *("¿Qué es lo que quieres decir?", "Los archivos se guardan en", "Opciones:\n  La"),
             *("Il était une fois une", "Le gouvernement français a", "Cette commande permet"),
             *("Je ne sais pas pourquoi", "La ville est située dans le", "OPTIONS\n  Affiche les"),
-            *("C'era una volta un", "La città si trova nel", "Il comando mostra i"),
-            *("Era uma vez uma", "O governo do Brasil"),
-        ),
-        "other languages": (
             *("Es war einmal ein", "Die Stadt liegt im Norden von", "Der Befehl gibt die"),
             *("Ich weiß nicht, ob das", "Im Jahr 1990 wurde die", "OPTIONEN\n  Zeigt die Datei"),
-            *("De stad ligt in het noorden van", "Det var en gång en", "W roku 1990", "中国的"),
-            "日本の",
+            *("C'era una volta un", "La città si trova nel", "Il comando mostra i"),
+            *("Era uma vez uma", "O governo do Brasil", "De stad ligt in het noorden van"),
+            *("Det var en gång en", "W roku 1990", "中国的", "日本の"),
         ),
     }
 )
