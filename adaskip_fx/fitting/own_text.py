@@ -37,9 +37,9 @@ def write_texts(
 ) -> list[torch.Tensor]:
     """Texts as token ids, int64 [1, tokens] each.
 
-    A quarter begins with a drawn token, half with the opening of a document of some kind, and a
-    quarter as the tokenizer's chat template begins, if it has one; then the model goes on by
-    itself, beyond ends of texts, sampled at a temperature of 0.8 or 1.
+    A third begins with a drawn token, a third with the opening of a document of some kind, and a
+    third as the tokenizer's chat template begins, if it has one; then the model goes on by itself,
+    beyond ends of texts, sampled at a temperature of 0.8 or 1.
 
     Args:
         runtime: of a compiled model; nothing is skipped while it writes.
@@ -103,8 +103,8 @@ def _beginnings(model: Any, tokenizer: Any, seed: int) -> Iterator[list[int]]:
     while True:
         token = [drawn.randrange(vocabulary)]
         yield [first, *token] if first is not None and drawn.random() < _AFTER_FIRST else token
-        for kind in drawn.sample(list(OPENINGS), 2):
-            yield _opening(tokenizer, drawn.choice(OPENINGS[kind])) or token
+        kind = drawn.choice(list(OPENINGS))
+        yield _opening(tokenizer, drawn.choice(OPENINGS[kind])) or token
         if chat is not None:
             yield chat
 
