@@ -15,6 +15,7 @@ from adaskip_fx import Profile, SkipPlan, Sublayer
 from adaskip_fx.api import build
 from adaskip_fx.compensation import Compensation
 from adaskip_fx.fitting import Recipe, Rung
+from adaskip_fx.fitting.openings import OPENINGS
 from adaskip_fx.fitting.own_text import write_texts
 from adaskip_fx.fitting.retrieval import retrieval_samples
 from adaskip_fx.policies import AdaSkip, Fitted, OnlinePolicy
@@ -155,6 +156,21 @@ def test_a_model_writes_what_it_would_sample(model: Any) -> None:
     assert np.mean(likely) < np.mean([surprise(model, t) for t in drawn])
     with pytest.raises(ValueError, match="write at least one text of two tokens, got 0 of 24"):
         write_texts(runtime, Letters(), 0, 24)
+
+
+def test_rows_of_one_batch_begin_in_their_own_ways(model: Any) -> None:
+    runtime = build(model, None, backend="eager").adaskip
+    texts = [text_of(t) for t in write_texts(runtime, Letters(), 24, 40, batch=24, seed=1)]
+    openings = [text_of(Letters()(o)["input_ids"])[:32] for some in OPENINGS.values() for o in some]
+
+    def openings_of(row: list[int]) -> set[tuple[int, ...]]:
+        return {tuple(o) for o in openings if len(o) > 3 and row[: len(o)] == o}
+
+    begun = [max(openings_of(row), key=len) for row in texts[1::2] if openings_of(row)]
+    assert len(begun) > 6  # (openings of three letters may be drawn by chance, and don't count)
+    assert len(set(begun)) > 6
+    assert len({len(o) for o in begun}) > 3  # longer ones go on where others are sampled
+    assert not any(map(openings_of, texts[0::2]))  # companion: these begin with a drawn token
 
 
 @torch.no_grad()

@@ -39,9 +39,8 @@ class Refinement:
     every: steps after which held-out samples are judged; the best state is kept, the beginning
         included.
     seed: draws the samples of each step.
-    compiled: whether Inductor compiles the model's graph forward and backward, which takes a minute
-        or two and makes a step two to three times as fast; None: on a GPU, for 600 steps or more on
-        samples of one length.
+    compiled: whether Inductor compiles the model's graph, forward and backward, which pays for many
+        steps; None: on a GPU, for 600 steps or more on samples of one length.
 
     ValueError for a number that is not positive.
     """
