@@ -166,11 +166,12 @@ def test_rows_of_one_batch_begin_in_their_own_ways(model: Any) -> None:
     def openings_of(row: list[int]) -> set[tuple[int, ...]]:
         return {tuple(o) for o in openings if len(o) > 3 and row[: len(o)] == o}
 
-    begun = [max(openings_of(row), key=len) for row in texts[1::2] if openings_of(row)]
+    opened = [row for i, row in enumerate(texts) if i % 5]
+    begun = [max(openings_of(row), key=len) for row in opened if openings_of(row)]
     assert len(begun) > 6  # (openings of three letters may be drawn by chance, and don't count)
     assert len(set(begun)) > 6
     assert len({len(o) for o in begun}) > 3  # longer ones go on where others are sampled
-    assert not any(map(openings_of, texts[0::2]))  # companion: these begin with a drawn token
+    assert not any(map(openings_of, texts[0::5]))  # companion: these begin with a drawn token
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from .room import Room
 
 _TEMPERATURES = (0.8, 1.0)
 _LONGEST = 32  # tokens of an opening
+_OPENED = 4  # texts that begin as documents do, for one that begins with a drawn token
 _AFTER_FIRST = 0.5  # of drawn tokens come after the token that texts begin with, if there is one
 
 
@@ -37,9 +38,9 @@ def write_texts(
 ) -> list[torch.Tensor]:
     """Texts as token ids, int64 [1, tokens] each.
 
-    A third begins with a drawn token, a third with the opening of a document of some kind, and a
-    third as the tokenizer's chat template begins, if it has one; then the model goes on by itself,
-    beyond ends of texts, sampled at a temperature of 0.8 or 1.
+    Of six, one begins with a drawn token, four with openings of documents of as many kinds, and one
+    as the tokenizer's chat template begins, if it has one; then the model goes on by itself, beyond
+    ends of texts, sampled at a temperature of 0.8 or 1.
 
     Args:
         runtime: of a compiled model; nothing is skipped while it writes.
@@ -103,8 +104,8 @@ def _beginnings(model: Any, tokenizer: Any, seed: int) -> Iterator[list[int]]:
     while True:
         token = [drawn.randrange(vocabulary)]
         yield [first, *token] if first is not None and drawn.random() < _AFTER_FIRST else token
-        kind = drawn.choice(list(OPENINGS))
-        yield _opening(tokenizer, drawn.choice(OPENINGS[kind])) or token
+        for kind in drawn.sample(list(OPENINGS), _OPENED):
+            yield _opening(tokenizer, drawn.choice(OPENINGS[kind])) or token
         if chat is not None:
             yield chat
 

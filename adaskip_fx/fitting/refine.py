@@ -3,6 +3,10 @@
 The closed form makes each stand-in explain its own sublayer; what matters is what the model says
 in the end. All of them are moved together so that KL(full model || plan) of the next token gets
 less. Only stand-ins change; the gradients flow through the captured graph itself.
+
+Matrices are moved by Muon (Jordan et al. 2024, with the rate as in Liu et al., "Muon is Scalable
+for LLM Training", 2025), all else by Adam: a linear map has many directions that matter little each
+and much together, and Muon moves along all of them alike.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ _WARM = 0.05  # of the steps, in which the rate rises
 class Refinement:
     """How to descend.
 
-    steps: of Adam; each takes `batch` samples, drawn from the groups of samples in turn.
+    steps: of descent; each takes `batch` samples, drawn from the groups of samples in turn.
     rate: the highest learning rate; it rises over the first twentieth of the steps and falls to 0
         along half a cosine.
     batch: samples of a step; those of one length go through the model together.
@@ -46,7 +50,7 @@ class Refinement:
     """
 
     steps: int = 300
-    rate: float = 3e-4
+    rate: float = 1e-3
     batch: int = 4
     every: int = 50
     seed: int = 0
@@ -107,7 +111,7 @@ def refine(
         loss = _Loss(fitter, plan, compiled)
         seen.losses[0] = best = loss.mean(held_out)
         kept = trained.compensation()
-        descent = _Adam(trained, how)
+        descent = _Rules(trained, how)
         draws = _Draws(groups, how.seed)
         for step in range(how.steps):
             if progress is not None:
@@ -127,14 +131,21 @@ def _worth_compiling(fitter: Fitter, groups: Sequence[Sequence[Sample]], how: Re
     return fitter.runtime.device.type == "cuda" and how.steps >= _WORTH and len(lengths) == 1
 
 
-class _Adam:
-    """Steps of Adam at a rate that rises and falls."""
+class _Rules:
+    """Steps of Muon for matrices, and of Adam for all else, at a rate that rises and falls."""
 
     def __init__(self, trained: type[Trainable], how: Refinement) -> None:
         self.how = how
         self.room = Room(how.batch)
         self.parameters = trained.parameters()
-        self.rule = torch.optim.Adam(self.parameters, lr=how.rate, betas=(0.9, 0.98))
+        matrices = [p for p in self.parameters if p.ndim == 2]
+        others = [p for p in self.parameters if p.ndim != 2]
+        self.rules: list[torch.optim.Optimizer] = []
+        if matrices:
+            matched = "match_rms_adamw"  # as large as steps of Adam, so that one rate serves both
+            self.rules.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn=matched))
+        if others:
+            self.rules.append(torch.optim.Adam(others, betas=(0.9, 0.98)))
 
     def along(
         self,
@@ -145,10 +156,12 @@ class _Adam:
         """Step number `step`, down the mean slope of some samples, at once if there is room."""
         steps = self.how.steps
         rise = min(1.0, (step + 1) / (_WARM * steps + 1))
-        for group in self.rule.param_groups:
-            group["lr"] = self.how.rate * rise * (1 + math.cos(math.pi * step / steps)) / 2
+        rate = self.how.rate * rise * (1 + math.cos(math.pi * step / steps)) / 2
         self.room(lambda together: self._slope(loss, samples, together))
-        self.rule.step()
+        for rule in self.rules:
+            for group in rule.param_groups:
+                group["lr"] = rate
+            rule.step()
 
     def _slope(
         self,
@@ -156,7 +169,8 @@ class _Adam:
         samples: Sequence[Sample],
         together: int,
     ) -> None:
-        self.rule.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         for some in _alike(samples, together):
             slopes = torch.autograd.grad(loss(some) / len(samples), self.parameters)
             for parameter, slope in zip(self.parameters, slopes, strict=True):
