@@ -41,7 +41,7 @@ class Size:
 
 
 ON_GPU = Size(layers=12, hidden=256, heads=8, steps=800, batch=16, context=512)
-ON_CPU = Size(layers=4, hidden=64, heads=4, steps=60, batch=8, context=128)
+ON_CPU = Size(layers=8, hidden=128, heads=4, steps=600, batch=8, context=256)
 
 
 def _configs(size: Size) -> dict[str, dict[str, Any]]:
