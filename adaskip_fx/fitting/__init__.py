@@ -2,10 +2,11 @@
 
 from .bound import LatencyBound
 from .compensator import Compensator
-from .fitter import Fitter, Rung
+from .fitter import Fitter
 from .moments import Moments
 from .recipe import Recipe, fit
 from .refine import Descent, Refinement, refine
+from .rung import Rung
 from .sample import Sample
 from .solve import solve, unexplained
 from .workshop import Workshop

@@ -6,7 +6,8 @@ from adaskip_fx.compensation import Compensation
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.sublayer import Sublayer
 
-from .fitter import Fitter, Rung
+from .fitter import Fitter
+from .rung import Rung
 
 
 class Compensator:

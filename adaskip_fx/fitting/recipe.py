@@ -9,7 +9,7 @@ from adaskip_fx.plan import SkipPlan
 from adaskip_fx.policies import AdaSkip, PlanPolicy
 from adaskip_fx.profile import Profile
 
-from .fitter import Rung
+from .rung import Rung
 from .workshop import Kinds, Say, Workshop
 
 

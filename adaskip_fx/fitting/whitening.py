@@ -15,8 +15,9 @@ import torch
 from adaskip_fx.plan import Action, SkipPlan
 from adaskip_fx.sublayer import Sublayer
 
-from .fitter import Fitter, Rung
+from .fitter import Fitter
 from .moments import Moments
+from .rung import Rung
 
 _RIDGE = 1e-2  # of the mean square
 

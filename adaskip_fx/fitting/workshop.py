@@ -19,11 +19,12 @@ from adaskip_fx.search import CalibrationLoss
 from adaskip_fx.sublayer import Sublayer
 
 from .compensator import Compensator
-from .fitter import Fitter, Rung
+from .fitter import Fitter
 from .own_text import laid_out, pack, write_texts
 from .precision import coarse
 from .refine import Refinement, refine
 from .retrieval import retrieval_samples
+from .rung import Rung
 from .sample import Sample
 
 #: texts, or token ids int64 [1, T], of several kinds by name
