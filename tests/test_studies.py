@@ -22,10 +22,12 @@ from typer.testing import CliRunner
 
 from adaskip_fx.api import build
 from adaskip_fx.compensation import Compensation
+from adaskip_fx.fitting import Fitter, Rung
 from adaskip_fx.plan import SkipPlan, Sublayer
 from adaskip_fx.plots import plot
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.runtime import Runtime
+from adaskip_fx.testing import Oracle as Hooked
 from benchmarks.__main__ import app
 from benchmarks.studies import (
     STUDIES,
@@ -70,6 +72,16 @@ def eager_logits(model: Any, plan: SkipPlan, ids: torch.Tensor) -> torch.Tensor:
     skips = {str(s): "skip" for s in plan.skipped("prefill")}
     factors = {str(s): f for s, f in plan.compensation.factors.items()}
     return Oracle(model).behave(skips, None, factors).step(ids, DynamicCache())[0]
+
+
+@torch.no_grad()
+def hooked_logits(subject: Subject, plan: SkipPlan, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [T, V] of a prompt, by hooks on the modules of the eager model."""
+    instead = {str(s): one for s, one in plan.compensation.stand_ins.items() if s in plan.prefill}
+    oracle = Hooked(subject.model, subject.runtime.graphs.modules, prefill=instead)
+    with oracle.watching():
+        logits: torch.Tensor = subject.model(input_ids=ids).logits[0]
+    return logits
 
 
 def scaled(subject: Subject, *names: str) -> SkipPlan:
@@ -256,21 +268,31 @@ def _similar(*chosen: int) -> dict[str, float]:
 
 def test_domain_cells(subject: Subject, tmp_path: Path) -> None:
     """Row: what was calibrated on; column: what was evaluated on."""
-    result = domain.domain(subject)
-    for alpha, panel in zip(OPTIONS.alphas, result["panels"], strict=True):
-        plan = AdaSkip().plan(subject.profile(subject.texts[1]), alpha)
+    learned, read = subject.texts[1], subject.texts[0]
+    windows = subject.windows(learned, "first")
+    fitted = Fitter(subject.model, None, windows, max_length=subject.length)
+    options = dataclasses.replace(OPTIONS, compensations=("scale", "linear"))
+    result = domain.domain(dataclasses.replace(subject, options=options))
+    kinds = [(name, alpha) for name in ("scale", "linear") for alpha in OPTIONS.alphas]
+    assert [(p["compensation"], p["alpha"]) for p in result["panels"]] == kinds
+    for (name, alpha), panel in zip(kinds, result["panels"], strict=True):
+        plan = AdaSkip().plan(subject.profile(learned), alpha)
+        if name == "linear":
+            plan = fitted.fit(plan, Rung("linear"))
         empty = SkipPlan.empty(subject.runtime.sublayers)
         nll = [
             sum(
-                float(cross_entropy(eager_logits(subject.model, p, ids)[:-1], ids[0, 1:]))
-                for ids in subject.windows(subject.texts[0], "second")
+                float(cross_entropy(hooked_logits(subject, p, ids)[:-1], ids[0, 1:]))
+                for ids in subject.windows(read, "second")
             )
             for p in (empty, plan)
         ]
         assert panel["values"][1][0] == pytest.approx(math.exp((nll[1] - nll[0]) / 2), rel=1e-4)
     assert np.array(result["kl"][0]["values"]).shape == (2, 2)
-    assert len({v for row in result["panels"][0]["values"] for v in row}) > 1
-    assert domain.summary(result).startswith("alpha 1.25: 1 of 6; columns one, two")
+    assert result["panels"][0]["values"] != result["panels"][2]["values"]  # companion
+    usual = domain.domain(subject)
+    assert [p["values"] for p in usual["panels"]] == [p["values"] for p in result["panels"][:2]]
+    assert domain.summary(result).startswith("scale, alpha 1.25: 1 of 6; columns one, two")
     assert draws(("matrix",), result, tmp_path)
 
 
@@ -478,13 +500,13 @@ def test_unknown_names() -> None:
 
 def test_a_linear_fit_leaves_less_than_a_scale(subject: Subject) -> None:
     """On the very windows that it was fitted on."""
-    profile, skip = subject.profile(subject.texts[0]), [Sublayer.parse("2.ffn")]
+    learned, skip = subject.texts[0], [Sublayer.parse("2.ffn")]
     ids = subject.windows(subject.texts[0], "first")[0]
     plan = SkipPlan.of(subject.runtime.sublayers, skip)
     _, right = streams.prompt_streams(subject.runtime, SkipPlan.empty(plan.sublayers), ids)
     left = {}
     for name, fit in fits.COMPENSATIONS.items():
-        made = plan.with_compensation(fit(subject, profile, skip))
+        made = plan.with_compensation(fit(subject, learned, skip))
         _, found = streams.prompt_streams(subject.runtime, made, ids)
         left[name] = float(streams.relative_errors(found[-1], right[-1]).square().mean())
     assert left["linear"] < left["diagonal"] < left["none"]

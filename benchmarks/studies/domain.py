@@ -1,21 +1,24 @@
-"""A profile of one domain, used on another: what it costs."""
+"""A profile and its stand-ins, of one domain, used on another: what that costs."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from adaskip_fx.plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.policies.adaskip import skip_count
 
 from . import transfer
+from .fits import Fit, chosen_compensations
 from .quality import costs
-from .setup import Options, Subject, open_subject
+from .setup import Options, Subject, Text, open_subject
 
 PICTURES = ("matrix",)
+_USUAL = ("scale",)  # compensations, if no others are asked for
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """For each alpha the perplexity ratio, calibrated on each text, evaluated on each."""
+    """For each compensation and alpha the perplexity ratio, by what was calibrated on and read."""
     subject = open_subject(options)
     return {**subject.about(), **domain(subject)}
 
@@ -26,9 +29,11 @@ def domain(subject: Subject) -> dict[str, Any]:
     Calibrated on the first half of a text, evaluated on the second half; the diagonal of a book is
     therefore a part of the same book.
     """
-    names, alphas = [text.name for text in subject.texts], subject.options.alphas
+    names = [text.name for text in subject.texts]
+    fits = chosen_compensations(subject.options.compensations, _USUAL)
+    kinds = [(name, alpha) for name in fits for alpha in subject.options.alphas]
     plans = [
-        AdaSkip().plan(subject.profile(text), alpha) for alpha in alphas for text in subject.texts
+        _plan(subject, text, alpha, fits[name]) for name, alpha in kinds for text in subject.texts
     ]
     columns, perplexity = [], {}
     for text in subject.texts:
@@ -40,7 +45,8 @@ def domain(subject: Subject) -> dict[str, Any]:
     def panels(key: str) -> list[dict[str, Any]]:
         return [
             {
-                "title": f"alpha {alpha:g}: {skip_count(alpha, total)} of {total}",
+                "title": f"{name}, alpha {alpha:g}: {skip_count(alpha, total)} of {total}",
+                "compensation": name,
                 "alpha": alpha,
                 "rows": names,
                 "columns": names,
@@ -49,7 +55,7 @@ def domain(subject: Subject) -> dict[str, Any]:
                     for row in range(len(names))
                 ],
             }
-            for i, alpha in enumerate(alphas)
+            for i, (name, alpha) in enumerate(kinds)
         ]
 
     return {
@@ -60,6 +66,11 @@ def domain(subject: Subject) -> dict[str, Any]:
         "kl": panels("kl"),
         "full_perplexity": perplexity,
     }
+
+
+def _plan(subject: Subject, text: Text, alpha: float, fit: Fit) -> SkipPlan:
+    plan = AdaSkip().plan(subject.profile(text), alpha)
+    return plan.with_compensation(fit(subject, text, list(plan.prefill)))
 
 
 summary = transfer.summary

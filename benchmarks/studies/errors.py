@@ -48,10 +48,10 @@ def errors(subject: Subject) -> dict[str, Any]:
 
 
 def _growth(subject: Subject, order: Sequence[Sublayer], fit: Fit) -> list[dict[str, float]]:
-    profile, all_ = subject.profile(subject.texts[0]), subject.runtime.sublayers
+    text, all_ = subject.texts[0], subject.runtime.sublayers
 
     def plan(skip: Sequence[Sublayer]) -> SkipPlan:
-        return SkipPlan.of(all_, skip, compensation=fit(subject, profile, skip))
+        return SkipPlan.of(all_, skip, compensation=fit(subject, text, skip))
 
     singles = [plan([s]) for s in order]
     together = [plan(order[: k + 1]) for k in range(len(order))]

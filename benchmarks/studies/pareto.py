@@ -16,6 +16,7 @@ from .timing import measure_times
 
 PICTURES = ("pareto", "plans")
 _DECODED = 4  # windows whose end is decoded token by token; one on a CPU
+_ROUNDS = 3  # of timing
 _ROWS = 8  # prompts of a prefill that is timed, on a GPU
 _USUAL = ("none", "scale", "linear")  # compensations, if no others are asked for
 Candidate = tuple[dict[str, Any], Any]
@@ -47,8 +48,8 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
         "decode": decode_costs(subject.runtime, plans, few, subject.decoded),
     }
     everything = [SkipPlan.empty(subject.runtime.sublayers), *plans]
-    rounds, rows = (3, _ROWS) if on_gpu else (1, 1)
-    times = measure_times(subject.runtime, everything, windows[0], subject.decoded, rounds, rows)
+    rows = _ROWS if on_gpu else 1
+    times = measure_times(subject.runtime, everything, windows[0], subject.decoded, _ROUNDS, rows)
     points = []
     for i, (about, plan) in enumerate(candidates):
         found = {phase: own[i].against(full) for phase, (full, own) in by_phase.items()}
@@ -101,8 +102,8 @@ def candidates_of(
 
     Plans that do the same are kept once. What a policy refuses is added to `refused`.
     """
-    profile = subject.profile(subject.texts[0])
-    windows = subject.windows(subject.texts[0], "first")
+    text = subject.texts[0]
+    profile, windows = subject.profile(text), subject.windows(text, "first")
     wanted = subject.options.compensations
     found: dict[str, Candidate] = {}
     for alpha in subject.options.alphas:
@@ -116,7 +117,7 @@ def candidates_of(
         variants = [("", kind, published)]
         if isinstance(ours, SkipPlan):
             for name, fit in chosen_compensations(wanted, _USUAL).items():
-                fitted = fit(subject, profile, left_out(ours))
+                fitted = fit(subject, text, left_out(ours))
                 variants.append((policy.variant, name, ours.with_compensation(fitted)))
         else:
             kind = plans_in(ours)[-1].compensation.kinds

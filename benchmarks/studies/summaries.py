@@ -143,7 +143,7 @@ def _by_factors(subject: Subject, text: Text, alpha: float) -> Method:
 def _by_maps(subject: Subject, text: Text, alpha: float) -> Method:
     """Its choice with normalized maps, fitted in one pass; nothing is added online."""
     plan = AdaSkip().plan(subject.profile(text), alpha)
-    fitted = fitter(subject).on(subject.windows(text, "first")).alone(plan, Rung("normalized"))
+    fitted = fitter(subject, text).alone(plan, Rung("normalized"))
     return Fitted(fitted), fitted
 
 
