@@ -23,6 +23,7 @@ from adaskip_fx.fitting import (
 )
 from adaskip_fx.fitting.refine import _Loss
 from adaskip_fx.fitting.solve import best_ridge, left_out, smallest_rank
+from adaskip_fx.fitting.whitening import whitenings
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.stand_in import StandIn
 from adaskip_fx.sublayer import Sublayer
@@ -325,6 +326,39 @@ def test_descent_brings_predictions_nearer(model: Any, fitter: Fitter, rung: Run
     assert min(seen.losses.values()) < 0.95 * seen.losses[0]
     assert all(p.grad is None for p in model.parameters())
     assert_equivalent(model, refined)
+
+
+def test_a_step_moves_a_map_in_all_directions_alike_and_a_bias_in_all_elements(
+    fitter: Fitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, SKIPPED[:1]), Rung("normalized"))
+    one = samples(fitter)[:1]
+    how = Refinement(steps=1, rate=1e-3, batch=1)
+    slopes = dict[str, torch.Tensor]()
+    whole = torch.autograd.grad
+
+    def watched(loss: torch.Tensor, parameters: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        found = whole(loss, parameters)
+        slopes.update(
+            {"weight" if p.ndim == 2 else "bias": s for p, s in zip(parameters, found, strict=True)}
+        )
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    moved, _ = refine(fitter, plan, [one], one, how)
+    (skipped,) = plan.prefill
+    whitening = whitenings(fitter, plan)[skipped]
+    before, after = (p.compensation.stand_ins[skipped].tensors for p in (plan, moved))
+    change = {name: torch.tensor(after[name] - before[name]) for name in before}
+    step = change["weight"].double() @ torch.linalg.inv(whitening.root.double()) / whitening.size
+    sizes = torch.linalg.svdvals(step)
+    full = 0.2 * sizes.numel() ** 0.5 * how.rate / (1 + 0.05)  # as large as a step of Adam
+    assert sizes.max() < 1.3 * full
+    assert sizes.median() > 0.7 * full
+    bias = change["bias"].double() / whitening.size
+    assert bias.numpy() == pytest.approx(-slopes["bias"].sign() * how.rate / 1.05, rel=1e-2)
+    steep = torch.linalg.svdvals(slopes["weight"].double())
+    assert steep.max() > 10 * steep.median()  # companion: the slope itself is not alike
 
 
 def test_weights_say_which_tokens_matter(fitter: Fitter) -> None:
