@@ -598,7 +598,14 @@ def test_families_say_what_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     )
     assert result["models"][0]["type"] == "gpt_neox"
     assert result["rows"][0]["family"] == "gpt_neox"
-    assert "no package ships another trained decoder" in families.summary(result)
+    said = families.summary(result)
+    assert "no package ships another trained decoder" in said
+    share = result["rows"][0]["attention_above_ffn"]
+    assert f"gpt_neox: attention is more similar than FFN in {share:.2f} of all pairs" in said
+    without = [
+        {k: v for k, v in row.items() if k != "attention_above_ffn"} for row in result["rows"]
+    ]
+    assert "of all pairs" not in families.summary({**result, "rows": without})  # as of a Mamba
     assert draws(families.PICTURES, result, tmp_path)
 
 

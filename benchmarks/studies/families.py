@@ -192,4 +192,10 @@ def summary(result: dict[str, Any]) -> str:
             f"a byte, ratio {row['perplexity_ratio']:.3f}; at random {others[0]:.3f} to "
             f"{others[-1]:.3f}"
         )
+    shares = {row["family"]: row.get("attention_above_ffn") for row in result["rows"]}
+    lines += [
+        f"{family}: attention is more similar than FFN in {share:.2f} of all pairs"
+        for family, share in shares.items()
+        if share is not None
+    ]
     return "\n".join(lines)
