@@ -483,8 +483,9 @@ def test_speedups_are_ratios_of_medians(subject: Subject) -> None:
         found = timing.measure_times(subject.runtime, plans, ids, steps=2, rounds=3, rows=4)
     assert [(len(t.prefill), len(t.decode)) for t in found] == [(3, 3), (3, 3)]
     assert all(s > 0 for t in found for s in (*t.prefill, *t.decode))
-    length = ids.shape[1]  # of each plan and round: one request to link it, and one that is timed
-    assert shapes == [(4, length), (1, length), (1, 1), (1, 1)] * 2 * 3 * 2
+    length = ids.shape[1]  # of each plan and round: one request to link it, then one that is timed
+    prefill, decode = [(4, length)], [(1, length), (1, 1), (1, 1)]
+    assert shapes == ([*prefill * 2, *decode * 2]) * 2 * 3
 
 
 def test_unknown_names() -> None:
