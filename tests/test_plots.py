@@ -24,6 +24,7 @@ from adaskip_fx.plots.plan_map import fate
 from adaskip_fx.plots.source import load
 from adaskip_fx.plots.style import LOOKS
 from adaskip_fx.profile import Fingerprint, Profile
+from benchmarks.studies import choices
 
 NAMES = [f"{i}.{kind}" for i in range(3) for kind in ("attention", "ffn")]
 SUBLAYERS = tuple(map(Sublayer.parse, NAMES))
@@ -236,7 +237,7 @@ def test_a_level_to_compare_with(tmp_path: Path) -> None:
 
 
 def test_the_legend_says_what_markers_and_letters_mean(tmp_path: Path) -> None:
-    points = [*POINTS, {**POINTS[1], "policy": "B", "variant": "protected"}]
+    points = [*POINTS, {**POINTS[1], "policy": "B", "variant": "protected", "quality": 2.4}]
     figure = drawn("pareto", tmp_path, points)
     (legend,) = figure.legends
     said = [t.get_text() for t in legend.get_texts()]
@@ -245,6 +246,18 @@ def test_the_legend_says_what_markers_and_letters_mean(tmp_path: Path) -> None:
     assert "B, protected + scale" in {label for label, _, _ in lines(figure.axes[0])}
     marks = {(line.get_marker(), line.get_fillstyle()) for line in figure.axes[0].lines}
     assert {("o", "none"), ("o", "full"), ("s", "none"), ("s", "full")} <= marks
+
+
+def test_no_number_is_written_over_another(tmp_path: Path) -> None:
+    beside = {**POINTS[0], "skipped": 9, "quality": 1.2001}  # behind the front, in the same place
+    (axes, _) = drawn("pareto", tmp_path, [beside, *POINTS]).axes
+    assert {t.get_text() for t in axes.texts} == {"8", "15", "1.25"}
+    (axes, _) = drawn("pareto", tmp_path, [{**beside, "quality": 2.4}, *POINTS]).axes
+    assert "9" in {t.get_text() for t in axes.texts}
+
+
+def test_each_policy_and_saved_plans_have_a_look_of_their_own() -> None:
+    assert len(choices.POLICIES) < len(LOOKS)
 
 
 def test_hopeless_points_are_named_and_not_shown(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ _BEST = {  # steps: what at least this speed can have
     **{"color": "black", "linewidth": 1, "zorder": 1},
     "drawstyle": "steps-pre",
 }
+_ROOM = (20.0, 10.0)  # pixels that a number beside a point takes
 _LOG_FROM = 8.0  # times between the best and the worst, from which a log scale shows more
 
 #: keyword arguments by policy, fill styles by compensation
@@ -47,10 +48,10 @@ def front(points: Sequence[tuple[float, float]], lower_is_better: bool) -> list[
 def figure(documents: Sequence[Document], make: Any) -> Any:
     """One panel a phase. PlotError for other data.
 
-    The marker is the policy, its filling the compensation, the number what is skipped (or alpha); a
-    letter after it is a variant of the policy. Points may say ``compensation`` and ``variant``.
-    Documents may say ``quality_name`` (default: perplexity ratio), ``lower_is_better`` (true) and
-    ``levels``, qualities to compare with, by name.
+    The marker is the policy, its filling the compensation, the number what is skipped (or alpha),
+    where there is room for it; a letter after it is a variant of the policy. Points may say
+    ``compensation`` and ``variant``. Documents may say ``quality_name`` (default: perplexity
+    ratio), ``lower_is_better`` (true) and ``levels``, qualities to compare with, by name.
     """
     points = items(documents, "points", ("policy", "speedup", "quality"), HOW)
     name = documents[0].get("quality_name", "perplexity ratio")
@@ -102,16 +103,8 @@ def _panel(axes: Any, points: Sequence[Document], phase: str, lower: bool, looks
         shape = marks[str(point["policy"])]
         fill = fills[_compensation(point)]
         axes.plot(speed, quality, label=label_of(point), fillstyle=fill, **shape)
-        axes.annotate(
-            _size(point),
-            (speed, quality),
-            xytext=(5, 3),
-            textcoords="offset points",
-            fontsize=6.5,
-            annotation_clip=True,
-        )
-    best = [values[i] for i in front(values, lower)]
-    axes.plot(*zip(*best, strict=True), label="best of all", **_BEST)
+    best = front(values, lower)
+    axes.plot(*zip(*(values[i] for i in best), strict=True), label="best of all", **_BEST)
     qualities = [q for _, q in values]
     if min(qualities) > 0 and max(qualities) / min(qualities) > _LOG_FROM:
         axes.set_yscale("log")
@@ -121,7 +114,33 @@ def _panel(axes: Any, points: Sequence[Document], phase: str, lower: bool, looks
     axes.margins(0.08)
     if lower:
         _cut(axes, points, qualities)
+    _number(axes, points, values, best)
     plain(axes)
+
+
+def _number(
+    axes: Any,
+    points: Sequence[Document],
+    values: Sequence[tuple[float, float]],
+    best: Sequence[int],
+) -> None:
+    """Write sizes beside points, those of the front first; none over another."""
+    import numpy as np
+
+    where = axes.transData.transform(values)
+    written = np.empty((0, 2))
+    for i in dict.fromkeys((*best, *range(len(points)))):
+        if (abs(written - where[i]) < _ROOM).all(1).any():
+            continue
+        written = np.vstack((written, where[i]))
+        axes.annotate(
+            _size(points[i]),
+            values[i],
+            xytext=(5, 3),
+            textcoords="offset points",
+            fontsize=6.5,
+            annotation_clip=True,
+        )
 
 
 def quality_of(point: Document, phase: str) -> float:

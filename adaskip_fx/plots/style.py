@@ -21,6 +21,8 @@ LOOKS = (
     ("h", (0, (2, 2)), "#7a4b2a"),
     ("p", (0, (6, 1, 1, 1)), "#3f51b5"),
     ("*", (0, (4, 4)), "#000000"),
+    ("d", (0, (8, 1, 1, 1)), "#c2185b"),
+    ("H", (0, (1, 3)), "#5d4037"),
 )
 GREYS = "Greys"  # of a heat map: printed without colour it says the same
 _SETTINGS: Any = {
