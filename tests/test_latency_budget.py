@@ -263,6 +263,43 @@ def test_it_learns_online_as_adaskip_does() -> None:
     assert learned == base.online_plan(measured, plan, window, probed) != plan
 
 
+def test_what_it_left_running_is_not_added_for_being_as_similar_as_before() -> None:
+    """Attention of little similarity is skipped because it costs much; beta is low then."""
+    similar = [0.5, 0.9, 0.5, 0.8, 0.5, 0.7]
+    losses = {s: float(s.kind == "ffn") for s in sublayers(3)}
+    budget = LatencyBudget(table(3), 100, "prefill", losses)
+    measured = profile(similar)
+    plan = budget.plan(measured, 1.2)
+    probed = tuple(s for s in sublayers(3) if s.kind == "ffn")
+    assert [s.kind for s in plan.prefill] == ["attention"]
+
+    def added(policy: OnlinePolicy, window: Sequence[float]) -> list[str]:
+        moments = [[4 * c, 3.0, 4.0, 2.25, 4] for c in window]
+        learned = policy.online_plan(measured, plan, moments, probed)
+        return [str(s) for s in learned.decode if s not in plan.decode]
+
+    assert added(AdaSkip(), [0.9, 0.8, 0.7]) == ["0.ffn", "1.ffn", "2.ffn"]
+    assert added(budget, [0.9, 0.8, 0.7]) == []
+    assert added(budget, [0.91, 0.8, 0.95]) == ["0.ffn", "2.ffn"]
+
+
+@given(
+    st.lists(st.sampled_from([0.5, 0.7, 0.9]), min_size=6, max_size=6),
+    st.lists(st.sampled_from([0.4, 0.6, 0.8, 1.0]), min_size=3, max_size=3),
+    st.sampled_from([1.2, 1.5, 2.0]),
+)
+def test_on_a_plan_of_the_most_similar_it_learns_what_adaskip_does(
+    similar: list[float], window: list[float], alpha: float
+) -> None:
+    measured, base = profile(similar), AdaSkip()
+    plan = base.plan(measured, alpha)
+    probed = [s for s in sublayers(3) if s.kind == "ffn" and s not in plan.prefill]
+    moments = [[4 * window[s.layer], 3.0, 4.0, 2.25, 4] for s in probed]
+    given = (measured, plan, np.array(moments).reshape(-1, 5), tuple(probed))
+    budget = LatencyBudget(table(3), 100, "prefill")
+    assert budget.online_plan(*given) == base.online_plan(*given)
+
+
 # What it refuses. ------------------------------------------------------------------------------
 
 

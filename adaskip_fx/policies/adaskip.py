@@ -114,6 +114,8 @@ class AdaSkip:
         plan: SkipPlan,
         window: npt.ArrayLike,
         probed: tuple[Sublayer, ...],
+        *,
+        least: float = -math.inf,
     ) -> SkipPlan:
         """`plan`, with every probed ffn whose mean similarity is above beta added to decode.
 
@@ -121,6 +123,7 @@ class AdaSkip:
             batch together). A sublayer with no tokens, or with a sum that is not finite, is no
             evidence and is not added.
         probed: the ffn sublayers that were measured.
+        least: takes the place of a beta below it.
 
         At least one sublayer keeps running: if beta would leave none, the most similar are added.
         ValueError when `probed` names anything but ffn sublayers of the plan, each once, or
@@ -130,7 +133,7 @@ class AdaSkip:
         beta = self.threshold(profile, plan)
         if beta is None or not self.online:
             return plan
-        chosen = self._above(beta, moments, probed)
+        chosen = self._above(max(beta, least), moments, probed)
         running = [s for s in plan.sublayers if plan.action("decode", s) is Action.RUN]
         fresh = [s for s in chosen if s in running][: len(running) - 1]
         # What prefill skips keeps what stands in for it there, and so does what was fitted for it.

@@ -98,8 +98,15 @@ class LatencyBudget:
         window: npt.ArrayLike,
         probed: tuple[Sublayer, ...],
     ) -> SkipPlan:
-        """AdaSkip's: see :meth:`AdaSkip.online_plan`."""
-        return self.base.online_plan(profile, plan, window, probed)
+        """As :meth:`AdaSkip.online_plan`, with a beta that means as much as the paper's.
+
+        There no sublayer that runs is more similar offline than one that is skipped. Here some
+        are, because they would have saved too little; that is no reason to skip them after all.
+        So an ffn must be more similar than every probed one was offline.
+        """
+        offline = dict(zip(profile.sublayers, profile.similarity(self.base.variant), strict=True))
+        least = max((float(offline[s]) for s in probed), default=-math.inf)
+        return self.base.online_plan(profile, plan, window, probed, least=least)
 
     def _constraints(self) -> tuple[Mapping[Phase, float], ...]:
         """What is to be alpha times as fast, each as how often a phase counts."""
