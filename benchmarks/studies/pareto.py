@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,10 +38,15 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
     neither.
     """
     refused: list[dict[str, Any]] = []
-    candidates = [c for policy in policies for c in candidates_of(subject, policy, refused)]
+    candidates: list[Candidate] = []
+    for policy in policies:
+        found = candidates_of(subject, policy, refused)
+        _say(f"{policy.name}: {len(found)} plans")
+        candidates += found
     candidates += [_saved(name, load_decision(path)) for name, path in subject.options.plans]
     plans = [plan for _, plan in candidates]
     windows = subject.windows(subject.texts[-1], "second")
+    _say(f"what {len(plans)} plans lose, and how fast they are")
     on_gpu = subject.device.type == "cuda"
     few = windows[: _DECODED if on_gpu else 1]
     by_phase = {
@@ -52,14 +58,14 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
     times = measure_times(subject.runtime, everything, windows[0], subject.decoded, _ROUNDS, rows)
     points = []
     for i, (about, plan) in enumerate(candidates):
-        found = {phase: own[i].against(full) for phase, (full, own) in by_phase.items()}
+        lost = {phase: own[i].against(full) for phase, (full, own) in by_phase.items()}
         points.append(
             {
                 **about,
                 "skipped": len(left_out(plans_in(plan)[-1])),
                 "speedup": times[i + 1].speedup(times[0]),
-                "quality": _quality(plan, found),
-                "costs": found,
+                "quality": _quality(plan, lost),
+                "costs": lost,
             }
         )
     return {
@@ -78,6 +84,10 @@ def pareto(subject: Subject, policies: Sequence[Choice]) -> dict[str, Any]:
         "refused": refused,
         "plans": [p for about, plan in candidates for p in named_plans(about, plan)],
     }
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
 
 
 def _saved(name: str, plan: Any) -> Candidate:
