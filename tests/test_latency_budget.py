@@ -188,7 +188,9 @@ def test_the_plan_is_fast_enough_and_keeps_the_most(alpha: float, phase: Weights
         predicted = budget.table.predict(plan, constraint, 100)
         assert predicted >= alpha - 1e-9
         assert predicted == pytest.approx(speed_up(skip, constraint, together=True), rel=1e-12)
-    assert sum(LOST[s] for s in skip) == pytest.approx(by_hand(alpha, constraints)[0], abs=1e-12)
+    # An alpha that a plan meets but for rounding may be met by it or by the next.
+    least, most = (by_hand(a, constraints)[0] for a in (alpha, alpha + 2e-9))
+    assert least - 1e-12 <= sum(LOST[s] for s in skip) <= most + 1e-12
 
 
 def test_what_is_dear_in_one_phase_goes_for_that_phase() -> None:
