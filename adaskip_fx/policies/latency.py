@@ -104,8 +104,9 @@ class LatencyBudget:
         are, because they would have saved too little; that is no reason to skip them after all.
         So an ffn must be more similar than every probed one was offline.
         """
-        offline = dict(zip(profile.sublayers, profile.similarity(self.base.variant), strict=True))
-        least = max((float(offline[s]) for s in probed), default=-math.inf)
+        similarity = profile.similarity(self.base.variant)
+        offline = zip(profile.sublayers, similarity, strict=True)
+        least = max((float(value) for s, value in offline if s in probed), default=-math.inf)
         return self.base.online_plan(profile, plan, window, probed, least=least)
 
     def _constraints(self) -> tuple[Mapping[Phase, float], ...]:
