@@ -24,7 +24,7 @@ from adaskip_fx.fingerprint import fingerprint
 from adaskip_fx.knapsack import choose
 from adaskip_fx.latency import LatencyTable, device_name
 from adaskip_fx.parts import Costs, TableError, Weights
-from adaskip_fx.plan import SkipPlan, Sublayer
+from adaskip_fx.plan import PlanError, SkipPlan, Sublayer
 from adaskip_fx.policies import AdaSkip, EarlyExit, LatencyBudget, OnlinePolicy
 from adaskip_fx.profile import Fingerprint, Profile
 from tests import bank
@@ -283,6 +283,8 @@ def test_what_it_left_running_is_not_added_for_being_as_similar_as_before() -> N
     assert added(AdaSkip(), [0.9, 0.8, 0.7]) == ["0.ffn", "1.ffn", "2.ffn"]
     assert added(budget, [0.9, 0.8, 0.7]) == []
     assert added(budget, [0.91, 0.8, 0.95]) == ["0.ffn", "2.ffn"]
+    with pytest.raises(PlanError, match=r"9\.ffn"):
+        budget.online_plan(measured, plan, [[4.0, 3.0, 4.0, 2.25, 4]], (Sublayer(9, "ffn"),))
 
 
 @given(

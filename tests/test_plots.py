@@ -256,6 +256,16 @@ def test_no_number_is_written_over_another(tmp_path: Path) -> None:
     assert "9" in {t.get_text() for t in axes.texts}
 
 
+def test_room_is_what_there_is_on_the_picture(tmp_path: Path) -> None:
+    """Speeds and qualities that hardly differ fill a panel all the same."""
+    points = [
+        {"policy": "A", "skipped": n, "speedup": {"prefill": 1 + n / 1e4}, "quality": 1 + n / 1e4}
+        for n in range(1, 6)
+    ]
+    (axes,) = drawn("pareto", tmp_path, points).axes
+    assert {t.get_text() for t in axes.texts} == {"1", "2", "3", "4", "5"}
+
+
 def test_each_policy_and_saved_plans_have_a_look_of_their_own() -> None:
     assert len(choices.POLICIES) < len(LOOKS)
 

@@ -127,6 +127,7 @@ def _number(
     """Write sizes beside points, those of the front first; none over another."""
     import numpy as np
 
+    axes.autoscale_view()  # limits are only worked out when they are asked for
     where = axes.transData.transform(values)
     written = np.empty((0, 2))
     for i in dict.fromkeys((*best, *range(len(points)))):
