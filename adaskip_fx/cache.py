@@ -72,6 +72,10 @@ class SkipCache(Cache):
         return tuple(slot.attends for slot in self.kept)
 
     @property
+    def is_linear(self) -> list[bool]:  # transformers 5.24 asks; without layers all() of it is true
+        return [slot.mixes and not slot.attends for slot in self.slots]
+
+    @property
     def stateful(self) -> bool:
         """Whether mixers keep states, which cannot forget a token."""
         return any(slot.mixes for slot in self.kept)

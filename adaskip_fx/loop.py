@@ -20,6 +20,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import SkipCache
+from .cache_names import output_fields
 
 
 def serves(config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
@@ -97,8 +98,9 @@ def run(
         streamer.end()
     if not config.return_dict_in_generate:
         return input_ids
+    held = output_fields(GenerateDecoderOnlyOutput, cache)
     return GenerateDecoderOnlyOutput(
-        sequences=input_ids, scores=kept.scores, logits=kept.logits, past_key_values=cache
+        sequences=input_ids, scores=kept.scores, logits=kept.logits, **held
     )
 
 

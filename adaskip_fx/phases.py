@@ -33,6 +33,7 @@ from adaskip_passes import (
     sublayer_calls,
 )
 
+from .cache_names import cache_argument
 from .plan import Sublayer
 from .step_cache import StepCache, StepLayer, WholeCache
 from .storage import Slot
@@ -190,8 +191,7 @@ def capture_phase(
         arguments = _example_arguments(model, forward, key, slots, lengths)
         cache = arguments["cache"]
         layers = Repeat.of("model", model, {"L['cache'].layers": cache.layers}, (cache,))
-        stateful = cache_argument(forward) == "cache_params"
-        return capture(_logits_of_states if stateful else _logits, arguments, build, layers)
+        return capture(_TRACED[cache_argument(forward)], arguments, build, layers)
 
 
 def _memory(captured: Capture, outer: fx.GraphModule) -> tuple[frozenset[Memory], ...]:
@@ -233,13 +233,26 @@ def _sorted_inputs(captured: Capture) -> tuple[dict[str, str], dict[str, str]]:
 def _logits(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
     """The traced function: logits [B, kept tokens, vocabulary]."""
     cache.begin(inputs["input_ids"].shape[1])
-    return forward(model, past_key_values=cache, use_cache=True, **inputs).logits
+    return forward(model, cache=cache, use_cache=True, **inputs).logits
 
 
 def _logits_of_states(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
     """Likewise, of a model with another name for its cache."""
     cache.begin(inputs["input_ids"].shape[1])
     return forward(model, cache_params=cache, use_cache=True, **inputs).logits
+
+
+def _logits_of_past(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
+    """Likewise, with the name that most models have before transformers 5.24."""
+    cache.begin(inputs["input_ids"].shape[1])
+    return forward(model, past_key_values=cache, use_cache=True, **inputs).logits
+
+
+_TRACED = {
+    "cache": _logits,
+    "cache_params": _logits_of_states,
+    "past_key_values": _logits_of_past,
+}
 
 
 def _kind(kind: str) -> Literal["attention", "ffn", "mixer"]:
@@ -293,11 +306,6 @@ def step_inputs(
     if "logits_to_keep" in has:
         inputs["logits_to_keep"] = logits_to_keep
     return inputs
-
-
-def cache_argument(forward: Forward) -> str:
-    """What a model's forward calls its cache."""
-    return "cache_params" if "cache_params" in _parameters(forward) else "past_key_values"
 
 
 @functools.cache

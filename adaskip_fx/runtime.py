@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import phases
 from .admission import admit
 from .cache import SkipCache
+from .cache_names import cache_argument
 from .decisions import Choice, Decision, Stages, plans_of
 from .graphs import Graphs
 from .inputs import Inputs
@@ -65,7 +65,7 @@ class Runtime:
         fixed_addresses: bool | None = None,
     ) -> None:
         self.model = model
-        self.cache_argument = phases.cache_argument(forward)
+        self.cache_argument = cache_argument(forward)
         self.profile = profile
         self.policy = policy
         self.graphs = Graphs(model, forward, sample, backend, link, max_variants)

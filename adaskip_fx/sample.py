@@ -18,6 +18,7 @@ from torch import fx
 from adaskip_passes import RefusedError
 
 from . import attention, phases
+from .cache_names import cache_argument
 from .phases import Forward, GraphKey, GraphPhase, GraphPhaseCapture
 from .step_cache import StepCache, StepLayer, WholeCache
 from .storage import Slot, State, StateKind, Storage
@@ -195,7 +196,7 @@ def _new_cache(model: Any) -> Any:
 
 
 def _logits(model: Any, forward: Forward, ids: torch.Tensor, cache: Any, past: int) -> torch.Tensor:
-    inputs: dict[str, Any] = {"input_ids": ids, phases.cache_argument(forward): cache}
+    inputs: dict[str, Any] = {"input_ids": ids, cache_argument(forward): cache}
     if "position_ids" in inspect.signature(forward).parameters:
         places = torch.arange(past, past + ids.shape[1], device=ids.device)
         inputs["position_ids"] = places.expand_as(ids)

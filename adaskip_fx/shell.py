@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from . import attention, loop
 from .cache import SkipCache
+from .cache_names import CACHE_NAMES, output_fields, under_one_name
 from .runtime import Runtime
 
 _STEP_ARGUMENTS = frozenset(
@@ -29,8 +30,7 @@ _STEP_ARGUMENTS = frozenset(
         "input_ids",
         "attention_mask",
         "position_ids",
-        "past_key_values",
-        "cache_params",
+        *CACHE_NAMES,
         "use_cache",
         "logits_to_keep",
         "return_dict",
@@ -243,6 +243,7 @@ def _run(model: Any, given: dict[str, Any]) -> Any:
     """One forward of the compiled model."""
     _refuse_unsupported(model, given)
     runtime: Runtime = model.adaskip
+    given = under_one_name(given, runtime.cache_argument)
     input_ids = _checked_ids(model, given.get("input_ids"))
     cache = given.get(runtime.cache_argument)
     if cache is None:
@@ -262,7 +263,7 @@ def _run(model: Any, given: dict[str, Any]) -> Any:
         return (logits, kept) if kept is not None else (logits,)
     if runtime.cache_argument == "cache_params":
         return StatefulOutput(logits=logits, cache_params=kept)
-    return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
+    return CausalLMOutputWithPast(logits=logits, **output_fields(CausalLMOutputWithPast, kept))
 
 
 def _refuse_unsupported(model: Any, given: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, assert_never
 
 import torch
 
+from ..cache_names import cache_argument
 from .examples import Choose, Generate, Predict, Recall, Tokens
 from .text_scores import METRICS
 
@@ -110,8 +111,7 @@ def stepped_logits(model: Any, tokens: Sequence[int], steps: int) -> torch.Tenso
 
     The right token is fed at every step, whatever the model would have said.
     """
-    known = inspect.signature(model.forward).parameters
-    cache = "cache_params" if "cache_params" in known else "past_key_values"
+    cache = cache_argument(model.forward)
     more = {"logits_to_keep": 1} if _can_keep(model) else {}
     output = model(input_ids=_row(model, tokens[: -steps - 1]), use_cache=True, **more)
     rows = []

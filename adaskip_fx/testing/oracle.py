@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaskip_fx.cache_names import CACHE_NAMES
 from adaskip_fx.stand_in import EPS, StandIn
 
 _ADDS = frozenset(
@@ -71,7 +72,7 @@ class Oracle:
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        cache = next((kwargs[n] for n in ("past_key_values", "cache_params") if n in kwargs), None)
+        cache = next((kwargs[n] for n in CACHE_NAMES if n in kwargs), None)
         self._decoding = ids is not None and ids.shape[1] == 1 and _filled(cache)
         self.streams, self._calls = {}, Counter()
 

@@ -123,6 +123,7 @@ def module_path(node: fx.Node) -> str:
         return ""
     raw = next(reversed(stack.values()))[0]
     dotted = re.sub(r"(?:\._modules)?\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", raw)
+    dotted = re.sub(r"^L?\.?args\.0\.", "", dotted)  # a decorated forward: transformers 5.24
     return re.sub(r"^L?\.?(?:self|model)?\.?", "", dotted, count=1).removeprefix("_modules.")
 
 
