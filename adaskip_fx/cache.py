@@ -8,7 +8,8 @@ never in a layer: layer 0's attention may be skipped, or all of it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -37,6 +38,7 @@ class SkipCache(Cache):
         kept: what of it this request stores: nothing for what its prompts skip.
         length: tokens stored so far.
         padded: whether any token stored is padding, or was masked for another reason.
+        prompting: whether what is fed now is a prompt, whatever its length (see `prompt`).
         request: the owner's state of this request (its plan and decode window).
     """
 
@@ -60,6 +62,7 @@ class SkipCache(Cache):
         self.length = 0
         self.batch = 0
         self.padded = False
+        self.prompting = False
         self.request: Any = None
         self._wanted = capacity
         self._storage: Storage | None = None
@@ -106,6 +109,32 @@ class SkipCache(Cache):
         if self.kept != tuple(kept):
             self.kept = tuple(kept)
             self._release()
+
+    def renew(
+        self, slots: Sequence[Slot], kept: Sequence[Slot], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Store this from now on, where the model has been changed since the cache was made.
+
+        Only while nothing is stored.
+        """
+        if (self.slots, self.dtype, self.device) != (tuple(slots), dtype, device):
+            self._release()
+            self.slots, self.dtype, self.device = tuple(slots), dtype, device
+        self.keep(kept)
+
+    @contextmanager
+    def prompt(self) -> Iterator[None]:
+        """What the model is fed with this cache meanwhile is a prompt, or a piece of one.
+
+        A single token on a filled cache is otherwise taken for a decoded one, which runs under the
+        plan for decoding. ``generate`` says so itself; a loop of one's own that cuts its prompts
+        says it for the pieces that may have one token.
+        """
+        before, self.prompting = self.prompting, True
+        try:
+            yield
+        finally:
+            self.prompting = before
 
     def reserve(self, batch: int, tokens: int) -> Storage:
         """Storage with room for `tokens` more tokens; made or grown as needed.

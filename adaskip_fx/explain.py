@@ -40,8 +40,7 @@ def explain(model: Any, plan: SkipPlan) -> Iterator[Explained]:
         PlanError: the plan is of another model.
         RefusedError: the model's sublayers cannot be captured or proven.
     """
-    shell, forward = make_shell(model), type(model).forward
-    graphs = Graphs(shell, forward, take(model), "eager", "pieces", max_variants=1)
+    graphs = Graphs(make_shell(model), model, take(model), "eager", "pieces", max_variants=1)
     for phase in get_args(Phase):
         if phase == "decode" and plan.decode == plan.prefill:
             return

@@ -30,9 +30,11 @@ from adaskip_passes import (
     capture,
     find_sublayers,
     outline,
+    readable,
     sublayer_calls,
 )
 
+from . import attention
 from .cache_names import cache_argument
 from .plan import Sublayer
 from .step_cache import StepCache, StepLayer, WholeCache
@@ -162,9 +164,10 @@ def capture_phase(
 
     def build(captured: Capture) -> GraphPhaseCapture:
         if captured.python_effects:
+            changed = ", ".join(map(readable, captured.python_effects))
             raise RefusedError(
-                f"{type(model).__name__}.forward changes {', '.join(captured.python_effects)} "
-                "while it runs; a captured graph cannot repeat that"
+                f"{type(model).__name__}.forward changes {changed} while it runs; a captured graph "
+                "cannot repeat that"
             )
         canonicalize(captured.graph.graph)
         found = find_sublayers(captured.graph.graph)
@@ -187,6 +190,11 @@ def capture_phase(
             expected=tuple(_layout(t) if isinstance(t, torch.Tensor) else None for t in tensors),
         )
 
+    if key.whole_cache and attention.is_own(model):
+        raise RefusedError(
+            f"{type(model).__name__}'s attention implementation is one that was registered, and "
+            "may look at how many keys there are; whole buffers have more than are filled"
+        )
     with torch.no_grad():
         arguments = _example_arguments(model, forward, key, slots, lengths)
         cache = arguments["cache"]
@@ -230,29 +238,30 @@ def _sorted_inputs(captured: Capture) -> tuple[dict[str, str], dict[str, str]]:
     return fixed, step
 
 
-def _logits(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
-    """The traced function: logits [B, kept tokens, vocabulary]."""
+def _logits_of_cache(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
+    """The traced function since transformers 5.24: logits [B, kept tokens, vocabulary]."""
     cache.begin(inputs["input_ids"].shape[1])
     return forward(model, cache=cache, use_cache=True, **inputs).logits
 
 
 def _logits_of_states(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
-    """Likewise, of a model with another name for its cache."""
+    """Likewise, of a model with only mixers, before."""
     cache.begin(inputs["input_ids"].shape[1])
     return forward(model, cache_params=cache, use_cache=True, **inputs).logits
 
 
-def _logits_of_past(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
-    """Likewise, with the name that most models have before transformers 5.24."""
+def _logits(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
+    """Likewise, of all others."""
     cache.begin(inputs["input_ids"].shape[1])
     return forward(model, past_key_values=cache, use_cache=True, **inputs).logits
 
 
 _TRACED = {
-    "cache": _logits,
+    "cache": _logits_of_cache,
     "cache_params": _logits_of_states,
-    "past_key_values": _logits_of_past,
+    "past_key_values": _logits,
 }
+_logits_of_cache.__name__ = _logits_of_states.__name__ = _logits.__name__  # for messages
 
 
 def _kind(kind: str) -> Literal["attention", "ffn", "mixer"]:

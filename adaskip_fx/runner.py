@@ -23,6 +23,7 @@ from .online import Request
 from .phases import GraphKey, GraphPhase, active_autocast
 from .plan import SkipPlan, Sublayer
 from .programs import Program
+from .states import Since
 from .storage import Storage, StoragePool
 
 #: What ran, its logits [B, kept, V], and the moments [probed, B, 5] if anything was probed.
@@ -42,7 +43,6 @@ class Runner:
 
     def __init__(self, graphs: Graphs, fixed_addresses: bool | None) -> None:
         self.graphs = graphs
-        self._parameter = next(name for name, _ in graphs.model.named_parameters())
         on_gpu = self.device.type == "cuda"
         self.fixed_addresses = on_gpu if fixed_addresses is None else fixed_addresses
         self.why_not_fixed: str | None = None
@@ -53,7 +53,7 @@ class Runner:
     @property
     def device(self) -> torch.device:
         """Where the parameters are now (`PreTrainedModel.device` looks at all modules for that)."""
-        device: torch.device = self.graphs.model.get_parameter(self._parameter).device
+        device: torch.device = next(self.graphs.model.parameters()).device
         return device
 
     @torch.no_grad()
@@ -150,8 +150,8 @@ class Runner:
         given = phases.step_inputs(forward, inputs.input_ids, positions, mask, key.logits_to_keep)
         views = cache.step(batch, tokens, phase == "prefill")
         arguments = phases.bind_arguments(model, forward, views, given)
-        program = self.graphs.program(key, plan, probed, arguments)
-        fixed = _fixed(request, program, arguments)
+        program = self.graphs.program(key, plan, probed, arguments, _since(request))
+        fixed = self._fixed(request, program, arguments, cache)
         valid = _valid(request, phase, inputs.input_ids, mask) if probed else None
         return program, *program(arguments, fixed, valid)
 
@@ -173,15 +173,26 @@ class Runner:
         lane = request.lane
         if lane is None or not lane.serves(storage, plan, probed, self.graphs.counters):
             try:
-                lane = request.lane = self._lane(storage, decoder, plan, probed)
+                lane = request.lane = self._lane(storage, decoder, plan, probed, _since(request))
             except RefusedError as error:
                 self._give_up_fixed_addresses(error)
                 return None
         program, arguments = lane.program, lane.arguments
-        fixed = _fixed(request, program, arguments)
+        fixed = self._fixed(request, program, arguments, cache)
         valid = request.valid_rows(ids) if probed else None
         outputs = decoder.run(program, arguments, fixed, ids, positions, cache.length, valid)
         return program, *outputs
+
+    def _fixed(
+        self, request: Request, program: Program, arguments: dict[str, Any], cache: SkipCache
+    ) -> tuple[Any, ...]:
+        """The inputs that stay the same during a request, looked up at the graph's first step."""
+        fixed = request.fixed.get(program.phase)
+        if fixed is None:
+            if cache.length:  # at its beginning the model was looked at just now
+                self.graphs.states.require(_since(request))
+            fixed = request.fixed[program.phase] = program.phase.fixed(arguments)
+        return fixed
 
     def _decoder(self, storage: Storage) -> Decoder:
         """The one that works on these buffers."""
@@ -195,7 +206,12 @@ class Runner:
         return storage.decoder
 
     def _lane(
-        self, storage: Storage, decoder: Decoder, plan: SkipPlan, probed: tuple[Sublayer, ...]
+        self,
+        storage: Storage,
+        decoder: Decoder,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        since: Since,
     ) -> Lane:
         graphs = self.graphs
         key = GraphKey(
@@ -211,7 +227,7 @@ class Runner:
         )
         given = phases.step_inputs(graphs.forward, decoder.tokens, decoder.positions, None, 1)
         arguments = phases.bind_arguments(graphs.model, graphs.forward, decoder.cache, given)
-        program = graphs.program(key, plan, probed, arguments)
+        program = graphs.program(key, plan, probed, arguments, since)
         return Lane(storage, plan, probed, program, arguments, graphs.counters.links)
 
     def _give_up_fixed_addresses(self, error: RefusedError) -> None:
@@ -221,12 +237,9 @@ class Runner:
         self.storages.clear()
 
 
-def _fixed(request: Request, program: Program, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """The inputs that stay the same during a request, looked up at the graph's first step."""
-    fixed = request.fixed.get(program.phase)
-    if fixed is None:
-        fixed = request.fixed[program.phase] = program.phase.fixed(arguments)
-    return fixed
+def _since(request: Request) -> Since:
+    assert request.since is not None, "a request begins with a prompt"
+    return request.since
 
 
 def _valid(
