@@ -14,7 +14,7 @@ from adaskip_passes import text
 
 from .compensation import Compensation
 from .graphs import Graphs
-from .phases import GraphKey
+from .phases import GraphKey, Surroundings
 from .plan import Phase, PlanError, SkipPlan
 from .programs import rewrite
 from .sample import take
@@ -65,6 +65,7 @@ def _key(model: Any, phase: Phase) -> GraphKey:
         logits_to_keep=1,
         dtype=model.dtype,
         device=model.device,
+        surroundings=Surroundings.now(model.device),
     )
 
 

@@ -20,7 +20,7 @@ from adaskip_passes import (
 
 from . import phases
 from .folding import Placed
-from .phases import Forward, GraphKey, GraphPhaseCapture, Memory, active_autocast
+from .phases import Forward, GraphKey, GraphPhaseCapture, Memory, Surroundings
 from .plan import Action, SkipPlan
 from .programs import Counters, Link, Program, VariantCache, plan_phase
 from .sample import Sample, positions
@@ -175,7 +175,7 @@ class Graphs:
             logits_to_keep=1,
             dtype=self.model.dtype,
             device=device,
-            autocast=active_autocast(device),
+            surroundings=Surroundings.now(device),
         )
         self.capture(key)
 

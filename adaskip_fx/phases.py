@@ -64,7 +64,7 @@ class GraphKey:
         masked: a 2D attention mask is given.
         logits_to_keep: 0 for the logits of all tokens, else of the last n.
         dtype, device: of the model's floating point parameters.
-        autocast: the dtype of an active autocast region on that device.
+        surroundings: what factories and autocast do where the model is called.
         whole_cache: K/V are handed over as whole buffers and the position is on the device, so that
             every step works at the same addresses (decode only).
     """
@@ -77,15 +77,30 @@ class GraphKey:
     logits_to_keep: int
     dtype: torch.dtype
     device: torch.device
-    autocast: torch.dtype | None = None
+    surroundings: Surroundings
     whole_cache: bool = False
 
 
-def active_autocast(device: torch.device) -> torch.dtype | None:
-    """The dtype of an active autocast region on a device; None outside of one."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
+@dataclass(frozen=True)
+class Surroundings:
+    """State of torch that a model's code runs in, and a captured graph depends on.
+
+    Attributes:
+        autocast: the dtype of an active autocast region; None outside of one.
+        dtype: of floating point tensors that are made without one.
+        device: of tensors that are made without one.
+    """
+
+    autocast: torch.dtype | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def now(cls, device: torch.device) -> Surroundings:
+        """As they are, of code that runs on a device."""
+        on = torch.is_autocast_enabled(device.type)
+        autocast = torch.get_autocast_dtype(device.type) if on else None
+        return cls(autocast, torch.get_default_dtype(), torch.get_default_device())
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,7 +356,9 @@ def _example_cache(key: GraphKey, slots: Sequence[Slot], tokens: int, total: int
         return _mark_length(part, 2)
 
     layers = [StepLayer.shaped(s, key.batch, shaped, key.device) for s in slots]
-    filled, new = (_mark_length(torch.empty(n, dtype=torch.int8), 0) for n in (total, tokens))
+    filled, new = (
+        _mark_length(torch.empty(n, dtype=torch.int8, device="cpu"), 0) for n in (total, tokens)
+    )
     return StepCache(layers, filled, new, fresh=key.phase == "prefill")
 
 

@@ -20,7 +20,7 @@ from .decoding import Decoder, Lane
 from .graphs import Graphs
 from .inputs import Inputs
 from .online import Request
-from .phases import GraphKey, GraphPhase, active_autocast
+from .phases import GraphKey, GraphPhase, Surroundings
 from .plan import SkipPlan, Sublayer
 from .programs import Program
 from .states import Since
@@ -144,7 +144,7 @@ class Runner:
             logits_to_keep=1 if tokens == 1 else logits_to_keep,
             dtype=self.graphs.model.dtype,
             device=self.device,
-            autocast=active_autocast(self.device),
+            surroundings=Surroundings.now(self.device),
         )
         model, forward = self.graphs.model, self.graphs.forward
         given = phases.step_inputs(forward, inputs.input_ids, positions, mask, key.logits_to_keep)
@@ -164,16 +164,20 @@ class Runner:
         cache: SkipCache,
     ) -> _Ran | None:
         """A decode step; None in an autocast region, and where the model cannot be captured so."""
-        if active_autocast(self.device):
+        surroundings = Surroundings.now(self.device)
+        if surroundings.autocast:
             return None
         inputs.check_positions()
         ids, _, positions = inputs
         storage = cache.reserve(ids.shape[0], 1)
         decoder = self._decoder(storage)
         lane = request.lane
-        if lane is None or not lane.serves(storage, plan, probed, self.graphs.counters):
+        here = surroundings, self.graphs.counters
+        if lane is None or not lane.serves(storage, plan, probed, *here):
             try:
-                lane = request.lane = self._lane(storage, decoder, plan, probed, _since(request))
+                lane = request.lane = self._lane(
+                    storage, decoder, plan, probed, request, surroundings
+                )
             except RefusedError as error:
                 self._give_up_fixed_addresses(error)
                 return None
@@ -211,7 +215,8 @@ class Runner:
         decoder: Decoder,
         plan: SkipPlan,
         probed: tuple[Sublayer, ...],
-        since: Since,
+        request: Request,
+        surroundings: Surroundings,
     ) -> Lane:
         graphs = self.graphs
         key = GraphKey(
@@ -223,12 +228,13 @@ class Runner:
             logits_to_keep=1,
             dtype=graphs.model.dtype,
             device=self.device,
+            surroundings=surroundings,
             whole_cache=True,
         )
         given = phases.step_inputs(graphs.forward, decoder.tokens, decoder.positions, None, 1)
         arguments = phases.bind_arguments(graphs.model, graphs.forward, decoder.cache, given)
-        program = graphs.program(key, plan, probed, arguments, since)
-        return Lane(storage, plan, probed, program, arguments, graphs.counters.links)
+        program = graphs.program(key, plan, probed, arguments, _since(request))
+        return Lane(storage, plan, probed, surroundings, program, arguments, graphs.counters.links)
 
     def _give_up_fixed_addresses(self, error: RefusedError) -> None:
         """Decode on views of the filled cache from now on, as on a CPU; `report` says why."""

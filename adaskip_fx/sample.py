@@ -117,7 +117,7 @@ class Sample:
             RefusedError: the logits are others.
         """
         key = captured.key
-        if key.autocast or key.one_stored or key.dtype != self.dtype:
+        if key.surroundings.autocast or key.one_stored or key.dtype != self.dtype:
             return
         for step in self.steps["decode" if key.one_token else key.phase]:
             if step.logits.device == key.device and step.usable:

@@ -101,8 +101,9 @@ class StepTimer:
 
     def _tokens(self, count: int) -> torch.Tensor:
         words = int(self.runtime.model.config.get_text_config().vocab_size)
-        generator = torch.Generator().manual_seed(count)
-        ids = torch.randint(0, words, (self.batch, count), generator=generator)
+        generator = torch.Generator(device="cpu").manual_seed(count)
+        size = self.batch, count
+        ids = torch.randint(0, words, size, generator=generator, device="cpu")
         return ids.to(self.runtime.device)
 
     def _wait(self) -> None:
