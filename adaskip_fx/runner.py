@@ -119,7 +119,7 @@ class Runner:
             parts.append(self.run("decode", request, plan, (), tail, cache, 1)[0])
         except BaseException:
             if not cache.stateful:  # (a mixer's state cannot be taken back)
-                cache.crop(before)
+                cache.keep_first(before)
             raise
         return parts[-1] if logits_to_keep == 1 else torch.cat(parts, 1)
 
