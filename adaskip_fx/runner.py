@@ -23,7 +23,7 @@ from .online import Request
 from .phases import GraphKey, GraphPhase, Surroundings
 from .plan import SkipPlan, Sublayer
 from .programs import Program
-from .states import Since
+from .states import ChangedError, Since
 from .storage import Storage, StoragePool
 
 #: What ran, its logits [B, kept, V], and the moments [probed, B, 5] if anything was probed.
@@ -119,7 +119,7 @@ class Runner:
             parts.append(self.run("decode", request, plan, (), tail, cache, 1)[0])
         except BaseException:
             if not cache.stateful:  # (a mixer's state cannot be taken back)
-                cache.crop(before)
+                cache.keep_first(before)
             raise
         return parts[-1] if logits_to_keep == 1 else torch.cat(parts, 1)
 
@@ -175,9 +175,10 @@ class Runner:
         here = surroundings, self.graphs.counters
         if lane is None or not lane.serves(storage, plan, probed, *here):
             try:
-                lane = request.lane = self._lane(
-                    storage, decoder, plan, probed, request, surroundings
-                )
+                given = storage, decoder, plan, probed
+                lane = request.lane = self._lane(*given, request, surroundings)
+            except ChangedError:
+                raise
             except RefusedError as error:
                 self._give_up_fixed_addresses(error)
                 return None

@@ -221,7 +221,7 @@ class Runtime:
             logits_to_keep: 0 for the logits of all new tokens, else of the last n.
         """
         phase = self._phase(input_ids, cache)
-        if not cache.length:
+        if not cache.length or cache.request.since is None:  # of a file, or another's cache
             self._begin(cache)
         elif phase != "decode" or checks():
             self.graphs.states.require(cache.request.since)
@@ -314,8 +314,9 @@ class Runtime:
         request.since = Since.of(state)
         request.fixed.clear()
         request.lane = None
-        slots, kept = state.sample.slots, self.graphs.stored(request.plan)
-        cache.renew(slots, kept, self.model.dtype, self.device)
+        if not cache.length:
+            slots, kept = state.sample.slots, self.graphs.stored(request.plan)
+            cache.renew(slots, kept, self.model.dtype, self.device)
 
     def _turn(self, cache: SkipCache, phase: GraphPhase) -> Request:
         """The request's state for this step; a prompt after decoded tokens begins a new turn."""

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from . import attention, loop
 from .cache import SkipCache
 from .cache_names import CACHE_NAMES, output_fields, under_one_name
+from .foreign_cache import own_cache
 from .runtime import Runtime
 
 _STEP_ARGUMENTS = frozenset(
@@ -90,8 +91,9 @@ class CompiledModel:
         name = self._adaskip.cache_argument
         cache = model_kwargs.get(name)
         if cache is not None:
-            check_cache(cache, self._adaskip)
+            cache = own_cache(cache, self._adaskip, max_cache_length)
             cache.request.stop_tokens = stop_tokens
+            model_kwargs[name] = cache
         elif generation_config.use_cache is not False:
             model_kwargs[name] = self._adaskip.new_cache(max_cache_length, stop_tokens)
 
@@ -183,8 +185,11 @@ def make_shell(model: PreTrainedModel) -> PreTrainedModel:
     shell: PreTrainedModel = copy.deepcopy(model, memo)
     base = type(model)
     name = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    forward = _forward(base.forward)
-    shell.__class__ = type(base.__name__, (CompiledModel, base), {**name, "forward": forward})
+    methods = {
+        "forward": _forward(base.forward),
+        "prepare_inputs_for_generation": loop.following(base.prepare_inputs_for_generation),
+    }
+    shell.__class__ = type(base.__name__, (CompiledModel, base), {**name, **methods})
     if attention.can_be_set(shell) and not attention.is_own(model):
         shell.set_attn_implementation(attention.NAME)
     return shell
@@ -223,19 +228,6 @@ def check_model(model: Any) -> None:
         raise ValueError("the model is in training mode; call model.eval() first")
 
 
-def check_cache(cache: Any, runtime: Runtime) -> None:
-    """Refuse a cache that this compiled model did not make."""
-    if not isinstance(cache, SkipCache):
-        raise TypeError(
-            f"past_key_values is a {type(cache).__name__}; a compiled model needs its own cache. "
-            "Leave past_key_values out, and continue with the one that comes back"
-        )
-    if cache.owner is not runtime:
-        raise ValueError(
-            "past_key_values was made by another compiled model, whose plan stores other layers"
-        )
-
-
 def _forward(base: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(base)
     named = frozenset(signature.parameters) - {"self", "kwargs"}
@@ -268,7 +260,7 @@ def _run(model: Any, given: dict[str, Any]) -> Any:
         if mask is None and not use_cache:
             _refuse_packed(positions)
         cache = runtime.new_cache()
-    check_cache(cache, runtime)
+    cache = own_cache(cache, runtime)
     logits = runtime.step(
         input_ids,
         _checked_mask(mask, input_ids, cache.length),

@@ -54,6 +54,10 @@ _READ_BY_US = frozenset(
 )
 
 
+class ChangedError(RefusedError):
+    """A model was changed where its request needs it as it was."""
+
+
 @dataclass(eq=False)
 class State:
     """One state of a compiled model's Python.
@@ -180,8 +184,8 @@ class States:
         before is sampled, by running the model on a few tokens.
 
         Raises:
-            RefusedError: the original was changed and the compiled model was not, or the model does
-                not run as it is now.
+            ChangedError: the original was changed and the compiled model was not.
+            RefusedError: the model does not run as it is now.
         """
         current = self.current
         if self._origin_is_same() and current.holds():
@@ -195,7 +199,7 @@ class States:
         """Refuse to go on if anything has changed since a request began.
 
         Raises:
-            RefusedError: something has.
+            ChangedError: something has.
         """
         state = self.look()
         if state is not since.state:
@@ -204,7 +208,7 @@ class States:
             changed = "a parameter or buffer was replaced"
         else:
             return
-        raise RefusedError(
+        raise ChangedError(
             f"{type(self.model).__name__} was changed since this request began ({changed}), and "
             "what is in its cache was computed before; begin a new request"
         )
@@ -290,7 +294,7 @@ class States:
         mine = self._watched(self.model)
         alone = [c for c in changes if not self._done_to_both(c, mine)]
         if alone:
-            raise RefusedError(
+            raise ChangedError(
                 f"{', '.join(map(str, alone[:3]))} of the original model was changed after "
                 f"{type(self.model).__name__} was compiled, but not of the compiled model; do the "
                 "same to both, undo it, or compile again"

@@ -70,7 +70,7 @@ class StepTimer:
         else:
             took = min(self._timed(step) for _ in range(self.steps))
         if not cache.stateful:
-            cache.crop(before)
+            cache.keep_first(before)
         return took
 
     def _timed(self, run: Callable[[], None], times: int = 1) -> float:

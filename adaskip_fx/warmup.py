@@ -33,6 +33,6 @@ def warm_up(runtime: Runtime, begin: SkipPlan | Schedule, max_length: int, batch
         runtime.step(token, None, None, cache, 1)
     for first, _ in begin.steps[1:] if isinstance(begin, Schedule) else ():
         if not cache.stateful:
-            cache.crop(prompt.shape[1])  # as far as there may be room
+            cache.keep_first(prompt.shape[1])  # as far as there may be room
         cache.request.decoding_from = cache.length - first
         runtime.step(token, None, None, cache, 1)

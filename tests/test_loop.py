@@ -130,7 +130,7 @@ def test_a_step_that_is_not_taken_back_shows(monkeypatch: pytest.MonkeyPatch) ->
     ids = bank.tokens(1, 6)
     with bank.using(mixed_plan(bank)):
         whole = bank.oracle.model.generate(ids, max_new_tokens=9, do_sample=False)[0, 6:].tolist()
-        monkeypatch.setattr(SkipCache, "crop", lambda self, tokens: None)
+        monkeypatch.setattr(SkipCache, "keep_first", lambda self, tokens: None)
         with pytest.raises(AssertionError):
             assert_the_same(bank, ids, max_new_tokens=9, do_sample=False, eos_token_id=whole[4])
 
