@@ -15,7 +15,7 @@ several tokens, or of one on an empty cache.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -119,7 +119,9 @@ class _Requests:
 
     first: _Model
     options: dict[str, Any]
-    known: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    known: MutableMapping[torch.Tensor, tuple[_Model, int]] = field(
+        default_factory=WeakIdKeyDictionary
+    )
 
     def begun(self) -> _Model:
         """A new request."""
@@ -144,7 +146,9 @@ class _Requests:
 
 def _mark(tensor: torch.Tensor) -> int:
     """What changes when somebody writes to it."""
-    return int(torch.hash_tensor(tensor)) if tensor.is_inference() else tensor._version
+    if tensor.is_inference():
+        return int(torch.hash_tensor(tensor).view(torch.int64))  # from 64 bits without a sign
+    return tensor._version
 
 
 def _is_empty(cache: Sequence[torch.Tensor]) -> bool:
@@ -153,7 +157,7 @@ def _is_empty(cache: Sequence[torch.Tensor]) -> bool:
 
 
 #: by the model's first parameter, which they do not keep alive, and by the content of the options
-_models: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_models: MutableMapping[torch.Tensor, dict[Hashable, _Requests]] = WeakIdKeyDictionary()
 
 
 def adaskip(
@@ -337,9 +341,7 @@ def _requests(options: dict[str, Any], inputs: Sequence[Any]) -> _Requests:
     if profile is not None and not isinstance(profile, Profile):
         options = {**options, "profile": Profile.load(profile)}
     first = next((t for t in inputs if isinstance(t, torch.nn.Parameter)), None)
-    known: dict[Hashable, _Requests] = {} if first is None else _models.get(first, {})
-    if first is not None:
-        _models[first] = known
+    known: dict[Hashable, _Requests] = {} if first is None else _models.setdefault(first, {})
     key = frozenset((name, _hashable(value)) for name, value in options.items())
     if key not in known:
         known[key] = _Requests(_make_model(options), options)
