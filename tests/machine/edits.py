@@ -378,7 +378,6 @@ def adapters(targets: tuple[str, ...]) -> tuple[Edit, ...]:
         add_adapter(model, "c", targets)
         model.set_adapter("c")
 
-    deleted = "delete_adapter('a')"
     return (
         Edit("set_adapter('b')", ("adapter",), lambda m: m.set_adapter("b")),
         Edit("disable_adapters()", ("adapter",), lambda m: m.disable_adapters()),
