@@ -6,10 +6,14 @@ After each call: the same values, or both refuse, or the compiled model refuses 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -18,10 +22,22 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from transformers.utils import ModelOutput
 
-from tests.machine.edits import Edit
+from adaskip_fx import SkipPlan
+from tests.machine import refusals
+from tests.machine.edits import Change, Edit, Values
+from tests.machine.faults import SEQUENCES, Sequence
 from tests.machine.structures import STRUCTURES, Side, Structure
-from tests.machine.world import SURROUNDINGS, Options, Request, World
+from tests.machine.world import (
+    SURROUNDINGS,
+    DifferenceError,
+    Expected,
+    Options,
+    Request,
+    World,
+    tokens,
+)
 
 #: Whether there is time for captures of all states, batch sizes and surroundings.
 SOAK = settings().max_examples > 100
@@ -160,9 +176,9 @@ class Machine(RuleBasedStateMachine):
         self.world.crop(request, count)
 
     @precondition(lambda self: self.world.requests and self.world.room)
-    @rule(request=_drawn(_request))
-    def deepcopy(self, request: Request) -> None:
-        self.world.copied(request)
+    @rule(request=_drawn(_request), around=st.sampled_from(("none", "inference mode")))
+    def deepcopy(self, request: Request, around: str) -> None:
+        self.world.copied(request, around)
 
     @precondition(lambda self: self.world.requests)
     @rule(request=_drawn(_request))
@@ -234,3 +250,147 @@ def _settings() -> settings:
         report_multiple_bugs=False,
         phases=[p for p in Phase if p is not Phase.explain],
     )
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES, ids=str)
+def test_sequences_that_once_went_wrong(sequence: Sequence) -> None:
+    if sequence.captures and not SOAK:
+        pytest.skip("captures for this alone: HYPOTHESIS_PROFILE=soak")
+    world = World(sequence.structure)
+    try:
+        sequence.run(world, world.pair.sides[-1])
+    finally:
+        world.end()
+    assert world.answered
+
+
+# The machine can fail ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World("llama")
+    yield made
+    made.end()
+
+
+@contextmanager
+def _without_an_ffn(side: Side) -> Iterator[None]:
+    """A compiled model that leaves out a sublayer, which its reference does not."""
+    runtime = side.compiled.adaskip
+    before, runtime.plan = runtime.plan, SkipPlan.of(runtime.sublayers, ["1.ffn"])
+    try:
+        yield
+    finally:
+        runtime.plan = before
+
+
+def test_a_machine_on_a_wrong_compiled_model_fails() -> None:
+    class Wrong(Machine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wrong = _without_an_ffn(self.world.pair.sides[0])
+            self.wrong.__enter__()
+
+        def teardown(self) -> None:
+            self.wrong.__exit__(None, None, None)
+            super().teardown()
+
+    with pytest.raises(DifferenceError, match="another value"):
+        run_state_machine_as_test(Wrong, settings=_settings())
+
+
+def test_another_value_is_a_difference(world: World) -> None:
+    side = world.pair.sides[0]
+    with _without_an_ffn(side), pytest.raises(DifferenceError, match="logits: relative error"):
+        world.begin(side, 5)
+    with _without_an_ffn(side), pytest.raises(DifferenceError, match="another value: sequences"):
+        world.generate(side, (5,), 0, Options())
+    with _without_an_ffn(side), pytest.raises(DifferenceError, match="another value: tokens"):
+        world.generate(side, (5,), 0, Options(new=4, as_dictionary=False))
+
+
+def test_a_refusal_that_is_not_listed_is_a_difference(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side, asked = world.pair.sides[0], {"output_hidden_states": True}
+    world.alone(side, 5, 0, arguments=asked)
+    assert (world.answered, world.refused) == (0, 1)
+    monkeypatch.setattr(refusals, "listed", lambda: {"Calls": (), "State": (), "Caches": ()})
+    with pytest.raises(DifferenceError, match="is not supported by adaskip_fx yet"):
+        world.alone(side, 5, 0, arguments=asked)
+
+
+def test_a_refusal_of_what_is_not_unusual_is_a_difference(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a compiled model is for inference only")
+
+    side = world.pair.sides[0]
+    monkeypatch.setattr(side.compiled.adaskip, "step", refuse)
+    with pytest.raises(DifferenceError, match="for inference only; nothing was changed"):
+        world.begin(side, 5)
+
+
+def test_an_answer_where_a_refusal_is_due_is_a_difference(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    due = Expected("must", ("State",), "changed since")
+    monkeypatch.setattr(world, "_expected", lambda *args: due)
+    with pytest.raises(DifferenceError, match="gave a value, but must be refused: changed since"):
+        world.begin(world.pair.sides[0], 5)
+
+
+def test_a_cache_of_another_length_is_a_difference(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.begin(world.pair.sides[0], 5)
+    request = world.requests[0]
+    monkeypatch.setattr(request.ours, "crop", lambda count: None)
+    with pytest.raises(DifferenceError, match="the cache has 5 tokens instead of 3"):
+        world.crop(request, -2)
+
+
+def test_a_hook_that_does_not_run_is_a_difference(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = itertools.count()
+    edit = Edit("a hook", (), lambda model: None, recorded=lambda: next(ran) // 2)
+    monkeypatch.setitem(world.pair.edits, edit.name, edit)
+    with pytest.raises(DifferenceError, match="hooks ran"):
+        world.begin(world.pair.sides[0], 5)
+
+
+# The edits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_edits_change_the_eager_model_and_are_taken_back_exactly(name: str) -> None:
+    structure = STRUCTURES[name]
+    model = structure.model()
+    ids = tokens(1, 40, 0)
+
+    @torch.no_grad()
+    def output() -> dict[str, Any]:
+        found = model(input_ids=ids)
+        return dict(found) if isinstance(found, ModelOutput) else {"logits": found[0]}
+
+    def says(now: dict[str, Any]) -> bool:
+        """Whether this is another output than at first."""
+        same = torch.equal(now["logits"], before["logits"])
+        return not same or list(now) != list(before)
+
+    before = output()
+    for edit in structure.edits(model):
+        change, values = Change(model), Values.of(model)
+        with torch.no_grad():
+            edit.apply(model)
+        change.done()
+        own = edit.original == "ignored" or edit.compiled == "refused" or edit.recorded
+        if not own and edit.name != "merge_adapter()":
+            assert says(output()), edit.name
+        change.undo()
+        with torch.no_grad():
+            values.put_back()
+        assert not says(output()), edit.name

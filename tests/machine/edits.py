@@ -8,6 +8,7 @@ after (`Change`), and taken back exactly: state that was there before comes back
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,6 +38,7 @@ class Edit:
             be as if nothing had happened, or either of the first and last; None likewise.
         recorded: how often its hook, which has a side effect, has run since the process began.
         casts: whether models are of another dtype afterwards.
+        writes: whether Python state is changed and values are written as well.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Edit:
     original: Literal["refused", "followed", "ignored", "either"] | None = "refused"
     recorded: Callable[[], int] | None = None
     casts: bool = False
+    writes: bool = False
 
     def conflicts(self, other: Edit) -> bool:
         """Whether both touch the same."""
@@ -180,7 +183,7 @@ class Other(nn.Module):
             weight = torch.empty(size).uniform_(-0.5, 0.5, generator=generator)
             setattr(self, name, nn.Parameter(weight, requires_grad=False))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return (hidden @ self.up.t()).relu() @ self.down.t()
 
 
@@ -254,7 +257,7 @@ def exchanged(model: Any, path: str) -> tuple[Edit, ...]:
 
     return (
         Edit("branch of the same class", (path, "tensors"), put(like)),
-        Edit("branch of another class", (path, "tensors"), put(other)),
+        Edit("branch of another class", (path, "tensors"), put(other), compiled="either"),
     )
 
 
@@ -371,8 +374,13 @@ def adapters(targets: tuple[str, ...]) -> tuple[Edit, ...]:
 
     def scaled(model: Any) -> None:
         for module in model.modules():
-            if "a" in getattr(module, "scaling", {}):
+            if isinstance(getattr(module, "scaling", None), dict):
                 module.scaling["a"] = 9.0
+
+    def merged(model: Any) -> None:
+        for module in model.modules():
+            if hasattr(module, "merged_adapters"):
+                module.merge(adapter_names=["a"])
 
     def added(model: Any) -> None:
         add_adapter(model, "c", targets)
@@ -385,6 +393,14 @@ def adapters(targets: tuple[str, ...]) -> tuple[Edit, ...]:
         Edit(
             "delete_adapter('a')", ("adapter",), lambda m: m.delete_adapter("a"), original="either"
         ),
+        Edit(
+            "merge_adapter()",
+            ("adapter", "tensors"),
+            merged,
+            compiled=None,
+            original="refused",
+            writes=True,
+        ),
         Edit("add_adapter('c')", ("adapter",), added, original="either"),
     )
 
@@ -394,7 +410,9 @@ def add_adapter(model: Any, name: str, targets: tuple[str, ...]) -> None:
     import peft
 
     rank = peft.LoraConfig(r=3, target_modules=list(targets), init_lora_weights=False)
-    model.add_adapter(rank, name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        model.add_adapter(rank, name)
     generator = torch.Generator().manual_seed(ord(name))
     for place, parameter in model.named_parameters():
         if f".{name}." in place:

@@ -67,16 +67,20 @@ class Structure:
         """All that may be done to it, in an order that is always the same."""
         layers = self.branch.rsplit(".", 2)[0]
         own = edits.adapters(_LORA) if self.adapters else ()
+        # (what the plan leaves out must stay where the reference's hook is)
+        modules = (
+            *edits.exchanged(model, self.branch),
+            edits.shorter(layers),
+        )
         return (
             *own,
             *self.more(model),
             *edits.hooks(self.branch),
-            *edits.exchanged(model, self.branch),
+            *(() if self.skips_in_decode else modules),
             *edits.tensors(model, self.linear),
             *edits.only_on_the_original(self.linear),
             *edits.asked_of_config(),
             *edits.own_to_each(),
-            edits.shorter(layers),
         )
 
 
@@ -111,7 +115,8 @@ STRUCTURES: Mapping[str, Structure] = MappingProxyType(
         ),
         "gemma2": Structure(
             "gemma2",
-            **_MLP,
+            branch="model.layers.1.post_feedforward_layernorm",
+            linear="model.layers.1.mlp.gate_proj",  # a norm behind it undoes a factor
             sizes={"final_logit_softcapping": 30.0, "attn_logit_softcapping": 20.0},
             captured=("config.final_logit_softcapping = 3.0",),
             more=lambda model: (edits.config("final_logit_softcapping", 3.0),),

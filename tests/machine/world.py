@@ -252,7 +252,7 @@ class World:
         sides = (side,) if side is not None else follow
         self._freeze(sides)
         force = _InForce(edit)
-        if edit.kind != "python" and side is None:
+        if side is None and (edit.kind != "python" or edit.writes):
             force.undo.append(Values.of(self.pair.original).put_back)
         model = side.compiled if side is not None else self.pair.original
         done = self._change(model, edit, force)
@@ -578,10 +578,12 @@ class World:
             request.mask = request.mask[:, :length]
         self._check_length(request, what)
 
-    def copied(self, request: Request) -> None:
+    def copied(self, request: Request, surroundings: str = "none") -> None:
         """A deep copy of a cache: another request with the same past."""
         twin = copy.copy(request)
-        twin.ours, twin.theirs = copy.deepcopy(request.ours), copy.deepcopy(request.theirs)
+        with SURROUNDINGS[surroundings].ours():
+            twin.ours = copy.deepcopy(request.ours)
+        twin.theirs = copy.deepcopy(request.theirs)
         self.requests.append(twin)
         self._check_length(twin, "a deep copy")
 
