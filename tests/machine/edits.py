@@ -382,6 +382,11 @@ def adapters(targets: tuple[str, ...]) -> tuple[Edit, ...]:
             if hasattr(module, "merged_adapters"):
                 module.merge(adapter_names=["a"])
 
+    def deleted(model: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Adapter a was active which is now deleted")
+            model.delete_adapter("a")
+
     def added(model: Any) -> None:
         add_adapter(model, "c", targets)
         model.set_adapter("c")
@@ -390,9 +395,7 @@ def adapters(targets: tuple[str, ...]) -> tuple[Edit, ...]:
         Edit("set_adapter('b')", ("adapter",), lambda m: m.set_adapter("b")),
         Edit("disable_adapters()", ("adapter",), lambda m: m.disable_adapters()),
         Edit("scaling['a'] = 9", ("adapter",), scaled),
-        Edit(
-            "delete_adapter('a')", ("adapter",), lambda m: m.delete_adapter("a"), original="either"
-        ),
+        Edit("delete_adapter('a')", ("adapter",), deleted, original="either"),
         Edit(
             "merge_adapter()",
             ("adapter", "tensors"),
