@@ -109,6 +109,7 @@ def _both(world: World, side: Side) -> None:
     world.edit(None, halves)
     world.begin(side, 5)
     world.take_back(side, halves)
+    world.take_back(None, halves)
     world.begin(side, 5)
 
 

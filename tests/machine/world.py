@@ -197,6 +197,7 @@ class World:
         self.requests: list[Request] = []
         self.answered = self.refused = 0
         self._original: dict[str, _InForce] = {}
+        self._agreed = set[str]()  # what was in force on both trees when a prompt came
         self._sides: dict[Side, dict[str, _InForce]] = {side: {} for side in self.pair.sides}
 
     @property
@@ -306,6 +307,10 @@ class World:
                         with torch.no_grad():
                             step()
                 tree.clear()
+            if self._agreed:  # let them agree again
+                for side in self.pair.sides:
+                    with torch.no_grad():
+                        _forward(side.compiled, tokens(1, 3, 0), side.cache_argument, None, 1)
         except BaseException:
             structures.drop(self.name)
             raise
@@ -313,7 +318,11 @@ class World:
     # What may come of a call -----------------------------------------------------------------
 
     def _expected(self, side: Side, request: Request | None = None) -> Expected:
-        """What may come of a prompt: of a new request, or a further one."""
+        """What may come of a prompt: of a new request, or a further one.
+
+        Where both trees had a change in common and one has taken it back, it is not said what they
+        are compared with: with what they were when they were compiled, or with what they had.
+        """
         own = [i.edit for i in self._sides[side].values()]
         if any(e.compiled == "refused" for e in own):
             return Expected("must", ("Calls",))
@@ -323,6 +332,11 @@ class World:
             if i.edit.kind == "python" and i.edit.name not in self._sides[side]
         ]
         another = request is not None and request.began != self.state(side)
+        both = {*self._original} & {*self._sides[side]}
+        apart = self._agreed - both
+        self._agreed |= both
+        if apart and not any(e.original == "refused" and e.name not in apart for e in alien):
+            return Expected("may", ("State",))
         if any(e.original == "refused" for e in alien):
             return Expected("must", ("State",), "" if another else "of the original model")
         if another:
