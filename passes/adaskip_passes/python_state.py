@@ -232,6 +232,9 @@ class _Walk:
     def _function(self, function: types.FunctionType, path: str) -> None:
         self.functions.append((function, _facts(function), path))
         for cell in function.__closure__ or ():
+            if id(cell) in self._seen:
+                continue
+            self._seen[id(cell)] = cell
             self.cells.append((cell, _inside(cell), path))
             self._later(_inside(cell), path)
         for part in (function.__defaults__, function.__kwdefaults__, vars(function)):
