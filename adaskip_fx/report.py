@@ -34,6 +34,7 @@ def runtime_report(runtime: Runtime) -> str:
         ("compiled", _compiled(runtime)),
         *_traced_rows(runtime),
         *_not_fixed_rows(runtime),
+        *_checked_rows(runtime),
         ("K/V", _storage(runtime)),
     ]
     return _aligned(rows)
@@ -144,6 +145,14 @@ def _traced_rows(runtime: Runtime) -> list[tuple[str, str]]:
 def _not_fixed_rows(runtime: Runtime) -> list[tuple[str, str]]:
     why = runtime.why_not_fixed
     return [("decode", f"not as one CUDA graph, because {why}")] if why else []
+
+
+def _checked_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    checker = runtime.checker
+    if checker.worst is None:
+        return []
+    steps = _count(checker.compared, "step")
+    return [("checked", f"{steps} against the eager model, largest error {checker.worst:.1e}")]
 
 
 def _storage(runtime: Runtime) -> str:

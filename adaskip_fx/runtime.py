@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from .admission import admit
 from .cache import SkipCache
 from .cache_names import cache_argument
-from .checking import checks
+from .checking import Checker, checks
 from .decisions import Choice, Decision, Stages, plans_of
 from .graphs import Graphs
 from .inputs import Inputs
@@ -22,7 +23,7 @@ from .layers import LayerProgram
 from .online import Request, Window, probed_in_decode
 from .phases import GraphPhase
 from .plan import SkipPlan
-from .programs import Counters, Link, Program
+from .programs import Counters, Link, Program, plan_phase
 from .prompts import mean_embedding
 from .runner import Runner
 from .sample import Sample
@@ -48,6 +49,7 @@ class Runtime:
         graphs: what has been captured, compiled and linked.
         runner: runs a step with the plan that is in force.
         storages: K/V buffers between requests.
+        checker: what ``ADASKIP_CHECK=1`` has found.
         ahead: ``generate`` begins a step before it knows that the request goes on, so that a GPU
             need not wait for the host; the default on one.
     """
@@ -73,6 +75,7 @@ class Runtime:
         self.graphs = Graphs(model, original, sample, backend, link, max_variants)
         self.runner = Runner(self.graphs, fixed_addresses)
         self.storages = self.runner.storages
+        self.checker = Checker(self.graphs)
         self.ahead = self.device.type == "cuda"
         self._live: weakref.WeakSet[SkipCache] = weakref.WeakSet()
         self.graphs.prove(self.device)
@@ -199,6 +202,20 @@ class Runtime:
         self.track(cache)
         return cache
 
+    def load_cache(self, path: str | Path, plan: Decision | None = None) -> SkipCache:
+        """A request's memory that ``cache.save(path)`` wrote, for a request that goes on from it.
+
+        Args:
+            path: the file.
+            plan: what it was saved under, if not `self.decision`.
+
+        Raises:
+            SavedCacheError: it is damaged, newer, or of another model or plan.
+        """
+        from .saved_cache import load_cache
+
+        return load_cache(self, path, plan)
+
     def track(self, cache: SkipCache) -> None:
         """Count a cache among the live ones for as long as somebody holds it."""
         self._live.add(cache)
@@ -229,13 +246,16 @@ class Runtime:
         inputs = Inputs(input_ids, attention_mask, position_ids)
         if request.undecided:
             request = self._choose(cache, inputs)
-        moments = None
+        plan, moments = request.plan, None
         if phase == "decode":
             plan, probed = request.plan_at(cache.length), request.probed()
             logits, moments = self.runner.run(phase, request, plan, probed, inputs, cache, 1)
         else:
             logits = self.runner.run_prompt(phase, request, inputs, cache, logits_to_keep)
         cache.request = request  # only now: a step that was refused has changed nothing
+        if checks():
+            state = request.since.state if request.since is not None else self.graphs.states.current
+            self.checker.compare(plan, plan_phase(phase), inputs, cache, state, logits)
         if moments is not None:
             self._learn(request, moments)
         return logits

@@ -136,8 +136,10 @@ class Sample:
                 return
             logits = _run(captured, arguments, what)
             kept = min(logits.shape[1], step.logits.shape[1])
-            errors.append(_error(logits[:, -kept:], step.logits[rows][:, -kept:], step.long))
-            if errors[-1] <= _TOLERANCES.get(self.dtype, _HALF):
+            errors.append(
+                relative_error(logits[:, -kept:], step.logits[rows][:, -kept:], step.long)
+            )
+            if errors[-1] <= tolerance(self.dtype):
                 return
         raise RefusedError(
             f"the graph captured for {what} gives other logits than the model: on "
@@ -218,7 +220,7 @@ def _steps(
         ("extend", more),
     )
     for phase, new in after:
-        cache = _new_cache(model)
+        cache = new_cache(model)
         logits = _logits(model, forward, prompt, cache, 0)
         slots = slots or _slots(model, cache)
         steps.setdefault("prefill", _Step(prompt, 0, (), logits[:, -_BEYOND:]))
@@ -255,7 +257,7 @@ def positions(model: Any) -> int | None:
     return None
 
 
-def _new_cache(model: Any) -> Any:
+def new_cache(model: Any) -> Any:
     """transformers' own, whose layers keep all keys and values: a window is the mask's matter."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
@@ -354,7 +356,12 @@ def _run(captured: GraphPhaseCapture, arguments: dict[str, Any], what: str) -> t
     return logits
 
 
-def _error(got: torch.Tensor, want: torch.Tensor, median: bool) -> float:
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative error of logits that other kernels may cause."""
+    return _TOLERANCES.get(dtype, _HALF)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor, median: bool = False) -> float:
     """The largest difference, in units of the largest expected value; infinite for NaN.
 
     `median`: of that of each token, because among many a router's choice may flip for one.

@@ -156,7 +156,12 @@ class Since:
 
 
 class States:
-    """The states that a compiled model was met in, the last one last."""
+    """The states that a compiled model was met in, the last one last.
+
+    Attributes:
+        model, original: the compiled one, and the one that it was made of.
+        first: the state in which they are the same.
+    """
 
     def __init__(self, model: PreTrainedModel, original: PreTrainedModel, sample: Sample) -> None:
         self.model = model
@@ -164,8 +169,9 @@ class States:
         self._known = (*PreTrainedModel.__mro__, *_generated(type(model)))
         self._origin = self._watched(original)
         self._shared = self._origin.tensors()
-        self._all = [State(sample)]
-        self._all[0].watch(self._watched(model))
+        self.first = State(sample)
+        self.first.watch(self._watched(model))
+        self._all = [self.first]
 
     @property
     def current(self) -> State:

@@ -73,7 +73,14 @@ class Oracle:
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = next((kwargs[n] for n in CACHE_NAMES if n in kwargs), None)
-        self._decoding = ids is not None and ids.shape[1] == 1 and _filled(cache)
+        self.begin(decoding=ids is not None and ids.shape[1] == 1 and _filled(cache))
+
+    def begin(self, decoding: bool) -> None:
+        """A forward begins; called by a hook of the model, and by who calls its forward itself.
+
+        decoding: which of `prefill` and `decode` is left out.
+        """
+        self._decoding = decoding
         self.streams, self._calls = {}, Counter()
 
     def _mark(self, names: Sequence[str]) -> Callable[..., Any]:
