@@ -33,8 +33,8 @@ from adaskip_passes import (
     fuse,
     link,
     outline,
+    written,
 )
-from adaskip_passes.effects import written
 
 from .decisions import Decision, Schedule, plans_of
 from .folding import Placed, folds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,9 +94,7 @@ def tokenize(
     samples = []
     for index, text in enumerate(texts):
         encoded = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
-        sample = encoded["input_ids"]
-        if "attention_mask" in encoded:
-            sample = sample[encoded["attention_mask"].bool()][None]
+        sample = unmasked(encoded)
         if sample.shape[1] < _MIN_TOKENS:
             raise ValueError(
                 f"calibration text {index} has {sample.shape[1]} tokens; at least {_MIN_TOKENS} "
@@ -106,6 +104,14 @@ def tokenize(
     if not samples:
         raise ValueError("no calibration text was given; pass at least one text")
     return samples
+
+
+def unmasked(encoded: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The ids [1, tokens] of one encoded text, without those that its mask leaves out."""
+    ids: torch.Tensor = encoded["input_ids"]
+    if "attention_mask" in encoded:
+        ids = ids[encoded["attention_mask"].bool()][None]
+    return ids
 
 
 def left_out(sublayers: Sequence[Sublayer], moments: Array, tokens: Sequence[int]) -> Array:

@@ -23,6 +23,9 @@ __all__ = ["NONE", "Compensation", "StandIn"]
 
 _FORMAT = "adaskip-compensation-1"
 
+#: Factors outside of this are no sublayer's: one of them would drown or erase the stream.
+SANE_FACTORS = (1e-4, 1e4)
+
 
 @dataclass(frozen=True)
 class Compensation:
@@ -175,6 +178,12 @@ def _factor(sublayer: Sublayer, value: object) -> float:
     number = float(value) if isinstance(value, Real) else math.nan
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"scale factor of {sublayer} must be finite and positive, got {value!r}")
+    least, most = SANE_FACTORS
+    if not least <= number <= most:
+        raise ValueError(
+            f"scale factor of {sublayer} is {number:.3g}; none outside of {least:g} to {most:g} "
+            "can stand in for a sublayer"
+        )
     return number
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from adaskip_fx.compensation import Compensation
+from adaskip_fx.compensation import SANE_FACTORS, Compensation
 from adaskip_fx.files import JSON, canonical_digest, check_digest, read_document, write_atomically
 from adaskip_fx.fingerprint import Fingerprint, fingerprint
 from adaskip_fx.plan import TIMES, layer_table
@@ -36,8 +36,6 @@ __all__ = ["MOMENTS", "Fingerprint", "Profile", "ProfileError", "Variant", "fing
 
 MOMENTS = ("cosine", "ratio", "before_squared", "after_squared", "tokens")
 SCHEMA = 1
-#: Factors outside of this are no sublayer's: one of them would drown or erase the stream.
-SANE_FACTORS = (1e-4, 1e4)
 Variant = Literal["paper", "released"]
 Array = npt.NDArray[np.float64]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .calibration import calibrate
+from .calibration import calibrate, unmasked
 from .policies.router import Route
 from .prompts import mean_embedding
 
@@ -43,5 +43,5 @@ def learn_routes(
 
 def _centroid(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int) -> torch.Tensor:
     given = {"truncation": True, "max_length": max_length, "return_tensors": "pt"}
-    ids = (tokenizer(text, **given)["input_ids"].to(model.device) for text in texts)
+    ids = (unmasked(tokenizer(text, **given)).to(model.device) for text in texts)
     return torch.stack([mean_embedding(model, one) for one in ids]).mean(0)

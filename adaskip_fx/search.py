@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .api import build
+from .calibration import unmasked
 from .decisions import Schedule
 from .plan import SkipPlan
 from .runtime import Runtime
@@ -95,8 +96,7 @@ class CalibrationLoss:
 
         def ids(text: str, **more: Any) -> torch.Tensor:
             given = {"truncation": True, "max_length": max_length, "return_tensors": "pt"}
-            found: torch.Tensor = tokenizer(text, **given, **more)["input_ids"]
-            return found
+            return unmasked(tokenizer(text, **given, **more))
 
         pairs = [(ids(prompt), ids(answer, add_special_tokens=False)) for prompt, answer in answers]
         return cls(model, [ids(text) for text in texts], pairs, **options)

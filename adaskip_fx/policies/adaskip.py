@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 import numpy.typing as npt
 
-from adaskip_fx.compensation import Compensation
+from adaskip_fx.compensation import SANE_FACTORS, Compensation
 from adaskip_fx.plan import Action, SkipPlan, Sublayer
-from adaskip_fx.profile import MOMENTS, SANE_FACTORS, Variant
+from adaskip_fx.profile import MOMENTS, Variant
 
 if TYPE_CHECKING:
     from adaskip_fx.profile import Profile

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from adaskip_fx.api import build
+from adaskip_fx.calibration import left_out
 from adaskip_fx.fingerprint import fingerprint
 from adaskip_fx.loading import load, packaged_model
 from adaskip_fx.profile import Profile
@@ -171,6 +172,9 @@ class Subject:
             {"torch": str(torch.__version__), "transformers": transformers.__version__},
             {"text": text.name, "sha256": text.sha256, "half": half, "length": self.length},
             layers=moments[:, count:],
+            left_out=left_out(
+                self.runtime.sublayers, moments[:, :count], [ids.numel() for ids in windows]
+            ),
         )
 
     def about(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .dead_code import eliminate_dead_code
 from .decode_ops import attend, project
 from .differentiable import differentiable
 from .dynamo import one_at_a_time
+from .effects import written
 from .errors import RefusedError
 from .flattened import unflatten
 from .link import fuse, link
@@ -88,4 +89,5 @@ __all__ = [
     "sublayer_calls",
     "text",
     "unflatten",
+    "written",
 ]
