@@ -222,15 +222,21 @@ class StoragePool:
 
     def __init__(self, keep: bool) -> None:
         self.keep = keep
-        self._idle: deque[Storage] = deque(maxlen=1)
+        self._kept: deque[Storage] = deque(maxlen=1)
+
+    @property
+    def idle(self) -> Storage | None:
+        """What is kept for a next request, to be looked at."""
+        try:
+            return self._kept[-1]
+        except IndexError:
+            return None
 
     @property
     def idle_bytes(self) -> int:
         """Bytes held for a next request."""
-        try:
-            return self._idle[-1].nbytes
-        except IndexError:
-            return 0
+        idle = self.idle
+        return idle.nbytes if idle is not None else 0
 
     def lease(
         self,
@@ -256,15 +262,15 @@ class StoragePool:
     def _taken(self) -> Storage | None:
         """What is kept, which is not kept any more."""
         try:
-            return self._idle.pop()
+            return self._kept.pop()
         except IndexError:
             return None
 
     def give_back(self, storage: Storage) -> None:
         """Called when the request that leased `storage` is gone."""
         if self.keep and not storage.shown:
-            self._idle.append(storage)
+            self._kept.append(storage)
 
     def clear(self) -> None:
         """Free what is kept."""
-        self._idle.clear()
+        self._kept.clear()

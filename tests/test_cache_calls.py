@@ -22,8 +22,9 @@ from adaskip_fx.online import Window
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.storage import Slot, State, StoragePool
 from adaskip_fx.testing.families import tiny_config, tiny_model
-from tests.bank import SEEDS, Entry, entry, fewer, make_model
-from tests.oracle import Oracle, assert_close
+from tests.bank import SEEDS, Entry, entry, fewer
+from tests.oracle import assert_close
+from tests.test_fixed_addresses import fixed
 
 SHAPE = "grouped"
 PLANS: dict[str, list[str]] = {"nothing": [], "some": ["1.attention", "0.ffn"]}
@@ -154,11 +155,9 @@ SOME: list[Call] = [
 
 
 def test_calls_where_decode_steps_are_at_fixed_addresses() -> None:
-    model = make_model(SHAPE)
-    compiled = build(model, None, backend="eager", fixed_addresses=True)
-    bank = Entry(model, compiled, Oracle(model))
+    bank = fixed(SHAPE)
     check_calls(bank, bank.plan(), SOME, 2, 0)
-    assert compiled.adaskip.fixed_addresses, "it stayed so"
+    assert bank.runtime.fixed_addresses, "it stayed so"
 
 
 def one_less(self: SkipCache, tokens: int) -> None:
@@ -392,6 +391,15 @@ def test_without_that_it_would_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SkipCache, "_unshare", lambda self, tokens: None)
     with pytest.raises(AssertionError):
         test_what_was_shown_stays_as_it_was("crop")
+
+
+def test_the_past_is_recorded_anyway() -> None:
+    """What transformers' assisted generation asks of a cache before it takes tokens back."""
+    for cache in filled("attention"):
+        cache.activate_past_recording()
+        cache.crop(-3)
+        cache.crop(0)
+        assert cache.get_seq_length() == 4
 
 
 def test_an_edit_in_place_counts() -> None:

@@ -28,9 +28,9 @@ class Yielding(StoragePool):
         self.between = between
 
     def _taken(self) -> Storage | None:
-        kept = self._idle[-1] if self._idle else None
+        kept = self.idle
         self.between()
-        self._idle.clear()
+        self._kept.clear()
         return kept
 
 
@@ -106,9 +106,11 @@ def test_a_finalizer_may_give_back_while_a_lease_is_made(monkeypatch: pytest.Mon
 def test_one_storage_is_kept() -> None:
     pool = StoragePool(keep=True)
     a, b = lease(pool), lease(pool)
+    assert pool.idle is None
     assert not pool.idle_bytes
     pool.give_back(a)
     pool.give_back(b)
+    assert pool.idle is b
     assert pool.idle_bytes == b.nbytes
     keys = b.keys[0]
     assert keys is not None
