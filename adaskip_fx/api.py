@@ -103,7 +103,7 @@ def compile(
 def build(model: Any, plan: Decision | None, **options: Any) -> Any:
     """A compiled model with an explicit plan; None for the empty one. Options as for `Runtime`."""
     shell = make_shell(model)
-    shell._adaskip = Runtime(shell, type(model).forward, take(model), plan, **options)
+    shell._adaskip = Runtime(shell, model, take(model), plan, **options)
     return shell
 
 

@@ -79,6 +79,20 @@ def can_be_set(model: Any) -> bool:
     return bool(type(model)._can_set_attn_implementation())
 
 
+def is_own(model: Any) -> bool:
+    """Whether a model's attention is a function that somebody registered; such is traced as it is.
+
+    What it computes is not known: only transformers' own may be exchanged for ours.
+    """
+    name = model.config._attn_implementation
+    if not can_be_set(model) or name in (None, NAME, "eager") or "/" in name:  # "/": of the hub
+        return False
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    function = getattr(function, "func", function)
+    module = str(getattr(function, "__module__", ""))
+    return not module.startswith("transformers.")
+
+
 def _written_out(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,9 @@ import transformers
 
 from .api import build
 from .fingerprint import fingerprint
-from .profile import Profile
+from .profile import MOMENTS, Array, Profile
 from .shell import check_model
+from .sublayer import Sublayer
 
 _MIN_TOKENS = 16  # of a sample: fewer say nothing about long contexts
 
@@ -30,7 +31,8 @@ def calibrate(
     """Measure how much each sublayer changes the residual stream (AdaSkip, eq. 1 to 3).
 
     Each text is one sample; of a longer one the first `max_length` tokens are used. Probes run in
-    float32 on the device, over all tokens of the prompt.
+    float32 on the device, over all tokens of the prompt. A token whose stream is of length zero or
+    not finite does not count for the sublayer there; the profile says how many did not.
 
     Args:
         model: a transformers decoder in evaluation mode; it is not changed.
@@ -41,7 +43,8 @@ def calibrate(
         progress: called with (samples done, samples in all).
 
     Raises:
-        ValueError: no text, a text of fewer than 16 tokens, or such a `max_length`.
+        ValueError: no text, a text of fewer than 16 tokens, such a `max_length`, or a text of
+            which less than half counts for some sublayer.
         RefusedError: the model's sublayers cannot be captured or proven.
     """
     check_model(model)
@@ -55,10 +58,12 @@ def calibrate(
         moments.append(reading[:, 0].double().cpu().numpy())
     if progress is not None:
         progress(len(samples), len(samples))
+    measured, layers = np.split(np.stack(moments), [len(runtime.sublayers)], axis=1)
     return Profile(
         sublayers=runtime.sublayers,
-        moments=np.stack(moments)[:, : len(runtime.sublayers)],
-        layers=np.stack(moments)[:, len(runtime.sublayers) :],
+        moments=measured,
+        layers=layers,
+        left_out=left_out(runtime.sublayers, measured, [ids.shape[1] for ids in samples]),
         fingerprint=fingerprint(model),
         versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
         calibration={
@@ -74,7 +79,11 @@ def calibrate(
 def tokenize(
     model: Any, tokenizer: Any, texts: Iterable[str], max_length: int
 ) -> list[torch.Tensor]:
-    """One int64 tensor [1, tokens] per text."""
+    """One int64 tensor [1, tokens] per text, without what the tokenizer's mask leaves out.
+
+    A masked token is seen by no other one and takes no position, so a text without it is the same
+    text.
+    """
     if isinstance(texts, str):
         raise TypeError("texts must be a sequence of texts, not one string")
     if not isinstance(max_length, int) or max_length < _MIN_TOKENS:
@@ -84,8 +93,10 @@ def tokenize(
         raise ValueError(f"max_length {max_length} is more than the model's {longest} positions")
     samples = []
     for index, text in enumerate(texts):
-        ids = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
-        sample = ids["input_ids"]
+        encoded = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+        sample = encoded["input_ids"]
+        if "attention_mask" in encoded:
+            sample = sample[encoded["attention_mask"].bool()][None]
         if sample.shape[1] < _MIN_TOKENS:
             raise ValueError(
                 f"calibration text {index} has {sample.shape[1]} tokens; at least {_MIN_TOKENS} "
@@ -95,6 +106,29 @@ def tokenize(
     if not samples:
         raise ValueError("no calibration text was given; pass at least one text")
     return samples
+
+
+def left_out(sublayers: Sequence[Sublayer], moments: Array, tokens: Sequence[int]) -> Array:
+    """How many of each sample's `tokens` the moments leave out, [samples, sublayers].
+
+    Args:
+        sublayers: what was measured.
+        moments: [samples, sublayers, 5].
+        tokens: of each sample.
+
+    Raises:
+        ValueError: more than half of a sample is left out somewhere: the rest does not stand for
+            it. Names the first sublayer where that is so.
+    """
+    missing = np.asarray(tokens)[:, None] - moments[:, :, MOMENTS.index("tokens")]
+    for sample, sublayer in np.argwhere(missing * 2 > np.asarray(tokens)[:, None]):
+        raise ValueError(
+            f"calibration text {sample}: at {sublayers[sublayer]} the residual stream of "
+            f"{missing[sample, sublayer]:.0f} of its {tokens[sample]} tokens is zero or not "
+            "finite, so nothing can be learned there. Leave the text out, or load the model in a "
+            "wider dtype (bfloat16 or float32 instead of float16) if it overflows"
+        )
+    return missing
 
 
 def _digest(samples: list[torch.Tensor]) -> str:

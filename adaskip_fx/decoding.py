@@ -18,6 +18,7 @@ import torch
 
 from adaskip_passes import Recorder
 
+from .phases import Surroundings
 from .plan import SkipPlan, Sublayer
 from .programs import Counters, Program
 from .step_cache import WholeCache
@@ -34,6 +35,7 @@ class Lane:
     storage: Storage
     plan: SkipPlan
     probed: tuple[Sublayer, ...]
+    surroundings: Surroundings
     program: Program
     arguments: dict[str, Any]
     links: int
@@ -43,6 +45,7 @@ class Lane:
         storage: Storage,
         plan: SkipPlan,
         probed: tuple[Sublayer, ...],
+        surroundings: Surroundings,
         counters: Counters,
     ) -> bool:
         """Whether the next step is like the last one."""
@@ -50,6 +53,7 @@ class Lane:
             self.storage is storage
             and self.plan is plan
             and self.probed == probed
+            and self.surroundings == surroundings
             and self.links == counters.links
         )
 

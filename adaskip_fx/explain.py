@@ -14,7 +14,7 @@ from adaskip_passes import text
 
 from .compensation import Compensation
 from .graphs import Graphs
-from .phases import GraphKey
+from .phases import GraphKey, Surroundings
 from .plan import Phase, PlanError, SkipPlan
 from .programs import rewrite
 from .sample import take
@@ -40,8 +40,7 @@ def explain(model: Any, plan: SkipPlan) -> Iterator[Explained]:
         PlanError: the plan is of another model.
         RefusedError: the model's sublayers cannot be captured or proven.
     """
-    shell, forward = make_shell(model), type(model).forward
-    graphs = Graphs(shell, forward, take(model), "eager", "pieces", max_variants=1)
+    graphs = Graphs(make_shell(model), model, take(model), "eager", "pieces", max_variants=1)
     for phase in get_args(Phase):
         if phase == "decode" and plan.decode == plan.prefill:
             return
@@ -66,6 +65,7 @@ def _key(model: Any, phase: Phase) -> GraphKey:
         logits_to_keep=1,
         dtype=model.dtype,
         device=model.device,
+        surroundings=Surroundings.now(model.device),
     )
 
 

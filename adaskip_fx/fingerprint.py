@@ -26,6 +26,7 @@ _NOT_ARCHITECTURE = frozenset(
     }
 )
 _NOT_ARCHITECTURE_SUFFIXES = ("_token_id", "_token_ids", "_dropout", "_pdrop")
+_ROTATED = "partial_rotary_factor"
 _WEIGHT_SAMPLES = 256
 
 
@@ -75,6 +76,9 @@ def _architecture(config: Mapping[Any, Any]) -> dict[str, JSON]:
         if volatile or key in _NOT_ARCHITECTURE or value is None:
             continue
         kept[key] = _plain(value)
+    rope = kept.get("rope_parameters")
+    if isinstance(rope, dict) and _ROTATED in rope:  # where older versions say it a second time
+        kept.pop(_ROTATED, None)
     return kept
 
 

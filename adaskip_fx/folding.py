@@ -127,7 +127,7 @@ class _Set(dict[str, torch.Tensor]):
 
 def _tensors(stand_in: StandIn, device: torch.device) -> Tensors:
     return {
-        name: torch.tensor(value).to(device).to(torch.float64)
+        name: torch.tensor(value, device=device).to(torch.float64)
         for name, value in stand_in.tensors.items()
     }
 

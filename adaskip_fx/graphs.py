@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
 
-from adaskip_passes import RefusedError, ShapeGuards, piece_of, start_workers, sublayer_calls
+from adaskip_passes import (
+    RefusedError,
+    ShapeGuards,
+    one_at_a_time,
+    piece_of,
+    start_workers,
+    sublayer_calls,
+)
 
 from . import phases
 from .folding import Placed
-from .phases import Forward, GraphKey, GraphPhaseCapture, Memory, active_autocast
+from .phases import Forward, GraphKey, GraphPhaseCapture, Memory, Surroundings
 from .plan import Action, SkipPlan
 from .programs import Counters, Link, Program, VariantCache, plan_phase
-from .sample import Sample
+from .sample import Sample, positions
+from .states import Since, State, States
 from .step_cache import WholeCache
 from .storage import Slot
 from .sublayer import Sublayer
@@ -40,24 +50,37 @@ class Graphs:
     def __init__(
         self,
         model: PreTrainedModel,
-        forward: Forward,
+        original: PreTrainedModel,
         sample: Sample,
         backend: str,
         link: Link,
         max_variants: int,
     ) -> None:
         self.model = model
-        self.forward = forward
-        self.sample = sample
+        self.states = States(model, original, sample)
         self.backend = backend
         self.link = link
         self.counters = Counters()
         start_workers(backend, model.device)  # while the first graph is traced
-        self.max_length = _positions(model)
+        self.max_length = positions(model)
         self._placed = Placed()
         self._programs = VariantCache(max_variants, self.counters)
-        self._captures: dict[GraphKey, list[GraphPhaseCapture]] = {}
-        self._guards: dict[int, tuple[int, ShapeGuards]] = {}
+        self._first: GraphPhaseCapture | None = None
+        self._guards: WeakKeyDictionary[GraphPhaseCapture, tuple[int, ShapeGuards]] = (
+            WeakKeyDictionary()
+        )
+
+    @property
+    def forward(self) -> Forward:
+        """The function that is traced: the original's class may have got another one."""
+        forward: Forward = type(self.states.original).forward
+        return forward
+
+    @property
+    def first(self) -> GraphPhaseCapture:
+        """What was captured first; sublayers are the same in all others."""
+        assert self._first is not None
+        return self._first
 
     @property
     def pieces_compiled(self) -> int:
@@ -77,25 +100,25 @@ class Graphs:
     @property
     def modules(self) -> dict[str, tuple[str, ...]]:
         """For each sublayer the modules whose outputs are its branch, in stream order."""
-        first = self._all()[0]
+        first = self.first
         return {str(s): paths for s, paths in zip(first.sublayers, first.modules, strict=True)}
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
         """All of the model's, in stream order."""
-        return self._all()[0].sublayers
+        return self.first.sublayers
 
     @property
     def width(self) -> int:
         """Of the residual stream."""
-        first = sublayer_calls(self._all()[0].outer.graph)[0].args[0]
+        first = sublayer_calls(self.first.outer.graph)[0].args[0]
         assert isinstance(first, fx.Node)
         return int(first.meta["example_value"].shape[-1])
 
     @property
     def unskippable(self) -> frozenset[Sublayer]:
         """The sublayers that hand more than the residual stream to later ones."""
-        first = self._all()[0]
+        first = self.first
         pieces = (piece_of(call) for _, call in sorted(sublayer_calls(first.outer.graph).items()))
         pairs = zip(first.sublayers, pieces, strict=True)
         return frozenset(s for s, piece in pairs if piece is not None and piece.outputs > 1)
@@ -103,7 +126,7 @@ class Graphs:
     @property
     def memory(self) -> dict[Sublayer, frozenset[Memory]]:
         """For each sublayer what it uses of the cache."""
-        first = self._all()[0]
+        first = self.first
         return dict(zip(first.sublayers, first.memory, strict=True))
 
     @property
@@ -114,14 +137,12 @@ class Graphs:
             for c in self._all()
         ]
         keys = (tuple(p.key for p in group if p is not None) for group in zip(*pieces, strict=True))
-        return dict(zip(self._all()[0].sublayers, keys, strict=True))
+        return dict(zip(self.first.sublayers, keys, strict=True))
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """What each layer stores; states have dtypes of their own, which follow the model's."""
-        if self.sample.dtype != self.model.dtype:
-            self.sample = self.sample.again(self.model, self.forward)
-        return self.sample.slots
+        """What each layer stores, in the state of the last look."""
+        return self.states.current.sample.slots
 
     def stored(self, plan: SkipPlan) -> list[Slot]:
         """What a request of this plan stores of each layer: nothing for what prompts skip."""
@@ -154,12 +175,13 @@ class Graphs:
             logits_to_keep=1,
             dtype=self.model.dtype,
             device=device,
-            autocast=active_autocast(device),
+            surroundings=Surroundings.now(device),
         )
         self.capture(key)
 
     def _all(self) -> list[GraphPhaseCapture]:
-        return [c for group in self._captures.values() for c in group]
+        kept = [c for s in self.states.known for group in s.captures.values() for c in group]
+        return list(dict.fromkeys([*([self._first] if self._first is not None else []), *kept]))
 
     def program(
         self,
@@ -167,34 +189,65 @@ class Graphs:
         plan: SkipPlan,
         probed: tuple[Sublayer, ...],
         arguments: dict[str, Any],
+        since: Since,
     ) -> Program:
         """The program for a key and plan whose graph is right for these lengths.
 
         The first graph of a key is captured with fixed example lengths. Where its guards exclude
         lengths that come up (a compiler may specialise), another is captured with those.
+
+        Args:
+            key, plan, probed: what is to run.
+            arguments: of the captured function.
+            since: the state that the request began with.
+
+        Raises:
+            RefusedError: there is no such graph yet and the model is in another state now.
         """
-        group = self._captures.setdefault(key, [])
-        for captured in group or [self.capture(key)]:
+        for captured in since.state.captures.get(key, ()):
+            program = self._known(captured, plan, probed)
+            if program is not None and self._guards_of(captured).hold(arguments):
+                return program
+        with one_at_a_time:
+            return self._made(key, plan, probed, arguments, since)
+
+    def _made(
+        self,
+        key: GraphKey,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        arguments: dict[str, Any],
+        since: Since,
+    ) -> Program:
+        """As `program`; meanwhile nothing else is captured or compiled."""
+        group = since.state.captures.get(key, ())
+        for captured in tuple(group) or [self._captured(key, since)]:
             program = self._linked(captured, plan, probed)
             if self._guards_of(captured).hold(arguments):
                 return program
-        captured = self.capture(key, _lengths(arguments))
+        captured = self._captured(key, since, _lengths(arguments))
         program = self._linked(captured, plan, probed)
         if not self._guards_of(captured).hold(arguments):
             broken = "; ".join(self._guards_of(captured).broken(arguments))
             raise RefusedError(f"no {key.phase} graph holds for these lengths: {broken}")
         return program
 
+    def _known(
+        self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
+    ) -> Program | None:
+        return self._programs.find(self._key(captured, plan, probed))
+
     def _linked(
         self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
     ) -> Program:
-        key = (
-            self.program_type,
-            id(captured),
-            plan.phase_digest(plan_phase(captured.key.phase)),
-            probed,
-        )
+        key = self._key(captured, plan, probed)
         return self._programs.get(key, lambda: self._program(captured, plan, probed))
+
+    def _key(
+        self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
+    ) -> Hashable:
+        digest = plan.phase_digest(plan_phase(captured.key.phase))
+        return self.program_type, captured, digest, probed
 
     def _program(
         self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
@@ -203,23 +256,32 @@ class Graphs:
 
     def _guards_of(self, captured: GraphPhaseCapture) -> ShapeGuards:
         """Guards as of what is compiled now; made again when more has been compiled since."""
-        known = self._guards.get(id(captured))
+        known = self._guards.get(captured)
         if known is None or known[0] != captured.compiler.compiled:
-            known = self._guards[id(captured)] = (captured.compiler.compiled, captured.guards())
+            known = self._guards[captured] = (captured.compiler.compiled, captured.guards())
         return known[1]
 
-    def _check(self, captured: GraphPhaseCapture) -> None:
+    def _check(self, captured: GraphPhaseCapture, state: State) -> None:
         """Refuse a graph that gives other logits than the model does."""
-        if self.sample.device != captured.key.device:
-            self.sample = self.sample.again(self.model, self.forward)
+        if not state.sampled or state.sample.device != captured.key.device:
+            self.states.sample(state)
         try:
-            self.sample.check(captured, self.model, self.forward)
-        except RefusedError:
-            self.sample = self.sample.again(self.model, self.forward)
-            self.sample.check(captured, self.model, self.forward)
+            state.sample.check(captured, self.model, self.forward)
+        except RefusedError:  # weights may have been changed since
+            self.states.sample(state)
+            state.sample.check(captured, self.model, self.forward)
 
-    def capture(self, key: GraphKey, lengths: tuple[int, int] | None = None) -> GraphPhaseCapture:
-        group = self._captures.setdefault(key, [])
+    def capture(self, key: GraphKey) -> GraphPhaseCapture:
+        """What the model is now, captured for a key."""
+        with one_at_a_time:
+            return self._captured(key, Since.of(self.states.look()))
+
+    def _captured(
+        self, key: GraphKey, since: Since, lengths: tuple[int, int] | None = None
+    ) -> GraphPhaseCapture:
+        state = since.state
+        self.states.require(since)
+        group = state.captures.get(key, ())
         if len(group) >= _GRAPHS_PER_KEY:
             raise RefusedError(
                 f"{len(group)} {key.phase} graphs were captured and none holds for these lengths; "
@@ -229,13 +291,19 @@ class Graphs:
             self.model,
             self.forward,
             key,
-            self.slots,
+            state.sample.slots,
             lengths or phases.example_lengths(key, self.max_length),
             self.backend,
         )
         self.counters.captures += 1
-        self._check(captured)
-        group.append(captured)
+        if self._first is not None and captured.sublayers != self._first.sublayers:
+            raise RefusedError(
+                f"{type(self.model).__name__} had {len(self._first.sublayers)} sublayers when it "
+                f"was compiled and has {len(captured.sublayers)} now, or others; compile it again"
+            )
+        self._check(captured, state)
+        self._first = self._first or captured
+        state.add(captured)
         return captured
 
 
@@ -244,12 +312,3 @@ def _lengths(arguments: dict[str, Any]) -> tuple[int, int]:
     if isinstance(cache, WholeCache):
         return 1, cache.capacity
     return cache.new.shape[0], cache.filled.shape[0]
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    config = model.config.get_text_config()
-    for name in ("max_position_embeddings", "max_seq_len"):
-        longest = getattr(config, name, None)
-        if isinstance(longest, int) and longest > 0:
-            return longest
-    return None

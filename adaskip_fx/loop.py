@@ -12,6 +12,7 @@ are handed, what is returned, and how many random numbers are used.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,26 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import SkipCache
 from .cache_names import output_fields
+
+
+def following(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A model's ``prepare_inputs_for_generation`` that keeps the request when the cache goes.
+
+    Phi-3's leaves its cache out at the length where another table of positions begins, so that the
+    whole text runs again. What runs is still the request: with its own plan and stop tokens. (It
+    leaves out an empty one as well, which can as well be filled.)
+    """
+
+    @functools.wraps(prepare)
+    def followed(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = prepare(self, *args, **kwargs)
+        name = self.adaskip.cache_argument
+        given = kwargs.get(name)
+        if isinstance(given, SkipCache) and inputs.get(name) is None:
+            inputs[name] = given.anew() if given.length else given
+        return inputs
+
+    return followed
 
 
 def serves(config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
@@ -49,7 +70,7 @@ def run(
         config: the request's prepared generation config.
         streamer: is handed each token, int64 [B], on the CPU; or None.
         model_kwargs: for forward.
-        cache: the request's, which is among them.
+        cache: the request's, which is among them. The model may go on with another one.
 
     Returns:
         The tokens, int64 [B, T + new], or a ``GenerateDecoderOnlyOutput`` if the config says so.
@@ -67,7 +88,9 @@ def run(
         model._prefill(input_ids, config, model_kwargs, is_first_iteration=True),
         model_kwargs,
     )
+    name = model.adaskip.cache_argument
     while True:
+        cache = model_kwargs[name]
         scores = logits_processor(input_ids, logits)
         kept.add(scores, logits)
         invalid: torch.Tensor | None = None
@@ -86,8 +109,8 @@ def run(
         if ahead:
             logits, model_kwargs = _next(model, input_ids, model_kwargs)
         stop, broken = host.receive()
-        if ahead and (stop or broken):
-            cache.crop(-1)
+        if ahead and (stop or broken) and model_kwargs[name] is cache:
+            cache.keep_first(cache.length - 1)
         if broken:
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         if stop or full:
@@ -159,8 +182,9 @@ class _Host:
     def __init__(self, like: torch.Tensor, streamer: Any) -> None:
         on_gpu = like.device.type == "cuda"
         self._streamer = streamer
-        self._flags = torch.zeros(2, dtype=torch.bool, pin_memory=on_gpu)
-        self._tokens = torch.zeros(like.shape[0], dtype=torch.int64, pin_memory=on_gpu)
+        self._flags = torch.zeros(2, dtype=torch.bool, pin_memory=on_gpu, device="cpu")
+        size = like.shape[0]
+        self._tokens = torch.zeros(size, dtype=torch.int64, pin_memory=on_gpu, device="cpu")
         self._there = torch.Event(like.device) if on_gpu else None
 
     def send(self, tokens: torch.Tensor, stop: torch.Tensor, invalid: torch.Tensor | None) -> None:

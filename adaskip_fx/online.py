@@ -18,6 +18,7 @@ from .plan import Action, SkipPlan, Sublayer
 if TYPE_CHECKING:
     from .decoding import Lane
     from .phases import GraphPhaseCapture
+    from .states import Since
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Request:
         decoding_from: tokens that were stored then.
         finished: rows [batch] that have ended; they count for nothing in the window.
         lane: what the decode steps of the turn repeat.
+        since: the state of the model that the request began with; None before its first prompt.
         fixed: inputs that stay the same during the request (weights), by captured graph.
     """
 
@@ -82,6 +84,7 @@ class Request:
     decoding_from: int = field(init=False, default=0)
     finished: torch.Tensor | None = field(init=False, default=None)
     lane: Lane | None = field(init=False, default=None, repr=False)
+    since: Since | None = field(init=False, default=None, repr=False)
     fixed: dict[GraphPhaseCapture, tuple[Any, ...]] = field(
         init=False, default_factory=dict, repr=False
     )
@@ -96,7 +99,9 @@ class Request:
 
     def fresh(self) -> Request:
         """The state at the beginning of another turn: nothing learned yet."""
-        return Request(self.decision, self.stop_tokens, self.chosen)
+        turn = Request(self.decision, self.stop_tokens, self.chosen)
+        turn.since = self.since
+        return turn
 
     def anew(self, chosen: SkipPlan | None = None) -> Request:
         """The state at the beginning of another request; `chosen`: its plan, if one was chosen."""

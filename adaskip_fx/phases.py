@@ -30,9 +30,11 @@ from adaskip_passes import (
     capture,
     find_sublayers,
     outline,
+    readable,
     sublayer_calls,
 )
 
+from . import attention
 from .cache_names import cache_argument
 from .plan import Sublayer
 from .step_cache import StepCache, StepLayer, WholeCache
@@ -62,7 +64,7 @@ class GraphKey:
         masked: a 2D attention mask is given.
         logits_to_keep: 0 for the logits of all tokens, else of the last n.
         dtype, device: of the model's floating point parameters.
-        autocast: the dtype of an active autocast region on that device.
+        surroundings: what factories and autocast do where the model is called.
         whole_cache: K/V are handed over as whole buffers and the position is on the device, so that
             every step works at the same addresses (decode only).
     """
@@ -75,15 +77,30 @@ class GraphKey:
     logits_to_keep: int
     dtype: torch.dtype
     device: torch.device
-    autocast: torch.dtype | None = None
+    surroundings: Surroundings
     whole_cache: bool = False
 
 
-def active_autocast(device: torch.device) -> torch.dtype | None:
-    """The dtype of an active autocast region on a device; None outside of one."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
+@dataclass(frozen=True)
+class Surroundings:
+    """State of torch that a model's code runs in, and a captured graph depends on.
+
+    Attributes:
+        autocast: the dtype of an active autocast region; None outside of one.
+        dtype: of floating point tensors that are made without one.
+        device: of tensors that are made without one.
+    """
+
+    autocast: torch.dtype | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def now(cls, device: torch.device) -> Surroundings:
+        """As they are, of code that runs on a device."""
+        on = torch.is_autocast_enabled(device.type)
+        autocast = torch.get_autocast_dtype(device.type) if on else None
+        return cls(autocast, torch.get_default_dtype(), torch.get_default_device())
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,9 +179,10 @@ def capture_phase(
 
     def build(captured: Capture) -> GraphPhaseCapture:
         if captured.python_effects:
+            changed = ", ".join(map(readable, captured.python_effects))
             raise RefusedError(
-                f"{type(model).__name__}.forward changes {', '.join(captured.python_effects)} "
-                "while it runs; a captured graph cannot repeat that"
+                f"{type(model).__name__}.forward changes {changed} while it runs; a captured graph "
+                "cannot repeat that"
             )
         canonicalize(captured.graph.graph)
         found = find_sublayers(captured.graph.graph)
@@ -187,6 +205,11 @@ def capture_phase(
             expected=tuple(_layout(t) if isinstance(t, torch.Tensor) else None for t in tensors),
         )
 
+    if key.whole_cache and attention.is_own(model):
+        raise RefusedError(
+            f"{type(model).__name__}'s attention implementation is one that was registered, and "
+            "may look at how many keys there are; whole buffers have more than are filled"
+        )
     with torch.no_grad():
         arguments = _example_arguments(model, forward, key, slots, lengths)
         cache = arguments["cache"]
@@ -230,29 +253,30 @@ def _sorted_inputs(captured: Capture) -> tuple[dict[str, str], dict[str, str]]:
     return fixed, step
 
 
-def _logits(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
-    """The traced function: logits [B, kept tokens, vocabulary]."""
+def _logits_of_cache(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
+    """The traced function since transformers 5.24: logits [B, kept tokens, vocabulary]."""
     cache.begin(inputs["input_ids"].shape[1])
     return forward(model, cache=cache, use_cache=True, **inputs).logits
 
 
 def _logits_of_states(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
-    """Likewise, of a model with another name for its cache."""
+    """Likewise, of a model with only mixers, before."""
     cache.begin(inputs["input_ids"].shape[1])
     return forward(model, cache_params=cache, use_cache=True, **inputs).logits
 
 
-def _logits_of_past(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
-    """Likewise, with the name that most models have before transformers 5.24."""
+def _logits(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
+    """Likewise, of all others."""
     cache.begin(inputs["input_ids"].shape[1])
     return forward(model, past_key_values=cache, use_cache=True, **inputs).logits
 
 
 _TRACED = {
-    "cache": _logits,
+    "cache": _logits_of_cache,
     "cache_params": _logits_of_states,
-    "past_key_values": _logits_of_past,
+    "past_key_values": _logits,
 }
+_logits_of_cache.__name__ = _logits_of_states.__name__ = _logits.__name__  # for messages
 
 
 def _kind(kind: str) -> Literal["attention", "ffn", "mixer"]:
@@ -332,7 +356,9 @@ def _example_cache(key: GraphKey, slots: Sequence[Slot], tokens: int, total: int
         return _mark_length(part, 2)
 
     layers = [StepLayer.shaped(s, key.batch, shaped, key.device) for s in slots]
-    filled, new = (_mark_length(torch.empty(n, dtype=torch.int8), 0) for n in (total, tokens))
+    filled, new = (
+        _mark_length(torch.empty(n, dtype=torch.int8, device="cpu"), 0) for n in (total, tokens)
+    )
     return StepCache(layers, filled, new, fresh=key.phase == "prefill")
 
 

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
@@ -35,6 +36,8 @@ __all__ = ["MOMENTS", "Fingerprint", "Profile", "ProfileError", "Variant", "fing
 
 MOMENTS = ("cosine", "ratio", "before_squared", "after_squared", "tokens")
 SCHEMA = 1
+#: Factors outside of this are no sublayer's: one of them would drown or erase the stream.
+SANE_FACTORS = (1e-4, 1e4)
 Variant = Literal["paper", "released"]
 Array = npt.NDArray[np.float64]
 
@@ -51,16 +54,19 @@ class ProfileError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """What calibration measured. Immutable.
+    """What calibration measured. Immutable, hashable, equal by content.
 
     sublayers: all of the model's, in stream order.
     moments: float64 [samples, sublayers, 5], sums over the valid tokens of each sample of
         `MOMENTS`: cos(a, b); |b| / |a|; |a|^2; |b|^2; 1 (a and b: the residual stream before and
-        after the sublayer). Copied and read-only.
+        after the sublayer). A token with a or b of length zero or not finite is in none of them.
+        Copied and read-only.
     fingerprint: the model; versions: of the libraries used; calibration: a description of the
         texts, anything that JSON can hold.
     layers: float64 [samples, layers, 5], the same of whole layers, before their first sublayer and
         after their last; None in profiles of versions that did not measure them.
+    left_out: float64 [samples, sublayers], how many valid tokens are not in the moments; None
+        where all are.
 
     ProfileError for a wrong shape, a moment that is not finite, or a sublayer without tokens.
     """
@@ -71,35 +77,53 @@ class Profile:
     versions: Mapping[str, str]
     calibration: Mapping[str, JSON]
     layers: Array | None = None
+    left_out: Array | None = None
 
     def __post_init__(self) -> None:
-        moments = np.array(self.moments, dtype=np.float64, order="C")
-        moments.flags.writeable = False
+        moments = _frozen(self.moments)
         object.__setattr__(self, "sublayers", tuple(self.sublayers))
         object.__setattr__(self, "moments", moments)
         for name in ("versions", "calibration"):
             object.__setattr__(self, name, _json_copy(name, getattr(self, name)))
         _check_moments(self.sublayers, moments)
         if self.layers is not None:
-            layers = np.array(self.layers, dtype=np.float64, order="C")
-            layers.flags.writeable = False
+            layers = _frozen(self.layers)
             object.__setattr__(self, "layers", layers)
             _check_layers(self.layer_numbers, layers, len(moments))
+        if self.left_out is not None:
+            left_out = _frozen(self.left_out)
+            _check_left_out(left_out, moments)
+            object.__setattr__(self, "left_out", left_out if left_out.any() else None)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Profile) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping proxy can be neither pickled nor deep-copied.
         about = (self.fingerprint, dict(self.versions), dict(self.calibration))
-        return Profile, (self.sublayers, self.moments, *about, self.layers)
+        return Profile, (self.sublayers, self.moments, *about, self.layers, self.left_out)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """16 hex characters that identify the content."""
         return canonical_digest({**self._about(), "moments": _sha256(self._tensor_bytes())})
 
     @property
     def tokens(self) -> int:
-        """Valid tokens over all samples, as the first sublayer saw them."""
-        return round(float(self._sum("tokens")[0]))
+        """Valid tokens over all samples, those that a sublayer's moments leave out as well."""
+        left_out = 0.0 if self.left_out is None else self.left_out[:, 0].sum()
+        return round(float(self._sum("tokens")[0] + left_out))
+
+    @property
+    def left_out_tokens(self) -> Mapping[Sublayer, int]:
+        """Of each sublayer, where it is not 0, how many tokens its moments leave out."""
+        if self.left_out is None:
+            return {}
+        sums = zip(self.sublayers, self.left_out.sum(axis=0).tolist(), strict=True)
+        return {s: round(n) for s, n in sums if n}
 
     def similarity(self, variant: Variant = "paper") -> Array:
         """[sublayers]: mean cosine of the stream before and after each sublayer.
@@ -144,9 +168,22 @@ class Profile:
         return np.asarray(np.sqrt(ratio).mean(axis=0))
 
     def compensation(self, variant: Variant = "paper") -> Compensation:
-        """`scale` of every sublayer as a compensation; ValueError where it is not positive."""
-        factors = zip(self.sublayers, self.scale(variant).tolist(), strict=True)
-        return Compensation.scale(dict(factors))
+        """`scale` of every sublayer as a compensation.
+
+        ProfileError, naming the sublayer, for a factor outside of `SANE_FACTORS`: a plan with it
+        would compute nothing of use, so `compile` does not get as far as that.
+        """
+        factors = dict(zip(self.sublayers, self.scale(variant).tolist(), strict=True))
+        least, most = SANE_FACTORS
+        for sublayer, factor in factors.items():
+            if not least <= factor <= most:
+                raise ProfileError(
+                    f"scale factor of {sublayer} is {factor:.3g} in this profile, and none outside "
+                    f"of {least:g} to {most:g} can stand in for a sublayer: the stream of some "
+                    "token was almost zero, or grew beyond measure. Calibrate again, on texts "
+                    "without padding or unknown tokens, or in a wider dtype"
+                )
+        return Compensation.scale(factors)
 
     @overload
     def preview(self, alpha: float, policy: PlanPolicy | None = None) -> SkipPlan: ...
@@ -205,6 +242,7 @@ class Profile:
                 data["versions"],
                 data["calibration"],
                 tensors.get("layers"),
+                tensors.get("left_out"),
             )
         except (TypeError, ValueError) as error:
             raise ProfileError(f"{document}: not a valid profile ({error}); {_REDO}") from error
@@ -212,7 +250,10 @@ class Profile:
         return profile
 
     def __str__(self) -> str:
-        """A heading and one row per layer: similarity, then the scale in parentheses."""
+        """A heading and one row per layer: similarity, then the scale in parentheses.
+
+        Then, where there are any, what is left out of these means.
+        """
         similarity = dict(zip(self.sublayers, self.similarity(), strict=True))
         scale = dict(zip(self.sublayers, self.scale(), strict=True))
         table = layer_table(
@@ -220,8 +261,16 @@ class Profile:
         )
         return (
             f"Profile {self.digest[:8]}: {self.fingerprint.model_type}, {self.tokens:,} tokens "
-            f"in {len(self.moments)} samples\n{table}"
+            f"in {len(self.moments)} samples\n{table}{self._left_out_text()}"
         )
+
+    def _left_out_text(self) -> str:
+        """A last line of the table, or nothing."""
+        tokens = self.left_out_tokens
+        if not tokens:
+            return ""
+        named = ", ".join(f"{s} {n:,}" for s, n in tokens.items())
+        return f"\nleft out, of length zero or not finite: {named}"
 
     def _of(self, moment: str) -> Array:
         return np.asarray(self.moments[:, :, MOMENTS.index(moment)])
@@ -238,8 +287,16 @@ class Profile:
         }
 
     def _tensor_bytes(self) -> bytes:
-        layers = {} if self.layers is None else {"layers": self.layers}
-        return bytes(safetensors.numpy.save({"moments": self.moments, **layers}))
+        more = {"layers": self.layers, "left_out": self.left_out}
+        known = {name: tensor for name, tensor in more.items() if tensor is not None}
+        return bytes(safetensors.numpy.save({"moments": self.moments, **known}))
+
+
+def _frozen(values: Any) -> Array:
+    """A copy that cannot be written to."""
+    copied: Array = np.array(values, dtype=np.float64, order="C")
+    copied.flags.writeable = False
+    return copied
 
 
 def _check_variant(variant: str) -> None:
@@ -271,6 +328,16 @@ def _check_layers(numbers: tuple[int, ...], layers: Array, samples: int) -> None
     if bad.any():
         sample, place = np.argwhere(bad)[0]
         raise ProfileError(f"layer {numbers[place]}: not finite, or no tokens, in sample {sample}")
+
+
+def _check_left_out(left_out: Array, moments: Array) -> None:
+    if left_out.shape != moments.shape[:2]:
+        raise ProfileError(
+            f"left_out has shape {list(left_out.shape)}, expected {list(moments.shape[:2])}, "
+            "[samples, sublayers]"
+        )
+    if not (np.isfinite(left_out) & (left_out >= 0)).all():
+        raise ProfileError("left_out has a number that is negative or not finite")
 
 
 def _json_copy(name: str, value: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ were compiled with the capture are called in the new order.
 from __future__ import annotations
 
 import operator
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -215,21 +216,29 @@ class VariantCache:
         self.limit = limit
         self.counters = counters
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
+        self._lock = threading.Lock()  # of the order, for moments
 
     def __len__(self) -> int:
         return len(self._programs)
 
+    def find(self, key: Hashable) -> Program | None:
+        """The program for `key`, if it is there."""
+        with self._lock:
+            program = self._programs.get(key)
+            if program is not None:
+                self._programs.move_to_end(key)
+            return program
+
     def get(self, key: Hashable, make: Callable[[], Program]) -> Program:
-        """The program for `key`, made if it is not there."""
-        program = self._programs.get(key)
+        """The program for `key`, made if it is not there: by one caller at a time."""
+        program = self.find(key)
         if program is None:
             program = make()
             self.counters.links += 1
             self.counters.link_seconds += program.seconds
-            self._programs[key] = program
-            while len(self._programs) > self.limit:
-                self._programs.popitem(last=False)
-                self.counters.dropped += 1
-        else:
-            self._programs.move_to_end(key)
+            with self._lock:
+                self._programs[key] = program
+                while len(self._programs) > self.limit:
+                    self._programs.popitem(last=False)
+                    self.counters.dropped += 1
         return program

@@ -20,9 +20,10 @@ from .decoding import Decoder, Lane
 from .graphs import Graphs
 from .inputs import Inputs
 from .online import Request
-from .phases import GraphKey, GraphPhase, active_autocast
+from .phases import GraphKey, GraphPhase, Surroundings
 from .plan import SkipPlan, Sublayer
 from .programs import Program
+from .states import ChangedError, Since
 from .storage import Storage, StoragePool
 
 #: What ran, its logits [B, kept, V], and the moments [probed, B, 5] if anything was probed.
@@ -42,7 +43,6 @@ class Runner:
 
     def __init__(self, graphs: Graphs, fixed_addresses: bool | None) -> None:
         self.graphs = graphs
-        self._parameter = next(name for name, _ in graphs.model.named_parameters())
         on_gpu = self.device.type == "cuda"
         self.fixed_addresses = on_gpu if fixed_addresses is None else fixed_addresses
         self.why_not_fixed: str | None = None
@@ -53,7 +53,7 @@ class Runner:
     @property
     def device(self) -> torch.device:
         """Where the parameters are now (`PreTrainedModel.device` looks at all modules for that)."""
-        device: torch.device = self.graphs.model.get_parameter(self._parameter).device
+        device: torch.device = next(self.graphs.model.parameters()).device
         return device
 
     @torch.no_grad()
@@ -119,7 +119,7 @@ class Runner:
             parts.append(self.run("decode", request, plan, (), tail, cache, 1)[0])
         except BaseException:
             if not cache.stateful:  # (a mixer's state cannot be taken back)
-                cache.crop(before)
+                cache.keep_first(before)
             raise
         return parts[-1] if logits_to_keep == 1 else torch.cat(parts, 1)
 
@@ -144,14 +144,14 @@ class Runner:
             logits_to_keep=1 if tokens == 1 else logits_to_keep,
             dtype=self.graphs.model.dtype,
             device=self.device,
-            autocast=active_autocast(self.device),
+            surroundings=Surroundings.now(self.device),
         )
         model, forward = self.graphs.model, self.graphs.forward
         given = phases.step_inputs(forward, inputs.input_ids, positions, mask, key.logits_to_keep)
         views = cache.step(batch, tokens, phase == "prefill")
         arguments = phases.bind_arguments(model, forward, views, given)
-        program = self.graphs.program(key, plan, probed, arguments)
-        fixed = _fixed(request, program, arguments)
+        program = self.graphs.program(key, plan, probed, arguments, _since(request))
+        fixed = self._fixed(request, program, arguments, cache)
         valid = _valid(request, phase, inputs.input_ids, mask) if probed else None
         return program, *program(arguments, fixed, valid)
 
@@ -164,24 +164,40 @@ class Runner:
         cache: SkipCache,
     ) -> _Ran | None:
         """A decode step; None in an autocast region, and where the model cannot be captured so."""
-        if active_autocast(self.device):
+        surroundings = Surroundings.now(self.device)
+        if surroundings.autocast:
             return None
         inputs.check_positions()
         ids, _, positions = inputs
         storage = cache.reserve(ids.shape[0], 1)
         decoder = self._decoder(storage)
         lane = request.lane
-        if lane is None or not lane.serves(storage, plan, probed, self.graphs.counters):
+        here = surroundings, self.graphs.counters
+        if lane is None or not lane.serves(storage, plan, probed, *here):
             try:
-                lane = request.lane = self._lane(storage, decoder, plan, probed)
+                given = storage, decoder, plan, probed
+                lane = request.lane = self._lane(*given, request, surroundings)
+            except ChangedError:
+                raise
             except RefusedError as error:
                 self._give_up_fixed_addresses(error)
                 return None
         program, arguments = lane.program, lane.arguments
-        fixed = _fixed(request, program, arguments)
+        fixed = self._fixed(request, program, arguments, cache)
         valid = request.valid_rows(ids) if probed else None
         outputs = decoder.run(program, arguments, fixed, ids, positions, cache.length, valid)
         return program, *outputs
+
+    def _fixed(
+        self, request: Request, program: Program, arguments: dict[str, Any], cache: SkipCache
+    ) -> tuple[Any, ...]:
+        """The inputs that stay the same during a request, looked up at the graph's first step."""
+        fixed = request.fixed.get(program.phase)
+        if fixed is None:
+            if cache.length:  # at its beginning the model was looked at just now
+                self.graphs.states.require(_since(request))
+            fixed = request.fixed[program.phase] = program.phase.fixed(arguments)
+        return fixed
 
     def _decoder(self, storage: Storage) -> Decoder:
         """The one that works on these buffers."""
@@ -195,7 +211,13 @@ class Runner:
         return storage.decoder
 
     def _lane(
-        self, storage: Storage, decoder: Decoder, plan: SkipPlan, probed: tuple[Sublayer, ...]
+        self,
+        storage: Storage,
+        decoder: Decoder,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        request: Request,
+        surroundings: Surroundings,
     ) -> Lane:
         graphs = self.graphs
         key = GraphKey(
@@ -207,12 +229,13 @@ class Runner:
             logits_to_keep=1,
             dtype=graphs.model.dtype,
             device=self.device,
+            surroundings=surroundings,
             whole_cache=True,
         )
         given = phases.step_inputs(graphs.forward, decoder.tokens, decoder.positions, None, 1)
         arguments = phases.bind_arguments(graphs.model, graphs.forward, decoder.cache, given)
-        program = graphs.program(key, plan, probed, arguments)
-        return Lane(storage, plan, probed, program, arguments, graphs.counters.links)
+        program = graphs.program(key, plan, probed, arguments, _since(request))
+        return Lane(storage, plan, probed, surroundings, program, arguments, graphs.counters.links)
 
     def _give_up_fixed_addresses(self, error: RefusedError) -> None:
         """Decode on views of the filled cache from now on, as on a CPU; `report` says why."""
@@ -221,12 +244,9 @@ class Runner:
         self.storages.clear()
 
 
-def _fixed(request: Request, program: Program, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """The inputs that stay the same during a request, looked up at the graph's first step."""
-    fixed = request.fixed.get(program.phase)
-    if fixed is None:
-        fixed = request.fixed[program.phase] = program.phase.fixed(arguments)
-    return fixed
+def _since(request: Request) -> Since:
+    assert request.since is not None, "a request begins with a prompt"
+    return request.since
 
 
 def _valid(

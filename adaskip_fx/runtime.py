@@ -14,17 +14,19 @@ import torch
 from .admission import admit
 from .cache import SkipCache
 from .cache_names import cache_argument
+from .checking import checks
 from .decisions import Choice, Decision, Stages, plans_of
 from .graphs import Graphs
 from .inputs import Inputs
 from .layers import LayerProgram
 from .online import Request, Window, probed_in_decode
-from .phases import Forward, GraphPhase
+from .phases import GraphPhase
 from .plan import SkipPlan
 from .programs import Counters, Link, Program
 from .prompts import mean_embedding
 from .runner import Runner
 from .sample import Sample
+from .states import Since
 from .warmup import warm_up
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class Runtime:
     def __init__(
         self,
         model: PreTrainedModel,
-        forward: Forward,
+        original: PreTrainedModel,
         sample: Sample,
         plan: Decision | None,
         *,
@@ -65,10 +67,10 @@ class Runtime:
         fixed_addresses: bool | None = None,
     ) -> None:
         self.model = model
-        self.cache_argument = cache_argument(forward)
+        self.cache_argument = cache_argument(type(original).forward)
         self.profile = profile
         self.policy = policy
-        self.graphs = Graphs(model, forward, sample, backend, link, max_variants)
+        self.graphs = Graphs(model, original, sample, backend, link, max_variants)
         self.runner = Runner(self.graphs, fixed_addresses)
         self.storages = self.runner.storages
         self.ahead = self.device.type == "cuda"
@@ -219,6 +221,10 @@ class Runtime:
             logits_to_keep: 0 for the logits of all new tokens, else of the last n.
         """
         phase = self._phase(input_ids, cache)
+        if not cache.length or cache.request.since is None:  # of a file, or another's cache
+            self._begin(cache)
+        elif phase != "decode" or checks():
+            self.graphs.states.require(cache.request.since)
         request = self._turn(cache, phase)
         inputs = Inputs(input_ids, attention_mask, position_ids)
         if request.undecided:
@@ -241,7 +247,9 @@ class Runtime:
         embedding = mean_embedding(self.model, inputs.input_ids, inputs.attention_mask)
         chosen = request.decision.nearest(embedding.cpu().numpy()).plan
         cache.keep(self.graphs.stored(chosen))
-        return request.anew(chosen)
+        begun = request.anew(chosen)
+        begun.since = request.since
+        return begun
 
     def may_run_ahead(self, cache: SkipCache) -> bool:
         """Whether a decode step may be begun that ``cache.crop(-1)`` may have to take back.
@@ -276,6 +284,7 @@ class Runtime:
         empty = SkipPlan.empty(self.sublayers)
         cache = self.new_cache(capacity=input_ids.shape[1], plan=empty)
         phase = self._phase(input_ids, cache)
+        self._begin(cache)
         inputs = Inputs(input_ids, attention_mask)
         _, moments = self.runner.run(phase, cache.request, empty, self.sublayers, inputs, cache, 1)
         assert moments is not None
@@ -294,10 +303,20 @@ class Runtime:
     # How it is done --------------------------------------------------------------------------
 
     def _phase(self, input_ids: torch.Tensor, cache: SkipCache) -> GraphPhase:
-        if cache.length and input_ids.shape[1] == 1:
+        if cache.length and input_ids.shape[1] == 1 and not cache.prompting:
             return "decode"
         self.check_length(cache.length + input_ids.shape[1])
         return "extend" if cache.length else "prefill"
+
+    def _begin(self, cache: SkipCache) -> None:
+        """A request begins: in the state that the model is in now, which it keeps."""
+        state, request = self.graphs.states.look(), cache.request
+        request.since = Since.of(state)
+        request.fixed.clear()
+        request.lane = None
+        if not cache.length:
+            slots, kept = state.sample.slots, self.graphs.stored(request.plan)
+            cache.renew(slots, kept, self.model.dtype, self.device)
 
     def _turn(self, cache: SkipCache, phase: GraphPhase) -> Request:
         """The request's state for this step; a prompt after decoded tokens begins a new turn."""
@@ -305,7 +324,6 @@ class Runtime:
         if phase != "decode":
             if request.decoding:
                 return request.fresh()
-            request.fixed.clear()  # parameters may have been replaced since
         elif not request.decoding:
             request.decoding, request.decoding_from = True, cache.length
             if request.decision is request.plan:  # nothing is learned beside a schedule or choice

@@ -2,7 +2,8 @@
 
 They show what each layer stores, and what logits every captured graph must give: a graph whose
 code is only right for another cache or another attention (a mask that is made of the buffer's
-length, say) is found out before it is used.
+length, say) is found out before it is used. Where a model's config names a window or a chunk, more
+tokens than that are run as well, since code may be right up to there and no further.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from .phases import Forward, GraphKey, GraphPhase, GraphPhaseCapture
 from .step_cache import StepCache, StepLayer, WholeCache
 from .storage import Slot, State, StateKind, Storage
 
-_ROWS, _PROMPT, _EXTENSION, _ROOM = 3, 5, 2, 16
+_ROWS, _PROMPT, _EXTENSION, _ROOM = 3, 5, 2, 9
+#: Beyond the longest window so many tokens are run and compared.
+_BEYOND = 16
+#: Config values that name how far something reaches, in tokens.
+_REACHES = (
+    *("sliding_window", "attention_chunk_size", "window_size", "attention_window_size"),
+    *("chunk_size", "mamba_chunk_size"),
+)
+#: Multiplications that a proof on a long prompt may take, by device: about a second.
+_AFFORDABLE = {"cpu": 5e10, "cuda": 1e14}
 #: Relative errors of the logits that other attention kernels may cause; a router's choice between
 #: two experts may flip, so one of the rows is enough. Masks and positions that are wrong cost more.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -55,6 +65,11 @@ class _Step:
         whole = all(keys is None or keys.shape[2] == self.past for keys, _, _ in self.memory)
         return whole and bool(self.logits.isfinite().all())
 
+    @property
+    def long(self) -> bool:
+        """Whether it reaches beyond a window of the model."""
+        return self.past + self.ids.shape[1] > _PROMPT + _EXTENSION
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -64,22 +79,23 @@ class Sample:
         slots: shapes of what each layer stores.
         dtype: of the model.
         attention: the implementation that it used.
-        steps: a prompt, and a step of each other phase after it.
+        steps: a prompt, and a step of each other phase after it; each with few tokens, and with
+            more than the model's windows hold.
     """
 
     slots: tuple[Slot, ...]
     dtype: torch.dtype
     attention: str
-    steps: Mapping[GraphPhase, _Step]
+    steps: Mapping[GraphPhase, tuple[_Step, ...]]
 
     @property
     def device(self) -> torch.device:
         """Where the model was."""
-        return self.steps["prefill"].logits.device
+        return self.steps["prefill"][0].logits.device
 
     def again(self, model: Any, forward: Forward) -> Sample:
         """The same of a compiled model, whose weights may have been changed since."""
-        if not attention.can_be_set(model):
+        if model.config._attn_implementation != attention.NAME:
             return take(model, forward)
         model.set_attn_implementation(self.attention)
         try:
@@ -101,21 +117,26 @@ class Sample:
             RefusedError: the logits are others.
         """
         key = captured.key
-        one = key.one_token and key.phase != "decode"
-        if key.autocast or key.one_stored or one or key.dtype != self.dtype:
+        if key.surroundings.autocast or key.one_stored or key.dtype != self.dtype:
             return
-        step = self.steps[key.phase]
-        if step.logits.device != key.device or not step.usable:
-            return
+        for step in self.steps["decode" if key.one_token else key.phase]:
+            if step.logits.device == key.device and step.usable:
+                self._compare(step, captured, model, forward)
+
+    def _compare(
+        self, step: _Step, captured: GraphPhaseCapture, model: Any, forward: Forward
+    ) -> None:
+        key, available = captured.key, step.ids.shape[0]
         what = f"{key.phase} at fixed addresses" if key.whole_cache else key.phase
         errors = []
-        for first in range(_ROWS):
-            rows = torch.arange(first, first + key.batch, device=key.device) % _ROWS
+        for first in range(available):
+            rows = torch.arange(first, first + key.batch, device=key.device) % available
             arguments = self._arguments(key, model, forward, step, rows)
             if not captured.guards().hold(arguments):
                 return
             logits = _run(captured, arguments, what)
-            errors.append(_error(logits, step.logits[rows][:, -logits.shape[1] :]))
+            kept = min(logits.shape[1], step.logits.shape[1])
+            errors.append(_error(logits[:, -kept:], step.logits[rows][:, -kept:], step.long))
             if errors[-1] <= _TOLERANCES.get(self.dtype, _HALF):
                 return
         raise RefusedError(
@@ -130,7 +151,7 @@ class Sample:
     ) -> dict[str, Any]:
         new = step.ids.shape[1]
         total = step.past + new
-        storage = Storage.zeros(self.slots, key.batch, _ROOM, self.dtype, key.device)
+        storage = Storage.zeros(self.slots, key.batch, total + _ROOM, self.dtype, key.device)
         for i, (keys, values, states) in enumerate(step.memory):
             pairs = [(storage.keys[i], keys), (storage.values[i], values)]
             for mine, theirs in pairs:
@@ -166,13 +187,32 @@ def take(model: Any, forward: Forward | None = None) -> Sample:
             than keys, values and mixers' states.
     """
     forward = forward or type(model).forward
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    size = _ROWS, _PROMPT + _EXTENSION
-    ids = torch.randint(0, vocabulary, size, generator=generator).to(model.device)
-    prompt, more = ids[:, :_PROMPT], ids[:, _PROMPT:]
-    steps: dict[GraphPhase, _Step] = {}
+    prompts = [(_ROWS, _PROMPT)]
+    if (reach := _reach(model)) is not None:
+        prompts.append((1, reach + _BEYOND))
     slots: tuple[Slot, ...] = ()
+    steps: dict[GraphPhase, tuple[_Step, ...]] = {}
+    for rows, length in prompts:
+        slots, taken = _steps(model, forward, _tokens(model, rows, length + _EXTENSION), slots)
+        steps = {phase: (*steps.get(phase, ()), step) for phase, step in taken.items()}
+    return Sample(slots, model.dtype, model.config._attn_implementation, steps)
+
+
+def _tokens(model: Any, rows: int, count: int) -> torch.Tensor:
+    """Random ids [rows, count]; on the CPU first, whatever the default device is."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocabulary, (rows, count), generator=generator, device="cpu")
+    return ids.to(model.device)
+
+
+def _steps(
+    model: Any, forward: Forward, ids: torch.Tensor, slots: tuple[Slot, ...]
+) -> tuple[tuple[Slot, ...], dict[GraphPhase, _Step]]:
+    """A prompt, and one and two tokens after it; and what layers store, if `slots` does not say."""
+    prompt, more = ids[:, :-_EXTENSION], ids[:, -_EXTENSION:]
+    steps: dict[GraphPhase, _Step] = {}
+    past = prompt.shape[1]
     after: tuple[tuple[GraphPhase, torch.Tensor], ...] = (
         ("decode", more[:, :1]),
         ("extend", more),
@@ -180,19 +220,56 @@ def take(model: Any, forward: Forward | None = None) -> Sample:
     for phase, new in after:
         cache = _new_cache(model)
         logits = _logits(model, forward, prompt, cache, 0)
-        if not slots:
-            slots = _slots(model, cache)
-            steps["prefill"] = _Step(prompt, 0, (), logits)
+        slots = slots or _slots(model, cache)
+        steps.setdefault("prefill", _Step(prompt, 0, (), logits[:, -_BEYOND:]))
         layers = zip(cache.layers, slots, strict=False)
         memory = tuple(_memory(layer, slot) for layer, slot in layers)
-        steps[phase] = _Step(new, _PROMPT, memory, _logits(model, forward, new, cache, _PROMPT))
-    return Sample(slots, model.dtype, model.config._attn_implementation, steps)
+        steps[phase] = _Step(new, past, memory, _logits(model, forward, new, cache, past))
+    return slots, steps
+
+
+def _reach(model: Any) -> int | None:
+    """The longest window or chunk that the config names and that can be passed at a small cost."""
+    config = model.config.get_text_config()
+    named = (getattr(config, name, None) for name in _REACHES)
+    reaches = [n for n in named if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+    longest = positions(model)
+    size = sum(p.numel() for p in model.parameters())
+    kind = model.device.type
+    affordable = [
+        n
+        for n in reaches
+        if (longest is None or n + _BEYOND + _EXTENSION <= longest)
+        and 6.0 * size * (n + _BEYOND) <= _AFFORDABLE.get(kind, _AFFORDABLE["cpu"])
+    ]
+    return max(affordable, default=None)
+
+
+def positions(model: Any) -> int | None:
+    """How many positions a model has; None if there is no limit."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "max_seq_len"):
+        longest = getattr(config, name, None)
+        if isinstance(longest, int) and longest > 0:
+            return longest
+    return None
 
 
 def _new_cache(model: Any) -> Any:
+    """transformers' own, whose layers keep all keys and values: a window is the mask's matter."""
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
-    return DynamicCache(config=model.config.get_text_config())
+    whole = {
+        "DynamicSlidingWindowLayer": DynamicLayer,
+        "LinearAttentionAndSlidingWindowAttentionLayer": LinearAttentionAndFullAttentionLayer,
+    }
+    cache = DynamicCache(config=model.config.get_text_config())
+    kinds = [whole.get(type(layer).__name__) for layer in cache.layers]
+    cache.layers = [
+        layer if kind is None else kind() for layer, kind in zip(cache.layers, kinds, strict=True)
+    ]
+    return cache
 
 
 def _logits(model: Any, forward: Forward, ids: torch.Tensor, cache: Any, past: int) -> torch.Tensor:
@@ -277,7 +354,11 @@ def _run(captured: GraphPhaseCapture, arguments: dict[str, Any], what: str) -> t
     return logits
 
 
-def _error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest difference, in units of the largest expected value; infinite for NaN."""
-    error = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(1e-30)
+def _error(got: torch.Tensor, want: torch.Tensor, median: bool) -> float:
+    """The largest difference, in units of the largest expected value; infinite for NaN.
+
+    `median`: of that of each token, because among many a router's choice may flip for one.
+    """
+    each = (got.double() - want.double()).abs().flatten(2).amax(2)
+    error = (each.median() if median else each.max()) / want.double().abs().max().clamp_min(1e-30)
     return float("inf") if bool(error.isnan()) else float(error)

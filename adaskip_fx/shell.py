@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -23,6 +24,7 @@ from transformers.utils import ModelOutput
 from . import attention, loop
 from .cache import SkipCache
 from .cache_names import CACHE_NAMES, output_fields, under_one_name
+from .foreign_cache import own_cache
 from .runtime import Runtime
 
 _STEP_ARGUMENTS = frozenset(
@@ -37,6 +39,8 @@ _STEP_ARGUMENTS = frozenset(
         "cache_position",
     }
 )
+#: What a model may hand out besides logits and cache, which no graph is captured with.
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -87,10 +91,26 @@ class CompiledModel:
         name = self._adaskip.cache_argument
         cache = model_kwargs.get(name)
         if cache is not None:
-            check_cache(cache, self._adaskip)
+            cache = own_cache(cache, self._adaskip, max_cache_length)
             cache.request.stop_tokens = stop_tokens
+            model_kwargs[name] = cache
         elif generation_config.use_cache is not False:
             model_kwargs[name] = self._adaskip.new_cache(max_cache_length, stop_tokens)
+
+    def _prefill(
+        self,
+        input_ids: torch.Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Called by ``generate`` for what is new of its prompt, which may be a single token."""
+        cache = model_kwargs.get(self._adaskip.cache_argument)
+        with cache.prompt() if isinstance(cache, SkipCache) else nullcontext():
+            return super()._prefill(  # type: ignore[misc]
+                input_ids, generation_config, model_kwargs, *args, **kwargs
+            )
 
     def _sample(
         self,
@@ -165,9 +185,12 @@ def make_shell(model: PreTrainedModel) -> PreTrainedModel:
     shell: PreTrainedModel = copy.deepcopy(model, memo)
     base = type(model)
     name = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    forward = _forward(base.forward)
-    shell.__class__ = type(base.__name__, (CompiledModel, base), {**name, "forward": forward})
-    if attention.can_be_set(shell):
+    methods = {
+        "forward": _forward(base.forward),
+        "prepare_inputs_for_generation": loop.following(base.prepare_inputs_for_generation),
+    }
+    shell.__class__ = type(base.__name__, (CompiledModel, base), {**name, **methods})
+    if attention.can_be_set(shell) and not attention.is_own(model):
         shell.set_attn_implementation(attention.NAME)
     return shell
 
@@ -195,12 +218,7 @@ def check_model(model: Any) -> None:
         raise TypeError(
             f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
         )
-    for asked in ("output_hidden_states", "output_attentions"):
-        if getattr(model.config, asked, False):
-            raise ValueError(
-                f"the model's config says {asked}=True, which a compiled model does not return; "
-                "set it to False"
-            )
+    _refuse_outputs(model)
     if "forward" in vars(model):
         raise TypeError(
             "the model's forward was replaced on the instance (accelerate hooks do that); load it "
@@ -208,19 +226,6 @@ def check_model(model: Any) -> None:
         )
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
-
-
-def check_cache(cache: Any, runtime: Runtime) -> None:
-    """Refuse a cache that this compiled model did not make."""
-    if not isinstance(cache, SkipCache):
-        raise TypeError(
-            f"past_key_values is a {type(cache).__name__}; a compiled model needs its own cache. "
-            "Leave past_key_values out, and continue with the one that comes back"
-        )
-    if cache.owner is not runtime:
-        raise ValueError(
-            "past_key_values was made by another compiled model, whose plan stores other layers"
-        )
 
 
 def _forward(base: Callable[..., Any]) -> Callable[..., Any]:
@@ -239,6 +244,9 @@ def _forward(base: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+@torch.compiler.disable(  # type: ignore[untyped-decorator, no-untyped-call]
+    reason="a model compiled by adaskip_fx has graphs of its own"
+)
 def _run(model: Any, given: dict[str, Any]) -> Any:
     """One forward of the compiled model."""
     _refuse_unsupported(model, given)
@@ -246,27 +254,55 @@ def _run(model: Any, given: dict[str, Any]) -> Any:
     given = under_one_name(given, runtime.cache_argument)
     input_ids = _checked_ids(model, given.get("input_ids"))
     cache = given.get(runtime.cache_argument)
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    use_cache = _default(given, "use_cache", model.config)
     if cache is None:
+        if mask is None and not use_cache:
+            _refuse_packed(positions)
         cache = runtime.new_cache()
-    check_cache(cache, runtime)
-    mask = _checked_mask(given.get("attention_mask"), input_ids, cache.length)
+    cache = own_cache(cache, runtime)
     logits = runtime.step(
         input_ids,
-        mask,
-        given.get("position_ids"),
+        _checked_mask(mask, input_ids, cache.length),
+        _checked_positions(positions, input_ids),
         cache,
         int(given.get("logits_to_keep") or 0),
     )
-    use_cache = given.get("use_cache")
-    kept = None if use_cache is False else cache
-    if given.get("return_dict") is False:
+    kept = cache if use_cache else None
+    if not _default(given, "return_dict", model.config):
         return (logits, kept) if kept is not None else (logits,)
     if runtime.cache_argument == "cache_params":
         return StatefulOutput(logits=logits, cache_params=kept)
     return CausalLMOutputWithPast(logits=logits, **output_fields(CausalLMOutputWithPast, kept))
 
 
+def _default(given: dict[str, Any], name: str, config: Any) -> bool:
+    """A flag of forward, which the config decides where the caller does not."""
+    value = given.get(name)
+    return bool(getattr(config, name, True) if value is None else value)
+
+
+def _refuse_outputs(model: Any) -> None:
+    """Refuse a config that asks for outputs which a captured graph does not have."""
+    for asked in _OUTPUTS:
+        if getattr(model.config, asked, False):
+            raise ValueError(
+                f"the model's config says {asked}=True, which a compiled model does not return; "
+                "set it to False"
+            )
+
+
+def _refuse_packed(positions: Any) -> None:
+    """Refuse what the model would take for several texts in a row, when it keeps no cache."""
+    if isinstance(positions, torch.Tensor) and bool((positions.diff(dim=-1) != 1).any()):
+        raise NotImplementedError(
+            "position_ids begin again within a row: texts that are packed without padding are not "
+            "supported by adaskip_fx yet; pad them, or call the original model"
+        )
+
+
 def _refuse_unsupported(model: Any, given: dict[str, Any]) -> None:
+    _refuse_outputs(model)
     if model.training:
         raise RuntimeError("a compiled model is for inference only; call eval() on it")
     if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
@@ -308,7 +344,17 @@ def _checked_mask(mask: Any, input_ids: torch.Tensor, past: int) -> torch.Tensor
             f"attention_mask has shape {list(mask.shape)}, expected {list(expected)}: "
             f"{past} stored and {input_ids.shape[1]} new tokens"
         )
-    return None if bool((mask != 0).all()) else mask
+    return None if bool((mask != 0).all()) else mask.to(input_ids.device)
+
+
+def _checked_positions(positions: Any, input_ids: torch.Tensor) -> torch.Tensor | None:
+    if positions is None:
+        return None
+    if not isinstance(positions, torch.Tensor) or positions.dim() != 2:
+        raise NotImplementedError(
+            "position_ids must be a tensor [batch, tokens]; more axes are not supported"
+        )
+    return positions.to(input_ids.device)
 
 
 def _stop_tokens(generation_config: Any) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -89,6 +90,8 @@ class Storage:
         states: by layer, in the order of its slot's states.
         lengths: a tensor on the CPU of which only lengths are used.
         decoder: the decode steps that run on these buffers at fixed addresses, once there are any.
+        shown: whether somebody was handed a view of a buffer, who may hold it for longer than the
+            request lives: nothing that it shows is overwritten, and no other request gets it.
     """
 
     batch: int
@@ -101,6 +104,7 @@ class Storage:
     states: list[tuple[torch.Tensor, ...]]
     lengths: torch.Tensor
     decoder: Decoder | None = field(default=None, repr=False)
+    shown: bool = False
 
     @classmethod
     def zeros(
@@ -131,7 +135,7 @@ class Storage:
                 keys=[made(s.key_heads, s.key_dim) for s in slots],
                 values=[made(s.value_heads, s.value_dim) for s in slots],
                 states=[tuple(one.zeros(batch, device) for one in s.states) for s in slots],
-                lengths=torch.empty(capacity, dtype=torch.int8),
+                lengths=torch.empty(capacity, dtype=torch.int8, device="cpu"),
             )
 
     @property
@@ -139,8 +143,13 @@ class Storage:
         return sum(t.nbytes for t in self._tensors())
 
     def _tensors(self) -> list[torch.Tensor]:
-        kept = [t for t in (*self.keys, *self.values) if t is not None]
-        return [*kept, *itertools.chain.from_iterable(self.states)]
+        return [*self._kv(), *self._states()]
+
+    def _kv(self) -> list[torch.Tensor]:
+        return [t for t in (*self.keys, *self.values) if t is not None]
+
+    def _states(self) -> list[torch.Tensor]:
+        return [*itertools.chain.from_iterable(self.states)]
 
     def layer(
         self, index: int, slot: Slot, absent: Callable[[int, int], torch.Tensor]
@@ -168,6 +177,20 @@ class Storage:
             else:
                 mine.narrow(2, 0, tokens).copy_(theirs.narrow(2, 0, tokens))
 
+    def take_rows(self, other: Storage, rows: torch.Tensor, tokens: int) -> None:
+        """Copy states, and the first `tokens` tokens, of the given rows of `other`.
+
+        Args:
+            other: stores the same of another batch; may be this storage itself.
+            rows: int64 [batch of this storage], on the CPU.
+            tokens: of each row.
+        """
+        index = rows.to(self.device)
+        for mine, theirs in zip(self._kv(), other._kv(), strict=True):
+            mine.narrow(2, 0, tokens).copy_(theirs.narrow(2, 0, tokens).index_select(0, index))
+        for mine, theirs in zip(self._states(), other._states(), strict=True):
+            mine.copy_(theirs.index_select(0, index))
+
     def clear(self) -> None:
         """Forget what an earlier request left."""
         for tensor in self._tensors():
@@ -175,11 +198,14 @@ class Storage:
 
     def copy(self) -> Storage:
         """Buffers of their own with the same content."""
-        keys, values = (
-            [None if t is None else t.clone() for t in group] for group in (self.keys, self.values)
-        )
-        states = [tuple(t.clone() for t in group) for group in self.states]
-        return replace(self, keys=keys, values=values, states=states, decoder=None)
+        # not inference tensors, as in `zeros`
+        with torch.inference_mode(False):
+            keys, values = (
+                [None if t is None else t.clone() for t in group]
+                for group in (self.keys, self.values)
+            )
+            states = [tuple(t.clone() for t in group) for group in self.states]
+        return replace(self, keys=keys, values=values, states=states, decoder=None, shown=False)
 
 
 class StoragePool:
@@ -187,16 +213,24 @@ class StoragePool:
 
     One is kept, not more: the next request is likely to be like the last one, and memory that
     nobody uses is worth more elsewhere.
+
+    Requests of several threads lease from one pool, and a storage comes back in a finalizer: in any
+    thread, in the middle of a collection of garbage, also of one that an allocation in `lease` set
+    off. A lock would wait for itself there. What is kept is therefore in a deque, whose single
+    operations no other thread and no finalizer can come between.
     """
 
     def __init__(self, keep: bool) -> None:
         self.keep = keep
-        self._idle: Storage | None = None
+        self._idle: deque[Storage] = deque(maxlen=1)
 
     @property
     def idle_bytes(self) -> int:
         """Bytes held for a next request."""
-        return self._idle.nbytes if self._idle is not None else 0
+        try:
+            return self._idle[-1].nbytes
+        except IndexError:
+            return 0
 
     def lease(
         self,
@@ -206,8 +240,8 @@ class StoragePool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Storage:
-        """Storage for at least `capacity` tokens, all zeros."""
-        idle, self._idle = self._idle, None
+        """Storage for at least `capacity` tokens, all zeros; nobody else has it."""
+        idle = self._taken()
         if (
             idle is not None
             and (idle.batch, idle.dtype, idle.device, idle.slots)
@@ -219,11 +253,18 @@ class StoragePool:
         del idle  # before the new one is made
         return Storage.zeros(slots, batch, capacity, dtype, device)
 
+    def _taken(self) -> Storage | None:
+        """What is kept, which is not kept any more."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
     def give_back(self, storage: Storage) -> None:
         """Called when the request that leased `storage` is gone."""
-        if self.keep:
-            self._idle = storage
+        if self.keep and not storage.shown:
+            self._idle.append(storage)
 
     def clear(self) -> None:
         """Free what is kept."""
-        self._idle = None
+        self._idle.clear()

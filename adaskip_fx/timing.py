@@ -70,7 +70,7 @@ class StepTimer:
         else:
             took = min(self._timed(step) for _ in range(self.steps))
         if not cache.stateful:
-            cache.crop(before)
+            cache.keep_first(before)
         return took
 
     def _timed(self, run: Callable[[], None], times: int = 1) -> float:
@@ -101,8 +101,9 @@ class StepTimer:
 
     def _tokens(self, count: int) -> torch.Tensor:
         words = int(self.runtime.model.config.get_text_config().vocab_size)
-        generator = torch.Generator().manual_seed(count)
-        ids = torch.randint(0, words, (self.batch, count), generator=generator)
+        generator = torch.Generator(device="cpu").manual_seed(count)
+        size = self.batch, count
+        ids = torch.randint(0, words, size, generator=generator, device="cpu")
         return ids.to(self.runtime.device)
 
     def _wait(self) -> None:

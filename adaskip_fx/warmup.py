@@ -23,8 +23,8 @@ def warm_up(runtime: Runtime, begin: SkipPlan | Schedule, max_length: int, batch
         batch: rows.
     """
     cache = runtime.new_cache(capacity=max_length, plan=begin)
-    prompt = torch.zeros(batch, max(2, min(max_length - 1, 16)), dtype=torch.int64)
-    prompt = prompt.to(runtime.device)
+    size = batch, max(2, min(max_length - 1, 16))
+    prompt = torch.zeros(size, dtype=torch.int64, device=runtime.device)
     token = prompt[:, :1]
     for ids in (prompt, token):
         runtime.step(ids, None, None, cache, 1)
@@ -33,6 +33,6 @@ def warm_up(runtime: Runtime, begin: SkipPlan | Schedule, max_length: int, batch
         runtime.step(token, None, None, cache, 1)
     for first, _ in begin.steps[1:] if isinstance(begin, Schedule) else ():
         if not cache.stateful:
-            cache.crop(prompt.shape[1])  # as far as there may be room
+            cache.keep_first(prompt.shape[1])  # as far as there may be room
         cache.request.decoding_from = cache.length - first
         runtime.step(token, None, None, cache, 1)

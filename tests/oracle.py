@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ class Oracle:
         self.factors: Mapping[str, float] = {}
         self.streams: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._actions: Mapping[str, str] = {}
+        self._cache = cache_name(model.forward)
         self.model.model.register_forward_pre_hook(self._begin, with_kwargs=True)
         for index, layer in enumerate(self.model.model.layers):
             layer.forward = functools.partial(self._layer, index, layer)
@@ -66,14 +68,14 @@ class Oracle:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache: cache},
         )
         logits: torch.Tensor = output.logits
         return logits
 
     def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        past = kwargs.get("past_key_values")
+        past = kwargs.get(self._cache)
         filled = past is not None and past.get_seq_length() > 0
         decoding = filled and kwargs["input_ids"].shape[1] == 1
         self._actions = self.decode if decoding else self.prefill
@@ -102,11 +104,17 @@ class Oracle:
                 if name in self.factors:
                     x = (x.float() * self.factors[name]).to(x.dtype)
             else:
-                if kind == "attention" and kwargs.get("past_key_values") is not None:
-                    _hold_place(layer.self_attn, x, kwargs["past_key_values"])
+                if kind == "attention" and kwargs.get(self._cache) is not None:
+                    _hold_place(layer.self_attn, x, kwargs[self._cache])
                 if name in self.factors:
                     x = (x.float() * self.factors[name]).to(x.dtype)
         return x
+
+
+def cache_name(forward: Any) -> str:
+    """What a forward calls its cache; transformers 5.24 has a name of its own for it."""
+    named = inspect.signature(forward).parameters
+    return next(n for n in ("cache", "cache_params", "past_key_values") if n in named)
 
 
 def _hold_place(attention: Any, x: torch.Tensor, cache: DynamicCache) -> None:

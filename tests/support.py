@@ -295,7 +295,11 @@ def _cell(by_version: Mapping[str, str]) -> str:
     said = {version: _short(text) for version, text in by_version.items()}
     if len(set(said.values())) == 1:
         return next(iter(said.values()))
-    return "; ".join(f"{version.split(',')[0]}: {text}" for version, text in said.items())
+    of_torch: dict[str, set[str]] = {}
+    for version, text in said.items():
+        of_torch.setdefault(version.split(",")[0], set()).add(text)
+    named = {v if len(of_torch[v.split(",")[0]]) > 1 else v.split(",")[0]: said[v] for v in said}
+    return "; ".join(f"{version}: {text}" for version, text in named.items())
 
 
 def _short(text: str) -> str:

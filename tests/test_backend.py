@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,7 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+    module.reset()  # Dynamo does it for backends that it has called
 
 
 def plan_of(skip: list[str], factor: float = 1.1) -> SkipPlan:
@@ -154,19 +158,37 @@ def test_the_decode_window_adds_ffn_sublayers(model: LlamaForCausalLM, tmp_path:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 128, (1, 14), generator=generator)
     ffn = ["0.ffn", "1.ffn", "2.ffn"]
-    cache = static_cache(model)
+    cache, other = static_cache(model), static_cache(model)
     with torch.no_grad():
         fast(ids[:, :9], past_key_values=cache)
         for at in (10, 11):  # the window
             fast(ids[:, at - 1 : at], past_key_values=cache)
-        (state,) = (m for _, m in module._models.values())
+            if at == 10:  # another request has a window of its own
+                fast(ids[:, :5], past_key_values=other)
+                fast(ids[:, 5:6], past_key_values=other)
+        state, second = state_of(cache), state_of(other)
         assert [str(s) for s in state.decode_plan.skipped("decode")] == ["0.attention", *ffn]
+        assert second.window is not None
+        assert second.window.steps == 1
+        assert second.decode_plan is second.plan
         fast(ids[:, 11:12], past_key_values=cache)
+        assert state_of(cache) is state
         assert state.probed() == ()
         cache.reset()
         fast(ids[:, :9], past_key_values=cache)  # a new request: the window is open again
+        state = state_of(cache)
         assert state.decode_plan is state.plan
         assert [str(s) for s in state.probed()] == ffn
+
+
+def requests_of() -> module._Requests:
+    """Those of the one model that was compiled."""
+    ((requests,),) = (known.values() for known in module._models.values())
+    return requests
+
+
+def state_of(cache: StaticCache) -> module._Model:
+    return requests_of().known[cache.layers[0].cumulative_length][0]
 
 
 def schedule() -> Schedule:
@@ -195,6 +217,201 @@ def test_a_schedule_equals_the_oracle(model: LlamaForCausalLM, after: int) -> No
             expected = oracle.step(new, reference)[:, -1:]
             worst = max(worst, (logits - expected).abs().max().item())
     assert (worst < 1e-5) == (after == 2)
+
+
+# Requests ----------------------------------------------------------------------------------------
+
+PROMPTS_SKIP = {"0.ffn": "skip"}
+STEPS: tuple[tuple[int, dict[str, str]], ...] = (
+    (0, {}),
+    (2, {"1.attention": "kv_only", "2.ffn": "skip"}),
+    (4, {"1.ffn": "skip"}),
+)
+
+
+def stepped() -> Schedule:
+    """Prompts leave out an FFN; from the third and from the fifth token something else is."""
+
+    def actions(named: dict[str, str]) -> dict[Sublayer, Action]:
+        return {Sublayer.parse(name): Action(action) for name, action in named.items()}
+
+    skipped = actions(PROMPTS_SKIP)
+    return Schedule(tuple((at, SkipPlan(SUBLAYERS, skipped, actions(do))) for at, do in STEPS))
+
+
+@dataclass
+class Served:
+    """A text on a cache of the user's, beside the oracle's."""
+
+    cache: StaticCache
+    reference: DynamicCache
+    decoded: int = 0
+
+
+class Server:
+    """Does what people do to a compiled model and its caches; the oracle does the same.
+
+    Attributes:
+        worst: the largest difference of logits so far.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, fast: Any, caches: int, seed: int) -> None:
+        self.model, self.fast, self.oracle = model, fast, Oracle(model)
+        self.chance = random.Random(seed)
+        self.texts = [self._fresh(static_cache(model)) for _ in range(caches)]
+        self.worst = 0.0
+
+    def _fresh(self, cache: StaticCache) -> Served:
+        return Served(cache, DynamicCache(config=self.model.config))
+
+    def event(self) -> None:
+        place = self.chance.randrange(len(self.texts))
+        text = self.texts[place]
+        full = int(text.cache.layers[0].cumulative_length) > 38
+        if text.reference.get_seq_length() == 0 or full or self.chance.random() < 0.15:
+            if self.chance.random() < 0.5:
+                text.cache.reset()
+                text = self._fresh(text.cache)
+            else:
+                text = self._fresh(static_cache(self.model))
+            self.texts[place] = text
+            self.prompt(text, self.chance.choice([1, 1, 2, 5]), self.chance.random() < 0.4)
+        elif self.chance.random() < 0.1:
+            self.prompt(text, self.chance.choice([2, 5]), self.chance.random() < 0.4)
+        else:
+            self.decode(text)
+
+    def prompt(self, text: Served, tokens: int, elsewhere: bool) -> None:
+        """On an empty cache or a filled one; `elsewhere`: by the model itself, in full."""
+        text.decoded = 0
+        runs = self.model if elsewhere else self.fast
+        self.oracle.behave({} if elsewhere else PROMPTS_SKIP)
+        self._compare(runs, text, tokens)
+
+    def decode(self, text: Served) -> None:
+        self.oracle.behave({}, dict(STEPS[sum(text.decoded >= at for at, _ in STEPS) - 1][1]))
+        self._compare(self.fast, text, 1)
+        text.decoded += 1
+
+    def _compare(self, runs: Any, text: Served, tokens: int) -> None:
+        ids = torch.tensor([[self.chance.randrange(128) for _ in range(tokens)]])
+        logits = runs(ids, past_key_values=text.cache).logits[:, -1]
+        expected = self.oracle.step(ids, text.reference)[:, -1]
+        self.worst = max(self.worst, (logits - expected).abs().max().item())
+
+
+def test_requests_are_told_apart_by_their_caches(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several in turn, caches reset or new, prompts of one token, of several, or run elsewhere.
+
+    Every step against the oracle. Where caches can be made under inference_mode, they count no
+    writes. The companion does not look at marks, so that a reset cache goes on.
+    """
+    fast = compiled(model, plan=stepped())
+    for seed, mode in ((0, torch.no_grad), (1, torch.no_grad), (2, torch.inference_mode)):
+        with mode():
+            server = Server(model, fast, caches=3, seed=seed)
+            for _ in range(60):
+                server.event()
+                assert server.worst < 1e-5
+    monkeypatch.setattr(module, "_mark", lambda tensor: 0)
+    with torch.no_grad():
+        server = Server(model, fast, caches=3, seed=0)
+        for _ in range(60):
+            server.event()
+    assert server.worst > 1e-2
+
+
+def test_a_prompt_of_one_token_is_a_prompt(model: LlamaForCausalLM) -> None:
+    """The smallest: twice the same one on a cache; by its length it would be decoding."""
+    fast, oracle = compiled(model, plan=stepped()), Oracle(model)
+    one, cache = torch.tensor([[7]]), static_cache(model)
+    with torch.no_grad():
+        for _ in range(2):
+            cache.reset()
+            logits = fast(one, past_key_values=cache).logits
+            reference = DynamicCache(config=model.config)
+            expected = oracle.behave(PROMPTS_SKIP).step(one, reference)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+            plain = oracle.behave({}).step(one, DynamicCache(config=model.config))
+            assert (logits - plain).abs().max() > 1e-2
+        # without a cache every call is a prompt
+        logits = fast(one, use_cache=False).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_cache_that_is_made_anew_in_every_step_is_refused(model: LlamaForCausalLM) -> None:
+    fast = compiled(model, plan=stepped())
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        fast(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+        with pytest.raises(BackendCompilerFailed, match="made anew in every step") as caught:
+            fast(torch.tensor([[8]]), past_key_values=cache)
+    assert "tells requests apart by their cache, and this one is made anew" in str(caught.value)
+    assert "use a StaticCache, or adaskip_fx.compile" in str(caught.value)
+    torch._dynamo.reset()
+    # the companion: under a plan that does the same in every step, requests need not be told apart
+    fast, oracle = compiled(model, plan=plan_of(["1.ffn"])), Oracle(model)
+    oracle.behave({"1.ffn": "skip"}, factors={"1.ffn": 1.1})
+    cache, reference = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for tokens in ([5, 6, 7], [8], [9]):
+            ids = torch.tensor([tokens])
+            logits = fast(ids, past_key_values=cache).logits
+            torch.testing.assert_close(logits, oracle.step(ids, reference), rtol=0, atol=1e-5)
+
+
+def test_equal_options_share_and_others_do_not(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """A `Profile`, a copy of it and the path it was saved to are the same option."""
+    first = next(model.parameters())
+    profile = profile_of(model, {"1.ffn": 0.9})
+    profile.save(tmp_path / "p")
+
+    def found(**options: Any) -> module._Requests:
+        return module._requests(options, [torch.zeros(1), first])
+
+    shared = found(profile=profile, alpha=1.5)
+    assert found(profile=copy.deepcopy(profile), alpha=1.5) is shared
+    assert found(alpha=1.5, profile=str(tmp_path / "p")) is shared
+    assert found(profile=profile, alpha=1.5, policy=AdaSkip(window=3)) is not shared
+    assert found(profile=profile_of(model, {"1.ffn": 0.8}), alpha=1.5) is not shared
+    assert found(profile=profile, alpha=1.6) is not shared
+    assert len(module._models) == 1
+    assert len(module._models[first]) == 4
+
+
+class Unhashable(LLMDrop):
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_an_option_that_cannot_be_hashed_equals_itself(model: LlamaForCausalLM) -> None:
+    first, profile = next(model.parameters()), profile_of(model, {"1.ffn": 0.9})
+    policies = [Unhashable("joint"), Unhashable("joint")]
+    one, other = (module._requests({"profile": profile, "policy": p}, [first]) for p in policies)
+    assert one is not other
+    assert module._requests({"profile": profile, "policy": policies[0]}, [first]) is one
+
+
+def test_nothing_is_kept_of_what_is_gone(model: LlamaForCausalLM) -> None:
+    """Requests go with their caches, and all of it with the model."""
+    fast = compiled(model, plan=stepped())
+    with torch.no_grad():
+        caches = [static_cache(model) for _ in range(3)]
+        for cache in caches:
+            fast(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    known = requests_of().known
+    assert len(known) == 3 * 3  # counter, keys and values of the first layer
+    caches[1:] = []
+    del cache
+    gc.collect()
+    assert len(known) == 3
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    module._requests({"plan": stepped()}, [parameter])
+    assert len(module._models) == 2
+    del parameter
+    gc.collect()
+    assert len(module._models) == 1
 
 
 def test_decisions_that_need_a_request_are_refused(model: LlamaForCausalLM) -> None:

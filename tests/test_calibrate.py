@@ -191,6 +191,85 @@ def test_measuring_a_model_that_skips_measures_the_full_one() -> None:
         torch.testing.assert_close(reading.double(), moments(*stream), rtol=1e-5, atol=0)
 
 
+# Vectors without a direction, and padding --------------------------------------------------------
+
+
+class Padding(Letters):
+    """A tokenizer that pads to 40 tokens with token 0, before the text or after it."""
+
+    def __init__(self, masked: bool, side: str = "left") -> None:
+        super().__init__()
+        self.masked, self.side = masked, side
+
+    def __call__(self, text: str, **options: Any) -> dict[str, torch.Tensor]:
+        ids = super().__call__(text, **options)["input_ids"]
+        more = 40 - ids.shape[1]
+        width = (more, 0) if self.side == "left" else (0, more)
+        padded = {"input_ids": torch.nn.functional.pad(ids, width)}
+        if self.masked:
+            padded["attention_mask"] = torch.nn.functional.pad(torch.ones_like(ids), width)
+        return padded
+
+
+SHORT = ("thirty letters, spaces as well", "twenty-five of them, here")
+
+
+@pytest.fixture(scope="module")
+def padless() -> Any:
+    """A model whose padding token has an embedding of zero, as transformers makes it."""
+    model = make_model("one_layer")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 0
+    return model
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masked_padding_is_no_part_of_a_text(padless: Any, side: str) -> None:
+    found = adaskip_fx.calibrate(padless, Padding(True, side), SHORT, LIMIT)
+    plain = adaskip_fx.calibrate(padless, Letters(), SHORT, LIMIT)
+    np.testing.assert_array_equal(found.moments, plain.moments)
+    assert found.calibration["tokens_sha256"] == plain.calibration["tokens_sha256"]
+    assert found.left_out is None
+    assert found.tokens == 55
+
+
+def test_padding_that_is_not_masked_decides_nothing(padless: Any) -> None:
+    """Its zero vectors are left out where the stream is still zero, counted, and in no factor."""
+    found = adaskip_fx.calibrate(padless, Padding(False, "right"), SHORT, LIMIT)
+    first = found.sublayers[0]
+    assert found.left_out_tokens == {first: 25}
+    assert found.tokens == 80
+    plain = adaskip_fx.calibrate(padless, Letters(), SHORT, LIMIT)
+    np.testing.assert_allclose(found.moments[:, 0], plain.moments[:, 0], rtol=1e-5)
+    assert 0.1 < float(found.scale()[0]) < 10
+    found.preview(1.5)
+    # the companion: later sublayers see what attention made of the padding, and it does count
+    assert not np.allclose(found.moments[:, 1], plain.moments[:, 1], rtol=1e-2)
+    assert np.isfinite(found.layers).all()
+    assert found.layers is not None
+    assert found.layers[:, 0, 4].tolist() == [30, 25]
+
+
+@pytest.mark.parametrize(("value", "spoiled"), [(0.0, 29), (float("nan"), 57), (float("inf"), 57)])
+def test_a_text_of_which_little_counts_is_refused_by_name(value: float, spoiled: int) -> None:
+    """Attention hands NaN and Inf on to every token, a zero to none."""
+    model = make_model("one_layer")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3 + ord("!") % 50] = value
+    text = "five words, and then nothing" + "!" * 29
+    with pytest.raises(ValueError, match="calibration text 1") as caught:
+        adaskip_fx.calibrate(model, Letters(), [SHORT[0], text], LIMIT)
+    assert str(caught.value) == (
+        f"calibration text 1: at 0.attention the residual stream of {spoiled} of its 57 tokens is "
+        "zero or not finite, so nothing can be learned there. Leave the text out, or load the "
+        "model in a wider dtype (bfloat16 or float32 instead of float16) if it overflows"
+    )
+    if value == 0:  # the companion: one less, and more than half counts
+        less = adaskip_fx.calibrate(model, Letters(), [SHORT[0], text[:-1]], LIMIT)
+        assert less.left_out_tokens[less.sublayers[0]] == 28
+        less.preview(1.5)
+
+
 # Refused ----------------------------------------------------------------------------------------
 
 CASES: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -36,6 +36,19 @@ def test_a_family_that_differs_between_versions_says_so() -> None:
     assert "| b | yes | yes | yes |" in shown
 
 
+def test_versions_are_named_as_shortly_as_they_differ() -> None:
+    row = dict.fromkeys(support.COLUMNS, "yes")
+    other = {**row, "probed": "no: for a reason"}
+    by_version = {"torch 1, x 1": other, "torch 2, x 1": row, "torch 2, x 2": row}
+    shown = support.rendered({v: {"a": r} for v, r in by_version.items()})
+    assert "| yes | torch 1: no: for a reason; torch 2: yes | yes |" in shown
+    shown = support.rendered(
+        {v: {"a": r} for v, r in {**by_version, "torch 2, x 2": other}.items()}
+    )
+    said = "torch 1: no: for a reason; torch 2, x 1: yes; torch 2, x 2: no: for a reason"
+    assert f"| yes | {said} | yes |" in shown
+
+
 def test_a_wrong_model_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: what is measured can fail."""
     right = Oracle.join

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,10 +11,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    Phi3Config,
+    Phi3ForCausalLM,
+    StoppingCriteria,
+)
 
 from adaskip_fx import loop
+from adaskip_fx.api import build
 from adaskip_fx.cache import SkipCache
+from adaskip_fx.plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.testing import plans
 from tests.bank import SEEDS, VOCABULARY, Entry, entry, fewer, profile_of
@@ -130,7 +139,7 @@ def test_a_step_that_is_not_taken_back_shows(monkeypatch: pytest.MonkeyPatch) ->
     ids = bank.tokens(1, 6)
     with bank.using(mixed_plan(bank)):
         whole = bank.oracle.model.generate(ids, max_new_tokens=9, do_sample=False)[0, 6:].tolist()
-        monkeypatch.setattr(SkipCache, "crop", lambda self, tokens: None)
+        monkeypatch.setattr(SkipCache, "keep_first", lambda self, tokens: None)
         with pytest.raises(AssertionError):
             assert_the_same(bank, ids, max_new_tokens=9, do_sample=False, eos_token_id=whole[4])
 
@@ -249,3 +258,118 @@ def test_one_number_tells_whether_a_row_is_valid(broken: float) -> None:
     assert loop._draw(scores)[1]
     scores[1] = -torch.inf  # nothing is left to draw
     assert loop._draw(scores)[1]
+
+
+# A cache that the model drops --------------------------------------------------------------------
+
+SWITCH = 12  # tokens after which Phi-3 begins anew, for the sake of another table of positions
+
+
+@functools.cache
+def phi3() -> tuple[Any, Any]:
+    """A model that drops its cache when a text gets longer than that, and the same compiled."""
+    config = Phi3Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        original_max_position_embeddings=SWITCH,
+        initializer_range=0.25,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(config).eval()
+    return model, build(model, None, backend="eager")
+
+
+@contextmanager
+def lengths(compiled: Any) -> Iterator[list[tuple[int, SkipPlan]]]:
+    """How many tokens each step of the compiled model has, and its plan."""
+    steps: list[tuple[int, SkipPlan]] = []
+    compiled.adaskip.observer = lambda program, plan, tokens: steps.append((tokens, plan))
+    try:
+        yield steps
+    finally:
+        compiled.adaskip.observer = None
+
+
+PROMPT = torch.arange(5, 14).unsqueeze(0)
+
+
+@pytest.mark.parametrize("way", ["loop", "loop, ahead", "transformers' loop"])
+def test_a_cache_that_the_model_drops_is_followed(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """The request goes on with its own plan; what comes back holds what was run."""
+    model, compiled = phi3()
+    if way == "transformers' loop":
+        monkeypatch.setattr(loop, "serves", lambda *args: False)
+    plan = SkipPlan.of(compiled.adaskip.sublayers, ["1.attention"])
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(PROMPT, **options)
+    compiled.adaskip.ahead = way == "loop, ahead"
+    try:
+        plain = compiled.generate(PROMPT, **options)
+        first = compiled.adaskip.new_cache(plan=plan)
+        with lengths(compiled) as steps:
+            mine = compiled.generate(PROMPT, past_key_values=first, **options)
+    finally:
+        compiled.adaskip.ahead = False
+    assert torch.equal(plain.sequences, expected.sequences)
+    length = plain.past_key_values.get_seq_length()
+    assert length == expected.past_key_values.get_seq_length() == 16
+    counts = [tokens for tokens, _ in steps]
+    assert counts == [9, 1, 1, 1, SWITCH + 1, 1, 1, 1], "all of the text ran again"
+    assert all(used == plan for _, used in steps)
+    cache = mine.past_key_values
+    assert cache is not first
+    assert (cache.get_seq_length(), first.get_seq_length()) == (16, SWITCH)
+    assert cache.stored == first.stored == (True, False)
+
+
+def test_a_cache_that_is_not_followed_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companion: the request that begins in the middle has the model's plan."""
+    _, compiled = phi3()
+    monkeypatch.setattr(SkipCache, "anew", lambda self: compiled.adaskip.new_cache())
+    with pytest.raises(AssertionError):
+        test_a_cache_that_the_model_drops_is_followed(monkeypatch, "loop")
+
+
+def test_stop_tokens_are_the_requests_when_its_cache_is_dropped() -> None:
+    _, compiled = phi3()
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    result = compiled.generate(PROMPT, eos_token_id=[60], **options)
+    stops = result.past_key_values.request.stop_tokens
+    assert result.past_key_values.get_seq_length() > SWITCH
+    assert stops.tolist() == [60, 0]
+
+
+@pytest.mark.parametrize("more", [3, 4, 5])
+def test_a_step_that_began_the_text_anew_is_taken_back(more: int) -> None:
+    """The step too many may be the one that drops the cache: the one before comes back."""
+    model, compiled = phi3()
+    said = model.generate(PROMPT, max_new_tokens=more, do_sample=False)[0, -1].item()
+    options = {"eos_token_id": said, "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(PROMPT, return_dict_in_generate=True, **options)
+    compiled.adaskip.ahead = True
+    try:
+        mine = compiled.generate(PROMPT, return_dict_in_generate=True, **options)
+    finally:
+        compiled.adaskip.ahead = False
+    assert torch.equal(mine.sequences, expected.sequences)
+    length = expected.past_key_values.get_seq_length()
+    assert mine.past_key_values.get_seq_length() == length
+
+
+def test_a_prompt_that_is_longer_fills_the_cache_that_was_passed() -> None:
+    _, compiled = phi3()
+    cache = compiled.adaskip.new_cache()
+    ids = torch.arange(1, SWITCH + 4).unsqueeze(0)
+    compiled.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert cache.get_seq_length() == SWITCH + 5

@@ -273,9 +273,12 @@ def test_no_evidence_is_not_added(variant: Variant) -> None:
     assert extras(online([broken, row(0.9)], ["1.ffn", "2.ffn"], variant)) == ["2.ffn"]
 
 
-def test_a_window_without_a_stream_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"scale factor of 2\.ffn"):
-        online([[7.9, 1.0, 0.0, 4.0, 8]], ["2.ffn"], "released")
+def test_a_senseless_ratio_of_the_window_is_no_evidence() -> None:
+    """Of the released variant, which would put it in; a request is not to end for that."""
+    for before, after in ((0.0, 4.0), (4.0, 0.0), (1e-9, 4.0)):
+        window = [[7.9, 1.0, before, after, 8], row(0.9)]
+        assert extras(online(window, ["1.ffn", "2.ffn"], "released")) == ["2.ffn"]
+        assert extras(online(window, ["1.ffn", "2.ffn"], "paper")) == ["1.ffn", "2.ffn"]
 
 
 @pytest.mark.parametrize("variant", BOTH)

@@ -35,7 +35,15 @@ import adaskip_fx.profile
 from adaskip_fx.compensation import Compensation
 from adaskip_fx.plan import SkipPlan, Sublayer
 from adaskip_fx.policies import AdaSkip
-from adaskip_fx.profile import MOMENTS, Fingerprint, Profile, ProfileError, Variant, fingerprint
+from adaskip_fx.profile import (
+    MOMENTS,
+    SANE_FACTORS,
+    Fingerprint,
+    Profile,
+    ProfileError,
+    Variant,
+    fingerprint,
+)
 
 PROPERTY = settings(deadline=None)  # a shared machine may stall
 TOY = Fingerprint("0123456789abcdef", "toy", 1234567, "f" * 16)
@@ -149,6 +157,31 @@ def test_compensation_refuses_a_dead_stream_by_name() -> None:
         broken.compensation("released")
 
 
+@pytest.mark.parametrize(("factor", "shown"), [(7.6e33, "7.6e+33"), (1.1e4, "1.1e+04"), (0.0, "0")])
+def test_a_senseless_factor_is_refused_by_name(factor: float, shown: str) -> None:
+    """Where `compile` asks for it; the profile itself can be loaded, looked at and compared."""
+    moments = profile().moments.copy()
+    moments[:, 2, MOMENTS.index("ratio")] = factor * 7
+    broken = profile(moments=moments)
+    assert float(broken.scale()[2]) == pytest.approx(factor)
+    with pytest.raises(ProfileError) as caught:
+        broken.preview(2)
+    assert str(caught.value) == (
+        f"scale factor of 1.attention is {shown} in this profile, and none outside of 0.0001 to "
+        "10000 can stand in for a sublayer: the stream of some token was almost zero, or grew "
+        "beyond measure. Calibrate again, on texts without padding or unknown tokens, or in a "
+        "wider dtype"
+    )
+
+
+@pytest.mark.parametrize("factor", SANE_FACTORS)
+def test_factors_at_the_bounds_are_taken(factor: float) -> None:
+    moments = profile().moments.copy()
+    moments[:, 2, MOMENTS.index("ratio")] = factor * 7
+    found = profile(moments=moments).compensation().factor(NAMES[2])
+    assert found == pytest.approx(factor)
+
+
 def test_unknown_variant() -> None:
     for method in (profile().similarity, profile().scale, profile().compensation):
         with pytest.raises(ValueError, match="unknown variant 'fast': use 'paper' or 'released'"):
@@ -243,9 +276,61 @@ def test_digest_is_the_content() -> None:
 
 
 def test_profile_can_be_copied() -> None:
-    one = profile()
-    assert same(copy.deepcopy(one), one)
-    assert same(pickle.loads(pickle.dumps(one)), one)
+    one = profile(left_out=LEFT_OUT)
+    for twin in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        assert same(twin, one)
+        assert twin == one
+        assert hash(twin) == hash(one)
+        assert twin.left_out_tokens == one.left_out_tokens
+
+
+def test_profiles_are_equal_by_content() -> None:
+    moments = profile().moments.copy()
+    assert profile() == profile(moments=moments)
+    assert len({profile(), profile(moments=moments)}) == 1
+    moments[0, 0, 0] = math.nextafter(moments[0, 0, 0], 2)
+    for other in (profile(moments=moments), profile(left_out=LEFT_OUT), profile().digest):
+        assert profile() != other
+
+
+LEFT_OUT = np.array([[0.0, 3, 0, 1], [0, 1, 0, 0]])
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    one = profile(left_out=LEFT_OUT)
+    assert one.left_out_tokens == {NAMES[1]: 4, NAMES[3]: 1}
+    assert str(one).endswith("\nleft out, of length zero or not finite: 0.ffn 4, 1.ffn 1")
+    one.save(tmp_path / "p")
+    loaded = Profile.load(tmp_path / "p")
+    assert loaded == one
+    assert loaded.left_out_tokens == one.left_out_tokens
+    first = LEFT_OUT.copy()
+    first[:, 0] = 2
+    assert profile(left_out=first).tokens == profile().tokens + 4  # they were valid
+
+
+def test_where_nothing_is_left_out_the_file_is_as_before(tmp_path: Path) -> None:
+    one = profile(left_out=np.zeros((2, 4)))
+    assert one.left_out is None
+    assert one == profile()
+    assert one.left_out_tokens == {}
+    assert "left out" not in str(one)
+    one.save(tmp_path / "p")
+    (file,) = (tmp_path / "p").glob("moments-*")
+    assert list(safetensors.numpy.load(file.read_bytes())) == ["moments"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.zeros((2, 3)), r"left_out has shape \[2, 3\], expected \[2, 4\], \[samples, subl"),
+        (np.full((2, 4), -1.0), "left_out has a number that is negative or not finite"),
+        (np.full((2, 4), math.nan), "left_out has a number that is negative or not finite"),
+    ],
+)
+def test_what_is_left_out_is_checked(bad: Any, message: str) -> None:
+    with pytest.raises(ProfileError, match=message):
+        profile(left_out=bad)
 
 
 def test_table() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,16 +20,21 @@ def model_of(family: str = "llama") -> Any:
     return tiny_model(tiny_config(family))
 
 
+def of_other_logits(right: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A sample whose steps say that the model gave something else."""
+    steps = {
+        phase: tuple(replace(one, logits=change(one.logits)) for one in group)
+        for phase, group in right.steps.items()
+    }
+    return replace(right, steps=steps)
+
+
 def be_wrong(patch: pytest.MonkeyPatch, change: float) -> None:
     """Have every sample say logits that differ by so much of the largest."""
 
     def changed(*arguments: Any) -> Any:
         right = take(*arguments)
-        steps = {
-            phase: replace(one, logits=one.logits + change * one.logits.abs().max())
-            for phase, one in right.steps.items()
-        }
-        return replace(right, steps=steps)
+        return of_other_logits(right, lambda logits: logits + change * logits.abs().max())
 
     for module in (api, sample):
         patch.setattr(module, "take", changed)
@@ -73,15 +79,12 @@ def test_weights_may_change_before_the_next_capture() -> None:
 def test_a_model_that_has_moved_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample from another device proves nothing (there is but one here: it is made up)."""
     compiled = build(model_of(), None, backend="eager")
-    graphs = compiled.adaskip.graphs
-    steps = {
-        p: replace(one, logits=one.logits.to("meta")) for p, one in graphs.sample.steps.items()
-    }
-    graphs.sample = replace(graphs.sample, steps=steps)
+    state = compiled.adaskip.graphs.states.current
+    state.sample = of_other_logits(state.sample, lambda logits: logits.to("meta"))
     be_wrong(monkeypatch, 2e-3)
     with pytest.raises(RefusedError, match="captured for decode gives other logits"):
         compiled.generate(torch.arange(9).unsqueeze(0), max_new_tokens=3, do_sample=False)
-    assert graphs.sample.device.type == "cpu"
+    assert state.sample.device.type == "cpu"
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3", "falcon_h1", "mamba", "qwen3_next"])

@@ -173,24 +173,30 @@ def test_a_replaced_parameter_is_used_by_the_next_request(pair: tuple[Any, Any])
 
 
 @pytest.mark.parametrize("second", [3, 1])
-def test_a_replaced_parameter_is_used_by_the_next_prompt_on_a_cache(second: int) -> None:
-    """A chunk or the next turn; not in the middle of decoding, where nothing is looked up."""
+def test_a_parameter_replaced_in_mid_request_is_refused_by_the_next_prompt(second: int) -> None:
+    """A chunk or the next turn: what is stored was computed with another one. Decoding goes on."""
     model = make_model("one_layer")
     compiled, reference = build(model, None, backend="eager"), Oracle(model)
     cache, theirs = compiled.adaskip.new_cache(), DynamicCache(config=model.config)
+    token = IDS[:, :1]
     with torch.no_grad():
-        for ids in (IDS, IDS[:, :second]):
+        for ids in (IDS, IDS[:, :second], token):
             compiled(ids, past_key_values=cache, logits_to_keep=1)
             reference.step(ids, theirs)
-        weight = nn.Parameter(model.lm_head.weight.detach() * 3.0)
-        compiled.lm_head.weight = reference.model.lm_head.weight = weight
+        old = compiled.lm_head.weight
+        compiled.lm_head.weight = nn.Parameter(old.detach() * 3.0)
+        logits = compiled(token, past_key_values=cache).logits
+        assert_close(logits, reference.step(token, theirs)[:, -1:], 1e-5)
+        with pytest.raises(RefusedError, match=r"since this request began .*was replaced"):
+            compiled(IDS[:, :4], past_key_values=cache, logits_to_keep=1)
+        compiled.lm_head.weight = old
         logits = compiled(IDS[:, :4], past_key_values=cache, logits_to_keep=1).logits
         assert_close(logits, reference.step(IDS[:, :4], theirs)[:, -1:], 1e-5)
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype"])
 def test_a_parameter_of_another_layout_is_refused(pair: tuple[Any, Any], change: str) -> None:
-    """No graph was captured for it; a request is refused before it runs, and can go on after."""
+    """The model itself does not run with it; a request is refused before it runs."""
     _, compiled = pair
     before = run(compiled)
     layer = compiled.model.layers[0].mlp
@@ -198,7 +204,7 @@ def test_a_parameter_of_another_layout_is_refused(pair: tuple[Any, Any], change:
     other = old.detach()[:, :-1] if change == "shape" else old.detach().double()
     layer.down_proj.weight = nn.Parameter(other.clone(), requires_grad=False)
     try:
-        with pytest.raises(RefusedError, match=r"when the model was captured.*compile the model a"):
+        with pytest.raises(RefusedError, match=r"down_proj.weight\), and does not run"):
             run(compiled)
     finally:
         layer.down_proj.weight = old

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers.generation.streamers import BaseStreamer
 
 from adaskip_fx.cache import SkipCache
+from adaskip_fx.cache_names import cache_of
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.runtime import Runtime
 
@@ -55,7 +56,7 @@ def ask(
     )
     tokens = clock.ticks[1:]
     text = tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
-    cache = output.past_key_values
+    cache = cache_of(output)
     answer = Answer(
         key=passkey.key,
         depth=passkey.depth,

@@ -11,6 +11,8 @@ is enough to import this module.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from adaskip_fx.decisions import Decision
 from adaskip_fx.loading import usable_backend
 
 from .decided import decision_json
-from .ran import Watch
+from .ran import Watch, watched
 
 
 @register_model("adaskip")
@@ -32,7 +34,9 @@ class AdaSkipLM(HFLM):
     """The harness's Hugging Face model, compiled by :func:`adaskip_fx.compile`.
 
     Every step of the compiled model is checked against the plan; what really ran is in the
-    harness's results, under ``config`` and ``adaskip``.
+    harness's results, under ``config`` and ``adaskip``. Requests of a kind that runs none of the
+    steps in which the plan leaves something out (likelihoods under a plan for decoding alone) are
+    refused with `NotMeasuredError`, which ends the evaluation.
     """
 
     def __init__(
@@ -77,6 +81,34 @@ class AdaSkipLM(HFLM):
         self._model: Any = compile(self._model, profile, float(alpha), plan=chosen, backend=usable)
         self._watch = Watch(self._model.adaskip)
         self._model.adaskip.observer = self._watch
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """The harness's, of the plan."""
+        with self._measured("loglikelihood"):
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The harness's, of the plan."""
+        with self._measured("loglikelihood_rolling"):
+            found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+        return found
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The harness's, of the plan."""
+        with self._measured("generate_until"):
+            found: list[str] = super().generate_until(requests, disable_tqdm)
+        return found
+
+    @contextmanager
+    def _measured(self, kind: str) -> Iterator[None]:
+        """Refuse what runs inside of the block if it was the full model."""
+        with watched(self._model) as watch:
+            yield
+        if watch is not None:
+            watch.check_measured(f"the harness's {kind} requests")
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness records of a model, with the plan and what ran of it.

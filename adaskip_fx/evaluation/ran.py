@@ -2,26 +2,35 @@
 
 A number for a model that skips is worth nothing if it did not skip. So every step of an evaluation
 is watched: the sublayers that its program calls are compared with the plan in force, and counted,
-prompts and decode steps apart. The plan is never taken for what happened.
+prompts and decode steps apart. The plan is never taken for what happened. And a plan that changes
+only steps which a task does not run is not what the task measured: that is refused.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from adaskip_fx.decisions import Choice, plans_of
 from adaskip_fx.files import JSON
 from adaskip_fx.plan import Action, Phase, SkipPlan
 from adaskip_fx.programs import Program, plan_phase
 from adaskip_fx.runtime import Runtime
 from adaskip_fx.sublayer import Sublayer
 
+#: See `Runtime.observer`.
+Observer = Callable[[Program, SkipPlan, int], None]
+
 
 class SkipPathError(RuntimeError):
     """A compiled model ran other sublayers than its plan says, or was not run at all."""
+
+
+class NotMeasuredError(ValueError):
+    """What ran was the full model: no step was of a kind that the plan changes."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class Watch:
     _ran: dict[Phase, Counter[Sublayer]] = field(
         default_factory=lambda: {phase: Counter() for phase in get_args(Phase)}
     )
-    _plans: dict[str, None] = field(default_factory=dict)
+    _plans: dict[str, SkipPlan] = field(default_factory=dict)
 
     def __call__(self, program: Program, plan: SkipPlan, tokens: int) -> None:
         """One step; see `Runtime.observer`.
@@ -103,7 +112,7 @@ class Watch:
         self._steps[phase] += 1
         self._tokens[phase] += tokens
         self._ran[phase].update(dict.fromkeys(program.runs, tokens))
-        self._plans[plan.digest] = None
+        self._plans[plan.digest] = plan
 
     def read(self) -> Ran:
         """What has run so far.
@@ -118,9 +127,43 @@ class Watch:
             )
         return Ran(self._phase("prefill"), self._phase("decode"), tuple(self._plans))
 
+    def check_measured(self, what: str) -> None:
+        """Refuse what ran if it was the full model, though the plan leaves out something.
+
+        Of a choice among plans those count that were chosen; the others are what it is about.
+
+        Args:
+            what: what was asked, for the message.
+
+        Raises:
+            NotMeasuredError: says what ran, and in which steps the plan would have left out what.
+        """
+        phases = get_args(Phase)
+        ran = {phase: self._phase(phase) for phase in phases}
+        if not self._steps or any(r.fraction for r in ran.values()):
+            return
+        decision = self.runtime.decision
+        plans = self._plans.values() if isinstance(decision, Choice) else plans_of(decision)
+        meant = {phase: _left_out(plans, phase) for phase in phases}
+        parts = [f"{', '.join(map(str, some))} in {phase}" for phase, some in meant.items() if some]
+        if parts:
+            prompts, steps = (ran[phase].steps for phase in phases)
+            raise NotMeasuredError(
+                f"{what} ran {prompts} prompts and {steps} decode steps, and nothing was left out "
+                f"in any of them: the plan leaves out {' and '.join(parts)}. What was measured is "
+                "the full model. Choose a task that runs such steps (one that generates its "
+                "answers, or decode_perplexity), or another plan"
+            )
+
     def _phase(self, phase: Phase) -> PhaseRan:
         ran = {s: self._ran[phase][s] for s in self.runtime.sublayers}
         return PhaseRan(self._steps[phase], self._tokens[phase], ran)
+
+
+def _left_out(plans: Iterable[SkipPlan], phase: Phase) -> list[Sublayer]:
+    """What any of these plans does not run in `phase`."""
+    found = (getattr(plan, phase) for plan in plans)
+    return sorted({sublayer for actions in found for sublayer in actions})
 
 
 def check_followed(plan: SkipPlan, phase: Phase, runs: frozenset[Sublayer]) -> None:
@@ -147,14 +190,25 @@ def check_followed(plan: SkipPlan, phase: Phase, runs: frozenset[Sublayer]) -> N
 
 @contextmanager
 def watched(model: Any) -> Iterator[Watch | None]:
-    """Watch a compiled model's steps inside of the block; None for a model that is not compiled."""
+    """Watch a compiled model's steps inside of the block; None for a model that is not compiled.
+
+    Who watches already goes on watching.
+    """
     runtime = getattr(model, "adaskip", None)
     if not isinstance(runtime, Runtime):
         yield None
         return
     before, watch = runtime.observer, Watch(runtime)
-    runtime.observer = watch
+    runtime.observer = watch if before is None else _both(before, watch)
     try:
         yield watch
     finally:
         runtime.observer = before
+
+
+def _both(first: Observer, second: Observer) -> Observer:
+    def observer(program: Program, plan: SkipPlan, tokens: int) -> None:
+        first(program, plan, tokens)
+        second(program, plan, tokens)
+
+    return observer

@@ -53,6 +53,8 @@ def evaluate(
 
     Raises:
         ValueError: a task that leaves no example.
+        NotMeasuredError: a task that runs none of the steps in which the plan leaves something
+            out, so that it would measure the full model; a ValueError.
         SkipPathError: a compiled model did not run what its plan says.
     """
     if reference is model:
@@ -137,6 +139,8 @@ def _one(
         for example in examples:
             counter.next()
             _put(model, tokenizer, task, example, reference, found)
+    if watch is not None:
+        watch.check_measured(f"the task {task.name}")
     scores, compared = _scores(found, reference is not None)
     return TaskResult(
         task=task.name,

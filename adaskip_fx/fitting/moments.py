@@ -21,14 +21,14 @@ class Moments:
         inputs: sum of w z z^T, float64 [H + 1, H + 1], where z is x (or x / rms(x)) and a last 1.
         products: sum of w z t^T, float64 [H + 1, H].
         targets: sum of w t . t.
-        tokens: how many.
+        counted: how many tokens count, int64 on the device.
         normalized: whether z is x / rms(x).
     """
 
     inputs: torch.Tensor
     products: torch.Tensor
     targets: torch.Tensor
-    tokens: int = 0
+    counted: torch.Tensor
     normalized: bool = False
 
     @classmethod
@@ -37,12 +37,18 @@ class Moments:
         shapes = ((hidden + 1, hidden + 1), (hidden + 1, hidden), ())
         made = (torch.zeros(s, dtype=torch.float64, device=device) for s in shapes)
         inputs, products, targets = made
-        return cls(inputs, products, targets, normalized=normalized)
+        counted = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(inputs, products, targets, counted, normalized)
 
     @property
     def hidden(self) -> int:
         """H."""
         return self.products.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count; waits for the device."""
+        return int(self.counted)
 
     def add(self, stream: torch.Tensor, target: torch.Tensor) -> None:
         """Count tokens.
@@ -52,15 +58,18 @@ class Moments:
             target: what the stream is to be after it, [..., H].
         """
         x, y = (t.reshape(-1, self.hidden).to(torch.float64) for t in (stream, target))
-        norm = x.norm(dim=-1, keepdim=True)
-        weight = torch.where(norm > 0, 1 / norm, 0.0)  # a padding token's embedding may be zero
+        norm, wanted = (t.norm(dim=-1, keepdim=True) for t in (x, y))
+        # a padding token's embedding may be zero, a stream in float16 infinite
+        counts = (norm > 0) & norm.isfinite() & wanted.isfinite()
+        x, y = (torch.where(counts, t, 0.0) for t in (x, y))  # NaN times a weight of 0 is NaN
+        weight = torch.where(counts, 1 / norm, 0.0)
         given = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() if self.normalized else x
         z = torch.cat((given, torch.ones_like(x[:, :1])), 1) * weight
         t = (y - x) * weight
         self.inputs += z.T @ z
         self.products += z.T @ t
         self.targets += t.square().sum()
-        self.tokens += len(x)
+        self.counted += counts.sum()
 
     def plus(self, other: Moments, times: int = 1) -> Moments:
         """Of the tokens of both."""
@@ -68,7 +77,7 @@ class Moments:
             self.inputs + times * other.inputs,
             self.products + times * other.products,
             self.targets + times * other.targets,
-            self.tokens + times * other.tokens,
+            self.counted + times * other.counted,
             self.normalized,
         )
 

@@ -57,8 +57,15 @@ class Rung:
         """The stand-in of this rung; folds choose, and then all of them count.
 
         most: the largest rank to choose; None for any, and a linear map.
+
+        ValueError when no token counts.
         """
         folds = [fold for fold in folds if fold.tokens]
+        if not folds:
+            raise ValueError(
+                "there is nothing to fit on: the stream of every token is zero or not finite. Use "
+                "other texts, or load the model in a wider dtype if it overflows"
+            )
         total = functools.reduce(Moments.plus, folds)
         if self.kind in ("scale", "diagonal"):
             return solve(total, self.kind)

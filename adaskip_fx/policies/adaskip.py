@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from adaskip_fx.compensation import Compensation
 from adaskip_fx.plan import Action, SkipPlan, Sublayer
-from adaskip_fx.profile import MOMENTS, Variant
+from adaskip_fx.profile import MOMENTS, SANE_FACTORS, Variant
 
 if TYPE_CHECKING:
     from adaskip_fx.profile import Profile
@@ -120,8 +120,8 @@ class AdaSkip:
         """`plan`, with every probed ffn whose mean similarity is above beta added to decode.
 
         window: [len(probed), 5], sums of `MOMENTS` over the window's tokens (all rows of the
-            batch together). A sublayer with no tokens, or with a sum that is not finite, is no
-            evidence and is not added.
+            batch together). A sublayer with no tokens, with a sum that is not finite, or with a
+            factor of its own outside of `SANE_FACTORS`, is no evidence and is not added.
         probed: the ffn sublayers that were measured.
         least: takes the place of a beta below it.
 
@@ -134,12 +134,15 @@ class AdaSkip:
         if beta is None or not self.online:
             return plan
         chosen = self._above(max(beta, least), moments, probed)
+        if self.variant == "released":
+            own = _window_scale(moments, probed)
+            chosen = [s for s in chosen if SANE_FACTORS[0] <= own[s] <= SANE_FACTORS[1]]
         running = [s for s in plan.sublayers if plan.action("decode", s) is Action.RUN]
         fresh = [s for s in chosen if s in running][: len(running) - 1]
         # What prefill skips keeps what stands in for it there, and so does what was fitted for it.
         known = plan.compensation.stand_ins
         if self.variant == "released":
-            scale = _window_scale(moments, probed)
+            scale = own
             known = {s: c for s, c in known.items() if s in plan.prefill or c.factor is None}
         else:
             scale = profile.compensation().factors

@@ -22,6 +22,7 @@ from .cuda_graphs import Recorder
 from .dead_code import eliminate_dead_code
 from .decode_ops import attend, project
 from .differentiable import differentiable
+from .dynamo import one_at_a_time
 from .errors import RefusedError
 from .flattened import unflatten
 from .link import fuse, link
@@ -30,6 +31,8 @@ from .parallel import separate
 from .pipeline import Pass, run_passes, text
 from .probe import MOMENTS, VALID, Probe, ProbeLayers
 from .projections import FuseProjections
+from .python_state import Change, PythonState, describe_tensor, sharing
+from .reads import Reads, readable
 from .repeats import Repeat
 from .skip import Keep, Replacement, Skip, stand_in_inputs
 from .sublayers import Sublayer, find_sublayers
@@ -42,6 +45,7 @@ __all__ = [
     "VALID",
     "Binder",
     "Capture",
+    "Change",
     "FuseProjections",
     "Keep",
     "Pass",
@@ -50,6 +54,8 @@ __all__ = [
     "Place",
     "Probe",
     "ProbeLayers",
+    "PythonState",
+    "Reads",
     "Recorder",
     "RefusedError",
     "Repeat",
@@ -62,17 +68,21 @@ __all__ = [
     "canonicalize",
     "capture",
     "describe",
+    "describe_tensor",
     "differentiable",
     "eliminate_dead_code",
     "find_sublayers",
     "fuse",
     "link",
+    "one_at_a_time",
     "outline",
     "piece_of",
     "place_of",
     "project",
+    "readable",
     "run_passes",
     "separate",
+    "sharing",
     "stand_in_inputs",
     "start_workers",
     "sublayer_calls",

@@ -19,6 +19,7 @@ from torch import fx
 from . import dynamo
 from .errors import RefusedError
 from .expansion import expand
+from .reads import Reads
 from .repeats import First, NotRepeatedError, Repeat, marked
 
 Built = TypeVar("Built")
@@ -40,8 +41,9 @@ class Capture:
             arguments by name) and the function's globals.
         tracing: the tracing context, under which pieces of the graph are compiled.
         scope: the globals that the sources may refer to.
-        python_effects: the arguments' Python attributes and containers that the function changed
-            while it was traced; a graph cannot repeat that.
+        python_effects: attributes and containers, of the arguments or of globals, that the function
+            changed while it was traced; a graph cannot repeat that.
+        reads: what the function looked at in Python (see `Reads`).
         copied: how many modules were not traced but copied from another (see `Repeat`).
         why_traced: why none was, though there are some that are alike; empty if that is not so.
     """
@@ -51,6 +53,7 @@ class Capture:
     tracing: dynamo.TracingContext
     scope: dict[str, Any] = field(repr=False)
     python_effects: tuple[str, ...] = ()
+    reads: Reads = field(default_factory=Reads, repr=False)
     copied: int = 0
     why_traced: str = ""
 
@@ -204,7 +207,7 @@ def _captured(
     def receive(graph: fx.GraphModule) -> None:
         dynamo.refuse_constant_lengths(function)
         # a copy: Dynamo takes its own names out of the function's globals when it is left
-        described = describe(graph, dict(own.__globals__))
+        described = describe(graph, dict(own.__globals__), arguments)
         built.append(build(described))
         if described.shape_env is not None:
             described.shape_env.freeze()
@@ -234,12 +237,17 @@ def _expanded(
     )
 
 
-def describe(graph: fx.GraphModule, scope: dict[str, Any] | None = None) -> Capture:
+def describe(
+    graph: fx.GraphModule,
+    scope: dict[str, Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> Capture:
     """The capture of a graph that a Dynamo backend was just called with, inside that call.
 
     Args:
         graph: what Dynamo handed to the backend.
         scope: globals of the traced function, if its inputs are to be bound by source later.
+        arguments: of the function by name, likewise.
     """
     placeholders = graph.graph.find_nodes(op="placeholder")
     return Capture(
@@ -248,4 +256,5 @@ def describe(graph: fx.GraphModule, scope: dict[str, Any] | None = None) -> Capt
         tracing=dynamo.TracingContext.get(),
         scope=scope if scope is not None else {},
         python_effects=dynamo.python_effects(),
+        reads=Reads.of(dynamo.guarded(), scope, arguments or {}) if scope is not None else Reads(),
     )

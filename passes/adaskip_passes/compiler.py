@@ -11,6 +11,7 @@ from torch import fx
 
 from .ahead import compile_ahead
 from .capture import Capture
+from .dynamo import one_at_a_time
 from .link import Compiled
 from .outline import Piece
 from .pipeline import Pass
@@ -50,14 +51,24 @@ class PieceCompiler:
         self._by_key: dict[str, Compiled] = {}
 
     def __call__(self, piece: Piece) -> Compiled:
-        """The callable of a piece, compiled at the first call with its key."""
+        """The callable of a piece, compiled at the first call with its key, by one caller."""
         found = self._by_key.get(piece.key)
         if found is None:
-            found = self._by_key[piece.key] = self.compile(piece.module)
+            with one_at_a_time:
+                found = self._by_key.get(piece.key)
+                if found is None:
+                    found = self._by_key[piece.key] = self.compile(piece.module)
         return found
 
     def compile(self, module: fx.GraphModule) -> Compiled:
-        """Compile a copy of `module` for its placeholders' example values."""
+        """Compile a copy of `module` for its placeholders' example values.
+
+        Nothing else is traced or compiled meanwhile: compilers switch off what is global.
+        """
+        with one_at_a_time:
+            return self._compile(module)
+
+    def _compile(self, module: fx.GraphModule) -> Compiled:
         start = time.perf_counter()
         graph = fx.Graph()
         result = graph.graph_copy(module.graph, {})

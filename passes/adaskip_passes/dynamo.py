@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 from torch import fx, nn
+from torch._dynamo import convert_frame
 from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
@@ -31,7 +31,11 @@ __all__ = ["PythonPrinter", "ShapeEnv", "TracingContext", "tracing"]  # handed o
 
 _serial = itertools.count()
 _CONTEXT = "Developer debug context: "
-one_at_a_time = threading.RLock()  # as Dynamo does, but what is switched off meanwhile is global
+#: Held while anything is traced or compiled, here and by torch.compile elsewhere: what both switch
+#: off meanwhile is global.
+one_at_a_time = convert_frame.compile_lock
+#: transformers resets a context variable of its own in every call.
+_RESET_BY_ALL = "__import_transformers_dot_utils_dot_output_capturing']._active_collector"
 
 
 class NoGraphError(RefusedError):
@@ -126,12 +130,14 @@ def _swept() -> Iterator[None]:
 def _tracing() -> Iterator[None]:
     """Trace as is needed here.
 
-    Without the text of a stack for every node: a tenth of the time, and nobody reads it.
+    Without the text of a stack for every node: a tenth of the time, and nobody reads it. Hooks are
+    guarded, which Dynamo leaves out by default.
     """
+    hooks = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
     no_stacks = patch.object(
         InstructionTranslatorBase, "is_co_filename_from_nn_modules", lambda _translator: True
     )
-    with no_stacks, one_operator(), not_exporting():
+    with no_stacks, hooks, one_operator(), not_exporting():
         yield
 
 
@@ -167,14 +173,29 @@ def refuse_constant_lengths(function: Callable[..., Any]) -> None:
 
 
 def python_effects() -> tuple[str, ...]:
-    """Of the function being traced: which of its arguments' Python state it has changed.
+    """Of the function being traced: what it has changed that is there afterwards.
 
-    State elsewhere is left out: transformers resets a context variable of its own in every call.
+    That is Python state of its arguments, and of globals; objects that it has made are not told.
     """
     effects = InstructionTranslator.current_tx().output.side_effects
     changed = (v for v in effects.id_to_variable.values() if effects.is_modified(v))
     sources = {_root_expression(v.source) for v in changed if v.source is not None}
-    return tuple(sorted(s for s in sources if s.startswith("L[")))
+    return tuple(sorted(s for s in sources if s and _RESET_BY_ALL not in s))
+
+
+def guarded() -> tuple[tuple[str, str], ...]:
+    """Of the function being traced: what it has read, and an attribute or key asked for there.
+
+    Dynamo collects guards while it traces, and makes a check of them afterwards; here they only say
+    what was looked at. The second is empty where the guard is about the whole of a source.
+    """
+    found: dict[tuple[str, str], None] = {}
+    for guard in TracingContext.get().guards_context.dynamo_guards:
+        asked = getattr(guard.create_fn, "keywords", {})
+        found[
+            _root_expression(guard.originating_source), str(asked.get("attr", asked.get("key", "")))
+        ] = None
+    return tuple(found)
 
 
 def source_of(placeholder: fx.Node) -> str:

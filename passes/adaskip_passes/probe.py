@@ -10,10 +10,15 @@ Before::                                    After probing sublayer 0::
 A probe is a piece of its own that reads the stream before and after in float32, so a sublayer's
 code never depends on whether it is probed and no output changes. (Computed inside Inductor's fused
 bfloat16 pieces the values were off by 5e-5.) Legal because a probe only reads.
+
+A token whose stream is of length zero or not finite, before or after the sublayer, has no direction
+and no ratio. It is left out of all sums, and of the number of tokens, so whoever knows how many
+tokens were valid knows how many were left out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +30,8 @@ from .errors import RefusedError
 from .lengths import length_inputs
 from .outline import PIECE, Piece, helper_piece, piece_of, stream_after, sublayer_calls
 
-#: What a probe measures, per row, summed over its valid tokens (a: stream before, b: after).
+#: What a probe measures, per row, summed over its valid tokens (a: stream before, b: after); the
+#: last is how many of them count.
 MOMENTS = ("cosine", "ratio", "before_squared", "after_squared", "tokens")
 
 VALID = "valid"
@@ -139,24 +145,33 @@ def measure_together(
     """
     a, b = torch.stack(tuple(befores)), torch.stack(tuple(afters))
     norms = torch.linalg.vector_norm(torch.stack((a, b)), dim=-1, dtype=torch.float32)
-    before, after = norms.clamp_min(torch.finfo(torch.float32).tiny)  # to divide by
+    before, after = norms
     dots = torch.mul(a.float(), b).sum(-1)
     per_token = torch.stack(
-        (dots / before / after, norms[1] / before, *norms.square(), torch.ones_like(dots)), -1
+        (dots / before / after, after / before, *norms.square(), torch.ones_like(dots)), -1
     )
-    return torch.where(valid.unsqueeze(-1), per_token, 0.0).sum(-2)
+    return _summed(per_token, valid)
 
 
 def _measure(before: torch.Tensor, after: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     a, b = before.to(torch.float32), after.to(torch.float32)
     aa, bb, ab = (a * a).sum(-1), (b * b).sum(-1), (a * b).sum(-1)
-    tiny = torch.finfo(torch.float32).tiny
-    cosine = ab / (aa.sqrt() * bb.sqrt()).clamp_min(tiny)
-    ratio = bb.sqrt() / aa.sqrt().clamp_min(tiny)
-    per_token = torch.stack((cosine, ratio, aa, bb, torch.ones_like(aa)), -1)
-    # where, not a product: the stream of a padding token may hold anything, NaN included
-    counted = torch.where(valid.unsqueeze(-1), per_token, 0.0)
-    return counted.sum(-2)
+    before, after = aa.sqrt(), bb.sqrt()
+    per_token = torch.stack(
+        (ab / (before * after), after / before, aa, bb, torch.ones_like(aa)), -1
+    )
+    return _summed(per_token, valid)
+
+
+def _summed(per_token: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Sums [..., batch, 5] over the tokens that count, of [..., batch, tokens, 5].
+
+    Nothing guards the divisions: a stream of length zero gives NaN or Inf, as one that is not
+    finite does, and such a token does not count.
+    """
+    counts = valid & (per_token.abs().amax(-1) < math.inf)  # false for NaN as well
+    # where, not a product: what does not count may hold anything, NaN included
+    return torch.where(counts.unsqueeze(-1), per_token, 0.0).sum(-2)
 
 
 def _valid_input(graph: fx.Graph, stream: torch.Tensor) -> fx.Node:

@@ -123,8 +123,9 @@ def module_path(node: fx.Node) -> str:
         return ""
     raw = next(reversed(stack.values()))[0]
     dotted = re.sub(r"(?:\._modules)?\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", raw)
-    dotted = re.sub(r"^L?\.?args\.0\.", "", dotted)  # a decorated forward: transformers 5.24
-    return re.sub(r"^L?\.?(?:self|model)?\.?", "", dotted, count=1).removeprefix("_modules.")
+    # the model is `args[0]` in a decorated forward, which those of transformers 5.24 are
+    root = r"^L?\.?(?:self|model|args\.0)?\.?"
+    return re.sub(root, "", dotted, count=1).removeprefix("_modules.")
 
 
 def shape_of(node: fx.Node) -> tuple[str, ...] | None:

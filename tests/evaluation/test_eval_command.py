@@ -83,6 +83,17 @@ def test_eval_of_a_schedule(folder: Path, tmp_path: Path) -> None:
     (found,) = report["results"]
     assert found["ran"]["decode"]["tokens_skipped"] == {"0.ffn": 3}
     assert found["ran"]["plans"] == [p.digest for p in plans]
+    # as many steps as it takes the schedule to leave something out, less one
+    out.unlink()
+    result = run(
+        *("eval", folder, "--plan", tmp_path / "schedule", "--backend", "eager", "--json", out),
+        *("--task", "decode_perplexity", "--set", "decode_perplexity.steps=3"),
+        *("--samples", 1, "--max-length", 40),
+    )
+    text = refused(result)
+    assert "the task decode_perplexity ran 1 prompts and 3 decode steps, and nothing was" in text
+    assert "the plan leaves out 0.ffn in decode. What was measured is the full model." in text
+    assert not out.exists()
 
 
 def test_eval_with_a_profile(folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from adaskip_fx.calibration import calibrate
-from adaskip_fx.evaluation.ran import SkipPathError
+from adaskip_fx.evaluation.ran import NotMeasuredError, SkipPathError
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from tests.evaluation.toys import SUBLAYERS, compiled, tiny_llama, tokenizer
@@ -99,6 +99,22 @@ def test_both_kinds_of_requests(own: Any) -> None:
         assert about["ran"]["decode"]["steps"] == decoded
         json.dumps(about)
     assert about["ran"]["decode"]["skipped_fraction"] == 0.5
+
+
+def test_likelihoods_under_a_plan_for_decoding_are_refused() -> None:
+    """By kind of request, whatever the others of the same evaluation do."""
+    model = adaskip(SkipPlan.of(SUBLAYERS, [], decode_extra=["1.ffn"]))
+    assert ask(model, "generate_until")
+    with pytest.raises(NotMeasuredError) as caught:
+        ask(model, "multiple_choice")
+    text = str(caught.value)
+    assert "the harness's loglikelihood requests ran" in text
+    assert "0 decode steps, and nothing was left out in any of them: the plan leaves out" in text
+    assert "leaves out 1.ffn in decode. What was measured is the full model." in text
+    request = SimpleNamespace(args=("some text of which the likelihood is asked",))
+    with pytest.raises(NotMeasuredError, match="the harness's loglikelihood_rolling requests ran"):
+        model.loglikelihood_rolling([request], disable_tqdm=True)
+    assert model.get_model_info()["adaskip"]["ran"]["decode"]["skipped_fraction"] == 0.25
 
 
 def test_another_plan_gives_other_answers(own: Any) -> None:

@@ -7,14 +7,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from adaskip_fx import programs
 from adaskip_fx.decisions import Choice, Decision, Option, Schedule, Stages
 from adaskip_fx.evaluation.examples import Generate, Recall
-from adaskip_fx.evaluation.ran import PhaseRan, Ran, SkipPathError, check_followed, watched
+from adaskip_fx.evaluation.ran import (
+    NotMeasuredError,
+    PhaseRan,
+    Ran,
+    SkipPathError,
+    check_followed,
+    watched,
+)
 from adaskip_fx.evaluation.scoring import score
 from adaskip_fx.plan import Action, SkipPlan
 from adaskip_fx.policies import AdaSkip
+from adaskip_fx.prompts import mean_embedding
 from tests.bank import profile_of
 from tests.evaluation.toys import SUBLAYERS, Compiled, compiled, encoded, tokenizer
 
@@ -211,6 +220,72 @@ def test_keys_and_values_alone_are_no_run() -> None:
     assert counts(found.prefill)["0.attention"] == 0
     assert found.prefill.fraction == 0.25
     assert found.decode.fraction == 0
+
+
+# The full model, by a plan that changes other steps ---------------------------------------------
+
+
+def _checked(decision: Decision, *examples: Generate | Recall) -> None:
+    runtime = compiled().runtime
+    before, runtime.decision = runtime.decision, decision
+    runtime.stage = "read" if isinstance(decision, Stages) else None
+    try:
+        with watched(compiled().fast) as watch:
+            assert watch is not None
+            for example in examples:
+                score(compiled().fast, tokenizer(), example)
+        watch.check_measured("a test")
+    finally:
+        runtime.decision, runtime.stage = before, None
+
+
+EMPTY = SkipPlan.empty(SUBLAYERS)
+DECODING = SkipPlan.of(SUBLAYERS, [], decode_extra=["0.ffn", "1.ffn"])
+RECALL = Recall(PROMPT, encoded("abc"))
+
+
+def test_decisions_that_never_came_to_bear_are_refused() -> None:
+    late = Schedule(((0, EMPTY), (3, DECODING)))
+    cases: list[tuple[Decision, Generate | Recall, str]] = [
+        (DECODING, RECALL, "1 prompts and 0 decode steps"),
+        (DECODING, generate(1), "1 prompts and 0 decode steps"),  # the prompt says the first token
+        (late, generate(4), "1 prompts and 3 decode steps"),
+        (Stages((("read", EMPTY), ("say", DECODING))), generate(3), "1 prompts and 2 decode steps"),
+    ]
+    for decision, example, steps in cases:
+        with pytest.raises(NotMeasuredError) as caught:
+            _checked(decision, example)
+        assert f"a test ran {steps}, and nothing was left out in any" in str(caught.value)
+        assert "the plan leaves out 0.ffn, 1.ffn in decode. What was" in str(caught.value)
+        if decision is not cases[-1][0]:  # the companion; the stage stays as it is
+            _checked(decision, generate(5))
+
+
+def test_what_a_choice_did_not_choose_is_not_asked_for() -> None:
+    width = compiled().model.config.hidden_size
+    runtime = compiled().runtime
+    embedding = mean_embedding(runtime.model, torch.tensor([PROMPT])).tolist()
+    assert len(embedding) == width
+    away = tuple(-v for v in embedding)
+    for chosen, other, refused in ((EMPTY, DECODING, False), (DECODING, EMPTY, True)):
+        choice = Choice((Option("near", chosen, tuple(embedding)), Option("far", other, away)))
+        if refused:
+            with pytest.raises(NotMeasuredError, match=r"leaves out 0\.ffn, 1\.ffn in decode"):
+                _checked(choice, RECALL)
+        else:
+            _checked(choice, RECALL)
+
+
+def test_who_watches_already_goes_on_watching() -> None:
+    with watched(compiled().fast) as outer:
+        assert outer is not None
+        with watched(compiled().fast) as inner:
+            assert inner is not None
+            score(compiled().fast, tokenizer(), RECALL)
+        score(compiled().fast, tokenizer(), RECALL)
+    assert inner.read().prefill.steps == 1
+    assert outer.read().prefill.steps == 2
+    assert compiled().runtime.observer is None
 
 
 def test_a_model_that_was_not_called_is_refused() -> None:

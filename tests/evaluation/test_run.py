@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from adaskip_fx.evaluation.examples import Generate, Predict, Recall
+from adaskip_fx.evaluation.examples import Choose, Generate, Predict, Recall
+from adaskip_fx.evaluation.ran import NotMeasuredError
 from adaskip_fx.evaluation.run import digest, evaluate
+from adaskip_fx.evaluation.task import TaskOptions
 from adaskip_fx.evaluation.tasks import (
     CommonWords,
     DecodePerplexity,
@@ -24,6 +27,17 @@ from adaskip_fx.evaluation.tasks import (
     VariableTracking,
 )
 from tests.evaluation.toys import compiled, encoded, knows, says, tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoOptions(TaskOptions):
+    """Choose between two words, by their likelihood."""
+
+    name: ClassVar[str] = "two_options"
+    metric: ClassVar[str] = "accuracy"
+
+    def examples(self, tokenizer: Any) -> list[Choose]:
+        return [Choose(encoded("a text"), (encoded("yes"), encoded("no")), 0)]
 
 
 def answered(task: Any) -> list[tuple[int, ...]]:
@@ -133,17 +147,53 @@ def test_decode_perplexity_is_of_decode_steps() -> None:
         (found,) = evaluate(model, tokenizer(), [task]).results
         assert found.scores.values == pytest.approx(losses, rel=1e-4)
         assert [(b.first, b.tokens) for b in found.buckets] == [(0, 20), (11, 40)]
-    # what only decoding skips is seen here, and not by a pass over the text
-    tasks = [Perplexity(samples=1, length=60), task]
+    # what only decoding skips is seen here
     with subject.using(decode_extra=["1.ffn"]) as fast:
-        passed, stepped = evaluate(fast, tokenizer(), tasks, reference=subject.model).results
-    assert passed.kl == pytest.approx(0, abs=1e-5)
+        (stepped,) = evaluate(fast, tokenizer(), [task], reference=subject.model).results
     assert stepped.kl is not None
     assert stepped.kl > 1e-3
     assert stepped.ran is not None
     assert stepped.ran.prefill.tokens == 2 * 29
     assert stepped.ran.decode.tokens == 2 * 30
     assert (stepped.ran.prefill.fraction, stepped.ran.decode.fraction) == (0, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("task", "prompts"),
+    [
+        (Perplexity(samples=3, length=60), 3),
+        (Passkey(samples=2, length=500), 2),  # its answer's tokens are given
+        (TwoOptions(), 2),
+    ],
+    ids=lambda given: getattr(given, "name", ""),
+)
+def test_likelihoods_say_nothing_of_a_plan_for_decoding(task: Any, prompts: int) -> None:
+    """They would be the full model's; a plan that prompts see as well is measured by them."""
+    subject = compiled()
+    with subject.using(decode_extra=["1.ffn"]) as fast, pytest.raises(NotMeasuredError) as caught:
+        evaluate(fast, tokenizer(), [task])
+    assert str(caught.value) == (
+        f"the task {task.name} ran {prompts} prompts and 0 decode steps, and nothing was left out "
+        "in any of them: the plan leaves out 1.ffn in decode. What was measured is the full model. "
+        "Choose a task that runs such steps (one that generates its answers, or "
+        "decode_perplexity), or another plan"
+    )
+    with subject.using("1.ffn") as fast:
+        (found,) = evaluate(fast, tokenizer(), [task]).results
+    assert found.ran is not None
+    assert found.ran.prefill.fraction == 0.25
+    (full,) = evaluate(subject.fast, tokenizer(), [task]).results  # nothing was to be left out
+    assert full.ran is not None
+    assert full.ran.prefill.fraction == 0
+
+
+def test_generated_answers_measure_a_plan_for_decoding() -> None:
+    with compiled().using(decode_extra=["1.ffn"]) as fast:
+        task = Passkey(samples=1, length=500, forced=False)
+        (found,) = evaluate(fast, tokenizer(), [task]).results
+    assert found.ran is not None
+    assert found.ran.decode.steps > 0
+    assert (found.ran.prefill.fraction, found.ran.decode.fraction) == (0, 0.25)
 
 
 def test_a_compiled_model_beside_its_own() -> None:

@@ -183,8 +183,50 @@ def test_padding_may_hold_nan() -> None:
     _, measured = run(got, outer, args, valid)
     assert measured.isfinite().all()
     assert measured[..., 4].tolist() == [[5.0, 6.0]] * 2
-    _, spoiled = run(got, outer, args, all_valid(args))
-    assert spoiled[..., 0].isnan().all(), "the padding was not harmless"
+    _, unmasked = run(got, outer, args, all_valid(args))
+    assert torch.equal(unmasked, measured), "what is not finite counts, padding or not"
+
+
+BAD = (0.0, float("nan"), float("inf"), float("-inf"), 1e30)
+"""Values of a stream vector that cannot be measured; 1e30 squared is no float32."""
+
+
+@given(st.data())
+def test_a_vector_without_a_direction_is_left_out(data: st.DataObject) -> None:
+    """Zero, NaN or Inf in any token, before or after, in any channel: the others alone count."""
+    batch, tokens, hidden = 2, data.draw(st.integers(1, 5), "tokens"), 3
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9), "seed"))
+    streams = torch.randn(2, 2, batch, tokens, hidden, generator=generator)  # [before, after], two
+    places = st.tuples(*(st.integers(0, n - 1) for n in streams.shape[:-1]))
+    left_out = torch.zeros(2, batch, tokens, dtype=torch.bool)
+    for place in data.draw(st.lists(places, max_size=4), "places"):
+        value = data.draw(st.sampled_from(BAD), "value")
+        channel = slice(None) if value == 0 else data.draw(st.integers(0, hidden - 1), "channel")
+        streams[place][channel] = value
+        left_out[place[1:]] |= ~streams[place].isfinite().all() | bool(value in (0.0, 1e30))
+    valid = torch.rand(batch, tokens, generator=generator) < 0.8
+    before, after = streams
+    together = measure_together(tuple(before), tuple(after), valid)
+    piece = probe_piece(before[0], valid, []).module
+    for i in range(2):
+        expected = moments(before[i], after[i], valid & ~left_out[i])
+        close(piece(before[i], after[i], valid), expected)
+        close(together[i], expected)
+        given, counted = valid.sum(1), (valid & ~left_out[i]).sum(1)
+        assert torch.equal(given - together[i, :, 4], (given - counted).float())
+
+
+def test_one_zero_vector_decided_all() -> None:
+    """The smallest of them: a padding token's embedding of zero beside one token, by hand."""
+    before, after = torch.tensor([[[0.0, 0.0], [3.0, 0.0]]]), torch.tensor([[[6.0, 8.0]] * 2])
+    valid = torch.ones(1, 2, dtype=torch.bool)
+    measured = measure_together((before,), (after,), valid)[0, 0]
+    torch.testing.assert_close(measured, torch.tensor([0.6, 10 / 3, 9.0, 100.0, 1.0]))
+    nearly = before.clone()
+    nearly[0, 0, 0] = 1e-10  # the companion: a vector that has a direction counts, however short
+    found = measure_together((nearly,), (after,), valid)[0, 0]
+    assert found[4] == 2
+    assert found[1] > 1e10
 
 
 def test_a_row_without_valid_tokens_is_zero() -> None:
@@ -414,8 +456,8 @@ def test_together_padding_may_hold_nan(tokens: int) -> None:
     assert measured[..., 4].tolist() == [valid.sum(1).tolist()] * 2
     if tokens == 1:
         assert measured[:, 0].tolist() == [[0.0] * 5] * 2
-    _, spoiled = run(got, outer, args, all_valid(args))
-    assert spoiled[:, 0, 0].isnan().all(), "the padding was not harmless"
+    _, unmasked = run(got, outer, args, all_valid(args))
+    assert torch.equal(unmasked, measured), "what is not finite counts, padding or not"
 
 
 def test_together_there_is_no_piece_for_it() -> None:

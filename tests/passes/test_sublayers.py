@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -467,6 +468,7 @@ def test_a_sublayer_gives_the_kind_of_stream_that_it_took(
         ("L['self'].model.layers[3].self_attn", "layers.3.self_attn"),
         ("L['model'].model.layers[11].mlp.act_fn", "layers.11.mlp.act_fn"),
         ("L['self']._modules['model']._modules['layers']._modules['2']", "layers.2"),
+        ("L['args'][0].model.layers[11].mlp", "model.layers.11.mlp"),
     ],
 )
 def test_module_paths(raw: str, path: str) -> None:
@@ -475,3 +477,45 @@ def test_module_paths(raw: str, path: str) -> None:
     node.meta["nn_module_stack"] = {"outer": ("L['self']", nn.Module), "inner": (raw, nn.Module)}
     assert module_path(node).endswith(path)
     assert module_path(graph.placeholder("y")) == ""
+
+
+def decorated(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """As transformers 5.24 does it for the old names of arguments."""
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return wrapped
+
+
+class DecoratedDecoder(Decoder):
+    forward = decorated(Decoder.forward)
+
+
+def compiled_graph(model: Decoder, shape: Shape) -> fx.Graph:
+    """What `torch.compile(model)` hands a backend; its frame is the model's own forward."""
+    graphs = []
+
+    def backend(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        graphs.append(graph.graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    args = arguments(model, shape)
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(args["ids"], args["memory"])
+    (graph,) = graphs
+    return graph
+
+
+def test_a_decorated_forward_has_the_same_paths() -> None:
+    """Its first argument is the model, so that every source begins with the number 0."""
+    shape = Shape(layers=2)
+    plain = compiled_graph(Decoder(shape, Block), shape)
+    wrapped = compiled_graph(DecoratedDecoder(shape, Block), shape)
+    stacks = (n.meta["nn_module_stack"] for n in wrapped.nodes if "nn_module_stack" in n.meta)
+    assert all(raw.startswith("L['args'][0]") for stack in stacks for raw, _ in stack.values())
+    assert [module_path(n) for n in wrapped.nodes] == [module_path(n) for n in plain.nodes]
+    assert names(find_sublayers(wrapped)) == TWO_LAYERS
+    assert [s.path for s in find_sublayers(wrapped)] == [s.path for s in find_sublayers(plain)]

@@ -1,0 +1,350 @@
+"""Which state of its Python a compiled model is in, and what was captured in each.
+
+A captured graph is right for the hooks, adapters, attributes, config values and functions that
+were traced. Two module trees are watched: the compiled model's own, which graphs are captured of,
+and the original's, whose tensors it shares.
+
+- Another state of the compiled model's tree is another `State`, with graphs of its own; a few are
+  kept, so that going back costs nothing.
+- A tensor that is replaced on the original, under its name, is taken over; any other change there
+  is refused until it is undone, or done to the compiled model as well.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from adaskip_passes import (
+    Change,
+    PythonState,
+    Reads,
+    RefusedError,
+    describe_tensor,
+    one_at_a_time,
+    sharing,
+)
+
+if TYPE_CHECKING:
+    from .phases import GraphKey, GraphPhaseCapture
+    from .sample import Sample
+
+Tensors: TypeAlias = list[torch.Tensor | None]
+_MOST_STATES = 8
+#: Attributes of a model that say nothing about its forward: ours, and what is copied for a request.
+_LEFT_OUT = ("_adaskip", "generation_config")
+#: What each of the two models has for itself, whatever the other one does.
+_OWN = frozenset(
+    {
+        *("training", "gradient_checkpointing", "_gradient_checkpointing_func"),
+        *("_attn_implementation", "_attn_implementation_internal"),
+    }
+)
+#: What a compiled model reads of its config besides what is traced.
+_READ_BY_US = frozenset(
+    {
+        *("use_cache", "return_dict", "use_return_dict", "output_hidden_states"),
+        *("output_attentions", "output_router_logits"),
+    }
+)
+
+
+class ChangedError(RefusedError):
+    """A model was changed where its request needs it as it was."""
+
+
+@dataclass(eq=False)
+class State:
+    """One state of a compiled model's Python.
+
+    Attributes:
+        sample: what the model does with a few tokens in this state.
+        sampled: whether it is; else it is another state's, whose layers store the same. (A hook
+            that has effects is refused when it is traced, before it is run for a sample.)
+        captures: what was captured in this state, by key.
+        reads: what was read in Python for that, each source once.
+        tensors: parameters and buffers as of the last look; None while the model is in another
+            state, so that weights which nobody has any more are freed.
+    """
+
+    sample: Sample
+    sampled: bool = True
+    captures: dict[GraphKey, list[GraphPhaseCapture]] = field(default_factory=dict, repr=False)
+    reads: list[Reads] = field(default_factory=list, repr=False)
+    tensors: Tensors | None = field(init=False, default=None, repr=False)
+    _python: PythonState = field(init=False, repr=False)
+    _layouts: list[Any] = field(init=False, repr=False)
+    _sharing: tuple[int, ...] = field(init=False, repr=False)
+
+    def watch(self, python: PythonState) -> None:
+        """Take what is there now for this state."""
+        self._python = python
+        self.tensors = now = python.tensors()
+        self._layouts = [describe_tensor(t) for t in now]
+        self._sharing = sharing(now)
+
+    def add(self, captured: GraphPhaseCapture) -> None:
+        """Keep what was captured in this state."""
+        self.captures.setdefault(captured.key, []).append(captured)
+        known = {source for reads in self.reads for source in reads.sources}
+        self.reads.append(captured.capture.reads.beyond(known))
+
+    def holds(self) -> bool:
+        """Whether the model is in this state; its tensors may have been replaced by others."""
+        if not (self._python.holds() and all(reads.hold() for reads in self.reads)):
+            return False
+        now = self._python.tensors()
+        if self.tensors is None or not same(now, self.tensors):
+            if not self._alike(now):
+                return False
+            self.tensors = now
+        return True
+
+    def holds_but_for(self, read: frozenset[str]) -> bool:
+        """Whether all that differs is what code that reads these names does not see."""
+        changes = self._python.changes()
+        unread = bool(changes) and not any(change.concerns(read) for change in changes)
+        return unread and self._alike(self._python.tensors()) and all(r.hold() for r in self.reads)
+
+    def is_other_code_alone(self) -> bool:
+        """Whether all that differs now are attributes and hooks: modules and tensors are alike."""
+        changes = self._python.changes()
+        modules = any(c.holder.endswith("_modules") or not c.names for c in changes)
+        return not modules and self._alike(self._python.tensors())
+
+    def _alike(self, tensors: Tensors) -> bool:
+        described = [describe_tensor(t) for t in tensors]
+        return described == self._layouts and sharing(tensors) == self._sharing
+
+    def changes(self) -> list[str]:
+        """What is different now, as paths, for a message."""
+        found = [str(change) for change in self._python.changes()]
+        found += [source for reads in self.reads for source in reads.changed()]
+        now = self._python.tensors()
+        for slot, tensor, layout in zip(
+            self._python.tensor_slots(), now, self._layouts, strict=False
+        ):
+            if describe_tensor(tensor) != layout:
+                found.append(".".join(slot))
+        if not found and sharing(now) != self._sharing:
+            found.append("which tensors are tied")
+        return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Since:
+    """What a request began with.
+
+    Attributes:
+        state: of the model's Python.
+        tensors: its parameters and buffers then, which live as long as the request does.
+    """
+
+    state: State
+    tensors: Tensors
+
+    @classmethod
+    def of(cls, state: State) -> Since:
+        """Of a request that begins now, in the state of the last look."""
+        assert state.tensors is not None
+        return cls(state, state.tensors)
+
+
+class States:
+    """The states that a compiled model was met in, the last one last."""
+
+    def __init__(self, model: PreTrainedModel, original: PreTrainedModel, sample: Sample) -> None:
+        self.model = model
+        self.original = original
+        self._known = (*PreTrainedModel.__mro__, *_generated(type(model)))
+        self._origin = self._watched(original)
+        self._shared = self._origin.tensors()
+        self._all = [State(sample)]
+        self._all[0].watch(self._watched(model))
+
+    @property
+    def current(self) -> State:
+        """The state at the last look."""
+        return self._all[-1]
+
+    @property
+    def known(self) -> list[State]:
+        """All that are kept."""
+        return list(self._all)
+
+    def look(self) -> State:
+        """The state that the model is in now.
+
+        Half a millisecond for a model of 32 layers if nothing has changed; a state that was not met
+        before is sampled, by running the model on a few tokens.
+
+        Raises:
+            ChangedError: the original was changed and the compiled model was not.
+            RefusedError: the model does not run as it is now.
+        """
+        current = self.current
+        if self._origin_is_same() and current.holds():
+            return current
+        with one_at_a_time:  # modules are marked while they are traced
+            self._follow()
+            self._check_origin()
+            return self._find()
+
+    def require(self, since: Since) -> None:
+        """Refuse to go on if anything has changed since a request began.
+
+        Raises:
+            ChangedError: something has.
+        """
+        state = self.look()
+        if state is not since.state:
+            changed = self._changes(since.state)
+        elif not same(Since.of(state).tensors, since.tensors):
+            changed = "a parameter or buffer was replaced"
+        else:
+            return
+        raise ChangedError(
+            f"{type(self.model).__name__} was changed since this request began ({changed}), and "
+            "what is in its cache was computed before; begin a new request"
+        )
+
+    def _changes(self, state: State) -> str:
+        changes = state.changes()
+        return ", ".join(changes[:3]) if changes else "and changed back"
+
+    def _watched(self, model: nn.Module) -> PythonState:
+        return PythonState(model, _LEFT_OUT, self._known)
+
+    def _names(self) -> frozenset[str]:
+        """Every attribute and key that anything captured has read."""
+        return _READ_BY_US.union(*(r.names for state in self._all for r in state.reads))
+
+    def _find(self) -> State:
+        for state in reversed(self._all):
+            if state.holds():
+                if state is not self.current:
+                    self.current.tensors = None
+                    self._all.remove(state)
+                    self._all.append(state)
+                return state
+        current = self.current
+        if current.reads and current.holds_but_for(self._names()):
+            current.watch(self._watched(self.model))
+            return current
+        state = self._new(current)
+        current.tensors = None
+        self._all.append(state)
+        del self._all[:-_MOST_STATES]
+        return state
+
+    def _new(self, before: State) -> State:
+        state = State(before.sample, sampled=False)
+        if before.is_other_code_alone():
+            state.watch(self._watched(self.model))
+        else:
+            self.sample(state, before)
+            state.watch(self._watched(self.model))
+        return state
+
+    def sample(self, state: State, before: State | None = None) -> None:
+        """Have the model run on a few tokens, in the state it is in, for that state.
+
+        Raises:
+            RefusedError: it does not run, as it was changed since it was in the state `before`.
+        """
+        try:
+            state.sample = state.sample.again(self.model, type(self.original).forward)
+            state.sampled = True
+        except RefusedError as error:
+            if before is None:
+                raise
+            raise RefusedError(
+                f"{type(self.model).__name__} was changed since it was compiled "
+                f"({self._changes(before)}), and does not run as it is now: {error}"
+            ) from error
+
+    # The original ----------------------------------------------------------------------------
+
+    def _origin_is_same(self) -> bool:
+        return self._origin.holds() and same(self._origin.tensors(), self._shared)
+
+    def _follow(self) -> None:
+        """Take over tensors that were replaced on the original, where the old ones are in use."""
+        now = self._origin.tensors()
+        if len(now) != len(self._shared):
+            return  # told apart by their names
+        slots = self._origin.tensor_slots()
+        for (path, name), old, new in zip(slots, self._shared, now, strict=True):
+            if new is not old:
+                holder = _tensors_of(self.model, path, name)
+                if holder is not None and holder[name] is old:
+                    holder[name] = new
+        self._shared = now
+
+    def _check_origin(self) -> None:
+        if self._origin.holds():
+            return
+        names = self._names()
+        changes = [c for c in self._origin.changes() if c.concerns(names) and not _own(c)]
+        mine = self._watched(self.model)
+        alone = [c for c in changes if not self._done_to_both(c, mine)]
+        if alone:
+            raise ChangedError(
+                f"{', '.join(map(str, alone[:3]))} of the original model was changed after "
+                f"{type(self.model).__name__} was compiled, but not of the compiled model; do the "
+                "same to both, undo it, or compile again"
+            )
+        self._origin = self._watched(self.original)
+        self._shared = self._origin.tensors()
+
+    def _done_to_both(self, change: Change, mine: PythonState) -> bool:
+        """Whether what holds a change holds the same in the compiled model."""
+        theirs, ours = self._origin.container(change.holder), mine.container(change.holder)
+        if theirs is None or ours is None:
+            return False
+        if change.names and len(change.names) == 1 and isinstance(theirs, dict):
+            (name,) = change.names
+            absent = object()
+            return _equal(theirs.get(name, absent), ours.get(name, absent)) or (
+                name not in theirs and name not in ours
+            )
+        values = ([*c.values()] if isinstance(c, dict) else [*c] for c in (theirs, ours))
+        return _equal(*values)
+
+
+def _own(change: Change) -> bool:
+    return bool(_OWN.intersection(change.names))
+
+
+def _generated(kind: type) -> tuple[type, ...]:
+    """The classes that make a compiled model's class of its model's."""
+    return tuple(c for c in kind.__mro__ if c is kind or c.__module__.startswith("adaskip_fx."))
+
+
+def _tensors_of(model: nn.Module, path: str, name: str) -> dict[str, Any] | None:
+    """The dictionary of parameters or of buffers that has `name` in the module at `path`."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    for holder in (module._parameters, module._buffers):
+        if name in holder:
+            return holder
+    return None
+
+
+def same(one: Tensors, other: Tensors) -> bool:
+    """Whether two lists hold the same tensors, each by identity."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except Exception:
+        return False
