@@ -77,8 +77,9 @@ class Request:
     def rows(self) -> int:
         return int(self.text.shape[0])
 
-    def __repr__(self) -> str:
-        return f"<request of {self.rows} x {self.stored}>"
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """How hypothesis shows it."""
+        printer.text(f"<request, {self.rows} x {self.stored}>")
 
 
 @dataclass(frozen=True)
