@@ -296,6 +296,12 @@ def test_a_forward_replaced_on_the_instance() -> None:
 
 IDS = torch.arange(1, 6).unsqueeze(0)
 
+
+def static_cache() -> Any:
+    config = transformers.LlamaConfig(num_hidden_layers=1)
+    return transformers.StaticCache(config=config, max_cache_len=8)
+
+
 CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "labels": ({"labels": IDS}, NotImplementedError, r"forward\(labels=...\) is not supported"),
     "hidden states": (
@@ -343,9 +349,9 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"position_ids has shape \[1, 4\]",
     ),
     "a foreign cache": (
-        {"past_key_values": transformers.DynamicCache()},
+        {"past_key_values": static_cache()},
         TypeError,
-        "past_key_values is a DynamicCache; a compiled model needs its own cache. Leave past_key",
+        "past_key_values is a StaticCache; a compiled model needs its own cache, or a DynamicCach",
     ),
     "a tuple": ({"past_key_values": ()}, TypeError, "past_key_values is a tuple"),
     "too long": (
@@ -494,9 +500,9 @@ GENERATES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "cache_implementation='quantized'",
     ),
     "a foreign cache": (
-        {"past_key_values": transformers.DynamicCache()},
+        {"past_key_values": static_cache()},
         TypeError,
-        "past_key_values is a DynamicCache",
+        "past_key_values is a StaticCache",
     ),
     "hidden states": (
         {"output_hidden_states": True, "return_dict_in_generate": True},
@@ -548,16 +554,6 @@ def test_a_compiled_models_cache_in_the_original() -> None:
         with torch.no_grad():
             refused(lambda: bank.model(IDS, past_key_values=cache), NotImplementedError, message)
         assert_same_cache(bank, bank.plan(), cache, reference)
-
-
-def test_reordering_a_cache() -> None:
-    cache, _ = begun(entry(SHAPE))
-    for call in (
-        lambda: cache.reorder_cache(torch.tensor([0])),
-        lambda: cache.batch_repeat_interleave(2),
-        lambda: cache.batch_select_indices(torch.tensor([0])),
-    ):
-        refused(call, NotImplementedError, "this cache cannot be reordered: beam search")
 
 
 # What cannot be done to a compiled model --------------------------------------------------------
