@@ -128,6 +128,10 @@ class Machine(RuleBasedStateMachine):
         cache = data.draw(st.sampled_from(("none", "none", "own", "foreign")), "cache")
         self.world.begin(side, count, seed, rows=rows, keep=keep, surroundings=around, cache=cache)
 
+    @rule(data=st.data(), count=LENGTHS, more=st.integers(2, 5), seed=SEEDS)
+    def adopt(self, data: st.DataObject, count: int, more: int, seed: int) -> None:
+        self.world.adopt(data.draw(_side(self), "on"), count, more, seed)
+
     @rule(data=st.data(), count=LENGTHS, seed=SEEDS)
     def alone(self, data: st.DataObject, count: int, seed: int) -> None:
         side = data.draw(_side(self), "on")
@@ -174,6 +178,11 @@ class Machine(RuleBasedStateMachine):
     @rule(request=_drawn(_request), count=st.sampled_from((0, -1, -2, -100, 3)))
     def crop(self, request: Request, count: int) -> None:
         self.world.crop(request, count)
+
+    @precondition(lambda self: SOAK and self.world.requests)
+    @rule(request=_drawn(_request), chosen=st.sampled_from(((0,), (0, 0), (1, 0), (1, 1, 0))))
+    def rows(self, request: Request, chosen: tuple[int, ...]) -> None:
+        self.world.rows(request, chosen)
 
     @precondition(lambda self: self.world.requests and self.world.room)
     @rule(request=_drawn(_request), around=st.sampled_from(("none", "inference mode")))
