@@ -101,7 +101,7 @@ STRUCTURES: Mapping[str, Structure] = MappingProxyType(
             **_MLP,
             captured=("hook that halves",),
             keeps=(1, 0),
-            surroundings=("inference mode", "meta", "float64", "autocast"),
+            surroundings=("inference mode", "autocast"),
             more=_llama,
         ),
         "tied llama": Structure(
@@ -137,12 +137,13 @@ STRUCTURES: Mapping[str, Structure] = MappingProxyType(
             branch="gpt_neox.layers.1.mlp",
             linear="gpt_neox.layers.1.attention.dense",
         ),
-        "phi3": Structure("phi3", **_MLP),
+        "phi3": Structure("phi3", **_MLP, surroundings=("inference mode", "meta")),
         "granite": Structure(
             "granite",
             **_MLP,
             sizes={"logits_scaling": 8.0},
             captured=("config.logits_scaling = 2.0",),
+            surroundings=("inference mode", "float64"),
             more=lambda model: (edits.config("logits_scaling", 2.0),),
         ),
         "mamba": Structure(

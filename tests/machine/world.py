@@ -478,13 +478,22 @@ class World:
 
     def further(self, request: Request, count: int, seed: int, surroundings: str = "none") -> None:
         """More of the prompt, several tokens at once."""
+        self._anew(request)
         expected = self._expected(request.side, request)
         self._step(request, tokens(request.rows, count, seed), expected, surroundings, None)
 
     def decode(self, request: Request, seed: int, surroundings: str = "none") -> None:
-        """A decode step."""
-        expected = self._expected_step(request)
-        self._step(request, tokens(request.rows, 1, seed), expected, surroundings, 0)
+        """A decode step; on a cache that is empty again, a prompt of one token."""
+        self._anew(request)
+        first = not request.stored
+        expected = self._expected(request.side, request) if first else self._expected_step(request)
+        end = None if first else 0
+        self._step(request, tokens(request.rows, 1, seed), expected, surroundings, end)
+
+    def _anew(self, request: Request) -> None:
+        """A call on an empty cache begins a request."""
+        if not request.stored:
+            request.model, request.began = request.side.reference, self.state(request.side)
 
     def _step(
         self,
@@ -538,6 +547,7 @@ class World:
 
     def turn(self, request: Request, count: int, seed: int, options: Options) -> None:
         """`generate` on a request's cache, with that many tokens more."""
+        self._anew(request)
         new = tokens(request.rows, count, seed)
         ids = torch.cat((request.text, new), 1)
         mask = request.mask
