@@ -52,8 +52,8 @@ def test_every_refusal_of_a_call_is_listed(module: str) -> None:
             name = node.exc.func
             if isinstance(name, ast.Name) and name.id in _REFUSALS:
                 said = list(_texts(node.exc))
-                if not said:  # put together elsewhere
-                    continue
+                if not any(len(text.replace(_HOLE, "")) > 25 for text in said):
+                    continue  # put together elsewhere
                 where = f"{module}.py:{node.lineno}: {said}"
                 assert any(text in one for text in texts for one in said), where
 

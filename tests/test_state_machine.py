@@ -87,6 +87,7 @@ OPTIONS = st.builds(
     stop_length=st.sampled_from((None, None, 2)),
     chunk=st.sampled_from((None, None, None, 3)),
 )
+WHOLE = OPTIONS.map(lambda options: replace(options, chunk=None))
 
 
 def _offered(machine: Machine, side: Side | None) -> list[Edit]:
@@ -113,6 +114,11 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.world = World(self.structure)
 
+    @property
+    def turns(self) -> bool:
+        """Whether requests get further prompts."""
+        return SOAK or self.world.structure.turns
+
     def teardown(self) -> None:
         self.world.end()
 
@@ -127,6 +133,11 @@ class Machine(RuleBasedStateMachine):
         around = data.draw(st.sampled_from(_around(structure)), "in")
         cache = data.draw(st.sampled_from(("none", "none", "own", "foreign")), "cache")
         self.world.begin(side, count, seed, rows=rows, keep=keep, surroundings=around, cache=cache)
+
+    @precondition(lambda self: self.turns)
+    @rule(data=st.data(), count=LENGTHS, more=st.integers(2, 5), seed=SEEDS)
+    def adopt(self, data: st.DataObject, count: int, more: int, seed: int) -> None:
+        self.world.adopt(data.draw(_side(self), "on"), count, more, seed)
 
     @rule(data=st.data(), count=LENGTHS, seed=SEEDS)
     def alone(self, data: st.DataObject, count: int, seed: int) -> None:
@@ -150,11 +161,12 @@ class Machine(RuleBasedStateMachine):
         around = data.draw(st.sampled_from(_around(structure)), "in")
         if around == "autocast":  # what is nearly equal may be another token
             around = "none"
-        self.world.generate(side, lengths, seed, data.draw(OPTIONS, "options"), around)
+        options = data.draw(OPTIONS if self.turns else WHOLE, "options")
+        self.world.generate(side, lengths, seed, options, around)
 
     # On requests -----------------------------------------------------------------------------
 
-    @precondition(lambda self: self.world.requests)
+    @precondition(lambda self: self.world.requests and self.turns)
     @rule(request=_drawn(_request), count=st.integers(2, 6), seed=SEEDS)
     def further(self, request: Request, count: int, seed: int) -> None:
         self.world.further(request, count, seed)
@@ -162,10 +174,11 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.requests and not self.world.structure.skips_in_decode)
     @rule(request=_drawn(_request), count=st.integers(1, 3), seed=SEEDS)
     def decode(self, request: Request, count: int, seed: int) -> None:
-        for i in range(count):
-            self.world.decode(request, seed + i)
+        if SOAK or request.stored:  # a prompt of one token is a graph of its own
+            for i in range(count):
+                self.world.decode(request, seed + i)
 
-    @precondition(lambda self: self.world.requests)
+    @precondition(lambda self: self.world.requests and self.turns)
     @rule(request=_drawn(_request), count=st.integers(1, 4), seed=SEEDS, options=OPTIONS)
     def turn(self, request: Request, count: int, seed: int, options: Options) -> None:
         self.world.turn(request, count, seed, replace(options, use_cache=True))
@@ -174,6 +187,11 @@ class Machine(RuleBasedStateMachine):
     @rule(request=_drawn(_request), count=st.sampled_from((0, -1, -2, -100, 3)))
     def crop(self, request: Request, count: int) -> None:
         self.world.crop(request, count)
+
+    @precondition(lambda self: SOAK and self.world.requests)
+    @rule(request=_drawn(_request), chosen=st.sampled_from(((0,), (0, 0), (1, 0), (1, 1, 0))))
+    def rows(self, request: Request, chosen: tuple[int, ...]) -> None:
+        self.world.rows(request, chosen)
 
     @precondition(lambda self: self.world.requests and self.world.room)
     @rule(request=_drawn(_request), around=st.sampled_from(("none", "inference mode")))
@@ -245,7 +263,7 @@ def _settings() -> settings:
     """
     examples = settings().max_examples
     return settings(
-        max_examples=examples if SOAK else examples // 5,
+        max_examples=examples if SOAK else examples // 3,
         stateful_step_count=12,
         report_multiple_bugs=False,
         phases=[p for p in Phase if p is not Phase.explain],

@@ -271,15 +271,18 @@ def shorter(layers: str) -> Edit:
 
 
 def tensors(model: Any, path: str) -> tuple[Edit, ...]:
-    """Parameters and buffers replaced by others, and written to. `path`: of a linear module."""
+    """Parameters and buffers replaced by others, and written to. `path`: of a linear module.
+
+    Each model gets tensors of its own, as it would from two people.
+    """
     with torch.no_grad():
         old = model.get_submodule(path).weight
-        weight = nn.Parameter(0.5 * old, requires_grad=False)
+        weight = 0.5 * old
         state = {name: 0.8 * t.detach() for name, t in model.state_dict().items()}
     found = next(((n, b) for n, b in model.named_buffers() if n.endswith(".inv_freq")), None)
 
     def assign(model: Any) -> None:
-        model.get_submodule(path).weight = weight
+        model.get_submodule(path).weight = nn.Parameter(weight.clone(), requires_grad=False)
 
     def load(model: Any) -> None:
         model.load_state_dict(state, assign=True)
@@ -303,7 +306,7 @@ def tensors(model: Any, path: str) -> tuple[Edit, ...]:
         owner, halved_buffer = name.rsplit(".", 1)[0], 0.5 * buffer
 
         def replace_buffer(model: Any) -> None:
-            model.get_submodule(owner).inv_freq = halved_buffer
+            model.get_submodule(owner).inv_freq = halved_buffer.clone()
 
         made.append(
             Edit("buffer replaced", ("tensors",), replace_buffer, "tensor", original="followed")

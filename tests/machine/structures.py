@@ -36,6 +36,7 @@ class Structure:
         keeps: how many logits are asked for: of all tokens (0), or of the last.
         rows: batch sizes of requests without padding.
         padded: whether rows of different lengths are generated together.
+        turns: whether requests get further prompts in `make test`, which is one more graph.
         surroundings: names of `tests.machine.world.SURROUNDINGS` to call it in besides none.
         options: of each compiled model that is made of it.
         skips_in_decode: a sublayer that the plan leaves out of decode steps, which is `branch`.
@@ -51,6 +52,7 @@ class Structure:
     keeps: tuple[int, ...] = (1,)
     rows: tuple[int, ...] = (1,)
     padded: bool = False
+    turns: bool = False
     surroundings: tuple[str, ...] = ("inference mode",)
     options: tuple[Mapping[str, Any], ...] = (MappingProxyType({}),)
     skips_in_decode: str | None = None
@@ -100,8 +102,8 @@ STRUCTURES: Mapping[str, Structure] = MappingProxyType(
             "llama",
             **_MLP,
             captured=("hook that halves",),
-            keeps=(1, 0),
-            surroundings=("inference mode", "meta", "float64", "autocast"),
+            turns=True,
+            surroundings=("inference mode", "autocast"),
             more=_llama,
         ),
         "tied llama": Structure(
@@ -122,9 +124,9 @@ STRUCTURES: Mapping[str, Structure] = MappingProxyType(
             more=lambda model: (edits.config("final_logit_softcapping", 3.0),),
         ),
         "mistral, window": Structure(
-            "mistral, sliding window", **_MLP, rows=(1, 2), padded=True, more=_llama
+            "mistral, sliding window", **_MLP, padded=True, turns=True, more=_llama
         ),
-        "qwen3, decode plan": Structure("qwen3", **_MLP, skips_in_decode="1.ffn"),
+        "qwen3, decode plan": Structure("qwen3", **_MLP, turns=True, skips_in_decode="1.ffn"),
         "mixtral": Structure(
             "mixtral",
             **_MLP,
@@ -137,12 +139,13 @@ STRUCTURES: Mapping[str, Structure] = MappingProxyType(
             branch="gpt_neox.layers.1.mlp",
             linear="gpt_neox.layers.1.attention.dense",
         ),
-        "phi3": Structure("phi3", **_MLP),
+        "phi3": Structure("phi3", **_MLP, surroundings=("inference mode", "meta")),
         "granite": Structure(
             "granite",
             **_MLP,
             sizes={"logits_scaling": 8.0},
             captured=("config.logits_scaling = 2.0",),
+            surroundings=("inference mode", "float64"),
             more=lambda model: (edits.config("logits_scaling", 2.0),),
         ),
         "mamba": Structure(
@@ -158,6 +161,7 @@ STRUCTURES: Mapping[str, Structure] = MappingProxyType(
             branch="model.layers.1.feed_forward",
             linear="model.layers.0.feed_forward.w2",
             sizes={"layer_types": ["conv", "full_attention"]},
+            turns=True,
         ),
     }
 )

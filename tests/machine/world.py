@@ -49,6 +49,11 @@ class Expected:
     headings: tuple[str, ...] = ()
     text: str = ""
 
+    def or_refused(self, heading: str) -> Expected:
+        """Likewise, where there is another reason to refuse, which may be found first."""
+        refused = "may" if self.refused == "never" else self.refused
+        return Expected(refused, (*self.headings, heading))
+
 
 @dataclass(eq=False)
 class Request:
@@ -281,6 +286,21 @@ class World:
         self._freeze((side,) if side is not None else self.pair.sides)
         for step in reversed(active.pop(edit.name).undo):
             step()
+        if side is not None and edit.kind == "tensor":
+            self._share_again(side)
+
+    def _share_again(self, side: Side) -> None:
+        """Give a compiled model, on which no tensor is replaced now, the original's.
+
+        (What it had before an edit may have been the original's for a while only, and followed.)
+        """
+        for path, module in self.pair.original.named_modules():
+            own = side.compiled.get_submodule(path)
+            for mine, theirs in (
+                (own._parameters, module._parameters),
+                (own._buffers, module._buffers),
+            ):
+                mine.update(theirs)
 
     def _change(self, model: Any, edit: Edit, force: _InForce) -> Outcome:
         change = Change(model)
@@ -308,6 +328,8 @@ class World:
                         with torch.no_grad():
                             step()
                 tree.clear()
+            for side in self.pair.sides:
+                self._share_again(side)
             if self._agreed:  # let them agree again
                 for side in self.pair.sides:
                     with torch.no_grad():
@@ -325,34 +347,32 @@ class World:
         are compared with: with what they were when they were compiled, or with what they had.
         """
         own = [i.edit for i in self._sides[side].values()]
-        if any(e.compiled == "refused" for e in own):
-            return Expected("must", ("Calls",))
         alien = [
             i.edit
             for i in self._original.values()
             if i.edit.kind == "python" and i.edit.name not in self._sides[side]
         ]
-        another = request is not None and request.began != self.state(side)
         both = {*self._original} & {*self._sides[side]}
         apart = self._agreed - both
         self._agreed |= both
-        if apart and not any(e.original == "refused" and e.name not in apart for e in alien):
-            return Expected("may", ("State",))
-        if any(e.original == "refused" for e in alien):
-            return Expected("must", ("State",), "" if another else "of the original model")
-        if another:
-            return Expected("must", ("State",), "" if alien else "changed since")
-        if alien and any(e.original == "either" for e in alien):
-            return Expected("may", ("State", "Calls"))
+        expected = Expected()
+        if request is not None and request.began != self.state(side):
+            expected = Expected("must", ("State",), "" if alien else "changed since")
+        elif any(e.original == "refused" and e.name not in apart for e in alien):
+            expected = Expected("must", ("State",), "of the original model")
+        elif apart or any(e.original != "ignored" for e in alien):
+            expected = Expected("may", ("State",))
+        if any(e.compiled == "refused" for e in own):
+            return Expected("must", ("State", "Calls"))
         if any(e.compiled == "either" for e in own):
-            return Expected("may", ("State", "Calls"))
-        return Expected()
+            return expected.or_refused("State").or_refused("Calls")
+        return expected
 
     def _expected_step(self, request: Request) -> Expected:
         """What may come of a decode step."""
         own = [i.edit for i in self._sides[request.side].values()]
         if any(e.compiled == "refused" for e in own):
-            return Expected("must", ("Calls",))
+            return Expected("must", ("State", "Calls"))
         python = any(i.edit.kind == "python" for i in self._original.values())
         another = request.began != self.state(request.side)
         if another or python or any(e.compiled == "either" for e in own):
@@ -375,8 +395,8 @@ class World:
         """A prompt without padding; a request if a cache comes back."""
         ids, expected = tokens(rows, count, seed), self._expected(side)
         name, reference = side.cache_argument, side.reference
-        if cache == "foreign" and expected.refused == "never":
-            expected = Expected("may", ("Caches",))
+        if cache == "foreign":
+            expected = expected.or_refused("Caches")
         given = {
             "none": lambda: None,
             "own": side.compiled.adaskip.new_cache,
@@ -405,12 +425,40 @@ class World:
                 Request(side, reference, began, cache_of(got[0]), whole, ids, stored=count)
             )
 
+    def adopt(self, side: Side, count: int, more: int, seed: int) -> None:
+        """A cache that the eager model has filled is handed to the compiled one, which goes on."""
+        ids, theirs = tokens(1, count, seed), _new_cache(side.reference)
+        with torch.no_grad():
+            _forward(side.reference, ids, side.cache_argument, theirs, 1)
+        request = Request(
+            side, side.reference, self.state(side), copy.deepcopy(theirs), theirs, ids, stored=count
+        )
+        expected = self._expected(side).or_refused("Caches")
+        before = self.answered
+        self._step(request, tokens(1, more, seed + 1), expected, "none", None)
+        if self.answered > before:
+            self._keep(request)
+
+    def rows(self, request: Request, chosen: tuple[int, ...]) -> None:
+        """Go on with other rows of a cache: of those there are, some, once or more often."""
+        index = torch.tensor([row % request.rows for row in chosen])
+        got = Outcome.of(lambda: request.ours.batch_select_indices(index))
+        if got.error is not None:
+            if not is_listed(got.error, ("Caches",)):
+                raise DifferenceError(f"batch_select_indices: {got}") from got.error
+            self.refused += 1
+            return
+        request.theirs.batch_select_indices(index)
+        request.text = request.text[index]
+        request.mask = request.mask[index] if request.mask is not None else None
+        self._check_length(request, "batch_select_indices")
+
     def alone(self, side: Side, count: int, seed: int, *, arguments: Mapping[str, Any]) -> None:
         """A call that leaves nothing behind, with other arguments of forward."""
         ids = tokens(1, count, seed)
         expected = self._expected(side)
-        if expected.refused == "never" and not {*arguments} <= {"use_cache", "return_dict"}:
-            expected = Expected("may", ("Calls",))
+        if not {*arguments} <= {"use_cache", "return_dict"}:
+            expected = expected.or_refused("Calls")
         name, reference = side.cache_argument, side.reference
         side.phase.prompt_end = None
         self._both(
@@ -430,13 +478,22 @@ class World:
 
     def further(self, request: Request, count: int, seed: int, surroundings: str = "none") -> None:
         """More of the prompt, several tokens at once."""
+        self._anew(request)
         expected = self._expected(request.side, request)
         self._step(request, tokens(request.rows, count, seed), expected, surroundings, None)
 
     def decode(self, request: Request, seed: int, surroundings: str = "none") -> None:
-        """A decode step."""
-        expected = self._expected_step(request)
-        self._step(request, tokens(request.rows, 1, seed), expected, surroundings, 0)
+        """A decode step; on a cache that is empty again, a prompt of one token."""
+        self._anew(request)
+        first = not request.stored
+        expected = self._expected(request.side, request) if first else self._expected_step(request)
+        end = None if first else 0
+        self._step(request, tokens(request.rows, 1, seed), expected, surroundings, end)
+
+    def _anew(self, request: Request) -> None:
+        """A call on an empty cache begins a request."""
+        if not request.stored:
+            request.model, request.began = request.side.reference, self.state(request.side)
 
     def _step(
         self,
@@ -490,6 +547,7 @@ class World:
 
     def turn(self, request: Request, count: int, seed: int, options: Options) -> None:
         """`generate` on a request's cache, with that many tokens more."""
+        self._anew(request)
         new = tokens(request.rows, count, seed)
         ids = torch.cat((request.text, new), 1)
         mask = request.mask
@@ -695,7 +753,7 @@ class World:
             return
         with torch.no_grad(), around.ours():
             own = Outcome.of(theirs)
-        if own.error is None or expected.refused == "must":
+        if own.error is None:
             message = f"{what}: {got}; {self._in_force_text()}"
             raise DifferenceError(message) from got.error
         self.refused += 1
