@@ -165,7 +165,7 @@ class Decoder:
             return
         recording = self._recordings.get(program)
         if recording is not None and _same(recording, fixed):
-            recording.graph.replay()
+            self._recorder.replay(recording.graph)
             return
         addresses = _addresses(fixed)
         if addresses != self._ran_with:
@@ -178,7 +178,7 @@ class Decoder:
         graph = self._recorder.record(body)
         self._recordings[program] = _Recording(graph, fixed, addresses)
         if ready:
-            graph.replay()
+            self._recorder.replay(graph)
 
     def _ready(self, program: Program) -> bool:
         """Whether a step has nothing left to set up: its pieces have run, its outputs have room."""

@@ -329,6 +329,8 @@ def step_inputs(
         inputs["attention_mask"] = attention_mask
     if "logits_to_keep" in has:
         inputs["logits_to_keep"] = logits_to_keep
+    if "return_dict" in has:  # whatever the config says
+        inputs["return_dict"] = True
     return inputs
 
 

@@ -146,7 +146,7 @@ class Runtime:
     @property
     def cache_bytes(self) -> int:
         """Bytes of K/V storage that live requests hold."""
-        return sum(cache.nbytes for cache in self._live)
+        return sum(cache.nbytes for cache in self.live_caches())
 
     def free(self) -> None:
         """Free the K/V buffers that are kept for the next request (on a GPU; see `storages`)."""
@@ -172,7 +172,11 @@ class Runtime:
 
     def live_caches(self) -> list[SkipCache]:
         """The caches of requests that somebody still holds."""
-        return list(self._live)
+        while True:
+            try:
+                return list(self._live)
+            except RuntimeError:  # another thread has begun a request, or ended one
+                continue
 
     # Requests --------------------------------------------------------------------------------
 

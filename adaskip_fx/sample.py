@@ -279,6 +279,8 @@ def _logits(model: Any, forward: Forward, ids: torch.Tensor, cache: Any, past: i
     if "position_ids" in inspect.signature(forward).parameters:
         places = torch.arange(past, past + ids.shape[1], device=ids.device)
         inputs["position_ids"] = places.expand_as(ids)
+    if "return_dict" in inspect.signature(forward).parameters:
+        inputs["return_dict"] = True
     try:
         logits: torch.Tensor = forward(model, **inputs, use_cache=True).logits
     except Exception as error:

@@ -90,6 +90,7 @@ class Storage:
         states: by layer, in the order of its slot's states.
         lengths: a tensor on the CPU of which only lengths are used.
         decoder: the decode steps that run on these buffers at fixed addresses, once there are any.
+        stream: that the steps of the request run on, on a GPU.
         shown: whether somebody was handed a view of a buffer, who may hold it for longer than the
             request lives: nothing that it shows is overwritten, and no other request gets it.
     """
@@ -104,6 +105,7 @@ class Storage:
     states: list[tuple[torch.Tensor, ...]]
     lengths: torch.Tensor
     decoder: Decoder | None = field(default=None, repr=False)
+    stream: torch.cuda.Stream | None = field(default=None, repr=False)
     shown: bool = False
 
     @classmethod
@@ -191,6 +193,17 @@ class Storage:
         for mine, theirs in zip(self._states(), other._states(), strict=True):
             mine.copy_(theirs.index_select(0, index))
 
+    def use_here(self) -> None:
+        """Steps run on the caller's stream from now on; it waits for those on another one."""
+        if self.device.type != "cuda":
+            return
+        current = torch.cuda.current_stream(self.device)
+        if self.stream is not None and self.stream != current:
+            current.wait_stream(self.stream)
+            for tensor in self._tensors():  # freed only when this stream is through as well
+                tensor.record_stream(current)
+        self.stream = current
+
     def clear(self) -> None:
         """Forget what an earlier request left."""
         for tensor in self._tensors():
@@ -254,10 +267,13 @@ class StoragePool:
             == (batch, dtype, device, tuple(slots))
             and capacity <= idle.capacity <= 2 * capacity
         ):
+            idle.use_here()
             idle.clear()
             return idle
         del idle  # before the new one is made
-        return Storage.zeros(slots, batch, capacity, dtype, device)
+        made = Storage.zeros(slots, batch, capacity, dtype, device)
+        made.use_here()
+        return made
 
     def _taken(self) -> Storage | None:
         """What is kept, which is not kept any more."""
