@@ -152,6 +152,16 @@ class CompiledModel:
             updated.pop("attention_mask", None)
         return updated
 
+    def _refuse_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            "continuous batching (generate_batch, a paged cache) is not supported by adaskip_fx "
+            "yet; call generate on a padded batch, or the original model"
+        )
+
+    generate_batch = init_continuous_batching = continuous_batching_context_manager = (
+        _refuse_batching
+    )
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """``to``, ``cuda``, ``half``: nothing to do, or refused, since tensors are shared."""
         for tensor in (*self.parameters(), *self.buffers()):  # type: ignore[attr-defined]
@@ -324,6 +334,11 @@ def _checked_ids(model: Any, input_ids: Any) -> torch.Tensor:
         raise ValueError("input_ids must be a tensor [batch, tokens]")
     if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids is empty: {list(input_ids.shape)}")
+    if torch._C._functorch.is_functorch_wrapped_tensor(input_ids):
+        raise NotImplementedError(
+            "transforms of torch.func (vmap, grad) are not supported by adaskip_fx yet; they cannot "
+            "be applied to a captured graph"
+        )
     device = model.adaskip.device
     if input_ids.device != device:
         raise ValueError(f"input_ids is on {input_ids.device}, the model on {device}")
