@@ -593,7 +593,7 @@ class World:
             after.append(torch.get_rng_state())
             return want
 
-        side.phase.prompt_end = prompt
+        side.phase.prompt_end = prompt if options.use_cache else None  # else all is a prompt
         what = f"generate on {list(ids.shape)} with {options}"
         live = request if request.ours is not None else None
         got = self._both(side, ours, theirs, cache, expected, what, surroundings, live)
