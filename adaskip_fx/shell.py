@@ -336,8 +336,8 @@ def _checked_ids(model: Any, input_ids: Any) -> torch.Tensor:
         raise ValueError(f"input_ids is empty: {list(input_ids.shape)}")
     if torch._C._functorch.is_functorch_wrapped_tensor(input_ids):
         raise NotImplementedError(
-            "transforms of torch.func (vmap, grad) are not supported by adaskip_fx yet; they cannot "
-            "be applied to a captured graph"
+            "transforms of torch.func (vmap, grad) are not supported by adaskip_fx yet; a captured "
+            "graph cannot be transformed"
         )
     device = model.adaskip.device
     if input_ids.device != device:

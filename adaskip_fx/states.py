@@ -168,6 +168,7 @@ class States:
         self.original = original
         self._known = (*PreTrainedModel.__mro__, *_generated(type(model)))
         self._origin = self._watched(original)
+        self._agreed: tuple[PythonState, State] | None = None  # of changes that both models have
         self._shared = self._origin.tensors()
         self.first = State(sample)
         self.first.watch(self._watched(model))
@@ -198,8 +199,10 @@ class States:
             return current
         with one_at_a_time:  # modules are marked while they are traced
             self._follow()
-            self._check_origin()
-            return self._find()
+            agreed = self._check_origin()
+            state = self._find()
+            self._agreed = (agreed, state) if agreed is not None else None
+            return state
 
     def require(self, since: Since) -> None:
         """Refuse to go on if anything has changed since a request began.
@@ -277,7 +280,11 @@ class States:
     # The original ----------------------------------------------------------------------------
 
     def _origin_is_same(self) -> bool:
-        return self._origin.holds() and same(self._origin.tensors(), self._shared)
+        """Whether it is as it was when it was compiled, or as both models were at the last look."""
+        python = self._origin
+        if self._agreed is not None and self._agreed[1] is self.current:
+            python = self._agreed[0]
+        return python.holds() and same(self._origin.tensors(), self._shared)
 
     def _follow(self) -> None:
         """Take over tensors that were replaced on the original, where the old ones are in use."""
@@ -292,11 +299,15 @@ class States:
                     holder[name] = new
         self._shared = now
 
-    def _check_origin(self) -> None:
+    def _check_origin(self) -> PythonState | None:
+        """Refuse changes of the original alone; what it is now, if both models have changes."""
         if self._origin.holds():
-            return
+            return None
         names = self._names()
         changes = [c for c in self._origin.changes() if c.concerns(names) and not _own(c)]
+        if not changes:
+            self._origin = self._watched(self.original)
+            return None
         mine = self._watched(self.model)
         alone = [c for c in changes if not self._done_to_both(c, mine)]
         if alone:
@@ -305,8 +316,7 @@ class States:
                 f"{type(self.model).__name__} was compiled, but not of the compiled model; do the "
                 "same to both, undo it, or compile again"
             )
-        self._origin = self._watched(self.original)
-        self._shared = self._origin.tensors()
+        return self._watched(self.original)
 
     def _done_to_both(self, change: Change, mine: PythonState) -> bool:
         """Whether what holds a change holds the same in the compiled model."""

@@ -233,6 +233,23 @@ def test_a_change_of_both_is_one_of_the_compiled_model(pair: tuple[Any, Any]) ->
     assert not torch.allclose(logits(model), before)
 
 
+def test_what_counts_is_how_the_original_was_compiled(pair: tuple[Any, Any]) -> None:
+    """Not what both were in between: either may go back first, whether a request came or not."""
+    model, compiled = pair
+    before, first = logits(model), model.model.norm.variance_epsilon
+    for each in (model, compiled):
+        each.model.norm.variance_epsilon = 1.0
+    assert_close(logits(compiled), logits(model), 1e-5)
+    model.model.norm.variance_epsilon = first  # the compiled model's own from now on
+    assert not torch.allclose(logits(compiled), before)
+    for each, value in ((model, 1.0), (compiled, first)):
+        each.model.norm.variance_epsilon = value
+    with pytest.raises(RefusedError, match=r"norm.variance_epsilon of the original model was"):
+        logits(compiled)
+    model.model.norm.variance_epsilon = first
+    assert_close(logits(compiled), before, 1e-5)
+
+
 def test_what_each_model_has_for_itself(pair: tuple[Any, Any]) -> None:
     model, compiled = pair
     before, count = logits(compiled), captures(compiled)
