@@ -79,7 +79,12 @@ def with_peft() -> Any:
     peft = pytest.importorskip("peft")
     model = llama()
     targets = ["q_proj", "down_proj"]
-    model.add_adapter(peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False))
+    try:
+        model.add_adapter(peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False))
+    except ValueError as error:  # transformers 5.24 wants peft 0.22
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
     return model.eval().requires_grad_(False)
 
 
