@@ -35,7 +35,7 @@ def following(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str,
     @functools.wraps(prepare)
     def followed(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = prepare(self, *args, **kwargs)
-        name = self.adaskip.cache_argument
+        name = self.adaskip.generate_argument
         given = kwargs.get(name)
         if isinstance(given, SkipCache) and inputs.get(name) is None:
             inputs[name] = given.anew() if given.length else given
@@ -88,7 +88,7 @@ def run(
         model._prefill(input_ids, config, model_kwargs, is_first_iteration=True),
         model_kwargs,
     )
-    name = model.adaskip.cache_argument
+    name = model.adaskip.generate_argument
     while True:
         cache = model_kwargs[name]
         scores = logits_processor(input_ids, logits)

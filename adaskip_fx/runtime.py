@@ -14,7 +14,7 @@ import torch
 
 from .admission import admit
 from .cache import SkipCache
-from .cache_names import cache_argument
+from .cache_names import cache_argument, generate_argument
 from .checking import Checker, checks
 from .decisions import Choice, Decision, Stages, plans_of
 from .graphs import Graphs
@@ -46,6 +46,7 @@ class Runtime:
         profile: what calibration measured; None when an explicit plan needs none.
         policy: decides the online plan; None when nothing is learned while decoding.
         cache_argument: what the model's forward calls its cache.
+        generate_argument: what ``generate`` calls it among what it keeps for forward.
         graphs: what has been captured, compiled and linked.
         runner: runs a step with the plan that is in force.
         storages: K/V buffers between requests.
@@ -70,6 +71,7 @@ class Runtime:
     ) -> None:
         self.model = model
         self.cache_argument = cache_argument(type(original).forward)
+        self.generate_argument = generate_argument(type(original).forward)
         self.profile = profile
         self.policy = policy
         self.graphs = Graphs(model, original, sample, backend, link, max_variants)

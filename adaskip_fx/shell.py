@@ -88,7 +88,7 @@ class CompiledModel:
                 "attention that runs; leave the argument out"
             )
         stop_tokens = _stop_tokens(generation_config)
-        name = self._adaskip.cache_argument
+        name = self._adaskip.generate_argument
         cache = model_kwargs.get(name)
         if cache is not None:
             cache = own_cache(cache, self._adaskip, max_cache_length)
@@ -106,7 +106,7 @@ class CompiledModel:
         **kwargs: Any,
     ) -> Any:
         """Called by ``generate`` for what is new of its prompt, which may be a single token."""
-        cache = model_kwargs.get(self._adaskip.cache_argument)
+        cache = model_kwargs.get(self._adaskip.generate_argument)
         with cache.prompt() if isinstance(cache, SkipCache) else nullcontext():
             return super()._prefill(  # type: ignore[misc]
                 input_ids, generation_config, model_kwargs, *args, **kwargs
@@ -127,7 +127,7 @@ class CompiledModel:
         (``custom_generate=`` would be the public way, but takes the streamer away.)
         """
         given = (input_ids, logits_processor, stopping_criteria, generation_config)
-        cache = model_kwargs.get(self._adaskip.cache_argument)
+        cache = model_kwargs.get(self._adaskip.generate_argument)
         if isinstance(cache, SkipCache) and loop.serves(
             generation_config, synced_gpus, model_kwargs
         ):
@@ -147,7 +147,7 @@ class CompiledModel:
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
             outputs, model_kwargs, *args, **kwargs
         )
-        cache = updated.get(self._adaskip.cache_argument)
+        cache = updated.get(self._adaskip.generate_argument)
         if isinstance(cache, SkipCache) and not cache.padded:
             updated.pop("attention_mask", None)
         return updated

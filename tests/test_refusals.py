@@ -15,9 +15,12 @@ _ROOT = DOCUMENT.parents[1]
 #: where calls of a compiled model are refused
 _CALLED = (
     *("shell", "states", "runtime", "runner", "inputs", "loop"),
-    *("cache", "cache_layers", "foreign_cache"),
+    *("cache", "cache_layers", "foreign_cache", "saved_cache"),
 )
-_REFUSALS = ("RefusedError", "ValueError", "TypeError", "NotImplementedError", "RuntimeError")
+_REFUSALS = (
+    *("RefusedError", "ChangedError", "SavedCacheError"),
+    *("ValueError", "TypeError", "NotImplementedError", "RuntimeError"),
+)
 _HOLE = "\0"  # for a value in an f-string
 
 

@@ -21,6 +21,7 @@ from transformers.utils import generic
 
 import adaskip_fx
 from adaskip_fx import cache_names
+from adaskip_fx.api import build
 from adaskip_fx.cache import SkipCache
 from adaskip_fx.demo import measure
 from adaskip_fx.demo.texts import Passkey
@@ -30,6 +31,7 @@ from adaskip_fx.sample import take
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.families import tiny_config, tiny_model
 from tests.bank import entry, make_model
+from tests.own_models import own
 from tests.test_calibrate import Letters
 from tests.test_loop import counted
 
@@ -202,6 +204,32 @@ def test_generate_refuses_a_name_that_is_not_known_yet() -> None:
     bank = entry()
     with bank.using(), pytest.raises(ValueError, match=r"not used by the model: \['cache'\]"):
         bank.compiled.generate(bank.tokens(1, 4), cache=bank.runtime.new_cache())
+
+
+def greedy(model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """The next tokens, each from a forward of all before it."""
+    for _ in range(count):
+        with torch.no_grad():
+            ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), 1)
+    return ids
+
+
+def test_a_forward_of_ones_own_that_kept_the_old_name() -> None:
+    """5.24's ``generate`` says ``cache`` to it all the same (the eager model then forgets its own).
+
+    A request goes on with the cache that was given, and there is no other beside it.
+    """
+    model = own()
+    fast = build(model, None, backend="eager")
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    ids, cache = torch.arange(9).unsqueeze(0), fast.adaskip.new_cache()
+    first = fast.generate(ids, **{NAME: cache}, **options)
+    assert torch.equal(first.sequences, greedy(model, ids, 3))
+    said = torch.cat((first.sequences, ids[:, 3:6]), 1)
+    second = fast.generate(said[:, 11:], **{NAME: cache}, **options)
+    assert torch.equal(second.sequences, greedy(model, said, 3)[:, 11:])
+    assert cache_names.cache_of(first) is cache_names.cache_of(second) is cache
+    assert cache.get_seq_length() == 17
 
 
 # By the signature ------------------------------------------------------------------------------
