@@ -32,6 +32,7 @@ WORKLOADS = {
     "peers_whole_graph": "peers",
     "cold": "cold",
     "budget": "budget",
+    "states": "states",
 }
 RESULTS = Path(__file__).parent / "results"
 

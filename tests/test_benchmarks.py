@@ -21,7 +21,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from adaskip_fx.plan import SkipPlan, Sublayer
-from benchmarks import budget, floors, generate, link, models, peers, plans, speed, window
+from benchmarks import (
+    budget,
+    floors,
+    generate,
+    link,
+    models,
+    peers,
+    plans,
+    speed,
+    states,
+    window,
+)
 from benchmarks.__main__ import WORKLOADS, app
 from benchmarks.studies import STUDIES
 
@@ -175,6 +186,16 @@ def broken_link(result: Document) -> set[str]:
     return broken
 
 
+def broken_states(result: Document) -> set[str]:
+    broken: set[str] = set()
+    _same(broken, "new_captures", result["new_captures"], 1)  # of one edit, made twice
+    for name in ("look_us", "short_prompt_ms", "known_state_ms"):
+        _spread(broken, name, result[name])
+    if result["look_us"]["median"] > 1000 * result["short_prompt_ms"]["median"]:
+        broken.add("look_us")  # a look is a part of a prompt
+    return broken
+
+
 def broken_budget(result: Document, layers: int) -> set[str]:
     broken: set[str] = set()
     costs = {(c["phase"], c["context"]): c["seconds"] for c in result["costs"]}
@@ -309,6 +330,7 @@ def measured() -> dict[str, Document]:
         "peers": _peers(),
         "link": link.measure(layers=6, repeats=2),
         "budget": budget.measure(contexts=(32,), rounds=1),
+        "states": states.measure(repeats=3),
     }
 
 
@@ -319,6 +341,7 @@ CHECKS: dict[str, Callable[[Document], set[str]]] = {
     "peers": lambda result: broken_peers(result, (32,)),
     "link": broken_link,
     "budget": lambda result: broken_budget(result, 8),
+    "states": broken_states,
 }
 KEYS = {
     "plans": {
@@ -333,6 +356,10 @@ KEYS = {
     "peers": {"rows"},
     "link": {"layers", "sublayers", "link_ms", "new_captures", "new_pieces"},
     "budget": {"model", "dtype", "rounds", "costs", "rows", "worst"},
+    "states": {
+        *("layers", "look_us", "short_prompt_ms", "new_state_s"),
+        *("known_state_ms", "new_captures"),
+    },
 }
 
 
@@ -367,6 +394,8 @@ def test_workload(measured: dict[str, Document], name: str) -> None:
         ("budget", "costs/0/seconds/rest", _more, "predicted"),
         ("budget", "rows/0/measured", _off, "error"),
         ("budget", "worst", _off, "worst"),
+        ("states", "new_captures", _more, "new_captures"),
+        ("states", "look_us/median", lambda _: math.inf, "look_us"),
     ],
 )
 def test_workload_near_miss(
@@ -412,6 +441,7 @@ def test_recorded_speed_agrees_with_itself(name: str) -> None:
         ("peers", lambda result: broken_peers(result, (8192, 32640))),
         ("link", broken_link),
         ("budget", lambda result: broken_budget(result, 32)),
+        ("states", broken_states),
     ],
 )
 def test_recorded_result_agrees_with_itself(

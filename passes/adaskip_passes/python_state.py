@@ -99,7 +99,7 @@ class PythonState:
 
     def tensors(self) -> list[torch.Tensor | None]:
         """The parameters and buffers of all modules as they are now, in a fixed order."""
-        return [t for d in self._tensor_dicts for t in d.values()]
+        return [*chain.from_iterable(map(dict.values, self._tensor_dicts))]
 
     def tensor_slots(self) -> Iterator[tuple[str, str]]:
         """Where each of `tensors` is: the path of its module, and its name there."""
