@@ -78,6 +78,7 @@ class State:
     reads: list[Reads] = field(default_factory=list, repr=False)
     tensors: Tensors | None = field(init=False, default=None, repr=False)
     _python: PythonState = field(init=False, repr=False)
+    _dtypes: list[torch.dtype] = field(init=False, repr=False)
     _layouts: list[Any] = field(init=False, repr=False)
     _sharing: tuple[int, ...] = field(init=False, repr=False)
 
@@ -85,6 +86,7 @@ class State:
         """Take what is there now for this state."""
         self._python = python
         self.tensors = now = python.tensors()
+        self._dtypes = _dtypes(now)
         self._layouts = [describe_tensor(t) for t in now]
         self._sharing = sharing(now)
 
@@ -99,7 +101,8 @@ class State:
         if not (self._python.holds() and all(reads.hold() for reads in self.reads)):
             return False
         now = self._python.tensors()
-        if self.tensors is None or not same(now, self.tensors):
+        known = self.tensors is not None and same(now, self.tensors)
+        if not known or _dtypes(now) != self._dtypes:  # `to` may exchange what is in a tensor
             if not self._alike(now):
                 return False
             self.tensors = now
@@ -352,6 +355,10 @@ def _tensors_of(model: nn.Module, path: str, name: str) -> dict[str, Any] | None
         if name in holder:
             return holder
     return None
+
+
+def _dtypes(tensors: Tensors) -> list[torch.dtype]:
+    return [t.dtype for t in tensors if t is not None]
 
 
 def same(one: Tensors, other: Tensors) -> bool:

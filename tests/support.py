@@ -6,6 +6,7 @@ its column of ``support.json``, and the table in the README that is made of it.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import sys
@@ -151,8 +152,9 @@ class Caches:
 
 def subject(family: str) -> Subject:
     """A family's model, compiled without an inner compiler."""
-    model = tiny_model(tiny_config(family))
-    compiled = build(model, None, backend="eager", fixed_addresses=False)
+    original = tiny_model(tiny_config(family))
+    compiled = build(original, None, backend="eager", fixed_addresses=False)
+    model = copy.deepcopy(original)  # on which the oracle may put hooks
     return Subject(family, model, compiled, Oracle(model, branches(family, model)))
 
 

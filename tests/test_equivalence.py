@@ -248,12 +248,8 @@ def test_a_stale_key_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_storage_for_skipped_attention_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = entry("three_layers")
     plan = bank.plan(["1.attention"])
-    make = SkipCache.__init__
-
-    def generous(self: SkipCache, owner: Any, slots: Any, stored: Any, *args: Any) -> None:
-        make(self, owner, slots, slots, *args)
-
-    monkeypatch.setattr(SkipCache, "__init__", generous)
+    graphs = bank.runtime.graphs
+    monkeypatch.setattr(graphs, "stored", lambda plan: list(graphs.slots))
     with bank.using(plan):
         assert "layer 1: storage True" in failing(bank, plan)
 
@@ -269,8 +265,8 @@ def captured_step(bank: Entry, phase: str, keep: int) -> Any:
     cache = runtime.new_cache()
     program = runtime.graphs.program
 
-    def spy(key: Any, plan: Any, probed: Any, arguments: Any) -> Any:
-        made = program(key, plan, probed, arguments)
+    def spy(key: Any, plan: Any, probed: Any, arguments: Any, since: Any) -> Any:
+        made = program(key, plan, probed, arguments, since)
         seen.update(key=key, plan=plan, arguments=dict(arguments), program=made)
         return made
 
@@ -280,7 +276,7 @@ def captured_step(bank: Entry, phase: str, keep: int) -> Any:
         for number, count in enumerate(steps):
             ids = bank.tokens(1, count, number)
             logits = bank.compiled(ids, past_key_values=cache, logits_to_keep=keep).logits
-    (captured,) = runtime.graphs._captures[seen["key"]]
+    (captured,) = runtime.graphs.states.current.captures[seen["key"]]
     return captured, seen, logits
 
 
@@ -342,7 +338,7 @@ def test_skipping_a_then_b_is_skipping_both(data: st.DataObject, shape: str) -> 
 
 def captured_prompt(bank: Entry) -> Any:
     """The graph that `build` captured to prove the sublayers."""
-    return next(iter(bank.runtime.graphs._captures.values()))[0]
+    return bank.runtime.graphs.first
 
 
 def test_skipping_other_sublayers_is_another_text() -> None:

@@ -20,6 +20,7 @@ from adaskip_fx.compensation import Compensation
 from adaskip_fx.inputs import Inputs
 from adaskip_fx.plan import SkipPlan
 from adaskip_fx.runtime import Runtime
+from adaskip_fx.states import Since
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for, relative_error
 from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model
@@ -215,6 +216,7 @@ def test_probes_agree_up_to_the_first_skipped_sublayer(family: str) -> None:
     plan = SkipPlan.of(sublayers, sublayers[first : first + 1])
     kept = tuple(s for s in sublayers if s != sublayers[first])
     cache = runtime.new_cache(plan=plan)
+    cache.request.since = Since.of(runtime.graphs.states.look())
     _, readings = runtime.runner.run("prefill", cache.request, plan, kept, Inputs(ids), cache, 1)
     assert readings is not None
     assert torch.equal(readings[:first], full[:first])

@@ -230,9 +230,9 @@ def probed_steps(case: Case, counts: Sequence[int], cache: Any) -> list[int]:
     runtime, seen = case.bank.runtime, []
     program = runtime.graphs.program
 
-    def spy(key: Any, plan: Any, probed: Any, arguments: Any) -> Any:
+    def spy(key: Any, plan: Any, probed: Any, *more: Any) -> Any:
         seen.append(len(probed))
-        return program(key, plan, probed, arguments)
+        return program(key, plan, probed, *more)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(runtime.graphs, "program", spy)

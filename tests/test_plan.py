@@ -125,9 +125,7 @@ def test_factor_refused_by_name(bad: Any) -> None:
 def test_a_factor_that_no_sublayer_has(bad: float) -> None:
     """Made by hand or in a file: the plan would drown the stream, or erase it."""
     Compensation.scale({sub("1.ffn"): 1e-4, sub("3.ffn"): 1e4})
-    words = (
-        r"scale factor of 3\.ffn is .*; none outside of 0\.0001 to 1e\+04 can stand in for a sub"
-    )
+    words = r"scale factor of 3\.ffn is .*; none outside of 0\.0001 to 10000 can stand in for a"
     with pytest.raises(ValueError, match=words):
         Compensation.scale({sub("3.ffn"): bad})
 

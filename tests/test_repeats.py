@@ -10,7 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from adaskip_fx.api import build
-from adaskip_fx.phases import GraphKey, GraphPhaseCapture, capture_phase, example_lengths
+from adaskip_fx.phases import (
+    GraphKey,
+    GraphPhaseCapture,
+    Surroundings,
+    capture_phase,
+    example_lengths,
+)
 from adaskip_fx.sample import take
 from adaskip_fx.shell import make_shell
 from adaskip_passes import Repeat
@@ -65,7 +71,8 @@ def check(family: str, phase: str) -> GraphPhaseCapture:
     name, options = KEYS[phase]
     fixed: dict[str, Any] = {"batch": 1, "one_stored": False, "logits_to_keep": 1}
     fixed |= {"masked": False, "one_token": False, "dtype": torch.float32}
-    key = GraphKey(name, device=torch.device("cpu"), **{**fixed, **options})  # type: ignore[arg-type]
+    fixed["surroundings"] = Surroundings.now(device := torch.device("cpu"))
+    key = GraphKey(name, device=device, **{**fixed, **options})  # type: ignore[arg-type]
     got = captured(model, key)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Repeat, "of", lambda *_: None)

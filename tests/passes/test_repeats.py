@@ -400,7 +400,7 @@ HIDDEN: dict[str, tuple[type[Variant], type[Block], str]] = {
     "the first one's state": (Variant, FirstSlot, ""),
     "its place's type": (Variant, AsksForType, "twins were traced differently"),
     "an exception": (Variant, Swallows, "twins were traced differently"),
-    "a global": (Variant, Counts, "twins were traced differently"),
+    "a global": (Variant, Counts, "test_repeats'].COUNT is changed"),
 }
 
 
