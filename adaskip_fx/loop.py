@@ -87,6 +87,7 @@ def run(
         model,
         model._prefill(input_ids, config, model_kwargs, is_first_iteration=True),
         model_kwargs,
+        input_ids.device,
     )
     name = model.adaskip.generate_argument
     while True:
@@ -132,14 +133,16 @@ def _next(
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """One decode step: logits [B, V] in float32 for the token after the last."""
     inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
-    return _logits(model, model(**inputs, return_dict=True), model_kwargs)
+    outputs = model(**inputs, return_dict=True)
+    return _logits(model, outputs, model_kwargs, input_ids.device)
 
 
 def _logits(
-    model: Any, outputs: Any, model_kwargs: dict[str, Any]
+    model: Any, outputs: Any, model_kwargs: dict[str, Any], device: torch.device
 ) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The last token's logits where the caller's tokens are, and arguments of the next step."""
     # a copy: the logits of a whole prompt are large, and must not be held by a view
-    last = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+    last = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
     return last, model._update_model_kwargs_for_generation(outputs, model_kwargs)
 
 

@@ -55,3 +55,15 @@ def _by_transformers(bank: OnGpu, seed: int, **options: Any) -> tuple[list[int],
     random = torch.rand(1, device="cuda").item()
     length = result.past_key_values.get_seq_length()
     return result.sequences[0].tolist(), random, length
+
+
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
+def test_a_prompt_on_the_cpu() -> None:
+    """As transformers' loop: tokens stay where the caller has them."""
+    bank = on_gpu()
+    ids, options = bank.tokens(1, 6), {"max_new_tokens": 9, "do_sample": False}
+    with bank.using():
+        want = bank.compiled.generate(ids, **options)
+        got = bank.compiled.generate(ids.cpu(), **options)
+    assert got.device.type == "cpu"
+    assert torch.equal(got, want.cpu())
