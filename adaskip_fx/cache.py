@@ -458,15 +458,18 @@ class SkipCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Go on with the rows `beam_idx`, int64 [rows]."""
-        self.keep_rows(self._rows().index_select(0, beam_idx.cpu()))
+        if self.length:  # an empty cache has no rows yet
+            self.keep_rows(self._rows().index_select(0, beam_idx.cpu()))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, one after the other."""
-        self.keep_rows(self._rows().repeat_interleave(repeats, 0))
+        if self.length:
+            self.keep_rows(self._rows().repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Go on with some rows: whatever a tensor's first dimension can be indexed with."""
-        self.keep_rows(self._rows()[indices.cpu() if torch.is_tensor(indices) else indices])
+        if self.length:
+            self.keep_rows(self._rows()[indices.cpu() if torch.is_tensor(indices) else indices])
 
     def _rows(self) -> torch.Tensor:
         return torch.arange(self.batch, device="cpu")

@@ -532,7 +532,7 @@ def test_unknown_workload_is_refused_before_anything_runs(
 def test_every_workload_has_its_module() -> None:
     assert list(WORKLOADS) == [
         *("link", "speed", "speed_batch8", "plans", "window", "generate"),
-        *("peers", "peers_whole_graph", "cold", "budget"),
+        *("peers", "peers_whole_graph", "cold", "budget", "states"),
     ]
     for module in WORKLOADS.values():
         assert (RESULTS.parent / f"{module}.py").is_file()
