@@ -114,7 +114,9 @@ def _both(world: World, side: Side) -> None:
 
 
 def _packed(world: World, side: Side) -> None:
+    """It is refused today; the next prompt is answered."""
     world.packed(side, 3, 4, 0)
+    world.begin(side, 5)
 
 
 def _one_token_more(world: World, side: Side) -> None:
