@@ -14,10 +14,11 @@ Each branch is then a sublayer of its own, and either can be skipped; what both 
 computed by both. ``earlier(x_1, x)`` is `x`: it says that what reads it belongs behind `x_1`, and
 is left out of the pieces.
 
-Legal because sums may be regrouped, but for rounding, and because a branch that is moved reads
-nothing that is written behind it, and what it writes (a state, next to attention's keys and values)
-nobody else sees meanwhile. Where that is not so, or a branch has an autocast region of its own, the
-expression is left as it is (and refused by :func:`find_sublayers`).
+Legal because sums may be regrouped, but for rounding (which is never coarser than it was), and
+because a branch that is moved reads nothing that is written behind it, and what it writes (a state,
+next to attention's keys and values) nobody else sees meanwhile. Where that is not so, or a branch
+has an autocast region of its own, the expression is left as it is (and refused by
+:func:`find_sublayers`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from .effects import AUTOCAST_ENDS, is_mutation, operation, storage_root, written
+from .effects import is_mutation, operation, storage_root, written
 from .sublayers import ancestors_of, branch_path, is_add, module_path, root_of, shape_of
 
 Value = TypeVar("Value")
@@ -80,6 +81,7 @@ class _Finder:
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.ancestors = ancestors_of(graph)
         self.writes = [node for node in self.nodes if written(node) is not None]
+        self.autocast = _autocast_regions(self.nodes)
 
     def sums(self) -> list[_Sum]:
         found, inside = [], set[fx.Node]()
@@ -170,7 +172,7 @@ class _Finder:
         others = (n for n in self.nodes[begin:end] if n not in inside and _reads(n))
         seen = any(storage_root(i) in mine for n in others for i in n.all_input_nodes)
         acts = any(is_mutation(n) and not _is_local(n, inside) and n not in effects for n in region)
-        cast = any(operation(n) in AUTOCAST_ENDS for n in self.nodes[begin:end])
+        cast = any(self.autocast[n] != self.autocast[total] for n in region)
         return not (acts or seen or cast or any(written(w) in read for w in behind))
 
     def _overwrites_read(self, total: fx.Node) -> bool:
@@ -180,6 +182,19 @@ class _Finder:
         root, end = storage_root(total), self.order[total]
         names = (n for n in self.nodes[:end] if storage_root(n) is root)
         return any(self.order[user] > end for name in names for user in name.users)
+
+
+def _autocast_regions(nodes: Sequence[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """For each node the autocast regions that it is in, by the nodes that enter them."""
+    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    now: tuple[fx.Node, ...] = ()
+    for node in nodes:
+        if operation(node) == "_exit_autocast":
+            now = tuple(entered for entered in now if entered is not node.args[0])
+        elif operation(node) == "_enter_autocast":
+            now = (*now, node)
+        found[node] = now
+    return found
 
 
 def _reads(node: fx.Node) -> bool:
@@ -203,7 +218,7 @@ def _terms(node: fx.Node, total: fx.Node, inner: list[fx.Node]) -> list[fx.Node]
         and len(undropped.users) == 1
         and module_path(undropped) == module_path(total)
         and shape_of(undropped) == shape_of(total)
-        and undropped.meta["example_value"].dtype == total.meta["example_value"].dtype
+        and _is_finer(total.meta["example_value"].dtype, undropped.meta["example_value"].dtype)
     )
     if not mine or (undropped is not total and _target_is_read(undropped)):
         return [node]
@@ -213,6 +228,14 @@ def _terms(node: fx.Node, total: fx.Node, inner: list[fx.Node]) -> list[fx.Node]
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
     return _terms(left, total, inner) + _terms(right, total, inner)
+
+
+def _is_finer(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether sums in `dtype` lose nothing that sums in `other` keep.
+
+    Under autocast branches are added to each other in half precision, and to the stream in full.
+    """
+    return torch.promote_types(dtype, other) == dtype
 
 
 def _is_idle(dropout: fx.Node) -> bool:

@@ -312,6 +312,54 @@ def test_what_those_are_near_to() -> None:
     graph.lint()
 
 
+class HalfMlp(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).bfloat16()
+
+
+class HalfAttention(Attention):
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        return super().forward(x, table, slot, start).bfloat16()
+
+
+class HalfBranches(NeoX):
+    """As under autocast: branches are added to each other in half precision, the stream is not."""
+
+    attention, ffn = HalfAttention, HalfMlp
+
+
+class HalfStream(Block):
+    """The other way round: a sum in full precision would be rounded in between."""
+
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        x = x.bfloat16()
+        attended = self.attend(x.float(), table, slot, start)
+        return (self.feed(x.float()) + attended).bfloat16() + x
+
+
+@pytest.mark.parametrize(("block", "count"), [(HalfBranches, 1), (HalfStream, 0)])
+def test_a_sum_may_become_finer_but_not_coarser(block: type[Block], count: int) -> None:
+    shape = Shape(layers=1)
+    assert separate(trace(step, **arguments(Decoder(shape, block), shape)).graph.graph) == count
+
+
+class CastsBetween(NeoX):
+    """A region between the stream and the sum that has nothing of either branch in it."""
+
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        n = self.norm1(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            table = (table @ torch.eye(table.shape[-1])).to(x.dtype)
+        return x + (self.self_attn(n, table, slot, start) + self.feed(x))
+
+
+def test_a_region_of_something_else_does_not_matter() -> None:
+    shape = Shape(layers=2)
+    graph = trace(step, **arguments(Decoder(shape, CastsBetween), shape)).graph.graph
+    assert separate(graph) == 2
+    graph.lint()
+
+
 class Relu(Mlp):
     """An activation in place is no effect."""
 
