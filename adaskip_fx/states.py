@@ -13,6 +13,7 @@ and the original's, whose tensors it shares.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -123,6 +124,10 @@ class State:
     def _alike(self, tensors: Tensors) -> bool:
         described = [describe_tensor(t) for t in tensors]
         return described == self._layouts and sharing(tensors) == self._sharing
+
+    def changed_paths(self) -> set[str]:
+        """Where Python state is different now."""
+        return {change.path for change in self._python.changes()}
 
     def changes(self) -> list[str]:
         """What is different now, as paths, for a message."""
@@ -311,8 +316,8 @@ class States:
         if not changes:
             self._origin = self._watched(self.original)
             return None
-        mine = self._watched(self.model)
-        alone = [c for c in changes if not self._done_to_both(c, mine)]
+        mine, own = self._watched(self.model), self.first.changed_paths()
+        alone = [c for c in changes if not self._done_to_both(c, mine, c.path in own)]
         if alone:
             raise ChangedError(
                 f"{', '.join(map(str, alone[:3]))} of the original model was changed after "
@@ -321,19 +326,29 @@ class States:
             )
         return self._watched(self.original)
 
-    def _done_to_both(self, change: Change, mine: PythonState) -> bool:
-        """Whether what holds a change holds the same in the compiled model."""
+    def _done_to_both(self, change: Change, mine: PythonState, changed: bool) -> bool:
+        """Whether what holds a change holds the same in the compiled model.
+
+        `changed`: whether that was changed there as well. Then tensors in it may be the compiled
+        model's own; else they must be the same, or it has the old ones.
+        """
+        equal = _alike if changed else _equal
         theirs, ours = self._origin.container(change.holder), mine.container(change.holder)
         if theirs is None or ours is None:
             return False
-        if change.names and len(change.names) == 1 and isinstance(theirs, dict):
-            (name,) = change.names
-            absent = object()
-            return _equal(theirs.get(name, absent), ours.get(name, absent)) or (
-                name not in theirs and name not in ours
-            )
+        if change.names and isinstance(theirs, dict) and isinstance(ours, dict):
+            name, absent = change.names[-1], object()
+            if name in theirs or name in ours:
+                return equal(theirs.get(name, absent), ours.get(name, absent))
+            if len(change.names) == 1:  # an attribute that both have lost
+                return True
         values = ([*c.values()] if isinstance(c, dict) else [*c] for c in (theirs, ours))
-        return _equal(*values)
+        return equal(*values)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether graphs of both are the same: the values of tensors are no matter."""
+    return _equal(one, other, lambda a, b: bool(describe_tensor(a) == describe_tensor(b)))
 
 
 def _own(change: Change) -> bool:
@@ -366,8 +381,25 @@ def same(one: Tensors, other: Tensors) -> bool:
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: Any, other: Any, tensors: Callable[[Any, Any], bool] = operator.is_) -> bool:
+    """Whether code reads the same of both: modules may be two of a class that hold the same.
+
+    `tensors`: tells whether two tensors are the same.
+    """
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return tensors(one, other)
+    if isinstance(one, nn.Module):
+        return _equal(vars(one), vars(other), tensors)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[k], other[k], tensors) for k in one)
+    if isinstance(one, list | tuple):
+        pairs = zip(one, other, strict=False)
+        return len(one) == len(other) and all(_equal(a, b, tensors) for a, b in pairs)
     try:
-        return one is other or bool(one == other)
+        return bool(one == other)
     except Exception:
         return False

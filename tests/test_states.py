@@ -50,6 +50,15 @@ def doubled(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
     return 2 * out
 
 
+def scaled(module: nn.Module, factor: float) -> nn.Module:
+    """A copy with other weights."""
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(factor)
+    return other
+
+
 def recording(module: nn.Module, args: Any, out: torch.Tensor) -> None:
     RAN.append(type(module).__name__)
 
@@ -229,8 +238,35 @@ def test_a_change_of_both_is_one_of_the_compiled_model(pair: tuple[Any, Any]) ->
     for each in (model, compiled):
         each.model.norm.variance_epsilon = 1.0
         each.model.layers[0].mlp.register_forward_hook(doubled)
+        each.model.layers[0].mlp.act_fn = nn.Sequential(nn.Hardtanh(-0.1, 0.2), nn.Identity())
     assert_close(logits(compiled), logits(model), 1e-5)
     assert not torch.allclose(logits(model), before)
+
+
+def test_modules_of_a_class_that_hold_other_values_are_no_change_of_both(
+    pair: tuple[Any, Any],
+) -> None:
+    for each, high in zip(pair, (0.2, 0.3), strict=True):
+        each.model.layers[0].mlp.act_fn = nn.Hardtanh(-0.1, high)
+    with pytest.raises(RefusedError, match=r"layers.0.mlp.act_fn of the original model was"):
+        logits(pair[1])
+
+
+def test_branches_exchanged_on_both_may_have_weights_of_their_own(pair: tuple[Any, Any]) -> None:
+    model, compiled = pair
+    for each in (model, compiled):
+        each.model.layers[0].mlp = scaled(each.model.layers[0].mlp, 0.5)
+    assert_close(logits(compiled), logits(model), 1e-5)
+    compiled.model.layers[0].mlp = scaled(compiled.model.layers[0].mlp, 3.0)
+    assert not torch.allclose(logits(compiled), logits(model), 1e-3)  # the compiled one's own
+
+
+def test_a_branch_exchanged_for_one_of_its_class_is_a_change(pair: tuple[Any, Any]) -> None:
+    """The companion: modules of other weights are not the same where one has the old ones."""
+    model, compiled = pair
+    model.model.layers[0].mlp = scaled(model.model.layers[0].mlp, 0.5)
+    with pytest.raises(RefusedError, match=r"layers.0.mlp of the original model was changed"):
+        logits(compiled)
 
 
 def test_what_counts_is_how_the_original_was_compiled(pair: tuple[Any, Any]) -> None:
