@@ -266,6 +266,7 @@ def _run(model: Any, given: dict[str, Any]) -> Any:
     cache = given.get(runtime.cache_argument)
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     use_cache = _default(given, "use_cache", model.config)
+    handed_back = use_cache or cache is not None  # as most models do with a cache that they fill
     if cache is None:
         if mask is None and not use_cache:
             _refuse_packed(positions)
@@ -273,12 +274,12 @@ def _run(model: Any, given: dict[str, Any]) -> Any:
     cache = own_cache(cache, runtime)
     logits = runtime.step(
         input_ids,
-        _checked_mask(mask, input_ids, cache.length),
+        _checked_mask(mask, input_ids, cache),
         _checked_positions(positions, input_ids),
         cache,
         int(given.get("logits_to_keep") or 0),
     )
-    kept = cache if use_cache else None
+    kept = cache if handed_back else None
     if not _default(given, "return_dict", model.config):
         return (logits, kept) if kept is not None else (logits,)
     if runtime.cache_argument == "cache_params":
@@ -345,8 +346,12 @@ def _checked_ids(model: Any, input_ids: Any) -> torch.Tensor:
     return input_ids.to(torch.int64).contiguous()
 
 
-def _checked_mask(mask: Any, input_ids: torch.Tensor, past: int) -> torch.Tensor | None:
-    """The mask, or None when nothing is padded."""
+def _checked_mask(mask: Any, input_ids: torch.Tensor, cache: SkipCache) -> torch.Tensor | None:
+    """The mask [batch, stored + new], or None when nothing is padded.
+
+    Models without attention are given one of the new tokens alone, as ``generate`` makes it.
+    """
+    past = cache.length
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
@@ -354,6 +359,8 @@ def _checked_mask(mask: Any, input_ids: torch.Tensor, past: int) -> torch.Tensor
             "attention_mask must be a tensor [batch, tokens]; prepared 4D masks are not supported"
         )
     expected = (input_ids.shape[0], past + input_ids.shape[1])
+    if mask.shape == input_ids.shape and not any(slot.attends for slot in cache.slots):
+        mask = torch.nn.functional.pad(mask, (past, 0), value=1)
     if tuple(mask.shape) != expected:
         raise ValueError(
             f"attention_mask has shape {list(mask.shape)}, expected {list(expected)}: "
