@@ -10,11 +10,11 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
-from hypothesis import Phase, seed, settings
+from hypothesis import Phase, note, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -39,6 +39,7 @@ from tests.machine.world import (
     tokens,
 )
 
+T = TypeVar("T")
 #: Whether there is time for captures of all states, batch sizes and surroundings.
 SOAK = settings().max_examples > 100
 SEEDS = st.integers(0, 5)
@@ -50,13 +51,14 @@ def _side(machine: Machine) -> st.SearchStrategy[Side]:
     return st.sampled_from(machine.world.pair.sides)
 
 
-def _request(machine: Machine) -> st.SearchStrategy[Request]:
-    return st.sampled_from(machine.world.requests)
+#: Which of the requests, or edits, that there are then. What is drawn depends on the structure
+#: alone: a call may be refused or not by what earlier sequences have captured, so what there is to
+#: choose from may not be the same when hypothesis runs a sequence again.
+WHICH = st.integers(0, 59)
 
 
-def _drawn(strategy: Any) -> Any:
-    """A strategy that depends on the machine."""
-    return st.runner().flatmap(strategy)
+def _one_of(found: list[T], which: int) -> T | None:
+    return found[which % len(found)] if found else None
 
 
 def _rows(structure: Structure) -> tuple[int, ...]:
@@ -166,87 +168,105 @@ class Machine(RuleBasedStateMachine):
 
     # On requests -----------------------------------------------------------------------------
 
-    @precondition(lambda self: self.world.requests and self.turns)
-    @rule(request=_drawn(_request), count=st.integers(2, 6), seed=SEEDS)
-    def further(self, request: Request, count: int, seed: int) -> None:
-        self.world.further(request, count, seed)
+    def _request(self, which: int) -> Iterator[Request]:
+        """One of the live requests; a new one where there is none, if it is not refused."""
+        world = self.world
+        if not world.requests:
+            side = _one_of(world.pair.sides, which)
+            assert side is not None
+            world.begin(side, 5, which % 6, keep=world.structure.keeps[0])
+        request = _one_of(world.requests, which)
+        if request is not None:
+            note(f"on {request}")
+            yield request
 
-    @precondition(lambda self: self.world.requests and not self.world.structure.skips_in_decode)
-    @rule(request=_drawn(_request), count=st.integers(1, 3), seed=SEEDS)
-    def decode(self, request: Request, count: int, seed: int) -> None:
-        if SOAK or request.stored:  # a prompt of one token is a graph of its own
-            for i in range(count):
-                self.world.decode(request, seed + i)
+    @precondition(lambda self: self.turns)
+    @rule(which=WHICH, count=st.integers(2, 6), seed=SEEDS)
+    def further(self, which: int, count: int, seed: int) -> None:
+        for request in self._request(which):
+            self.world.further(request, count, seed)
 
-    @precondition(lambda self: self.world.requests and self.turns)
-    @rule(request=_drawn(_request), count=st.integers(1, 4), seed=SEEDS, options=OPTIONS)
-    def turn(self, request: Request, count: int, seed: int, options: Options) -> None:
-        self.world.turn(request, count, seed, replace(options, use_cache=True))
+    @precondition(lambda self: not self.world.structure.skips_in_decode)
+    @rule(which=WHICH, count=st.integers(1, 3), seed=SEEDS)
+    def decode(self, which: int, count: int, seed: int) -> None:
+        for request in self._request(which):
+            if SOAK or request.stored:  # a prompt of one token is a graph of its own
+                for i in range(count):
+                    self.world.decode(request, seed + i)
 
-    @precondition(lambda self: self.world.requests)
-    @rule(request=_drawn(_request), count=st.sampled_from((0, -1, -2, -100, 3)))
-    def crop(self, request: Request, count: int) -> None:
-        self.world.crop(request, count)
+    @precondition(lambda self: self.turns)
+    @rule(which=WHICH, count=st.integers(1, 4), seed=SEEDS, options=OPTIONS)
+    def turn(self, which: int, count: int, seed: int, options: Options) -> None:
+        for request in self._request(which):
+            self.world.turn(request, count, seed, replace(options, use_cache=True))
 
-    @precondition(lambda self: SOAK and self.world.requests)
-    @rule(request=_drawn(_request), chosen=st.sampled_from(((0,), (0, 0), (1, 0), (1, 1, 0))))
-    def rows(self, request: Request, chosen: tuple[int, ...]) -> None:
-        self.world.rows(request, chosen)
+    @rule(which=WHICH, count=st.sampled_from((0, -1, -2, -100, 3)))
+    def crop(self, which: int, count: int) -> None:
+        for request in self._request(which):
+            self.world.crop(request, count)
 
-    @precondition(lambda self: self.world.requests and self.world.room)
-    @rule(request=_drawn(_request), around=st.sampled_from(("none", "inference mode")))
-    def deepcopy(self, request: Request, around: str) -> None:
-        self.world.copied(request, around)
+    @precondition(lambda self: SOAK)
+    @rule(which=WHICH, chosen=st.sampled_from(((0,), (0, 0), (1, 0), (1, 1, 0))))
+    def rows(self, which: int, chosen: tuple[int, ...]) -> None:
+        for request in self._request(which):
+            self.world.rows(request, chosen)
 
-    @precondition(lambda self: self.world.requests)
-    @rule(request=_drawn(_request))
-    def shallow_copy(self, request: Request) -> None:
-        self.world.shallow(request)
+    @rule(which=WHICH, around=st.sampled_from(("none", "inference mode")))
+    def deepcopy(self, which: int, around: str) -> None:
+        for request in self._request(which):
+            if self.world.room:
+                self.world.copied(request, around)
 
-    @precondition(lambda self: self.world.requests and len(self.world.pair.sides) > 1)
-    @rule(request=_drawn(_request))
-    def elsewhere(self, request: Request) -> None:
-        for side in self.world.pair.sides:
-            if side is not request.side:
-                self.world.elsewhere(request, side)
+    @rule(which=WHICH)
+    def shallow_copy(self, which: int) -> None:
+        for request in self._request(which):
+            self.world.shallow(request)
 
-    @precondition(lambda self: self.world.requests)
-    @rule(request=_drawn(_request))
-    def forget(self, request: Request) -> None:
-        self.world.forget(request)
+    @precondition(lambda self: len(self.world.pair.sides) > 1)
+    @rule(which=WHICH)
+    def elsewhere(self, which: int) -> None:
+        for request in self._request(which):
+            for side in self.world.pair.sides:
+                if side is not request.side:
+                    self.world.elsewhere(request, side)
+
+    @rule(which=WHICH)
+    def forget(self, which: int) -> None:
+        for request in self._request(which):
+            self.world.forget(request)
 
     # Edits -----------------------------------------------------------------------------------
 
-    @rule(data=st.data())
-    def edit(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), which=WHICH)
+    def edit(self, data: st.DataObject, which: int) -> None:
         side = data.draw(_side(self), "on")
         if len(self.world.in_force(side)) < _MOST_EDITS:
-            self._edit(data, side)
+            self._edit(side, _one_of(_offered(self, side), which))
 
-    @rule(data=st.data())
-    def edit_original(self, data: st.DataObject) -> None:
+    @rule(which=WHICH)
+    def edit_original(self, which: int) -> None:
         if len(self.world.in_force(None)) < _MOST_EDITS:
-            self._edit(data, None)
+            self._edit(None, _one_of(_offered(self, None), which))
 
-    @rule(data=st.data())
-    def edit_both(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), which=WHICH)
+    def edit_both(self, data: st.DataObject, which: int) -> None:
         side = data.draw(_side(self), "on")
         there = {e.name for e in self.world.in_force(None) if e.kind == "python"}
         found = [e for e in _offered(self, side) if e.name in there]
-        if found:
-            self.world.edit(side, data.draw(st.sampled_from(found), "edit"))
+        self._edit(side, _one_of(found, which))
 
-    def _edit(self, data: st.DataObject, side: Side | None) -> None:
-        found = _offered(self, side)
-        if found:
-            self.world.edit(side, data.draw(st.sampled_from(found), "edit"))
+    def _edit(self, side: Side | None, edit: Edit | None) -> None:
+        if edit is not None:
+            note(f"{edit}")
+            self.world.edit(side, edit)
 
-    @rule(data=st.data())
-    def take_back(self, data: st.DataObject) -> None:
+    @rule(tree=WHICH, which=WHICH)
+    def take_back(self, tree: int, which: int) -> None:
         trees = [s for s in (*self.world.pair.sides, None) if self.world.in_force(s)]
         if trees:
-            side = data.draw(st.sampled_from(trees), "on")
-            edit = data.draw(st.sampled_from(self.world.in_force(side)), "edit")
+            side = trees[tree % len(trees)]
+            edit = self.world.in_force(side)[which % len(self.world.in_force(side))]
+            note(f"{edit}")
             self.world.take_back(side, edit)
 
 

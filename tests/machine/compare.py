@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+_CACHE = "a cache"
 CACHES = ("cache", "cache_params", "past_key_values")
 #: Relative errors that other kernels may cause, in units of the largest expected value.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -40,11 +41,17 @@ def cache_of(output: Any) -> Any:
     return next((output[n] for n in CACHES if n in output and output[n] is not None), None)
 
 
-def difference(got: Any, want: Any, tolerance: float) -> str:
-    """How an output differs from the one that it should be; empty if it does not."""
+def difference(got: Any, want: Any, tolerance: float, *, caches: bool = True) -> str:
+    """How an output differs from the one that it should be; empty if it does not.
+
+    `caches`: whether both must hand out a cache, or neither.
+    """
     if isinstance(want, tuple) != isinstance(got, tuple):
         return f"a {type(got).__name__} instead of a {type(want).__name__}"
     mine, theirs = _parts(got), _parts(want)
+    if not caches:
+        for parts in (mine, theirs):
+            parts.pop(_CACHE, None)
     if list(mine) != list(theirs):
         return f"it has {', '.join(mine)} instead of {', '.join(theirs)}"
     return next((d for name in theirs if (d := _part(name, mine, theirs, tolerance))), "")
@@ -58,7 +65,7 @@ def _parts(output: Any) -> dict[str, Any]:
         named = {n: v for n, v in output.items() if n not in CACHES and v is not None}
     else:
         named = {f"[{i}]": v for i, v in enumerate(output) if not hasattr(v, "get_seq_length")}
-    return {**named, **({"a cache": True} if cache_of(output) is not None else {})}
+    return {**named, **({_CACHE: True} if cache_of(output) is not None else {})}
 
 
 def _part(name: str, mine: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> str:

@@ -137,6 +137,17 @@ def _default_device_first(world: World, side: Side) -> None:
     world.begin(side, 5, rows=3, surroundings="meta")
 
 
+def _autocast(world: World, side: Side) -> None:
+    """The branches are added to each other in half precision, to the stream in full."""
+    world.begin(side, 9, surroundings="autocast")
+
+
+def _turn(world: World, side: Side) -> None:
+    """Only what is new is given to it, with a mask of that alone."""
+    world.generate(side, (5,), 0, Options())
+    world.turn(world.requests[0], 2, 1, Options())
+
+
 SEQUENCES = (
     _edited("hook that halves", captures=False),
     _edited("pre-hook that doubles"),
@@ -188,5 +199,7 @@ SEQUENCES = (
     Sequence("a first capture on a default device", "llama", _default_device_first, captures=True),
     Sequence("a hook is seen at one batch size only", "llama", _mixed, captures=True),
     Sequence("a change in the middle of a request", "llama", _further),
+    Sequence("parallel branches in autocast", "gpt_neox", _autocast, captures=True),
+    Sequence("a turn without attention", "mamba", _turn),
     Sequence("the same change on both", "llama", _both),
 )
