@@ -6,7 +6,7 @@ OLDEST := torch==2.11.0 transformers==5.17.0
 NEWEST := torch==2.13.0 transformers==5.24.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint soak test-matrix clean
+.PHONY: demo test test-all lint soak test-matrix clean
 
 demo: .venv/demo
 	$(BIN)/adaskip-fx demo
@@ -19,14 +19,18 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Every family, and whatever else takes minutes.
+test-all: .venv/test lint
+	$(BIN)/python -m pytest -n $(JOBS) -m ''
+
 soak: .venv/test
-	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
 
 # The suite on the oldest, the pinned and the newest supported versions, each in an environment of
 # its own. Rows of the README's table that are measured anew: `python -m tests.support` in each.
-test-matrix: test .venv-oldest/test .venv-newest/test
-	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile
-	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile
+test-matrix: test-all .venv-oldest/test .venv-newest/test
+	.venv-oldest/bin/python -m pytest -n $(JOBS) -m ''
+	.venv-newest/bin/python -m pytest -n $(JOBS) -m ''
 
 .venv-oldest/test: VERSIONS := $(OLDEST)
 .venv-newest/test: VERSIONS := $(NEWEST)

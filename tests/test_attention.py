@@ -65,7 +65,7 @@ def compare(model: Any, reference: Any, fixed_addresses: bool, batch: int = 1) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fixed_addresses", [False, True])
+@pytest.mark.parametrize("fixed_addresses", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_windows_and_soft_caps(family: str, fixed_addresses: bool) -> None:
     compare(make(family), make(family), fixed_addresses, batch=2 if fixed_addresses else 1)
 

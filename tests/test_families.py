@@ -11,9 +11,19 @@ from adaskip_fx.testing.families import FAMILIES
 from tests import support
 
 KNOWN = [name for name, family in FAMILIES.items() if family.known]
+#: One of each structure: norms, branches, positions, experts, latent attention, mixers, refused.
+OFTEN = frozenset(
+    {
+        *("llama", "mistral, sliding window", "qwen3", "gemma2", "olmo2", "phi3", "granite"),
+        *("cohere", "gpt_neox", "gpt2", "opt", "gpt_neo", "bloom", "mixtral", "qwen2_moe"),
+        *("deepseek_v2", "mamba", "lfm2", "gemma3n", "recurrent_gemma", "minimax", "xlstm"),
+    }
+)
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize(
+    "name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in KNOWN]
+)
 def test_a_family(name: str) -> None:
     """What is compared is exact, and the table says just that."""
     row = support.measure(name)

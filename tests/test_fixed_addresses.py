@@ -43,7 +43,7 @@ def test_any_plan_equals_the_oracle(
 
 
 @pytest.mark.parametrize("shape", ["biased", "own_head_dim", "one_kv_head", "llama3_rope"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_shapes_and_batches(shape: str, batch: int) -> None:
     bank = fixed(shape)
     with bank.using():

@@ -41,7 +41,7 @@ def compiled(link: Link, dtype: torch.dtype = torch.float32) -> Inductor:
     return Inductor(model, build(model, None, backend="inductor", link=link), Oracle(model))
 
 
-@pytest.fixture(scope="module", params=["pieces", "fused"])
+@pytest.fixture(scope="module", params=["pieces", pytest.param("fused", marks=pytest.mark.slow)])
 def bank(request: pytest.FixtureRequest) -> Inductor:
     return compiled(request.param)
 
@@ -114,6 +114,7 @@ def test_a_second_plan_compiles_no_piece() -> None:
     assert counts(bank) == before
 
 
+@pytest.mark.slow
 def test_half_precision() -> None:
     bank = compiled("pieces", torch.bfloat16)
     request(bank, a_plan(bank), (7, 1, 1))
@@ -154,6 +155,7 @@ def test_lowered_pieces_compile_and_equal_the_oracle(monkeypatch: pytest.MonkeyP
     assert any("adaskip.attend" in t for t in lowered)
 
 
+@pytest.mark.slow
 def test_a_compiled_refinement_goes_as_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("three_layers")
     draw = torch.Generator().manual_seed(0)

@@ -274,6 +274,7 @@ def test_a_row_of_a_batch_is_the_row_alone(family: str) -> None:
 # Other dtypes ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [n for n in NAMES if n in ("llama", "mamba") or SOAK])
 def test_another_dtype_is_captured_anew_and_right(family: str) -> None:
     model = tiny_model(tiny_config(family)).bfloat16()

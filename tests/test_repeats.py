@@ -84,12 +84,15 @@ def check(family: str, phase: str) -> GraphPhaseCapture:
     return got
 
 
-@pytest.mark.parametrize("phase", ["prefill", "fixed addresses"])
+@pytest.mark.parametrize(
+    "phase", ["prefill", pytest.param("fixed addresses", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_graph_of_a_family(family: str, phase: str) -> None:
     check(family, phase)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["extend", "decode"])
 def test_the_other_phases(phase: str) -> None:
     check("two kinds of attention", phase)

@@ -712,6 +712,7 @@ def test_a_saved_plan_is_a_point_too(subject: Subject, tmp_path: Path) -> None:
 # The recipe. -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_recipe_is_judged_on_what_it_has_not_seen(tmp_path: Path) -> None:
     texts = [text(name, seed, 2000) for seed, name in enumerate(("one", "two", "three"))]
     options = dataclasses.replace(OPTIONS, samples=2, length=400, alphas=(1.25,), keep=tmp_path)

@@ -193,6 +193,7 @@ def test_an_unknown_family() -> None:
         find(tiny_configs("lama"), lambda config: True)
 
 
+@pytest.mark.slow
 @settings(max_examples=3)
 @given(st.data())
 def test_a_drawn_configuration_is_equivalent(data: st.DataObject) -> None:

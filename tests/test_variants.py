@@ -187,7 +187,7 @@ def test_what_a_graph_depends_on_is_in_its_key() -> None:
     assert captures(input_ids=ids, logits_to_keep=1, attention_mask=torch.ones(1, 5)) == 0
 
 
-def test_twelve_models_capture_twelve_times() -> None:
+def test_four_models_capture_four_times() -> None:
     """Equal configurations, one process: nothing is left of the one before, no limit is hit."""
     import adaskip_fx.graphs as graphs
 
@@ -201,10 +201,10 @@ def test_twelve_models_capture_twelve_times() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs.phases, "capture_phase", counting)
-        for seed in range(12):
+        for seed in range(4):
             model = make_model("one_layer", seed=seed)
             compiled = build(model, None, backend="eager")
             with torch.no_grad():
                 logits = compiled(ids, logits_to_keep=1).logits
                 assert_close(logits, model(ids).logits[:, -1:], 1e-5)
-    assert len(calls) == 12
+    assert len(calls) == 4

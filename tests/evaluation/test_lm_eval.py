@@ -122,6 +122,7 @@ def test_another_plan_gives_other_answers(own: Any) -> None:
     assert ask(full, "multiple_choice") != ask(own, "multiple_choice")
 
 
+@pytest.mark.slow
 def test_from_a_folder_as_the_command_line_gives_it(tmp_path: Path) -> None:
     from lm_eval.api.registry import get_model
 

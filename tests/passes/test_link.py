@@ -245,6 +245,7 @@ def test_pieces_compile_with_aot_eager() -> None:
     assert backend_agrees("aot_eager", 1e-6).compiled == 7
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_pieces_compile_with_inductor() -> None:
