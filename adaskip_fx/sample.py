@@ -178,7 +178,9 @@ class Sample:
 
 @torch.no_grad()
 def take(model: Any, forward: Forward | None = None) -> Sample:
-    """Run a model eagerly on a few tokens.
+    """Run a model eagerly on a few tokens, outside of any autocast region that this is called in.
+
+    (In one, mixers' states would be seen in half precision, and stored so for all requests.)
 
     Args:
         model: as the user has it; or a compiled model, with the `forward` of what it was made of
@@ -194,9 +196,10 @@ def take(model: Any, forward: Forward | None = None) -> Sample:
         prompts.append((1, reach + _BEYOND))
     slots: tuple[Slot, ...] = ()
     steps: dict[GraphPhase, tuple[_Step, ...]] = {}
-    for rows, length in prompts:
-        slots, taken = _steps(model, forward, _tokens(model, rows, length + _EXTENSION), slots)
-        steps = {phase: (*steps.get(phase, ()), step) for phase, step in taken.items()}
+    with torch.autocast(model.device.type, enabled=False):
+        for rows, length in prompts:
+            slots, taken = _steps(model, forward, _tokens(model, rows, length + _EXTENSION), slots)
+            steps = {phase: (*steps.get(phase, ()), step) for phase, step in taken.items()}
     return Sample(slots, model.dtype, model.config._attn_implementation, steps)
 
 

@@ -56,6 +56,15 @@ def test_what_other_kernels_may_differ_by_is_not(monkeypatch: pytest.MonkeyPatch
     build(model_of(), None, backend="eager")
 
 
+def test_states_are_stored_as_without_autocast() -> None:
+    """A state that is met in a region first is not kept in half precision for all requests."""
+    model = model_of("mamba")
+    with torch.autocast("cpu", torch.bfloat16):
+        slots = take(model).slots
+    assert slots == take(model).slots
+    assert {state.dtype for slot in slots for state in slot.states} == {torch.float32}
+
+
 def test_bfloat16_is_compared_as_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     build(model_of().bfloat16(), None, backend="eager")
     be_wrong(monkeypatch, 0.3)

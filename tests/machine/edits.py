@@ -57,7 +57,10 @@ class Edit:
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """How hypothesis shows it."""
-        printer.text(f"<{self.name}>")
+        printer.text(str(self))
+
+    def __str__(self) -> str:
+        return f"<{self.name}>"
 
 
 # What was changed -------------------------------------------------------------------------------

@@ -299,7 +299,10 @@ class World:
         (What it had before an edit may have been the original's for a while only, and followed.)
         """
         for path, module in self.pair.original.named_modules():
-            own = side.compiled.get_submodule(path)
+            try:
+                own = side.compiled.get_submodule(path)
+            except AttributeError:  # an adapter that was deleted
+                continue
             for mine, theirs in (
                 (own._parameters, module._parameters),
                 (own._buffers, module._buffers),
@@ -431,7 +434,11 @@ class World:
         """A cache that the eager model has filled is handed to the compiled one, which goes on."""
         ids, theirs = tokens(1, count, seed), _new_cache(side.reference)
         with torch.no_grad():
-            _forward(side.reference, ids, side.cache_argument, theirs, 1)
+            filled = Outcome.of(
+                lambda: _forward(side.reference, ids, side.cache_argument, theirs, 1)
+            )
+        if filled.error is not None:  # the eager model itself does not run as it is now
+            return
         request = Request(
             side, side.reference, self.state(side), copy.deepcopy(theirs), theirs, ids, stored=count
         )
@@ -511,7 +518,9 @@ class World:
         if request.mask is not None:
             before = request.mask[:, : request.stored]
             mask = torch.cat((before, torch.ones_like(ids)), 1)
-        given = {"attention_mask": mask} if mask is not None else {}
+        given: dict[str, Any] = {"attention_mask": mask} if mask is not None else {}
+        if request.began != self.state(side):  # how an output looks is said by the config of now
+            given["return_dict"] = True
         side.phase.prompt_end = prompt_end
         got = self._both(
             side,
