@@ -138,6 +138,7 @@ def test_exact(case: str) -> None:
     assert max(errors) < 1e-5
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing() -> None:
     """Nothing is checkpointed where there are no gradients; 2.11 cannot capture its hook."""
     model = with_checkpointing()

@@ -64,7 +64,9 @@ def compare(model: Any, reference: Any, fixed_addresses: bool, batch: int = 1) -
             assert_close(logits, expected, 1e-4, f"step {step}")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["gemma2", pytest.param("gemma3", marks=pytest.mark.slow), "mistral"]
+)
 @pytest.mark.parametrize("fixed_addresses", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_windows_and_soft_caps(family: str, fixed_addresses: bool) -> None:
     compare(make(family), make(family), fixed_addresses, batch=2 if fixed_addresses else 1)

@@ -285,7 +285,9 @@ def code(graph_module: torch.fx.GraphModule) -> str:
 
 
 @pytest.mark.parametrize("cell", [c for c in CELLS if c.batch == 1], ids=str)
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase", [pytest.param(p, marks=pytest.mark.slow) if p == "extend" else p for p in PHASES]
+)
 def test_an_empty_plan_is_the_captured_graph(cell: Cell, phase: str) -> None:
     """Bit-equal to the graph run as it came, and the same graph as text."""
     bank = cell.entry()

@@ -14,9 +14,9 @@ KNOWN = [name for name, family in FAMILIES.items() if family.known]
 #: One of each structure: norms, branches, positions, experts, latent attention, mixers, refused.
 OFTEN = frozenset(
     {
-        *("llama", "mistral, sliding window", "qwen3", "gemma2", "olmo2", "phi3", "granite"),
-        *("cohere", "gpt_neox", "gpt2", "opt", "gpt_neo", "bloom", "mixtral", "qwen2_moe"),
-        *("deepseek_v2", "mamba", "lfm2", "gemma3n", "recurrent_gemma", "minimax", "xlstm"),
+        *("llama", "mistral, sliding window", "gemma2", "olmo2", "phi3", "cohere", "gpt_neox"),
+        *("gpt2", "opt", "bloom", "mixtral", "deepseek_v2", "mamba", "gemma3n"),
+        *("recurrent_gemma", "minimax", "xlstm"),
     }
 )
 

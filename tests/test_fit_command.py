@@ -93,6 +93,7 @@ def table_of(folder: Path, **conditions: object) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_ranks_by_measured_time(folder: Path, profile: Path, tmp_path: Path) -> None:
     table, out = table_of(tmp_path), tmp_path / "plan.json"
     quick = ("--max-length", 128, "--samples", 3, "--own", 0, "--steps", 0, "--no-search")

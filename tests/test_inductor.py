@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +114,32 @@ def test_a_second_plan_compiles_no_piece() -> None:
     for skip in (["1.attention"], ["0.ffn", "1.ffn"], ["0.attention", "0.ffn", "1.ffn"]):
         request(bank, bank.plan(skip, factors=dict.fromkeys(skip, 0.5)), (5, 1))
     assert counts(bank) == before
+
+
+@pytest.mark.slow
+def test_threads_on_a_cold_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled yet, and no kernel is on the disk; torch.compile goes on afterwards."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = make_model("one_layer")
+    compiled = build(model, None, backend="inductor")
+
+    def logits(batch: int) -> torch.Tensor:
+        with torch.no_grad():  # is a thread's own
+            got: torch.Tensor = compiled(a_batch(batch), logits_to_keep=1).logits
+            return got
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(logits, (1, 2) * 4))
+    for batch, got in zip((1, 2) * 4, found, strict=True):
+        with torch.no_grad():
+            assert_close(got, model(a_batch(batch)).logits[:, -1:], TOLERANCE[torch.float32])
+    assert compiled.adaskip.counters.captures == 2
+    tensor = torch.rand(8)
+    assert_close(torch.compile(torch.sin)(tensor), tensor.sin(), 1e-5)
+
+
+def a_batch(batch: int) -> torch.Tensor:
+    return torch.arange(3, 3 + 9 * batch).reshape(batch, 9)
 
 
 @pytest.mark.slow

@@ -44,7 +44,9 @@ def _small(given: StandIn) -> StandIn:
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_each_kind_in_each_dtype(kind: str, dtype: torch.dtype) -> None:
     plan = ladder(kind, 32)
     assert_equivalent(MODELS["three_layers"], plan, dtype=dtype)

@@ -312,6 +312,7 @@ def test_planted_times_of_ranks_come_back() -> None:
         LatencyBound(without, 64)
 
 
+@pytest.mark.slow
 def test_stand_ins_that_are_timed_run() -> None:
     """On the device's own clock; no time is asserted."""
     model = bank.make_model("three_layers")

@@ -101,6 +101,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANC
 # Order ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(parent=fewer(4))
 @given(st.data())
 def test_the_order_of_skipping_is_irrelevant(data: st.DataObject) -> None:

@@ -77,6 +77,7 @@ def test_it_says_what_it_does(plan: SkipPlan, said: list[str]) -> None:
     assert said[4].startswith("decoding may add ")
 
 
+@pytest.mark.slow
 def test_without_a_search_a_policy_chooses(model: Any, profile: Profile) -> None:
     recipe = Recipe(False, Rung("linear"), own=0, tokens=200, steps=0, extras=False)
     plan = adaskip_fx.fit(model, Letters(), TEXTS, profile, 1.5, recipe)
@@ -141,6 +142,7 @@ def test_only_what_was_fitted_is_added(profile: Profile) -> None:
 # Texts that are made ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_writes_what_it_would_sample(model: Any) -> None:
     runtime = build(model, None, backend="eager").adaskip
     state = torch.random.get_rng_state()

@@ -65,6 +65,10 @@ def captured(model: Any, key: GraphKey) -> GraphPhaseCapture:
     return capture_phase(make_shell(model), type(model).forward, key, slots, lengths, "eager")
 
 
+def slow(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 def check(family: str, phase: str) -> GraphPhaseCapture:
     kind, more, copied = FAMILIES[family]
     model = model_of(kind, more)
@@ -84,10 +88,11 @@ def check(family: str, phase: str) -> GraphPhaseCapture:
     return got
 
 
+@pytest.mark.parametrize("phase", ["prefill", slow("fixed addresses")])
 @pytest.mark.parametrize(
-    "phase", ["prefill", pytest.param("fixed addresses", marks=pytest.mark.slow)]
+    "family",
+    [name if name in ("llama", "sinks", "learned positions") else slow(name) for name in FAMILIES],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_the_graph_of_a_family(family: str, phase: str) -> None:
     check(family, phase)
 
@@ -113,6 +118,7 @@ class Uneven(LlamaMLP):  # type: ignore[misc]
         return super().forward(x * (1.0 + self.layer_idx))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_the_report_says_why_every_layer_was_traced() -> None:
     model = model_of("llama", {})
     assert "tracing" not in str(build(model, None, backend="eager").adaskip)

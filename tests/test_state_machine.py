@@ -288,7 +288,7 @@ def _settings() -> settings:
     """
     examples = settings().max_examples
     return settings(
-        max_examples=examples if SOAK else examples // 5,
+        max_examples=examples if SOAK else examples // 8,
         stateful_step_count=12,
         report_multiple_bugs=False,
         phases=[p for p in Phase if p is not Phase.explain],

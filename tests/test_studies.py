@@ -266,6 +266,7 @@ def _similar(*chosen: int) -> dict[str, float]:
     return {str(s): 0.9 if i in chosen else 0.1 for i, s in enumerate(_six())}
 
 
+@pytest.mark.slow
 def test_domain_cells(subject: Subject, tmp_path: Path) -> None:
     """Row: what was calibrated on; column: what was evaluated on."""
     learned, read = subject.texts[1], subject.texts[0]
@@ -586,6 +587,7 @@ def test_training_learns_and_is_the_same_again() -> None:
     assert families.train("qwen3", config, learned, SMALL, 1, cpu)[1] != losses
 
 
+@pytest.mark.slow
 def test_families_say_what_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     configs = {"gpt_neox": families._configs(SMALL)["gpt_neox"]}
     monkeypatch.setattr(families, "_configs", lambda size: configs)

@@ -70,6 +70,7 @@ def two_turns(model: Any, name: str = NAME) -> tuple[list[int], Any]:
     return tokens, held
 
 
+@pytest.mark.slow
 def test_only_this_versions_names_are_used(nothing_old: None) -> None:
     """Calibrate, compile, prompts, decode steps, two turns, and what judges and measures."""
     model = make_model("one_layer")

@@ -161,6 +161,7 @@ def test_what_it_refuses() -> None:
         model.get_model_info()
 
 
+@pytest.mark.slow
 def test_the_command_knows_the_model_and_says_what_is_missing() -> None:
     code = (
         "import sys\n"
