@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaskip_fx.cache import SkipCache
@@ -14,7 +14,7 @@ from adaskip_fx.plan import Action, SkipPlan, Sublayer
 from adaskip_fx.programs import rewrite
 from adaskip_fx.testing import plans
 from adaskip_passes import Replacement, Skip, fuse, run_passes, text
-from tests.bank import CELLS, SEEDS, STEPS, Cell, Entry, check_request, entry, scales
+from tests.bank import CELLS, SEEDS, STEPS, Cell, Entry, check_request, entry, fewer, scales
 from tests.oracle import assert_close, moments
 
 COSINE, TOKENS = 0, 4  # columns of moments
@@ -22,6 +22,7 @@ COSINE, TOKENS = 0, 4  # columns of moments
 # The whole request ------------------------------------------------------------------------------
 
 
+@settings(parent=fewer(2))
 @given(st.data(), st.sampled_from(CELLS), STEPS, SEEDS)
 def test_a_request_equals_the_oracle(
     data: st.DataObject, cell: Cell, steps: tuple[int, ...], seed: int
