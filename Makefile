@@ -25,6 +25,7 @@ test-all: .venv/test lint
 	$(BIN)/python -m pytest -n $(JOBS) -m ''
 
 soak: .venv/test
+	$(BIN)/python -m tests.machine.soak --seconds 3600
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
 
 # The suite on the oldest, the pinned and the newest supported versions, each in an environment of
