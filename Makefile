@@ -21,7 +21,7 @@ lint: .venv/test
 
 # Every family, and whatever else takes minutes.
 test-all: .venv/test lint
-	$(BIN)/python -m pytest -n $(JOBS) -m ''
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
 
 soak: .venv/test
 	$(BIN)/python -m tests.machine.soak --seconds 3600
@@ -30,8 +30,8 @@ soak: .venv/test
 # The suite on the oldest, the pinned and the newest supported versions, each in an environment of
 # its own. Rows of the README's table that are measured anew: `python -m tests.support` in each.
 test-matrix: test-all .venv-oldest/test .venv-newest/test
-	.venv-oldest/bin/python -m pytest -n $(JOBS) -m ''
-	.venv-newest/bin/python -m pytest -n $(JOBS) -m ''
+	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile -m ''
+	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile -m ''
 
 .venv-oldest/test: VERSIONS := $(OLDEST)
 .venv-newest/test: VERSIONS := $(NEWEST)

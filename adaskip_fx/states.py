@@ -381,24 +381,36 @@ def same(one: Tensors, other: Tensors) -> bool:
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
-def _equal(one: Any, other: Any, tensors: Callable[[Any, Any], bool] = operator.is_) -> bool:
+def _equal(
+    one: Any,
+    other: Any,
+    tensors: Callable[[Any, Any], bool] = operator.is_,
+    above: frozenset[tuple[int, int]] = frozenset(),
+) -> bool:
     """Whether code reads the same of both: modules may be two of a class that hold the same.
 
-    `tensors`: tells whether two tensors are the same.
+    Args:
+        one, other: any two objects.
+        tensors: tells whether two tensors are the same.
+        above: pairs that these are held by, which a module may refer back to.
     """
-    if one is other:
+    pair = id(one), id(other)
+    if one is other or pair in above:
         return True
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
         return tensors(one, other)
-    if isinstance(one, nn.Module):
-        return _equal(vars(one), vars(other), tensors)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(one[k], other[k], tensors) for k in one)
-    if isinstance(one, list | tuple):
-        pairs = zip(one, other, strict=False)
-        return len(one) == len(other) and all(_equal(a, b, tensors) for a, b in pairs)
+    held = (vars(one), vars(other)) if isinstance(one, nn.Module) else (one, other)
+    if isinstance(held[0], dict):
+        if held[0].keys() != held[1].keys():
+            return False
+        held = [*held[0].values()], [held[1][key] for key in held[0]]
+    if isinstance(held[0], list | tuple):
+        within = above | {pair}
+        return len(held[0]) == len(held[1]) and all(
+            _equal(a, b, tensors, within) for a, b in zip(*held, strict=True)
+        )
     try:
         return bool(one == other)
     except Exception:

@@ -11,7 +11,7 @@ from adaskip_fx.testing.families import FAMILIES
 from tests import support
 
 KNOWN = [name for name, family in FAMILIES.items() if family.known]
-#: One of each structure: norms, branches, positions, experts, latent attention, mixers, refused.
+#: Those of `make test`: norms, branches, positions, experts, latent attention, a mixer, refused.
 OFTEN = frozenset(
     {
         *("llama", "mistral, sliding window", "gemma2", "olmo2", "phi3", "cohere", "gpt_neox"),

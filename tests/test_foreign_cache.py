@@ -84,6 +84,16 @@ def test_it_is_what_comes_back(bank: Entry) -> None:
     assert result.past_key_values is given
 
 
+def test_what_was_handed_in_comes_back_though_no_cache_is_used(bank: Entry) -> None:
+    """As Llama does; where none was handed in there is none."""
+    held, ids = DynamicCache(), bank.tokens(1, 4)
+    with torch.no_grad():
+        output = bank.compiled(ids, past_key_values=held, use_cache=False)
+        assert bank.model(ids, past_key_values=DynamicCache(), use_cache=False).past_key_values
+        assert bank.compiled(ids, use_cache=False).past_key_values is None
+    assert output.past_key_values is held
+
+
 def test_turns_of_a_chat_on_one_object(bank: Entry) -> None:
     """The documentation's loop: the text grows, the cache is the same object."""
     texts = []

@@ -134,6 +134,7 @@ def test_threads_on_a_cold_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with torch.no_grad():
             assert_close(got, model(a_batch(batch)).logits[:, -1:], TOLERANCE[torch.float32])
     assert compiled.adaskip.counters.captures == 2
+    assert any(tmp_path.rglob("*.so"))  # what was compiled was not there before
     tensor = torch.rand(8)
     assert_close(torch.compile(torch.sin)(tensor), tensor.sin(), 1e-5)
 

@@ -63,6 +63,9 @@ def test_states_are_stored_as_without_autocast() -> None:
         slots = take(model).slots
     assert slots == take(model).slots
     assert {state.dtype for slot in slots for state in slot.states} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # the companion
+        cache = model(torch.tensor([[3, 4, 5]])).cache_params
+    assert cache.layers[0].conv_states[0].dtype == torch.bfloat16
 
 
 def test_bfloat16_is_compared_as_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,6 +252,13 @@ def test_modules_of_a_class_that_hold_other_values_are_no_change_of_both(
         logits(pair[1])
 
 
+def test_modules_that_refer_back_to_whoever_holds_them_are_compared(pair: tuple[Any, Any]) -> None:
+    for each in pair:
+        each.model.layers[0].mlp.act_fn = nn.Hardtanh(-0.1, 0.2)
+        each.model.layers[0].mlp.act_fn.also = [each.model.layers[0].mlp.act_fn]
+    assert_close(logits(pair[1]), logits(pair[0]), 1e-5)
+
+
 def test_branches_exchanged_on_both_may_have_weights_of_their_own(pair: tuple[Any, Any]) -> None:
     model, compiled = pair
     for each in (model, compiled):

@@ -256,8 +256,8 @@ def _write(graph: fx.Graph, one: _Sum, now: Mapping[fx.Node, fx.Node]) -> fx.Nod
             copies = _moved(graph, region, stream, x, one.total) if number else {}
             branch = copies.get(terms[0], terms[0])
             for term in terms[1:]:
-                branch = _add(graph, branch, copies.get(term, term), one.total)
-            x = _add(graph, x, branch, one.total)
+                branch = _add(graph, branch, copies.get(term, term), one.total, terms[0])
+            x = _add(graph, x, branch, one.total, one.total)
     one.total.replace_all_uses_with(x)
     for node in (one.total, *one.inner, *(n for r in one.regions[1:] for n in reversed(r))):
         if not node.users:
@@ -277,9 +277,10 @@ def _moved(
     return copies
 
 
-def _add(graph: fx.Graph, left: fx.Node, right: fx.Node, like: fx.Node) -> fx.Node:
+def _add(graph: fx.Graph, left: fx.Node, right: fx.Node, like: fx.Node, value: fx.Node) -> fx.Node:
+    """An add where `like` is, of the shape and dtype of `value`."""
     node = graph.call_function(add, (left, right))
-    node.meta = _meta(like, like)
+    node.meta = _meta(like, value)
     return node
 
 

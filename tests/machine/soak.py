@@ -23,7 +23,6 @@ from typing import Any
 
 #: Sequences that one seed stands for; shapes that torch keeps are let go in between.
 _OF_A_SEED = 60
-_STEPS = 12
 
 
 @dataclass
@@ -56,19 +55,16 @@ def soak(structure: str, seed: int, seconds: float) -> Count:
     # read when this is a process of its own, with the profile that `main` has chosen
     import hypothesis
     from hypothesis.stateful import run_state_machine_as_test
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     from tests import conftest, test_state_machine
 
-    assert test_state_machine.SOAK, conftest.__doc__
     warnings.simplefilter("ignore")
     end, count = time.monotonic() + seconds, Count(structure)
     options = hypothesis.settings(
+        test_state_machine._settings(),
         max_examples=_OF_A_SEED,
-        stateful_step_count=_STEPS,
         phases=[hypothesis.Phase.generate],
         database=None,
-        report_multiple_bugs=False,
     )
 
     class Machine(test_state_machine.Machine):
@@ -89,9 +85,7 @@ def soak(structure: str, seed: int, seconds: float) -> Count:
         except Exception as error:
             count.failures.append((seed, "".join(traceback.format_exception(error))[-6000:]))
         seed += 1
-        for method in vars(ShapeEnv).values():
-            if hasattr(method, "cache_clear"):
-                method.cache_clear()
+        conftest.pytest_runtest_teardown()
         gc.collect()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -332,9 +333,39 @@ class HalfStream(Block):
     """The other way round: a sum in full precision would be rounded in between."""
 
     def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
-        x = x.bfloat16()
-        attended = self.attend(x.float(), table, slot, start)
-        return (self.feed(x.float()) + attended).bfloat16() + x
+        half = x.bfloat16()
+        full = half.float()
+        half += self.feed(full) + self.attend(full, table, slot, start)
+        return half.float()
+
+
+class HalfExperts(TwoExperts):
+    def __init__(self, shape: Shape) -> None:
+        nn.Module.__init__(self)
+        self.routed, self.shared_expert = HalfMlp(shape), HalfMlp(shape)
+
+
+class HalfTerms(Block):
+    """The terms of one branch are added in half precision, as they were."""
+
+    attention, ffn = HalfAttention, HalfExperts
+
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+        n = self.norm2(x)
+        return x + (
+            self.attend(x, table, slot, start) + self.mlp.routed(n) + self.mlp.shared_expert(n)
+        )
+
+
+def test_what_is_said_of_a_sum_in_half_precision_is_so() -> None:
+    shape = Shape(layers=1)
+    graph = trace(step, **arguments(Decoder(shape, HalfTerms), shape)).graph.graph
+    assert separate(graph) == 1
+    for node in graph.find_nodes(op="call_function", target=operator.add):
+        terms = [n.meta["example_value"] for n in node.all_input_nodes]
+        if all(isinstance(t, Tensor) for t in terms):
+            dtype = functools.reduce(torch.promote_types, (t.dtype for t in terms))
+            assert node.meta["example_value"].dtype == dtype
 
 
 @pytest.mark.parametrize(("block", "count"), [(HalfBranches, 1), (HalfStream, 0)])
