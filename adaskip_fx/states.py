@@ -39,6 +39,8 @@ Tensors: TypeAlias = list[torch.Tensor | None]
 _MOST_STATES = 8
 #: Attributes of a model that say nothing about its forward: ours, and what is copied for a request.
 _LEFT_OUT = ("_adaskip", "generation_config")
+#: Dictionaries of a module's that make up the tree; one may be exchanged as a whole.
+_TREE = frozenset({"_modules", "_parameters", "_buffers"})
 #: What each of the two models has for itself, whatever the other one does.
 _OWN = frozenset(
     {
@@ -118,8 +120,8 @@ class State:
     def is_other_code_alone(self) -> bool:
         """Whether all that differs now are attributes and hooks: modules and tensors are alike."""
         changes = self._python.changes()
-        modules = any(c.holder.endswith("_modules") or not c.names for c in changes)
-        return not modules and self._alike(self._python.tensors())
+        tree = any(not c.names or _TREE.intersection(c.names) for c in changes)
+        return not tree and self._alike(self._python.tensors())
 
     def _alike(self, tensors: Tensors) -> bool:
         described = [describe_tensor(t) for t in tensors]

@@ -91,6 +91,22 @@ def test_going_back_and_forth_costs_one_capture_each(pair: tuple[Any, Any]) -> N
     assert_close(logits(model), logits(compiled), 1e-5)
 
 
+def test_a_hook_that_is_registered_again_is_the_same_state(pair: tuple[Any, Any]) -> None:
+    """As whoever puts a hook on for each turn does."""
+    _, compiled = pair
+    hook = compiled.model.norm.register_forward_hook(doubled)
+    cache = compiled(IDS, use_cache=True).past_key_values
+    logits(compiled)
+    before = captures(compiled)
+    for _ in range(2):
+        hook.remove()
+        hook = compiled.model.norm.register_forward_hook(doubled)
+        logits(compiled)
+    assert captures(compiled) == before
+    compiled(IDS, past_key_values=cache)  # a further prompt of the same request
+    assert cache.get_seq_length() == 2 * IDS.shape[1]
+
+
 def test_states_that_were_used_longest_ago_are_let_go(pair: tuple[Any, Any]) -> None:
     _, compiled = pair
     norm = compiled.model.norm
@@ -156,6 +172,21 @@ def test_effects_are_refused_before_they_happen(pair: tuple[Any, Any]) -> None:
     assert RAN == []
     handle.remove()
     logits(compiled)
+
+
+def test_layers_that_are_put_back_are_known_again_with_other_code() -> None:
+    """`del` gives a list of layers another dictionary, and it is given one again."""
+    model = make_model("grouped").requires_grad_(False)
+    compiled, reference = build(model, None, backend="eager"), copy.deepcopy(model)
+    layers = compiled.model.layers
+    whole = layers._modules.copy()
+    del layers[-1]
+    with pytest.raises(RefusedError, match="has 2 now"):
+        logits(compiled)
+    layers._modules = whole
+    for each in (compiled, reference):
+        each.model.norm.variance_epsilon = 1.0
+    assert_close(logits(compiled), logits(reference), 1e-5)
 
 
 def test_fewer_layers_are_another_model() -> None:

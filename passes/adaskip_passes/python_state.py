@@ -32,6 +32,13 @@ _NOT_FOLLOWED = (
 #: Objects that are followed besides modules; a hook may lead to a whole training run.
 _MOST_OBJECTS = 20_000
 _TENSORS = ("_parameters", "_buffers")
+#: A module's hooks by the number of their handle, and the numbers for which more is true.
+_HOOKS = {
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    "_backward_pre_hooks": (),
+    "_backward_hooks": (),
+}
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,9 @@ class PythonState:
 
     def container(self, path: str) -> Any:
         """The object's dictionary, or the container, that was found at a path; None if none was."""
+        module, _, name = path.rpartition(".")
+        if name in _HOOKS and module in self._module_paths:
+            return _Hooks(self._modules[self._module_paths.index(module)], name)
         for paths, found in ((self._paths, self._live), (self._empty_paths, self._empty)):
             if path in paths:
                 return found[paths.index(path)]
@@ -148,6 +158,24 @@ class PythonState:
             return (path[len(holder) :].lstrip("."),)
         module = max((p for p in self._module_paths if holder.startswith(p)), key=len)
         return (*holder[len(module) :].lstrip(".").split("."), path.rpartition(".")[2])
+
+
+class _Hooks:
+    """A module's hooks of one kind, in order: a hook that is registered again is the same hook."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module, self._name = module, name
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        own = vars(self._module)
+        marks = [own.get(flags, ()) for flags in _HOOKS[self._name]]
+        for number, hook in own[self._name].items():
+            yield hook, *(number in mark for mark in marks)
+
+    def __eq__(self, other: object) -> bool:
+        return [*self] == other
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class _Walk:
@@ -212,7 +240,21 @@ class _Walk:
             elif holder is not None:
                 self._nothing_in(holder, path)
             self._seen[id(holder)] = holder
+        for name, flags in _HOOKS.items():
+            self._hooks(module, name, flags, path)
         self._attributes(own, path)
+
+    def _hooks(self, module: nn.Module, name: str, flags: Iterable[str], path: str) -> None:
+        own = vars(module)
+        hooks = own.get(name)
+        if not hooks:
+            return  # looked at as any container
+        for known in (hooks, *(own[flag] for flag in flags if own.get(flag))):
+            self._seen[id(known)] = known
+        path = _join(path, name)
+        self._keep(_Hooks(module, name), path)
+        for number, hook in hooks.items():
+            self._later(hook, _join(path, str(number)))
 
     def _attributes(self, own: dict[str, Any], path: str) -> None:
         self._keep(own, path)

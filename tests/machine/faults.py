@@ -113,6 +113,16 @@ def _both(world: World, side: Side) -> None:
     world.begin(side, 5)
 
 
+def _again(world: World, side: Side) -> None:
+    """A further prompt where it was taken off and put on meanwhile."""
+    halves = world.pair.edits["hook that halves"]
+    world.edit(side, halves)
+    world.begin(side, 5)
+    world.take_back(side, halves)
+    world.edit(side, halves)
+    world.further(world.requests[0], 3, 1)
+
+
 def _packed(world: World, side: Side) -> None:
     """It is refused today; the next prompt is answered."""
     world.packed(side, 3, 4, 0)
@@ -202,4 +212,5 @@ SEQUENCES = (
     Sequence("parallel branches in autocast", "gpt_neox", _autocast, captures=True),
     Sequence("a turn without attention", "mamba", _turn),
     Sequence("the same change on both", "llama", _both),
+    Sequence("a hook that is registered again", "llama", _again),
 )

@@ -318,6 +318,25 @@ def test_the_order_of_hooks_is_looked_at() -> None:
     assert not state.holds()
 
 
+def test_hooks_that_are_registered_again_are_no_change() -> None:
+    tree = Tree.make()
+    linear = tree.layers[0].linear
+    one, two = closure(2.0), closure(3.0)
+    first = linear.register_forward_hook(one)
+    second = linear.register_forward_hook(two, always_call=True)
+    state = PythonState(tree.root)
+    first.remove()
+    assert [str(c) for c in state.changes()] == ["layers.0.linear._forward_hooks"]
+    second.remove()
+    linear.register_forward_hook(one)
+    third = linear.register_forward_hook(two, always_call=True)
+    assert state.holds()
+    assert state.changes() == []
+    third.remove()
+    linear.register_forward_hook(two)
+    assert not state.holds()
+
+
 def test_tensors_are_described_by_all_but_their_values() -> None:
     one = torch.ones(2, 3)
     assert describe_tensor(one) == describe_tensor(torch.zeros(2, 3))
