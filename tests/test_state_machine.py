@@ -430,6 +430,7 @@ def test_edits_change_the_eager_model_and_are_taken_back_exactly(name: str) -> N
         with torch.no_grad():
             edit.apply(model)
         change.done()
+        values.done()
         own = edit.original == "ignored" or edit.compiled == "refused" or edit.recorded
         if not own and edit.name != "merge_adapter()":
             assert says(output()), edit.name
@@ -437,3 +438,25 @@ def test_edits_change_the_eager_model_and_are_taken_back_exactly(name: str) -> N
         with torch.no_grad():
             values.put_back()
         assert not says(output()), edit.name
+
+
+def test_edits_may_be_taken_back_in_another_order(world: World) -> None:
+    original = world.pair.original
+    bfloat16, grad = (world.pair.edits[n] for n in ("to(bfloat16)", "requires_grad_(True)"))
+    world.edit(None, bfloat16)
+    world.edit(None, grad)
+    world.take_back(None, bfloat16)
+    assert {p.dtype for p in original.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in original.parameters())
+    world.take_back(None, grad)
+    assert {(p.dtype, p.requires_grad) for p in original.parameters()} == {(torch.float32, False)}
+
+
+def test_values_that_are_left_behind_are_seen(world: World) -> None:
+    (side,) = world.pair.sides
+    written = world.pair.edits["parameter written in place"]
+    for tree in (side, None):
+        world.edit(tree, written)
+        assert not world.pair.values.hold()
+        world.take_back(tree, written)
+        assert world.pair.values.hold()

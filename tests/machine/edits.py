@@ -128,19 +128,41 @@ def _refill(container: Any, before: Any) -> None:
 
 @dataclass
 class Values:
-    """The values of all tensors of a model, and whether they want gradients, to put back."""
+    """The values of all tensors of a model, and whether they want gradients, to put back.
+
+    Only what a block did to them is put back: another may be undone before it.
+    """
 
     kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]] = field(default_factory=list)
+    written: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    wanted: list[tuple[torch.Tensor, bool]] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: Any) -> Values:
         tensors = (*model.parameters(), *model.buffers())
         return cls([(t, t.data, t.detach().clone(), t.requires_grad) for t in tensors])
 
-    def put_back(self) -> None:
+    def done(self) -> None:
+        """The block has ended: find what it did."""
         for tensor, data, values, wanted in self.kept:
+            if not self._holds(tensor, values):
+                self.written.append((tensor, data, values))
+            if tensor.requires_grad != wanted:
+                self.wanted.append((tensor, wanted))
+
+    def hold(self) -> bool:
+        """Whether all values are what they were."""
+        return all(self._holds(tensor, values) for tensor, _, values, _ in self.kept)
+
+    @staticmethod
+    def _holds(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+        return tensor.dtype == values.dtype and torch.equal(tensor, values)
+
+    def put_back(self) -> None:
+        for tensor, data, values in self.written:
             tensor.data = data
             data.copy_(values)
+        for tensor, wanted in self.wanted:
             tensor.requires_grad_(wanted)
 
 

@@ -18,7 +18,7 @@ from adaskip_fx.api import build
 from adaskip_fx.cache_names import cache_argument
 from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model
 from tests.machine import edits
-from tests.machine.edits import Edit
+from tests.machine.edits import Edit, Values
 
 _LORA = ("q_proj", "down_proj")
 
@@ -230,6 +230,7 @@ class Pair:
         self.structure = structure
         self.original = structure.model()
         self.edits = {e.name: e for e in structure.edits(self.original)}
+        self.values = Values.of(self.original)
         self.sides = tuple(Side(structure, self.original, o) for o in structure.options)
         self.forward_arguments = frozenset(
             inspect.signature(type(self.original).forward).parameters

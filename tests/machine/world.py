@@ -263,10 +263,12 @@ class World:
         sides = (side,) if side is not None else follow
         self._freeze(sides)
         force = _InForce(edit)
-        if side is None and (edit.kind != "python" or edit.writes):
-            force.undo.append(Values.of(self.pair.original).put_back)
+        writes = edit.kind != "python" or edit.writes
+        values = Values.of(self.pair.original) if writes else Values()
+        force.undo.append(values.put_back)
         model = side.compiled if side is not None else self.pair.original
         done = self._change(model, edit, force)
+        values.done()
         if done.error is not None:
             for step in reversed(force.undo):
                 step()
@@ -339,6 +341,8 @@ class World:
                 self._share_again(side)
                 # what both have done since a look is not told from tensors of the model's own
                 side.compiled.adaskip.graphs.states.look()
+            if not self.pair.values.hold():
+                raise AssertionError("a sequence was taken back, and tensors hold other values")
         except BaseException:
             structures.drop(self.name)
             raise
