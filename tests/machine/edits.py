@@ -337,10 +337,12 @@ def tensors(model: Any, path: str) -> tuple[Edit, ...]:
         made.append(
             Edit("buffer replaced", ("tensors",), replace_buffer, "tensor", original="followed")
         )
+        # a cast of the original casts what it has: not an adapter that one of the others has alone
+        touched = ("tensors", "adapter")
         made.append(
             Edit(
                 "to(bfloat16)",
-                ("tensors",),
+                touched,
                 lambda model: model.to(torch.bfloat16),
                 "tensor",
                 None,
@@ -349,7 +351,7 @@ def tensors(model: Any, path: str) -> tuple[Edit, ...]:
             )
         )
         made.append(
-            Edit("to(bfloat16) and back", ("tensors",), there_and_back, "tensor", None, "followed")
+            Edit("to(bfloat16) and back", touched, there_and_back, "tensor", None, "followed")
         )
     return tuple(made)
 

@@ -123,6 +123,13 @@ def _again(world: World, side: Side) -> None:
     world.further(world.requests[0], 3, 1)
 
 
+def _alike(world: World, side: Side) -> None:
+    """Both are left with the same adapter in use."""
+    world.edit(None, world.pair.edits["set_adapter('b')"])
+    world.edit(side, world.pair.edits["delete_adapter('a')"])
+    world.begin(side, 5)
+
+
 def _packed(world: World, side: Side) -> None:
     """It is refused today; the next prompt is answered."""
     world.packed(side, 3, 4, 0)
@@ -213,4 +220,5 @@ SEQUENCES = (
     Sequence("a turn without attention", "mamba", _turn),
     Sequence("the same change on both", "llama", _both),
     Sequence("a hook that is registered again", "llama", _again),
+    Sequence("one adapter set, the other deleted", "llama, adapters", _alike, captures=True),
 )

@@ -353,7 +353,8 @@ class World:
         """What may come of a prompt: of a new request, or a further one.
 
         Where both trees had a change in common and one has taken it back, it is not said what they
-        are compared with: with what they were when they were compiled, or with what they had.
+        are compared with: with what they were when they were compiled, or with what they had. Two
+        edits of adapters may come to the same: one is set, or the other deleted.
         """
         own = [i.edit for i in self._sides[side].values()]
         alien = [
@@ -363,13 +364,15 @@ class World:
         ]
         both = {*self._original} & {*self._sides[side]}
         apart = self._agreed - both
+        adapters = any("adapter" in e.groups for e in own)
+        alike = {e.name for e in alien if adapters and "adapter" in e.groups}
         self._agreed |= both
         expected = Expected()
         if request is not None and request.began != self.state(side):
             expected = Expected("must", ("State",), "" if alien else "changed since")
-        elif any(e.original == "refused" and e.name not in apart for e in alien):
+        elif any(e.original == "refused" and e.name not in apart | alike for e in alien):
             expected = Expected("must", ("State",), "of the original model")
-        elif apart or any(e.original != "ignored" for e in alien):
+        elif apart or alike or any(e.original != "ignored" for e in alien):
             expected = Expected("may", ("State",))
         if any(e.compiled == "refused" for e in own):
             return Expected("must", ("State", "Calls"))
