@@ -18,6 +18,7 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # Every family, and whatever else takes minutes.
 test-all: .venv/test lint

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import compile
-    from .calibration import calibrate
+    from .calibration.calibrate import calibrate
     from .fitting import fit
-    from .plan import SkipPlan
+    from .plans.skip_plan import SkipPlan
+    from .plans.sublayer import Sublayer
     from .policies import AdaSkip
-    from .profile import Profile
-    from .sublayer import Sublayer
+    from .profiles.profile import Profile
 
 __version__ = "0.1.0"
 
@@ -28,10 +28,10 @@ __all__ = ["AdaSkip", "Profile", "SkipPlan", "Sublayer", "calibrate", "compile",
 _HOMES = MappingProxyType(
     {
         "AdaSkip": "policies",
-        "Profile": "profile",
-        "SkipPlan": "plan",
-        "Sublayer": "sublayer",
-        "calibrate": "calibration",
+        "Profile": "profiles.profile",
+        "SkipPlan": "plans.skip_plan",
+        "Sublayer": "plans.sublayer",
+        "calibrate": "calibration.calibrate",
         "compile": "api",
         "fit": "fitting",
     }

@@ -1,5 +1,5 @@
 """``python -m adaskip_fx`` is ``adaskip-fx``."""
 
-from adaskip_fx.cli import app
+from adaskip_fx.cli.app import app
 
 app(prog_name="adaskip-fx")

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from .budget import Budget, check_budget, choose_by_time, open_table
-from .decision_files import load_decision
-from .decisions import Decision
-from .latency import LatencyTable
-from .loading import usable_backend
+from .capture.reference import take
+from .latency.table import LatencyTable
+from .measurement.budget import Budget, check_budget, choose_by_time, open_table
+from .model.compiled_model import check_model, make_shell
+from .model.load import usable_backend
+from .plans.decisions import Decision
+from .plans.serialization import load_decision
 from .policies import AdaSkip, OnlinePolicy, Policy
-from .profile import Profile
-from .programs import Link
-from .runtime import Runtime
-from .sample import take
-from .shell import check_model, make_shell
+from .profiles.profile import Profile
+from .programs.program import Link
+from .runtime.runtime import Runtime
 
 Model = TypeVar("Model")
 

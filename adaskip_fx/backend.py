@@ -36,13 +36,13 @@ from adaskip_passes import (
     written,
 )
 
-from .decisions import Decision, Schedule, plans_of
-from .folding import Placed, folds
-from .online import Window, probed_in_decode
-from .plan import Phase, SkipPlan, Sublayer
+from .plans.decisions import Decision, Schedule, plans_of
+from .plans.folding import Placed, folds
+from .plans.skip_plan import Phase, SkipPlan, Sublayer
 from .policies import AdaSkip, OnlinePolicy
-from .profile import Profile
-from .programs import rewrite, stand_in_tensors
+from .profiles.profile import Profile
+from .programs.program import rewrite, stand_in_tensors
+from .runtime.request import Window, probed_in_decode
 
 _OPTIONS = ("profile", "alpha", "policy", "plan", "inner_backend", "link")
 _CACHE_LAYER = re.compile(r"\.layers\[(\d+)\]\.")  # in the source of a cache's tensor

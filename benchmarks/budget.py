@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from adaskip_fx.costs import PHASES, measure_plans
-from adaskip_fx.costs import measure as measure_table
-from adaskip_fx.fingerprint import fingerprint
-from adaskip_fx.latency import LatencyTable
-from adaskip_fx.plan import Phase, SkipPlan
+from adaskip_fx.latency.table import LatencyTable
+from adaskip_fx.measurement.measure import PHASES, measure_plans
+from adaskip_fx.measurement.measure import measure as measure_table
+from adaskip_fx.measurement.timer import StepTimer
+from adaskip_fx.plans.skip_plan import Phase, SkipPlan
 from adaskip_fx.policies import LatencyBudget
-from adaskip_fx.profile import Profile
-from adaskip_fx.timing import StepTimer
+from adaskip_fx.profiles.fingerprint import fingerprint
+from adaskip_fx.profiles.profile import Profile
 
 from . import models
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adaskip_fx.plan import Action, Phase, SkipPlan, Sublayer
+from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan, Sublayer
 
 
 def decode_bytes(model: Any, plan: SkipPlan, length: int, batch: int = 1) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.skip_plan import SkipPlan
 
 from . import models
 from .ceilings import seconds

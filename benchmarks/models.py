@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaskip_fx.api import build
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.plan import SkipPlan, Sublayer
+from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
+from adaskip_fx.plans.surrogates import Compensation
 
 LLAMA_8B = {
     "hidden_size": 4096,

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from adaskip_fx.api import build
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.skip_plan import SkipPlan
 
 from . import models
 from .ceilings import seconds

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adaskip_fx.online import Window, probed_in_decode
+from adaskip_fx.runtime.request import Window, probed_in_decode
 
 from . import models
 from .ceilings import seconds

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from adaskip_fx.api import build
-from adaskip_fx.cache import SkipCache
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.plan import Action, SkipPlan, Sublayer
-from adaskip_fx.profile import Fingerprint, Profile
-from adaskip_fx.runtime import Runtime
+from adaskip_fx.kv_cache.cache import SkipCache
+from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
+from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.profiles.profile import Fingerprint, Profile
+from adaskip_fx.runtime.runtime import Runtime
 from tests.oracle import Oracle, assert_close
 
 VOCABULARY = 61

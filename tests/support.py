@@ -21,10 +21,10 @@ import transformers
 from transformers import DynamicCache
 
 from adaskip_fx.api import build
-from adaskip_fx.cache import SkipCache
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.plan import SkipPlan
-from adaskip_fx.runtime import Runtime
+from adaskip_fx.kv_cache.cache import SkipCache
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.testing import Oracle
 from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model
 from adaskip_passes import RefusedError

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from adaskip_fx.api import build, compile
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for
 from adaskip_fx.testing.families import tiny_config, tiny_model

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaskip_fx.api import build
-from adaskip_fx.attention import attention
+from adaskip_fx.capture.attention import attention
 from tests.oracle import assert_close, relative_error
 
 SHAPE = {

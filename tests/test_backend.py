@@ -19,12 +19,12 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from adaskip_fx import AdaSkip, Profile, SkipPlan
 from adaskip_fx import backend as module
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.decisions import Schedule, Stages
-from adaskip_fx.fingerprint import fingerprint
-from adaskip_fx.plan import Action, Sublayer
+from adaskip_fx.plans.decisions import Schedule, Stages
+from adaskip_fx.plans.skip_plan import Action, Sublayer
+from adaskip_fx.plans.sublayer import Kind
+from adaskip_fx.plans.surrogates import Compensation
 from adaskip_fx.policies import LLMDrop
-from adaskip_fx.sublayer import Kind
+from adaskip_fx.profiles.fingerprint import fingerprint
 from tests.oracle import Oracle
 
 LAYERS = 3

@@ -18,9 +18,9 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 import adaskip_fx
 from adaskip_fx import Profile, SkipPlan
 from adaskip_fx.api import build
-from adaskip_fx.fingerprint import fingerprint
-from adaskip_fx.plan import PlanError
-from adaskip_fx.profile import ProfileError
+from adaskip_fx.plans.skip_plan import PlanError
+from adaskip_fx.profiles.fingerprint import fingerprint
+from adaskip_fx.profiles.profile import ProfileError
 from adaskip_passes import RefusedError
 from tests.bank import Entry, assert_same_cache, entry, make_model, profile_of
 from tests.test_sharing import assert_unchanged, snapshot
@@ -593,9 +593,9 @@ def test_warm_up_longer_than_the_model_allows() -> None:
 def test_inductor_on_cpu_without_a_compiler(
     model: Any, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adaskip_fx import loading
+    from adaskip_fx.model import load
 
-    monkeypatch.setattr(loading, "find_cpp_compiler", lambda: None)
+    monkeypatch.setattr(load, "find_cpp_compiler", lambda: None)
     message = r'needs a C\+\+ compiler on CPU and none was found.*pass backend="eager"'
     refused(
         lambda: adaskip_fx.compile(model, profile, backend="inductor"), RuntimeError, message, model

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip_fx.plan import SkipPlan, Sublayer
+from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.policies import EarlyExit, LLMDrop, OnlinePolicy, Policy, ReverseOrder, UnifiedSkip
-from adaskip_fx.profile import Fingerprint, Profile
+from adaskip_fx.profiles.profile import Fingerprint, Profile
 
 KINDS = ("attention", "ffn")
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from transformers import Cache
 
 from adaskip_fx.api import build
-from adaskip_fx.cache import SkipCache
-from adaskip_fx.plan import Action, SkipPlan
-from adaskip_fx.storage import Storage
-from adaskip_passes import dynamo
+from adaskip_fx.kv_cache.buffers import Storage
+from adaskip_fx.kv_cache.cache import SkipCache
+from adaskip_fx.plans.skip_plan import Action, SkipPlan
+from adaskip_passes.capture import dynamo
 from tests.bank import (
     SEEDS,
     Entry,

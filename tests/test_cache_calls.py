@@ -17,10 +17,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from adaskip_fx.api import build
-from adaskip_fx.cache import REFUSED, SkipCache
-from adaskip_fx.online import Window
-from adaskip_fx.plan import SkipPlan
-from adaskip_fx.storage import Slot, State, StoragePool
+from adaskip_fx.kv_cache.buffers import Slot, State, StoragePool
+from adaskip_fx.kv_cache.cache import REFUSED, SkipCache
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.runtime.request import Window
 from adaskip_fx.testing.families import tiny_config, tiny_model
 from tests.bank import SEEDS, Entry, entry, fewer
 from tests.oracle import assert_close

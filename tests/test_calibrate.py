@@ -15,7 +15,7 @@ import transformers
 
 import adaskip_fx
 from adaskip_fx import Profile
-from adaskip_fx.fingerprint import fingerprint
+from adaskip_fx.profiles.fingerprint import fingerprint
 from tests.bank import entry, make_model
 from tests.oracle import moments, plain_streams
 
@@ -25,7 +25,7 @@ TEXTS = (
     "sixteen letters.",
 )
 LIMIT = 96
-MODULE = importlib.import_module("adaskip_fx.calibration")
+MODULE = importlib.import_module("adaskip_fx.calibration.calibrate")
 
 
 class Letters:

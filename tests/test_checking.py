@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from adaskip_fx import decisions
-from adaskip_fx.checking import CheckError
-from adaskip_fx.plan import SkipPlan
-from adaskip_fx.programs import Program
+from adaskip_fx.plans import decisions
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.programs.program import Program
+from adaskip_fx.runtime.checking import CheckError
 from tests.bank import Cell, Entry
 
 CELL = Cell("grouped")

@@ -25,13 +25,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 import adaskip_fx
-from adaskip_fx import demo, loading
-from adaskip_fx.cli import app
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.decisions import Stages
-from adaskip_fx.demo import measure, texts
-from adaskip_fx.demo.result import Answer, Contender
-from adaskip_fx.progress import Steps
+from adaskip_fx.cli import demo
+from adaskip_fx.cli.app import app
+from adaskip_fx.cli.demo import measure
+from adaskip_fx.cli.demo.result import Answer, Contender
+from adaskip_fx.data import reference_text
+from adaskip_fx.model import load
+from adaskip_fx.plans.decisions import Stages
+from adaskip_fx.plans.serialization import save_decision
+from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.policies import AdaSkip
+from adaskip_fx.utils.progress import Steps
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 1, 8
 SUBLAYERS = tuple(
@@ -139,7 +143,7 @@ def test_the_command_line_itself_does_not_import_torch() -> None:
         "package = types.ModuleType('adaskip_fx')\n"
         "package.__path__ = [sys.argv[1]]\n"
         "sys.modules['adaskip_fx'] = package\n"
-        "import adaskip_fx.cli\n"
+        "import adaskip_fx.cli.app\n"
         "print(sorted({'torch', 'transformers', 'rich.progress'} & set(sys.modules)))\n"
     )
     where = str(Path(adaskip_fx.__file__).parent)
@@ -252,7 +256,7 @@ def test_generate_reads_a_file_or_standard_input(
         seen.append((prompt, options))
         return SimpleNamespace(adaskip="stats"), None
 
-    monkeypatch.setattr("adaskip_fx.generating.stream", stream)
+    monkeypatch.setattr("adaskip_fx.cli.generate.stream", stream)
     file = tmp_path / "prompt.txt"
     file.write_text("from a file")
     start = ("generate", folder, profile)
@@ -307,14 +311,14 @@ def test_inspect_a_profile(profile: Path) -> None:
     assert "samples 3, max_length 64" in result.stdout
     assert "SkipPlan" not in result.stdout
     preview = run("inspect", profile, "--alpha", 2)
-    assert preview.stdout.endswith(f"alpha 2: {saved.preview(2)}\n")
+    assert preview.stdout.endswith(f"alpha 2: {AdaSkip().plan(saved, 2)}\n")
     assert "acceleration ratio" in refused(run("inspect", profile, "--alpha", 0.9))
 
 
 def test_inspect_a_decision(plan: Path, tmp_path: Path) -> None:
     loaded = adaskip_fx.SkipPlan.load(plan)
     decision = Stages((("recall", loaded), ("answer", adaskip_fx.SkipPlan.empty(loaded.sublayers))))
-    decision.save(tmp_path / "stages")
+    save_decision(decision, tmp_path / "stages")
     result = run("inspect", tmp_path / "stages")
     assert result.exit_code == 0
     assert str(decision) in result.stdout
@@ -436,7 +440,7 @@ def test_the_graph_of_a_model_and_of_the_wrong_model(folder: Path, tmp_path: Pat
 
 
 def test_an_excerpt_is_where_a_plan_skips_the_most() -> None:
-    from adaskip_fx.explain import excerpt
+    from adaskip_fx.cli.inspect import excerpt
 
     sublayers = [adaskip_fx.Sublayer(i, kind) for i in range(5) for kind in ("attention", "ffn")]
     factors = Compensation.scale({sublayers[6]: 1.5, sublayers[0]: 2.0})
@@ -458,12 +462,12 @@ def test_an_excerpt_is_where_a_plan_skips_the_most() -> None:
 
 
 @pytest.fixture(scope="module")
-def demonstrated(folder: Path) -> tuple[Result, demo.DemoResult, texts.Texts]:
+def demonstrated(folder: Path) -> tuple[Result, demo.DemoResult, reference_text.Texts]:
     """``demo --json`` on the tiny model, with the result that it printed and its texts."""
     kept: list[Any] = []
     real = demo.run_demo
 
-    def spy(model: Any, tokenizer: Any, given: texts.Texts, *more: Any) -> demo.DemoResult:
+    def spy(model: Any, tokenizer: Any, given: reference_text.Texts, *more: Any) -> demo.DemoResult:
         result = real(model, tokenizer, given, *more)
         kept.extend((result, given))
         return result
@@ -475,7 +479,7 @@ def demonstrated(folder: Path) -> tuple[Result, demo.DemoResult, texts.Texts]:
     return printed, *kept
 
 
-Demonstrated = tuple[Result, demo.DemoResult, texts.Texts]
+Demonstrated = tuple[Result, demo.DemoResult, reference_text.Texts]
 
 
 def test_the_demo_prints_one_json_object(demonstrated: Demonstrated) -> None:
@@ -580,12 +584,12 @@ def test_a_plan_that_was_learned_is_shown(demonstrated: Demonstrated) -> None:
 def test_a_pass_key_counts_as_found_when_it_was_generated() -> None:
     model, tokenizer = make_model(), make_tokenizer()
     ids = tuple(tokenizer("The secret number is")["input_ids"])
-    generated, plan = measure.ask(model, tokenizer, texts.Passkey(ids, "absent", 0.5), 6)
+    generated, plan = measure.ask(model, tokenizer, reference_text.Passkey(ids, "absent", 0.5), 6)
     assert not generated.found
     assert plan is None  # the model is not compiled
     assert len(generated.step_seconds) == 5
     key = generated.text[1:4]
-    again, _ = measure.ask(model, tokenizer, texts.Passkey(ids, key, 0.5), 6)
+    again, _ = measure.ask(model, tokenizer, reference_text.Passkey(ids, key, 0.5), 6)
     assert again.found
     assert (again.text, again.key) == (generated.text, key)
 
@@ -623,14 +627,16 @@ def test_quality_is_that_of_the_models_own_loss() -> None:
 def test_the_demo_needs_enough_new_tokens() -> None:
     steps = Steps(Console(quiet=True))
     with pytest.raises(ValueError, match="23 new tokens are too few"):
-        demo.run_demo(None, None, texts.Texts((), (), ()), demo.Options(new_tokens=23), steps)
+        demo.run_demo(
+            None, None, reference_text.Texts((), (), ()), demo.Options(new_tokens=23), steps
+        )
 
 
 # What the demo reads ---------------------------------------------------------------------------
 
 
-def drawn(tokenizer: Any, seed: int = 0) -> texts.Texts:
-    return texts.demo_texts(
+def drawn(tokenizer: Any, seed: int = 0) -> reference_text.Texts:
+    return reference_text.demo_texts(
         tokenizer,
         calibration=(4, 100),
         prompts=3,
@@ -641,7 +647,7 @@ def drawn(tokenizer: Any, seed: int = 0) -> texts.Texts:
 
 
 def test_nothing_is_asked_about_that_was_calibrated_on() -> None:
-    calibration, held_out = texts.halves()
+    calibration, held_out = reference_text.halves()
     assert not set(calibration) & set(held_out)
     assert sum(map(len, held_out)) > 100_000
     given = drawn(make_tokenizer())
@@ -675,7 +681,7 @@ def test_texts_follow_the_seed() -> None:
 
 
 def test_samples_are_cut_and_spread() -> None:
-    cut: Callable[..., list[str]] = texts.calibration_samples
+    cut: Callable[..., list[str]] = reference_text.calibration_samples
     assert cut(["ab" * 30], 10, None) == ["ab" * 30]
     assert cut(["a" * 60 + "b" * 60 + "c" * 59], 10, None) == ["a" * 60, "b" * 60]
     assert cut(["short", "a" * 60], 10, None) == ["short", "a" * 60]
@@ -721,8 +727,8 @@ def test_what_reads_a_gguf_file_is_asked_for(
 def test_the_backend_without_a_compiler(
     monkeypatch: pytest.MonkeyPatch, compiler: str | None, wanted: str, device: str, used: str
 ) -> None:
-    monkeypatch.setattr(loading, "find_cpp_compiler", lambda: compiler)
-    backend, why = loading.usable_backend(wanted, torch.device(device))
+    monkeypatch.setattr(load, "find_cpp_compiler", lambda: compiler)
+    backend, why = load.usable_backend(wanted, torch.device(device))
     assert backend == used
     assert (why is None) == (backend == wanted)
     assert why is None or "no C++ compiler was found" in why
@@ -732,21 +738,21 @@ def test_the_compiler_is_the_one_that_inductor_would_use() -> None:
     from torch._inductor import config, cpp_builder
 
     with config.patch({"cpp.cxx": (None, "/nowhere/c++")}):
-        assert loading.find_cpp_compiler() is None
+        assert load.find_cpp_compiler() is None
     with config.patch({"cpp.cxx": (None, sys.executable)}):  # anything with --version
-        assert loading.find_cpp_compiler() == sys.executable
+        assert load.find_cpp_compiler() == sys.executable
         assert cpp_builder.get_cpp_compiler() == sys.executable
 
 
 def test_devices_and_types() -> None:
     cpu = torch.device("cpu")
-    assert loading.choose_device("cpu") == cpu
-    assert loading.choose_dtype(None, cpu) is torch.float32
-    assert loading.choose_dtype(None, torch.device("cuda")) is torch.bfloat16
-    assert loading.choose_dtype("float16", cpu) is torch.float16
+    assert load.choose_device("cpu") == cpu
+    assert load.choose_dtype(None, cpu) is torch.float32
+    assert load.choose_dtype(None, torch.device("cuda")) is torch.bfloat16
+    assert load.choose_dtype("float16", cpu) is torch.float16
     if torch.cuda.is_available():
-        assert loading.choose_device("auto").type == "cuda"
+        assert load.choose_device("auto").type == "cuda"
     else:
-        assert loading.choose_device("auto") == cpu
+        assert load.choose_device("auto") == cpu
         with pytest.raises(ValueError, match="no CUDA device"):
-            loading.choose_device("cuda")
+            load.choose_device("cuda")

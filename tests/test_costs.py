@@ -17,16 +17,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip_fx import costs, latency
 from adaskip_fx.api import build
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.costs import measure, plans_to_time, solve, steady, sublayer_classes
-from adaskip_fx.fingerprint import fingerprint
-from adaskip_fx.latency import LatencyTable, is_table
-from adaskip_fx.parts import Costs, TableError, parts
-from adaskip_fx.plan import Action, Phase, SkipPlan, Sublayer
+from adaskip_fx.latency import table
+from adaskip_fx.latency.table import LatencyTable, is_table
+from adaskip_fx.latency.terms import Costs, TableError, parts
+from adaskip_fx.measurement import measure as measurement
+from adaskip_fx.measurement.measure import measure, plans_to_time, solve, steady, sublayer_classes
+from adaskip_fx.measurement.timer import StepTimer
+from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan, Sublayer
+from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.testing.families import tiny_config, tiny_model
-from adaskip_fx.timing import StepTimer
 from tests import bank
 
 SHAPE = "four_layers"
@@ -485,7 +486,7 @@ def test_the_printed_table() -> None:
 
 def test_of_which_model_and_device() -> None:
     model = bank.entry(SHAPE).model
-    fitting = made(conditions={"device": latency.device_name(model), "dtype": "float32"})
+    fitting = made(conditions={"device": table.device_name(model), "dtype": "float32"})
     fitting.check(model)
     with pytest.raises(TableError, match=r"the table is of the model .* measure again"):
         fitting.check(bank.entry("grouped").model)
@@ -501,4 +502,4 @@ def test_of_which_model_and_device() -> None:
 
 
 def test_phases_are_those_of_plans() -> None:
-    assert costs.PHASES == ("prefill", "decode")
+    assert measurement.PHASES == ("prefill", "decode")

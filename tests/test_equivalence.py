@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaskip_fx.cache import SkipCache
-from adaskip_fx.plan import Action, SkipPlan, Sublayer
-from adaskip_fx.programs import rewrite
+from adaskip_fx.kv_cache.cache import SkipCache
+from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
+from adaskip_fx.programs.program import rewrite
 from adaskip_fx.testing import plans
 from adaskip_passes import Replacement, Skip, fuse, run_passes, text
 from tests.bank import CELLS, SEEDS, STEPS, Cell, Entry, check_request, entry, fewer, scales

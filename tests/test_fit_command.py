@@ -10,9 +10,9 @@ import torch
 
 import adaskip_fx
 from adaskip_fx import SkipPlan
-from adaskip_fx.fingerprint import fingerprint
-from adaskip_fx.latency import LatencyTable, device_name
-from adaskip_fx.parts import Costs
+from adaskip_fx.latency.table import LatencyTable, device_name
+from adaskip_fx.latency.terms import Costs
+from adaskip_fx.profiles.fingerprint import fingerprint
 from tests.test_cli import SUBLAYERS, make_model, make_tokenizer, refused, run, save
 
 QUICK = ("--max-length", 160, "--samples", 4, "--own", 2, "--steps", 2, "--alpha", 1.5)
@@ -76,7 +76,7 @@ def test_without_texts_or_a_search(folder: Path, profile: Path, tmp_path: Path) 
     assert at_once.exit_code == 0, at_once.stderr
     assert SkipPlan.load(tmp_path / "b.json").compensation.kinds == "normalized"
     plan = SkipPlan.load(out)
-    wanted = adaskip_fx.Profile.load(profile).preview(1.2)
+    wanted = adaskip_fx.AdaSkip().plan(adaskip_fx.Profile.load(profile), 1.2)
     assert plan.prefill == wanted.prefill
     assert {plan.compensation.stand_ins[s].rank for s in plan.prefill} == {2}
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from adaskip_fx.compensation import Compensation
 from adaskip_fx.fitting import (
     Compensator,
     Fitter,
@@ -21,14 +20,15 @@ from adaskip_fx.fitting import (
     solve,
     unexplained,
 )
-from adaskip_fx.fitting.refine import _Loss
-from adaskip_fx.fitting.solve import best_ridge, left_out, smallest_rank
+from adaskip_fx.fitting.distillation import _Loss
+from adaskip_fx.fitting.least_squares import best_ridge, left_out, smallest_rank
 from adaskip_fx.fitting.whitening import whitenings
-from adaskip_fx.plan import SkipPlan
-from adaskip_fx.stand_in import StandIn
-from adaskip_fx.sublayer import Sublayer
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.plans.sublayer import Sublayer
+from adaskip_fx.plans.surrogate import StandIn
+from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.runtime.oracle import Oracle
 from adaskip_fx.testing import assert_equivalent
-from adaskip_fx.testing.oracle import Oracle
 from tests.bank import make_model
 from tests.test_calibrate import Letters
 

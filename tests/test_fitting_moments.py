@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip_fx.fitting import Moments, Rung
-from adaskip_fx.fitting.solve import solve
+from adaskip_fx.fitting.least_squares import solve
 
 HIDDEN, TOKENS = 3, 6
 

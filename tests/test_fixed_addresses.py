@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from adaskip_fx.api import build
-from adaskip_fx.online import Window
-from adaskip_fx.plan import Action
+from adaskip_fx.plans.skip_plan import Action
+from adaskip_fx.runtime.request import Window
 from adaskip_fx.testing import plans
 from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes import RefusedError
@@ -291,7 +291,7 @@ def test_ended_rows_count_for_nothing_in_the_window() -> None:
 def test_a_model_that_cannot_be_captured_so_decodes_on_views(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import adaskip_fx.graphs as graphs
+    import adaskip_fx.programs.program_cache as graphs
 
     capture_phase = graphs.phases.capture_phase
 

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.folding import Fold, Placed, folds
-from adaskip_fx.plan import Action, PlanError, SkipPlan
-from adaskip_fx.stand_in import SHAPES, StandIn
-from adaskip_fx.sublayer import Sublayer
+from adaskip_fx.plans.folding import Fold, Placed, folds
+from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
+from adaskip_fx.plans.sublayer import Sublayer
+from adaskip_fx.plans.surrogate import SHAPES, StandIn
+from adaskip_fx.plans.surrogates import Compensation
 from tests.test_stand_in import stand_in
 
 HIDDEN = 12

@@ -12,9 +12,9 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from adaskip_fx import foreign_cache
-from adaskip_fx.cache import SkipCache
-from adaskip_fx.decisions import Choice, Option
+from adaskip_fx.kv_cache import foreign
+from adaskip_fx.kv_cache.cache import SkipCache
+from adaskip_fx.plans.decisions import Choice, Option
 from tests.bank import Entry, entry
 from tests.oracle import assert_close
 from tests.test_cache_calls import hybrid
@@ -157,7 +157,7 @@ def test_a_filled_one_that_is_not_taken_in_shows(
         ours.reserve(held.batch, held.tokens)
         ours.advance(held.tokens)
 
-    monkeypatch.setattr(foreign_cache, "_fill", only_length)
+    monkeypatch.setattr(foreign, "_fill", only_length)
     with pytest.raises(AssertionError, match="relative error"):
         test_a_filled_one_is_taken_in(bank, "with config")
 

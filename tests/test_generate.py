@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from adaskip_fx.api import build
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.testing import plans
 from tests.bank import SEEDS, Entry, entry, fewer, make_model, profile_of

@@ -12,9 +12,9 @@ import torch
 
 from adaskip_fx.api import build
 from adaskip_fx.fitting import Fitter, Refinement, Rung, Sample, refine
-from adaskip_fx.fitting.refine import _divergence
-from adaskip_fx.plan import SkipPlan
-from adaskip_fx.programs import Link
+from adaskip_fx.fitting.distillation import _divergence
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.programs.program import Link
 from tests.bank import Entry, assert_same_cache, make_model
 from tests.oracle import Oracle, assert_close, moments
 
@@ -159,7 +159,7 @@ def test_generate() -> None:
 
 def test_lowered_pieces_compile_and_equal_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: operators of our own inside Inductor's code, on whole buffers."""
-    import adaskip_fx.phases as phases
+    import adaskip_fx.capture.phase_graph as phases
     from adaskip_passes import FuseProjections
 
     lowered: list[str] = []

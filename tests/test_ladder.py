@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip_fx.api import build
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.plan import Action, PlanError, SkipPlan
-from adaskip_fx.stand_in import SHAPES, StandIn
+from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
+from adaskip_fx.plans.surrogate import SHAPES, StandIn
+from adaskip_fx.plans.surrogates import Compensation
 from adaskip_fx.testing import assert_equivalent, plans
 from tests.bank import entry, fewer, make_model
 from tests.test_stand_in import stand_in

@@ -14,19 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip_fx.api import build
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.costs import measure, plans_to_time, sublayer_classes
 from adaskip_fx.fitting import Fitter, LatencyBound, Moments, Rung
-from adaskip_fx.fitting.bound import not_decreasing
-from adaskip_fx.fitting.solve import smallest_rank, unexplained
-from adaskip_fx.folding import folds
-from adaskip_fx.latency import LatencyTable
-from adaskip_fx.parts import Costs, TableError, low_rank, rank_of
-from adaskip_fx.plan import Phase, SkipPlan
-from adaskip_fx.profile import Fingerprint
-from adaskip_fx.rank_ladder import rank_ladder, ranks_to_time
-from adaskip_fx.stand_in import StandIn
-from adaskip_fx.sublayer import Sublayer
+from adaskip_fx.fitting.least_squares import smallest_rank, unexplained
+from adaskip_fx.fitting.rank_bound import not_decreasing
+from adaskip_fx.latency.table import LatencyTable
+from adaskip_fx.latency.terms import Costs, TableError, low_rank, rank_of
+from adaskip_fx.measurement.measure import measure, plans_to_time, sublayer_classes
+from adaskip_fx.measurement.rank_ladder import rank_ladder, ranks_to_time
+from adaskip_fx.plans.folding import folds
+from adaskip_fx.plans.skip_plan import Phase, SkipPlan
+from adaskip_fx.plans.sublayer import Sublayer
+from adaskip_fx.plans.surrogate import StandIn
+from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.profiles.profile import Fingerprint
 from adaskip_fx.testing import assert_equivalent
 from tests import bank
 from tests.test_calibrate import Letters

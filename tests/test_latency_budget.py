@@ -19,14 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adaskip_fx
-from adaskip_fx import api, budget
-from adaskip_fx.fingerprint import fingerprint
-from adaskip_fx.knapsack import choose
-from adaskip_fx.latency import LatencyTable, device_name
-from adaskip_fx.parts import Costs, TableError, Weights
-from adaskip_fx.plan import PlanError, SkipPlan, Sublayer
+from adaskip_fx import api
+from adaskip_fx.latency.knapsack import choose
+from adaskip_fx.latency.table import LatencyTable, device_name
+from adaskip_fx.latency.terms import Costs, TableError, Weights
+from adaskip_fx.measurement import budget
+from adaskip_fx.plans.skip_plan import PlanError, SkipPlan, Sublayer
 from adaskip_fx.policies import AdaSkip, EarlyExit, LatencyBudget, OnlinePolicy
-from adaskip_fx.profile import Fingerprint, Profile
+from adaskip_fx.profiles.fingerprint import fingerprint
+from adaskip_fx.profiles.profile import Fingerprint, Profile
 from tests import bank
 from tests.oracle import assert_close
 

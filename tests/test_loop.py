@@ -19,10 +19,10 @@ from transformers import (
     StoppingCriteria,
 )
 
-from adaskip_fx import loop
 from adaskip_fx.api import build
-from adaskip_fx.cache import SkipCache
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.kv_cache.cache import SkipCache
+from adaskip_fx.model import generation
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.testing import plans
 from tests.bank import SEEDS, VOCABULARY, Entry, entry, fewer, profile_of
@@ -244,7 +244,7 @@ def test_the_draw_is_that_of_torch() -> None:
     scores[2, 7] = 30.0
     for seed in range(50):
         torch.manual_seed(seed)
-        mine, invalid = loop._draw(scores)
+        mine, invalid = generation._draw(scores)
         torch.manual_seed(seed)
         theirs = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
         assert torch.equal(mine, theirs)
@@ -255,9 +255,9 @@ def test_the_draw_is_that_of_torch() -> None:
 def test_one_number_tells_whether_a_row_is_valid(broken: float) -> None:
     scores = torch.randn(3, 20)
     scores[1, 11] = broken
-    assert loop._draw(scores)[1]
+    assert generation._draw(scores)[1]
     scores[1] = -torch.inf  # nothing is left to draw
-    assert loop._draw(scores)[1]
+    assert generation._draw(scores)[1]
 
 
 # A cache that the model drops --------------------------------------------------------------------
@@ -309,7 +309,7 @@ def test_a_cache_that_the_model_drops_is_followed(
     """The request goes on with its own plan; what comes back holds what was run."""
     model, compiled = phi3()
     if way == "transformers' loop":
-        monkeypatch.setattr(loop, "serves", lambda *args: False)
+        monkeypatch.setattr(generation, "serves", lambda *args: False)
     plan = SkipPlan.of(compiled.adaskip.sublayers, ["1.attention"])
     options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
     expected = model.generate(PROMPT, **options)

@@ -16,11 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.inputs import Inputs
-from adaskip_fx.plan import SkipPlan
-from adaskip_fx.runtime import Runtime
-from adaskip_fx.states import Since
+from adaskip_fx.capture.states import Since
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.runtime.inputs import Inputs
+from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for, relative_error
 from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model

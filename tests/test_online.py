@@ -13,10 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import adaskip_fx
-from adaskip_fx.fingerprint import fingerprint
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
-from adaskip_fx.profile import Profile
+from adaskip_fx.profiles.fingerprint import fingerprint
+from adaskip_fx.profiles.profile import Profile
 from tests.bank import SEEDS, Entry, entry, fewer, follow, profile_of
 from tests.oracle import assert_close, moments
 

@@ -22,8 +22,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaskip_fx.compensation import NONE, Compensation
-from adaskip_fx.plan import Action, Kind, Phase, PlanError, SkipPlan, Sublayer
+from adaskip_fx.plans.skip_plan import Action, Kind, Phase, PlanError, SkipPlan, Sublayer
+from adaskip_fx.plans.surrogates import NONE, Compensation
 
 PROPERTY = settings(deadline=None)  # a shared machine may stall
 

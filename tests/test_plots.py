@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from adaskip_fx.cli import app
-from adaskip_fx.plan import Action, SkipPlan, Sublayer
+from adaskip_fx.cli.app import app
+from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
 from adaskip_fx.plots import KINDS, PlotError, plot
 from adaskip_fx.plots.pareto import front
 from adaskip_fx.plots.plan_map import fate
 from adaskip_fx.plots.source import load
 from adaskip_fx.plots.style import LOOKS
-from adaskip_fx.profile import Fingerprint, Profile
+from adaskip_fx.profiles.profile import Fingerprint, Profile
 from benchmarks.studies import choices
 
 NAMES = [f"{i}.{kind}" for i in range(3) for kind in ("attention", "ffn")]

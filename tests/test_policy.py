@@ -12,11 +12,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from adaskip_fx.compensation import NONE
-from adaskip_fx.plan import Action, PlanError, SkipPlan, Sublayer
+from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan, Sublayer
+from adaskip_fx.plans.surrogates import NONE
 from adaskip_fx.policies import AdaSkip, Policy
 from adaskip_fx.policies.adaskip import skip_count
-from adaskip_fx.profile import Fingerprint, Profile, Variant
+from adaskip_fx.profiles.profile import Fingerprint, Profile, Variant
 
 PROPERTY = settings(deadline=None)  # a shared machine may stall
 BOTH: tuple[Variant, ...] = ("paper", "released")

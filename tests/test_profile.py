@@ -28,14 +28,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import adaskip_fx.compensation
-import adaskip_fx.plan
+import adaskip_fx.plans.skip_plan
+import adaskip_fx.plans.surrogates
 import adaskip_fx.policies.adaskip
-import adaskip_fx.profile
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.plan import SkipPlan, Sublayer
+import adaskip_fx.profiles.profile
+from adaskip_fx.plans.skip_plan import Sublayer
+from adaskip_fx.plans.surrogates import Compensation
 from adaskip_fx.policies import AdaSkip
-from adaskip_fx.profile import (
+from adaskip_fx.profiles.profile import (
     MOMENTS,
     SANE_FACTORS,
     Fingerprint,
@@ -165,7 +165,7 @@ def test_a_senseless_factor_is_refused_by_name(factor: float, shown: str) -> Non
     broken = profile(moments=moments)
     assert float(broken.scale()[2]) == pytest.approx(factor)
     with pytest.raises(ProfileError) as caught:
-        broken.preview(2)
+        AdaSkip().plan(broken, 2)
     assert str(caught.value) == (
         f"scale factor of 1.attention is {shown} in this profile, and none outside of 0.0001 to "
         "10000 can stand in for a sublayer: the stream of some token was almost zero, or grew "
@@ -186,17 +186,6 @@ def test_unknown_variant() -> None:
     for method in (profile().similarity, profile().scale, profile().compensation):
         with pytest.raises(ValueError, match="unknown variant 'fast': use 'paper' or 'released'"):
             method(cast(Variant, "fast"))
-
-
-def test_preview_uses_adaskip_unless_told() -> None:
-    one = profile()
-    assert one.preview(2) == AdaSkip().plan(one, 2)
-
-    class Nothing:
-        def plan(self, profile: Profile, alpha: float) -> SkipPlan:
-            return SkipPlan.empty(profile.sublayers)
-
-    assert one.preview(2, Nothing()) == SkipPlan.empty(NAMES) != one.preview(2)
 
 
 # Construction ----------------------------------------------------------------------------------
@@ -746,9 +735,9 @@ def test_check_names_both_models(base: Fingerprint) -> None:
 
 def test_plans_and_profiles_need_no_torch() -> None:
     modules = (
-        adaskip_fx.compensation,
-        adaskip_fx.plan,
-        adaskip_fx.profile,
+        adaskip_fx.plans.surrogates,
+        adaskip_fx.plans.skip_plan,
+        adaskip_fx.profiles.profile,
         adaskip_fx.policies,
         adaskip_fx.policies.adaskip,
     )

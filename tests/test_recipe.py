@@ -13,13 +13,13 @@ import torch
 import adaskip_fx
 from adaskip_fx import Profile, SkipPlan, Sublayer
 from adaskip_fx.api import build
-from adaskip_fx.compensation import Compensation
+from adaskip_fx.calibration.loss import CalibrationLoss
 from adaskip_fx.fitting import Recipe, Rung
-from adaskip_fx.fitting.openings import OPENINGS
-from adaskip_fx.fitting.own_text import write_texts
-from adaskip_fx.fitting.retrieval import retrieval_samples
+from adaskip_fx.fitting.retrieval_prompts import retrieval_samples
+from adaskip_fx.fitting.seed_prompts import OPENINGS
+from adaskip_fx.fitting.synthetic_text import write_texts
+from adaskip_fx.plans.surrogates import Compensation
 from adaskip_fx.policies import AdaSkip, Fitted, OnlinePolicy
-from adaskip_fx.search import CalibrationLoss
 from tests.bank import make_model
 from tests.test_calibrate import Letters as Plain
 

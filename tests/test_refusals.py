@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adaskip_fx.cache import REFUSED
+from adaskip_fx.kv_cache.cache import REFUSED
 from tests.machine.refusals import DOCUMENT, is_listed, listed
 
 _ROOT = DOCUMENT.parents[1]

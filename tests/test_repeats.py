@@ -10,15 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from adaskip_fx.api import build
-from adaskip_fx.phases import (
+from adaskip_fx.capture.phase_graph import (
     GraphKey,
     GraphPhaseCapture,
     Surroundings,
     capture_phase,
     example_lengths,
 )
-from adaskip_fx.sample import take
-from adaskip_fx.shell import make_shell
+from adaskip_fx.capture.reference import take
+from adaskip_fx.model.compiled_model import make_shell
 from adaskip_passes import Repeat
 from tests.passes.canonical import inputs, lines
 

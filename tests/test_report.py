@@ -12,10 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adaskip_fx
-from adaskip_fx.fingerprint import fingerprint
-from adaskip_fx.report import runtime_report
-from adaskip_fx.runtime import Runtime
-from adaskip_fx.text import by_kind, storage
+from adaskip_fx.plans.tables import by_kind, storage
+from adaskip_fx.profiles.fingerprint import fingerprint
+from adaskip_fx.runtime.report import runtime_report
+from adaskip_fx.runtime.runtime import Runtime
 
 LAYERS, KV_HEADS, HEAD_DIM = 3, 1, 8
 SUBLAYERS = tuple(

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from adaskip_fx import api, sample
+from adaskip_fx import api
 from adaskip_fx.api import build
-from adaskip_fx.sample import take
+from adaskip_fx.capture import reference
+from adaskip_fx.capture.reference import take
 from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes import RefusedError
 
@@ -36,7 +37,7 @@ def be_wrong(patch: pytest.MonkeyPatch, change: float) -> None:
         right = take(*arguments)
         return of_other_logits(right, lambda logits: logits + change * logits.abs().max())
 
-    for module in (api, sample):
+    for module in (api, reference):
         patch.setattr(module, "take", changed)
 
 

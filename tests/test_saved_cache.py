@@ -13,11 +13,11 @@ import safetensors
 import safetensors.torch
 import torch
 
-from adaskip_fx import saved_cache
-from adaskip_fx.cache import SkipCache
-from adaskip_fx.decisions import Choice, Option, Schedule
-from adaskip_fx.plan import SkipPlan
-from adaskip_fx.saved_cache import SavedCacheError, load_cache
+from adaskip_fx.kv_cache import saved
+from adaskip_fx.kv_cache.cache import SkipCache
+from adaskip_fx.kv_cache.saved import SavedCacheError, load_cache
+from adaskip_fx.plans.decisions import Choice, Option, Schedule
+from adaskip_fx.plans.skip_plan import SkipPlan
 from tests.bank import Entry, entry
 from tests.oracle import assert_close
 
@@ -80,13 +80,13 @@ def test_values_that_are_not_copied_show(
     bank: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The companion: the reader is handed other values than those of the file."""
-    read = saved_cache._read
+    read = saved._read
 
     def halved(path: Path) -> Any:
         about, tensors = read(path)
         return about, {name: tensor / 2 for name, tensor in tensors.items()}
 
-    monkeypatch.setattr(saved_cache, "_read", halved)
+    monkeypatch.setattr(saved, "_read", halved)
     with pytest.raises(AssertionError, match="relative error"):
         test_a_loaded_prefix_is_that_of_the_eager_model(bank, tmp_path)
 
@@ -129,7 +129,7 @@ def test_an_old_file_stays_until_the_new_is_whole(
     def broken(*args: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("adaskip_fx.files.os.fsync", broken)
+    monkeypatch.setattr("adaskip_fx.utils.files.os.fsync", broken)
     with pytest.raises(OSError, match="no space left"):
         prefix(bank, 1).save(path)
     assert path.read_bytes() == before
@@ -144,17 +144,17 @@ def rewritten(
 ) -> None:
     """Write the file anew with another description or other tensors."""
     with safetensors.safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()[saved_cache._KEY])
+        about = json.loads(file.metadata()[saved._KEY])
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     change(about, tensors)
-    safetensors.torch.save_file(tensors, path, {saved_cache._KEY: json.dumps(about)})
+    safetensors.torch.save_file(tensors, path, {saved._KEY: json.dumps(about)})
 
 
 def signed(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Have the file's own digests be right, as another program's would be."""
-    about["sha256"] = saved_cache._sha256(tensors)
+    about["sha256"] = saved._sha256(tensors)
     rest = {key: value for key, value in about.items() if key != "digest"}
-    about["digest"] = saved_cache.canonical_digest(rest)
+    about["digest"] = saved.canonical_digest(rest)
 
 
 def truncated(path: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import adaskip_fx
-from adaskip_fx.phase_plans import decode_only, prefill_only
-from adaskip_fx.plan import PlanError, SkipPlan
+from adaskip_fx.calibration.loss import CalibrationLoss
+from adaskip_fx.plans.phase_split import decode_only, prefill_only
+from adaskip_fx.plans.skip_plan import PlanError, SkipPlan
 from adaskip_fx.policies import AdaSkip
-from adaskip_fx.search import CalibrationLoss
 from tests.bank import Entry, entry, profile_of
 from tests.test_decisions import SHAPE, Reference
 

@@ -14,10 +14,10 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.plan import PlanError, SkipPlan
-from adaskip_fx.stand_in import SHAPES, StandIn, StandInKind
-from adaskip_fx.sublayer import Sublayer
+from adaskip_fx.plans.skip_plan import PlanError, SkipPlan
+from adaskip_fx.plans.sublayer import Sublayer
+from adaskip_fx.plans.surrogate import SHAPES, StandIn, StandInKind
+from adaskip_fx.plans.surrogates import Compensation
 
 KINDS: tuple[StandInKind, ...] = tuple(SHAPES)
 ATTENTION, FFN = Sublayer(0, "attention"), Sublayer(0, "ffn")

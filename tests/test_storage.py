@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaskip_fx.storage import Slot, Storage, StoragePool
+from adaskip_fx.kv_cache.buffers import Slot, Storage, StoragePool
 
 SLOTS = (Slot(1, 2, 1, 2),)
 CPU = torch.device("cpu")

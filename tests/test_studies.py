@@ -21,12 +21,12 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from adaskip_fx.api import build
-from adaskip_fx.compensation import Compensation
 from adaskip_fx.fitting import Fitter, Rung
-from adaskip_fx.plan import SkipPlan, Sublayer
+from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
+from adaskip_fx.plans.surrogates import Compensation
 from adaskip_fx.plots import plot
 from adaskip_fx.policies import AdaSkip
-from adaskip_fx.runtime import Runtime
+from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.testing import Oracle as Hooked
 from benchmarks.__main__ import app
 from benchmarks.studies import (

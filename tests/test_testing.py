@@ -10,9 +10,9 @@ import torch
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
-from adaskip_fx import programs
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.programs import program
 from adaskip_fx.testing import Oracle, assert_equivalent, plans, prompts, tiny_configs
 from adaskip_fx.testing.equivalence import compiled_for
 from adaskip_fx.testing.families import FAMILIES, tiny_model
@@ -72,12 +72,12 @@ def test_a_model_whose_masks_are_its_own_is_not_run_at_fixed_addresses() -> None
 @pytest.fixture
 def wrong_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A defect: what stands in for a skipped sublayer is scaled by twice its factor."""
-    right = programs.stand_in_tensors
+    right = program.stand_in_tensors
 
     def wrong(*arguments: Any) -> dict[str, torch.Tensor]:
         return {name: 2 * factor for name, factor in right(*arguments).items()}
 
-    monkeypatch.setattr(programs, "stand_in_tensors", wrong)
+    monkeypatch.setattr(program, "stand_in_tensors", wrong)
 
 
 def scaled(model: Any, prefill: str = "", decode: str = "") -> SkipPlan:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip_fx.api import build
-from adaskip_fx.plan import Action, SkipPlan
+from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_fx.testing import plans
 from tests.bank import Entry, check_request, entry, make_model
 from tests.oracle import Oracle, assert_close
@@ -146,7 +146,7 @@ def test_linking_makes_no_text_and_compiles_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both take longer than a plan that is learned while decoding can wait."""
-    import adaskip_passes.pipeline as pipeline
+    import adaskip_passes.transforms.pass_manager as pipeline
     from adaskip_passes import PieceCompiler
 
     bank = entry("grouped")
@@ -189,7 +189,7 @@ def test_what_a_graph_depends_on_is_in_its_key() -> None:
 
 def test_four_models_capture_four_times() -> None:
     """Equal configurations, one process: nothing is left of the one before, no limit is hit."""
-    import adaskip_fx.graphs as graphs
+    import adaskip_fx.programs.program_cache as graphs
 
     calls: list[Any] = []
     original = graphs.phases.capture_phase

@@ -20,14 +20,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import generic
 
 import adaskip_fx
-from adaskip_fx import cache_names
 from adaskip_fx.api import build
-from adaskip_fx.cache import SkipCache
-from adaskip_fx.demo import measure
-from adaskip_fx.demo.texts import Passkey
+from adaskip_fx.capture.reference import take
+from adaskip_fx.cli.demo import measure
+from adaskip_fx.data.reference_text import Passkey
 from adaskip_fx.evaluation.scoring import stepped_logits
-from adaskip_fx.fingerprint import fingerprint
-from adaskip_fx.sample import take
+from adaskip_fx.kv_cache import names
+from adaskip_fx.kv_cache.cache import SkipCache
+from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.families import tiny_config, tiny_model
 from tests.bank import entry, make_model
@@ -141,7 +141,7 @@ def test_layers_are_linear_as_in_transformers_own_cache(family: str) -> None:
         output = model(input_ids=torch.arange(5).unsqueeze(0), use_cache=True)
     slots = take(model).slots
     cache = SkipCache(_Nobody(), slots, slots, torch.float32, torch.device("cpu"))
-    linear = cache_names.cache_of(output).is_linear
+    linear = names.cache_of(output).is_linear
     assert cache.is_linear == linear
     assert any(linear) == (family in ("mamba", "bamba"))
 
@@ -229,7 +229,7 @@ def test_a_forward_of_ones_own_that_kept_the_old_name() -> None:
     said = torch.cat((first.sequences, ids[:, 3:6]), 1)
     second = fast.generate(said[:, 11:], **{NAME: cache}, **options)
     assert torch.equal(second.sequences, greedy(model, said, 3)[:, 11:])
-    assert cache_names.cache_of(first) is cache_names.cache_of(second) is cache
+    assert names.cache_of(first) is names.cache_of(second) is cache
     assert cache.get_seq_length() == 17
 
 
@@ -241,16 +241,16 @@ def test_the_name_of_a_forward(name: str) -> None:
     scope: dict[str, Any] = {}
     exec(f"def forward(self, input_ids, {name}=None, **kwargs): pass", scope)
     forward = scope["forward"]
-    assert cache_names.cache_argument(forward) == name
-    assert cache_names.generate_argument(forward) == ("cache" if RENAMED else name)
+    assert names.cache_argument(forward) == name
+    assert names.generate_argument(forward) == ("cache" if RENAMED else name)
 
 
 def test_outputs_are_made_and_read_by_their_own_name(nothing_old: None) -> None:
     held = DynamicCache()
-    output = CausalLMOutputWithPast(**cache_names.output_fields(CausalLMOutputWithPast, held))
-    assert cache_names.cache_of(output) is held
+    output = CausalLMOutputWithPast(**names.output_fields(CausalLMOutputWithPast, held))
+    assert names.cache_of(output) is held
     assert list(output) == [NAME]
-    assert cache_names.cache_of(CausalLMOutputWithPast()) is None
+    assert names.cache_of(CausalLMOutputWithPast()) is None
 
 
 # Profiles --------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from adaskip_fx.decisions import Decision
-from adaskip_fx.files import JSON
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.decisions import Decision
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.utils.files import JSON
 
 
 def decision_json(decision: Decision) -> dict[str, JSON]:

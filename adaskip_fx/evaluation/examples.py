@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
-from adaskip_fx.files import JSON
+from adaskip_fx.utils.files import JSON
 
 Tokens: TypeAlias = tuple[int, ...]
 
@@ -17,7 +17,7 @@ class Generate:
     Attributes:
         prompt: tokens, special ones included.
         answers: what is right; none: what the reference model says.
-        metric: one of :data:`adaskip_fx.evaluation.text_scores.METRICS`.
+        metric: one of :data:`adaskip_fx.evaluation.text_metrics.METRICS`.
         limit: new tokens at most.
         stop: the answer ends before this text; empty for nothing.
     """

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from adaskip_fx.demo.texts import halves
+from adaskip_fx.data.reference_text import halves
 
 _LONGEST = 800  # characters of a paragraph
 

@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from adaskip_fx.files import JSON
+from adaskip_fx.utils.files import JSON
 
-from .predictions import Bucket, perplexity
-from .ran import Ran
+from .execution_check import Ran
+from .token_metrics import Bucket, perplexity
 
 SCHEMA = 1
 

@@ -9,9 +9,9 @@ from typing import Any, assert_never
 
 import torch
 
-from ..cache_names import cache_argument
+from ..kv_cache.names import cache_argument
 from .examples import Choose, Generate, Predict, Recall, Tokens
-from .text_scores import METRICS
+from .text_metrics import METRICS
 
 # The logits of how many last tokens a compiled model is asked for is part of its graph's key, so
 # few such numbers are used: powers of two, from this one on.

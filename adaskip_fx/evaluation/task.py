@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from adaskip_fx.files import JSON
+from adaskip_fx.utils.files import JSON
 
 from .examples import Example
 

@@ -1,15 +1,15 @@
 """Fit what stands in for skipped sublayers, on the same captured graphs that will run."""
 
-from .bound import LatencyBound
-from .compensator import Compensator
+from .distillation import Descent, Refinement, refine
 from .fitter import Fitter
-from .moments import Moments
+from .least_squares import solve, unexplained
+from .rank_bound import LatencyBound
 from .recipe import Recipe, fit
-from .refine import Descent, Refinement, refine
-from .rung import Rung
-from .sample import Sample
-from .solve import solve, unexplained
-from .workshop import Workshop
+from .search_fits import Compensator
+from .second_moments import Moments
+from .session import Workshop
+from .spec import Rung
+from .weighted_sample import Sample
 
 __all__ = [
     "Compensator",

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 from adaskip_fx.api import build
-from adaskip_fx.calibration import tokenize
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.plan import Action, SkipPlan
-from adaskip_fx.runtime import Runtime
-from adaskip_fx.shell import check_model
-from adaskip_fx.stand_in import StandIn
-from adaskip_fx.sublayer import Sublayer
-from adaskip_fx.watched import Streams, watching
+from adaskip_fx.calibration.calibrate import tokenize
+from adaskip_fx.model.compiled_model import check_model
+from adaskip_fx.plans.skip_plan import Action, SkipPlan
+from adaskip_fx.plans.sublayer import Sublayer
+from adaskip_fx.plans.surrogate import StandIn
+from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.runtime.recorder import Streams, watching
+from adaskip_fx.runtime.runtime import Runtime
 
-from .moments import Moments
-from .rung import Rung
+from .second_moments import Moments
+from .spec import Rung
 
 #: texts, or token ids int64 [1, T]; or several kinds of them, by name
 Texts = Iterable[str | torch.Tensor] | Mapping[str, Iterable[str | torch.Tensor]]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip, PlanPolicy
-from adaskip_fx.profile import Profile
+from adaskip_fx.profiles.profile import Profile
 
-from .rung import Rung
-from .workshop import Kinds, Say, Workshop
+from .session import Kinds, Say, Workshop
+from .spec import Rung
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from adaskip_fx.plan import Action, SkipPlan
-from adaskip_fx.sublayer import Sublayer
+from adaskip_fx.plans.skip_plan import Action, SkipPlan
+from adaskip_fx.plans.sublayer import Sublayer
 
 from .fitter import Fitter
-from .moments import Moments
-from .rung import Rung
+from .second_moments import Moments
+from .spec import Rung
 
 _RIDGE = 1e-2  # of the mean square
 

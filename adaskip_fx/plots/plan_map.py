@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from adaskip_fx.sublayer import Kind, Sublayer
+from adaskip_fx.plans.sublayer import Kind, Sublayer
 
 from .source import Document, items, place
 

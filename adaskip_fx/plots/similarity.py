@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from adaskip_fx.sublayer import Kind, Sublayer
+from adaskip_fx.plans.sublayer import Kind, Sublayer
 
 from .source import Document, items, place
 from .style import heat, look, number_cells, plain

@@ -77,7 +77,7 @@ def _model(document: Document) -> str | None:
 
 def _profile_row(path: Path) -> Document:
     """Mean similarity of each sublayer, and how much its mean differs between samples."""
-    from adaskip_fx.profile import MOMENTS, Profile, ProfileError
+    from adaskip_fx.profiles.profile import MOMENTS, Profile, ProfileError
 
     try:
         profile = Profile.load(path)

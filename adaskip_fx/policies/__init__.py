@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy.typing as npt
 
 from adaskip_fx.policies.adaskip import AdaSkip
+from adaskip_fx.policies.candidates import Compensate, Evaluator
 from adaskip_fx.policies.d3 import D3
 from adaskip_fx.policies.decode_only import DecodeOnly
 from adaskip_fx.policies.early_exit import EarlyExit
 from adaskip_fx.policies.evolve import Evolve
 from adaskip_fx.policies.fitted import Fitted
 from adaskip_fx.policies.greedy import Greedy
-from adaskip_fx.policies.latency import LatencyBudget
+from adaskip_fx.policies.latency_budget import LatencyBudget
 from adaskip_fx.policies.lite_stage import LiteStage, Stage
 from adaskip_fx.policies.llm_drop import LLMDrop
 from adaskip_fx.policies.pop import POP
 from adaskip_fx.policies.reverse_order import ReverseOrder
 from adaskip_fx.policies.router import Route, Router
-from adaskip_fx.policies.searching import Compensate, Evaluator
 from adaskip_fx.policies.short_gpt import ShortGPT
 from adaskip_fx.policies.skip_decode import SkipDecode
 from adaskip_fx.policies.unified_skip import UnifiedSkip
 
 if TYPE_CHECKING:
-    from adaskip_fx.decisions import Decision
-    from adaskip_fx.plan import SkipPlan, Sublayer
-    from adaskip_fx.profile import Profile
+    from adaskip_fx.plans.decisions import Decision
+    from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
+    from adaskip_fx.profiles.profile import Profile
 
 __all__ = [
     "D3",

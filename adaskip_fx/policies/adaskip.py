@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 import numpy.typing as npt
 
-from adaskip_fx.compensation import SANE_FACTORS, Compensation
-from adaskip_fx.plan import Action, SkipPlan, Sublayer
-from adaskip_fx.profile import MOMENTS, Variant
+from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
+from adaskip_fx.plans.surrogates import SANE_FACTORS, Compensation
+from adaskip_fx.profiles.profile import MOMENTS, Variant
 
 if TYPE_CHECKING:
-    from adaskip_fx.profile import Profile
+    from adaskip_fx.profiles.profile import Profile
 
 _COSINE, _BEFORE, _AFTER, _TOKENS = map(
     MOMENTS.index, ("cosine", "before_squared", "after_squared", "tokens")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from adaskip_fx.decisions import map_plans
-from adaskip_fx.phase_plans import decode_only
+from adaskip_fx.plans.decisions import map_plans
+from adaskip_fx.plans.phase_split import decode_only
 from adaskip_fx.policies.adaskip import AdaSkip
 
 if TYPE_CHECKING:
-    from adaskip_fx.decisions import Decision
+    from adaskip_fx.plans.decisions import Decision
     from adaskip_fx.policies import Policy
-    from adaskip_fx.profile import Profile
+    from adaskip_fx.profiles.profile import Profile
 
 
 @dataclass(frozen=True)

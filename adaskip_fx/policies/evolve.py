@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adaskip_fx.policies.adaskip import AdaSkip
-from adaskip_fx.policies.searching import Compensate, Evaluator, candidate, skippable
+from adaskip_fx.policies.candidates import Compensate, Evaluator, candidate, skippable
 
 if TYPE_CHECKING:
-    from adaskip_fx.plan import SkipPlan, Sublayer
+    from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
     from adaskip_fx.policies import PlanPolicy
-    from adaskip_fx.profile import Profile
+    from adaskip_fx.profiles.profile import Profile
 
 
 @dataclass(frozen=True)

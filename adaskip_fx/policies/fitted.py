@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies.adaskip import AdaSkip
 
 if TYPE_CHECKING:
-    from adaskip_fx.profile import Profile
-    from adaskip_fx.sublayer import Sublayer
+    from adaskip_fx.plans.sublayer import Sublayer
+    from adaskip_fx.profiles.profile import Profile
 
 
 @dataclass(frozen=True)

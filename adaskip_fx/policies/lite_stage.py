@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adaskip_fx.decisions import Stages
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.decisions import Stages
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies.adaskip import skip_count
-from adaskip_fx.policies.baseline import plan_without
+from adaskip_fx.policies.base import plan_without
 
 if TYPE_CHECKING:
-    from adaskip_fx.profile import Profile
+    from adaskip_fx.profiles.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class LiteStage:
 
     Budgets are tried from none upwards in each stage's own ranking of attention and ffn, and no
     larger one after one that broke the bound. The authors' early end of generation is
-    `adaskip_fx.stopping.ConfidenceStop`.
+    `adaskip_fx.contrib.stopping.ConfidenceStop`.
 
     stages: at least one.
     bound: accuracy that a stage may lose against its full model.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from adaskip_fx.phase_plans import prefill_only
+from adaskip_fx.plans.phase_split import prefill_only
 from adaskip_fx.policies.early_exit import EarlyExit
 
 if TYPE_CHECKING:
-    from adaskip_fx.plan import SkipPlan
+    from adaskip_fx.plans.skip_plan import SkipPlan
     from adaskip_fx.policies import PlanPolicy
-    from adaskip_fx.profile import Profile
+    from adaskip_fx.profiles.profile import Profile
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from adaskip_fx.decisions import Choice, Option
+from adaskip_fx.plans.decisions import Choice, Option
 from adaskip_fx.policies.adaskip import AdaSkip
 
 if TYPE_CHECKING:
     from adaskip_fx.policies import PlanPolicy
-    from adaskip_fx.profile import Profile
+    from adaskip_fx.profiles.profile import Profile
 
 
 @dataclass(frozen=True)
 class Route:
     """One kind of prompts: its name, what was measured on it, and its mean input embedding.
 
-    `adaskip_fx.routing.learn_routes` makes them from sets of texts.
+    `adaskip_fx.contrib.routing.learn_routes` makes them from sets of texts.
     """
 
     name: str

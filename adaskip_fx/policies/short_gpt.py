@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaskip_fx.policies.adaskip import skip_count
-from adaskip_fx.policies.baseline import plan_without
+from adaskip_fx.policies.base import plan_without
 
 if TYPE_CHECKING:
-    from adaskip_fx.plan import SkipPlan
-    from adaskip_fx.profile import Profile
+    from adaskip_fx.plans.skip_plan import SkipPlan
+    from adaskip_fx.profiles.profile import Profile
 
 
 @dataclass(frozen=True)

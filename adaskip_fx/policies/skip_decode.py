@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from adaskip_fx.policies.depth import DepthSchedule
+from adaskip_fx.policies.depth_schedules import DepthSchedule
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@
 Needs hypothesis for the strategies, and nothing else.
 """
 
+from ..runtime.oracle import Oracle
 from .equivalence import assert_equivalent
-from .oracle import Oracle
 from .strategies import plans, prompts, tiny_configs
 
 __all__ = ["Oracle", "assert_equivalent", "plans", "prompts", "tiny_configs"]

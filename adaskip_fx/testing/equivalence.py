@@ -13,10 +13,10 @@ import torch
 from transformers import DynamicCache
 
 from ..api import build
-from ..plan import Action, Phase, SkipPlan
-from ..runtime import Runtime
-from ..watched import watching
-from .oracle import Oracle, Skips
+from ..plans.skip_plan import Action, Phase, SkipPlan
+from ..runtime.oracle import Oracle, Skips
+from ..runtime.recorder import watching
+from ..runtime.runtime import Runtime
 
 #: Relative errors allowed by default. The compiled model groups operations differently, and picks
 #: other attention kernels; bfloat16 keeps 8 bits of a value, float16 11.

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from ..compensation import Compensation
-from ..plan import Action, SkipPlan
-from ..stand_in import SHAPES, StandIn
-from ..sublayer import Sublayer
+from ..plans.skip_plan import Action, SkipPlan
+from ..plans.sublayer import Sublayer
+from ..plans.surrogate import SHAPES, StandIn
+from ..plans.surrogates import Compensation
 from .equivalence import compiled_for
 from .families import FAMILIES, tiny_config
 

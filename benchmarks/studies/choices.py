@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from adaskip_fx.plan import SkipPlan, Sublayer
+from adaskip_fx.calibration.loss import CalibrationLoss
+from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.policies import (
     D3,
     POP,
@@ -28,8 +29,7 @@ from adaskip_fx.policies import (
     SkipDecode,
     UnifiedSkip,
 )
-from adaskip_fx.profile import Profile
-from adaskip_fx.search import CalibrationLoss
+from adaskip_fx.profiles.profile import Profile
 
 from .setup import Subject
 

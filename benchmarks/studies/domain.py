@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.policies.adaskip import skip_count
 

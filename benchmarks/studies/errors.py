@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adaskip_fx.plan import SkipPlan, Sublayer
+from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 
 from .fits import Fit, chosen_compensations
 from .quality import Cost, add, normalised

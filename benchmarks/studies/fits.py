@@ -9,9 +9,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from adaskip_fx.compensation import Compensation
 from adaskip_fx.fitting import Fitter, Rung
-from adaskip_fx.plan import SkipPlan, Sublayer
+from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
+from adaskip_fx.plans.surrogates import Compensation
 
 from .setup import Subject, Text
 

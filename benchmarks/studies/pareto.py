@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from adaskip_fx.decision_files import load_decision
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.serialization import load_decision
+from adaskip_fx.plans.skip_plan import SkipPlan
 
 from .choices import Choice, chosen_policies, left_out, plans_in
 from .fits import chosen_compensations

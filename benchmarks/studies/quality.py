@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from adaskip_fx.plan import SkipPlan
-from adaskip_fx.runtime import Runtime
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.runtime.runtime import Runtime
 
 _TOKENS = 512  # at a time: distributions over a vocabulary are large
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from adaskip_fx.evaluation.run import evaluate
+from adaskip_fx.evaluation.evaluate import evaluate
 from adaskip_fx.evaluation.tasks.passkey import Passkey
 from adaskip_fx.fitting import Fitter, Rung, Workshop
-from adaskip_fx.loading import choose_device
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.model.load import choose_device
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip, Fitted
 from adaskip_fx.policies.adaskip import skip_count
 

@@ -15,11 +15,11 @@ import torch
 import transformers
 
 from adaskip_fx.api import build
-from adaskip_fx.calibration import left_out
-from adaskip_fx.fingerprint import fingerprint
-from adaskip_fx.loading import load, packaged_model
-from adaskip_fx.profile import Profile
-from adaskip_fx.runtime import Runtime
+from adaskip_fx.calibration.calibrate import left_out
+from adaskip_fx.model.load import load, packaged_model
+from adaskip_fx.profiles.fingerprint import fingerprint
+from adaskip_fx.profiles.profile import Profile
+from adaskip_fx.runtime.runtime import Runtime
 
 Half = Literal["first", "second"]
 #: modules of the standard library whose source is a text; long ones, of several authors
@@ -36,7 +36,7 @@ class Options:
     """What the command line says.
 
     Attributes:
-        model: as `adaskip_fx.loading.load` takes it; SmolLM2-135M-Instruct when None.
+        model: as `adaskip_fx.model.load.load` takes it; SmolLM2-135M-Instruct when None.
         texts: (name, file) of more texts than the two that Python brings.
         only: names of the texts to use; all when empty.
         calibrate: names of the texts that study_recipe calibrates on; the first two when empty.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from adaskip_fx.plan import SkipPlan
-from adaskip_fx.runtime import Runtime
-from adaskip_fx.watched import watching
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.runtime.recorder import watching
+from adaskip_fx.runtime.runtime import Runtime
 
 
 def prompt_streams(

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from adaskip_fx.demo.texts import prompt_ids
+from adaskip_fx.data.reference_text import prompt_ids
 from adaskip_fx.fitting import Rung
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip, Fitted, OnlinePolicy
 
 from .fits import fitter

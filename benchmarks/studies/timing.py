@@ -9,8 +9,8 @@ from statistics import median
 
 import torch
 
-from adaskip_fx.plan import SkipPlan
-from adaskip_fx.runtime import Runtime
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.runtime.runtime import Runtime
 
 
 @dataclass

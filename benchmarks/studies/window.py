@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from adaskip_fx.plan import SkipPlan, Sublayer
+from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.policies import AdaSkip
-from adaskip_fx.profile import MOMENTS, Profile
+from adaskip_fx.profiles.profile import MOMENTS, Profile
 
 from .setup import Options, Subject, open_subject
 from .stats import hit_rate

@@ -14,31 +14,31 @@ For a GPU's decode step: :class:`FuseProjections` gives its pieces operators tha
 once, and a :class:`Recorder` makes a program one CUDA graph.
 """
 
-from .canonical import canonicalize
-from .capture import Binder, Capture, ShapeGuards, capture, describe
-from .compensation import STAND_INS
-from .compiler import PieceCompiler, start_workers
-from .cuda_graphs import Recorder
-from .dead_code import eliminate_dead_code
-from .decode_ops import attend, project
-from .differentiable import differentiable
-from .dynamo import one_at_a_time
-from .effects import written
+from .analysis.effects import written
+from .analysis.residual_branches import Sublayer, find_sublayers
+from .capture.capture import Binder, Capture, ShapeGuards, capture, describe
+from .capture.dynamo import one_at_a_time
+from .capture.python_state import Change, PythonState, describe_tensor, sharing
+from .capture.reads import Reads, readable
+from .capture.repeated_layers.mark import Repeat
+from .capture.repeated_layers.match import Place, place_of
+from .decode.cuda_graphs import Recorder
+from .decode.fuse_projections import FuseProjections
+from .decode.ops import attend, project
 from .errors import RefusedError
-from .flattened import unflatten
-from .link import fuse, link
-from .outline import Piece, outline, piece_of, sublayer_calls
-from .parallel import separate
-from .pipeline import Pass, run_passes, text
-from .probe import MOMENTS, VALID, Probe, ProbeLayers
-from .projections import FuseProjections
-from .python_state import Change, PythonState, describe_tensor, sharing
-from .reads import Reads, readable
-from .repeats import Repeat
-from .skip import Keep, Replacement, Skip, stand_in_inputs
-from .sublayers import Sublayer, find_sublayers
-from .tap import Tap
-from .twins import Place, place_of
+from .link.link import fuse, link
+from .link.piece_compiler import PieceCompiler, start_workers
+from .normalize.canonicalize import canonicalize
+from .normalize.serialize_branches import separate
+from .normalize.unflatten import unflatten
+from .partition.outline import Piece, outline, piece_of, sublayer_calls
+from .transforms.dead_code import eliminate_dead_code
+from .transforms.drop_cache_writes import differentiable
+from .transforms.pass_manager import Pass, run_passes, text
+from .transforms.probe import MOMENTS, VALID, Probe, ProbeLayers
+from .transforms.skip import Keep, Replacement, Skip, stand_in_inputs
+from .transforms.surrogates import STAND_INS
+from .transforms.tap import Tap
 
 __all__ = [
     "MOMENTS",

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from adaskip_fx.calibration import calibrate
-from adaskip_fx.cli import app
-from adaskip_fx.decisions import Schedule
-from adaskip_fx.evaluation.choose import tasks_of
+from adaskip_fx.calibration.calibrate import calibrate
+from adaskip_fx.cli.app import app
+from adaskip_fx.evaluation.task_options import tasks_of
 from adaskip_fx.evaluation.tasks import Passkey, Perplexity, Trec
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.plans.decisions import Schedule
+from adaskip_fx.plans.serialization import save_decision
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from tests.evaluation.toys import SUBLAYERS, tiny_llama, tokenizer
 
@@ -69,7 +70,7 @@ def test_eval_prints_a_table_and_writes_a_file(folder: Path, tmp_path: Path) -> 
 def test_eval_of_a_schedule(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     plans = (SkipPlan.empty(SUBLAYERS), SkipPlan.of(SUBLAYERS, [], decode_extra=["0.ffn"]))
-    Schedule(((0, plans[0]), (3, plans[1]))).save(tmp_path / "schedule")
+    save_decision(Schedule(((0, plans[0]), (3, plans[1]))), tmp_path / "schedule")
     result = run(
         *("eval", folder, "--plan", tmp_path / "schedule", "--backend", "eager", "--json", out),
         *("--task", "decode_perplexity", "--set", "decode_perplexity.steps=6"),

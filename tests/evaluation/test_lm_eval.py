@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from adaskip_fx.calibration import calibrate
-from adaskip_fx.evaluation.ran import NotMeasuredError, SkipPathError
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.calibration.calibrate import calibrate
+from adaskip_fx.evaluation.execution_check import NotMeasuredError, SkipPathError
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from tests.evaluation.toys import SUBLAYERS, compiled, tiny_llama, tokenizer
 
@@ -80,10 +80,10 @@ def own() -> Iterator[Any]:
 def adaskip(plan: SkipPlan = PLAN, **options: Any) -> Any:
     from lm_eval.api.registry import get_model
 
-    from adaskip_fx.evaluation import lm_eval_model
+    from adaskip_fx.evaluation.lm_eval import model
 
     made = get_model("adaskip")  # as the harness finds it
-    assert made is lm_eval_model.AdaSkipLM
+    assert made is model.AdaSkipLM
     return made(
         pretrained=tiny_llama(), tokenizer=tokenizer(), plan=plan, inner_backend="eager", **options
     )
@@ -126,7 +126,7 @@ def test_another_plan_gives_other_answers(own: Any) -> None:
 def test_from_a_folder_as_the_command_line_gives_it(tmp_path: Path) -> None:
     from lm_eval.api.registry import get_model
 
-    from adaskip_fx.evaluation import lm_eval_model  # noqa: F401  # registers it
+    import adaskip_fx.evaluation.lm_eval.model  # noqa: F401  # registers it
 
     tiny = tiny_llama()
     tiny.save_pretrained(tmp_path / "model")
@@ -150,7 +150,7 @@ def test_from_a_folder_as_the_command_line_gives_it(tmp_path: Path) -> None:
 
 
 def test_what_it_refuses() -> None:
-    from adaskip_fx.evaluation.lm_eval_model import AdaSkipLM
+    from adaskip_fx.evaluation.lm_eval.model import AdaSkipLM
 
     with pytest.raises(ValueError, match=r"needs profile=FOLDER or plan=FILE in --model_args"):
         AdaSkipLM("model")
@@ -167,13 +167,13 @@ def test_the_command_knows_the_model_and_says_what_is_missing() -> None:
         "import sys\n"
         "import lm_eval.__main__ as harness\n"
         "from lm_eval.api.registry import model_registry\n"
-        "from adaskip_fx.evaluation import lm_eval_command\n"
+        "from adaskip_fx.evaluation.lm_eval import command\n"
         "harness.cli_evaluate = lambda: print('adaskip' in model_registry)\n"
         "print('adaskip' in model_registry)\n"
-        "lm_eval_command.main()\n"
+        "command.main()\n"
         "for name in [n for n in sys.modules if n.startswith('lm_eval')]:\n"
         "    sys.modules[name] = None\n"
-        "lm_eval_command.main()\n"
+        "command.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "True"]

@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 
 from adaskip_fx.evaluation.examples import Choose, Generate
-from adaskip_fx.evaluation.records import read_records
+from adaskip_fx.evaluation.json_records import read_records
 from adaskip_fx.evaluation.scoring import score
-from adaskip_fx.evaluation.tasks import (
-    TASKS,
-    KeyValue,
-    MultiDocumentQA,
-    Summary,
-    Trec,
-    TriviaQA,
-)
+from adaskip_fx.evaluation.tasks import TASKS, KeyValue, MultiDocumentQA, Summary, Trec, TriviaQA
 from adaskip_fx.evaluation.tasks.trec import LABELS, read_labels
 from tests.evaluation.toys import encoded, knows, says, tokenizer
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from adaskip_fx.evaluation.predictions import Bucket, by_position, perplexity
 from adaskip_fx.evaluation.result import Scores, standard_error
+from adaskip_fx.evaluation.token_metrics import Bucket, by_position, perplexity
 
 
 def _logits(tokens: int, seed: int) -> torch.Tensor:

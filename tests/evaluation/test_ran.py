@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from adaskip_fx import programs
-from adaskip_fx.decisions import Choice, Decision, Option, Schedule, Stages
 from adaskip_fx.evaluation.examples import Generate, Recall
-from adaskip_fx.evaluation.ran import (
+from adaskip_fx.evaluation.execution_check import (
     NotMeasuredError,
     PhaseRan,
     Ran,
@@ -21,9 +19,11 @@ from adaskip_fx.evaluation.ran import (
     watched,
 )
 from adaskip_fx.evaluation.scoring import score
-from adaskip_fx.plan import Action, SkipPlan
+from adaskip_fx.plans.decisions import Choice, Decision, Option, Schedule, Stages
+from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_fx.policies import AdaSkip
-from adaskip_fx.prompts import mean_embedding
+from adaskip_fx.programs import program
+from adaskip_fx.runtime.prompts import mean_embedding
 from tests.bank import profile_of
 from tests.evaluation.toys import SUBLAYERS, Compiled, compiled, encoded, tokenizer
 
@@ -111,7 +111,7 @@ def test_programs_say_what_they_call() -> None:
     subject, calls = compiled(), []
     for skip in ([], ["0.attention"], ["0.attention", "1.ffn"]):
         with subject.using(*skip) as fast:
-            seen: list[programs.Program] = []
+            seen: list[program.Program] = []
             subject.runtime.observer = lambda program, plan, tokens, s=seen: s.append(program)
             score(fast, tokenizer(), Recall(PROMPT, encoded("abc")))
             subject.runtime.observer = None
@@ -166,12 +166,12 @@ def _under(decision: Decision, example: Generate) -> Ran:
 
 def _linking(monkeypatch: pytest.MonkeyPatch, plan: SkipPlan) -> None:
     """Programs are linked for this plan, whatever they are asked for."""
-    real = programs.rewrite
+    real = program.rewrite
 
     def rewrite(outer: Any, sublayers: Any, asked: Any, *rest: Any, **options: Any) -> Any:
         return real(outer, sublayers, plan, *rest, **options)
 
-    monkeypatch.setattr(programs, "rewrite", rewrite)
+    monkeypatch.setattr(program, "rewrite", rewrite)
 
 
 def test_programs_that_run_everything_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

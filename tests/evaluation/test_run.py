@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from adaskip_fx.evaluation.evaluate import digest, evaluate
 from adaskip_fx.evaluation.examples import Choose, Generate, Predict, Recall
-from adaskip_fx.evaluation.ran import NotMeasuredError
-from adaskip_fx.evaluation.run import digest, evaluate
+from adaskip_fx.evaluation.execution_check import NotMeasuredError
 from adaskip_fx.evaluation.task import TaskOptions
 from adaskip_fx.evaluation.tasks import (
     CommonWords,

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from adaskip_fx.demo.texts import halves
+from adaskip_fx.data.reference_text import halves
+from adaskip_fx.evaluation.evaluate import digest
 from adaskip_fx.evaluation.examples import Example, Generate, Predict, Recall
-from adaskip_fx.evaluation.fitting import continuation, fit
 from adaskip_fx.evaluation.haystack import hide, paragraphs, words
-from adaskip_fx.evaluation.run import digest
+from adaskip_fx.evaluation.prompts import continuation, fit
 from adaskip_fx.evaluation.tasks import (
     CommonWords,
     DecodePerplexity,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from adaskip_fx.evaluation.text_scores import (
+from adaskip_fx.evaluation.text_metrics import (
     METRICS,
     contains,
     contains_all,

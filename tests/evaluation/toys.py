@@ -15,9 +15,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adaskip_fx.api import build
-from adaskip_fx.plan import SkipPlan
-from adaskip_fx.runtime import Runtime
-from adaskip_fx.sublayer import Sublayer
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.plans.sublayer import Sublayer
+from adaskip_fx.runtime.runtime import Runtime
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"

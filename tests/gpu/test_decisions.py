@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from adaskip_fx.decisions import Schedule
-from adaskip_fx.phase_plans import decode_only, prefill_only
-from adaskip_fx.search import CalibrationLoss
+from adaskip_fx.calibration.loss import CalibrationLoss
+from adaskip_fx.plans.decisions import Schedule
+from adaskip_fx.plans.phase_split import decode_only, prefill_only
 from tests.bank import make_model
 from tests.gpu.test_decode_graphs import OnGpu, on_gpu
 from tests.test_decisions import check

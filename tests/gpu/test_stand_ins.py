@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.plan import Action, SkipPlan
-from adaskip_fx.stand_in import SHAPES
+from adaskip_fx.plans.skip_plan import Action, SkipPlan
+from adaskip_fx.plans.surrogate import SHAPES
+from adaskip_fx.plans.surrogates import Compensation
 from adaskip_fx.testing import assert_equivalent
 from tests.bank import entry, make_model
 from tests.test_stand_in import stand_in

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from adaskip_passes import eliminate_dead_code
-from adaskip_passes.effects import (
+from adaskip_passes.analysis.effects import (
     accesses,
     dependencies,
     is_mutation,

@@ -24,7 +24,7 @@ from adaskip_passes import (
     run_passes,
     text,
 )
-from adaskip_passes.keys import structural_key
+from adaskip_passes.analysis.structural_key import structural_key
 from tests.passes.decoders import (
     ROOM,
     SHAPES,

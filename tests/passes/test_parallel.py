@@ -28,7 +28,7 @@ from adaskip_passes import (
     separate,
     text,
 )
-from adaskip_passes.parallel import earlier
+from adaskip_passes.normalize.serialize_branches import earlier
 from tests.passes.decoders import (
     SHAPES,
     Attention,

@@ -20,9 +20,9 @@ from adaskip_passes import (
     run_passes,
     text,
 )
-from adaskip_passes import pipeline as pipeline_module
-from adaskip_passes.outline import PIECE
-from adaskip_passes.pipeline import Step
+from adaskip_passes.partition.outline import PIECE
+from adaskip_passes.transforms import pass_manager as pipeline_module
+from adaskip_passes.transforms.pass_manager import Step
 from tests.passes.decoders import Shape, arguments, call, shared
 from tests.passes.reference import Instead, eager
 

@@ -25,7 +25,7 @@ from adaskip_passes import (
     run_passes,
     text,
 )
-from adaskip_passes.probe import measure_together, probe_piece
+from adaskip_passes.transforms.probe import measure_together, probe_piece
 from tests.passes.decoders import (
     SHAPES,
     Block,

@@ -14,8 +14,8 @@ from torch.nn import functional
 from torch.nn.functional import linear, silu
 
 from adaskip_passes import FuseProjections, attend, project
-from adaskip_passes.ahead import compile_ahead
-from adaskip_passes.effects import operation
+from adaskip_passes.analysis.effects import operation
+from adaskip_passes.decode.precompile import compile_ahead
 
 PROJECT = torch.ops.adaskip.project.default
 EPS = 1e-5

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adaskip_passes import Capture, Place, RefusedError, Repeat, capture, place_of, repeats
+from adaskip_passes import Capture, Place, RefusedError, Repeat, capture, place_of
+from adaskip_passes.capture.repeated_layers import mark
 from tests.passes.canonical import inputs, lines
 from tests.passes.decoders import (
     BLOCKS,
@@ -423,7 +424,7 @@ def test_whoever_runs_the_model_meanwhile_runs_the_model() -> None:
     state = {"L['memory'].slots": args["memory"].slots}
     repeat = Repeat.of("model", args["model"], state, (args["memory"],))
     assert repeat is not None
-    with repeats.marked(repeat, repeat.first()):
+    with mark.marked(repeat, repeat.first()):
         assert torch.equal(step(**args)[0], expected)  # type: ignore[arg-type]
 
 
@@ -504,7 +505,7 @@ def test_while_it_is_traced_it_is_not() -> None:
     model, memory = Variant(), Memory(SHAPE, 7)
     repeat = Repeat.of("model", model, {"L['memory'].slots": memory.slots}, (memory,))
     assert repeat is not None
-    with repeats.marked(repeat, repeat.first()):
+    with mark.marked(repeat, repeat.first()):
         assert all(type(layer) is not Placed for layer in model.layers)
         places: list[Any] = [layer.layer_idx for layer in model.layers]
         assert [isinstance(p, Place) for p in places] == [True, False, False, False]

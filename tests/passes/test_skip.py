@@ -23,7 +23,7 @@ from adaskip_passes import (
     run_passes,
     text,
 )
-from adaskip_passes.skip import residue
+from adaskip_passes.transforms.skip import residue
 from tests.passes.decoders import (
     ROOM,
     SHAPES,

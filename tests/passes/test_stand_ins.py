@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from adaskip_passes import STAND_INS, FuseProjections, Piece
-from adaskip_passes.compensation import stand_in_examples, stand_in_piece
+from adaskip_passes.transforms.surrogates import stand_in_examples, stand_in_piece
 
 HIDDEN, RANK = 16, 3
 

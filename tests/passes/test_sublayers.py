@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from adaskip_passes import RefusedError, Sublayer, find_sublayers
-from adaskip_passes.sublayers import module_path
+from adaskip_passes.analysis.residual_branches import module_path
 from tests.passes.decoders import (
     BLOCKS,
     Attention,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adaskip_passes import Place, place_of
-from adaskip_passes.twins import twins
+from adaskip_passes.capture.repeated_layers.match import twins
 from tests.passes.decoders import Block, Shape
 
 SHAPE = Shape()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from adaskip_passes import RefusedError, Replacement, Skip, find_sublayers, link, run_passes
-from adaskip_passes.widened import widen
+from adaskip_passes.normalize.upcast import widen
 from tests.passes.decoders import (
     Block,
     Decoder,

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip_fx.decisions import Schedule
-from adaskip_fx.plan import Action
+from adaskip_fx.plans.decisions import Schedule
+from adaskip_fx.plans.skip_plan import Action
 from adaskip_fx.policies import D3, SkipDecode
-from adaskip_fx.policies.depth import DepthSchedule, coarse
+from adaskip_fx.policies.depth_schedules import DepthSchedule, coarse
 from tests.test_baselines import profile
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import adaskip_fx
-from adaskip_fx.plan import SkipPlan
+from adaskip_fx.contrib.stopping import ConfidenceStop
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import LiteStage, Stage
-from adaskip_fx.stopping import ConfidenceStop
 from tests.bank import entry, profile_of
 from tests.test_baselines import profile
 from tests.test_decisions import NAMES, SHAPE
@@ -79,7 +79,7 @@ def test_a_compiled_model_runs_the_stage_that_is_set() -> None:
     bank = entry(SHAPE)
     similarity = dict(zip(NAMES, [0.1, 0.9, 0.8, 0.2, 0.3, 0.7], strict=True))
     stages = (stage("a", [2, 1, 1], [1, 1, 0]), stage("b", [3, 2, 1], [1, 1, 1]))
-    from adaskip_fx.fingerprint import fingerprint
+    from adaskip_fx.profiles.fingerprint import fingerprint
 
     plain = profile_of(bank, similarity)
     measured = adaskip_fx.Profile(plain.sublayers, plain.moments, fingerprint(bank.model), {}, {})

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adaskip_fx.phase_plans import decode_only, prefill_only
-from adaskip_fx.plan import Action, PlanError, SkipPlan
+from adaskip_fx.plans.phase_split import decode_only, prefill_only
+from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
 from adaskip_fx.policies import POP, AdaSkip, DecodeOnly, EarlyExit, OnlinePolicy, SkipDecode
 from tests.bank import entry, profile_of
 from tests.test_baselines import profile

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import adaskip_fx
-from adaskip_fx.decisions import Choice
+from adaskip_fx.contrib.routing import learn_routes
+from adaskip_fx.plans.decisions import Choice
 from adaskip_fx.policies import AdaSkip, LLMDrop, Route, Router
-from adaskip_fx.profile import Profile
-from adaskip_fx.routing import learn_routes
+from adaskip_fx.profiles.profile import Profile
 from tests.bank import make_model
 from tests.test_baselines import profile
 from tests.test_calibrate import Letters, ids_of

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip_fx.compensation import Compensation
-from adaskip_fx.plan import SkipPlan, Sublayer
+from adaskip_fx.calibration.loss import CalibrationLoss
+from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
+from adaskip_fx.plans.surrogates import Compensation
 from adaskip_fx.policies import AdaSkip, Evolve, Greedy, LLMDrop, OnlinePolicy
-from adaskip_fx.search import CalibrationLoss
 from tests.bank import entry, profile_of
 from tests.test_baselines import KINDS, profile
 from tests.test_decisions import SHAPE

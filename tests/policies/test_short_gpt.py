@@ -11,7 +11,7 @@ import torch
 
 import adaskip_fx
 from adaskip_fx.policies import ShortGPT
-from adaskip_fx.profile import Fingerprint, Profile, ProfileError
+from adaskip_fx.profiles.profile import Fingerprint, Profile, ProfileError
 from tests.bank import make_model
 from tests.oracle import moments, plain_streams
 from tests.test_baselines import layers_of, profile

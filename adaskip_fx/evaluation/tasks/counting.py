@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adaskip_fx.evaluation.examples import Generate, Tokens
-from adaskip_fx.evaluation.fitting import fit, message
 from adaskip_fx.evaluation.haystack import words
+from adaskip_fx.evaluation.prompts import fit, message
 from adaskip_fx.evaluation.task import TaskOptions
 
 

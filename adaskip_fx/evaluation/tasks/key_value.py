@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from adaskip_fx.evaluation.examples import Example, Tokens
-from adaskip_fx.evaluation.fitting import ask, fit, message
-from adaskip_fx.evaluation.records import read_records, wrong
+from adaskip_fx.evaluation.json_records import read_records, wrong
+from adaskip_fx.evaluation.prompts import ask, fit, message
 from adaskip_fx.evaluation.task import TaskOptions
 
 Pair: TypeAlias = tuple[str, str]

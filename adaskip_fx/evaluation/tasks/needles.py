@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adaskip_fx.evaluation.examples import Example, Tokens
-from adaskip_fx.evaluation.fitting import ask, fit, message
 from adaskip_fx.evaluation.haystack import filling, hide, words
+from adaskip_fx.evaluation.prompts import ask, fit, message
 from adaskip_fx.evaluation.task import TaskOptions
 
 _NEEDLE = "The locker number of {word} is {number}."

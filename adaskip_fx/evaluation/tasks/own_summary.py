@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adaskip_fx.evaluation.examples import Generate, Tokens
-from adaskip_fx.evaluation.fitting import fit, message
 from adaskip_fx.evaluation.haystack import filling
+from adaskip_fx.evaluation.prompts import fit, message
 from adaskip_fx.evaluation.task import TaskOptions
 
 INSTRUCTION = "Summarize the text above."

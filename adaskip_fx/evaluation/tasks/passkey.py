@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from adaskip_fx.demo.texts import INSTRUCTION, NEEDLE, OPENING, QUESTION
+from adaskip_fx.data.reference_text import INSTRUCTION, NEEDLE, OPENING, QUESTION
 from adaskip_fx.evaluation.examples import Example, Tokens
-from adaskip_fx.evaluation.fitting import ask, fit, message
 from adaskip_fx.evaluation.haystack import filling, hide
+from adaskip_fx.evaluation.prompts import ask, fit, message
 from adaskip_fx.evaluation.task import TaskOptions
 
 

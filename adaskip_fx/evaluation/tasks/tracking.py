@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adaskip_fx.evaluation.examples import Generate, Tokens
-from adaskip_fx.evaluation.fitting import fit, message
 from adaskip_fx.evaluation.haystack import filling, hide
+from adaskip_fx.evaluation.prompts import fit, message
 from adaskip_fx.evaluation.task import TaskOptions
 
 _INSTRUCTION = "Assignments of variables are hidden in the text below. Follow them.\n\n"

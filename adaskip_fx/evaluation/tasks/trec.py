@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
 from adaskip_fx.evaluation.examples import Choose, Tokens
-from adaskip_fx.evaluation.fitting import continuation, fit, plain
 from adaskip_fx.evaluation.haystack import read_text
+from adaskip_fx.evaluation.prompts import continuation, fit, plain
 from adaskip_fx.evaluation.task import TaskOptions, needed
 
 _WHAT = "questions as lines `COARSE:fine question` (latin-1)"

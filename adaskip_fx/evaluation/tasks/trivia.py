@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from adaskip_fx.evaluation.examples import Generate, Tokens
-from adaskip_fx.evaluation.fitting import fit, plain
-from adaskip_fx.evaluation.records import answers_of, read_records, text_of
+from adaskip_fx.evaluation.json_records import answers_of, read_records, text_of
+from adaskip_fx.evaluation.prompts import fit, plain
 from adaskip_fx.evaluation.task import TaskOptions, needed
 
 _WHAT = (

@@ -1,0 +1,145 @@
+"""Offline learning: run the instrumented full model over texts and keep what it measured."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from ..api import build
+from ..model.compiled_model import check_model
+from ..plans.sublayer import Sublayer
+from ..profiles.fingerprint import fingerprint
+from ..profiles.profile import MOMENTS, Array, Profile
+
+_MIN_TOKENS = 16  # of a sample: fewer say nothing about long contexts
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    max_length: int = 2048,
+    *,
+    backend: str = "eager",
+    progress: Callable[[int, int], None] | None = None,
+) -> Profile:
+    """Measure how much each sublayer changes the residual stream (AdaSkip, eq. 1 to 3).
+
+    Each text is one sample; of a longer one the first `max_length` tokens are used. Probes run in
+    float32 on the device, over all tokens of the prompt. A token whose stream is of length zero or
+    not finite does not count for the sublayer there; the profile says how many did not.
+
+    Args:
+        model: a transformers decoder in evaluation mode; it is not changed.
+        tokenizer: the model's; called on each text.
+        texts: what the model will be used on, or close to it.
+        max_length: tokens of a sample at most.
+        backend: inner torch.compile backend; ``"eager"`` needs no compilation.
+        progress: called with (samples done, samples in all).
+
+    Raises:
+        ValueError: no text, a text of fewer than 16 tokens, such a `max_length`, or a text of
+            which less than half counts for some sublayer.
+        RefusedError: the model's sublayers cannot be captured or proven.
+    """
+    check_model(model)
+    samples = tokenize(model, tokenizer, texts, max_length)
+    runtime = build(model, None, backend=backend).adaskip
+    moments = []
+    for done, ids in enumerate(samples):
+        if progress is not None:
+            progress(done, len(samples))
+        reading = runtime.measure(ids.to(model.device), layers=True)
+        moments.append(reading[:, 0].double().cpu().numpy())
+    if progress is not None:
+        progress(len(samples), len(samples))
+    measured, layers = np.split(np.stack(moments), [len(runtime.sublayers)], axis=1)
+    return Profile(
+        sublayers=runtime.sublayers,
+        moments=measured,
+        layers=layers,
+        left_out=left_out(runtime.sublayers, measured, [ids.shape[1] for ids in samples]),
+        fingerprint=fingerprint(model),
+        versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
+        calibration={
+            "samples": len(samples),
+            "max_length": max_length,
+            "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
+            "tokens_sha256": _digest(samples),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+    )
+
+
+def tokenize(
+    model: Any, tokenizer: Any, texts: Iterable[str], max_length: int
+) -> list[torch.Tensor]:
+    """One int64 tensor [1, tokens] per text, without what the tokenizer's mask leaves out.
+
+    A masked token is seen by no other one and takes no position, so a text without it is the same
+    text.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts must be a sequence of texts, not one string")
+    if not isinstance(max_length, int) or max_length < _MIN_TOKENS:
+        raise ValueError(f"max_length {max_length!r} is less than {_MIN_TOKENS} tokens")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and max_length > longest:
+        raise ValueError(f"max_length {max_length} is more than the model's {longest} positions")
+    samples = []
+    for index, text in enumerate(texts):
+        encoded = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+        sample = unmasked(encoded)
+        if sample.shape[1] < _MIN_TOKENS:
+            raise ValueError(
+                f"calibration text {index} has {sample.shape[1]} tokens; at least {_MIN_TOKENS} "
+                "are needed. Use longer texts, like those the model will see"
+            )
+        samples.append(sample)
+    if not samples:
+        raise ValueError("no calibration text was given; pass at least one text")
+    return samples
+
+
+def unmasked(encoded: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The ids [1, tokens] of one encoded text, without those that its mask leaves out."""
+    ids: torch.Tensor = encoded["input_ids"]
+    if "attention_mask" in encoded:
+        ids = ids[encoded["attention_mask"].bool()][None]
+    return ids
+
+
+def left_out(sublayers: Sequence[Sublayer], moments: Array, tokens: Sequence[int]) -> Array:
+    """How many of each sample's `tokens` the moments leave out, [samples, sublayers].
+
+    Args:
+        sublayers: what was measured.
+        moments: [samples, sublayers, 5].
+        tokens: of each sample.
+
+    Raises:
+        ValueError: more than half of a sample is left out somewhere: the rest does not stand for
+            it. Names the first sublayer where that is so.
+    """
+    missing = np.asarray(tokens)[:, None] - moments[:, :, MOMENTS.index("tokens")]
+    for sample, sublayer in np.argwhere(missing * 2 > np.asarray(tokens)[:, None]):
+        raise ValueError(
+            f"calibration text {sample}: at {sublayers[sublayer]} the residual stream of "
+            f"{missing[sample, sublayer]:.0f} of its {tokens[sample]} tokens is zero or not "
+            "finite, so nothing can be learned there. Leave the text out, or load the model in a "
+            "wider dtype (bfloat16 or float32 instead of float16) if it overflows"
+        )
+    return missing
+
+
+def _digest(samples: list[torch.Tensor]) -> str:
+    joined = hashlib.sha256()
+    for ids in samples:
+        joined.update(np.ascontiguousarray(ids.cpu().numpy(), dtype="<i8").tobytes())
+        joined.update(b"|")
+    return joined.hexdigest()

@@ -1,0 +1,214 @@
+"""What a compiled model really ran, read from the graphs of the programs that it called.
+
+A number for a model that skips is worth nothing if it did not skip. So every step of an evaluation
+is watched: the sublayers that its program calls are compared with the plan in force, and counted,
+prompts and decode steps apart. The plan is never taken for what happened. And a plan that changes
+only steps which a task does not run is not what the task measured: that is refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from adaskip_fx.plans.decisions import Choice, plans_of
+from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan
+from adaskip_fx.plans.sublayer import Sublayer
+from adaskip_fx.programs.program import Program, plan_phase
+from adaskip_fx.runtime.runtime import Runtime
+from adaskip_fx.utils.files import JSON
+
+#: See `Runtime.observer`.
+Observer = Callable[[Program, SkipPlan, int], None]
+
+
+class SkipPathError(RuntimeError):
+    """A compiled model ran other sublayers than its plan says, or was not run at all."""
+
+
+class NotMeasuredError(ValueError):
+    """What ran was the full model: no step was of a kind that the plan changes."""
+
+
+@dataclass(frozen=True)
+class PhaseRan:
+    """What ran in one phase of an evaluation.
+
+    Attributes:
+        steps: calls of the model.
+        tokens: rows times tokens, over all steps.
+        ran: for each sublayer of the model how many tokens went through it.
+    """
+
+    steps: int
+    tokens: int
+    ran: Mapping[Sublayer, int]
+
+    @property
+    def fraction(self) -> float | None:
+        """Share of all sublayers, over all tokens, that was left out; None without a token.
+
+        A sublayer of which only K/V is written counts as left out.
+        """
+        if not self.tokens:
+            return None
+        every = self.tokens * len(self.ran)
+        return (every - sum(self.ran.values())) / every
+
+    def to_json(self) -> dict[str, JSON]:
+        """Counts, the fraction, and how often each sublayer that was ever left out was."""
+        left_out = {str(s): self.tokens - n for s, n in self.ran.items() if n < self.tokens}
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "skipped_fraction": self.fraction,
+            "tokens_skipped": left_out,
+        }
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What ran in an evaluation of a compiled model.
+
+    Attributes:
+        prefill: over prompts, those that continue a request as well.
+        decode: over steps of one token; the last one of a prompt that runs as in decode as well.
+        plans: digests of the plans in force, in the order in which they came up.
+    """
+
+    prefill: PhaseRan
+    decode: PhaseRan
+    plans: tuple[str, ...]
+
+    def to_json(self) -> dict[str, JSON]:
+        """Both phases, and the plans."""
+        phases = {"prefill": self.prefill.to_json(), "decode": self.decode.to_json()}
+        return {**phases, "plans": list(self.plans)}
+
+
+@dataclass
+class Watch:
+    """Counts the steps of one compiled model and refuses those that do not follow the plan."""
+
+    runtime: Runtime
+    _steps: Counter[Phase] = field(default_factory=Counter)
+    _tokens: Counter[Phase] = field(default_factory=Counter)
+    _ran: dict[Phase, Counter[Sublayer]] = field(
+        default_factory=lambda: {phase: Counter() for phase in get_args(Phase)}
+    )
+    _plans: dict[str, SkipPlan] = field(default_factory=dict)
+
+    def __call__(self, program: Program, plan: SkipPlan, tokens: int) -> None:
+        """One step; see `Runtime.observer`.
+
+        Raises:
+            SkipPathError: the program does not call the sublayers that the plan says.
+        """
+        phase = plan_phase(program.phase.key.phase)
+        check_followed(plan, phase, program.runs)
+        self._steps[phase] += 1
+        self._tokens[phase] += tokens
+        self._ran[phase].update(dict.fromkeys(program.runs, tokens))
+        self._plans[plan.digest] = plan
+
+    def read(self) -> Ran:
+        """What has run so far.
+
+        Raises:
+            SkipPathError: nothing has.
+        """
+        if not self._steps:
+            raise SkipPathError(
+                "no step of the compiled model was seen, so what was measured was not measured "
+                "on it; call the compiled model itself, not the model that it was made from"
+            )
+        return Ran(self._phase("prefill"), self._phase("decode"), tuple(self._plans))
+
+    def check_measured(self, what: str) -> None:
+        """Refuse what ran if it was the full model, though the plan leaves out something.
+
+        Of a choice among plans those count that were chosen; the others are what it is about.
+
+        Args:
+            what: what was asked, for the message.
+
+        Raises:
+            NotMeasuredError: says what ran, and in which steps the plan would have left out what.
+        """
+        phases = get_args(Phase)
+        ran = {phase: self._phase(phase) for phase in phases}
+        if not self._steps or any(r.fraction for r in ran.values()):
+            return
+        decision = self.runtime.decision
+        plans = self._plans.values() if isinstance(decision, Choice) else plans_of(decision)
+        meant = {phase: _left_out(plans, phase) for phase in phases}
+        parts = [f"{', '.join(map(str, some))} in {phase}" for phase, some in meant.items() if some]
+        if parts:
+            prompts, steps = (ran[phase].steps for phase in phases)
+            raise NotMeasuredError(
+                f"{what} ran {prompts} prompts and {steps} decode steps, and nothing was left out "
+                f"in any of them: the plan leaves out {' and '.join(parts)}. What was measured is "
+                "the full model. Choose a task that runs such steps (one that generates its "
+                "answers, or decode_perplexity), or another plan"
+            )
+
+    def _phase(self, phase: Phase) -> PhaseRan:
+        ran = {s: self._ran[phase][s] for s in self.runtime.sublayers}
+        return PhaseRan(self._steps[phase], self._tokens[phase], ran)
+
+
+def _left_out(plans: Iterable[SkipPlan], phase: Phase) -> list[Sublayer]:
+    """What any of these plans does not run in `phase`."""
+    found = (getattr(plan, phase) for plan in plans)
+    return sorted({sublayer for actions in found for sublayer in actions})
+
+
+def check_followed(plan: SkipPlan, phase: Phase, runs: frozenset[Sublayer]) -> None:
+    """Refuse a program of `phase` that calls `runs` under `plan`, unless these are its sublayers.
+
+    Raises:
+        SkipPathError: names what ran and should not have, or the other way round.
+    """
+    wanted = {s for s in plan.sublayers if plan.action(phase, s) is Action.RUN}
+    if runs == wanted:
+        return
+    head = (
+        f"plan {plan.digest[:8]} runs {len(wanted)} of {len(plan.sublayers)} sublayers in {phase}, "
+        f"but the program that was used runs {len(runs)}"
+    )
+    extra, missing = (sorted(map(str, s)) for s in (runs - wanted, wanted - runs))
+    parts = [f"{', '.join(extra)} should have been left out"] if extra else []
+    parts += [f"{', '.join(missing)} should have been run"] if missing else []
+    raise SkipPathError(
+        f"{head}: {'; '.join(parts)}. What was measured is not this plan; this is a fault of "
+        "adaskip_fx, please report it with the plan"
+    )
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[Watch | None]:
+    """Watch a compiled model's steps inside of the block; None for a model that is not compiled.
+
+    Who watches already goes on watching.
+    """
+    runtime = getattr(model, "adaskip", None)
+    if not isinstance(runtime, Runtime):
+        yield None
+        return
+    before, watch = runtime.observer, Watch(runtime)
+    runtime.observer = watch if before is None else _both(before, watch)
+    try:
+        yield watch
+    finally:
+        runtime.observer = before
+
+
+def _both(first: Observer, second: Observer) -> Observer:
+    def observer(program: Program, plan: SkipPlan, tokens: int) -> None:
+        first(program, plan, tokens)
+        second(program, plan, tokens)
+
+    return observer

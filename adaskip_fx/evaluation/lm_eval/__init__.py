@@ -1,0 +1,1 @@
+"""An adapter for EleutherAI's lm-evaluation-harness, and its command."""

@@ -1,0 +1,183 @@
+"""A request's memory in a file: a long prefix is computed once, and many processes go on from it.
+
+The file is one of safetensors: keys, values and states of the filled part, as the request stored
+them, and what they belong to as JSON in its metadata. Keys and values are those of one model under
+one plan; read by another, they would give text that looks like an answer. So the file names both,
+and what does not fit is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import torch
+from safetensors.torch import save as bytes_of
+
+from ..plans.decisions import Choice, Decision, plans_of
+from ..plans.skip_plan import SkipPlan
+from ..profiles.fingerprint import Fingerprint, fingerprint
+from ..utils.files import JSON, canonical_digest, check_digest, write_atomically
+from .cache import SkipCache
+
+if TYPE_CHECKING:
+    from ..runtime.runtime import Runtime
+
+SCHEMA = 1
+_KEY = "adaskip_cache"
+_ABOUT = ("model", "plan", "dtype", "length", "batch", "padded", "sha256")
+_REDO = "run the prefix again and save its cache"
+
+
+class SavedCacheError(ValueError):
+    """A saved cache cannot be read, or does not belong here; the message says why."""
+
+
+def save(cache: SkipCache, path: Path) -> None:
+    """Write a cache's filled part to the file `path`; an old file stays until the new is whole.
+
+    Raises:
+        SavedCacheError: nothing is stored yet.
+    """
+    if not cache.length:
+        raise SavedCacheError(f"{path}: this cache is empty; save it after a prompt")
+    tensors = {name: t.contiguous().cpu() for name, t in cache.named_tensors().items()}
+    about: dict[str, JSON] = {
+        "schema": SCHEMA,
+        "model": asdict(fingerprint(cache.owner.model)),
+        "plan": cache.request.plan.digest,
+        "dtype": _name(cache.dtype),
+        "length": cache.length,
+        "batch": cache.batch,
+        "padded": cache.padded,
+        "sha256": _sha256(tensors),
+    }
+    about["digest"] = canonical_digest(about)
+    write_atomically(path, bytes_of(tensors, {_KEY: json.dumps(about)}))
+
+
+def load_cache(runtime: Runtime, path: str | Path, plan: Decision | None = None) -> SkipCache:
+    """A cache with what `save` wrote to the file `path`, at the beginning of a turn.
+
+    Args:
+        runtime: of a compiled model of the same model.
+        path: of the file.
+        plan: what the request goes on with, if not the runtime's decision. Its prompts' plan is the
+            one that the file was made with; of a choice among plans, it is one of them.
+
+    Raises:
+        SavedCacheError: the file is not one of these, is truncated, or belongs to another model or
+            plan; the message says what is wrong and what to do.
+    """
+    path = Path(path)
+    about, tensors = _read(path)
+    _check_model(path, about, runtime)
+    cache = runtime.new_cache(about["length"], plan=plan)
+    _check_plan(path, about["plan"], cache, runtime)
+    cache.reserve(about["batch"], about["length"])
+    cache.advance(about["length"])
+    cache.padded = about["padded"]
+    wanted = cache.named_tensors()
+    forms = [{name: _form(t) for name, t in group.items()} for group in (tensors, wanted)]
+    if forms[0] != forms[1]:
+        names = sorted({*tensors, *wanted})
+        name = next(n for n in names if forms[0].get(n) != forms[1].get(n))
+        has, stores = (form.get(name, "nothing") for form in forms)
+        raise SavedCacheError(
+            f"{path}: has {has} as {name}, where this model and plan store {stores}; {_REDO}"
+        )
+    for name, tensor in wanted.items():
+        tensor.copy_(tensors[name])
+    return cache
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What the file says of itself, checked, and its tensors."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            about = _checked(path, metadata.get(_KEY))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as cause:
+        raise SavedCacheError(f"{path}: no such file; check the path, or {_REDO}") from cause
+    except OSError as cause:
+        raise SavedCacheError(f"{path}: cannot be read ({cause}); check the path") from cause
+    except safetensors.SafetensorError as cause:
+        raise SavedCacheError(
+            f"{path}: truncated, or not a saved cache ({cause}); {_REDO}"
+        ) from cause
+    check_digest(path, about["sha256"], _sha256(tensors), SavedCacheError, _REDO)
+    return about, tensors
+
+
+def _checked(path: Path, text: str | None) -> dict[str, Any]:
+    try:
+        about = json.loads(text or "null")
+    except ValueError:
+        about = None
+    if not isinstance(about, dict) or type(about.get("schema")) is not int:
+        raise SavedCacheError(f"{path}: not a saved cache of adaskip_fx; check the path")
+    if about["schema"] > SCHEMA:
+        raise SavedCacheError(
+            f"{path}: schema {about['schema']} is newer than this version reads ({SCHEMA}); "
+            f"upgrade adaskip-fx, or {_REDO}"
+        )
+    missing = [key for key in (*_ABOUT, "digest") if key not in about]
+    if missing:
+        raise SavedCacheError(f"{path}: missing {', '.join(missing)}; {_REDO}")
+    content = canonical_digest({key: value for key, value in about.items() if key != "digest"})
+    check_digest(path, about["digest"], content, SavedCacheError, _REDO)
+    return about
+
+
+def _check_model(path: Path, about: dict[str, Any], runtime: Runtime) -> None:
+    saved, here = Fingerprint(**about["model"]), fingerprint(runtime.model)
+    dtype = _name(runtime.model.dtype)
+    if saved.digest != here.digest:
+        what = f"of another model: {saved}, this one is {here}"
+    elif about["dtype"] != dtype:
+        what = f"of a model in {about['dtype']}, this one is in {dtype}"
+    elif saved.weights != here.weights:
+        what = f"of the same architecture ({here.model_type}) with other weights"
+    else:
+        return
+    raise SavedCacheError(f"{path}: {what}; {_REDO}")
+
+
+def _check_plan(path: Path, digest: str, cache: SkipCache, runtime: Runtime) -> None:
+    """Refuse another plan; a request that may choose one of several has the file's."""
+    request = cache.request
+    plans: tuple[SkipPlan, ...] = (request.plan,)
+    if isinstance(request.decision, Choice):
+        plans = plans_of(request.decision)
+    chosen = next((plan for plan in plans if plan.digest == digest), None)
+    if chosen is None:
+        here = " or ".join(plan.digest for plan in plans)
+        raise SavedCacheError(
+            f"{path}: made under plan {digest}, but a request here begins with {here}; load it "
+            f"with plan=, or {_REDO}"
+        )
+    if request.undecided:
+        cache.keep(runtime.graphs.stored(chosen))
+        cache.request = request.anew(chosen)
+
+
+def _sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {_form(tensors[name])}".encode())
+        digest.update(tensors[name].view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{_name(tensor.dtype)} {list(tensor.shape)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

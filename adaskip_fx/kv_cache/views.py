@@ -1,0 +1,229 @@
+"""What a step's graph sees of a request's memory: views of its filled part, or whole buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+
+from adaskip_passes import Place, place_of
+
+from .buffers import Slot, Storage
+
+_Shaped = Callable[[int, int], torch.Tensor]
+
+
+class StepLayer(LinearAttentionCacheLayerMixin):
+    """One layer's memory during one step, as models look it up.
+
+    (A class of transformers', because models ask whether it is one before they read its states.)
+
+    Attributes:
+        keys, values: [batch, heads, filled, dim]; None where the layer keeps none.
+        conv_states, recurrent_states: by index, [batch, ...].
+    """
+
+    def __init__(
+        self,
+        slot: Slot,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+        states: Sequence[torch.Tensor],
+    ) -> None:
+        self.keys = keys
+        self.values = values
+        held = list(zip(slot.states, states, strict=True))
+        self.conv_states = {s.index: tensor for s, tensor in held if s.kind == "conv"}
+        self.recurrent_states = {s.index: tensor for s, tensor in held if s.kind == "recurrent"}
+        self.record_past = False
+
+    @classmethod
+    def shaped(cls, slot: Slot, batch: int, shaped: _Shaped, device: torch.device | str) -> Any:
+        """A layer of tensors that `shaped` makes for so many heads of such a dimension."""
+        return cls(
+            slot,
+            shaped(slot.key_heads, slot.key_dim) if slot.attends else None,
+            shaped(slot.value_heads, slot.value_dim) if slot.attends else None,
+            [s.zeros(batch, device) for s in slot.states],
+        )
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("a step's memory is written through its cache")
+
+    lazy_initialization = update_conv_state = update_recurrent_state = _refuse
+
+
+class _SeenByStep(Cache):
+    """What both have in common: plain layers, and no length of their own."""
+
+    is_compileable = False
+    is_sliding: Any = ()
+    is_linear: Any = ()
+    is_dummy: Any = ()
+    fresh = False
+
+    def __init__(self, layers: Sequence[StepLayer]) -> None:
+        super().__init__(layers=list(layers))
+        self.is_sliding = self.is_linear = self.is_dummy = [False] * len(self.layers)
+        attending = (i for i, layer in enumerate(layers) if layer.keys is not None)
+        self.first_attending = next(attending, None)
+
+    def begin(self, tokens: int) -> None:
+        """Called by a step of `tokens` new tokens before anything else."""
+
+    def has_previous_state(self, layer_idx: Any = None, state_idx: int | None = None) -> bool:
+        """Whether states hold anything yet."""
+        return not self.fresh
+
+    def get_conv_state(self, layer_idx: int | Place, state_idx: int = 0) -> torch.Tensor | None:
+        """The last inputs of a convolution, or None in a prompt."""
+        return None if self.fresh else self.layers[place_of(layer_idx)].conv_states[state_idx]
+
+    def get_recurrent_state(
+        self, layer_idx: int | Place, state_idx: int = 0
+    ) -> torch.Tensor | None:
+        """A recurrent state, or None in a prompt."""
+        return None if self.fresh else self.layers[place_of(layer_idx)].recurrent_states[state_idx]
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int | Place, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """Keep the last of a convolution's inputs [B, C, T]; returns all that it sees."""
+        held = self.layers[place_of(layer_idx)].conv_states[state_idx]
+        before = torch.zeros_like(held) if self.fresh else held
+        seen = torch.cat((before.to(conv_states.dtype), conv_states), -1)
+        held.copy_(seen[..., -held.shape[-1] :])
+        return conv_states if self.fresh else seen
+
+    def update_recurrent_state(
+        self,
+        recurrent_states: torch.Tensor,
+        layer_idx: int | Place,
+        state_idx: int = 0,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Keep a recurrent state."""
+        held: torch.Tensor = self.layers[place_of(layer_idx)].recurrent_states[state_idx]
+        held.copy_(recurrent_states)
+        return held
+
+
+class StepCache(_SeenByStep):
+    """What a step's graph sees of the cache: views of the filled length, new tokens at the end.
+
+    Attributes:
+        layers: one StepLayer per decoder layer; of a layer without storage, meta tensors.
+        filled, new: tensors as long as the filled cache and as the new tokens; only their lengths
+            are used (an integer attribute would be captured as a constant).
+        fresh: True in prefill, when the new tokens are all there is: attention then reads the
+            fresh keys and values instead of the stored ones.
+    """
+
+    def __init__(
+        self, layers: Sequence[StepLayer], filled: torch.Tensor, new: torch.Tensor, fresh: bool
+    ) -> None:
+        super().__init__(layers)
+        self.filled = filled
+        self.new = new
+        self.fresh = fresh
+
+    def begin(self, tokens: int) -> None:
+        """Tell the tracer that `tokens` are new, and in prefill that no others are filled."""
+        if self.new.shape[0] != tokens or (self.fresh and tokens != self.filled.shape[0]):
+            raise ValueError(f"{tokens} tokens for a step of {self.new.shape[0]}")
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int | Place,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new keys and values [B, H, T, D]; returns what attention reads."""
+        layer, tokens = self.layers[place_of(layer_idx)], key_states.shape[2]
+        total = self.filled.shape[0]
+        if layer.keys.shape[2] != total or layer.values.shape[2] != total:  # told to the tracer
+            raise ValueError("layers of one cache have different lengths")
+        start = total - tokens
+        layer.keys.narrow(2, start, tokens).copy_(key_states)
+        layer.values.narrow(2, start, tokens).copy_(value_states)
+        if self.fresh:
+            return key_states, value_states
+        return layer.keys, layer.values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens stored before the new ones."""
+        return 0 if self.fresh else self.filled.shape[0] - self.new.shape[0]
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the first query; in prefill a constant, which tells that a mask is causal."""
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that attention reads."""
+        return self.filled.shape[0], 0
+
+
+class WholeCache(_SeenByStep):
+    """What a decode step at fixed addresses sees: whole buffers, and the position on the device.
+
+    Attributes:
+        layers: one StepLayer per decoder layer, [batch, heads, capacity, dim]; of a layer without
+            storage, meta tensors.
+        position: where the new token goes, int64 [1].
+    """
+
+    def __init__(self, layers: Sequence[StepLayer], position: torch.Tensor) -> None:
+        super().__init__(layers)
+        self.position = position
+
+    @classmethod
+    def of(
+        cls, storage: Storage, slots: Sequence[Slot], position: torch.Tensor, dtype: torch.dtype
+    ) -> WholeCache:
+        """All of a storage's buffers; `slots` say what layers have that store nothing in it."""
+
+        def absent(heads: int, dim: int) -> torch.Tensor:
+            size = (storage.batch, heads, storage.capacity, dim)
+            return torch.empty(size, dtype=dtype, device="meta")
+
+        layers = [StepLayer(slot, *storage.layer(i, slot, absent)) for i, slot in enumerate(slots)]
+        return cls(layers, position)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffers hold; 1 if there are none."""
+        first = self.first_attending
+        room: int = self.layers[first].keys.shape[2] if first is not None else 1
+        return room
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int | Place,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store one token's keys and values [B, H, 1, D]; returns the whole buffers."""
+        layer, capacity = self.layers[place_of(layer_idx)], self.capacity
+        if layer.keys.shape[2] != capacity or layer.values.shape[2] != capacity:
+            raise ValueError("layers of one cache have different capacities")
+        layer.keys.index_copy_(2, self.position, key_states)
+        layer.values.index_copy_(2, self.position, value_states)
+        return layer.keys, layer.values
+
+    def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
+        """Tokens stored before the new one, on the device, as of a static cache."""
+        return self.position
+
+    def get_query_offset(self, layer_idx: int = 0) -> torch.Tensor:
+        """Position of the new token, on the device."""
+        return self.position
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that attention is handed."""
+        return self.capacity, 0

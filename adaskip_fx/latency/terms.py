@@ -1,0 +1,126 @@
+"""What a step under a plan consists of: the parts whose costs add up to its time.
+
+A part is a class of sublayers that run, a kind of compensation that stands in for one, or `REST`:
+what comes before and after the sublayers, and launching it all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, get_args
+
+from adaskip_fx.plans.folding import Fold, folds
+from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan
+from adaskip_fx.plans.sublayer import Sublayer
+
+REST = "rest"
+
+#: One phase, or how often each counts: `{"prefill": 1, "decode": n}` for a request of n tokens.
+Weights = Phase | Mapping[Phase, float]
+
+
+class TableError(ValueError):
+    """A latency table that is damaged, of something else, or does not cover what is asked."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was measured for one phase at one context.
+
+    phase: prefill (a prompt of `context` tokens) or decode (a step at `context` stored ones).
+    seconds: by class of sublayer, by kind of compensation, and `REST`.
+    error: how far the sum was off at most, relatively, in the plans that were timed.
+    """
+
+    phase: Phase
+    context: int
+    seconds: Mapping[str, float]
+    error: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.phase not in get_args(Phase):
+            raise TableError(f"unknown phase {self.phase!r}: use 'prefill' or 'decode'")
+        if REST not in self.seconds or any(not value >= 0 for value in self.seconds.values()):
+            raise TableError(f"costs must be at least 0 and name {REST!r}, got {self.seconds}")
+        object.__setattr__(self, "seconds", MappingProxyType(dict(self.seconds)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapping proxy can be neither pickled nor deep-copied.
+        return Costs, (self.phase, self.context, dict(self.seconds), self.error)
+
+
+def parts(
+    plan: SkipPlan, phase: Phase, sublayers: tuple[Sublayer, ...], classes: tuple[str, ...]
+) -> Counter[str]:
+    """What a step of `plan` consists of, each with how often: keys as of `Costs.seconds`.
+
+    Raises:
+        TableError: the plan is of other sublayers, or skips one that cannot be skipped.
+    """
+    if plan.sublayers != sublayers:
+        raise TableError(
+            f"the plan has {len(plan.sublayers)} sublayers and the table {len(sublayers)}, or "
+            "their order differs: they are of different models"
+        )
+    counts = Counter({REST: 1})
+    for sublayer, name in zip(sublayers, classes, strict=True):
+        action = plan.action(phase, sublayer)
+        if not name and action is not Action.RUN:
+            raise TableError(f"{sublayer} cannot be skipped: later layers read what it computes")
+        if action is not Action.SKIP:
+            counts[stored_only(name) if action is Action.KV_ONLY else name] += 1
+    del counts[""]
+    counts.update(stand_in(fold) for fold in folds(plan, phase).values())
+    return counts
+
+
+def stand_in(fold: Fold) -> str:
+    """What stands in for skipped sublayers, as a part that costs time: its kind, and its rank."""
+    return low_rank(fold.rank) if fold.rank else fold.kind
+
+
+def low_rank(rank: int) -> str:
+    """The part that is a low-rank map of a rank."""
+    return f"low_rank {rank}"
+
+
+def rank_of(part: str) -> int | None:
+    """Inverse of `low_rank`; None for another part."""
+    kind, _, rank = part.partition(" ")
+    return int(rank) if kind == "low_rank" else None
+
+
+def stored_only(name: str) -> str:
+    """The part that is left of a sublayer of class `name` of which only K/V are written."""
+    return f"{name}, K/V only"
+
+
+def weights_of(phase: Weights) -> Mapping[Phase, float]:
+    """How often each phase counts.
+
+    Raises:
+        ValueError: an unknown phase, or weights that are negative or all 0.
+    """
+    weights: Mapping[Phase, float] = {phase: 1.0} if isinstance(phase, str) else dict(phase)
+    good = all(name in get_args(Phase) and weight >= 0 for name, weight in weights.items())
+    if not good or not sum(weights.values()) > 0:
+        raise ValueError(
+            f"phase must be 'prefill', 'decode' or how often each counts, like "
+            f"{{'prefill': 1, 'decode': 200}}; got {phase!r}"
+        )
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def between(low: Costs, high: Costs, context: int) -> Mapping[str, float]:
+    """Seconds by part at a context between two that were measured: see `LatencyTable.at`."""
+    share = (context - low.context) / (high.context - low.context)
+    found = {}
+    for name in low.seconds.keys() & high.seconds.keys():
+        by_token = low.phase == "prefill" and name != REST
+        unit = (low.context, high.context, context) if by_token else (1, 1, 1)
+        first, last = low.seconds[name] / unit[0], high.seconds[name] / unit[1]
+        found[name] = unit[2] * ((1 - share) * first + share * last)
+    return found

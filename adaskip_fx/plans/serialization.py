@@ -1,0 +1,124 @@
+"""Decisions of several plans as folders: a document, and the files of each plan that it names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from adaskip_fx.plans.decisions import Choice, Decision, Option, Schedule, Stages
+from adaskip_fx.plans.skip_plan import PlanError, SkipPlan
+from adaskip_fx.utils.files import JSON, check_digest, read_document, write_atomically
+
+SCHEMA = 1
+DOCUMENT = "decision.json"
+_KEYS = ("digest", "kind", "entries")
+_OURS = re.compile(r"plan-[0-9a-f]{16}\.json|compensation-[0-9a-f]{16}\.safetensors")
+_PLAN_FILE = re.compile(r"plan-[0-9a-f]{16}\.json")
+_REDO = "make the decision again and save it"
+
+
+def save_decision(decision: Decision, path: str | Path) -> None:
+    """Write a plan's file, or the folder of any other decision: a document and a file per plan.
+
+    A crash at any point leaves what was there, or the new decision, whole.
+
+    Raises:
+        PlanError: `path` must be a folder and is a file, or holds something else.
+    """
+    folder = Path(path)
+    if isinstance(decision, SkipPlan):
+        decision.save(folder)
+        return
+    _check_target(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {plan.digest: f"plan-{plan.digest}.json" for plan in decision.plans}
+    for plan in decision.plans:
+        plan.save(folder / names[plan.digest])
+    document: dict[str, JSON] = {
+        "schema": SCHEMA,
+        "digest": decision.digest,
+        "kind": decision.kind,
+        "entries": _entries(decision),
+    }
+    write_atomically(folder / DOCUMENT, json.dumps(document, indent=1).encode())
+    named = {*names.values(), *(str(plan.to_json()["tensors"]) for plan in decision.plans)}
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name) and path.name not in named:
+            path.unlink(missing_ok=True)
+
+
+def load_decision(path: str | Path) -> Decision:
+    """Read a plan's file, or the folder of a schedule, a choice or a plan per stage.
+
+    Raises:
+        PlanError: says which file, what is wrong with it and what to do.
+    """
+    path = Path(path)
+    return _load(path) if path.is_dir() else SkipPlan.load(path)
+
+
+def _load(folder: Path) -> Schedule | Choice | Stages:
+    path = folder / DOCUMENT
+    data = read_document(path, SCHEMA, _KEYS, PlanError, _REDO)
+    if data["kind"] not in _KINDS:
+        raise PlanError(f"{path}: unknown kind {data['kind']!r}; {_REDO}")
+    try:
+        decision = _KINDS[data["kind"]](
+            [(_plan(folder, entry), entry) for entry in data["entries"]]
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise PlanError(f"{path}: not a valid {data['kind']} ({error!r}); {_REDO}") from error
+    check_digest(path, data["digest"], decision.digest, PlanError, _REDO)
+    return decision
+
+
+_Read = list[tuple[SkipPlan, dict[str, Any]]]
+#: By kind, how one is made of what was read.
+_KINDS: dict[str, Callable[[_Read], Schedule | Choice | Stages]] = {
+    Schedule.kind: lambda read: Schedule(tuple((e["first_step"], plan) for plan, e in read)),
+    Choice.kind: lambda read: Choice(
+        tuple(Option(e["name"], plan, e["centroid"]) for plan, e in read)
+    ),
+    Stages.kind: lambda read: Stages(tuple((e["name"], plan) for plan, e in read)),
+}
+
+
+def _entries(decision: Schedule | Choice | Stages) -> list[JSON]:
+    beside: list[dict[str, JSON]]
+    match decision:
+        case Schedule():
+            beside = [{"first_step": step} for step, _ in decision.steps]
+        case Choice():
+            beside = [{"name": o.name, "centroid": list(o.centroid)} for o in decision.options]
+        case Stages():
+            beside = [{"name": name} for name, _ in decision.stages]
+    return [
+        {**more, "plan": plan.digest} for more, plan in zip(beside, decision.plans, strict=True)
+    ]
+
+
+def _plan(folder: Path, entry: dict[str, Any]) -> SkipPlan:
+    name = f"plan-{entry['plan']}.json"
+    if not _PLAN_FILE.fullmatch(name):
+        raise KeyError(entry["plan"])
+    return SkipPlan.load(folder / name)
+
+
+def _check_target(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise PlanError(f"{folder}: is a file, but this decision is a folder; choose another path")
+    foreign = [p.name for p in folder.iterdir() if not _ours(p.name)]
+    if foreign and not (folder / DOCUMENT).exists():
+        raise PlanError(
+            f"{folder}: holds other files ({min(foreign)}) and no {DOCUMENT}; choose a new or "
+            "empty folder"
+        )
+
+
+def _ours(name: str) -> bool:
+    return name == DOCUMENT or name.startswith(".") or _OURS.fullmatch(name) is not None

@@ -1,0 +1,155 @@
+"""What one skipped sublayer becomes: a kind of the compensation ladder and its tensors.
+
+From cheap to strong, for a stream `x` of width H:
+
+- `"scale"`: `factor * x`, one number (AdaSkip, arXiv 2501.02336, eq. 4);
+- `"diagonal"`: `factor * x`, a number for each channel;
+- `"low_rank"`: `x + (x down^T) up^T + bias`, 2 H r weights;
+- `"linear"`: `x + x weight^T + bias`, H^2 weights (NBL, arXiv 2505.21077);
+- `"normalized"`: `x + (x / rms(x)) weight^T + bias`: like a sublayer, whose norm is its first step,
+  it adds the same whatever the size of x.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from adaskip_fx.utils.files import canonical_digest
+
+StandInKind = Literal["scale", "diagonal", "low_rank", "linear", "normalized"]
+Array = npt.NDArray[np.floating[Any]]
+
+EPS = 1e-6  #: under the root of the mean square that a normalized map divides by
+#: kind -> its tensors, by the letters of their dimensions
+SHAPES: Mapping[StandInKind, Mapping[str, str]] = MappingProxyType(
+    {
+        "scale": {"factor": ""},
+        "diagonal": {"factor": "H"},
+        "low_rank": {"down": "rH", "up": "Hr", "bias": "H"},
+        "linear": {"weight": "HH", "bias": "H"},
+        "normalized": {"weight": "HH", "bias": "H"},
+    }
+)
+
+
+@dataclass(frozen=True, eq=False)
+class StandIn:
+    """One sublayer's replacement. Immutable, hashable, equal by value.
+
+    kind: which rung.
+    tensors: by name, as the kind has them; float32, but float64 for the one number of a scale.
+        Copied and read-only.
+
+    ValueError for an unknown kind, other tensors or shapes than the kind has, a value that is not
+    finite, and a scale that is not positive (a ratio of norms is).
+    """
+
+    kind: StandInKind
+    tensors: Mapping[str, Array]
+
+    def __post_init__(self) -> None:
+        if self.kind not in SHAPES:
+            known = ", ".join(get_args(StandInKind))
+            raise ValueError(f"unknown stand-in {self.kind!r}: this version has {known}")
+        expected = SHAPES[self.kind]
+        if set(self.tensors) != set(expected):
+            raise ValueError(
+                f"a {self.kind} stand-in has tensors {', '.join(expected)}, "
+                f"got {', '.join(sorted(self.tensors)) or 'none'}"
+            )
+        frozen = {name: _frozen(self.tensors[name]) for name in expected}
+        _check(self.kind, frozen)
+        object.__setattr__(self, "tensors", MappingProxyType(frozen))
+
+    @classmethod
+    def scale(cls, factor: float) -> StandIn:
+        """`factor * x`."""
+        return cls("scale", {"factor": np.float64(factor)})  # type: ignore[dict-item]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StandIn) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapping proxy can be neither pickled nor deep-copied.
+        return StandIn, (self.kind, dict(self.tensors))
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex characters that identify the content."""
+        return canonical_digest({"kind": self.kind, "tensors": _hashes(self.tensors)})
+
+    @property
+    def factor(self) -> float | None:
+        """The number of a scale; None for another kind."""
+        return float(self.tensors["factor"]) if self.kind == "scale" else None
+
+    @property
+    def rank(self) -> int:
+        """Of a low-rank map; 0 for another kind."""
+        return int(self.tensors["down"].shape[0]) if self.kind == "low_rank" else 0
+
+    @property
+    def width(self) -> int | None:
+        """H, the hidden size that it is for; None where any will do."""
+        wide = [n for n, letters in SHAPES[self.kind].items() if letters == "H"]
+        return int(self.tensors[wide[0]].shape[0]) if wide else None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return sum(t.size for t in self.tensors.values())
+
+    def __str__(self) -> str:
+        """A word for a table: its number, `linear`, or `rank 64`."""
+        if self.factor is not None:
+            return f"\N{MULTIPLICATION SIGN}{self.factor:.3f}"
+        return f"rank {self.rank}" if self.rank else self.kind
+
+
+def _frozen(value: Any) -> Array:
+    array = np.asarray(value)
+    frozen: Array = np.array(array, dtype=np.float64 if array.ndim == 0 else np.float32, order="C")
+    frozen.flags.writeable = False
+    return frozen
+
+
+def _check(kind: StandInKind, tensors: Mapping[str, Array]) -> None:
+    sizes: dict[str, int] = {}
+    for name, letters in SHAPES[kind].items():
+        shape = tensors[name].shape
+        right = len(shape) == len(letters) and all(
+            sizes.setdefault(letter, size) == size
+            for letter, size in zip(letters, shape, strict=True)
+        )
+        if not right or 0 in shape:
+            wanted = f"[{', '.join(letters)}]"
+            raise ValueError(
+                f"{name} of a {kind} stand-in has shape {list(shape)}, expected {wanted}"
+                + (f" with {', '.join(f'{k} = {v}' for k, v in sizes.items())}" if sizes else "")
+            )
+        if not np.isfinite(tensors[name]).all():
+            raise ValueError(f"{name} of a {kind} stand-in must be finite")
+    if kind == "scale" and not tensors["factor"] > 0:
+        raise ValueError(
+            f"factor of a scale stand-in must be positive, got {float(tensors['factor'])!r}"
+        )
+
+
+def _hashes(tensors: Mapping[str, Array]) -> dict[str, Any]:
+    return {
+        name: float(t)
+        if t.ndim == 0
+        else [list(t.shape), hashlib.sha256(t.astype("<f4").tobytes()).hexdigest()]
+        for name, t in tensors.items()
+    }

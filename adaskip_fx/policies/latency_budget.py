@@ -1,0 +1,176 @@
+"""AdaSkip with a budget of measured time: meet a speed-up, and lose as little as that allows.
+
+The paper counts sublayers as if all cost the same. Here each saves what it was measured to cost
+less what stands in for it, and a knapsack takes the sublayers whose loss is the least in sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from adaskip_fx.latency.knapsack import choose
+from adaskip_fx.latency.table import LatencyTable
+from adaskip_fx.latency.terms import Weights, stand_in, weights_of
+from adaskip_fx.plans.folding import folds
+from adaskip_fx.plans.skip_plan import Phase, SkipPlan, Sublayer
+from adaskip_fx.policies.adaskip import AdaSkip
+
+if TYPE_CHECKING:
+    from adaskip_fx.profiles.profile import Profile
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LatencyBudget:
+    """The sublayers to skip so that the predicted speed-up is at least alpha.
+
+    table: what sublayers cost.
+    context: tokens of a prompt, and tokens stored at a decode step, that count.
+    phase: what is to be faster: `"both"` phases, each by alpha; one of them; or the time of
+        whole requests, by how often each phase counts (`{"prefill": 1, "decode": 200}`).
+    losses: what is lost by skipping each sublayer, in any unit; 1 - similarity if None.
+    base: gives the similarities, the scales, and the online step of decode, which comes on top
+        and is not counted.
+
+    ValueError for a phase that is none.
+    """
+
+    table: LatencyTable
+    context: int
+    phase: Weights | Literal["both"] = "both"
+    losses: Mapping[Sublayer, float] | None = None
+    base: AdaSkip = field(default_factory=AdaSkip)
+
+    def __post_init__(self) -> None:
+        self._constraints()
+        if self.losses is not None:
+            object.__setattr__(self, "losses", MappingProxyType(dict(self.losses)))
+
+    def plan(self, profile: Profile, alpha: float) -> SkipPlan:
+        """The plan of least summed loss that is `alpha` times as fast, by the table.
+
+        Raises:
+            ValueError: alpha is no number of at least 1, cannot be reached, or profile and table
+                are of different models.
+        """
+        if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 1 <= alpha < math.inf:
+            raise ValueError(
+                f"alpha, the speed-up, must be a number of at least 1 (skip nothing); got {alpha!r}"
+            )
+        full = SkipPlan.empty(profile.sublayers)
+        before = self._seconds(full)  # refuses a profile of another model
+        losses, savings = self._losses(profile), self._savings(profile)
+        items = [i for i, name in enumerate(self.table.classes) if name]
+        try:
+            chosen = choose(
+                [losses[i] for i in items],
+                savings[items],
+                [seconds * (1 - 1 / float(alpha)) for seconds in before],
+                leave_one=len(items) == len(losses),
+            )
+        except ValueError as error:
+            raise ValueError(self._out_of_reach(alpha, items, savings, before)) from error
+        return self.base.plan_of(profile, {profile.sublayers[items[i]] for i in chosen})
+
+    @property
+    def online(self) -> bool:
+        """Whether decode adds FFN sublayers, as AdaSkip does."""
+        return self.base.online
+
+    @property
+    def window(self) -> int:
+        """Decoded tokens to measure before it decides."""
+        return self.base.window
+
+    def online_plan(
+        self,
+        profile: Profile,
+        plan: SkipPlan,
+        window: npt.ArrayLike,
+        probed: tuple[Sublayer, ...],
+    ) -> SkipPlan:
+        """As :meth:`AdaSkip.online_plan`, with a beta that means as much as the paper's.
+
+        There no sublayer that runs is more similar offline than one that is skipped. Here some
+        are, because they would have saved too little; that is no reason to skip them after all.
+        So an ffn must be more similar than every probed one was offline.
+        """
+        similarity = profile.similarity(self.base.variant)
+        offline = zip(profile.sublayers, similarity, strict=True)
+        least = max((float(value) for s, value in offline if s in probed), default=-math.inf)
+        return self.base.online_plan(profile, plan, window, probed, least=least)
+
+    def _constraints(self) -> tuple[Mapping[Phase, float], ...]:
+        """What is to be alpha times as fast, each as how often a phase counts."""
+        if self.phase == "both":
+            return tuple({phase: 1.0} for phase in get_args(Phase))
+        return (weights_of(self.phase),)
+
+    def _seconds(self, plan: SkipPlan) -> list[float]:
+        return [
+            sum(w * self.table.seconds(plan, phase, self.context) for phase, w in weights.items())
+            for weights in self._constraints()
+        ]
+
+    def _savings(self, profile: Profile) -> Array:
+        """Seconds [sublayers, constraints] that skipping each sublayer saves: it costs nothing any
+        more, but what stands in for it may. 0 for one that cannot be skipped."""
+        pairs = [
+            (name, self._stand_in(profile, s)) if name else ("", "")
+            for s, name in zip(profile.sublayers, self.table.classes, strict=True)
+        ]
+        columns = []
+        for weights in self._constraints():
+            saved = {("", ""): 0.0}
+            for own, other in set(pairs) - saved.keys():
+                saved[own, other] = sum(
+                    weight * (self._cost(own, phase) - self._cost(other, phase))
+                    for phase, weight in weights.items()
+                )
+            columns.append([saved[pair] for pair in pairs])
+        return np.array(columns).T
+
+    def _stand_in(self, profile: Profile, sublayer: Sublayer) -> str:
+        """The part that takes the place of a sublayer; empty where the stream is handed on."""
+        alone = self.base.plan_of(profile, {sublayer})
+        return next((stand_in(fold) for fold in folds(alone, "prefill").values()), "")
+
+    def _cost(self, part: str, phase: Phase) -> float:
+        return self.table.cost(part, phase, self.context) if part else 0.0
+
+    def _losses(self, profile: Profile) -> list[float]:
+        if self.losses is None:
+            lost = 1 - profile.similarity(self.base.variant)
+            return [float(value) for value in np.maximum(lost, 0)]  # rounding may say -1e-16
+        missing = [str(s) for s in profile.sublayers if s not in self.losses]
+        if missing:
+            raise ValueError(f"losses has none for {missing[0]}: give one for each sublayer")
+        return [float(self.losses[s]) for s in profile.sublayers]
+
+    def _out_of_reach(
+        self, alpha: float, items: list[int], savings: Array, before: list[float]
+    ) -> str:
+        best = []
+        for weights, saved, seconds in zip(self._constraints(), savings.T, before, strict=True):
+            gains = sorted(max(0.0, float(saved[i])) for i in items)
+            gained = sum(gains[1:] if len(items) == len(saved) else gains)  # one must run
+            best.append(f"{seconds / (seconds - gained):.3g}x ({_named(weights)})")
+        return (
+            f"alpha {alpha:g} cannot be met at {self.context:,} tokens: with every sublayer "
+            f"skipped that can be, the best possible is {' and '.join(best)}; take a smaller alpha"
+        )
+
+
+def _named(weights: Mapping[Phase, float]) -> str:
+    if len(weights) == 1:
+        return next(iter(weights))
+    return " + ".join(f"{weight:g} {phase}" for phase, weight in weights.items())

@@ -1,0 +1,187 @@
+"""What a compiled model is doing, as plain text: ``print(fast.adaskip)``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_args
+
+from ..plans.decisions import Choice, Schedule, Stages, left_out
+from ..plans.skip_plan import Action, Phase, SkipPlan
+from ..plans.tables import by_kind, storage
+from ..policies import LatencyBudget
+
+if TYPE_CHECKING:
+    from ..kv_cache.cache import SkipCache
+    from .runtime import Runtime
+
+_INDENT = "  "
+
+
+def runtime_report(runtime: Runtime) -> str:
+    """Plans in use, live requests with their windows, what was compiled, and K/V storage.
+
+    One aligned line for each; nothing is run and nothing is read from the device.
+    """
+    model = runtime.model
+    dtype = str(model.dtype).removeprefix("torch.")
+    rows = [
+        ("model", f"{type(model).__name__}, {dtype} on {model.device}"),
+        *_decision_rows(runtime),
+        *_plan_rows("prefill", runtime.plan, "prefill"),
+        *_budget_rows(runtime),
+        ("online", _online(runtime)),
+        *_request_rows(runtime),
+        ("compiled", _compiled(runtime)),
+        *_traced_rows(runtime),
+        *_not_fixed_rows(runtime),
+        *_checked_rows(runtime),
+        ("K/V", _storage(runtime)),
+    ]
+    return _aligned(rows)
+
+
+def _decision_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    given = runtime.decision
+    match given:
+        case SkipPlan():
+            return []
+        case Schedule():
+            rows = [(f"from {step}", left_out(plan)) for step, plan in given.steps]
+        case Choice():
+            rows = [(option.name, left_out(option.plan)) for option in given.options]
+        case Stages():
+            rows = [(name, left_out(plan)) for name, plan in given.stages]
+    stage = f", stage {runtime.stage} is next" if isinstance(given, Stages) else ""
+    heading = f"{given.digest[:8]}, {len(rows)} plans{stage}"
+    return [(given.kind, heading), *((f"{_INDENT}{name}", text) for name, text in rows)]
+
+
+def _plan_rows(title: str, plan: SkipPlan, phase: Phase) -> list[tuple[str, str]]:
+    skipped = plan.skipped(phase)
+    heading = f"plan {plan.digest[:8]}, skips {len(skipped)} of {len(plan.sublayers)} sublayers"
+    rows = [(title, heading)]
+    if skipped:
+        rows.append((f"{_INDENT}skipped", by_kind(skipped)))
+    kept = [s for s in plan.sublayers if plan.action(phase, s) is Action.KV_ONLY]
+    if kept:
+        rows.append((f"{_INDENT}K/V only", by_kind(kept)))
+    return rows
+
+
+def _budget_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    policy = runtime.policy
+    if not isinstance(policy, LatencyBudget):
+        return []
+    speed_ups = (
+        f"{phase} {policy.table.predict(runtime.plan, phase, policy.context):.3g}x"
+        for phase in get_args(Phase)
+    )
+    return [("budget", f"{', '.join(speed_ups)} predicted at {policy.context:,} tokens")]
+
+
+def _online(runtime: Runtime) -> str:
+    policy = runtime.policy
+    if not isinstance(runtime.decision, SkipPlan):
+        return f"off: a {runtime.decision.kind} decides how decoding changes"
+    if policy is None:
+        return "off: the plan was given, and there is no policy to change it"
+    if not policy.online:
+        return "off by the policy"
+    if not runtime.plan.skipped("prefill"):
+        return "off: prefill skips nothing, so there is nothing to compare with"
+    return f"the first {policy.window} decoded tokens of a request are measured"
+
+
+def _request_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    live = sorted(runtime.live_caches(), key=lambda cache: -cache.length)
+    rows = [("requests", f"{len(live)} live")]
+    for number, cache in enumerate(live, 1):
+        rows.append((f"{_INDENT}{number}", _request(cache)))
+        plan = cache.request.decode_plan if cache.request is not None else None
+        if plan is not None:
+            extra = (s for s in plan.skipped("decode") if s not in plan.prefill)
+            total = f"skips {len(plan.skipped('decode'))} of {len(plan.sublayers)} sublayers"
+            learned = by_kind(extra)
+            written = [s for s in plan.sublayers if plan.action("decode", s) is Action.KV_ONLY]
+            only = f"; K/V only: {by_kind(written)}" if written else ""
+            more = f", on top of prefill's: {learned}" if learned else ", as prefill does"
+            rows.append(
+                (f"{_INDENT}{_INDENT}decode", f"plan {plan.digest[:8]}, {total}{more}{only}")
+            )
+    return rows
+
+
+def _request(cache: SkipCache) -> str:
+    batch = f"{cache.batch} x " if cache.batch > 1 else ""
+    return f"{batch}{cache.length:,} tokens stored, {_window(cache)}"
+
+
+def _window(cache: SkipCache) -> str:
+    request = cache.request
+    if request is None or not request.decoding:
+        return "window not open yet"
+    window = request.window
+    if window is None:
+        return "window off"
+    if window.closed:
+        return f"window closed after {window.size}"
+    return f"window {window.steps} of {window.size}"
+
+
+def _compiled(runtime: Runtime) -> str:
+    counters = runtime.counters
+    return (
+        f"{_count(counters.captures, 'graph')} captured, "
+        f"{_count(runtime.pieces_compiled, 'piece')} compiled in {runtime.compile_seconds:.1f} s "
+        f"({runtime.graphs.backend}), {_count(counters.links, 'program')} linked, "
+        f"{counters.dropped} dropped"
+    )
+
+
+def _traced_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    return [("tracing", f"every layer, because {why}") for why in runtime.graphs.why_traced]
+
+
+def _not_fixed_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    why = runtime.why_not_fixed
+    return [("decode", f"not as one CUDA graph, because {why}")] if why else []
+
+
+def _checked_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    checker = runtime.checker
+    if checker.worst is None:
+        return []
+    steps = _count(checker.compared, "step")
+    return [("checked", f"{steps} against the eager model, largest error {checker.worst:.1e}")]
+
+
+def _storage(runtime: Runtime) -> str:
+    live = runtime.live_caches()
+    full = sum(_full_bytes(cache) for cache in live)
+    layers = len(runtime.graphs.slots)
+    stored = {sum(cache.stored) for cache in live} or {layers}
+    some = " or ".join(map(str, sorted(stored)))
+    return (
+        f"{storage(runtime.cache_bytes)} in live requests ({some} of {layers} layers); "
+        f"{storage(full)} with all layers{_idle(runtime)}"
+    )
+
+
+def _idle(runtime: Runtime) -> str:
+    idle = runtime.storages.idle_bytes
+    return f"; {storage(idle)} kept for the next request" if idle else ""
+
+
+def _full_bytes(cache: SkipCache) -> int:
+    """Bytes of a cache with the same room and K/V for every layer."""
+    size = cache.dtype.itemsize
+    return sum(slot.nbytes(cache.batch, cache.capacity, size) for slot in cache.slots)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _aligned(rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(title) for title, _ in rows)
+    return "\n".join(f"{title.ljust(width)}  {text}" for title, text in rows)

@@ -1,0 +1,216 @@
+"""Decode steps at fixed addresses: one program after the other on one request's storage.
+
+Token, position and outputs are buffers that stay; the position is counted on the device. So a
+step needs nothing from the host but the token, and on CUDA it is recorded once as a graph and then
+replayed. A piece that runs for the first time sets up what its kernels need, which cannot be
+recorded: the first step with a program that calls such a piece runs kernel by kernel, and is
+recorded right after. A plan that is linked from pieces that have run is recorded at once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adaskip_passes import Recorder
+
+from ..capture.phase_graph import Surroundings
+from ..kv_cache.buffers import Slot, Storage
+from ..kv_cache.views import WholeCache
+from ..plans.skip_plan import SkipPlan, Sublayer
+from ..programs.program import Counters, Program
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What the decode steps of a request repeat, so that it is looked up once.
+
+    links: of the counters when it was looked up: linking another program may drop this one.
+    """
+
+    storage: Storage
+    plan: SkipPlan
+    probed: tuple[Sublayer, ...]
+    surroundings: Surroundings
+    program: Program
+    arguments: dict[str, Any]
+    links: int
+
+    def serves(
+        self,
+        storage: Storage,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        surroundings: Surroundings,
+        counters: Counters,
+    ) -> bool:
+        """Whether the next step is like the last one."""
+        return (
+            self.storage is storage
+            and self.plan is plan
+            and self.probed == probed
+            and self.surroundings == surroundings
+            and self.links == counters.links
+        )
+
+
+@dataclass(eq=False)
+class _Recording:
+    """A program's step as a graph, and the weights it was recorded with."""
+
+    graph: torch.cuda.CUDAGraph
+    fixed: tuple[Any, ...]
+    addresses: tuple[int, ...]
+
+
+class Decoder:
+    """The decode steps of one storage.
+
+    Attributes:
+        cache: what a captured step sees of the storage.
+        tokens, positions: inputs of a step, int64 [B, 1].
+        valid: which rows count for the probes, bool [B, 1].
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        slots: Sequence[Slot],
+        dtype: torch.dtype,
+        device: torch.device,
+        recorder: Recorder | None,
+    ) -> None:
+        batch = storage.batch
+        with torch.inference_mode(False):
+            self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+            self.positions = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+            self.position = torch.zeros(1, dtype=torch.int64, device=device)
+            self.valid = torch.ones(batch, 1, dtype=torch.bool, device=device)
+        self.cache = WholeCache.of(storage, slots, self.position, dtype)
+        self._recorder = recorder
+        self._recordings: weakref.WeakKeyDictionary[Program, _Recording] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._position_at: int | None = None  # what `position` holds, if that is known
+        self._positions_at: int | None = None  # likewise `positions`
+        self._all_valid = True  # what `valid` holds
+        self._ran: set[Callable[..., Any]] = set()  # pieces, with the weights that are at
+        self._ran_with: tuple[int, ...] = ()  # these addresses
+        self._logits: torch.Tensor | None = None
+        self._moments: dict[int, torch.Tensor] = {}  # by how many sublayers are probed
+
+    def run(
+        self,
+        program: Program,
+        arguments: dict[str, Any],
+        fixed: tuple[Any, ...],
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        length: int,
+        valid: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One step; returns logits [B, 1, V] and the moments [probed, B, 5] of what is probed.
+
+        Args:
+            program: linked for a step at fixed addresses.
+            arguments: of the captured function: this decoder's buffers.
+            fixed: the weights.
+            input_ids: int64 [B, 1].
+            position_ids: [B or 1, 1]; None for the token after the last.
+            length: tokens stored before this one.
+            valid: which rows count for the probes, bool [B, 1]; None: all.
+        """
+        self._place(input_ids, position_ids, length, valid)
+        self._position_at = self._positions_at = None  # until the step is through
+        self._run(program, arguments, fixed)
+        self._position_at = length + 1
+        self._positions_at = length + 1 if position_ids is None else None
+        assert self._logits is not None
+        moments = self._moments[len(program.probed)].clone() if program.probed else None
+        return self._logits.clone(), moments
+
+    def _place(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        length: int,
+        valid: torch.Tensor | None,
+    ) -> None:
+        self.tokens.copy_(input_ids)
+        if self._position_at != length:
+            self.position.fill_(length)
+        if position_ids is not None:
+            self.positions.copy_(position_ids)
+        elif self._positions_at != length:
+            self.positions.fill_(length)
+        if valid is not None:
+            self.valid.copy_(valid)
+            self._all_valid = False
+        elif not self._all_valid:
+            self.valid.fill_(True)
+            self._all_valid = True
+
+    def _run(self, program: Program, arguments: dict[str, Any], fixed: tuple[Any, ...]) -> None:
+        def body() -> None:
+            self._keep(*program(arguments, fixed, self.valid))
+            self.position.add_(1)
+            self.positions.add_(1)
+
+        if self._recorder is None:
+            body()
+            return
+        recording = self._recordings.get(program)
+        if recording is not None and _same(recording, fixed):
+            self._recorder.replay(recording.graph)
+            return
+        addresses = _addresses(fixed)
+        if addresses != self._ran_with:
+            self._ran.clear()
+            self._ran_with = addresses
+        ready = self._ready(program)
+        if not ready:
+            self._recorder.run(body)
+            self._ran |= program.functions
+        graph = self._recorder.record(body)
+        self._recordings[program] = _Recording(graph, fixed, addresses)
+        if ready:
+            self._recorder.replay(graph)
+
+    def _ready(self, program: Program) -> bool:
+        """Whether a step has nothing left to set up: its pieces have run, its outputs have room."""
+        room = self._logits is not None and (
+            not program.probed or len(program.probed) in self._moments
+        )
+        return room and program.functions <= self._ran
+
+    def _keep(self, logits: torch.Tensor, moments: torch.Tensor | None) -> None:
+        """Copy a step's outputs to the buffers that all programs share."""
+        self._logits = _kept(self._logits, logits)
+        if moments is not None:
+            probed = moments.shape[0]
+            self._moments[probed] = _kept(self._moments.get(probed), moments)
+
+
+def _kept(buffer: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    if buffer is None:
+        with torch.inference_mode(False):
+            buffer = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return buffer.copy_(value)
+
+
+def _same(recording: _Recording, fixed: tuple[Any, ...]) -> bool:
+    """Whether a graph was recorded with these weights; they are looked up once a request."""
+    if recording.fixed is fixed:
+        return True
+    if recording.addresses != _addresses(fixed):
+        return False
+    recording.fixed = fixed
+    return True
+
+
+def _addresses(fixed: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(v.data_ptr() if isinstance(v, torch.Tensor) else hash(v) for v in fixed)

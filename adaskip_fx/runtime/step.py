@@ -1,0 +1,266 @@
+"""One step with a plan that is given: the graph that its inputs need, the program, and its run.
+
+A step is handed views of the filled cache. A decode step may work on whole buffers instead, at
+addresses that stay: it needs no padding and no autocast region, and a model that can be captured
+that way (`static_step`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+
+from adaskip_passes import Recorder, RefusedError
+
+from ..capture import phase_graph
+from ..capture.phase_graph import GraphKey, GraphPhase, Surroundings
+from ..capture.states import ChangedError, Since
+from ..kv_cache.buffers import Storage, StoragePool
+from ..kv_cache.cache import SkipCache
+from ..plans.skip_plan import SkipPlan, Sublayer
+from ..programs.program import Program
+from ..programs.program_cache import Graphs
+from .inputs import Inputs
+from .request import Request
+from .static_step import Decoder, Lane
+
+#: What ran, its logits [B, kept, V], and the moments [probed, B, 5] if anything was probed.
+_Ran: TypeAlias = tuple[Program, torch.Tensor, torch.Tensor | None]
+
+
+class Runner:
+    """Runs the steps of all requests of one compiled model.
+
+    Attributes:
+        graphs: what has been captured, compiled and linked.
+        storages: K/V buffers between requests.
+        fixed_addresses: whether decode steps work at fixed addresses; see `Runtime`.
+        why_not_fixed: why the model could not be captured that way; None if it could.
+        observer: is told of every step; see `Runtime`.
+    """
+
+    def __init__(self, graphs: Graphs, fixed_addresses: bool | None) -> None:
+        self.graphs = graphs
+        on_gpu = self.device.type == "cuda"
+        self.fixed_addresses = on_gpu if fixed_addresses is None else fixed_addresses
+        self.why_not_fixed: str | None = None
+        self.storages = StoragePool(keep=self.fixed_addresses)
+        self.observer: Callable[[Program, SkipPlan, int], None] | None = None
+        self._recorder: Recorder | None = None  # on a GPU, at the first decode step
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are now (`PreTrainedModel.device` looks at all modules for that)."""
+        device: torch.device = next(self.graphs.model.parameters()).device
+        return device
+
+    @torch.no_grad()
+    def run(
+        self,
+        phase: GraphPhase,
+        request: Request,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        inputs: Inputs,
+        cache: SkipCache,
+        logits_to_keep: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run new tokens of a request, which are added to its cache.
+
+        Args:
+            phase: which of the captured phases.
+            request: keeps what its steps have in common: weights, the lane, which rows have ended.
+            plan: what is skipped.
+            probed: sublayers to measure.
+            inputs: the new tokens.
+            cache: the request's.
+            logits_to_keep: 0 for the logits of all new tokens, else of the last n.
+
+        Returns:
+            Logits [B, kept, V], and the moments [probed, B, 5] if anything is probed.
+        """
+        ran, masked = None, inputs.attention_mask is not None
+        if self.fixed_addresses and phase == "decode" and not masked:
+            ran = self._at_fixed_addresses(request, plan, probed, inputs, cache)
+        if ran is None:
+            ran = self._on_views(phase, request, plan, probed, inputs, cache, logits_to_keep)
+        program, logits, moments = ran
+        if self.observer is not None:
+            self.observer(program, plan, inputs.input_ids.numel())
+        cache.advance(inputs.input_ids.shape[1])
+        cache.padded |= masked
+        return logits, moments
+
+    def run_prompt(
+        self,
+        phase: GraphPhase,
+        request: Request,
+        inputs: Inputs,
+        cache: SkipCache,
+        logits_to_keep: int,
+    ) -> torch.Tensor:
+        """Run a prompt with the request's plan; arguments and logits as of `run`.
+
+        If the plan says `last_token_full`, the last token runs with the decode plan. It is none of
+        the turn's decoded tokens: nothing is measured at it.
+        """
+        plan = request.plan
+        if not plan.last_token_full:
+            return self.run(phase, request, plan, (), inputs, cache, logits_to_keep)[0]
+        inputs.check_positions()
+        head, tail = inputs.cut_last_token()
+        before, parts = cache.length, list[torch.Tensor]()
+        try:
+            if head is not None:
+                keep = max(1, logits_to_keep - 1) if logits_to_keep else 0
+                parts.append(self.run(phase, request, plan, (), head, cache, keep)[0])
+            parts.append(self.run("decode", request, plan, (), tail, cache, 1)[0])
+        except BaseException:
+            if not cache.stateful:  # (a mixer's state cannot be taken back)
+                cache.keep_first(before)
+            raise
+        return parts[-1] if logits_to_keep == 1 else torch.cat(parts, 1)
+
+    def _on_views(
+        self,
+        phase: GraphPhase,
+        request: Request,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        inputs: Inputs,
+        cache: SkipCache,
+        logits_to_keep: int,
+    ) -> _Ran:
+        batch, tokens = inputs.input_ids.shape
+        mask, positions = inputs.normal(cache.length)
+        key = GraphKey(
+            phase,
+            batch,
+            one_token=tokens == 1,
+            one_stored=cache.length + tokens == 1,
+            masked=mask is not None,
+            logits_to_keep=1 if tokens == 1 else logits_to_keep,
+            dtype=self.graphs.model.dtype,
+            device=self.device,
+            surroundings=Surroundings.now(self.device),
+        )
+        model, forward = self.graphs.model, self.graphs.forward
+        given = phase_graph.step_inputs(
+            forward, inputs.input_ids, positions, mask, key.logits_to_keep
+        )
+        views = cache.step(batch, tokens, phase == "prefill")
+        arguments = phase_graph.bind_arguments(model, forward, views, given)
+        program = self.graphs.program(key, plan, probed, arguments, _since(request))
+        fixed = self._fixed(request, program, arguments, cache)
+        valid = _valid(request, phase, inputs.input_ids, mask) if probed else None
+        return program, *program(arguments, fixed, valid)
+
+    def _at_fixed_addresses(
+        self,
+        request: Request,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        inputs: Inputs,
+        cache: SkipCache,
+    ) -> _Ran | None:
+        """A decode step; None in an autocast region, and where the model cannot be captured so."""
+        surroundings = Surroundings.now(self.device)
+        if surroundings.autocast:
+            return None
+        inputs.check_positions()
+        ids, _, positions = inputs
+        storage = cache.reserve(ids.shape[0], 1)
+        decoder = self._decoder(storage)
+        lane = request.lane
+        here = surroundings, self.graphs.counters
+        if lane is None or not lane.serves(storage, plan, probed, *here):
+            try:
+                given = storage, decoder, plan, probed
+                lane = request.lane = self._lane(*given, request, surroundings)
+            except ChangedError:
+                raise
+            except RefusedError as error:
+                self._give_up_fixed_addresses(error)
+                return None
+        program, arguments = lane.program, lane.arguments
+        fixed = self._fixed(request, program, arguments, cache)
+        valid = request.valid_rows(ids) if probed else None
+        outputs = decoder.run(program, arguments, fixed, ids, positions, cache.length, valid)
+        return program, *outputs
+
+    def _fixed(
+        self, request: Request, program: Program, arguments: dict[str, Any], cache: SkipCache
+    ) -> tuple[Any, ...]:
+        """The inputs that stay the same during a request, looked up at the graph's first step."""
+        fixed = request.fixed.get(program.phase)
+        if fixed is None:
+            if cache.length:  # at its beginning the model was looked at just now
+                self.graphs.states.require(_since(request))
+            fixed = request.fixed[program.phase] = program.phase.fixed(arguments)
+        return fixed
+
+    def _decoder(self, storage: Storage) -> Decoder:
+        """The one that works on these buffers."""
+        if storage.decoder is None:
+            if self._recorder is None and self.device.type == "cuda":
+                self._recorder = Recorder(self.device)
+            dtype = self.graphs.model.dtype
+            storage.decoder = Decoder(
+                storage, self.graphs.slots, dtype, self.device, self._recorder
+            )
+        return storage.decoder
+
+    def _lane(
+        self,
+        storage: Storage,
+        decoder: Decoder,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        request: Request,
+        surroundings: Surroundings,
+    ) -> Lane:
+        graphs = self.graphs
+        key = GraphKey(
+            "decode",
+            storage.batch,
+            one_token=True,
+            one_stored=False,
+            masked=False,
+            logits_to_keep=1,
+            dtype=graphs.model.dtype,
+            device=self.device,
+            surroundings=surroundings,
+            whole_cache=True,
+        )
+        given = phase_graph.step_inputs(graphs.forward, decoder.tokens, decoder.positions, None, 1)
+        arguments = phase_graph.bind_arguments(graphs.model, graphs.forward, decoder.cache, given)
+        program = graphs.program(key, plan, probed, arguments, _since(request))
+        return Lane(storage, plan, probed, surroundings, program, arguments, graphs.counters.links)
+
+    def _give_up_fixed_addresses(self, error: RefusedError) -> None:
+        """Decode on views of the filled cache from now on, as on a CPU; `report` says why."""
+        self.fixed_addresses = self.storages.keep = False
+        self.why_not_fixed = str(error)
+        self.storages.clear()
+
+
+def _since(request: Request) -> Since:
+    assert request.since is not None, "a request begins with a prompt"
+    return request.since
+
+
+def _valid(
+    request: Request,
+    phase: GraphPhase,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Which of the new tokens count for a probe, bool [B, T]."""
+    rows = request.valid_rows(input_ids) if phase == "decode" else None
+    if rows is not None:
+        return rows
+    if mask is not None and phase != "decode":
+        return mask[:, -input_ids.shape[1] :]
+    return torch.ones_like(input_ids, dtype=torch.bool)

@@ -1,0 +1,63 @@
+"""Whether a decision can be run by a model, asked before anything of it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from adaskip_passes import RefusedError
+
+from ..plans.decisions import Decision, plans_of
+from ..plans.skip_plan import PlanError
+from ..plans.sublayer import Sublayer
+from ..programs.program_cache import Graphs
+
+
+def admit(decision: Decision, graphs: Graphs, model: str) -> None:
+    """Refuse a decision of another model, or one that skips what cannot be skipped.
+
+    Args:
+        decision: any.
+        graphs: of the compiled model, one at least captured.
+        model: what it is called in messages.
+
+    Raises:
+        PlanError: other sublayers, or stand-ins of another width.
+        RefusedError: a skipped sublayer hands on more than the residual stream.
+    """
+    if decision.sublayers != graphs.sublayers:
+        raise PlanError(
+            f"the plan is for {_summary(decision.sublayers)}, but {model} has "
+            f"{_summary(graphs.sublayers)}"
+        )
+    _check_widths(decision, graphs.width, model)
+    _check_skippable(decision, graphs.unskippable, model)
+
+
+def _check_widths(decision: Decision, width: int, model: str) -> None:
+    for plan in plans_of(decision):
+        for sublayer, stand_in in plan.compensation.stand_ins.items():
+            if stand_in.width not in (None, width):
+                raise PlanError(
+                    f"{sublayer}: its {stand_in.kind} stand-in is for a stream of width "
+                    f"{stand_in.width}, but that of {model} is {width} wide; it was fitted on "
+                    "another model"
+                )
+
+
+def _check_skippable(decision: Decision, unskippable: frozenset[Sublayer], model: str) -> None:
+    if not unskippable:
+        return
+    skipped = {s for p in plans_of(decision) for s in (*p.skipped("prefill"), *p.skipped("decode"))}
+    refused = [str(s) for s in decision.sublayers if s in skipped & unskippable]
+    if refused:
+        raise RefusedError(
+            f"the plan skips {', '.join(refused)}, but what is computed there is read by later "
+            f"layers besides the residual stream. Of {model} these cannot be skipped: "
+            f"{', '.join(map(str, sorted(unskippable)))}; pass a plan without them"
+        )
+
+
+def _summary(sublayers: Sequence[Sublayer]) -> str:
+    kinds = sorted({s.kind for s in sublayers})
+    counts = ", ".join(f"{sum(s.kind == k for s in sublayers)} {k}" for k in kinds)
+    return f"{len(sublayers)} sublayers ({counts})"

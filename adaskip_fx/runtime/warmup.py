@@ -1,0 +1,38 @@
+"""Steps of a request that nobody waits for, so that those of the first request are ready to run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..plans.decisions import Schedule
+from ..plans.skip_plan import SkipPlan
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
+
+
+def warm_up(runtime: Runtime, begin: SkipPlan | Schedule, max_length: int, batch: int) -> None:
+    """Run a short prompt and one decode step with every program that requests will need.
+
+    Args:
+        runtime: of a compiled model.
+        begin: what the requests begin with.
+        max_length: tokens of the longest of them.
+        batch: rows.
+    """
+    cache = runtime.new_cache(capacity=max_length, plan=begin)
+    size = batch, max(2, min(max_length - 1, 16))
+    prompt = torch.zeros(size, dtype=torch.int64, device=runtime.device)
+    token = prompt[:, :1]
+    for ids in (prompt, token):
+        runtime.step(ids, None, None, cache, 1)
+    if cache.request.window is not None:  # the program after the window as well
+        cache.request.window = None
+        runtime.step(token, None, None, cache, 1)
+    for first, _ in begin.steps[1:] if isinstance(begin, Schedule) else ():
+        if not cache.stateful:
+            cache.keep_first(prompt.shape[1])  # as far as there may be room
+        cache.request.decoding_from = cache.length - first
+        runtime.step(token, None, None, cache, 1)

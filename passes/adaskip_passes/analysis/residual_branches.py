@@ -1,0 +1,394 @@
+"""Find the residual sublayers of a captured decoder, by structure first and module path second.
+
+A sublayer maps the residual stream ``x`` to ``x + f(x)``. In the graph that is an add whose one
+operand is an ancestor of the other; a decoder is the chain of such adds in which each one's
+residual is the result of the one before. What kind of sublayer it is follows from what it does
+(attention writes K/V or calls an attention operator); the module path must not say otherwise.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import fx
+
+from ..errors import RefusedError
+from .effects import dependencies, operation, written
+
+ATTENTION_OPERATIONS = frozenset({"scaled_dot_product_attention", "flex_attention"})
+
+#: What a module's name says about the kind of sublayer it belongs to; first match counts.
+KIND_BY_NAME: Mapping[str, re.Pattern[str]] = MappingProxyType(
+    {
+        "mixer": re.compile(r"mamba|ssm|linear_attn|short_conv|recurrent"),
+        "attention": re.compile(r"attn|attention"),
+        "ffn": re.compile(r"mlp|ffn|feed_forward|moe|expert|^fc\d$"),
+    }
+)
+
+_ADDS = {operator.add, operator.iadd, torch.add}
+_PASS_THROUGH = frozenset(["dropout", "view", "reshape", "contiguous", "to", "type_as", "float"])
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One residual branch of a captured graph.
+
+    Attributes:
+        index: position along the stream, from 0.
+        layer: the decoder layer it belongs to, from its module path.
+        kind: ``attention``, ``ffn`` or ``mixer``.
+        path: module path of the branch, for messages (``model.layers.3.self_attn``).
+        modules: the innermost modules that the branch comes out of (``….self_attn.o_proj``);
+            several where their sum is the branch (routed and shared experts).
+        add: the node that adds the branch to the stream.
+        stream: the node that produced the stream which the sublayer reads: the add of the
+            sublayer before, or the embedding.
+        branch: the operand of `add` that is not the residual.
+    """
+
+    index: int
+    layer: int
+    kind: str
+    path: str
+    modules: tuple[str, ...]
+    add: fx.Node
+    stream: fx.Node
+    branch: fx.Node
+
+    @property
+    def name(self) -> str:
+        return f"layers_{self.layer}_{self.kind}"
+
+
+@dataclass(frozen=True)
+class _Residual:
+    add: fx.Node
+    stream: fx.Node
+    branch: fx.Node
+
+
+def find_sublayers(graph: fx.Graph) -> tuple[Sublayer, ...]:
+    """The residual sublayers of a captured decoder, in stream order.
+
+    Raises:
+        RefusedError: no residual stream, two candidates for it, a branch whose kind cannot be
+            told, or attention that is not inside a residual branch.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    ancestors = ancestors_of(graph)
+    residuals = [r for node in graph.nodes if (r := residual_of(node, order, ancestors))]
+    chain = _longest_chain(residuals)
+    if not chain:
+        raise RefusedError(
+            "no residual stream found: no add in the graph has one operand that is an ancestor of "
+            "the other. Only decoders made of x + f(x) sublayers can be skipped."
+        )
+    regions = _regions(graph, chain)
+    adds = {residual.add for residual in chain}
+    writes = ((n, written(n)) for n in graph.nodes if n not in adds)
+    later = {root: node for node, root in writes if root is not None}
+    found = []
+    for index, (residual, region) in enumerate(zip(chain, regions, strict=True)):
+        path = branch_path(residual.add, residual.branch)
+        layer = _layer(path)
+        if layer is None:
+            raise RefusedError(
+                f"sublayer {index} of the residual stream has no layer number in its module path "
+                f"({path or 'no path'}); put decoder layers into a ModuleList."
+            )
+        kind = _kind([n for n in region if n is not residual.add], path)
+        _refuse_other_stream(residual, path)
+        _refuse_parallel(residual, order, ancestors, layer)
+        modules = tuple(dict.fromkeys(_modules(residual.branch, module_path(residual.add), later)))
+        found.append(
+            Sublayer(
+                index, layer, kind, path, modules, residual.add, residual.stream, residual.branch
+            )
+        )
+    _refuse_attention_outside(graph, regions)
+    _refuse_duplicates(found)
+    return tuple(found)
+
+
+def module_path(node: fx.Node) -> str:
+    """The module a node was traced in, as a dotted path (``model.layers.0.mlp.act_fn``)."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    raw = next(reversed(stack.values()))[0]
+    dotted = re.sub(r"(?:\._modules)?\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", raw)
+    # the model is `args[0]` in a decorated forward, which those of transformers 5.24 are
+    root = r"^L?\.?(?:self|model|args\.0)?\.?"
+    return re.sub(root, "", dotted, count=1).removeprefix("_modules.")
+
+
+def shape_of(node: fx.Node) -> tuple[str, ...] | None:
+    """The shape of a node's value as it was traced; None for what is not a tensor.
+
+    As text, because comparing symbolic sizes as numbers records a guard.
+    """
+    value = node.meta.get("example_value")
+    return tuple(map(str, value.shape)) if isinstance(value, torch.Tensor) else None
+
+
+def ancestors_of(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For each node the nodes it depends on, itself included, as a bit set in graph order."""
+    sets: dict[fx.Node, int] = {}
+    for i, (node, sources) in enumerate(dependencies(graph.nodes).items()):
+        bits = 1 << i
+        for source in sources:
+            bits |= sets[source]
+        sets[node] = bits
+    return sets
+
+
+def root_of(node: fx.Node) -> fx.Node:
+    """`node` without the operations around it that hand the same values on (dropout in eval)."""
+    while node.op in ("call_function", "call_method") and operation(node) in _PASS_THROUGH:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            break
+        node = source
+    return node
+
+
+def _unscaled(node: fx.Node) -> fx.Node:
+    """What a term is a multiple of: the output of a module that was scaled outside of it."""
+    node = root_of(node)
+    while operation(node) == "mul" and node.op in ("call_function", "call_method"):
+        factors = [a for a in node.args if isinstance(a, fx.Node) and a.op != "placeholder"]
+        if len(factors) != 1:
+            break
+        node = root_of(factors[0])
+    return node
+
+
+def _modules(branch: fx.Node, layer: str, later: Mapping[fx.Node, fx.Node]) -> list[str]:
+    """The modules that a branch comes out of; those of its terms, if the layer itself adds them.
+
+    `later`: for a node whose value is overwritten, the last node that does so.
+    """
+    source = _unscaled(branch)
+    source = later.get(source, source)
+    path = module_path(source)
+    if path != layer or not is_add(source):
+        return [path]
+    return [p for term in source.all_input_nodes for p in _modules(term, layer, later)]
+
+
+def is_add(node: fx.Node) -> bool:
+    """Whether a node is the sum of two others, nothing scaled."""
+    adds = (node.op == "call_function" and node.target in _ADDS) or (
+        node.op == "call_method" and node.target in ("add", "add_")
+    )
+    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    return adds and len(operands) == len(node.args) == 2 and not node.kwargs
+
+
+def residual_of(
+    node: fx.Node, order: Mapping[fx.Node, int], ancestors: Mapping[fx.Node, int]
+) -> _Residual | None:
+    """The stream and the branch that a node adds, if one operand is an ancestor of the other."""
+    if not is_add(node):
+        return None
+    a, b = node.args
+    assert isinstance(a, fx.Node)
+    assert isinstance(b, fx.Node)
+    shape = shape_of(node)
+    if shape is None or len(shape) < 2:
+        return None
+    for residual, branch in ((a, b), (b, a)):
+        if shape_of(residual) != shape or not _fits(branch, shape):
+            continue
+        stream = root_of(residual)
+        if stream is not root_of(branch) and ancestors[branch] >> order[stream] & 1:
+            return _Residual(node, stream, branch)
+    return None
+
+
+def _fits(branch: fx.Node, shape: tuple[str, ...]) -> bool:
+    """Whether a branch is as large as the stream: a length may be written in another way."""
+    mine = shape_of(branch)
+    return (
+        mine is not None
+        and len(mine) == len(shape)
+        and not any(one != other and one.isdigit() for one, other in zip(mine, shape, strict=True))
+    )
+
+
+def _longest_chain(residuals: list[_Residual]) -> list[_Residual]:
+    """The chain of residual adds in which each one's stream is the add before it."""
+    by_add = {r.add: r for r in residuals}
+    length: dict[fx.Node, int] = {}
+    for r in residuals:  # graph order, so the stream's own length is known
+        length[r.add] = 1 + length.get(r.stream, 0)
+    if not length:
+        return []
+    longest = max(length.values())
+    ends = [add for add, n in length.items() if n == longest]
+    if len(ends) > 1:
+        places = ", ".join(module_path(add) or add.name for add in ends)
+        raise RefusedError(
+            f"{len(ends)} chains of {longest} residual adds are equally long, ending at {places}; "
+            "which one is the residual stream cannot be told. (If they are one stream, something "
+            "else than a residual add changes it between them.)"
+        )
+    chain = []
+    residual: _Residual | None = by_add[ends[0]]
+    while residual is not None:
+        chain.append(residual)
+        residual = by_add.get(residual.stream)
+    return chain[::-1]
+
+
+def _regions(graph: fx.Graph, chain: list[_Residual]) -> list[list[fx.Node]]:
+    """For each residual the nodes that depend on its stream and on no later one."""
+    level = stream_levels(graph, [(r.stream, r.add) for r in chain])
+    regions: list[list[fx.Node]] = [[] for _ in chain]
+    for node in graph.nodes:
+        at = level[node]
+        if 0 <= at < len(chain) and node.op != "output":
+            regions[at].append(node)
+    return regions
+
+
+def stream_levels(graph: fx.Graph, chain: list[tuple[fx.Node, fx.Node]]) -> dict[fx.Node, int]:
+    """For each node the sublayer it is computed in.
+
+    Args:
+        graph: the captured graph.
+        chain: (stream, add) of each of the S sublayers.
+
+    Returns:
+        -1 for what does not depend on the residual stream (and for the embedding, where the
+        stream begins), k for what depends on the stream before sublayer k and on no later one,
+        S for what follows the last sublayer.
+    """
+    made_at = {add: k for k, (_, add) in enumerate(chain)}
+    value_level: dict[fx.Node, int] = {}  # the stream that a node's value depends on
+    level: dict[fx.Node, int] = {}
+    for node, sources in dependencies(graph.nodes).items():
+        depends = max((value_level[i] for i in sources), default=-1)
+        level[node] = depends
+        value_level[node] = made_at[node] + 1 if node in made_at else depends
+        if node is chain[0][0]:
+            value_level[node] = 0
+    return level
+
+
+def branch_path(total: fx.Node, term: fx.Node) -> str:
+    """The module path of a branch that `total` adds, down to the child of the decoder layer."""
+    branch = module_path(_unscaled(term))
+    layer = module_path(total)
+    if branch.startswith(layer + ".") and re.search(r"(?:^|\.)\d+$", layer):
+        return layer + "." + branch[len(layer) + 1 :].split(".")[0]
+    return branch or layer
+
+
+def _layer(path: str) -> int | None:
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    return int(number[1]) if number else None
+
+
+def _kind(region: list[fx.Node], path: str) -> str:
+    """What a region does decides; its module's name must not contradict.
+
+    Attention calls an attention operator, or appends to storage; a mixer overwrites a state. Some
+    mixers are called as attention is, so a name tells these two apart only where a part of a state
+    is written.
+    """
+    attends = any(operation(n) in ATTENTION_OPERATIONS for n in region)
+    writes = [n for n in region if (w := written(n)) is not None and w.op == "placeholder"]
+    tail = path.rsplit(".", 1)[-1].lower()
+    named = next((kind for kind, name in KIND_BY_NAME.items() if name.search(tail)), None)
+    if attends or (named != "mixer" and any(not _replaces(n) for n in writes)):
+        kind = "attention"
+    else:
+        kind = "mixer" if writes else "ffn"
+    if named is not None and (named == "ffn") != (kind == "ffn"):
+        does = "writes to a cache" if writes else "attends" if attends else "has no effect"
+        raise RefusedError(
+            f"{path}: its name says {named}, but it {does}, which says {kind}. "
+            "It is refused because skipping the wrong kind corrupts the KV cache."
+        )
+    return kind
+
+
+def _replaces(write: fx.Node) -> bool:
+    """Whether a write overwrites all of an input at once."""
+    return operation(write) == "copy_" and write.args[0] is written(write)
+
+
+def _refuse_parallel(
+    residual: _Residual,
+    order: Mapping[fx.Node, int],
+    ancestors: Mapping[fx.Node, int],
+    layer: int,
+) -> None:
+    """Two branches added to the stream in one expression: `separate` could not, or was not run."""
+    branch = root_of(residual.branch)
+    if branch.op != "call_function" or branch.target not in _ADDS:
+        return
+    terms = [t for t in branch.all_input_nodes if shape_of(t) == shape_of(residual.add)]
+    paths = {branch_path(residual.add, t) for t in terms}
+    reads = [t for t in terms if ancestors[t] >> order[residual.stream] & 1]
+    if len(reads) == 2 and len(paths) == 2 and all(_layer(p) is not None for p in paths):
+        kinds = {next((k for k, n in KIND_BY_NAME.items() if n.search(p)), p) for p in paths}
+        if len(kinds) == 2:
+            raise RefusedError(
+                f"layer {layer} adds two branches ({', '.join(sorted(paths))}) to the residual "
+                "stream in one expression, and they cannot be taken one after the other: both have "
+                "effects, or the stream is overwritten and read again."
+            )
+
+
+def _refuse_other_stream(residual: _Residual, path: str) -> None:
+    """A sublayer that changes the stream's shape or dtype cannot be stood in for."""
+    before, after = (n.meta["example_value"] for n in (residual.stream, residual.add))
+    if shape_of(residual.stream) != shape_of(residual.add) or before.dtype != after.dtype:
+        raise RefusedError(
+            f"{path} takes a residual stream {list(map(str, before.shape))} of {before.dtype} and "
+            f"gives {list(map(str, after.shape))} of {after.dtype}; a skipped sublayer could not"
+        )
+    if before.dim() != 3:
+        raise RefusedError(
+            f"{path} is added to a stream {list(map(str, before.shape))} of {before.dim()} "
+            "dimensions, not to a residual stream [batch, tokens, hidden]"
+        )
+
+
+def _refuse_attention_outside(graph: fx.Graph, regions: list[list[fx.Node]]) -> None:
+    inside = {node for region in regions for node in region}
+    for node in graph.nodes:
+        attends = node.op != "placeholder" and operation(node) in ATTENTION_OPERATIONS
+        if attends and node not in inside:
+            raise RefusedError(
+                f"attention at {module_path(node) or node.name} lies outside every residual "
+                "sublayer that was found, so the residual stream was not understood."
+            )
+
+
+def _refuse_duplicates(found: list[Sublayer]) -> None:
+    seen: dict[str, Sublayer] = {}
+    for sublayer in found:
+        twin = seen.setdefault(sublayer.name, sublayer)
+        if twin is not sublayer:
+            raise RefusedError(
+                f"layer {sublayer.layer} has two {sublayer.kind} sublayers "
+                f"({twin.path}, {sublayer.path}); a plan could not name one of them."
+            )
+
+
+def stream_independent(graph: fx.Graph, stream: fx.Node) -> set[fx.Node]:
+    """The nodes of a piece that do not depend on the residual stream `stream`."""
+    dependent = {stream}
+    for node, sources in dependencies(graph.nodes).items():
+        if any(source in dependent for source in sources):
+            dependent.add(node)
+    return {node for node in graph.nodes if node not in dependent}

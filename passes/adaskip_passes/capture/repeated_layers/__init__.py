@@ -1,0 +1,1 @@
+"""Of layers that are alike two are traced, and the others copied."""

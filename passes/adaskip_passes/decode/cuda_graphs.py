@@ -1,0 +1,81 @@
+"""Record what a program launches as a CUDA graph, and replay it.
+
+A step of one token is some two hundred kernels of microseconds each; launched one by one from
+Python they take three times as long as they run. A recording is launched at once. All recordings of
+a recorder share one pool of memory, so each costs little more than its own nodes; legal as long
+as no two of them run at the same time and what is kept is copied out before the next one runs. So
+they take turns: where callers have streams of their own, one waits for what the other has begun.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .cuda_kernels import shared_counters
+
+
+class Recorder:
+    """Records on one stream into one pool.
+
+    Attributes:
+        device: a CUDA device.
+        recorded: how many graphs it has recorded.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.recorded = 0
+        self._turn = threading.RLock()
+        self._last: torch.cuda.Stream | None = None  # that something of the pool ran on
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+        # the pool must never be without a graph: capturing into one whose last was freed fails
+        self._anchor = self._capture(lambda: torch.zeros(1, device=device))
+
+    def run(self, body: Callable[[], object]) -> None:
+        """Run `body` on the stream of recordings: whatever is set up at first use is then there."""
+        with self._in_turn() as current:
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                body()
+            current.wait_stream(self._stream)
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Run what was recorded, on the caller's stream."""
+        with self._in_turn():
+            graph.replay()
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[torch.cuda.Stream]:
+        """The caller's stream, after everything that was begun on another one."""
+        with self._turn:
+            current = torch.cuda.current_stream(self.device)
+            if self._last is not None and self._last != current:
+                current.wait_stream(self._last)
+            self._last = current
+            yield current
+
+    def record(self, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """The graph of what `body` launches; nothing is run. What it calls must have run before."""
+        with self._turn:
+            self.recorded += 1
+            return self._capture(body)
+
+    def _capture(self, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        # not torch.cuda.graph(): that empties the allocator's cache for the whole process, and
+        # the next prompt would have to fill it again
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                with shared_counters(self.device):
+                    body()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        return graph

@@ -1,0 +1,52 @@
+"""Compile the kernels of a piece's own operators in threads, while Inductor compiles the rest.
+
+Triton would compile each at its first launch, one after the other; most of that time is spent
+outside of Python.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import ops  # noqa: F401 - the operators
+
+_WORKERS = 8
+_pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="adaskip-triton")
+
+_PROJECT, _ATTEND = torch.ops.adaskip.project.default, torch.ops.adaskip.attend.default
+
+
+def compile_ahead(module: fx.GraphModule) -> list[Future[None]]:
+    """Begin to compile the kernels of `attend` and `project` calls; nothing without a GPU.
+
+    Args:
+        module: a piece whose nodes carry their example values.
+
+    Returns:
+        What to wait for before the piece runs.
+    """
+    calls = [
+        n for n in module.graph.nodes if n.op == "call_function" and n.target in (_PROJECT, _ATTEND)
+    ]
+    return [f for node in calls if (f := _begin(node)) is not None]
+
+
+def _begin(node: fx.Node) -> Future[None] | None:
+    if node.kwargs or any("example_value" not in n.meta for n in node.all_input_nodes):
+        return None
+    values: Any = fx.map_arg(node.args, lambda n: n.meta["example_value"])
+    first = values[0]
+    if first.device.type != "cuda":
+        return None
+    from . import triton_kernels
+
+    if node.target is _PROJECT:
+        call = triton_kernels.projection(*values)
+    else:
+        counters = first.new_empty(1, dtype=torch.int32)
+        call = triton_kernels.attention(*(*values, counters))
+    return _pool.submit(call.compile, first.device)

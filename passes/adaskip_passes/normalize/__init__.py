@@ -1,0 +1,4 @@
+"""Brings every way of adding to the residual stream into one form.
+
+Imports `analysis`.
+"""

@@ -1,0 +1,64 @@
+"""Write a residual add over flattened tokens as one over the stream.
+
+OPT adds an FFN's branch to the stream as [batch * tokens, hidden]. Before and after::
+
+    flat = x.reshape(-1, hidden)              flat = x.reshape(-1, hidden)
+    f    = ffn(flat)                          f    = ffn(flat)
+    y    = (flat + f).view(batch, tokens, h)  y    = x + f.view(batch, tokens, h)
+
+Then the stream has one shape, and a sublayer can be left out.
+
+Legal because both adds have the same elements in the same order: `flat` is the stream, reshaped and
+nothing else, and the sum is read in the stream's shape alone.
+"""
+
+from __future__ import annotations
+
+from operator import add
+
+from torch import fx
+
+from ..analysis.effects import is_mutation, operation
+from ..analysis.residual_branches import is_add, shape_of
+
+_RESHAPES = frozenset(["view", "reshape"])
+
+
+def unflatten(graph: fx.Graph) -> int:
+    """Write every add of this kind in the stream's own shape; returns how many there were."""
+    found = [node for node in graph.nodes if _is_flat(node)]
+    for total in found:
+        left, right = (a for a in total.args if isinstance(a, fx.Node))
+        flat, branch = (left, right) if _source(left) is not None else (right, left)
+        stream = flat.args[0]
+        assert isinstance(stream, fx.Node)
+        views = list(total.users)
+        first = views[0]
+        with graph.inserting_before(first):
+            wide = graph.node_copy(first, lambda n, t=total, b=branch: b if n is t else n)  # type: ignore[misc]
+            wide.meta = dict(first.meta)
+            x = graph.call_function(add, (stream, wide))
+            x.meta = {**total.meta, "example_value": first.meta["example_value"]}
+        for view in views:
+            view.replace_all_uses_with(x)
+            graph.erase_node(view)
+        graph.erase_node(total)
+    return len(found)
+
+
+def _is_flat(node: fx.Node) -> bool:
+    """An add of a reshaped stream and a branch whose sum is read only in the stream's shape."""
+    if not is_add(node) or is_mutation(node):
+        return False
+    sources = [s for a in node.args if isinstance(a, fx.Node) and (s := _source(a)) is not None]
+    mine, wide = shape_of(node), shape_of(sources[0]) if len(sources) == 1 else None
+    if mine is None or wide is None or len(mine) >= len(wide) or not node.users:
+        return False
+    return all(operation(u) in _RESHAPES and shape_of(u) == wide for u in node.users)
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    """What a node is a reshaped form of."""
+    reshaped = node.op == "call_method" and operation(node) in _RESHAPES
+    source = node.args[0] if reshaped else None
+    return source if isinstance(source, fx.Node) else None

@@ -1,0 +1,95 @@
+"""Write a stream that is wider than its embedding in the wider dtype from the start.
+
+Mamba keeps the residual stream of a bfloat16 model in float32, from the first add on. Before and
+after::
+
+    x = embedding(ids)                    e = embedding(ids)
+                                          x = widened(e, float32)
+    n = norm(x)                           n = norm(x.to(bfloat16))
+    y = x.to(float32) + mixer(n)          y = x.to(float32) + mixer(n)
+
+Then the first sublayer takes the kind of stream that it gives, and can be left out as any other.
+
+Legal because a wider float holds every value of a narrower one, so that all casts give what they
+gave.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..analysis.effects import operation
+from ..analysis.residual_branches import ancestors_of, is_add, residual_of
+
+
+def widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` in a wider dtype. (Not a ``to``, which counts as a view of the same stream.)"""
+    return x.to(dtype)
+
+
+def widen(graph: fx.Graph) -> bool:
+    """Widen what the stream begins with; returns whether it was narrower than the stream.
+
+    An add in a wider dtype inside of a branch is another thing: no stream goes on from it.
+    """
+    adds = [node for node in graph.nodes if is_add(node) and _widens(node)]
+    if not adds:
+        return False
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    ancestors = ancestors_of(graph)
+    residuals = {n: r for n in graph.nodes if (r := residual_of(n, order, ancestors))}
+    continued = {r.stream for r in residuals.values()}
+    for node in adds:
+        start = residuals[node].stream if node in residuals and node in continued else None
+        if start is not None and not is_add(start) and _widens(node, start):
+            narrow, wide = _dtype(start), _dtype(node)
+            assert isinstance(wide, torch.dtype)
+            _write(graph, start, narrow, wide)
+            return True
+    return False
+
+
+def _write(graph: fx.Graph, start: fx.Node, narrow: torch.dtype | None, wide: torch.dtype) -> None:
+    users = list(start.users)
+    example = start.meta["example_value"]
+    with graph.inserting_after(start):
+        x = graph.call_function(widened, (start, wide))
+    x.meta = {**start.meta, "example_value": example.to(wide)}
+    others = [user for user in users if not _casts(user)]
+    for user in users:
+        if user not in others:
+            user.replace_input_with(start, x)
+    if others:
+        with graph.inserting_after(x):
+            back = graph.call_method("to", (x, narrow))
+        back.meta = dict(start.meta)
+        for user in others:
+            user.replace_input_with(start, back)
+
+
+def _widens(add: fx.Node, stream: fx.Node | None = None) -> bool:
+    """Whether a narrower operand of an add is cast for it; `stream`: or this node is narrower."""
+    wide = _dtype(add)
+    sources = [stream] if stream is not None else _cast_for(add)
+    return wide is torch.float32 and any(
+        _dtype(s) in (torch.bfloat16, torch.float16) for s in sources
+    )
+
+
+def _cast_for(add: fx.Node) -> list[fx.Node]:
+    casts = (a for a in add.all_input_nodes if operation(a) in ("to", "float") and a.args)
+    return [s for c in casts if isinstance(s := c.args[0], fx.Node)]
+
+
+def _casts(node: fx.Node) -> bool:
+    """Whether a node converts to a dtype that it names."""
+    if node.op != "call_method" or operation(node) not in ("to", "float"):
+        return False
+    named = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)]
+    return operation(node) == "float" or len(named) == 1
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("example_value")
+    return value.dtype if isinstance(value, torch.Tensor) else None
