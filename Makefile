@@ -29,7 +29,7 @@ soak: .venv/test
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
 
 # The suite on the oldest, the pinned and the newest supported versions, each in an environment of
-# its own. Rows of the README's table that are measured anew: `python -m tests.support` in each.
+# its own. Rows of the README's table that are measured anew: `python -m tests.model_support` in each.
 test-matrix: test-all .venv-oldest/test .venv-newest/test
 	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile -m ''
 	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile -m ''

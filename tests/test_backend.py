@@ -25,7 +25,7 @@ from adaskip_fx.plans.sublayer import Kind
 from adaskip_fx.plans.surrogates import Compensation
 from adaskip_fx.policies import LLMDrop
 from adaskip_fx.profiles.fingerprint import fingerprint
-from tests.oracle import Oracle
+from tests.support.eager_reference import Oracle
 
 LAYERS = 3
 KINDS: tuple[Kind, ...] = ("attention", "ffn")

@@ -16,7 +16,7 @@ from adaskip_fx.calibration.calibrate import calibrate
 from adaskip_fx.evaluation.execution_check import NotMeasuredError, SkipPathError
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
-from tests.evaluation.toys import SUBLAYERS, compiled, tiny_llama, tokenizer
+from tests.support.toy_models import SUBLAYERS, compiled, tiny_llama, tokenizer
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the harness's own

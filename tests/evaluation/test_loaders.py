@@ -14,7 +14,7 @@ from adaskip_fx.evaluation.json_records import read_records
 from adaskip_fx.evaluation.scoring import score
 from adaskip_fx.evaluation.tasks import TASKS, KeyValue, MultiDocumentQA, Summary, Trec, TriviaQA
 from adaskip_fx.evaluation.tasks.trec import LABELS, read_labels
-from tests.evaluation.toys import encoded, knows, says, tokenizer
+from tests.support.toy_models import encoded, knows, says, tokenizer
 
 
 def lines(path: Path, *records: Any) -> Path:

@@ -11,7 +11,7 @@ import torch
 
 from adaskip_fx.evaluation.examples import Choose, Generate, Recall
 from adaskip_fx.evaluation.scoring import chosen, logits_of, score
-from tests.evaluation.toys import VOCABULARY, Scripted, encoded, knows, says, tokenizer
+from tests.support.toy_models import VOCABULARY, Scripted, encoded, knows, says, tokenizer
 
 PROMPT = encoded("What is it? ")
 

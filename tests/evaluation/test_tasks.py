@@ -26,7 +26,7 @@ from adaskip_fx.evaluation.tasks import (
     Perplexity,
     VariableTracking,
 )
-from tests.evaluation.toys import TEMPLATE, encoded, tokenizer
+from tests.support.toy_models import TEMPLATE, encoded, tokenizer
 
 GENERATED: tuple[Any, ...] = (
     Passkey,

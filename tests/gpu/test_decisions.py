@@ -10,9 +10,9 @@ import torch
 from adaskip_fx.calibration.loss import CalibrationLoss
 from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.phase_split import decode_only, prefill_only
-from tests.bank import make_model
-from tests.gpu.test_decode_graphs import OnGpu, on_gpu
-from tests.test_decisions import check
+from tests.support.compiled_llamas import make_model
+from tests.support.decisions import check
+from tests.support.on_gpu import OnGpu, on_gpu
 
 STEPS = (6, *[1] * 6, 4, *[1] * 5)
 

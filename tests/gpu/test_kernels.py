@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaskip_passes import attend, project
-from tests.oracle import relative_error
+from tests.support.eager_reference import relative_error
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 #: columns, outputs of each weight, with a norm before it, with biases

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers.generation import GenerationMixin
 
-from tests.gpu.test_decode_graphs import OnGpu, on_gpu
-from tests.test_generate import Collected
+from tests.support.generation import Collected
+from tests.support.on_gpu import OnGpu, on_gpu
 
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 2.0}
 

@@ -9,8 +9,8 @@ from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_fx.plans.surrogate import SHAPES
 from adaskip_fx.plans.surrogates import Compensation
 from adaskip_fx.testing import assert_equivalent
-from tests.bank import entry, make_model
-from tests.test_stand_in import stand_in
+from tests.support.compiled_llamas import entry, make_model
+from tests.support.stand_ins import stand_in
 
 #: Neighbours that are folded are rounded to bfloat16 once, the two maps of the eager model twice.
 _ROUNDED = {torch.float32: None, torch.bfloat16: 0.25}

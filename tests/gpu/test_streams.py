@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.gpu.test_decode_graphs import OnGpu, on_gpu
+from tests.support.on_gpu import OnGpu, on_gpu
 
 
 def generated(bank: OnGpu, ids: torch.Tensor, stream: Any) -> list[int]:

@@ -56,7 +56,8 @@ def soak(structure: str, seed: int, seconds: float) -> Count:
     import hypothesis
     from hypothesis.stateful import run_state_machine_as_test
 
-    from tests import conftest, test_state_machine
+    from tests import conftest
+    from tests.machine import test_state_machine
 
     warnings.simplefilter("ignore")
     end, count = time.monotonic() + seconds, Count(structure)

@@ -12,7 +12,7 @@ from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.skip_plan import Action
 from adaskip_fx.policies import D3, SkipDecode
 from adaskip_fx.policies.depth_schedules import DepthSchedule, coarse
-from tests.test_baselines import profile
+from tests.support.profiles import profile
 
 
 def layers_by_step(schedule: Schedule) -> list[tuple[int, list[int]]]:

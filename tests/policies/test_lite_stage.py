@@ -12,9 +12,9 @@ import adaskip_fx
 from adaskip_fx.contrib.stopping import ConfidenceStop
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import LiteStage, Stage
-from tests.bank import entry, profile_of
-from tests.test_baselines import profile
-from tests.test_decisions import NAMES, SHAPE
+from tests.support.compiled_llamas import entry, profile_of
+from tests.support.decisions import NAMES, SHAPE
+from tests.support.profiles import profile
 
 #: Most similar first: 2.ffn, 0.attention, 3.attention, 1.ffn; then ties in stream order.
 SIMILAR = {"2.ffn": 0.99, "0.attention": 0.98, "3.attention": 0.97, "1.ffn": 0.96}

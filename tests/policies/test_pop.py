@@ -10,9 +10,9 @@ import torch
 from adaskip_fx.plans.phase_split import decode_only, prefill_only
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
 from adaskip_fx.policies import POP, AdaSkip, DecodeOnly, EarlyExit, OnlinePolicy, SkipDecode
-from tests.bank import entry, profile_of
-from tests.test_baselines import profile
-from tests.test_decisions import EMPTY, NAMES, SHAPE, SUBLAYERS, check
+from tests.support.compiled_llamas import entry, profile_of
+from tests.support.decisions import EMPTY, NAMES, SHAPE, SUBLAYERS, check
+from tests.support.profiles import profile
 
 PLAN = SkipPlan.of(SUBLAYERS, ["1.attention", "2.ffn"], decode_extra=["0.ffn"])
 SIMILARITY = dict(zip(NAMES, [0.1, 0.9, 0.8, 0.2, 0.3, 0.7], strict=True))

@@ -13,10 +13,10 @@ from adaskip_fx.contrib.routing import learn_routes
 from adaskip_fx.plans.decisions import Choice
 from adaskip_fx.policies import AdaSkip, LLMDrop, Route, Router
 from adaskip_fx.profiles.profile import Profile
-from tests.bank import make_model
-from tests.test_baselines import profile
-from tests.test_calibrate import Letters, ids_of
-from tests.test_decisions import mean_by_hand
+from tests.support.compiled_llamas import make_model
+from tests.support.decisions import mean_by_hand
+from tests.support.profiles import profile
+from tests.support.tokenizers import Letters, ids_of
 
 TEXTS = {
     "digits": ["31415926535897932384626", "27182818284590452353602"],

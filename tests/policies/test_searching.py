@@ -14,9 +14,9 @@ from adaskip_fx.calibration.loss import CalibrationLoss
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Compensation
 from adaskip_fx.policies import AdaSkip, Evolve, Greedy, LLMDrop, OnlinePolicy
-from tests.bank import entry, profile_of
-from tests.test_baselines import KINDS, profile
-from tests.test_decisions import SHAPE
+from tests.support.compiled_llamas import entry, profile_of
+from tests.support.decisions import SHAPE
+from tests.support.profiles import KINDS, profile
 
 LAYERS = 4
 NAMES = [f"{i}.{kind}" for i in range(LAYERS) for kind in KINDS]

@@ -12,10 +12,10 @@ import torch
 import adaskip_fx
 from adaskip_fx.policies import ShortGPT
 from adaskip_fx.profiles.profile import Fingerprint, Profile, ProfileError
-from tests.bank import make_model
-from tests.oracle import moments, plain_streams
-from tests.test_baselines import layers_of, profile
-from tests.test_calibrate import Letters, ids_of
+from tests.support.compiled_llamas import make_model
+from tests.support.eager_reference import moments, plain_streams
+from tests.support.profiles import layers_of, profile
+from tests.support.tokenizers import Letters, ids_of
 
 TEXTS = ("Sixteen letters and some more.", "A second sample that is longer than the first is.")
 

@@ -1,0 +1,151 @@
+"""Attention that fused kernels have no place for, against transformers' own eager code."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from adaskip_fx.api import build
+from adaskip_fx.capture.attention import attention
+from tests.support.eager_reference import assert_close, relative_error
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 61,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.25,
+    "sliding_window": 6,
+}
+FAMILIES = {
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"attn_logit_softcapping": 2.0}),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {}),
+    "mistral": (MistralForCausalLM, MistralConfig, {}),
+}
+
+
+def make(family: str, **changes: Any) -> Any:
+    model, config, more = FAMILIES[family]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = model(config(**{**SHAPE, **more, **changes})).eval()
+    made.set_attn_implementation("eager")  # with SDPA transformers 5.17 leaves out the soft cap
+    return made
+
+
+def compare(model: Any, reference: Any, fixed_addresses: bool, batch: int = 1) -> None:
+    """A prompt longer than the window, single tokens, a chunk, single tokens."""
+    compiled = build(model, None, backend="eager", fixed_addresses=fixed_addresses)
+    cache, theirs = compiled.adaskip.new_cache(), DynamicCache()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for step, count in enumerate((9, 1, 1, 4, 1, 1)):
+            ids = torch.randint(0, 61, (batch, count))
+            logits = compiled(ids, past_key_values=cache, logits_to_keep=1).logits
+            expected = reference(ids, past_key_values=theirs).logits[:, -1:]
+            assert_close(logits, expected, 1e-4, f"step {step}")
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma2", pytest.param("gemma3", marks=pytest.mark.slow), "mistral"]
+)
+@pytest.mark.parametrize("fixed_addresses", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_windows_and_soft_caps(family: str, fixed_addresses: bool) -> None:
+    compare(make(family), make(family), fixed_addresses, batch=2 if fixed_addresses else 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gemma2", {"attn_logit_softcapping": 3.0}), ("mistral", {"sliding_window": 5})],
+)
+def test_another_cap_or_window_is_noticed(family: str, changes: dict[str, Any]) -> None:
+    """The companion."""
+    with pytest.raises(AssertionError, match="step 0"):
+        compare(make(family), make(family, **changes), fixed_addresses=False)
+
+
+def eager(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """In float64, head by head."""
+    out = torch.zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3]).double()
+    each = query.shape[1] // key.shape[1]
+    for b in range(query.shape[0]):
+        for h in range(query.shape[1]):
+            k, v = key[b, h // each].double(), value[b, h // each].double()
+            scores = query[b, h].double() @ k.T * 0.3
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            weights = scores.exp() * seen[b]
+            total = weights.sum(-1, keepdim=True)
+            if sinks is not None:
+                total = total + sinks[h].double().exp()
+            out[b, :, h] = weights / total @ v
+    return out
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("form", ["causal", "one", "bool", "filled"])
+def test_soft_caps_and_sinks_under_every_mask(
+    softcap: float | None, with_sinks: bool, form: str
+) -> None:
+    torch.manual_seed(0)
+    tokens, stored = {"causal": (7, 7), "one": (1, 7), "bool": (3, 7), "filled": (1, 7)}[form]
+    query = torch.randn(2, 4, tokens, 8)
+    key, value = torch.randn(2, 2, stored, 8), torch.randn(2, 2, stored, 8)
+    sinks = torch.randn(4) if with_sinks else None
+    mask: torch.Tensor | None = None
+    seen = torch.ones(2, tokens, stored)
+    if form == "causal":
+        seen = seen.tril()
+    elif form == "bool":
+        mask = torch.rand(2, 1, tokens, stored) > 0.4
+        mask[..., 0] = True
+        seen = mask[:, 0].double()
+    elif form == "filled":
+        mask = torch.full((1, 1, 1, 1), 5)
+        seen[..., 5:] = 0
+    got, _ = attention(
+        torch.nn.Module(), query, key, value, mask, scaling=0.3, softcap=softcap, s_aux=sinks
+    )
+    expected = eager(query, key, value, seen, softcap, sinks)
+    assert relative_error(got.double(), expected) < 1e-5
+    if with_sinks:  # the companion
+        assert relative_error(got.double(), eager(query, key, value, seen, softcap, None)) > 1e-3
+
+
+def test_a_token_that_sees_nothing_is_not_nan() -> None:
+    """Padding: whatever comes out is read by nobody, but NaN would spread through the cache."""
+    query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 3, 8)
+    mask = torch.zeros(1, 1, 1, 3, dtype=torch.bool)
+    got, _ = attention(torch.nn.Module(), query, key, key, mask, softcap=2.0)
+    assert got.isfinite().all()
+
+
+def test_one_name_is_all_that_is_added_to_transformers() -> None:
+    assert ALL_ATTENTION_FUNCTIONS["adaskip"] is attention
+    assert "adaskip" not in ALL_ATTENTION_FUNCTIONS["sdpa"].__module__

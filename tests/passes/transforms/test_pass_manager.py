@@ -1,0 +1,204 @@
+"""Pipeline: the one place that copies, lints, times, dumps and diffs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from adaskip_passes import (
+    Probe,
+    RefusedError,
+    Replacement,
+    Skip,
+    Tap,
+    link,
+    piece_of,
+    run_passes,
+    text,
+)
+from adaskip_passes.partition.outline import PIECE
+from adaskip_passes.transforms import pass_manager as pipeline_module
+from adaskip_passes.transforms.pass_manager import Step
+from tests.support.fx_decoders import Shape, arguments, call, shared
+from tests.support.fx_reference import Instead, eager
+
+SKIP = Skip({1: Replacement("nothing", "scale")})
+
+
+@dataclass(frozen=True)
+class Raises:
+    def __call__(self, outer: fx.GraphModule) -> None:
+        raise RefusedError("not this one")
+
+
+@dataclass(frozen=True)
+class CallsAStranger:
+    """Leaves a call of something that is not a piece."""
+
+    def __call__(self, outer: fx.GraphModule) -> None:
+        call = outer.graph.find_nodes(op="call_module")[1]
+        del call.meta[PIECE]
+
+
+@dataclass(frozen=True)
+class Misorders:
+    """Leaves a node that uses a value before it is made."""
+
+    def __call__(self, outer: fx.GraphModule) -> None:
+        calls = outer.graph.find_nodes(op="call_module")
+        calls[-1].append(calls[1])
+
+
+@dataclass(frozen=True)
+class Records:
+    seen: list[str]
+
+    def __call__(self, outer: fx.GraphModule) -> None:
+        self.seen.append(text(outer))
+
+
+def test_the_original_stays_as_it_is() -> None:
+    outer = shared(Shape()).outer
+    before, modules = str(outer.graph), set(dict(outer.named_modules()))
+    changed = run_passes(outer, (SKIP, Probe((0, 2))))
+    assert text(changed) != text(outer)
+    assert str(outer.graph) == before
+    assert set(dict(outer.named_modules())) == modules
+
+
+def test_pieces_are_shared_and_not_copied() -> None:
+    outer = shared(Shape()).outer
+    changed = run_passes(outer, ())
+    before, after = (
+        [piece_of(n) for n in g.graph.find_nodes(op="call_module")] for g in (outer, changed)
+    )
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    assert changed.graph is not outer.graph
+
+
+def test_passes_run_in_order_on_one_copy() -> None:
+    outer = shared(Shape()).outer
+    seen: list[str] = []
+    changed = run_passes(outer, (Records(seen), SKIP, Records(seen), Probe((0,)), Records(seen)))
+    assert seen[0] == text(outer)
+    assert "scale_1 = scale(x_1" in seen[1]
+    assert "probe_0" not in seen[1]
+    assert seen[2] == text(changed)
+
+
+def test_watching_gives_a_step_for_each_pass() -> None:
+    outer = shared(Shape()).outer
+    steps: list[Step] = []
+    changed = run_passes(outer, (SKIP, Probe((0,))), steps.append)
+    assert [s.name for s in steps] == ["Skip", "Probe"]
+    assert steps[0].before == text(outer)
+    assert steps[0].after == steps[1].before
+    assert steps[1].after == text(changed)
+    assert all(s.seconds >= 0 for s in steps)
+
+
+def test_a_step_shows_what_changed() -> None:
+    steps: list[Step] = []
+    run_passes(shared(Shape()).outer, (SKIP,), steps.append)
+    assert steps[0].diff() == (
+        "--- before\n"
+        "+++ Skip\n"
+        "@@ -1,7 +1,7 @@\n"
+        " x, table = prologue(+5 inputs)\n"
+        " x_1 = layers_0_attention(x, table, +7 inputs)\n"
+        "-x_2 = layers_0_ffn(x_1, +6 inputs)\n"
+        "-x_3 = layers_1_attention(x_2, table, +7 inputs)\n"
+        "+scale_1 = scale(x_1, factor_1, +1 inputs)\n"
+        "+x_3 = layers_1_attention(scale_1, table, +7 inputs)\n"
+        " x_4 = layers_1_ffn(x_3, +6 inputs)\n"
+        " epilogue = epilogue(x_4, +3 inputs)\n"
+        " return (epilogue,)"
+    )
+    assert replace(steps[0], after=steps[0].before).diff() == ""
+
+
+def test_nobody_watching_no_text_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[fx.GraphModule] = []
+
+    def counting(outer: fx.GraphModule) -> str:
+        made.append(outer)
+        return ""
+
+    monkeypatch.setattr(pipeline_module, "text", counting)
+    run_passes(shared(Shape()).outer, (SKIP, Probe((0,))))
+    assert made == []
+    run_passes(shared(Shape()).outer, (SKIP, Probe((0,))), lambda step: None)
+    assert len(made) == 4
+
+
+def test_exceptions_of_a_pass_come_out() -> None:
+    with pytest.raises(RefusedError, match=r"^not this one$"):
+        run_passes(shared(Shape()).outer, (Raises(),))
+
+
+def test_a_call_of_something_else_is_found() -> None:
+    with pytest.raises(RuntimeError, match=r"^x_1 calls layers_0_attention, which is not a piece$"):
+        run_passes(shared(Shape()).outer, (CallsAStranger(),))
+
+
+def test_a_misordered_graph_is_found() -> None:
+    with pytest.raises(RuntimeError, match="was used before it has been defined"):
+        run_passes(shared(Shape()).outer, (Misorders(),))
+
+
+def test_every_pass_is_checked_and_not_only_the_last() -> None:
+    seen: list[str] = []
+    with pytest.raises(RuntimeError, match="which is not a piece"):
+        run_passes(shared(Shape()).outer, (CallsAStranger(), Records(seen)))
+    assert seen == []
+
+
+def test_text_hides_captured_inputs_and_shows_added_ones() -> None:
+    lines = text(run_passes(shared(Shape()).outer, (SKIP,))).splitlines()
+    assert lines[2] == "scale_1 = scale(x_1, factor_1, +1 inputs)"
+    assert not any("weight" in line or "slots" in line for line in lines)
+
+
+def test_text_has_results_in_the_order_of_their_places() -> None:
+    """Also when there are more than ten."""
+    outer = run_passes(shared(Shape()).outer, ())
+    (prologue,) = (n for n in outer.graph.nodes if n.name == "prologue")
+    last = max(prologue.users)
+    for place in range(2, 12):
+        with outer.graph.inserting_after(last):
+            last = outer.graph.call_function(last.target, (prologue, place))  # type: ignore[arg-type]
+        last.name = f"value_{place}"
+    shown = text(outer).splitlines()[0].removesuffix(" = prologue(+5 inputs)")
+    assert shown.split(", ") == ["x", "table", *(f"value_{i}" for i in range(2, 12))]
+
+
+# Tap -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skipped", [{}, {1: Replacement("nothing", "scale")}])
+def test_a_tap_hands_out_the_stream(skipped: dict[int, Replacement]) -> None:
+    """Before the first sublayer and after each: also what a pass after it has put in its place."""
+    got = shared(Shape())
+    outer = run_passes(got.outer, (Tap(), Skip(skipped)))
+    args, again = (arguments(got.model, got.shape) for _ in range(2))
+    factors = {f"factor_{i}": torch.tensor(0.75) for i in skipped}
+    logits, *streams = call(link(outer, got.compiler), got, outer.graph, args, factors)
+    expected: list[Tensor] = []
+    assert torch.equal(logits, eager(again, dict.fromkeys(skipped, Instead(0.75)), expected))
+    assert len(streams) == len(expected) == 5
+    assert all(torch.equal(a, b) for a, b in zip(streams, expected, strict=True))
+    assert not any(torch.equal(a, b) for a, b in pairwise(streams))
+
+
+def test_passes_in_any_order_of_sublayers() -> None:
+    """Skipping one sublayer and then another, the other way round, or both at once."""
+    outer = shared(Shape()).outer
+    how = Replacement("nothing", "scale")
+    orders = ((Skip({1: how}), Skip({2: how})), (Skip({2: how}), Skip({1: how})))
+    texts = {text(run_passes(outer, passes)) for passes in (*orders, (Skip({1: how, 2: how}),))}
+    assert len(texts) == 1
+    assert texts != {text(run_passes(outer, (Skip({1: how}),)))}

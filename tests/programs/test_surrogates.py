@@ -1,0 +1,109 @@
+"""Every rung of the compensation ladder in the programs that run it, against the eager model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaskip_fx.api import build
+from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
+from adaskip_fx.plans.surrogate import SHAPES, StandIn
+from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.testing import assert_equivalent, plans
+from tests.support.compiled_llamas import entry, fewer, make_model
+from tests.support.stand_ins import stand_in
+
+MODELS = {name: make_model(name) for name in ("grouped", "three_layers")}
+
+
+@fewer(4)
+@given(st.data(), st.sampled_from(sorted(MODELS)))
+def test_any_plan_with_any_stand_ins(data: Any, name: str) -> None:
+    model = MODELS[name]
+    assert_equivalent(model, data.draw(plans(model)), decode_steps=3)
+
+
+def ladder(kind: Any, hidden: int, *, rank: int = 3) -> SkipPlan:
+    """Two neighbours and one apart, of which one writes its K/V."""
+    sublayers = entry("three_layers").sublayers
+    actions = dict(zip(sublayers[1:3], (Action.SKIP, Action.SKIP), strict=True))
+    actions[sublayers[4]] = Action.KV_ONLY
+    stand_ins = {s: _small(stand_in(kind, i, hidden, rank)) for i, s in enumerate(actions)}
+    return SkipPlan(sublayers, actions, actions, Compensation(stand_ins))
+
+
+def _small(given: StandIn) -> StandIn:
+    """So that the model's own numbers still count."""
+    if "factor" in given.tensors:
+        return given
+    return StandIn(given.kind, {n: t / 10 for n, t in given.tensors.items()})
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
+def test_each_kind_in_each_dtype(kind: str, dtype: torch.dtype) -> None:
+    plan = ladder(kind, 32)
+    assert_equivalent(MODELS["three_layers"], plan, dtype=dtype)
+    near = {s: ladder(kind, 32).compensation.stand_in(s) for s in plan.prefill}
+    first = next(iter(near))
+    near[first] = stand_in(kind, 7, 32)  # type: ignore[arg-type]  # another one
+    other = plan.with_compensation(Compensation({s: c for s, c in near.items() if c}))
+    compiled = build(MODELS["three_layers"], plan, backend="eager")
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        one = compiled(input_ids=ids).logits
+        compiled.adaskip.plan = other
+        two = compiled(input_ids=ids).logits
+    assert not torch.allclose(one, two, rtol=1e-3)  # companion: the tensors matter
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("diagonal", "linear")),
+        "low_rank",
+        "normalized",
+    ],
+)
+def test_decode_at_fixed_addresses_and_fused_link_agree(kind: str) -> None:
+    model, plan = MODELS["three_layers"], ladder(kind, 32)
+    ids = torch.arange(11)[None]
+    results = []
+    for options in ({}, {"fixed_addresses": True}, {"link": "fused"}):
+        compiled = build(model, plan, backend="eager", **options)
+        results.append(compiled.generate(ids, max_new_tokens=6, do_sample=False))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_new_stand_in_compiles_nothing() -> None:
+    model = entry("three_layers")
+    with model.using(ladder("low_rank", 32)) as compiled, torch.no_grad():
+        compiled(input_ids=torch.arange(9)[None])
+        before = model.runtime.counters.captures, model.runtime.pieces_compiled
+        for seed in (1, 2):
+            other = {s: stand_in("low_rank", seed, 32, 3) for s in ladder("low_rank", 32).prefill}
+            model.runtime.plan = ladder("low_rank", 32).with_compensation(Compensation(other))
+            compiled(input_ids=torch.arange(9)[None])
+        assert (model.runtime.counters.captures, model.runtime.pieces_compiled) == before
+
+
+def test_stand_ins_of_another_width_are_refused() -> None:
+    model = entry("three_layers")
+    wide = r"1\.attention: its linear stand-in is for a stream of width 16, but that of Llama"
+    with pytest.raises(PlanError, match=r"0\.ffn: its linear stand-in is for a stream of width 16"):
+        build(model.model, ladder("linear", 16), backend="eager")
+    other = SkipPlan.of(
+        model.sublayers,
+        ["1.attention"],
+        compensation=Compensation({model.sublayers[2]: stand_in("linear", 0, 16)}),
+    )
+    with pytest.raises(PlanError, match=wide):
+        model.runtime.new_cache(plan=other)
+    model.runtime.new_cache(plan=ladder("linear", 32))  # near miss
