@@ -4,7 +4,8 @@ Names that begin with ``study_`` are studies of the method on a real model, whic
 for the model and the texts, and draw pictures beside the JSON.
 
 ``python -m benchmarks studies`` says what their results hold and draws them again;
-``python -m benchmarks report`` prints what the others hold as Markdown tables, with pictures.
+``python -m benchmarks report`` prints what the others hold as Markdown tables, with pictures;
+``python -m benchmarks plot KIND FILE...`` draws profiles, plans or results.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from . import report as reports
+from .plots import KINDS, PlotError, plot
 from .studies import STUDIES
 
 #: name -> the module that measures it; imported when it runs, since `report` needs no torch
@@ -127,8 +129,6 @@ def _files(option: str, named: Sequence[str]) -> tuple[tuple[str, Path], ...]:
 
 def _draw(result: Path, module: Any, out: Path) -> None:
     """A study's pictures, of its result; none without matplotlib."""
-    from adaskip_fx.plots import PlotError, plot
-
     for kind in module.PICTURES:
         title = result.stem if kind == module.PICTURES[0] else f"{result.stem}_{kind}"
         try:
@@ -188,6 +188,28 @@ def report(
     else:
         for path in drawn:
             typer.echo(f"wrote {path}", err=True)
+
+
+@app.command("plot")
+def draw(
+    kind: Annotated[str, typer.Argument(help=", ".join(KINDS))],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="results, profiles or plans, all in one picture"),
+    ],
+    out: Annotated[Path, typer.Option(help="folder for the SVG and the PNG")] = Path("."),
+    name: Annotated[
+        str | None, typer.Option(help="name of the files", show_default="the kind's")
+    ] = None,
+) -> None:
+    """Draw profiles, plans or results, as SVG and PNG."""
+    try:
+        paths = plot(kind, files, out, name)
+    except (OSError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    for path in paths:
+        typer.echo(f"wrote {path}")
 
 
 def _document(name: str, module: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from .fit import fit
 from .options import MODEL, Alpha, Backend, Debug, Device, Dtype, Model
 from .options import console as _console
 from .options import reported as _reported
-from .plot import register as register_plot
 
 if TYPE_CHECKING:
     from ..plans.skip_plan import SkipPlan
@@ -275,4 +274,3 @@ def _read(path: Path) -> str:
         ) from error
 
 
-register_plot(app, _reported)

@@ -1,7 +1,7 @@
 """Studies of the method on a real model: ``python -m benchmarks run study_NAME``.
 
 Each is one file with ``measure(options)``, which gives a result that JSON can hold, ``summary``,
-which says it in a few lines, and ``PICTURES``, the kinds of `adaskip_fx.plots` drawn from it.
+which says it in a few lines, and ``PICTURES``, the kinds of `benchmarks.plots` drawn from it.
 """
 
 from __future__ import annotations

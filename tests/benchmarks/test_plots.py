@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from adaskip_fx.cli.app import app
+from benchmarks.__main__ import app
 from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
-from adaskip_fx.plots import KINDS, PlotError, plot
-from adaskip_fx.plots.pareto import front
-from adaskip_fx.plots.plan_map import fate
-from adaskip_fx.plots.source import load
-from adaskip_fx.plots.style import LOOKS
+from benchmarks.plots import KINDS, PlotError, plot
+from benchmarks.plots.pareto import front
+from benchmarks.plots.plan_map import fate
+from benchmarks.plots.source import load
+from benchmarks.plots.style import LOOKS
 from adaskip_fx.profiles.profile import Fingerprint, Profile
 from benchmarks.studies import choices
 
@@ -92,7 +92,7 @@ def written(folder: Path, data: Any, name: str = "data.json") -> Path:
 def drawn(kind: str, tmp_path: Path, data: Any = None) -> Figure:
     """The figure itself, laid out, which `plot` would save."""
     document = load(written(tmp_path, DATA[kind] if data is None else data))
-    module = importlib.import_module(f"adaskip_fx.plots.{KINDS[kind]}")
+    module = importlib.import_module(f"benchmarks.plots.{KINDS[kind]}")
     figure: Figure = module.figure([document], Figure)
     figure.draw_without_rendering()
     return figure

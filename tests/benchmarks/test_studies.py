@@ -24,7 +24,7 @@ from adaskip_fx.api import build
 from adaskip_fx.fitting import Fitter, Rung
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Compensation
-from adaskip_fx.plots import plot
+from benchmarks.plots import plot
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.testing import Oracle as Hooked

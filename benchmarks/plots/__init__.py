@@ -1,4 +1,4 @@
-"""Pictures of profiles, plans and results: ``adaskip-fx plot KIND FILE... --out DIR``.
+"""Pictures of profiles, plans and results: ``python -m benchmarks plot KIND FILE... --out DIR``.
 
 A kind is a module that says what it is drawn from (`HOW`) and draws it (`figure`). Files are read
 to plain data first; matplotlib (the extra ``plot``) is imported when something is drawn.
