@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from .capture.reference import take
+from .capture.reference import run_reference
 from .latency.table import LatencyTable
 from .measurement.budget import Budget, check_budget, choose_by_time, open_table
 from .model.compiled_model import check_model, make_shell
@@ -103,7 +103,7 @@ def compile(
 def build(model: Any, plan: Decision | None, **options: Any) -> Any:
     """A compiled model with an explicit plan; None for the empty one. Options as for `Runtime`."""
     shell = make_shell(model)
-    shell._adaskip = Runtime(shell, model, take(model), plan, **options)
+    shell._adaskip = Runtime(shell, model, run_reference(model), plan, **options)
     return shell
 
 

@@ -37,7 +37,7 @@ from adaskip_passes import (
 )
 
 from .plans.decisions import Decision, Schedule, plans_of
-from .plans.folding import Placed, folds
+from .plans.folding import SurrogateTensors, folds
 from .plans.skip_plan import Phase, SkipPlan, Sublayer
 from .policies import AdaSkip, OnlinePolicy
 from .profiles.profile import Profile
@@ -217,7 +217,7 @@ class _Graph:
                 "or their order differs: it was made for another model"
             )
         self.outer = outline(graph, found)
-        self.placed = Placed()
+        self.placed = SurrogateTensors()
         self.inputs = [n.name for n in graph.graph.find_nodes(op="placeholder")]
         stream = found[0].stream.meta["example_value"]
         self.device: torch.device = stream.device

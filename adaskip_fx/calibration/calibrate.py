@@ -14,7 +14,7 @@ from ..api import build
 from ..model.compiled_model import check_model
 from ..plans.sublayer import Sublayer
 from ..profiles.fingerprint import fingerprint
-from ..profiles.profile import MOMENTS, Array, Profile
+from ..profiles.profile import PROBE_STATS, Array, Profile
 
 _MIN_TOKENS = 16  # of a sample: fewer say nothing about long contexts
 
@@ -126,7 +126,7 @@ def left_out(sublayers: Sequence[Sublayer], moments: Array, tokens: Sequence[int
         ValueError: more than half of a sample is left out somewhere: the rest does not stand for
             it. Names the first sublayer where that is so.
     """
-    missing = np.asarray(tokens)[:, None] - moments[:, :, MOMENTS.index("tokens")]
+    missing = np.asarray(tokens)[:, None] - moments[:, :, PROBE_STATS.index("tokens")]
     for sample, sublayer in np.argwhere(missing * 2 > np.asarray(tokens)[:, None]):
         raise ValueError(
             f"calibration text {sample}: at {sublayers[sublayer]} the residual stream of "

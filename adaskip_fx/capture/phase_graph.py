@@ -34,9 +34,9 @@ from adaskip_passes import (
     sublayer_calls,
 )
 
-from ..kv_cache.buffers import Slot
+from ..kv_cache.buffers import LayerCacheSpec
 from ..kv_cache.names import cache_argument
-from ..kv_cache.views import StepCache, StepLayer, WholeCache
+from ..kv_cache.views import DynamicCacheView, LayerView, StaticCacheView
 from ..plans.skip_plan import Sublayer
 from . import attention
 
@@ -65,7 +65,7 @@ class GraphKey:
         logits_to_keep: 0 for the logits of all tokens, else of the last n.
         dtype, device: of the model's floating point parameters.
         surroundings: what factories and autocast do where the model is called.
-        whole_cache: K/V are handed over as whole buffers and the position is on the device, so that
+        static_cache: K/V are handed over as whole buffers and the position is on the device, so that
             every step works at the same addresses (decode only).
     """
 
@@ -78,7 +78,7 @@ class GraphKey:
     dtype: torch.dtype
     device: torch.device
     surroundings: Surroundings
-    whole_cache: bool = False
+    static_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Surroundings:
 
 
 @dataclass(frozen=True, eq=False)
-class GraphPhaseCapture:
+class CapturedPhase:
     """One captured phase.
 
     Attributes:
@@ -131,7 +131,7 @@ class GraphPhaseCapture:
     memory: tuple[frozenset[Memory], ...]
     compiler: PieceCompiler
     place: Mapping[str, int]
-    bind_fixed: Binder
+    bind_weights: Binder
     step: Binder
     expected: tuple[tuple[Any, ...] | None, ...]
 
@@ -141,7 +141,7 @@ class GraphPhaseCapture:
         Raises:
             RefusedError: a parameter was replaced by one of another shape, dtype or device.
         """
-        values = self.bind_fixed(arguments)
+        values = self.bind_weights(arguments)
         for name, value, expected in zip(self.place, values, self.expected, strict=False):
             if expected is not None and _layout(value) != expected:
                 raise RefusedError(
@@ -159,10 +159,10 @@ def capture_phase(
     model: torch.nn.Module,
     forward: Forward,
     key: GraphKey,
-    slots: Sequence[Slot],
+    slots: Sequence[LayerCacheSpec],
     lengths: tuple[int, int],
     backend: str,
-) -> GraphPhaseCapture:
+) -> CapturedPhase:
     """Capture one phase of `model` and cut it into pieces; nothing is run or compiled.
 
     Args:
@@ -177,7 +177,7 @@ def capture_phase(
         RefusedError: one graph cannot be made, or its sublayers cannot be proven.
     """
 
-    def build(captured: Capture) -> GraphPhaseCapture:
+    def build(captured: Capture) -> CapturedPhase:
         if captured.python_effects:
             changed = ", ".join(map(readable, captured.python_effects))
             raise RefusedError(
@@ -191,7 +191,7 @@ def capture_phase(
         fixed, step = _sorted_inputs(captured)
         examples = {n.name: n.meta.get("example_value") for n in outer.graph.nodes}
         tensors = (examples[name] for name in fixed)
-        return GraphPhaseCapture(
+        return CapturedPhase(
             key,
             captured,
             outer,
@@ -200,12 +200,12 @@ def capture_phase(
             _memory(captured, outer),
             PieceCompiler(captured, backend, _lowering(key, backend)),
             place={name: i for i, name in enumerate([*fixed, *step])},
-            bind_fixed=captured.binder(list(fixed.values())),
+            bind_weights=captured.binder(list(fixed.values())),
             step=captured.binder(list(step.values())),
             expected=tuple(_layout(t) if isinstance(t, torch.Tensor) else None for t in tensors),
         )
 
-    if key.whole_cache and attention.is_own(model):
+    if key.static_cache and attention.is_own(model):
         raise RefusedError(
             f"{type(model).__name__}'s attention implementation is one that was registered, and "
             "may look at how many keys there are; whole buffers have more than are filled"
@@ -232,7 +232,7 @@ def _memory(captured: Capture, outer: fx.GraphModule) -> tuple[frozenset[Memory]
 
 def _lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:
     """Inner passes for the pieces: operators of its own where a GPU's decode step pays for them."""
-    fused = key.whole_cache and key.device.type == "cuda" and backend == "inductor"
+    fused = key.static_cache and key.device.type == "cuda" and backend == "inductor"
     return (FuseProjections(),) if fused else ()
 
 
@@ -288,7 +288,7 @@ def _example_arguments(
     model: torch.nn.Module,
     forward: Forward,
     key: GraphKey,
-    slots: Sequence[Slot],
+    slots: Sequence[LayerCacheSpec],
     lengths: tuple[int, int],
 ) -> dict[str, Any]:
     tokens, total = lengths
@@ -306,8 +306,8 @@ def _example_arguments(
     return {
         "model": model,
         "forward": forward,
-        "cache": _example_whole_cache(key, slots, total)
-        if key.whole_cache
+        "cache": _example_static_cache(key, slots, total)
+        if key.static_cache
         else _example_cache(key, slots, tokens, total),
         "inputs": inputs,
     }
@@ -350,27 +350,31 @@ def example_lengths(key: GraphKey, max_length: int | None) -> tuple[int, int]:
     return tokens, tokens if key.phase == "prefill" else total
 
 
-def _example_cache(key: GraphKey, slots: Sequence[Slot], tokens: int, total: int) -> StepCache:
+def _example_cache(
+    key: GraphKey, slots: Sequence[LayerCacheSpec], tokens: int, total: int
+) -> DynamicCacheView:
     def shaped(heads: int, dim: int) -> torch.Tensor:
         room = total + 3 if total > 1 else 1  # strides of a buffer that is not full
         size, stride = (key.batch, heads, total, dim), (heads * room * dim, room * dim, dim, 1)
         part = torch.empty_strided(size, stride, dtype=key.dtype, device=key.device)
         return _mark_length(part, 2)
 
-    layers = [StepLayer.shaped(s, key.batch, shaped, key.device) for s in slots]
+    layers = [LayerView.shaped(s, key.batch, shaped, key.device) for s in slots]
     filled, new = (
         _mark_length(torch.empty(n, dtype=torch.int8, device="cpu"), 0) for n in (total, tokens)
     )
-    return StepCache(layers, filled, new, fresh=key.phase == "prefill")
+    return DynamicCacheView(layers, filled, new, fresh=key.phase == "prefill")
 
 
-def _example_whole_cache(key: GraphKey, slots: Sequence[Slot], capacity: int) -> WholeCache:
+def _example_static_cache(
+    key: GraphKey, slots: Sequence[LayerCacheSpec], capacity: int
+) -> StaticCacheView:
     def shaped(heads: int, dim: int) -> torch.Tensor:
         size = (key.batch, heads, capacity, dim)
         return _mark_length(torch.empty(size, dtype=key.dtype, device=key.device), 2)
 
-    layers = [StepLayer.shaped(s, key.batch, shaped, key.device) for s in slots]
-    return WholeCache(layers, torch.zeros(1, dtype=torch.int64, device=key.device))
+    layers = [LayerView.shaped(s, key.batch, shaped, key.device) for s in slots]
+    return StaticCacheView(layers, torch.zeros(1, dtype=torch.int64, device=key.device))
 
 
 def _mark_length(tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -382,7 +386,7 @@ def _mark_length(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 def bind_arguments(
     model: torch.nn.Module,
     forward: Forward,
-    cache: StepCache | WholeCache,
+    cache: DynamicCacheView | StaticCacheView,
     inputs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The captured function's arguments by name, as bindings and guards look them up."""

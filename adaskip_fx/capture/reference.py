@@ -18,11 +18,11 @@ from torch import fx
 
 from adaskip_passes import RefusedError
 
-from ..kv_cache.buffers import Slot, State, StateKind, Storage
+from ..kv_cache.buffers import CacheBuffers, LayerCacheSpec, State, StateKind
 from ..kv_cache.names import cache_argument
-from ..kv_cache.views import StepCache, StepLayer, WholeCache
+from ..kv_cache.views import DynamicCacheView, LayerView, StaticCacheView
 from . import attention, phase_graph
-from .phase_graph import Forward, GraphKey, GraphPhase, GraphPhaseCapture
+from .phase_graph import CapturedPhase, Forward, GraphKey, GraphPhase
 
 _ROWS, _PROMPT, _EXTENSION, _ROOM = 3, 5, 2, 9
 #: Beyond the longest window so many tokens are run and compared.
@@ -72,7 +72,7 @@ class _Step:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ReferenceRun:
     """What a model did with a few tokens.
 
     Attributes:
@@ -83,7 +83,7 @@ class Sample:
             more than the model's windows hold.
     """
 
-    slots: tuple[Slot, ...]
+    slots: tuple[LayerCacheSpec, ...]
     dtype: torch.dtype
     attention: str
     steps: Mapping[GraphPhase, tuple[_Step, ...]]
@@ -93,18 +93,18 @@ class Sample:
         """Where the model was."""
         return self.steps["prefill"][0].logits.device
 
-    def again(self, model: Any, forward: Forward) -> Sample:
+    def rerun(self, model: Any, forward: Forward) -> ReferenceRun:
         """The same of a compiled model, whose weights may have been changed since."""
         if model.config._attn_implementation != attention.NAME:
-            return take(model, forward)
+            return run_reference(model, forward)
         model.set_attn_implementation(self.attention)
         try:
-            return take(model, forward)
+            return run_reference(model, forward)
         finally:
             model.set_attn_implementation(attention.NAME)
 
     @torch.no_grad()
-    def check(self, captured: GraphPhaseCapture, model: Any, forward: Forward) -> None:
+    def check(self, captured: CapturedPhase, model: Any, forward: Forward) -> None:
         """Compare what a captured graph gives, as it came, with what the user's model gave.
 
         Graphs that are right only for other lengths, or for an autocast region, are not checked.
@@ -123,11 +123,9 @@ class Sample:
             if step.logits.device == key.device and step.usable:
                 self._compare(step, captured, model, forward)
 
-    def _compare(
-        self, step: _Step, captured: GraphPhaseCapture, model: Any, forward: Forward
-    ) -> None:
+    def _compare(self, step: _Step, captured: CapturedPhase, model: Any, forward: Forward) -> None:
         key, available = captured.key, step.ids.shape[0]
-        what = f"{key.phase} at fixed addresses" if key.whole_cache else key.phase
+        what = f"{key.phase} on a static cache" if key.static_cache else key.phase
         errors = []
         for first in range(available):
             rows = torch.arange(first, first + key.batch, device=key.device) % available
@@ -153,7 +151,7 @@ class Sample:
     ) -> dict[str, Any]:
         new = step.ids.shape[1]
         total = step.past + new
-        storage = Storage.zeros(self.slots, key.batch, total + _ROOM, self.dtype, key.device)
+        storage = CacheBuffers.zeros(self.slots, key.batch, total + _ROOM, self.dtype, key.device)
         for i, (keys, values, states) in enumerate(step.memory):
             pairs = [(storage.keys[i], keys), (storage.values[i], values)]
             for mine, theirs in pairs:
@@ -161,10 +159,10 @@ class Sample:
                     mine[:, :, : step.past] = theirs[rows]
             for mine, theirs in zip(storage.states[i], states, strict=False):
                 mine.copy_(theirs[rows])
-        cache: StepCache | WholeCache
-        if key.whole_cache:
+        cache: DynamicCacheView | StaticCacheView
+        if key.static_cache:
             position = torch.full((1,), step.past, dtype=torch.int64, device=key.device)
-            cache = WholeCache.of(storage, self.slots, position, self.dtype)
+            cache = StaticCacheView.of(storage, self.slots, position, self.dtype)
         else:
             cache = _views(storage, self.slots, total, new, fresh=key.phase == "prefill")
         ids = step.ids[rows].contiguous()
@@ -177,7 +175,7 @@ class Sample:
 
 
 @torch.no_grad()
-def take(model: Any, forward: Forward | None = None) -> Sample:
+def run_reference(model: Any, forward: Forward | None = None) -> ReferenceRun:
     """Run a model eagerly on a few tokens, outside of any autocast region that this is called in.
 
     (In one, mixers' states would be seen in half precision, and stored so for all requests.)
@@ -194,13 +192,13 @@ def take(model: Any, forward: Forward | None = None) -> Sample:
     prompts = [(_ROWS, _PROMPT)]
     if (reach := _reach(model)) is not None:
         prompts.append((1, reach + _BEYOND))
-    slots: tuple[Slot, ...] = ()
+    slots: tuple[LayerCacheSpec, ...] = ()
     steps: dict[GraphPhase, tuple[_Step, ...]] = {}
     with torch.autocast(model.device.type, enabled=False):
         for rows, length in prompts:
             slots, taken = _steps(model, forward, _tokens(model, rows, length + _EXTENSION), slots)
             steps = {phase: (*steps.get(phase, ()), step) for phase, step in taken.items()}
-    return Sample(slots, model.dtype, model.config._attn_implementation, steps)
+    return ReferenceRun(slots, model.dtype, model.config._attn_implementation, steps)
 
 
 def _tokens(model: Any, rows: int, count: int) -> torch.Tensor:
@@ -212,8 +210,8 @@ def _tokens(model: Any, rows: int, count: int) -> torch.Tensor:
 
 
 def _steps(
-    model: Any, forward: Forward, ids: torch.Tensor, slots: tuple[Slot, ...]
-) -> tuple[tuple[Slot, ...], dict[GraphPhase, _Step]]:
+    model: Any, forward: Forward, ids: torch.Tensor, slots: tuple[LayerCacheSpec, ...]
+) -> tuple[tuple[LayerCacheSpec, ...], dict[GraphPhase, _Step]]:
     """A prompt, and one and two tokens after it; and what layers store, if `slots` does not say."""
     prompt, more = ids[:, :-_EXTENSION], ids[:, -_EXTENSION:]
     steps: dict[GraphPhase, _Step] = {}
@@ -294,13 +292,13 @@ def _logits(model: Any, forward: Forward, ids: torch.Tensor, cache: Any, past: i
     return logits
 
 
-def _slots(model: Any, cache: Any) -> tuple[Slot, ...]:
+def _slots(model: Any, cache: Any) -> tuple[LayerCacheSpec, ...]:
     slots = [_slot(index, layer) for index, layer in enumerate(cache.layers)]
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-    return (*slots, *[Slot()] * (layers - len(slots)))
+    return (*slots, *[LayerCacheSpec()] * (layers - len(slots)))
 
 
-def _slot(index: int, layer: Any) -> Slot:
+def _slot(index: int, layer: Any) -> LayerCacheSpec:
     kind = type(layer).__name__
     if kind not in _KNOWN_LAYERS:
         raise RefusedError(
@@ -311,12 +309,12 @@ def _slot(index: int, layer: Any) -> Slot:
     states = (*_states("conv", layer), *_states("recurrent", layer))
     shapes = tuple(State(k, i, tuple(t.shape[1:]), t.dtype) for k, i, t in states)
     if keys is None or values is None:
-        return Slot(states=shapes)
+        return LayerCacheSpec(states=shapes)
     if keys.dim() != 4:
         raise RefusedError(
             f"layer {index} keeps keys of shape {list(keys.shape)}, not [B, H, T, D]"
         )
-    return Slot(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], shapes)
+    return LayerCacheSpec(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], shapes)
 
 
 def _states(kind: StateKind, layer: Any) -> list[tuple[StateKind, int, torch.Tensor]]:
@@ -324,7 +322,7 @@ def _states(kind: StateKind, layer: Any) -> list[tuple[StateKind, int, torch.Ten
     return [(kind, index, t) for index, t in tensors.items() if t is not None]
 
 
-def _memory(layer: Any, slot: Slot) -> _Memory:
+def _memory(layer: Any, slot: LayerCacheSpec) -> _Memory:
     """Copies of what a layer holds."""
     states = (*_states("conv", layer), *_states("recurrent", layer))
     held = tuple(t.clone() for _, _, t in states)
@@ -334,20 +332,20 @@ def _memory(layer: Any, slot: Slot) -> _Memory:
 
 
 def _views(
-    storage: Storage, slots: tuple[Slot, ...], total: int, new: int, fresh: bool
-) -> StepCache:
+    storage: CacheBuffers, slots: tuple[LayerCacheSpec, ...], total: int, new: int, fresh: bool
+) -> DynamicCacheView:
     layers = []
     for i, slot in enumerate(slots):
         keys, values = (
             t.narrow(2, 0, total) if t is not None else None
             for t in (storage.keys[i], storage.values[i])
         )
-        layers.append(StepLayer(slot, keys, values, storage.states[i]))
+        layers.append(LayerView(slot, keys, values, storage.states[i]))
     filled, fresh_part = (storage.lengths.narrow(0, 0, n) for n in (total, new))
-    return StepCache(layers, filled, fresh_part, fresh)
+    return DynamicCacheView(layers, filled, fresh_part, fresh)
 
 
-def _run(captured: GraphPhaseCapture, arguments: dict[str, Any], what: str) -> torch.Tensor:
+def _run(captured: CapturedPhase, arguments: dict[str, Any], what: str) -> torch.Tensor:
     """Logits of the captured graph, run node by node."""
     graph = captured.capture.graph
     values = (*captured.fixed(arguments), *captured.step(arguments))

@@ -32,8 +32,8 @@ from adaskip_passes import (
 )
 
 if TYPE_CHECKING:
-    from .phase_graph import GraphKey, GraphPhaseCapture
-    from .reference import Sample
+    from .phase_graph import CapturedPhase, GraphKey
+    from .reference import ReferenceRun
 
 Tensors: TypeAlias = list[torch.Tensor | None]
 _MOST_STATES = 8
@@ -75,9 +75,9 @@ class State:
             state, so that weights which nobody has any more are freed.
     """
 
-    sample: Sample
+    sample: ReferenceRun
     sampled: bool = True
-    captures: dict[GraphKey, list[GraphPhaseCapture]] = field(default_factory=dict, repr=False)
+    captures: dict[GraphKey, list[CapturedPhase]] = field(default_factory=dict, repr=False)
     reads: list[Reads] = field(default_factory=list, repr=False)
     tensors: Tensors | None = field(init=False, default=None, repr=False)
     _python: PythonState = field(init=False, repr=False)
@@ -93,7 +93,7 @@ class State:
         self._layouts = [describe_tensor(t) for t in now]
         self._sharing = sharing(now)
 
-    def add(self, captured: GraphPhaseCapture) -> None:
+    def add(self, captured: CapturedPhase) -> None:
         """Keep what was captured in this state."""
         self.captures.setdefault(captured.key, []).append(captured)
         known = {source for reads in self.reads for source in reads.sources}
@@ -173,7 +173,9 @@ class States:
         first: the state in which they are the same.
     """
 
-    def __init__(self, model: PreTrainedModel, original: PreTrainedModel, sample: Sample) -> None:
+    def __init__(
+        self, model: PreTrainedModel, original: PreTrainedModel, sample: ReferenceRun
+    ) -> None:
         self.model = model
         self.original = original
         self._known = (*PreTrainedModel.__mro__, *_generated(type(model)))
@@ -277,7 +279,7 @@ class States:
             RefusedError: it does not run, as it was changed since it was in the state `before`.
         """
         try:
-            state.sample = state.sample.again(self.model, type(self.original).forward)
+            state.sample = state.sample.rerun(self.model, type(self.original).forward)
             state.sampled = True
         except RefusedError as error:
             if before is None:

@@ -272,5 +272,3 @@ def _read(path: Path) -> str:
         raise ValueError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from error
-
-

@@ -72,7 +72,7 @@ def fit(
     """Choose what to skip by what is lost, fit what stands in for it, and save the plan."""
     with reported(debug):
         from adaskip_fx.data.reference_text import calibration_samples
-        from adaskip_fx.fitting import Recipe, Rung
+        from adaskip_fx.fitting import Recipe, SurrogateSpec
         from adaskip_fx.fitting import fit as learn
         from adaskip_fx.model.load import load
         from adaskip_fx.profiles.profile import Profile
@@ -81,7 +81,7 @@ def fit(
         if out.is_dir() or not out.parent.is_dir():  # before minutes of work
             raise ValueError(f"{out}: a plan is a file in a folder that exists; choose another")
         bound = _bound(within, table, context, phase)
-        rung = Rung(kind, rank, bound=bound)
+        rung = SurrogateSpec(kind, rank, bound=bound)
         sources = _sources(text)
         measured = Profile.load(profile)
         report = Steps(console(stderr=True))

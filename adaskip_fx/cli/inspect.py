@@ -13,7 +13,7 @@ from torch import fx
 from adaskip_passes import text
 
 from ..capture.phase_graph import GraphKey, Surroundings
-from ..capture.reference import take
+from ..capture.reference import run_reference
 from ..model.compiled_model import make_shell
 from ..plans.skip_plan import Phase, PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
@@ -40,7 +40,9 @@ def explain(model: Any, plan: SkipPlan) -> Iterator[Explained]:
         PlanError: the plan is of another model.
         RefusedError: the model's sublayers cannot be captured or proven.
     """
-    graphs = Graphs(make_shell(model), model, take(model), "eager", "pieces", max_variants=1)
+    graphs = Graphs(
+        make_shell(model), model, run_reference(model), "eager", "pieces", max_variants=1
+    )
     for phase in get_args(Phase):
         if phase == "decode" and plan.decode == plan.prefill:
             return

@@ -1,27 +1,27 @@
 """Fit what stands in for skipped sublayers, on the same captured graphs that will run."""
 
-from .distillation import Descent, Refinement, refine
+from .distillation import DistillConfig, DistillLog, refine
 from .fitter import Fitter
 from .least_squares import solve, unexplained
 from .rank_bound import LatencyBound
 from .recipe import Recipe, fit
 from .search_fits import Compensator
-from .second_moments import Moments
-from .session import Workshop
-from .spec import Rung
+from .second_moments import SecondMoments
+from .session import FittingSession
+from .spec import SurrogateSpec
 from .weighted_sample import Sample
 
 __all__ = [
     "Compensator",
-    "Descent",
+    "DistillConfig",
+    "DistillLog",
     "Fitter",
+    "FittingSession",
     "LatencyBound",
-    "Moments",
     "Recipe",
-    "Refinement",
-    "Rung",
     "Sample",
-    "Workshop",
+    "SecondMoments",
+    "SurrogateSpec",
     "fit",
     "refine",
     "solve",

@@ -21,8 +21,8 @@ import torch
 from adaskip_fx.plans.skip_plan import SkipPlan
 
 from .fitter import Fitter
-from .oom_backoff import Room
-from .precision import coarse
+from .oom_backoff import OomBackoff
+from .precision import allow_tf32
 from .trainable_program import Trainable, training
 from .weighted_sample import Sample
 from .whitening import whitenings
@@ -33,7 +33,7 @@ _WARM = 0.05  # of the steps, in which the rate rises
 
 
 @dataclass(frozen=True)
-class Refinement:
+class DistillConfig:
     """How to descend.
 
     steps: of descent; each takes `batch` samples, drawn from the groups of samples in turn.
@@ -63,7 +63,7 @@ class Refinement:
 
 
 @dataclass
-class Descent:
+class DistillLog:
     """What a refinement did: KL in nats a token on held-out samples, by step, and the best of them.
 
     losses: by step, the first before any change.
@@ -79,9 +79,9 @@ def refine(
     plan: SkipPlan,
     groups: Sequence[Sequence[Sample]],
     held_out: Sequence[Sample],
-    how: Refinement | None = None,
+    how: DistillConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[SkipPlan, Descent]:
+) -> tuple[SkipPlan, DistillLog]:
     """`plan` with its stand-ins of skipped sublayers refined.
 
     Args:
@@ -89,7 +89,7 @@ def refine(
         plan: with a stand-in for at least one sublayer that prefill does not run.
         groups: samples to descend on, by kind: steps take from each kind in turn.
         held_out: others, to choose the best step on.
-        how: see `Refinement`.
+        how: see `DistillConfig`.
         progress: called with (steps done, steps in all).
 
     Returns:
@@ -99,15 +99,15 @@ def refine(
         ValueError: no samples, or nothing to refine.
         RefusedError: gradients cannot flow through the model's graph.
     """
-    how = how or Refinement()
+    how = how or DistillConfig()
     if not groups or not all(groups) or not held_out:
         raise ValueError("refining needs samples to descend on and samples that are held out")
     if not any(s in plan.compensation.stand_ins for s in plan.prefill):
         raise ValueError("the plan has no stand-in to refine; fit one first")
-    seen = Descent()
+    seen = DistillLog()
     compiled = how.compiled if how.compiled is not None else _worth_compiling(fitter, groups, how)
     whitened = whitenings(fitter, plan)
-    with coarse(), training(fitter.runtime, plan, whitened, compiled) as trained:
+    with allow_tf32(), training(fitter.runtime, plan, whitened, compiled) as trained:
         loss = _Loss(fitter, plan, compiled)
         seen.losses[0] = best = loss.mean(held_out)
         kept = trained.compensation()
@@ -126,7 +126,9 @@ def refine(
     return plan.with_compensation(plan.compensation.merged(kept)), seen
 
 
-def _worth_compiling(fitter: Fitter, groups: Sequence[Sequence[Sample]], how: Refinement) -> bool:
+def _worth_compiling(
+    fitter: Fitter, groups: Sequence[Sequence[Sample]], how: DistillConfig
+) -> bool:
     lengths = {sample.ids.shape[1] for group in groups for sample in group}
     return fitter.runtime.device.type == "cuda" and how.steps >= _WORTH and len(lengths) == 1
 
@@ -134,9 +136,9 @@ def _worth_compiling(fitter: Fitter, groups: Sequence[Sequence[Sample]], how: Re
 class _Rules:
     """Steps of Muon for matrices, and of Adam for all else, at a rate that rises and falls."""
 
-    def __init__(self, trained: type[Trainable], how: Refinement) -> None:
+    def __init__(self, trained: type[Trainable], how: DistillConfig) -> None:
         self.how = how
-        self.room = Room(how.batch)
+        self.room = OomBackoff(how.batch)
         self.parameters = trained.parameters()
         matrices = [p for p in self.parameters if p.ndim == 2]
         others = [p for p in self.parameters if p.ndim != 2]

@@ -22,11 +22,11 @@ from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogate import StandIn
 from adaskip_fx.plans.surrogates import Compensation
-from adaskip_fx.runtime.recorder import Streams, watching
+from adaskip_fx.runtime.recorder import Streams, record_residuals
 from adaskip_fx.runtime.runtime import Runtime
 
-from .second_moments import Moments
-from .spec import Rung
+from .second_moments import SecondMoments
+from .spec import SurrogateSpec
 
 #: texts, or token ids int64 [1, T]; or several kinds of them, by name
 Texts = Iterable[str | torch.Tensor] | Mapping[str, Iterable[str | torch.Tensor]]
@@ -92,7 +92,7 @@ class Fitter:
     def fit(
         self,
         plan: SkipPlan,
-        rung: Rung | Mapping[Sublayer, Rung] | None = None,
+        rung: SurrogateSpec | Mapping[Sublayer, SurrogateSpec] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> SkipPlan:
         """`plan` with stand-ins for all that prefill does not run, fitted in its order.
@@ -107,13 +107,19 @@ class Fitter:
         for number, sublayer in enumerate(left_out):
             if progress is not None:
                 progress(number, len(left_out))
-            kind = rung.get(sublayer, Rung()) if isinstance(rung, Mapping) else rung or Rung()
+            kind = (
+                rung.get(sublayer, SurrogateSpec())
+                if isinstance(rung, Mapping)
+                else rung or SurrogateSpec()
+            )
             done[sublayer] = self._next(done, sublayer, kind)
         if progress is not None:
             progress(len(left_out), len(left_out))
         return plan.with_compensation(plan.compensation.merged(Compensation(done)))
 
-    def _next(self, done: dict[Sublayer, StandIn], sublayer: Sublayer, rung: Rung) -> StandIn:
+    def _next(
+        self, done: dict[Sublayer, StandIn], sublayer: Sublayer, rung: SurrogateSpec
+    ) -> StandIn:
         """What stands in for `sublayer`, after those before it; plans begin alike in a search."""
         key = (*((s, c.digest) for s, c in done.items()), sublayer, rung)
         found = self._fitted.pop(key, None)
@@ -126,7 +132,7 @@ class Fitter:
         return found
 
     def beside(
-        self, plan: SkipPlan, rung: Rung | None = None, kinds: Sequence[str] = ("ffn",)
+        self, plan: SkipPlan, rung: SurrogateSpec | None = None, kinds: Sequence[str] = ("ffn",)
     ) -> Compensation:
         """A stand-in for every sublayer that still runs, as if it alone were skipped besides.
 
@@ -140,9 +146,9 @@ class Fitter:
         """
         left_out = _left_out(plan)
         running = [s for s in plan.sublayers if s not in left_out and s.kind in kinds]
-        return self._apart(plan.compensation, left_out, running, rung or Rung())
+        return self._apart(plan.compensation, left_out, running, rung or SurrogateSpec())
 
-    def alone(self, plan: SkipPlan, rung: Rung | None = None) -> SkipPlan:
+    def alone(self, plan: SkipPlan, rung: SurrogateSpec | None = None) -> SkipPlan:
         """`plan` with stand-ins, each as if it alone were skipped.
 
         They do not see each other: one pass over the texts serves several, so that this takes a
@@ -152,7 +158,7 @@ class Fitter:
             plan: which; what stands in there already for other sublayers is kept.
             rung: what kind; linear maps if None.
         """
-        fitted = self._apart(Compensation(), (), _left_out(plan), rung or Rung())
+        fitted = self._apart(Compensation(), (), _left_out(plan), rung or SurrogateSpec())
         return plan.with_compensation(plan.compensation.merged(fitted))
 
     def _apart(
@@ -160,7 +166,7 @@ class Fitter:
         compensation: Compensation,
         left_out: Sequence[Sublayer],
         wanted: Sequence[Sublayer],
-        rung: Rung,
+        rung: SurrogateSpec,
     ) -> Compensation:
         fitted: dict[Sublayer, StandIn] = {}
         for start in range(0, len(wanted), self.together):
@@ -174,8 +180,8 @@ class Fitter:
         compensation: Compensation,
         left_out: Sequence[Sublayer],
         wanted: Sequence[Sublayer],
-        rung: Rung,
-    ) -> dict[Sublayer, list[Moments]]:
+        rung: SurrogateSpec,
+    ) -> dict[Sublayer, list[SecondMoments]]:
         """For each of `wanted` the moments of each fold.
 
         Args:
@@ -189,14 +195,14 @@ class Fitter:
         behind = sublayers[max(map(place.__getitem__, wanted)) + 1 :]
         skipping = SkipPlan.of(sublayers, (*left_out, *behind), compensation=compensation)
         full = SkipPlan.of(sublayers, behind)
-        found: dict[Sublayer, list[Moments]] = {}
-        with watching(self.runtime) as watched:
+        found: dict[Sublayer, list[SecondMoments]] = {}
+        with record_residuals(self.runtime) as watched:
             for ids, fold in zip(self.samples, self.folds, strict=True):
                 seen, wished = (self._streams(ids, p, watched) for p in (skipping, full))
                 for s in wanted:
                     if s not in found:
                         kind = seen[0].shape[-1], seen[0].device, rung.kind == "normalized"
-                        found[s] = [Moments.zeros(*kind) for _ in range(max(self.folds) + 1)]
+                        found[s] = [SecondMoments.zeros(*kind) for _ in range(max(self.folds) + 1)]
                     found[s][fold].add(seen[place[s]], wished[place[s] + 1])
         return found
 

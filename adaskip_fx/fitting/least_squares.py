@@ -17,13 +17,13 @@ import torch
 
 from adaskip_fx.plans.surrogate import StandIn, StandInKind
 
-from .second_moments import Moments
+from .second_moments import SecondMoments
 
 #: Ridge, in units of the mean diagonal of the moments, from which a fit may choose.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
-def solve(moments: Moments, kind: StandInKind, rank: int = 0, ridge: float = 1e-4) -> StandIn:
+def solve(moments: SecondMoments, kind: StandInKind, rank: int = 0, ridge: float = 1e-4) -> StandIn:
     """The stand-in of a kind with the least weighted squared error.
 
     Args:
@@ -57,7 +57,7 @@ def solve(moments: Moments, kind: StandInKind, rank: int = 0, ridge: float = 1e-
     return StandIn(kind, {"weight": _numpy(full[:-1].T), "bias": _numpy(full[-1])})
 
 
-def unexplained(moments: Moments, stand_in: StandIn) -> float:
+def unexplained(moments: SecondMoments, stand_in: StandIn) -> float:
     """The share of the weighted squared target that a stand-in leaves; 1 for passing x through."""
     if float(moments.targets) == 0.0:
         return 0.0
@@ -66,15 +66,15 @@ def unexplained(moments: Moments, stand_in: StandIn) -> float:
     return float(1 - explained / moments.targets)
 
 
-def left_out(folds: Sequence[Moments], kind: StandInKind, rank: int, ridge: float) -> float:
+def left_out(folds: Sequence[SecondMoments], kind: StandInKind, rank: int, ridge: float) -> float:
     """The share that stays unexplained of each fold by a fit to the others; the mean over folds."""
-    total = functools.reduce(Moments.plus, folds)
+    total = functools.reduce(SecondMoments.plus, folds)
     shares = [unexplained(fold, solve(total.minus(fold), kind, rank, ridge)) for fold in folds]
     return sum(shares) / len(shares)
 
 
 def best_ridge(
-    folds: Sequence[Moments],
+    folds: Sequence[SecondMoments],
     kind: StandInKind = "linear",
     rank: int = 0,
     ridges: Iterable[float] = RIDGES,
@@ -84,7 +84,7 @@ def best_ridge(
 
 
 def smallest_rank(
-    folds: Sequence[Moments], ranks: Iterable[int], slack: float = 0.01
+    folds: Sequence[SecondMoments], ranks: Iterable[int], slack: float = 0.01
 ) -> tuple[int, float]:
     """The smallest of `ranks` that leaves at most `slack` more than the linear map, and its ridge.
 
@@ -99,12 +99,12 @@ def smallest_rank(
     return folds[0].hidden, ridge
 
 
-def _own(moments: Moments) -> torch.Tensor:
+def _own(moments: SecondMoments) -> torch.Tensor:
     """The regression of t on x alone: what the scale is above 1."""
     return moments.products.diagonal().sum() / moments.inputs.diagonal()[:-1].sum()
 
 
-def _held(moments: Moments, ridge: float) -> torch.Tensor:
+def _held(moments: SecondMoments, ridge: float) -> torch.Tensor:
     held = moments.inputs.clone()
     diagonal = held.diagonal()[:-1]
     diagonal += ridge * diagonal.mean()
@@ -131,7 +131,7 @@ def _without_constant(held: torch.Tensor) -> torch.Tensor:
     return held[:-1, :-1] - torch.outer(across, across) / held[-1, -1]
 
 
-def _as_map(stand_in: StandIn, moments: Moments) -> torch.Tensor:
+def _as_map(stand_in: StandIn, moments: SecondMoments) -> torch.Tensor:
     """`stand_in(x) - x` as z M: M [H + 1, H], float64."""
     tensors = {
         name: torch.tensor(value).to(moments.inputs) for name, value in stand_in.tensors.items()

@@ -10,7 +10,7 @@ import torch
 T = TypeVar("T")
 
 
-class Room:
+class OomBackoff:
     """How many fit into memory at once: half as many after each time that they did not.
 
     most: at first.

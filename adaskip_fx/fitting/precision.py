@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def coarse() -> Iterator[None]:
+def allow_tf32() -> Iterator[None]:
     """Meanwhile float32 products may be rounded to TF32, where a GPU has that."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

@@ -9,8 +9,8 @@ from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip, PlanPolicy
 from adaskip_fx.profiles.profile import Profile
 
-from .session import Kinds, Say, Workshop
-from .spec import Rung
+from .session import FittingSession, Kinds, Say
+from .spec import SurrogateSpec
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Recipe:
     """
 
     search: bool = True
-    rung: Rung = field(default_factory=lambda: Rung("normalized"))
+    rung: SurrogateSpec = field(default_factory=lambda: SurrogateSpec("normalized"))
     own: int = 64
     tokens: int = 2048
     steps: int = 300
@@ -72,7 +72,7 @@ def fit(
         RefusedError: the model cannot be captured, or gradients cannot flow through its graph.
     """
     recipe = recipe or Recipe()
-    workshop = Workshop(
+    workshop = FittingSession(
         model,
         tokenizer,
         texts,

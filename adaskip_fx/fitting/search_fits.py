@@ -7,7 +7,7 @@ from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogates import Compensation
 
 from .fitter import Fitter
-from .spec import Rung
+from .spec import SurrogateSpec
 
 
 class Compensator:
@@ -20,9 +20,9 @@ class Compensator:
     fitter: model and texts. rung: what kind; linear maps if None.
     """
 
-    def __init__(self, fitter: Fitter, rung: Rung | None = None) -> None:
+    def __init__(self, fitter: Fitter, rung: SurrogateSpec | None = None) -> None:
         self.fitter = fitter
-        self.rung = rung or Rung()
+        self.rung = rung or SurrogateSpec()
         self._known: tuple[Sublayer, ...] | None = None
         self._base = self._beside = Compensation()
 

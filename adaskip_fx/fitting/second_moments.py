@@ -10,7 +10,7 @@ from adaskip_fx.plans.surrogate import EPS
 
 
 @dataclass
-class Moments:
+class SecondMoments:
     """Sums over tokens of a stream x before a sublayer and what is to be added to it there, t.
 
     Each token counts with weight 1 / |x|^2: the norm before the next sublayer divides by |x|, so an
@@ -32,7 +32,7 @@ class Moments:
     normalized: bool = False
 
     @classmethod
-    def zeros(cls, hidden: int, device: torch.device, normalized: bool = False) -> Moments:
+    def zeros(cls, hidden: int, device: torch.device, normalized: bool = False) -> SecondMoments:
         """Of no tokens."""
         shapes = ((hidden + 1, hidden + 1), (hidden + 1, hidden), ())
         made = (torch.zeros(s, dtype=torch.float64, device=device) for s in shapes)
@@ -71,9 +71,9 @@ class Moments:
         self.targets += t.square().sum()
         self.counted += counts.sum()
 
-    def plus(self, other: Moments, times: int = 1) -> Moments:
+    def plus(self, other: SecondMoments, times: int = 1) -> SecondMoments:
         """Of the tokens of both."""
-        return Moments(
+        return SecondMoments(
             self.inputs + times * other.inputs,
             self.products + times * other.products,
             self.targets + times * other.targets,
@@ -81,6 +81,6 @@ class Moments:
             self.normalized,
         )
 
-    def minus(self, part: Moments) -> Moments:
+    def minus(self, part: SecondMoments) -> SecondMoments:
         """Without the tokens of a part."""
         return self.plus(part, -1)

@@ -18,12 +18,12 @@ from adaskip_fx.plans.surrogates import Compensation
 from adaskip_fx.policies import Greedy
 from adaskip_fx.profiles.profile import Profile
 
-from .distillation import Refinement, refine
+from .distillation import DistillConfig, refine
 from .fitter import Fitter
-from .precision import coarse
+from .precision import allow_tf32
 from .retrieval_prompts import retrieval_samples
 from .search_fits import Compensator
-from .spec import Rung
+from .spec import SurrogateSpec
 from .synthetic_text import laid_out, pack, write_texts
 from .weighted_sample import Sample
 
@@ -43,7 +43,7 @@ _OWN_TURNS = 3  # in a refinement for one of the texts that were given, of each 
 _WORSE = math.log(1.04)  # nats a token that all decode extras together may cost
 
 
-class Workshop:
+class FittingSession:
     """Texts and a compiled model, for plans of one model.
 
     Args:
@@ -96,17 +96,17 @@ class Workshop:
         )
 
     def searched(
-        self, profile: Profile, alpha: float, rung: Rung, shortlist: int | None = None
+        self, profile: Profile, alpha: float, rung: SurrogateSpec, shortlist: int | None = None
     ) -> tuple[SkipPlan, ...]:
         """The plans of a greedy search, from none skipped to as many as `alpha` says."""
         self.say("search")
         few = self._few(_SEARCHED)
         never = frozenset(self.fitter.runtime.graphs.unskippable)
         greedy = Greedy(self.loss, Compensator(few, rung), never=never, shortlist=shortlist)
-        with coarse():
+        with allow_tf32():
             return greedy.plans(profile, alpha)
 
-    def fitted(self, plan: SkipPlan, rung: Rung, in_order: bool = True) -> SkipPlan:
+    def fitted(self, plan: SkipPlan, rung: SurrogateSpec, in_order: bool = True) -> SkipPlan:
         """The plan with stand-ins of a rung, fitted in its order, or each as if it were alone."""
         some = self._few(_FITTED)
         self.say(f"fit {len(plan.prefill)} stand-ins on {some.tokens:,} tokens")
@@ -122,7 +122,7 @@ class Workshop:
         held += self._asked(self.held_out, 2, 4, self.seed + 3)
         samples = [[Sample(ids) for ids in some] for some in groups]
         turns = [samples[0], asked, *samples[1:] * _OWN_TURNS]
-        how = Refinement(steps=steps, every=max(1, steps // 10), seed=self.seed)
+        how = DistillConfig(steps=steps, every=max(1, steps // 10), seed=self.seed)
         plan, seen = refine(self._few(_FITTED), plan, turns, held, how)
         best = min(seen.losses.values())
         self.say(
@@ -131,7 +131,7 @@ class Workshop:
         )
         return plan
 
-    def with_extras(self, plan: SkipPlan, rung: Rung) -> SkipPlan:
+    def with_extras(self, plan: SkipPlan, rung: SurrogateSpec) -> SkipPlan:
         """Stand-ins for the ffn sublayers that decoding may add without losing much.
 
         From the one that costs the least, as long as all together cost at most 4% of perplexity.

@@ -11,13 +11,13 @@ from adaskip_fx.plans.surrogate import SHAPES, StandIn, StandInKind
 
 from .least_squares import best_ridge, smallest_rank, solve
 from .rank_bound import LatencyBound
-from .second_moments import Moments
+from .second_moments import SecondMoments
 
 _ALONE = 1e-2  # the ridge where there is nothing to choose it by
 
 
 @dataclass(frozen=True)
-class Rung:
+class SurrogateSpec:
     """What kind of stand-in to fit.
 
     kind: of the ladder.
@@ -53,7 +53,7 @@ class Rung:
         """The largest rank that the bound allows for `sublayer`; None where any is."""
         return self.bound.rank(sublayer) if self.bound is not None else None
 
-    def fit(self, folds: Sequence[Moments], most: int | None = None) -> StandIn:
+    def fit(self, folds: Sequence[SecondMoments], most: int | None = None) -> StandIn:
         """The stand-in of this rung; folds choose, and then all of them count.
 
         most: the largest rank to choose; None for any, and a linear map.
@@ -66,7 +66,7 @@ class Rung:
                 "there is nothing to fit on: the stream of every token is zero or not finite. Use "
                 "other texts, or load the model in a wider dtype if it overflows"
             )
-        total = functools.reduce(Moments.plus, folds)
+        total = functools.reduce(SecondMoments.plus, folds)
         if self.kind in ("scale", "diagonal"):
             return solve(total, self.kind)
         if self.kind in ("linear", "normalized"):
@@ -84,13 +84,13 @@ class Rung:
             self._ridge(folds, "low_rank", rank) if ridge is None else ridge,
         )
 
-    def _ridge(self, folds: Sequence[Moments], kind: StandInKind, rank: int = 0) -> float:
+    def _ridge(self, folds: Sequence[SecondMoments], kind: StandInKind, rank: int = 0) -> float:
         if self.ridge is not None:
             return self.ridge
         return best_ridge(folds, kind, rank) if len(folds) > 1 else _ALONE
 
 
-def _rank(folds: Sequence[Moments], most: int | None) -> tuple[int, float]:
+def _rank(folds: Sequence[SecondMoments], most: int | None) -> tuple[int, float]:
     """The rank that unseen texts ask for, or `most` where that is smaller, and its ridge."""
     hidden = folds[0].hidden
     most = hidden if most is None else most

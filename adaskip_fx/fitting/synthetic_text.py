@@ -16,7 +16,7 @@ import torch
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.runtime.runtime import Runtime
 
-from .oom_backoff import Room
+from .oom_backoff import OomBackoff
 from .seed_prompts import OPENINGS
 
 _TEMPERATURES = (0.8, 1.0)
@@ -63,7 +63,7 @@ def write_texts(
         temperatures = torch.tensor(warmth, device=runtime.device)
         return _continued(runtime, begun, tokens, temperatures, chance)
 
-    room = Room(batch)
+    room = OomBackoff(batch)
     while len(found) < count:
         if progress is not None:
             progress(len(found), count)

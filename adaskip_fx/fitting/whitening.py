@@ -16,8 +16,8 @@ from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 
 from .fitter import Fitter
-from .second_moments import Moments
-from .spec import Rung
+from .second_moments import SecondMoments
+from .spec import SurrogateSpec
 
 _RIDGE = 1e-2  # of the mean square
 
@@ -34,7 +34,7 @@ class Whitening:
     size: float
 
     @classmethod
-    def of(cls, moments: Moments) -> Whitening:
+    def of(cls, moments: SecondMoments) -> Whitening:
         """By the moments of a sublayer's tokens."""
         weight = moments.inputs[-1, -1]
         second = moments.inputs[:-1, :-1] / weight
@@ -53,12 +53,12 @@ def whitenings(fitter: Fitter, plan: SkipPlan) -> Mapping[Sublayer, Whitening]:
         known = plan.compensation.stand_ins
         wanted = [s for s in left_out if s in known and known[s].kind == kind]
         if wanted:
-            moments = fitter.moments(plan.compensation, left_out, wanted, Rung(kind))
+            moments = fitter.moments(plan.compensation, left_out, wanted, SurrogateSpec(kind))
             found.update({s: Whitening.of(_total(folds)) for s, folds in moments.items()})
     return found
 
 
-def _total(folds: list[Moments]) -> Moments:
+def _total(folds: list[SecondMoments]) -> SecondMoments:
     first, *others = folds
     for other in others:
         first = first.plus(other)

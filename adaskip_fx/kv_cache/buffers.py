@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 if TYPE_CHECKING:
-    from ..runtime.static_step import Decoder
+    from ..runtime.static_step import StaticDecodeStep
 
 StateKind = Literal["conv", "recurrent"]
 
@@ -43,7 +43,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Slot:
+class LayerCacheSpec:
     """What one layer stores: heads and dimension of its keys and of its values, and its states.
 
     A layer may have either, both or none (where it reads another layer's, or has only an FFN).
@@ -71,14 +71,16 @@ class Slot:
         states = sum(math.prod(s.shape) * s.dtype.itemsize for s in self.states)
         return batch * (tokens * width * itemsize + states)
 
-    def only(self, kinds: Collection[str]) -> Slot:
+    def only(self, kinds: Collection[str]) -> LayerCacheSpec:
         """What is stored of it: keys and values (attention), states (mixer), both or nothing."""
         states = self.states if "mixer" in kinds else ()
-        return replace(self, states=states) if "attention" in kinds else Slot(states=states)
+        return (
+            replace(self, states=states) if "attention" in kinds else LayerCacheSpec(states=states)
+        )
 
 
 @dataclass(eq=False)
-class Storage:
+class CacheBuffers:
     """Buffers of every layer whose attention or mixer runs.
 
     Attributes:
@@ -89,7 +91,7 @@ class Storage:
         keys, values: [batch, heads, capacity, dim] by layer; None where nothing is stored.
         states: by layer, in the order of its slot's states.
         lengths: a tensor on the CPU of which only lengths are used.
-        decoder: the decode steps that run on these buffers at fixed addresses, once there are any.
+        decoder: the decode steps that run on these buffers on a static cache, once there are any.
         stream: that the steps of the request run on, on a GPU.
         shown: whether somebody was handed a view of a buffer, who may hold it for longer than the
             request lives: nothing that it shows is overwritten, and no other request gets it.
@@ -99,24 +101,24 @@ class Storage:
     capacity: int
     dtype: torch.dtype
     device: torch.device
-    slots: tuple[Slot, ...]
+    slots: tuple[LayerCacheSpec, ...]
     keys: list[torch.Tensor | None]
     values: list[torch.Tensor | None]
     states: list[tuple[torch.Tensor, ...]]
     lengths: torch.Tensor
-    decoder: Decoder | None = field(default=None, repr=False)
+    decoder: StaticDecodeStep | None = field(default=None, repr=False)
     stream: torch.cuda.Stream | None = field(default=None, repr=False)
     shown: bool = False
 
     @classmethod
     def zeros(
         cls,
-        slots: Sequence[Slot],
+        slots: Sequence[LayerCacheSpec],
         batch: int,
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> Storage:
+    ) -> CacheBuffers:
         """Storage with nothing in it.
 
         Zeros, because a masked attention reads what was never written, and NaN times 0 is NaN.
@@ -154,7 +156,7 @@ class Storage:
         return [*itertools.chain.from_iterable(self.states)]
 
     def layer(
-        self, index: int, slot: Slot, absent: Callable[[int, int], torch.Tensor]
+        self, index: int, slot: LayerCacheSpec, absent: Callable[[int, int], torch.Tensor]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[torch.Tensor, ...]]:
         """Keys, values and states of a layer; where they are not stored, stand-ins for them.
 
@@ -171,7 +173,7 @@ class Storage:
             states = tuple(one.zeros(self.batch, "meta") for one in slot.states)
         return keys, values, states
 
-    def take(self, other: Storage, tokens: int) -> None:
+    def take(self, other: CacheBuffers, tokens: int) -> None:
         """Copy states, and the first `tokens` tokens, of `other`, which stores the same."""
         for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
             if mine.shape == theirs.shape:
@@ -179,7 +181,7 @@ class Storage:
             else:
                 mine.narrow(2, 0, tokens).copy_(theirs.narrow(2, 0, tokens))
 
-    def take_rows(self, other: Storage, rows: torch.Tensor, tokens: int) -> None:
+    def take_rows(self, other: CacheBuffers, rows: torch.Tensor, tokens: int) -> None:
         """Copy states, and the first `tokens` tokens, of the given rows of `other`.
 
         Args:
@@ -209,7 +211,7 @@ class Storage:
         for tensor in self._tensors():
             tensor.zero_()
 
-    def copy(self) -> Storage:
+    def copy(self) -> CacheBuffers:
         """Buffers of their own with the same content."""
         # not inference tensors, as in `zeros`
         with torch.inference_mode(False):
@@ -221,24 +223,24 @@ class Storage:
         return replace(self, keys=keys, values=values, states=states, decoder=None, shown=False)
 
 
-class StoragePool:
+class BufferPool:
     """Makes storages, and keeps the last one that came back if `keep` says so.
 
     One is kept, not more: the next request is likely to be like the last one, and memory that
     nobody uses is worth more elsewhere.
 
-    Requests of several threads lease from one pool, and a storage comes back in a finalizer: in any
-    thread, in the middle of a collection of garbage, also of one that an allocation in `lease` set
-    off. A lock would wait for itself there. What is kept is therefore in a deque, whose single
-    operations no other thread and no finalizer can come between.
+    Requests of several threads acquire from one pool, and a storage comes back in a finalizer: in
+    any thread, in the middle of a collection of garbage, also of one that an allocation in
+    `acquire` set off. A lock would wait for itself there. What is kept is therefore in a deque: no
+    other thread and no finalizer can come between its single operations.
     """
 
     def __init__(self, keep: bool) -> None:
         self.keep = keep
-        self._kept: deque[Storage] = deque(maxlen=1)
+        self._kept: deque[CacheBuffers] = deque(maxlen=1)
 
     @property
-    def idle(self) -> Storage | None:
+    def idle(self) -> CacheBuffers | None:
         """What is kept for a next request, to be looked at."""
         try:
             return self._kept[-1]
@@ -251,14 +253,14 @@ class StoragePool:
         idle = self.idle
         return idle.nbytes if idle is not None else 0
 
-    def lease(
+    def acquire(
         self,
-        slots: Sequence[Slot],
+        slots: Sequence[LayerCacheSpec],
         batch: int,
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> Storage:
+    ) -> CacheBuffers:
         """Storage for at least `capacity` tokens, all zeros; nobody else has it."""
         idle = self._taken()
         if (
@@ -271,18 +273,18 @@ class StoragePool:
             idle.clear()
             return idle
         del idle  # before the new one is made
-        made = Storage.zeros(slots, batch, capacity, dtype, device)
+        made = CacheBuffers.zeros(slots, batch, capacity, dtype, device)
         made.use_here()
         return made
 
-    def _taken(self) -> Storage | None:
+    def _taken(self) -> CacheBuffers | None:
         """What is kept, which is not kept any more."""
         try:
             return self._kept.pop()
         except IndexError:
             return None
 
-    def give_back(self, storage: Storage) -> None:
+    def release(self, storage: CacheBuffers) -> None:
         """Called when the request that leased `storage` is gone."""
         if self.keep and not storage.shown:
             self._kept.append(storage)

@@ -21,9 +21,9 @@ from typing import Any, NoReturn, Protocol
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .buffers import Slot, StateKind, Storage, StoragePool
+from .buffers import BufferPool, CacheBuffers, LayerCacheSpec, StateKind
 from .layers import layers_of
-from .views import StepCache, StepLayer
+from .views import DynamicCacheView, LayerView
 
 _BLOCK = 256  # capacity grows in steps of this many tokens at least
 
@@ -53,7 +53,7 @@ REFUSED = {
 class Owner(Protocol):
     """Who leases caches, and counts those that live."""
 
-    storages: StoragePool
+    buffer_pool: BufferPool
 
     @property
     def model(self) -> Any:
@@ -84,8 +84,8 @@ class SkipCache(Cache):
     def __init__(
         self,
         owner: Owner,
-        slots: Sequence[Slot],
-        kept: Sequence[Slot],
+        slots: Sequence[LayerCacheSpec],
+        kept: Sequence[LayerCacheSpec],
         dtype: torch.dtype,
         device: torch.device,
         capacity: int = 0,
@@ -102,8 +102,8 @@ class SkipCache(Cache):
         self.prompting = False
         self.request: Any = None
         self._wanted = capacity
-        self._storage: Storage | None = None
-        self._lease: weakref.finalize[..., SkipCache] | None = None
+        self._storage: CacheBuffers | None = None
+        self._acquired: weakref.finalize[..., SkipCache] | None = None
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
@@ -136,7 +136,7 @@ class SkipCache(Cache):
         """As `keys`."""
         return self._storage.values if self._storage is not None else [None] * len(self.slots)
 
-    def keep(self, kept: Sequence[Slot]) -> None:
+    def keep(self, kept: Sequence[LayerCacheSpec]) -> None:
         """Store `kept` from now on. Only while nothing is stored: storage for others goes back."""
         assert not self.length
         if self.kept != tuple(kept):
@@ -144,7 +144,11 @@ class SkipCache(Cache):
             self._release()
 
     def renew(
-        self, slots: Sequence[Slot], kept: Sequence[Slot], dtype: torch.dtype, device: torch.device
+        self,
+        slots: Sequence[LayerCacheSpec],
+        kept: Sequence[LayerCacheSpec],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Store this from now on, where the model has been changed since the cache was made.
 
@@ -169,7 +173,7 @@ class SkipCache(Cache):
         finally:
             self.prompting = before
 
-    def reserve(self, batch: int, tokens: int) -> Storage:
+    def reserve(self, batch: int, tokens: int) -> CacheBuffers:
         """Storage with room for `tokens` more tokens; made or grown as needed.
 
         Raises:
@@ -184,7 +188,7 @@ class SkipCache(Cache):
             storage = self._grow(batch, total)
         return storage
 
-    def step(self, batch: int, tokens: int, fresh: bool) -> StepCache:
+    def step(self, batch: int, tokens: int, fresh: bool) -> DynamicCacheView:
         """Views for a step of `tokens` new tokens; storage is made or grown as needed.
 
         Raises:
@@ -203,9 +207,9 @@ class SkipCache(Cache):
                 assert keys is not None
                 assert values is not None
                 keys, values = self._view(keys, total), self._view(values, total)
-            layers.append(StepLayer(slot, keys, values, states))
+            layers.append(LayerView(slot, keys, values, states))
         filled, new = storage.lengths.narrow(0, 0, total), storage.lengths.narrow(0, 0, tokens)
-        return StepCache(layers, filled, new, fresh)
+        return DynamicCacheView(layers, filled, new, fresh)
 
     def advance(self, tokens: int) -> None:
         """Count a step's tokens as stored."""
@@ -228,7 +232,7 @@ class SkipCache(Cache):
         self._staged.append((view, staged))
         return staged
 
-    def _grow(self, batch: int, total: int) -> Storage:
+    def _grow(self, batch: int, total: int) -> CacheBuffers:
         old = self._storage
         grown = max(total, self._wanted, self.capacity * 3 // 2 if self.length else 0) + 1
         # one token more than is ever filled: a full buffer would be contiguous, which the
@@ -236,22 +240,22 @@ class SkipCache(Cache):
         capacity = -(-grown // _BLOCK) * _BLOCK
         if old is not None and not self.length:  # nothing to copy: let it be used again
             self._release()
-        new = self.owner.storages.lease(self.kept, batch, capacity, self.dtype, self.device)
+        new = self.owner.buffer_pool.acquire(self.kept, batch, capacity, self.dtype, self.device)
         if old is not None and self.length:
             new.take(old, self.length)
             self._release()
         self._hold(new)
         return new
 
-    def _hold(self, storage: Storage) -> None:
+    def _hold(self, storage: CacheBuffers) -> None:
         self._storage, self.batch = storage, storage.batch
-        self._lease = weakref.finalize(self, self.owner.storages.give_back, storage)
-        self._lease.atexit = False
+        self._acquired = weakref.finalize(self, self.owner.buffer_pool.release, storage)
+        self._acquired.atexit = False
 
     def _release(self) -> None:
         self._storage = None
-        if self._lease is not None:
-            self._lease()
+        if self._acquired is not None:
+            self._acquired()
 
     def _absent(self, heads: int, dim: int, batch: int, total: int) -> torch.Tensor:
         """Shape and strides of keys or values without storage, for the guards; no memory."""
@@ -303,7 +307,7 @@ class SkipCache(Cache):
         new, batch = old, rows.numel()
         if old.shown or batch != self.batch:
             slots, capacity = self.kept, old.capacity
-            new = self.owner.storages.lease(slots, batch, capacity, self.dtype, self.device)
+            new = self.owner.buffer_pool.acquire(slots, batch, capacity, self.dtype, self.device)
         new.take_rows(old, rows, self.length)
         if new is not old:
             self._release()
@@ -324,8 +328,8 @@ class SkipCache(Cache):
             return
         new = None
         if tokens:
-            lease = self.owner.storages.lease
-            new = lease(self.kept, old.batch, old.capacity, self.dtype, self.device)
+            acquire = self.owner.buffer_pool.acquire
+            new = acquire(self.kept, old.batch, old.capacity, self.dtype, self.device)
             new.take(old, tokens)
         self._release()
         if new is not None:
@@ -520,8 +524,8 @@ class SkipCache(Cache):
         This one is left empty.
         """
         storage, self._storage = self._storage, None
-        if self._lease is not None:
-            self._lease.detach()
+        if self._acquired is not None:
+            self._acquired.detach()
         other.__dict__ = {**vars(self), "_lease": None, "_staged": []}
         other.__class__ = SkipCache
         mine: SkipCache = other

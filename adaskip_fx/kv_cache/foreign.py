@@ -25,7 +25,7 @@ from .cache import SkipCache
 
 if TYPE_CHECKING:
     from ..runtime.runtime import Runtime
-    from .buffers import Slot
+    from .buffers import LayerCacheSpec
 
 _LEAVE_OUT = "Leave past_key_values out, and continue with the one that comes back"
 
@@ -103,7 +103,7 @@ class _Held:
     tokens: int
     layers: Sequence[Any]
 
-    def tensors(self, layer: int, slot: Slot) -> list[torch.Tensor | None]:
+    def tensors(self, layer: int, slot: LayerCacheSpec) -> list[torch.Tensor | None]:
         """Keys and values [batch, heads, tokens, dim] of a layer, and the slot's states."""
         if layer >= len(self.layers):
             return [None] * (2 + len(slot.states))
@@ -181,7 +181,7 @@ def _check(held: _Held, ours: SkipCache) -> None:
             )
 
 
-def _wanted(slot: Slot, held: _Held, ours: SkipCache) -> list[str]:
+def _wanted(slot: LayerCacheSpec, held: _Held, ours: SkipCache) -> list[str]:
     """The forms of a layer's tensors, in the order of `_Held.tensors`."""
 
     def form(dtype: torch.dtype, *shape: int) -> str:

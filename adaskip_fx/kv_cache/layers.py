@@ -14,7 +14,7 @@ from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 if TYPE_CHECKING:
-    from .buffers import Slot, StateKind
+    from .buffers import LayerCacheSpec, StateKind
     from .cache import SkipCache
 
 
@@ -182,7 +182,7 @@ class EmptyPart(_Part, getattr(cache_utils, "DummyLayer", object)):  # type: ign
     keys = values = None
 
 
-def _class_of(slot: Slot) -> type[_Part]:
+def _class_of(slot: LayerCacheSpec) -> type[_Part]:
     if slot.attends:
         return MixerAndAttentionPart if slot.mixes else AttentionPart
     return MixerPart if slot.mixes else EmptyPart

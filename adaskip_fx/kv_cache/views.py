@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
-from adaskip_passes import Place, place_of
+from adaskip_passes import LayerIndex, layer_index
 
-from .buffers import Slot, Storage
+from .buffers import CacheBuffers, LayerCacheSpec
 
 _Shaped = Callable[[int, int], torch.Tensor]
 
 
-class StepLayer(LinearAttentionCacheLayerMixin):
+class LayerView(LinearAttentionCacheLayerMixin):
     """One layer's memory during one step, as models look it up.
 
     (A class of transformers', because models ask whether it is one before they read its states.)
@@ -27,7 +27,7 @@ class StepLayer(LinearAttentionCacheLayerMixin):
 
     def __init__(
         self,
-        slot: Slot,
+        slot: LayerCacheSpec,
         keys: torch.Tensor | None,
         values: torch.Tensor | None,
         states: Sequence[torch.Tensor],
@@ -40,7 +40,9 @@ class StepLayer(LinearAttentionCacheLayerMixin):
         self.record_past = False
 
     @classmethod
-    def shaped(cls, slot: Slot, batch: int, shaped: _Shaped, device: torch.device | str) -> Any:
+    def shaped(
+        cls, slot: LayerCacheSpec, batch: int, shaped: _Shaped, device: torch.device | str
+    ) -> Any:
         """A layer of tensors that `shaped` makes for so many heads of such a dimension."""
         return cls(
             slot,
@@ -64,7 +66,7 @@ class _SeenByStep(Cache):
     is_dummy: Any = ()
     fresh = False
 
-    def __init__(self, layers: Sequence[StepLayer]) -> None:
+    def __init__(self, layers: Sequence[LayerView]) -> None:
         super().__init__(layers=list(layers))
         self.is_sliding = self.is_linear = self.is_dummy = [False] * len(self.layers)
         attending = (i for i, layer in enumerate(layers) if layer.keys is not None)
@@ -77,21 +79,29 @@ class _SeenByStep(Cache):
         """Whether states hold anything yet."""
         return not self.fresh
 
-    def get_conv_state(self, layer_idx: int | Place, state_idx: int = 0) -> torch.Tensor | None:
+    def get_conv_state(
+        self, layer_idx: int | LayerIndex, state_idx: int = 0
+    ) -> torch.Tensor | None:
         """The last inputs of a convolution, or None in a prompt."""
-        return None if self.fresh else self.layers[place_of(layer_idx)].conv_states[state_idx]
+        return None if self.fresh else self.layers[layer_index(layer_idx)].conv_states[state_idx]
 
     def get_recurrent_state(
-        self, layer_idx: int | Place, state_idx: int = 0
+        self, layer_idx: int | LayerIndex, state_idx: int = 0
     ) -> torch.Tensor | None:
         """A recurrent state, or None in a prompt."""
-        return None if self.fresh else self.layers[place_of(layer_idx)].recurrent_states[state_idx]
+        return (
+            None if self.fresh else self.layers[layer_index(layer_idx)].recurrent_states[state_idx]
+        )
 
     def update_conv_state(
-        self, conv_states: torch.Tensor, layer_idx: int | Place, state_idx: int = 0, **kwargs: Any
+        self,
+        conv_states: torch.Tensor,
+        layer_idx: int | LayerIndex,
+        state_idx: int = 0,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Keep the last of a convolution's inputs [B, C, T]; returns all that it sees."""
-        held = self.layers[place_of(layer_idx)].conv_states[state_idx]
+        held = self.layers[layer_index(layer_idx)].conv_states[state_idx]
         before = torch.zeros_like(held) if self.fresh else held
         seen = torch.cat((before.to(conv_states.dtype), conv_states), -1)
         held.copy_(seen[..., -held.shape[-1] :])
@@ -100,17 +110,17 @@ class _SeenByStep(Cache):
     def update_recurrent_state(
         self,
         recurrent_states: torch.Tensor,
-        layer_idx: int | Place,
+        layer_idx: int | LayerIndex,
         state_idx: int = 0,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Keep a recurrent state."""
-        held: torch.Tensor = self.layers[place_of(layer_idx)].recurrent_states[state_idx]
+        held: torch.Tensor = self.layers[layer_index(layer_idx)].recurrent_states[state_idx]
         held.copy_(recurrent_states)
         return held
 
 
-class StepCache(_SeenByStep):
+class DynamicCacheView(_SeenByStep):
     """What a step's graph sees of the cache: views of the filled length, new tokens at the end.
 
     Attributes:
@@ -122,7 +132,7 @@ class StepCache(_SeenByStep):
     """
 
     def __init__(
-        self, layers: Sequence[StepLayer], filled: torch.Tensor, new: torch.Tensor, fresh: bool
+        self, layers: Sequence[LayerView], filled: torch.Tensor, new: torch.Tensor, fresh: bool
     ) -> None:
         super().__init__(layers)
         self.filled = filled
@@ -138,12 +148,12 @@ class StepCache(_SeenByStep):
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
-        layer_idx: int | Place,
+        layer_idx: int | LayerIndex,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new keys and values [B, H, T, D]; returns what attention reads."""
-        layer, tokens = self.layers[place_of(layer_idx)], key_states.shape[2]
+        layer, tokens = self.layers[layer_index(layer_idx)], key_states.shape[2]
         total = self.filled.shape[0]
         if layer.keys.shape[2] != total or layer.values.shape[2] != total:  # told to the tracer
             raise ValueError("layers of one cache have different lengths")
@@ -167,8 +177,8 @@ class StepCache(_SeenByStep):
         return self.filled.shape[0], 0
 
 
-class WholeCache(_SeenByStep):
-    """What a decode step at fixed addresses sees: whole buffers, and the position on the device.
+class StaticCacheView(_SeenByStep):
+    """What a decode step on a static cache sees: whole buffers, and the position on the device.
 
     Attributes:
         layers: one StepLayer per decoder layer, [batch, heads, capacity, dim]; of a layer without
@@ -176,21 +186,25 @@ class WholeCache(_SeenByStep):
         position: where the new token goes, int64 [1].
     """
 
-    def __init__(self, layers: Sequence[StepLayer], position: torch.Tensor) -> None:
+    def __init__(self, layers: Sequence[LayerView], position: torch.Tensor) -> None:
         super().__init__(layers)
         self.position = position
 
     @classmethod
     def of(
-        cls, storage: Storage, slots: Sequence[Slot], position: torch.Tensor, dtype: torch.dtype
-    ) -> WholeCache:
+        cls,
+        storage: CacheBuffers,
+        slots: Sequence[LayerCacheSpec],
+        position: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> StaticCacheView:
         """All of a storage's buffers; `slots` say what layers have that store nothing in it."""
 
         def absent(heads: int, dim: int) -> torch.Tensor:
             size = (storage.batch, heads, storage.capacity, dim)
             return torch.empty(size, dtype=dtype, device="meta")
 
-        layers = [StepLayer(slot, *storage.layer(i, slot, absent)) for i, slot in enumerate(slots)]
+        layers = [LayerView(slot, *storage.layer(i, slot, absent)) for i, slot in enumerate(slots)]
         return cls(layers, position)
 
     @property
@@ -204,12 +218,12 @@ class WholeCache(_SeenByStep):
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
-        layer_idx: int | Place,
+        layer_idx: int | LayerIndex,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store one token's keys and values [B, H, 1, D]; returns the whole buffers."""
-        layer, capacity = self.layers[place_of(layer_idx)], self.capacity
+        layer, capacity = self.layers[layer_index(layer_idx)], self.capacity
         if layer.keys.shape[2] != capacity or layer.values.shape[2] != capacity:
             raise ValueError("layers of one cache have different capacities")
         layer.keys.index_copy_(2, self.position, key_states)

@@ -91,7 +91,7 @@ def folds(plan: SkipPlan, phase: Phase, together: bool = True) -> dict[Sublayer,
     return found
 
 
-class Placed:
+class SurrogateTensors:
     """Tensors of folds on a device, shared for as long as a program uses them."""
 
     def __init__(self) -> None:

@@ -18,13 +18,13 @@ import numpy.typing as npt
 
 from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import SANE_FACTORS, Compensation
-from adaskip_fx.profiles.profile import MOMENTS, Variant
+from adaskip_fx.profiles.profile import PROBE_STATS, Variant
 
 if TYPE_CHECKING:
     from adaskip_fx.profiles.profile import Profile
 
 _COSINE, _BEFORE, _AFTER, _TOKENS = map(
-    MOMENTS.index, ("cosine", "before_squared", "after_squared", "tokens")
+    PROBE_STATS.index, ("cosine", "before_squared", "after_squared", "tokens")
 )
 
 
@@ -119,7 +119,7 @@ class AdaSkip:
     ) -> SkipPlan:
         """`plan`, with every probed ffn whose mean similarity is above beta added to decode.
 
-        window: [len(probed), 5], sums of `MOMENTS` over the window's tokens (all rows of the
+        window: [len(probed), 5], sums of `PROBE_STATS` over the window's tokens (all rows of the
             batch together). A sublayer with no tokens, with a sum that is not finite, or with a
             factor of its own outside of `SANE_FACTORS`, is no evidence and is not added.
         probed: the ffn sublayers that were measured.
@@ -189,8 +189,8 @@ def _check_window(
     if len(set(probed)) != len(probed):
         raise ValueError("a sublayer is listed twice in `probed`")
     moments = np.asarray(window, dtype=np.float64)
-    if moments.shape != (len(probed), len(MOMENTS)):
+    if moments.shape != (len(probed), len(PROBE_STATS)):
         raise ValueError(
-            f"window must have shape {(len(probed), len(MOMENTS))}, got {moments.shape}"
+            f"window must have shape {(len(probed), len(PROBE_STATS))}, got {moments.shape}"
         )
     return moments

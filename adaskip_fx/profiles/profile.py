@@ -36,9 +36,9 @@ from adaskip_fx.utils.files import (
 if TYPE_CHECKING:
     pass
 
-__all__ = ["MOMENTS", "Fingerprint", "Profile", "ProfileError", "Variant", "fingerprint"]
+__all__ = ["PROBE_STATS", "Fingerprint", "Profile", "ProfileError", "Variant", "fingerprint"]
 
-MOMENTS = ("cosine", "ratio", "before_squared", "after_squared", "tokens")
+PROBE_STATS = ("cosine", "ratio", "before_squared", "after_squared", "tokens")
 SCHEMA = 1
 Variant = Literal["paper", "released"]
 Array = npt.NDArray[np.float64]
@@ -60,8 +60,8 @@ class Profile:
 
     sublayers: all of the model's, in stream order.
     moments: float64 [samples, sublayers, 5], sums over the valid tokens of each sample of
-        `MOMENTS`: cos(a, b); |b| / |a|; |a|^2; |b|^2; 1 (a and b: the residual stream before and
-        after the sublayer). A token with a or b of length zero or not finite is in none of them.
+        `PROBE_STATS`: cos(a, b); |b| / |a|; |a|^2; |b|^2; 1 (a and b: the residual stream before
+        and after the sublayer). A token with a or b of length zero or not finite is in none.
         Copied and read-only.
     fingerprint: the model; versions: of the libraries used; calibration: a description of the
         texts, anything that JSON can hold.
@@ -154,7 +154,9 @@ class Profile:
                 "this profile was measured before whole layers were; calibrate again"
             )
         sums = self.layers.sum(axis=0)
-        return np.asarray(sums[:, MOMENTS.index("cosine")] / sums[:, MOMENTS.index("tokens")])
+        return np.asarray(
+            sums[:, PROBE_STATS.index("cosine")] / sums[:, PROBE_STATS.index("tokens")]
+        )
 
     def scale(self, variant: Variant = "paper") -> Array:
         """[sublayers]: the factor that stands in for each sublayer, no unit.
@@ -265,7 +267,7 @@ class Profile:
         return f"\nleft out, of length zero or not finite: {named}"
 
     def _of(self, moment: str) -> Array:
-        return np.asarray(self.moments[:, :, MOMENTS.index(moment)])
+        return np.asarray(self.moments[:, :, PROBE_STATS.index(moment)])
 
     def _sum(self, moment: str) -> Array:
         return np.asarray(self._of(moment).sum(axis=0))
@@ -297,13 +299,13 @@ def _check_variant(variant: str) -> None:
 
 
 def _check_moments(sublayers: tuple[Sublayer, ...], moments: Array) -> None:
-    expected = f"[samples, {len(sublayers)} sublayers, {len(MOMENTS)}]"
-    if moments.ndim != 3 or moments.shape[1:] != (len(sublayers), len(MOMENTS)):
+    expected = f"[samples, {len(sublayers)} sublayers, {len(PROBE_STATS)}]"
+    if moments.ndim != 3 or moments.shape[1:] != (len(sublayers), len(PROBE_STATS)):
         raise ProfileError(f"moments have shape {list(moments.shape)}, expected {expected}")
     if not moments.size:
         raise ProfileError(f"moments are empty: at least one sample of {expected} is needed")
     not_finite = ~np.isfinite(moments).all(axis=2)
-    no_tokens = moments[:, :, MOMENTS.index("tokens")] <= 0
+    no_tokens = moments[:, :, PROBE_STATS.index("tokens")] <= 0
     for bad, what in ((not_finite, "not finite"), (no_tokens, "no tokens")):
         if bad.any():
             sample, sublayer = np.argwhere(bad)[0]
@@ -311,12 +313,12 @@ def _check_moments(sublayers: tuple[Sublayer, ...], moments: Array) -> None:
 
 
 def _check_layers(numbers: tuple[int, ...], layers: Array, samples: int) -> None:
-    if layers.shape != (samples, len(numbers), len(MOMENTS)):
+    if layers.shape != (samples, len(numbers), len(PROBE_STATS)):
         raise ProfileError(
             f"layers have shape {list(layers.shape)}, expected "
-            f"[{samples} samples, {len(numbers)} layers, {len(MOMENTS)}]"
+            f"[{samples} samples, {len(numbers)} layers, {len(PROBE_STATS)}]"
         )
-    bad = ~np.isfinite(layers).all(axis=2) | (layers[:, :, MOMENTS.index("tokens")] <= 0)
+    bad = ~np.isfinite(layers).all(axis=2) | (layers[:, :, PROBE_STATS.index("tokens")] <= 0)
     if bad.any():
         sample, place = np.argwhere(bad)[0]
         raise ProfileError(f"layer {numbers[place]}: not finite, or no tokens, in sample {sample}")

@@ -31,8 +31,8 @@ from adaskip_passes import (
     sublayer_calls,
 )
 
-from ..capture.phase_graph import GraphPhaseCapture
-from ..plans.folding import Fold, Placed, folds
+from ..capture.phase_graph import CapturedPhase
+from ..plans.folding import Fold, SurrogateTensors, folds
 from ..plans.skip_plan import Action, Phase, SkipPlan, Sublayer
 
 Link = Literal["pieces", "fused"]
@@ -87,7 +87,7 @@ def stand_in_tensors(
     outer: fx.GraphModule,
     sublayers: tuple[Sublayer, ...],
     stand_ins: Mapping[Sublayer, Fold],
-    placed: Placed,
+    placed: SurrogateTensors,
 ) -> dict[str, torch.Tensor]:
     """The tensors of stand-ins that a rewritten graph takes, by input name.
 
@@ -123,11 +123,11 @@ class Program:
 
     def __init__(
         self,
-        phase: GraphPhaseCapture,
+        phase: CapturedPhase,
         plan: SkipPlan,
         probed: tuple[Sublayer, ...],
         how: Link,
-        placed: Placed,
+        placed: SurrogateTensors,
     ) -> None:
         start = time.perf_counter()
         self.phase = phase
@@ -140,7 +140,7 @@ class Program:
             plan,
             part,
             self.probed,
-            probe_together=phase.key.whole_cache,
+            probe_together=phase.key.static_cache,
             first=self.first_passes,
             stand_ins=stand_ins,
         )

@@ -19,12 +19,12 @@ from adaskip_passes import (
 )
 
 from ..capture import phase_graph
-from ..capture.phase_graph import Forward, GraphKey, GraphPhaseCapture, Memory, Surroundings
-from ..capture.reference import Sample, positions
+from ..capture.phase_graph import CapturedPhase, Forward, GraphKey, Memory, Surroundings
+from ..capture.reference import ReferenceRun, positions
 from ..capture.states import Since, State, States
-from ..kv_cache.buffers import Slot
-from ..kv_cache.views import WholeCache
-from ..plans.folding import Placed
+from ..kv_cache.buffers import LayerCacheSpec
+from ..kv_cache.views import StaticCacheView
+from ..plans.folding import SurrogateTensors
 from ..plans.skip_plan import Action, SkipPlan
 from ..plans.sublayer import Sublayer
 from .program import Counters, Link, Program, VariantCache, plan_phase
@@ -51,7 +51,7 @@ class Graphs:
         self,
         model: PreTrainedModel,
         original: PreTrainedModel,
-        sample: Sample,
+        sample: ReferenceRun,
         backend: str,
         link: Link,
         max_variants: int,
@@ -63,10 +63,10 @@ class Graphs:
         self.counters = Counters()
         start_workers(backend, model.device)  # while the first graph is traced
         self.max_length = positions(model)
-        self._placed = Placed()
+        self._placed = SurrogateTensors()
         self._programs = VariantCache(max_variants, self.counters)
-        self._first: GraphPhaseCapture | None = None
-        self._guards: WeakKeyDictionary[GraphPhaseCapture, tuple[int, ShapeGuards]] = (
+        self._first: CapturedPhase | None = None
+        self._guards: WeakKeyDictionary[CapturedPhase, tuple[int, ShapeGuards]] = (
             WeakKeyDictionary()
         )
 
@@ -77,7 +77,7 @@ class Graphs:
         return forward
 
     @property
-    def first(self) -> GraphPhaseCapture:
+    def first(self) -> CapturedPhase:
         """What was captured first; sublayers are the same in all others."""
         assert self._first is not None
         return self._first
@@ -140,11 +140,11 @@ class Graphs:
         return dict(zip(self.first.sublayers, keys, strict=True))
 
     @property
-    def slots(self) -> tuple[Slot, ...]:
+    def slots(self) -> tuple[LayerCacheSpec, ...]:
         """What each layer stores, in the state of the last look."""
         return self.states.current.sample.slots
 
-    def stored(self, plan: SkipPlan) -> list[Slot]:
+    def stored(self, plan: SkipPlan) -> list[LayerCacheSpec]:
         """What a request of this plan stores of each layer: nothing for what prompts skip."""
         used = set[Memory]()
         for sublayer, memory in self.memory.items():
@@ -164,7 +164,7 @@ class Graphs:
                 "max_variants"
             )
 
-    def prove(self, device: torch.device) -> None:
+    def capture_prefill(self, device: torch.device) -> None:
         """Capture a prefill graph, so that a model that cannot be cut is refused at once."""
         key = GraphKey(
             "prefill",
@@ -179,7 +179,7 @@ class Graphs:
         )
         self.capture(key)
 
-    def _all(self) -> list[GraphPhaseCapture]:
+    def _all(self) -> list[CapturedPhase]:
         kept = [c for s in self.states.known for group in s.captures.values() for c in group]
         return list(dict.fromkeys([*([self._first] if self._first is not None else []), *kept]))
 
@@ -233,35 +233,35 @@ class Graphs:
         return program
 
     def _known(
-        self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
+        self, captured: CapturedPhase, plan: SkipPlan, probed: tuple[Sublayer, ...]
     ) -> Program | None:
         return self._programs.find(self._key(captured, plan, probed))
 
     def _linked(
-        self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
+        self, captured: CapturedPhase, plan: SkipPlan, probed: tuple[Sublayer, ...]
     ) -> Program:
         key = self._key(captured, plan, probed)
         return self._programs.get(key, lambda: self._program(captured, plan, probed))
 
     def _key(
-        self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
+        self, captured: CapturedPhase, plan: SkipPlan, probed: tuple[Sublayer, ...]
     ) -> Hashable:
         digest = plan.phase_digest(plan_phase(captured.key.phase))
         return self.program_type, captured, digest, probed
 
     def _program(
-        self, captured: GraphPhaseCapture, plan: SkipPlan, probed: tuple[Sublayer, ...]
+        self, captured: CapturedPhase, plan: SkipPlan, probed: tuple[Sublayer, ...]
     ) -> Program:
         return self.program_type(captured, plan, probed, self.link, self._placed)
 
-    def _guards_of(self, captured: GraphPhaseCapture) -> ShapeGuards:
+    def _guards_of(self, captured: CapturedPhase) -> ShapeGuards:
         """Guards as of what is compiled now; made again when more has been compiled since."""
         known = self._guards.get(captured)
         if known is None or known[0] != captured.compiler.compiled:
             known = self._guards[captured] = (captured.compiler.compiled, captured.guards())
         return known[1]
 
-    def _check(self, captured: GraphPhaseCapture, state: State) -> None:
+    def _check(self, captured: CapturedPhase, state: State) -> None:
         """Refuse a graph that gives other logits than the model does."""
         if not state.sampled or state.sample.device != captured.key.device:
             self.states.sample(state)
@@ -271,14 +271,14 @@ class Graphs:
             self.states.sample(state)
             state.sample.check(captured, self.model, self.forward)
 
-    def capture(self, key: GraphKey) -> GraphPhaseCapture:
+    def capture(self, key: GraphKey) -> CapturedPhase:
         """What the model is now, captured for a key."""
         with one_at_a_time:
             return self._captured(key, Since.of(self.states.look()))
 
     def _captured(
         self, key: GraphKey, since: Since, lengths: tuple[int, int] | None = None
-    ) -> GraphPhaseCapture:
+    ) -> CapturedPhase:
         state = since.state
         self.states.require(since)
         group = state.captures.get(key, ())
@@ -309,6 +309,6 @@ class Graphs:
 
 def _lengths(arguments: dict[str, Any]) -> tuple[int, int]:
     cache = arguments["cache"]
-    if isinstance(cache, WholeCache):
+    if isinstance(cache, StaticCacheView):
         return 1, cache.capacity
     return cache.new.shape[0], cache.filled.shape[0]

@@ -16,7 +16,7 @@ from .runtime import Runtime
 Streams = tuple[torch.Tensor, ...]
 
 
-class Watched(Program):
+class RecordingProgram(Program):
     """A program that keeps the streams of its last run."""
 
     first_passes = (Tap(),)
@@ -26,23 +26,23 @@ class Watched(Program):
     def run(self, *arguments: object) -> tuple[torch.Tensor, ...]:
         outputs = super().run(*arguments)  # type: ignore[arg-type]
         end = 2 + len(self.phase.sublayers)
-        Watched.last = outputs[1:end]
+        RecordingProgram.last = outputs[1:end]
         return outputs[:1] + outputs[end:]
 
 
 @contextmanager
-def watching(runtime: Runtime) -> Iterator[Callable[[], Streams]]:
+def record_residuals(runtime: Runtime) -> Iterator[Callable[[], Streams]]:
     """Meanwhile steps of `runtime` are watched.
 
     Yields:
         A function that gives the streams [B, T, H] of the last step: before the first sublayer,
         and after each one.
     """
-    graphs, fixed = runtime.graphs, runtime.fixed_addresses
+    graphs, fixed = runtime.graphs, runtime.static_cache
     before = graphs.program_type
-    graphs.program_type, runtime.fixed_addresses = Watched, False
+    graphs.program_type, runtime.static_cache = RecordingProgram, False
     try:
-        yield lambda: Watched.last
+        yield lambda: RecordingProgram.last
     finally:
-        graphs.program_type, runtime.fixed_addresses = before, fixed
-        Watched.last = ()
+        graphs.program_type, runtime.static_cache = before, fixed
+        RecordingProgram.last = ()

@@ -143,7 +143,7 @@ def _traced_rows(runtime: Runtime) -> list[tuple[str, str]]:
 
 
 def _not_fixed_rows(runtime: Runtime) -> list[tuple[str, str]]:
-    why = runtime.why_not_fixed
+    why = runtime.why_no_static_cache
     return [("decode", f"not as one CUDA graph, because {why}")] if why else []
 
 
@@ -168,7 +168,7 @@ def _storage(runtime: Runtime) -> str:
 
 
 def _idle(runtime: Runtime) -> str:
-    idle = runtime.storages.idle_bytes
+    idle = runtime.buffer_pool.idle_bytes
     return f"; {storage(idle)} kept for the next request" if idle else ""
 
 

@@ -16,9 +16,9 @@ from ..plans.decisions import Choice, Schedule, plans_of
 from ..plans.skip_plan import Action, SkipPlan, Sublayer
 
 if TYPE_CHECKING:
-    from ..capture.phase_graph import GraphPhaseCapture
+    from ..capture.phase_graph import CapturedPhase
     from ..capture.states import Since
-    from .static_step import Lane
+    from .static_step import DecodeBinding
 
 
 @dataclass
@@ -83,9 +83,9 @@ class Request:
     decoding: bool = field(init=False, default=False)
     decoding_from: int = field(init=False, default=0)
     finished: torch.Tensor | None = field(init=False, default=None)
-    lane: Lane | None = field(init=False, default=None, repr=False)
+    lane: DecodeBinding | None = field(init=False, default=None, repr=False)
     since: Since | None = field(init=False, default=None, repr=False)
-    fixed: dict[GraphPhaseCapture, tuple[Any, ...]] = field(
+    fixed: dict[CapturedPhase, tuple[Any, ...]] = field(
         init=False, default_factory=dict, repr=False
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..capture.phase_graph import GraphPhase
-from ..capture.reference import Sample
+from ..capture.reference import ReferenceRun
 from ..capture.states import Since
 from ..kv_cache import saved
 from ..kv_cache.cache import SkipCache
@@ -28,7 +28,7 @@ from .inputs import Inputs
 from .prompts import mean_embedding
 from .request import Request, Window, probed_in_decode
 from .step import Runner
-from .validate import admit
+from .validate import validate_decision
 from .warmup import warm_up
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Runtime:
         self,
         model: PreTrainedModel,
         original: PreTrainedModel,
-        sample: Sample,
+        sample: ReferenceRun,
         plan: Decision | None,
         *,
         profile: Profile | None = None,
@@ -68,7 +68,7 @@ class Runtime:
         backend: str = "inductor",
         link: Link = "pieces",
         max_variants: int = 32,
-        fixed_addresses: bool | None = None,
+        static_cache: bool | None = None,
     ) -> None:
         self.model = model
         self.cache_argument = cache_argument(type(original).forward)
@@ -76,16 +76,16 @@ class Runtime:
         self.profile = profile
         self.policy = policy
         self.graphs = Graphs(model, original, sample, backend, link, max_variants)
-        self.runner = Runner(self.graphs, fixed_addresses)
-        self.storages = self.runner.storages
+        self.runner = Runner(self.graphs, static_cache)
+        self.buffer_pool = self.runner.buffer_pool
         self.checker = Checker(self.graphs)
         self.ahead = self.device.type == "cuda"
         self._live: weakref.WeakSet[SkipCache] = weakref.WeakSet()
-        self.graphs.prove(self.device)
+        self.graphs.capture_prefill(self.device)
         self.sublayers = self.graphs.sublayers
         self.decision: Decision = plan if plan is not None else SkipPlan.empty(self.sublayers)
         self.stage = plan.stages[0][0] if isinstance(plan, Stages) else None
-        admit(self.decision, self.graphs, type(model).__name__)
+        validate_decision(self.decision, self.graphs, type(model).__name__)
         self._admitted: Decision = self.decision  # the last one that was
 
     # What a user asks of it ------------------------------------------------------------------
@@ -106,21 +106,21 @@ class Runtime:
         self.decision = plan
 
     @property
-    def fixed_addresses(self) -> bool:
+    def static_cache(self) -> bool:
         """Whether decode steps without padding work on whole buffers that stay where they are.
 
-        On CUDA that makes them one graph (`Decoder`); it is the default there.
+        On CUDA that makes them one graph (`StaticDecodeStep`); it is the default there.
         """
-        return self.runner.fixed_addresses
+        return self.runner.static_cache
 
-    @fixed_addresses.setter
-    def fixed_addresses(self, fixed: bool) -> None:
-        self.runner.fixed_addresses = fixed
+    @static_cache.setter
+    def static_cache(self, fixed: bool) -> None:
+        self.runner.static_cache = fixed
 
     @property
-    def why_not_fixed(self) -> str | None:
+    def why_no_static_cache(self) -> str | None:
         """Why the model could not be captured that way; None if it could."""
-        return self.runner.why_not_fixed
+        return self.runner.why_no_static_cache
 
     @property
     def observer(self) -> Callable[[Program, SkipPlan, int], None] | None:
@@ -152,8 +152,8 @@ class Runtime:
         return sum(cache.nbytes for cache in self.live_caches())
 
     def free(self) -> None:
-        """Free the K/V buffers that are kept for the next request (on a GPU; see `storages`)."""
-        self.storages.clear()
+        """Free the K/V buffers that are kept for the next request (on a GPU; see `buffer_pool`)."""
+        self.buffer_pool.clear()
 
     @torch.no_grad()
     def warmup(self, max_length: int, batch_size: int = 1) -> None:
@@ -198,7 +198,7 @@ class Runtime:
         """
         given = plan if plan is not None else self.decision
         if given is not self._admitted:
-            admit(given, self.graphs, type(self.model).__name__)
+            validate_decision(given, self.graphs, type(self.model).__name__)
             self._admitted = given
         request = Request(
             given.plan(self.stage) if isinstance(given, Stages) else given, stop_tokens

@@ -1,4 +1,4 @@
-"""Decode steps at fixed addresses: one program after the other on one request's storage.
+"""Decode steps on a static cache: one program after the other on one request's storage.
 
 Token, position and outputs are buffers that stay; the position is counted on the device. So a
 step needs nothing from the host but the token, and on CUDA it is recorded once as a graph and then
@@ -19,20 +19,20 @@ import torch
 from adaskip_passes import Recorder
 
 from ..capture.phase_graph import Surroundings
-from ..kv_cache.buffers import Slot, Storage
-from ..kv_cache.views import WholeCache
+from ..kv_cache.buffers import CacheBuffers, LayerCacheSpec
+from ..kv_cache.views import StaticCacheView
 from ..plans.skip_plan import SkipPlan, Sublayer
 from ..programs.program import Counters, Program
 
 
 @dataclass(frozen=True)
-class Lane:
+class DecodeBinding:
     """What the decode steps of a request repeat, so that it is looked up once.
 
     links: of the counters when it was looked up: linking another program may drop this one.
     """
 
-    storage: Storage
+    storage: CacheBuffers
     plan: SkipPlan
     probed: tuple[Sublayer, ...]
     surroundings: Surroundings
@@ -42,7 +42,7 @@ class Lane:
 
     def serves(
         self,
-        storage: Storage,
+        storage: CacheBuffers,
         plan: SkipPlan,
         probed: tuple[Sublayer, ...],
         surroundings: Surroundings,
@@ -67,7 +67,7 @@ class _Recording:
     addresses: tuple[int, ...]
 
 
-class Decoder:
+class StaticDecodeStep:
     """The decode steps of one storage.
 
     Attributes:
@@ -78,8 +78,8 @@ class Decoder:
 
     def __init__(
         self,
-        storage: Storage,
-        slots: Sequence[Slot],
+        storage: CacheBuffers,
+        slots: Sequence[LayerCacheSpec],
         dtype: torch.dtype,
         device: torch.device,
         recorder: Recorder | None,
@@ -90,7 +90,7 @@ class Decoder:
             self.positions = torch.zeros(batch, 1, dtype=torch.int64, device=device)
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
             self.valid = torch.ones(batch, 1, dtype=torch.bool, device=device)
-        self.cache = WholeCache.of(storage, slots, self.position, dtype)
+        self.cache = StaticCacheView.of(storage, slots, self.position, dtype)
         self._recorder = recorder
         self._recordings: weakref.WeakKeyDictionary[Program, _Recording] = (
             weakref.WeakKeyDictionary()
@@ -116,7 +116,7 @@ class Decoder:
         """One step; returns logits [B, 1, V] and the moments [probed, B, 5] of what is probed.
 
         Args:
-            program: linked for a step at fixed addresses.
+            program: linked for a step on a static cache.
             arguments: of the captured function: this decoder's buffers.
             fixed: the weights.
             input_ids: int64 [B, 1].

@@ -17,14 +17,14 @@ from adaskip_passes import Recorder, RefusedError
 from ..capture import phase_graph
 from ..capture.phase_graph import GraphKey, GraphPhase, Surroundings
 from ..capture.states import ChangedError, Since
-from ..kv_cache.buffers import Storage, StoragePool
+from ..kv_cache.buffers import BufferPool, CacheBuffers
 from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import SkipPlan, Sublayer
 from ..programs.program import Program
 from ..programs.program_cache import Graphs
 from .inputs import Inputs
 from .request import Request
-from .static_step import Decoder, Lane
+from .static_step import DecodeBinding, StaticDecodeStep
 
 #: What ran, its logits [B, kept, V], and the moments [probed, B, 5] if anything was probed.
 _Ran: TypeAlias = tuple[Program, torch.Tensor, torch.Tensor | None]
@@ -36,17 +36,17 @@ class Runner:
     Attributes:
         graphs: what has been captured, compiled and linked.
         storages: K/V buffers between requests.
-        fixed_addresses: whether decode steps work at fixed addresses; see `Runtime`.
-        why_not_fixed: why the model could not be captured that way; None if it could.
+        static_cache: whether decode steps work on a static cache; see `Runtime`.
+        why_no_static_cache: why the model could not be captured that way; None if it could.
         observer: is told of every step; see `Runtime`.
     """
 
-    def __init__(self, graphs: Graphs, fixed_addresses: bool | None) -> None:
+    def __init__(self, graphs: Graphs, static_cache: bool | None) -> None:
         self.graphs = graphs
         on_gpu = self.device.type == "cuda"
-        self.fixed_addresses = on_gpu if fixed_addresses is None else fixed_addresses
-        self.why_not_fixed: str | None = None
-        self.storages = StoragePool(keep=self.fixed_addresses)
+        self.static_cache = on_gpu if static_cache is None else static_cache
+        self.why_no_static_cache: str | None = None
+        self.buffer_pool = BufferPool(keep=self.static_cache)
         self.observer: Callable[[Program, SkipPlan, int], None] | None = None
         self._recorder: Recorder | None = None  # on a GPU, at the first decode step
 
@@ -82,8 +82,8 @@ class Runner:
             Logits [B, kept, V], and the moments [probed, B, 5] if anything is probed.
         """
         ran, masked = None, inputs.attention_mask is not None
-        if self.fixed_addresses and phase == "decode" and not masked:
-            ran = self._at_fixed_addresses(request, plan, probed, inputs, cache)
+        if self.static_cache and phase == "decode" and not masked:
+            ran = self._on_static_cache(request, plan, probed, inputs, cache)
         if ran is None:
             ran = self._on_views(phase, request, plan, probed, inputs, cache, logits_to_keep)
         program, logits, moments = ran
@@ -157,7 +157,7 @@ class Runner:
         valid = _valid(request, phase, inputs.input_ids, mask) if probed else None
         return program, *program(arguments, fixed, valid)
 
-    def _at_fixed_addresses(
+    def _on_static_cache(
         self,
         request: Request,
         plan: SkipPlan,
@@ -182,7 +182,7 @@ class Runner:
             except ChangedError:
                 raise
             except RefusedError as error:
-                self._give_up_fixed_addresses(error)
+                self._give_up_static_cache(error)
                 return None
         program, arguments = lane.program, lane.arguments
         fixed = self._fixed(request, program, arguments, cache)
@@ -201,26 +201,26 @@ class Runner:
             fixed = request.fixed[program.phase] = program.phase.fixed(arguments)
         return fixed
 
-    def _decoder(self, storage: Storage) -> Decoder:
+    def _decoder(self, storage: CacheBuffers) -> StaticDecodeStep:
         """The one that works on these buffers."""
         if storage.decoder is None:
             if self._recorder is None and self.device.type == "cuda":
                 self._recorder = Recorder(self.device)
             dtype = self.graphs.model.dtype
-            storage.decoder = Decoder(
+            storage.decoder = StaticDecodeStep(
                 storage, self.graphs.slots, dtype, self.device, self._recorder
             )
         return storage.decoder
 
     def _lane(
         self,
-        storage: Storage,
-        decoder: Decoder,
+        storage: CacheBuffers,
+        decoder: StaticDecodeStep,
         plan: SkipPlan,
         probed: tuple[Sublayer, ...],
         request: Request,
         surroundings: Surroundings,
-    ) -> Lane:
+    ) -> DecodeBinding:
         graphs = self.graphs
         key = GraphKey(
             "decode",
@@ -232,18 +232,20 @@ class Runner:
             dtype=graphs.model.dtype,
             device=self.device,
             surroundings=surroundings,
-            whole_cache=True,
+            static_cache=True,
         )
         given = phase_graph.step_inputs(graphs.forward, decoder.tokens, decoder.positions, None, 1)
         arguments = phase_graph.bind_arguments(graphs.model, graphs.forward, decoder.cache, given)
         program = graphs.program(key, plan, probed, arguments, _since(request))
-        return Lane(storage, plan, probed, surroundings, program, arguments, graphs.counters.links)
+        return DecodeBinding(
+            storage, plan, probed, surroundings, program, arguments, graphs.counters.links
+        )
 
-    def _give_up_fixed_addresses(self, error: RefusedError) -> None:
+    def _give_up_static_cache(self, error: RefusedError) -> None:
         """Decode on views of the filled cache from now on, as on a CPU; `report` says why."""
-        self.fixed_addresses = self.storages.keep = False
-        self.why_not_fixed = str(error)
-        self.storages.clear()
+        self.static_cache = self.buffer_pool.keep = False
+        self.why_no_static_cache = str(error)
+        self.buffer_pool.clear()
 
 
 def _since(request: Request) -> Since:

@@ -12,7 +12,7 @@ from ..plans.sublayer import Sublayer
 from ..programs.program_cache import Graphs
 
 
-def admit(decision: Decision, graphs: Graphs, model: str) -> None:
+def validate_decision(decision: Decision, graphs: Graphs, model: str) -> None:
     """Refuse a decision of another model, or one that skips what cannot be skipped.
 
     Args:

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from ..api import build
 from ..plans.skip_plan import Action, Phase, SkipPlan
 from ..runtime.oracle import Oracle, Skips
-from ..runtime.recorder import watching
+from ..runtime.recorder import record_residuals
 from ..runtime.runtime import Runtime
 
 #: Relative errors allowed by default. The compiled model groups operations differently, and picks
@@ -189,7 +189,7 @@ def _first_difference(pair: _Pair, steps: list[_Step], allowed: float) -> str:
     """Run the steps again, watching the stream of the compiled model; what is seen, in words."""
     runtime: Runtime = pair.compiled.adaskip
     modules = runtime.graphs.modules
-    with watching(runtime) as streams:
+    with record_residuals(runtime) as streams:
         cache = runtime.new_cache()
         for number, step in enumerate(steps):
             logits = pair.forward(pair.compiled, step.inputs, cache)

@@ -77,13 +77,13 @@ def _model(document: Document) -> str | None:
 
 def _profile_row(path: Path) -> Document:
     """Mean similarity of each sublayer, and how much its mean differs between samples."""
-    from adaskip_fx.profiles.profile import MOMENTS, Profile, ProfileError
+    from adaskip_fx.profiles.profile import PROBE_STATS, Profile, ProfileError
 
     try:
         profile = Profile.load(path)
     except ProfileError as error:
         raise PlotError(str(error)) from None
-    cosine, tokens = (profile.moments[:, :, MOMENTS.index(m)] for m in ("cosine", "tokens"))
+    cosine, tokens = (profile.moments[:, :, PROBE_STATS.index(m)] for m in ("cosine", "tokens"))
     low, high = np.quantile(cosine / tokens, (0.1, 0.9), axis=0)
     return {
         "name": path.stem,

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from adaskip_fx.fitting import Fitter, Rung
+from adaskip_fx.fitting import Fitter, SurrogateSpec
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Compensation
 
@@ -29,7 +29,7 @@ def scale(subject: Subject, text: Text, skip: Sequence[Sublayer]) -> Compensatio
     return Compensation.scale({s: factors[s] for s in skip})
 
 
-def fitted(rung: Callable[[int], Rung]) -> Fit:
+def fitted(rung: Callable[[int], SurrogateSpec]) -> Fit:
     """A rung of the ladder, of the model's hidden size."""
 
     def fit(subject: Subject, text: Text, skip: Sequence[Sublayer]) -> Compensation:
@@ -45,10 +45,10 @@ COMPENSATIONS: Mapping[str, Fit] = MappingProxyType(
     {
         "none": none,
         "scale": scale,
-        "diagonal": fitted(lambda hidden: Rung("diagonal")),
-        "linear": fitted(lambda hidden: Rung("linear")),
-        "normalized": fitted(lambda hidden: Rung("normalized")),
-        "low_rank": fitted(lambda hidden: Rung("low_rank", rank=max(1, hidden // 9))),
+        "diagonal": fitted(lambda hidden: SurrogateSpec("diagonal")),
+        "linear": fitted(lambda hidden: SurrogateSpec("linear")),
+        "normalized": fitted(lambda hidden: SurrogateSpec("normalized")),
+        "low_rank": fitted(lambda hidden: SurrogateSpec("low_rank", rank=max(1, hidden // 9))),
     }
 )
 

@@ -16,7 +16,7 @@ import torch
 
 from adaskip_fx.evaluation.evaluate import evaluate
 from adaskip_fx.evaluation.tasks.passkey import Passkey
-from adaskip_fx.fitting import Fitter, Rung, Workshop
+from adaskip_fx.fitting import Fitter, FittingSession, SurrogateSpec
 from adaskip_fx.model.load import choose_device
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip, Fitted
@@ -126,7 +126,7 @@ def _plans(
     counts = {skip_count(a, len(profile.sublayers)): a for a in subject.options.alphas}
     shop = timed(
         "write",
-        lambda: Workshop(
+        lambda: FittingSession(
             subject.model,
             subject.tokenizer,
             windows,
@@ -136,7 +136,7 @@ def _plans(
             say=say,
         ),
     )
-    normalized = Rung("normalized", ridge=1e-4)
+    normalized = SurrogateSpec("normalized", ridge=1e-4)
     ordered = timed(
         "search",
         lambda: shop.searched(profile, max(counts.values()), normalized, shortlist=size.shortlist),
@@ -147,7 +147,7 @@ def _plans(
         similar = AdaSkip().plan(profile, alpha)
         yield "AdaSkip", count, similar
         if count == least:
-            yield "AdaSkip, linear", count, plain.fit(similar, Rung("linear"))
+            yield "AdaSkip, linear", count, plain.fit(similar, SurrogateSpec("linear"))
         begun = {"searched": ordered[count]}
         if "AdaSkip" in subject.options.policies:  # its choice with the same stand-ins
             begun["AdaSkip"] = similar

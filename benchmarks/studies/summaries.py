@@ -19,7 +19,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from adaskip_fx.data.reference_text import prompt_ids
-from adaskip_fx.fitting import Rung
+from adaskip_fx.fitting import SurrogateSpec
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip, Fitted, OnlinePolicy
 
@@ -143,7 +143,7 @@ def _by_factors(subject: Subject, text: Text, alpha: float) -> Method:
 def _by_maps(subject: Subject, text: Text, alpha: float) -> Method:
     """Its choice with normalized maps, fitted in one pass; nothing is added online."""
     plan = AdaSkip().plan(subject.profile(text), alpha)
-    fitted = fitter(subject, text).alone(plan, Rung("normalized"))
+    fitted = fitter(subject, text).alone(plan, SurrogateSpec("normalized"))
     return Fitted(fitted), fitted
 
 

@@ -12,7 +12,7 @@ import torch
 
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.policies import AdaSkip
-from adaskip_fx.profiles.profile import MOMENTS, Profile
+from adaskip_fx.profiles.profile import PROBE_STATS, Profile
 
 from .setup import Options, Subject, open_subject
 from .stats import hit_rate
@@ -106,7 +106,9 @@ class Decoded:
         return set(learned.decode) - set(self.plan.decode)
 
     def top(self, moments: Array, count: int) -> set[Sublayer]:
-        similarity = moments[:, MOMENTS.index("cosine")] / moments[:, MOMENTS.index("tokens")]
+        similarity = (
+            moments[:, PROBE_STATS.index("cosine")] / moments[:, PROBE_STATS.index("tokens")]
+        )
         return {self.probed[i] for i in np.argsort(-similarity, kind="stable")[:count]}
 
 

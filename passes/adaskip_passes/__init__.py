@@ -15,13 +15,13 @@ once, and a :class:`Recorder` makes a program one CUDA graph.
 """
 
 from .analysis.effects import written
-from .analysis.residual_branches import Sublayer, find_sublayers
+from .analysis.residual_branches import ResidualBranch, find_sublayers
 from .capture.capture import Binder, Capture, ShapeGuards, capture, describe
 from .capture.dynamo import one_at_a_time
 from .capture.python_state import Change, PythonState, describe_tensor, sharing
 from .capture.reads import Reads, readable
 from .capture.repeated_layers.mark import Repeat
-from .capture.repeated_layers.match import Place, place_of
+from .capture.repeated_layers.match import LayerIndex, layer_index
 from .decode.cuda_graphs import Recorder
 from .decode.fuse_projections import FuseProjections
 from .decode.ops import attend, project
@@ -35,13 +35,13 @@ from .partition.outline import Piece, outline, piece_of, sublayer_calls
 from .transforms.dead_code import eliminate_dead_code
 from .transforms.drop_cache_writes import differentiable
 from .transforms.pass_manager import Pass, run_passes, text
-from .transforms.probe import MOMENTS, VALID, Probe, ProbeLayers
+from .transforms.probe import PROBE_STATS, VALID, Probe, ProbeLayers
 from .transforms.skip import Keep, Replacement, Skip, stand_in_inputs
 from .transforms.surrogates import STAND_INS
 from .transforms.tap import Tap
 
 __all__ = [
-    "MOMENTS",
+    "PROBE_STATS",
     "STAND_INS",
     "VALID",
     "Binder",
@@ -49,10 +49,10 @@ __all__ = [
     "Change",
     "FuseProjections",
     "Keep",
+    "LayerIndex",
     "Pass",
     "Piece",
     "PieceCompiler",
-    "Place",
     "Probe",
     "ProbeLayers",
     "PythonState",
@@ -61,9 +61,9 @@ __all__ = [
     "RefusedError",
     "Repeat",
     "Replacement",
+    "ResidualBranch",
     "ShapeGuards",
     "Skip",
-    "Sublayer",
     "Tap",
     "attend",
     "canonicalize",
@@ -74,11 +74,11 @@ __all__ = [
     "eliminate_dead_code",
     "find_sublayers",
     "fuse",
+    "layer_index",
     "link",
     "one_at_a_time",
     "outline",
     "piece_of",
-    "place_of",
     "project",
     "readable",
     "run_passes",

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from benchmarks.__main__ import app
 from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
+from adaskip_fx.profiles.profile import Fingerprint, Profile
+from benchmarks.__main__ import app
 from benchmarks.plots import KINDS, PlotError, plot
 from benchmarks.plots.pareto import front
 from benchmarks.plots.plan_map import fate
 from benchmarks.plots.source import load
 from benchmarks.plots.style import LOOKS
-from adaskip_fx.profiles.profile import Fingerprint, Profile
 from benchmarks.studies import choices
 
 NAMES = [f"{i}.{kind}" for i in range(3) for kind in ("attention", "ffn")]

@@ -21,14 +21,14 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from adaskip_fx.api import build
-from adaskip_fx.fitting import Fitter, Rung
+from adaskip_fx.fitting import Fitter, SurrogateSpec
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Compensation
-from benchmarks.plots import plot
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.testing import Oracle as Hooked
 from benchmarks.__main__ import app
+from benchmarks.plots import plot
 from benchmarks.studies import (
     STUDIES,
     choices,
@@ -279,7 +279,7 @@ def test_domain_cells(subject: Subject, tmp_path: Path) -> None:
     for (name, alpha), panel in zip(kinds, result["panels"], strict=True):
         plan = AdaSkip().plan(subject.profile(learned), alpha)
         if name == "linear":
-            plan = fitted.fit(plan, Rung("linear"))
+            plan = fitted.fit(plan, SurrogateSpec("linear"))
         empty = SkipPlan.empty(subject.runtime.sublayers)
         nll = [
             sum(

@@ -51,9 +51,9 @@ def make(family: str, **changes: Any) -> Any:
     return made
 
 
-def compare(model: Any, reference: Any, fixed_addresses: bool, batch: int = 1) -> None:
+def compare(model: Any, reference: Any, static_cache: bool, batch: int = 1) -> None:
     """A prompt longer than the window, single tokens, a chunk, single tokens."""
-    compiled = build(model, None, backend="eager", fixed_addresses=fixed_addresses)
+    compiled = build(model, None, backend="eager", static_cache=static_cache)
     cache, theirs = compiled.adaskip.new_cache(), DynamicCache()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -67,9 +67,9 @@ def compare(model: Any, reference: Any, fixed_addresses: bool, batch: int = 1) -
 @pytest.mark.parametrize(
     "family", ["gemma2", pytest.param("gemma3", marks=pytest.mark.slow), "mistral"]
 )
-@pytest.mark.parametrize("fixed_addresses", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_windows_and_soft_caps(family: str, fixed_addresses: bool) -> None:
-    compare(make(family), make(family), fixed_addresses, batch=2 if fixed_addresses else 1)
+@pytest.mark.parametrize("static_cache", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_windows_and_soft_caps(family: str, static_cache: bool) -> None:
+    compare(make(family), make(family), static_cache, batch=2 if static_cache else 1)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_windows_and_soft_caps(family: str, fixed_addresses: bool) -> None:
 def test_another_cap_or_window_is_noticed(family: str, changes: dict[str, Any]) -> None:
     """The companion."""
     with pytest.raises(AssertionError, match="step 0"):
-        compare(make(family), make(family, **changes), fixed_addresses=False)
+        compare(make(family), make(family, **changes), static_cache=False)
 
 
 def eager(

@@ -12,7 +12,7 @@ import torch
 from adaskip_fx import api
 from adaskip_fx.api import build
 from adaskip_fx.capture import reference
-from adaskip_fx.capture.reference import take
+from adaskip_fx.capture.reference import run_reference
 from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes import RefusedError
 
@@ -34,11 +34,11 @@ def be_wrong(patch: pytest.MonkeyPatch, change: float) -> None:
     """Have every sample say logits that differ by so much of the largest."""
 
     def changed(*arguments: Any) -> Any:
-        right = take(*arguments)
+        right = run_reference(*arguments)
         return of_other_logits(right, lambda logits: logits + change * logits.abs().max())
 
     for module in (api, reference):
-        patch.setattr(module, "take", changed)
+        patch.setattr(module, "run_reference", changed)
 
 
 def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,8 +61,8 @@ def test_states_are_stored_as_without_autocast() -> None:
     """A state that is met in a region first is not kept in half precision for all requests."""
     model = model_of("mamba")
     with torch.autocast("cpu", torch.bfloat16):
-        slots = take(model).slots
-    assert slots == take(model).slots
+        slots = run_reference(model).slots
+    assert slots == run_reference(model).slots
     assert {state.dtype for slot in slots for state in slot.states} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # the companion
         cache = model(torch.tensor([[3, 4, 5]])).cache_params
@@ -104,7 +104,7 @@ def test_a_model_that_has_moved_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -
 def test_what_layers_store(family: str) -> None:
     """Shapes as of what transformers' own cache holds after the same tokens."""
     model = model_of(family)
-    slots = take(model).slots
+    slots = run_reference(model).slots
     argument = "cache_params" if family == "mamba" else "past_key_values"
     with torch.no_grad():
         cache = model(input_ids=torch.arange(5).unsqueeze(0), use_cache=True)[argument]
@@ -127,4 +127,4 @@ def test_what_layers_store(family: str) -> None:
 def test_a_cache_that_is_not_understood() -> None:
     """Layers that keep an index besides keys and values (DeepSeek-V3.2)."""
     with pytest.raises(RefusedError, match="layer 0 keeps its memory in a Dynamic"):
-        take(model_of("deepseek_v32"))
+        run_reference(model_of("deepseek_v32"))

@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from adaskip_fx.api import build
 from adaskip_fx.capture.phase_graph import (
+    CapturedPhase,
     GraphKey,
-    GraphPhaseCapture,
     Surroundings,
     capture_phase,
     example_lengths,
@@ -50,7 +50,7 @@ KEYS = {
     "prefill": ("prefill", {}),
     "extend": ("extend", {"masked": True}),
     "decode": ("decode", {"one_token": True}),
-    "fixed addresses": ("decode", {"one_token": True, "whole_cache": True}),
+    "static cache": ("decode", {"one_token": True, "static_cache": True}),
 }
 
 
@@ -60,7 +60,7 @@ def model_of(kind: str, more: dict[str, Any]) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def captured(model: Any, key: GraphKey) -> GraphPhaseCapture:
+def captured(model: Any, key: GraphKey) -> CapturedPhase:
     slots, lengths = take(model).slots, example_lengths(key, 2048)
     return capture_phase(make_shell(model), type(model).forward, key, slots, lengths, "eager")
 
@@ -69,7 +69,7 @@ def slow(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.slow)
 
 
-def check(family: str, phase: str) -> GraphPhaseCapture:
+def check(family: str, phase: str) -> CapturedPhase:
     kind, more, copied = FAMILIES[family]
     model = model_of(kind, more)
     name, options = KEYS[phase]
@@ -88,7 +88,7 @@ def check(family: str, phase: str) -> GraphPhaseCapture:
     return got
 
 
-@pytest.mark.parametrize("phase", ["prefill", slow("fixed addresses")])
+@pytest.mark.parametrize("phase", ["prefill", slow("static cache")])
 @pytest.mark.parametrize(
     "family",
     [name if name in ("llama", "sinks", "learned positions") else slow(name) for name in FAMILIES],

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adaskip_fx.api import build
-from adaskip_fx.fitting import Fitter, Refinement, Rung, Sample, refine
+from adaskip_fx.fitting import DistillConfig, Fitter, Sample, SurrogateSpec, refine
 from adaskip_fx.fitting.distillation import _divergence
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.programs.program import Link
@@ -172,11 +172,11 @@ def test_lowered_pieces_compile_and_equal_the_oracle(monkeypatch: pytest.MonkeyP
     lower = phases._lowering
 
     def lowering(key: phases.GraphKey, name: str) -> tuple[Any, ...]:
-        return (Watching(),) if key.whole_cache else lower(key, name)
+        return (Watching(),) if key.static_cache else lower(key, name)
 
     monkeypatch.setattr(phases, "_lowering", lowering)
     model = make_model("biased")
-    made = build(model, None, backend="inductor", fixed_addresses=True)
+    made = build(model, None, backend="inductor", static_cache=True)
     bank = Inductor(model, made, Oracle(model))
     for plan in (bank.plan(), a_plan(bank)):
         request(bank, plan, (5, 1, 1, 1))
@@ -191,7 +191,7 @@ def test_a_compiled_refinement_goes_as_one_that_is_not(monkeypatch: pytest.Monke
     texts = [torch.randint(0, 61, (1, 24), generator=draw) for _ in range(4)]
     fitter = Fitter(model, None, texts)
     plan = SkipPlan.of(fitter.runtime.sublayers, ["0.ffn", "1.attention", "2.ffn"])
-    plan = fitter.fit(plan, Rung("normalized"))
+    plan = fitter.fit(plan, SurrogateSpec("normalized"))
     samples = [Sample(ids) for ids in texts]
     compiled, compile_with = list[Any](), torch.compile
 
@@ -202,7 +202,7 @@ def test_a_compiled_refinement_goes_as_one_that_is_not(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "compile", watched)
     found = {}
     for inductor in (False, True):
-        how = Refinement(steps=4, rate=3e-3, batch=3, every=2, compiled=inductor)
+        how = DistillConfig(steps=4, rate=3e-3, batch=3, every=2, compiled=inductor)
         found[inductor] = refine(fitter, plan, [samples[:3]], samples[3:], how)
         assert (_divergence in compiled) == inductor
     (eager, slow), (fused, quick) = found[False], found[True]

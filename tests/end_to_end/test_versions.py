@@ -128,7 +128,7 @@ def test_a_cache_that_says_nothing_of_its_layers(monkeypatch: pytest.MonkeyPatch
 
 
 class _Nobody:
-    storages: Any = None
+    buffer_pool: Any = None
 
     def track(self, cache: SkipCache) -> None: ...
 

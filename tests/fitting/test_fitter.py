@@ -11,11 +11,11 @@ import torch
 
 from adaskip_fx.fitting import (
     Compensator,
+    DistillConfig,
     Fitter,
-    Moments,
-    Refinement,
-    Rung,
     Sample,
+    SecondMoments,
+    SurrogateSpec,
     refine,
     solve,
     unexplained,
@@ -89,7 +89,7 @@ def test_a_normalized_map_is_ridge_regression_on_normalized_streams() -> None:
     normal = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
     z, t = np.hstack((normal, np.ones((len(x), 1)))) / size, (y - x) / size
     ridge = 0.01 * np.diag(z.T @ z)[:-1].mean() * np.diag([1.0] * HIDDEN + [0.0])
-    moments = Moments.zeros(HIDDEN, torch.device("cpu"), normalized=True)
+    moments = SecondMoments.zeros(HIDDEN, torch.device("cpu"), normalized=True)
     moments.add(torch.tensor(x), torch.tensor(y))
     fitted = solve(moments, "normalized", ridge=0.01)
     expected = np.linalg.solve(z.T @ z + ridge, z.T @ t)
@@ -148,8 +148,8 @@ def test_unseen_texts_choose_ridge_and_rank() -> None:
     assert left_out(few[:2], "linear", 0, 0.1) == pytest.approx(sum(by_hand) / 2)
     assert smallest_rank(many, [1, 2, 4], slack=0.9)[0] == 1
     assert smallest_rank(many, [1, 2, 4], slack=0.0)[0] == HIDDEN
-    assert Rung("low_rank").fit(many[:1]).rank == 1
-    assert Rung("low_rank", rank=HIDDEN).fit(many).kind == "linear"
+    assert SurrogateSpec("low_rank").fit(many[:1]).rank == 1
+    assert SurrogateSpec("low_rank", rank=HIDDEN).fit(many).kind == "linear"
 
 
 def test_texts_of_several_kinds_are_left_out_kind_by_kind() -> None:
@@ -161,9 +161,9 @@ def test_texts_of_several_kinds_are_left_out_kind_by_kind() -> None:
 
 def test_rungs_are_checked() -> None:
     with pytest.raises(ValueError, match="unknown stand-in 'cubic': use one of scale, diagonal"):
-        Rung("cubic")  # type: ignore[arg-type]
+        SurrogateSpec("cubic")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rank must be at least 1, and of low_rank, got 3"):
-        Rung("linear", rank=3)
+        SurrogateSpec("linear", rank=3)
 
 
 # On a model ------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def expected_map(model: Any, modules: Any, name: str, before: dict[str, Any]) ->
 
 def test_later_stand_ins_see_compensated_streams(model: Any, fitter: Fitter) -> None:
     runtime = fitter.runtime
-    plan = fitter.fit(SkipPlan.of(runtime.sublayers, SKIPPED), Rung(ridge=1e-3))
+    plan = fitter.fit(SkipPlan.of(runtime.sublayers, SKIPPED), SurrogateSpec(ridge=1e-3))
     before: dict[str, Any] = {}
     for name in SKIPPED:
         expected = expected_map(model, runtime.graphs.modules, name, before)
@@ -220,15 +220,17 @@ def test_later_stand_ins_see_compensated_streams(model: Any, fitter: Fitter) -> 
 
 
 def test_the_fit_is_the_plan_that_runs(model: Any, fitter: Fitter) -> None:
-    plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, SKIPPED), Rung("low_rank", rank=3))
+    plan = fitter.fit(
+        SkipPlan.of(fitter.runtime.sublayers, SKIPPED), SurrogateSpec("low_rank", rank=3)
+    )
     assert [str(plan.compensation.stand_in(Sublayer.parse(n))) for n in SKIPPED] == ["rank 3"] * 3
     assert_equivalent(model, plan)
 
 
 def test_beside_gives_every_running_ffn_its_own(model: Any, fitter: Fitter) -> None:
     sublayers = fitter.runtime.sublayers
-    plan = fitter.fit(SkipPlan.of(sublayers, ["0.attention"]), Rung(ridge=1e-3))
-    extras = fitter.beside(plan, Rung(ridge=1e-3))
+    plan = fitter.fit(SkipPlan.of(sublayers, ["0.attention"]), SurrogateSpec(ridge=1e-3))
+    extras = fitter.beside(plan, SurrogateSpec(ridge=1e-3))
     assert [str(s) for s in extras.stand_ins] == ["0.ffn", "1.ffn", "2.ffn"]
     before = {"0.attention": plan.compensation.stand_in(Sublayer(0, "attention"))}
     expected = expected_map(model, fitter.runtime.graphs.modules, "1.ffn", before)
@@ -242,11 +244,11 @@ def test_a_compensator_fits_what_is_known_once(
 ) -> None:
     passes, moments = [], fitter.moments
     monkeypatch.setattr(fitter, "moments", lambda *a: passes.append(a) or moments(*a))
-    compensator = Compensator(fitter, Rung(ridge=1e-3))
+    compensator = Compensator(fitter, SurrogateSpec(ridge=1e-3))
     known = (Sublayer(0, "ffn"), Sublayer(1, "attention"))
-    plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, known), Rung(ridge=1e-3))
+    plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, known), SurrogateSpec(ridge=1e-3))
     both = compensator((*known, Sublayer(2, "ffn")), known)
-    beside = fitter.beside(plan, Rung(ridge=1e-3), ("ffn",))
+    beside = fitter.beside(plan, SurrogateSpec(ridge=1e-3), ("ffn",))
     assert both == plan.compensation.merged(
         Compensation({Sublayer(2, "ffn"): beside.stand_ins[Sublayer(2, "ffn")]})
     )
@@ -255,17 +257,19 @@ def test_a_compensator_fits_what_is_known_once(
     compensator((*known, Sublayer(1, "ffn")), known)
     assert not passes, "it was fitted along with the other"
     whole = compensator((*known, Sublayer(2, "ffn")))
-    ordered = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, whole.stand_ins), Rung(ridge=1e-3))
+    ordered = fitter.fit(
+        SkipPlan.of(fitter.runtime.sublayers, whole.stand_ins), SurrogateSpec(ridge=1e-3)
+    )
     assert whole == ordered.compensation
 
 
 def test_alone_each_is_fitted_as_if_the_others_ran(fitter: Fitter) -> None:
     plan = SkipPlan.of(fitter.runtime.sublayers, SKIPPED)
-    alone = fitter.alone(plan, Rung("normalized")).compensation.stand_ins
-    in_order = fitter.fit(plan, Rung("normalized")).compensation.stand_ins
+    alone = fitter.alone(plan, SurrogateSpec("normalized")).compensation.stand_ins
+    in_order = fitter.fit(plan, SurrogateSpec("normalized")).compensation.stand_ins
     assert set(alone) == set(in_order) == set(plan.prefill)
     for sublayer in plan.prefill:
-        one = fitter.fit(SkipPlan.of(plan.sublayers, [sublayer]), Rung("normalized"))
+        one = fitter.fit(SkipPlan.of(plan.sublayers, [sublayer]), SurrogateSpec("normalized"))
         for name, tensor in one.compensation.stand_ins[sublayer].tensors.items():
             assert alone[sublayer].tensors[name] == pytest.approx(tensor, rel=1e-6, abs=1e-9)
     first, *later = plan.prefill
@@ -292,11 +296,14 @@ def samples(fitter: Fitter) -> list[Sample]:
     return [Sample(ids) for ids in fitter.samples]
 
 
-@pytest.mark.parametrize("rung", [Rung("low_rank", rank=2), Rung("normalized"), Rung("diagonal")])
-def test_descent_brings_predictions_nearer(model: Any, fitter: Fitter, rung: Rung) -> None:
+@pytest.mark.parametrize(
+    "rung",
+    [SurrogateSpec("low_rank", rank=2), SurrogateSpec("normalized"), SurrogateSpec("diagonal")],
+)
+def test_descent_brings_predictions_nearer(model: Any, fitter: Fitter, rung: SurrogateSpec) -> None:
     runtime = fitter.runtime
     plan = fitter.fit(SkipPlan.of(runtime.sublayers, SKIPPED), rung)
-    how = Refinement(steps=20, rate=5e-3, batch=1, every=5)
+    how = DistillConfig(steps=20, rate=5e-3, batch=1, every=5)
     one = samples(fitter)[:1]
     refined, seen = refine(fitter, plan, [one], one, how)
     assert seen.step > 0
@@ -313,9 +320,11 @@ def test_descent_brings_predictions_nearer(model: Any, fitter: Fitter, rung: Run
 def test_a_step_moves_a_map_in_all_directions_alike_and_a_bias_in_all_elements(
     fitter: Fitter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, SKIPPED[:1]), Rung("normalized"))
+    plan = fitter.fit(
+        SkipPlan.of(fitter.runtime.sublayers, SKIPPED[:1]), SurrogateSpec("normalized")
+    )
     one = samples(fitter)[:1]
-    how = Refinement(steps=1, rate=1e-3, batch=1)
+    how = DistillConfig(steps=1, rate=1e-3, batch=1)
     slopes = dict[str, torch.Tensor]()
     whole = torch.autograd.grad
 
@@ -344,11 +353,13 @@ def test_a_step_moves_a_map_in_all_directions_alike_and_a_bias_in_all_elements(
 
 
 def test_weights_say_which_tokens_matter(fitter: Fitter) -> None:
-    plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, SKIPPED), Rung("low_rank", rank=2))
+    plan = fitter.fit(
+        SkipPlan.of(fitter.runtime.sublayers, SKIPPED), SurrogateSpec("low_rank", rank=2)
+    )
     ids = fitter.samples[0]
     last = torch.zeros(ids.shape[1])
     last[-1] = 3.0
-    how = Refinement(steps=6, rate=2e-2, batch=1, every=6)
+    how = DistillConfig(steps=6, rate=2e-2, batch=1, every=6)
     whole, _ = refine(fitter, plan, [[Sample(ids)]], [Sample(ids)], how)
     one, seen = refine(fitter, plan, [[Sample(ids, last)]], [Sample(ids, last)], how)
     assert seen.losses[6] < seen.losses[0]
@@ -356,8 +367,8 @@ def test_weights_say_which_tokens_matter(fitter: Fitter) -> None:
 
 
 def test_what_held_out_texts_like_best_is_kept(fitter: Fitter) -> None:
-    plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, SKIPPED), Rung())
-    how = Refinement(steps=2, rate=10.0, every=1)
+    plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, SKIPPED), SurrogateSpec())
+    how = DistillConfig(steps=2, rate=10.0, every=1)
     known = samples(fitter)
     same, seen = refine(fitter, plan, [known[:1], known[1:2]], known[2:4], how)
     assert seen.step == 0
@@ -368,10 +379,12 @@ def test_what_held_out_texts_like_best_is_kept(fitter: Fitter) -> None:
 def test_samples_of_a_step_go_together_and_alone_where_there_is_no_room(
     fitter: Fitter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, SKIPPED), Rung("low_rank", rank=2))
+    plan = fitter.fit(
+        SkipPlan.of(fitter.runtime.sublayers, SKIPPED), SurrogateSpec("low_rank", rank=2)
+    )
     known = samples(fitter)
     cut = [Sample(k.ids[:, :30]) for k in known[:3]] + [Sample(known[3].ids[:, :20])]
-    how = Refinement(steps=3, rate=1e-3, batch=4, every=3)
+    how = DistillConfig(steps=3, rate=1e-3, batch=4, every=3)
     seen = list[tuple[int, int]]()
     whole = _Loss.__call__
 
@@ -414,4 +427,4 @@ def test_what_cannot_be_refined(fitter: Fitter) -> None:
     with pytest.raises(ValueError, match="refining needs samples to descend on and samples that"):
         refine(fitter, plan, [known], [])
     with pytest.raises(ValueError, match="rate must be positive, got 0"):
-        Refinement(rate=0)
+        DistillConfig(rate=0)

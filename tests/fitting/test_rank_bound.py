@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip_fx.api import build
-from adaskip_fx.fitting import Fitter, LatencyBound, Moments, Rung
+from adaskip_fx.fitting import Fitter, LatencyBound, SecondMoments, SurrogateSpec
 from adaskip_fx.fitting.least_squares import smallest_rank, unexplained
 from adaskip_fx.fitting.rank_bound import not_decreasing
 from adaskip_fx.latency.table import LatencyTable
@@ -202,23 +202,25 @@ def test_a_part_is_named_by_its_rank() -> None:
 # What is then fitted ---------------------------------------------------------------------------
 
 
-def folds_of(noise: float) -> list[Moments]:
+def folds_of(noise: float) -> list[SecondMoments]:
     return [moments_of(*drawn(2000, seed=i, noise=noise)) for i in range(3)]
 
 
 def test_the_smaller_of_what_unseen_texts_ask_for_and_what_fits() -> None:
     many = folds_of(0.01)
-    assert Rung("low_rank").fit(many).kind == "linear"  # companion: they ask for all there is
+    assert (
+        SurrogateSpec("low_rank").fit(many).kind == "linear"
+    )  # companion: they ask for all there is
     for most, kind in ((1, "low_rank"), (2, "low_rank"), (3, "low_rank"), (None, "linear")):
-        fitted = Rung("low_rank").fit(many, most)
+        fitted = SurrogateSpec("low_rank").fit(many, most)
         assert (fitted.kind, fitted.rank) == (kind, most or 0)
     modest = [rank_one(seed) for seed in range(3)]
     assert smallest_rank(modest, [1, 2, 4])[0] == 1
-    assert Rung("low_rank").fit(modest, 3).rank == 1  # not above what they ask for
-    assert Rung("low_rank").fit(many[:1], 3).rank == 1  # nothing is unseen: an eighth of H
+    assert SurrogateSpec("low_rank").fit(modest, 3).rank == 1  # not above what they ask for
+    assert SurrogateSpec("low_rank").fit(many[:1], 3).rank == 1  # nothing is unseen: an eighth of H
 
 
-def rank_one(seed: int) -> Moments:
+def rank_one(seed: int) -> SecondMoments:
     """A sublayer that adds one direction only."""
     x, _ = drawn(1000, seed=seed)
     direction = np.random.default_rng(7).normal(size=(2, x.shape[1]))
@@ -228,7 +230,9 @@ def rank_one(seed: int) -> Moments:
 def test_more_rank_explains_no_less() -> None:
     many = folds_of(0.1)
     total = many[0].plus(many[1]).plus(many[2])
-    left = [unexplained(total, Rung("low_rank", ridge=0.0).fit(many, r)) for r in (1, 2, 3)]
+    left = [
+        unexplained(total, SurrogateSpec("low_rank", ridge=0.0).fit(many, r)) for r in (1, 2, 3)
+    ]
     assert left == sorted(left, reverse=True)
     assert left[0] > 1.2 * left[-1]
 
@@ -238,10 +242,12 @@ def test_rungs_with_a_bound_are_checked() -> None:
     for kind, rank, got in (("low_rank", 3, "rank 3"), ("linear", None, "linear")):
         message = f"a latency bound is for a low_rank without a rank, got {got}"
         with pytest.raises(ValueError, match=message):
-            Rung(kind, rank, bound=bound)  # type: ignore[arg-type]
-    same, other = (Rung("low_rank", bound=LatencyBound(table(), 100, s)) for s in (0.125, 0.0625))
-    assert same == Rung("low_rank", bound=bound) != other
-    assert hash(same) == hash(Rung("low_rank", bound=bound))
+            SurrogateSpec(kind, rank, bound=bound)  # type: ignore[arg-type]
+    same, other = (
+        SurrogateSpec("low_rank", bound=LatencyBound(table(), 100, s)) for s in (0.125, 0.0625)
+    )
+    assert same == SurrogateSpec("low_rank", bound=bound) != other
+    assert hash(same) == hash(SurrogateSpec("low_rank", bound=bound))
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +260,7 @@ def fitter() -> Fitter:
 def test_each_sublayer_has_a_rank_of_its_own(fitter: Fitter, share: float) -> None:
     """The smaller of what is found without a bound, in the order of the plan, and what fits."""
     bound = LatencyBound(table(), 100, share)
-    rung, free = Rung("low_rank", bound=bound), Rung("low_rank")
+    rung, free = SurrogateSpec("low_rank", bound=bound), SurrogateSpec("low_rank")
     plan = fitter.fit(SkipPlan.of(SUBLAYERS, ["0.ffn", "1.attention"]), rung)
     done: dict[Sublayer, StandIn] = {}
     asked = []
@@ -272,7 +278,7 @@ def test_what_decoding_may_add_is_bounded_too(fitter: Fitter) -> None:
     none = SkipPlan.empty(SUBLAYERS)
     bound = LatencyBound(table(), 100, 0.0625)
     free, bounded = (
-        fitter.beside(none, Rung("low_rank", bound=b)).stand_ins for b in (None, bound)
+        fitter.beside(none, SurrogateSpec("low_rank", bound=b)).stand_ins for b in (None, bound)
     )
     assert [str(s) for s in bounded] == ["0.ffn", "1.ffn", "2.ffn"]
     sizes = [stand_in.rank or 32 for stand_in in free.values()]

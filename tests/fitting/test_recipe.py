@@ -14,7 +14,7 @@ import adaskip_fx
 from adaskip_fx import Profile, SkipPlan, Sublayer
 from adaskip_fx.api import build
 from adaskip_fx.calibration.loss import CalibrationLoss
-from adaskip_fx.fitting import Recipe, Rung
+from adaskip_fx.fitting import Recipe, SurrogateSpec
 from adaskip_fx.fitting.retrieval_prompts import retrieval_samples
 from adaskip_fx.fitting.seed_prompts import OPENINGS
 from adaskip_fx.fitting.synthetic_text import write_texts
@@ -70,7 +70,7 @@ def test_it_says_what_it_does(plan: SkipPlan, said: list[str]) -> None:
 
 @pytest.mark.slow
 def test_without_a_search_a_policy_chooses(model: Any, profile: Profile) -> None:
-    recipe = Recipe(False, Rung("linear"), own=0, tokens=200, steps=0, extras=False)
+    recipe = Recipe(False, SurrogateSpec("linear"), own=0, tokens=200, steps=0, extras=False)
     plan = adaskip_fx.fit(model, Letters(), TEXTS, profile, 1.5, recipe)
     wanted = AdaSkip().plan(profile, 1.5)
     assert plan.prefill == wanted.prefill

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip_fx.fitting import Moments, Rung
+from adaskip_fx.fitting import SecondMoments, SurrogateSpec
 from adaskip_fx.fitting.least_squares import solve
 
 HIDDEN, TOKENS = 3, 6
 
 
-def moments_of(x: torch.Tensor, y: torch.Tensor, normalized: bool = False) -> Moments:
-    made = Moments.zeros(HIDDEN, torch.device("cpu"), normalized)
+def moments_of(x: torch.Tensor, y: torch.Tensor, normalized: bool = False) -> SecondMoments:
+    made = SecondMoments.zeros(HIDDEN, torch.device("cpu"), normalized)
     made.add(x, y)
     return made
 
@@ -56,12 +56,12 @@ def test_one_vector_spoiled_all() -> None:
 def test_nothing_to_fit_on_is_said() -> None:
     x = torch.full((2, HIDDEN), math.nan)
     with pytest.raises(ValueError, match="nothing to fit on: the stream of every token is zero or"):
-        Rung("scale").fit([moments_of(x, x), moments_of(0 * x, x)])
+        SurrogateSpec("scale").fit([moments_of(x, x), moments_of(0 * x, x)])
 
 
 def test_a_fold_in_which_nothing_counts_is_left_out() -> None:
     x, y = streams(1)
     nothing = moments_of(torch.zeros(2, HIDDEN), torch.ones(2, HIDDEN))
     assert nothing.tokens == 0
-    alone = Rung("scale").fit([moments_of(x, y)])
-    assert Rung("scale").fit([moments_of(x, y), nothing]) == alone
+    alone = SurrogateSpec("scale").fit([moments_of(x, y)])
+    assert SurrogateSpec("scale").fit([moments_of(x, y), nothing]) == alone

@@ -123,7 +123,7 @@ def test_dropped_programs_take_their_recordings_along() -> None:
             cache = check_request(bank, plan, (5, 1, 1), keep=1)
     cache = None  # noqa: F841  # the request that held the last program
     gc.collect()
-    storage = bank.runtime.storages.idle
+    storage = bank.runtime.buffer_pool.idle
     assert storage is not None
     assert storage.decoder is not None
     assert len(storage.decoder._recordings) <= 2

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import Cache
 
 from adaskip_fx.api import build
-from adaskip_fx.kv_cache.buffers import Storage
+from adaskip_fx.kv_cache.buffers import CacheBuffers
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_passes.capture import dynamo
@@ -161,7 +161,7 @@ def test_growth_token_by_token() -> None:
 
 def test_lost_growth_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: new storage without the old content."""
-    monkeypatch.setattr(Storage, "take", lambda self, old, tokens: None)
+    monkeypatch.setattr(CacheBuffers, "take", lambda self, old, tokens: None)
     bank = entry(SHAPE)
     with bank.using(), pytest.raises(AssertionError, match=r"layer 0|logits"):
         check_request(bank, bank.plan(), (250, 3, 5, 1))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from adaskip_fx.kv_cache.buffers import Slot, State, StoragePool
+from adaskip_fx.kv_cache.buffers import BufferPool, LayerCacheSpec, State
 from adaskip_fx.kv_cache.cache import REFUSED, SkipCache
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.runtime.request import Window
@@ -152,10 +152,10 @@ SOME: list[Call] = [
 ]
 
 
-def test_calls_where_decode_steps_are_at_fixed_addresses() -> None:
+def test_calls_where_decode_steps_are_at_static_cache() -> None:
     bank = fixed(SHAPE)
     check_calls(bank, bank.plan(), SOME, 2, 0)
-    assert bank.runtime.fixed_addresses, "it stayed so"
+    assert bank.runtime.static_cache, "it stayed so"
 
 
 def one_less(self: SkipCache, tokens: int) -> None:
@@ -293,7 +293,7 @@ class Nobody:
     """An owner of a cache that no model fills."""
 
     def __init__(self) -> None:
-        self.storages, self.model = StoragePool(keep=False), None
+        self.buffer_pool, self.model = BufferPool(keep=False), None
 
     def track(self, cache: SkipCache) -> None:
         pass
@@ -302,7 +302,7 @@ class Nobody:
 def test_a_layer_of_both_kinds_and_one_of_none() -> None:
     """Which few models have, and cost much to capture."""
     states = (State("conv", 0, (6, 4), torch.float32), State("recurrent", 0, (3,), torch.float32))
-    slots = [Slot(2, 8, 2, 4, states), Slot()]
+    slots = [LayerCacheSpec(2, 8, 2, 4, states), LayerCacheSpec()]
     cache = SkipCache(Nobody(), slots, slots, torch.float32, torch.device("cpu"))
     both = cache.layers[0]
     assert both.keys is both.conv_states[0] is both.recurrent_states[0] is None
@@ -356,7 +356,7 @@ def test_what_was_shown_stays_as_it_was(then: str) -> None:
     """Someone who holds a layer's keys sees nothing of what comes after."""
     bank = entry(SHAPE)
     with bank.using():
-        bank.runtime.storages.keep = True
+        bank.runtime.buffer_pool.keep = True
         try:
             pair = Pair.begun(bank, bank.plan())
             pair.step(6, 0)
@@ -373,7 +373,7 @@ def test_what_was_shown_stays_as_it_was(then: str) -> None:
             pair.step(6, 1)
             assert torch.equal(held, before)
         finally:
-            bank.runtime.storages.keep = False
+            bank.runtime.buffer_pool.keep = False
             bank.runtime.free()
 
 

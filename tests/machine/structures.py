@@ -110,7 +110,7 @@ STRUCTURES: Mapping[str, Structure] = MappingProxyType(
             "llama",
             **_MLP,
             sizes={"tie_word_embeddings": True},
-            options=({}, {"fixed_addresses": True}),
+            options=({}, {"static_cache": True}),
         ),
         "llama, adapters": Structure(
             "llama", **_MLP, captured=("set_adapter('b')",), adapters=True

@@ -290,12 +290,12 @@ def test_what_cannot_be_skipped_is_of_no_class() -> None:
 # The clock. ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [SHAPE, "fixed addresses", "mamba"])
+@pytest.mark.parametrize("shape", [SHAPE, "static cache", "mamba"])
 def test_the_clock_runs_what_it_says(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens stored, plan and number of steps of each sample; no time is asserted."""
-    if shape == "fixed addresses":  # as on a GPU
+    if shape == "static cache":  # as on a GPU
         model = compiled_llamas.entry(SHAPE).model
-        runtime = build(model, None, backend="eager", fixed_addresses=True).adaskip
+        runtime = build(model, None, backend="eager", static_cache=True).adaskip
     else:
         runtime = compiled_llamas.entry(SHAPE).runtime if shape == SHAPE else of_family(shape)
     plan = SkipPlan.of(runtime.sublayers, runtime.sublayers[1:3])
@@ -320,7 +320,7 @@ def test_the_clock_runs_what_it_says(shape: str, monkeypatch: pytest.MonkeyPatch
     steps = [("decode", 16 + i, 1) for i in range(4)]
     for _ in range(2):
         assert clock("decode", 20, plan) > 0
-    assert runtime.why_not_fixed is None
+    assert runtime.why_no_static_cache is None
     if shape != "mamba":  # the last step is the one that stores token 20, again and again
         assert seen == [("prefill", 0, 16), *steps, *steps]
     else:  # states cannot be taken back, so the second sample goes on

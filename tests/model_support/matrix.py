@@ -39,7 +39,7 @@ COLUMNS = (
     "sliding window",
     "one prefill graph",
     "padded batch",
-    "fixed addresses",
+    "static cache",
 )
 YES, NONE, _REFUSED = "yes", "-", "refused: "
 FILE = Path(__file__).parent / "support.json"
@@ -152,7 +152,7 @@ class Caches:
 def subject(family: str) -> Subject:
     """A family's model, compiled without an inner compiler."""
     original = tiny_model(tiny_config(family))
-    compiled = build(original, None, backend="eager", fixed_addresses=False)
+    compiled = build(original, None, backend="eager", static_cache=False)
     model = copy.deepcopy(original)  # on which the oracle may put hooks
     return Subject(family, model, compiled, Oracle(model, branches(family, model)))
 
@@ -244,11 +244,11 @@ def _padded(one: Subject) -> str:
 
 
 def _fixed(one: Subject) -> str:
-    one.runtime.fixed_addresses = True
+    one.runtime.static_cache = True
     for plan in one.plans()[:3]:
         one.follow(plan)
         one.compare(one.tokens(1, PROMPT + NEW))
-    why = one.runtime.why_not_fixed
+    why = one.runtime.why_no_static_cache
     return f"no: {why.split(':')[0]}" if why else YES
 
 
@@ -261,7 +261,7 @@ _CHECKS: Mapping[str, Callable[[Subject], str]] = {
     "sliding window": _window,
     "one prefill graph": _dynamic,
     "padded batch": _padded,
-    "fixed addresses": _fixed,
+    "static cache": _fixed,
 }
 
 

@@ -59,7 +59,7 @@ def test_the_public_names() -> None:
         "Replacement",
         "ShapeGuards",
         "Skip",
-        "Sublayer",
+        "ResidualBranch",
         "capture",
         "eliminate_dead_code",
         "find_sublayers",

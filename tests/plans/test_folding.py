@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaskip_fx.plans.folding import Fold, Placed, folds
+from adaskip_fx.plans.folding import Fold, SurrogateTensors, folds
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogate import SHAPES, StandIn
@@ -143,7 +143,7 @@ def test_kv_is_written_from_the_stream_before_it() -> None:
 def test_tensors_are_placed_once_and_let_go() -> None:
     fold = Fold.of(stand_in("linear", 0, HIDDEN))
     like = {"weight": torch.empty(HIDDEN, HIDDEN), "bias": torch.empty(HIDDEN)}
-    placed, sublayer = Placed(), SUBLAYERS[0]
+    placed, sublayer = SurrogateTensors(), SUBLAYERS[0]
     one = placed.get(sublayer, fold, like)
     assert placed.get(sublayer, Fold.of(stand_in("linear", 0, HIDDEN)), like) is one
     half = {n: t.half() for n, t in like.items()}
@@ -155,4 +155,4 @@ def test_tensors_are_placed_once_and_let_go() -> None:
 def test_stand_ins_of_another_model_are_refused() -> None:
     like = {"weight": torch.empty(8, 8), "bias": torch.empty(8)}
     with pytest.raises(PlanError, match=r"^0\.attention: weight of its linear stand-in has shape "):
-        Placed().get(SUBLAYERS[0], Fold.of(stand_in("linear", 0, HIDDEN)), like)
+        SurrogateTensors().get(SUBLAYERS[0], Fold.of(stand_in("linear", 0, HIDDEN)), like)

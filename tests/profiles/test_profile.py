@@ -36,7 +36,7 @@ from adaskip_fx.plans.skip_plan import Sublayer
 from adaskip_fx.plans.surrogates import Compensation
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.profiles.profile import (
-    MOMENTS,
+    PROBE_STATS,
     SANE_FACTORS,
     Fingerprint,
     Profile,
@@ -150,7 +150,7 @@ def test_compensation_is_the_scale_of_every_sublayer(variant: Variant) -> None:
 
 def test_compensation_refuses_a_dead_stream_by_name() -> None:
     moments = profile().moments.copy()
-    moments[1, 2, MOMENTS.index("before_squared")] = 0
+    moments[1, 2, PROBE_STATS.index("before_squared")] = 0
     broken = profile(moments=moments)
     assert broken.compensation("paper").factors  # near miss: the paper needs no |a|^2
     with pytest.raises(ValueError, match=r"scale factor of 1\.attention"):
@@ -161,7 +161,7 @@ def test_compensation_refuses_a_dead_stream_by_name() -> None:
 def test_a_senseless_factor_is_refused_by_name(factor: float, shown: str) -> None:
     """Where `compile` asks for it; the profile itself can be loaded, looked at and compared."""
     moments = profile().moments.copy()
-    moments[:, 2, MOMENTS.index("ratio")] = factor * 7
+    moments[:, 2, PROBE_STATS.index("ratio")] = factor * 7
     broken = profile(moments=moments)
     assert float(broken.scale()[2]) == pytest.approx(factor)
     with pytest.raises(ProfileError) as caught:
@@ -177,7 +177,7 @@ def test_a_senseless_factor_is_refused_by_name(factor: float, shown: str) -> Non
 @pytest.mark.parametrize("factor", SANE_FACTORS)
 def test_factors_at_the_bounds_are_taken(factor: float) -> None:
     moments = profile().moments.copy()
-    moments[:, 2, MOMENTS.index("ratio")] = factor * 7
+    moments[:, 2, PROBE_STATS.index("ratio")] = factor * 7
     found = profile(moments=moments).compensation().factor(NAMES[2])
     assert found == pytest.approx(factor)
 
@@ -238,7 +238,7 @@ def test_moments_must_be_finite(bad: float, moment: int) -> None:
 @pytest.mark.parametrize("tokens", [0, -1])
 def test_every_sublayer_needs_tokens(tokens: int) -> None:
     moments = np.ones((3, 4, 5))
-    moments[1, 3, MOMENTS.index("tokens")] = tokens
+    moments[1, 3, PROBE_STATS.index("tokens")] = tokens
     with pytest.raises(ProfileError, match=r"^1\.ffn: no tokens in sample 1$"):
         profile(moments=moments)
 

@@ -71,11 +71,11 @@ def test_each_kind_in_each_dtype(kind: str, dtype: torch.dtype) -> None:
         "normalized",
     ],
 )
-def test_decode_at_fixed_addresses_and_fused_link_agree(kind: str) -> None:
+def test_decode_at_static_cache_and_fused_link_agree(kind: str) -> None:
     model, plan = MODELS["three_layers"], ladder(kind, 32)
     ids = torch.arange(11)[None]
     results = []
-    for options in ({}, {"fixed_addresses": True}, {"link": "fused"}):
+    for options in ({}, {"static_cache": True}, {"link": "fused"}):
         compiled = build(model, plan, backend="eager", **options)
         results.append(compiled.generate(ids, max_new_tokens=6, do_sample=False))
     assert torch.equal(results[0], results[1])

@@ -72,7 +72,7 @@ class Tape:
 
 def test_a_plan_of_pieces_that_have_run_is_recorded_at_once() -> None:
     model = make_model("three_layers")
-    compiled = build(model, None, backend="eager", fixed_addresses=True)
+    compiled = build(model, None, backend="eager", static_cache=True)
     tape = compiled.adaskip.runner._recorder = Tape()
     bank = Entry(model, compiled, Oracle(model))
     changes = {  # at which step, to what, and what that does first
@@ -98,7 +98,7 @@ def test_a_plan_of_pieces_that_have_run_is_recorded_at_once() -> None:
 
 def test_with_other_weights_pieces_run_before_they_are_recorded() -> None:
     model = make_model("three_layers")
-    compiled = build(model, None, backend="eager", fixed_addresses=True)
+    compiled = build(model, None, backend="eager", static_cache=True)
     tape = compiled.adaskip.runner._recorder = Tape()
     bank = Entry(model, compiled, Oracle(model))
     other = bank.plan([], ["2.ffn"])
@@ -144,12 +144,12 @@ def test_the_buffers_of_a_request_serve_the_next_one() -> None:
     with bank.using():
         first = buffers()
         gc.collect()
-        assert bank.runtime.storages.idle_bytes > 0
+        assert bank.runtime.buffer_pool.idle_bytes > 0
         assert buffers() == first
         gc.collect()
         assert "kept for the next request" in str(bank.runtime)
         bank.runtime.free()
-        assert bank.runtime.storages.idle_bytes == 0
+        assert bank.runtime.buffer_pool.idle_bytes == 0
         assert "kept for the next request" not in str(bank.runtime)
         plan = bank.plan(["0.attention"])
         with bank.using(plan):  # stores fewer layers, so those do not fit
@@ -188,7 +188,7 @@ def test_elsewhere_nothing_is_kept() -> None:
     with bank.using():
         check_request(bank, bank.plan(), (6, 1), keep=1)
     gc.collect()
-    assert bank.runtime.storages.idle_bytes == 0
+    assert bank.runtime.buffer_pool.idle_bytes == 0
 
 
 def test_positions_given_by_the_caller_then_counted_on() -> None:
@@ -298,19 +298,19 @@ def test_a_model_that_cannot_be_captured_so_decodes_on_views(
     capture_phase = graphs.phases.capture_phase
 
     def refusing(model: Any, forward: Any, key: Any, *rest: Any) -> Any:
-        if key.whole_cache:
+        if key.static_cache:
             raise RefusedError("it looks at its mask")
         return capture_phase(model, forward, key, *rest)
 
     monkeypatch.setattr(graphs.phases, "capture_phase", refusing)
     model = make_model("one_layer")
-    made = build(model, None, backend="eager", fixed_addresses=True)
+    made = build(model, None, backend="eager", static_cache=True)
     bank = Entry(model, made, Oracle(model))
     assert "CUDA graph" not in str(bank.runtime)
     with bank.using():
         check_request(bank, bank.plan(), (5, 1, 1), keep=1)
     assert "not as one CUDA graph, because it looks at its mask" in str(bank.runtime)
-    assert not bank.runtime.fixed_addresses
+    assert not bank.runtime.static_cache
 
 
 def test_a_sliding_window_is_seen_on_whole_buffers() -> None:
@@ -328,7 +328,7 @@ def test_a_sliding_window_is_seen_on_whole_buffers() -> None:
     )
     torch.manual_seed(0)
     model = MistralForCausalLM(config).eval()
-    compiled = build(model, None, backend="eager", fixed_addresses=True)
+    compiled = build(model, None, backend="eager", static_cache=True)
     cache, reference = compiled.adaskip.new_cache(), DynamicCache()
     with torch.no_grad():
         for step in range(10):
@@ -341,7 +341,7 @@ def test_a_sliding_window_is_seen_on_whole_buffers() -> None:
 def test_kept_buffers_are_not_used_for_another_dtype() -> None:
     """The next request after a model has moved needs buffers of its own."""
     model = tiny_model(tiny_config("llama"))
-    compiled = build(model, None, backend="eager", fixed_addresses=True)
+    compiled = build(model, None, backend="eager", static_cache=True)
     ids = torch.arange(3, 12).unsqueeze(0)
     options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
     options |= {"output_logits": True, "attention_mask": torch.ones_like(ids)}

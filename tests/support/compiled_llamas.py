@@ -312,5 +312,5 @@ STEPS = st.tuples(
 @functools.cache
 def fixed(shape: str, dtype: torch.dtype = torch.float32) -> Entry:
     model = make_model(shape, dtype)
-    options = {"backend": "eager", "max_variants": 64, "fixed_addresses": True}
+    options = {"backend": "eager", "max_variants": 64, "static_cache": True}
     return Entry(model, build(model, None, **options), Oracle(model))

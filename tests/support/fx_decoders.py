@@ -20,7 +20,7 @@ from torch.nn import functional
 from adaskip_passes import (
     Capture,
     PieceCompiler,
-    Sublayer,
+    ResidualBranch,
     canonicalize,
     capture,
     find_sublayers,
@@ -325,7 +325,7 @@ class Cut:
     shape: Shape
     model: Decoder
     capture: Capture
-    sublayers: tuple[Sublayer, ...]
+    sublayers: tuple[ResidualBranch, ...]
     outer: fx.GraphModule
     compiler: PieceCompiler
 

@@ -13,4 +13,4 @@ from adaskip_fx.testing.families import tiny_config, tiny_model
 def hybrid() -> tuple[Any, Any]:
     """A model of layers with states and layers with keys and values, and the same compiled."""
     model = tiny_model(tiny_config("jamba"))
-    return model, build(model, None, backend="eager", fixed_addresses=False)
+    return model, build(model, None, backend="eager", static_cache=False)

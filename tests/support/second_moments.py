@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from adaskip_fx.fitting import (
-    Moments,
+    SecondMoments,
 )
 
 HIDDEN = 8
@@ -26,8 +26,8 @@ def drawn(tokens: int = 400, seed: int = 0, noise: float = 0.1) -> tuple[Array, 
     return x, x + x @ weight + 0.3 + noise * size * draw.normal(size=x.shape)
 
 
-def moments_of(x: Array, y: Array, parts: int = 3) -> Moments:
-    moments = Moments.zeros(HIDDEN, torch.device("cpu"))
+def moments_of(x: Array, y: Array, parts: int = 3) -> SecondMoments:
+    moments = SecondMoments.zeros(HIDDEN, torch.device("cpu"))
     for a, b in zip(np.array_split(x, parts), np.array_split(y, parts), strict=True):
         moments.add(torch.tensor(a)[None], torch.tensor(b)[None])
     return moments

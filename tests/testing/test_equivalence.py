@@ -56,14 +56,14 @@ def test_names_of_a_users_own_are_found(kind: str) -> None:
     ]
 
 
-def test_a_model_whose_masks_are_its_own_is_not_run_at_fixed_addresses() -> None:
+def test_a_model_whose_masks_are_its_own_is_not_run_at_static_cache() -> None:
     """It would attend to what is not filled; the compiled model notices before it is used."""
     model = own()
     runtime = compiled_for(model).adaskip
-    runtime.fixed_addresses = True
+    runtime.static_cache = True
     assert_equivalent(model, decode_steps=2)
-    assert runtime.why_not_fixed.startswith("the graph captured for decode at fixed addresses")
-    assert "gives other logits than the model" in runtime.why_not_fixed
+    assert runtime.why_no_static_cache.startswith("the graph captured for decode on a static cache")
+    assert "gives other logits than the model" in runtime.why_no_static_cache
 
 
 # Failures ----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import adaskip_fx
-from adaskip_fx.fitting import Fitter, Rung
+from adaskip_fx.fitting import Fitter, SurrogateSpec
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.profiles.profile import Profile
@@ -60,7 +60,7 @@ def run_demo(
         )
     with steps.step("fit linear maps"):
         fitter = Fitter(model, tokenizer, texts.calibration, max_length=options.calibration[1])
-        fitted = fitter.alone(AdaSkip().plan(profile, options.alpha), Rung("normalized"))
+        fitted = fitter.alone(AdaSkip().plan(profile, options.alpha), SurrogateSpec("normalized"))
     plans = {"empty_plan": SkipPlan.empty(profile.sublayers), "fitted": fitted}
     models = _warm(model, profile, plans, texts, options, steps)
     runtime = models["skipped"].adaskip

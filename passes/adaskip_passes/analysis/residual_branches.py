@@ -36,7 +36,7 @@ _PASS_THROUGH = frozenset(["dropout", "view", "reshape", "contiguous", "to", "ty
 
 
 @dataclass(frozen=True)
-class Sublayer:
+class ResidualBranch:
     """One residual branch of a captured graph.
 
     Attributes:
@@ -73,7 +73,7 @@ class _Residual:
     branch: fx.Node
 
 
-def find_sublayers(graph: fx.Graph) -> tuple[Sublayer, ...]:
+def find_sublayers(graph: fx.Graph) -> tuple[ResidualBranch, ...]:
     """The residual sublayers of a captured decoder, in stream order.
 
     Raises:
@@ -107,7 +107,7 @@ def find_sublayers(graph: fx.Graph) -> tuple[Sublayer, ...]:
         _refuse_parallel(residual, order, ancestors, layer)
         modules = tuple(dict.fromkeys(_modules(residual.branch, module_path(residual.add), later)))
         found.append(
-            Sublayer(
+            ResidualBranch(
                 index, layer, kind, path, modules, residual.add, residual.stream, residual.branch
             )
         )
@@ -374,8 +374,8 @@ def _refuse_attention_outside(graph: fx.Graph, regions: list[list[fx.Node]]) -> 
             )
 
 
-def _refuse_duplicates(found: list[Sublayer]) -> None:
-    seen: dict[str, Sublayer] = {}
+def _refuse_duplicates(found: list[ResidualBranch]) -> None:
+    seen: dict[str, ResidualBranch] = {}
     for sublayer in found:
         twin = seen.setdefault(sublayer.name, sublayer)
         if twin is not sublayer:

@@ -6,13 +6,13 @@ expression. Before and after::
     n = norm(x)                           n   = norm(x)
     a = attention(n)                      a   = attention(n)
     f = ffn(n)                            x_1 = x + a
-    y = x + (a + f)                       n_1 = norm(earlier(x_1, x))
+    y = x + (a + f)                       n_1 = norm(ordered_after(x_1, x))
                                           f   = ffn(n_1)
                                           y   = x_1 + f
 
 Each branch is then a sublayer of its own, and either can be skipped; what both read (the norm) is
-computed by both. ``earlier(x_1, x)`` is `x`: it says that what reads it belongs behind `x_1`, and
-is left out of the pieces.
+computed by both. ``ordered_after(x_1, x)`` is `x`: it says that what reads it belongs behind `x_1`,
+and is left out of the pieces.
 
 Legal because sums may be regrouped, but for rounding (which is never coarser than it was), and
 because a branch that is moved reads nothing that is written behind it, and what it writes (a state,
@@ -44,7 +44,7 @@ from ..analysis.residual_branches import (
 Value = TypeVar("Value")
 
 
-def earlier(later: object, value: Value) -> Value:
+def ordered_after(later: object, value: Value) -> Value:
     """`value`, for what comes after `later`."""
     return value
 
@@ -276,7 +276,7 @@ def _moved(
     graph: fx.Graph, region: Sequence[fx.Node], stream: fx.Node, x: fx.Node, like: fx.Node
 ) -> dict[fx.Node, fx.Node]:
     """Copies of what lies between the stream and a branch, which come after `x`."""
-    before = graph.call_function(earlier, (x, stream))
+    before = graph.call_function(ordered_after, (x, stream))
     before.meta = _meta(like, stream)
     copies = {stream: before}
     for node in region:

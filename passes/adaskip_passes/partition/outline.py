@@ -27,11 +27,11 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from ..analysis.residual_branches import Sublayer
+from ..analysis.residual_branches import ResidualBranch
 from ..analysis.structural_key import structural_key
 from ..analysis.symbolic_lengths import length_inputs
-from ..normalize.serialize_branches import earlier
-from .placement import in_place_adds, place_nodes
+from ..normalize.serialize_branches import ordered_after
+from .placement import assign_partitions, in_place_adds
 
 Role = Literal["prologue", "sublayer", "epilogue", "probe", "compensation", "residue"]
 
@@ -82,7 +82,7 @@ class Outer(Uncoded):
     """An outer graph: its calls carry their `Piece` in ``node.meta``."""
 
 
-def outline(graph_module: fx.GraphModule, sublayers: Sequence[Sublayer]) -> Outer:
+def outline(graph_module: fx.GraphModule, sublayers: Sequence[ResidualBranch]) -> Outer:
     """The outer graph of a captured graph.
 
     Args:
@@ -96,7 +96,7 @@ def outline(graph_module: fx.GraphModule, sublayers: Sequence[Sublayer]) -> Oute
     Raises:
         RefusedError: when cutting would reorder accesses to mutated storage.
     """
-    placement = place_nodes(graph_module.graph, sublayers)
+    placement = assign_partitions(graph_module.graph, sublayers)
     builder = _Builder(graph_module, placement, sublayers)
     return builder.build()
 
@@ -152,7 +152,7 @@ class _Builder:
         self,
         source: fx.GraphModule,
         place: Mapping[fx.Node, int],
-        sublayers: Sequence[Sublayer],
+        sublayers: Sequence[ResidualBranch],
     ) -> None:
         self.source = source
         self.place = place
@@ -245,7 +245,7 @@ def _piece_module(
         copies[node].target = copies[node].name  # the name was made unique
         copies[node].meta = dict(node.meta)
     for node in nodes:
-        if node.target is earlier:
+        if node.target is ordered_after:
             copies[node] = copies[node.all_input_nodes[-1]]
             continue
         copies[node] = graph.node_copy(node, lambda n: copies[n])

@@ -19,11 +19,11 @@ from ..analysis.effects import (
     storage_root,
     written,
 )
-from ..analysis.residual_branches import ATTENTION_OPERATIONS, Sublayer, stream_levels
+from ..analysis.residual_branches import ATTENTION_OPERATIONS, ResidualBranch, stream_levels
 from ..errors import RefusedError
 
 
-def place_nodes(graph: fx.Graph, sublayers: Sequence[Sublayer]) -> dict[fx.Node, int]:
+def assign_partitions(graph: fx.Graph, sublayers: Sequence[ResidualBranch]) -> dict[fx.Node, int]:
     """The piece of every computed node: 0 the prologue, k + 1 sublayer k, S + 1 the epilogue.
 
     What does not depend on the stream belongs to the prologue, unless one piece alone needs it:
@@ -81,7 +81,7 @@ def _place_asides(
     inner: Sequence[fx.Node],
     place: dict[fx.Node, int],
     pinned: set[fx.Node],
-    sublayers: Sequence[Sublayer],
+    sublayers: Sequence[ResidualBranch],
 ) -> None:
     """Move what a piece computes for later ones alone to the first of these."""
     roots = {r for n in inner if (r := written(n)) is not None}
@@ -164,7 +164,7 @@ def _check_order(inner: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> None
             )
 
 
-def in_place_adds(graph: fx.Graph, sublayers: Sequence[Sublayer]) -> set[fx.Node]:
+def in_place_adds(graph: fx.Graph, sublayers: Sequence[ResidualBranch]) -> set[fx.Node]:
     """The adds that overwrite the stream they read (``x += branch``).
 
     In their pieces they become plain adds, so that the stream before a sublayer is still there

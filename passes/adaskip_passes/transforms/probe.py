@@ -32,7 +32,7 @@ from ..partition.outline import PIECE, Piece, helper_piece, piece_of, stream_aft
 
 #: What a probe measures, per row, summed over its valid tokens (a: stream before, b: after); the
 #: last is how many of them count.
-MOMENTS = ("cosine", "ratio", "before_squared", "after_squared", "tokens")
+PROBE_STATS = ("cosine", "ratio", "before_squared", "after_squared", "tokens")
 
 VALID = "valid"
 _PROBED = "sublayers are probed"  # in the metadata of that input
@@ -43,7 +43,7 @@ class Probe:
     """Pass: measure sublayers.
 
     Adds an input ``valid`` (bool [batch, tokens]: which tokens count) and, as last output,
-    the moments, float32 [probed sublayers, batch, 5] in the order of `sublayers` and `MOMENTS`.
+    the moments, float32 [probed sublayers, batch, 5] in the order of `sublayers` and `PROBE_STATS`.
 
     Attributes:
         sublayers: positions along the stream; they must still be called by the graph.
@@ -81,7 +81,7 @@ class Probe:
 class ProbeLayers:
     """Pass: measure whole layers: the stream before a layer's first sublayer and after its last.
 
-    Adds the moments, float32 [layers, batch, 5] in the order of layers and `MOMENTS`, as last
+    Adds the moments, float32 [layers, batch, 5] in the order of layers and `PROBE_STATS`, as last
     output, and the input ``valid``. Run it before `Probe`, if that is to run as well, on a graph
     whose sublayers all run.
     """

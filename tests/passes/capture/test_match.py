@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaskip_passes import Place, place_of
+from adaskip_passes import LayerIndex, layer_index
 from adaskip_passes.capture.repeated_layers.match import twins
 from tests.support.fx_decoders import Block, Shape
 
@@ -177,11 +177,11 @@ USES: dict[str, Callable[[Any], Any]] = {
 def test_a_place_cannot_be_used(use: Callable[[Any], Any]) -> None:
     use(1)  # what an integer can
     with pytest.raises(TypeError, match=r"not the same for its twins|Place"):
-        use(Place(1))
+        use(LayerIndex(1))
 
 
 class Holder:
-    def __init__(self, place: int | Place) -> None:
+    def __init__(self, place: int | LayerIndex) -> None:
         self.place = place
 
 
@@ -194,18 +194,19 @@ def test_nor_while_it_is_traced(use: Callable[[Any], Any]) -> None:
     torch._dynamo.reset()
     assert compiled(torch.ones(1), Holder(1)) == float(use(1))
     with pytest.raises((torch._dynamo.exc.TorchDynamoException, TypeError)):
-        compiled(torch.ones(1), Holder(Place(1)))
+        compiled(torch.ones(1), Holder(LayerIndex(1)))
     torch._dynamo.reset()
 
 
 def test_whoever_knows_gets_the_number() -> None:
-    assert place_of(Place(3)) == place_of(3) == 3
+    assert layer_index(LayerIndex(3)) == layer_index(3) == 3
 
 
 def test_a_place_can_be_handed_on_while_it_is_traced() -> None:
     def traced(x: Tensor, holder: Holder) -> Tensor:
-        return x * place_of(holder.place)
+        return x * layer_index(holder.place)
 
     assert (
-        torch.compile(traced, backend="eager", fullgraph=True)(torch.ones(1), Holder(Place(3))) == 3
+        torch.compile(traced, backend="eager", fullgraph=True)(torch.ones(1), Holder(LayerIndex(3)))
+        == 3
     )

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adaskip_passes import Capture, Place, RefusedError, Repeat, capture, place_of
+from adaskip_passes import Capture, LayerIndex, RefusedError, Repeat, capture, layer_index
 from adaskip_passes.capture.repeated_layers import mark
 from tests.support.fx_decoders import (
     BLOCKS,
     Block,
     Decoder,
+    LayerCacheSpec,
     Memory,
     Shape,
-    Slot,
     arguments,
     mark_lengths,
     step,
@@ -113,7 +113,7 @@ def test_the_comparison_sees_a_swapped_weight() -> None:
 # What modules may be called with ----------------------------------------------------------------
 
 
-class Placed(Block):
+class SurrogateTensors(Block):
     """Has its place, and hands it to the memory."""
 
     def __init__(self, shape: Shape) -> None:
@@ -121,13 +121,13 @@ class Placed(Block):
         self.layer_idx = 0
 
     def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **_more: Any) -> Tensor:
-        return super().forward(x, table, memory.slots[place_of(self.layer_idx)], start)
+        return super().forward(x, table, memory.slots[layer_index(self.layer_idx)], start)
 
 
 class Variant(Decoder):
     """A decoder that calls its layers in a way of its own."""
 
-    def __init__(self, block: type[Block] = Placed, shape: Shape = SHAPE) -> None:
+    def __init__(self, block: type[Block] = SurrogateTensors, shape: Shape = SHAPE) -> None:
         super().__init__(shape, block)
         for place, layer in enumerate(self.layers):
             layer.layer_idx = place
@@ -150,7 +150,7 @@ def test_a_place_may_say_which_memory() -> None:
 
 
 def test_arguments_by_name_and_in_containers() -> None:
-    class Named(Placed):
+    class Named(SurrogateTensors):
         def forward(self, x: Tensor, *, both: Any, **more: Any) -> Tensor:
             return super().forward(x, both["tables"][0], more["memory"], both["start"])
 
@@ -166,7 +166,7 @@ def test_arguments_by_name_and_in_containers() -> None:
 
 
 def test_a_tensor_for_each_module() -> None:
-    class Gated(Placed):
+    class Gated(SurrogateTensors):
         def forward(  # type: ignore[override]
             self, x: Tensor, gate: Tensor, table: Tensor, memory: Memory, start: int
         ) -> Tensor:
@@ -214,27 +214,27 @@ def test_a_weight_that_is_the_models_too() -> None:
 # What is traced in full after all ---------------------------------------------------------------
 
 
-class UsesPlace(Placed):
+class UsesPlace(SurrogateTensors):
     """GPT-2's scaling by layer."""
 
     def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Tensor:
         return super().forward(x / (self.layer_idx + 1), table, memory, start)
 
 
-class BranchesOnPlace(Placed):
+class BranchesOnPlace(SurrogateTensors):
     def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Tensor:
         scale = 2.0 if self.layer_idx % 2 == 0 else 1.0
         return super().forward(x * scale, table, memory, start)
 
 
-class Pair(Placed):
+class Pair(SurrogateTensors):
     """Returns a tuple, as many layers of transformers did."""
 
     def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Any:
         return super().forward(x, table, memory, start), None
 
 
-class Halves(Placed):
+class Halves(SurrogateTensors):
     """Its result is not like its first argument."""
 
     def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Tensor:
@@ -301,7 +301,7 @@ class Residual(Variant):
         return x
 
 
-class ReadsEmbedding(Placed):
+class ReadsEmbedding(SurrogateTensors):
     def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Tensor:
         return super().forward(x + more["embedding"], table, memory, start)
 
@@ -311,11 +311,11 @@ FULL: dict[str, tuple[type[Variant], type[Block], str]] = {
     "a branch on its place": (Variant, BranchesOnPlace, "Observed exception"),
     "a tuple for a result": (Unpacks, Pair, ""),
     "another result": (Variant, Halves, "the module's result is not like its first argument"),
-    "a number for each": (Numbered, Placed, "modules are called with 0 and 1"),
-    "no first argument": (ByName, Placed, ""),
-    "called twice": (Twice, Placed, "a module is called more than once"),
-    "not called": (Leaves, Placed, "a module is not called"),
-    "other arguments": (Changing, Placed, "modules are called with"),
+    "a number for each": (Numbered, SurrogateTensors, "modules are called with 0 and 1"),
+    "no first argument": (ByName, SurrogateTensors, ""),
+    "called twice": (Twice, SurrogateTensors, "a module is called more than once"),
+    "not called": (Leaves, SurrogateTensors, "a module is not called"),
+    "other arguments": (Changing, SurrogateTensors, "modules are called with"),
     "one argument in two places": (Residual, ReadsEmbedding, "is given for two arguments"),
 }
 
@@ -328,7 +328,7 @@ def test_every_module_is_traced(model: type[Variant], block: type[Block], reason
     assert reason in got.why_traced
 
 
-class Remembers(Placed):
+class Remembers(SurrogateTensors):
     """Reads what another layer left behind, past its arguments."""
 
     def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Tensor:
@@ -346,7 +346,7 @@ def test_values_that_go_past_the_arguments() -> None:
     assert got.python_effects == ("L['memory']",)
 
 
-class HandsOn(Placed):
+class HandsOn(SurrogateTensors):
     """Leaves its input in a container that it is called with."""
 
     def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Tensor:
@@ -363,20 +363,20 @@ class Container(Variant):
         return x
 
 
-class FirstSlot(Placed):
+class FirstSlot(SurrogateTensors):
     """Value residuals: every layer reads what the first one stores."""
 
     def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Tensor:
         return super().forward(x + memory.slots[0].values.mean(), table, memory, start)
 
 
-class AsksForType(Placed):
+class AsksForType(SurrogateTensors):
     def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Tensor:
         doubled = x * 2.0 if isinstance(self.layer_idx, int) else x
         return super().forward(doubled, table, memory, start)
 
 
-class Swallows(Placed):
+class Swallows(SurrogateTensors):
     def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Tensor:
         try:
             x = x / (1 + self.layer_idx)
@@ -388,7 +388,7 @@ class Swallows(Placed):
 COUNT = [0]
 
 
-class Counts(Placed):
+class Counts(SurrogateTensors):
     """Reads and changes a global."""
 
     def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Tensor:
@@ -428,7 +428,7 @@ def test_whoever_runs_the_model_meanwhile_runs_the_model() -> None:
         assert torch.equal(step(**args)[0], expected)  # type: ignore[arg-type]
 
 
-class Outside(Placed):
+class Outside(SurrogateTensors):
     """Reads what the model computed, past its arguments."""
 
     def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Tensor:
@@ -487,7 +487,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_also_where_it_cannot_be_captured() -> None:
-    class Breaks(Placed):
+    class Breaks(SurrogateTensors):
         def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **_: Any) -> Tensor:
             if x.sum() > 0:
                 return x
@@ -506,9 +506,9 @@ def test_while_it_is_traced_it_is_not() -> None:
     repeat = Repeat.of("model", model, {"L['memory'].slots": memory.slots}, (memory,))
     assert repeat is not None
     with mark.marked(repeat, repeat.first()):
-        assert all(type(layer) is not Placed for layer in model.layers)
+        assert all(type(layer) is not SurrogateTensors for layer in model.layers)
         places: list[Any] = [layer.layer_idx for layer in model.layers]
-        assert [isinstance(p, Place) for p in places] == [True, False, False, False]
+        assert [isinstance(p, LayerIndex) for p in places] == [True, False, False, False]
 
 
 def test_what_build_raises_comes_out_and_is_not_tried_again() -> None:
@@ -526,7 +526,7 @@ def test_what_build_raises_comes_out_and_is_not_tried_again() -> None:
 
 def test_the_list_that_is_as_long_as_the_state() -> None:
     shape = Shape(layers=2, block="Routed")  # its FFNs have a list of two experts each
-    model, slots = Decoder(shape), [Slot(shape) for _ in range(2)]
+    model, slots = Decoder(shape), [LayerCacheSpec(shape) for _ in range(2)]
     repeat = Repeat.of("model", model, {"L['memory'].slots": slots})
     assert repeat is not None
     assert repeat.source == "L['model']._modules['layers']"

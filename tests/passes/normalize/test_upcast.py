@@ -10,13 +10,23 @@ from torch import Tensor, fx, nn
 
 from adaskip_passes import RefusedError, Replacement, Skip, find_sublayers, link, run_passes
 from adaskip_passes.normalize.upcast import widen
-from tests.support.fx_decoders import Block, Decoder, Shape, Slot, arguments, call, cut, step, trace
+from tests.support.fx_decoders import (
+    Block,
+    Decoder,
+    LayerCacheSpec,
+    Shape,
+    arguments,
+    call,
+    cut,
+    step,
+    trace,
+)
 
 
 class Wide(Block):
     """Mamba: a float32 stream in a bfloat16 model."""
 
-    def attend(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+    def attend(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
         return super().attend(x.to(self.norm1.weight.dtype), table, slot, start)
 
     def feed(self, x: Tensor) -> Tensor:
@@ -29,7 +39,7 @@ class Wide(Block):
 class BranchFirst(Wide):
     """The norm reads the embedding as it is, and not through a cast."""
 
-    def attend(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+    def attend(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
         return super().attend(x * 2, table, slot, start)
 
     def join(self, x: Tensor, branch: Tensor) -> Tensor:
@@ -99,7 +109,7 @@ class WideInside(Block):
     def feed(self, x: Tensor) -> Tensor:
         return (x.float() + super().feed(x).float()).to(x.dtype)
 
-    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
         x = self.join(x, self.feed(x))
         return self.join(x, self.attend(x, table, slot, start))
 

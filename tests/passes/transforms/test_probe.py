@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from adaskip_passes import (
-    MOMENTS,
+    PROBE_STATS,
     VALID,
     Probe,
     RefusedError,
@@ -31,9 +31,9 @@ from tests.support.fx_decoders import (
     Block,
     Cut,
     Decoder,
+    LayerCacheSpec,
     Memory,
     Shape,
-    Slot,
     arguments,
     call,
     cut,
@@ -126,15 +126,15 @@ def test_the_order_of_results_is_the_order_asked_for() -> None:
     args = arguments(got.model, got.shape)
     _, other = run(got, probed(got, 0, 2), args, all_valid(args))
     assert torch.equal(one, other.flip(0))
-    assert one.shape == (2, got.shape.batch, len(MOMENTS))
+    assert one.shape == (2, got.shape.batch, len(PROBE_STATS))
 
 
 def test_the_names_of_what_is_measured() -> None:
-    assert MOMENTS == ("cosine", "ratio", "before_squared", "after_squared", "tokens")
+    assert PROBE_STATS == ("cosine", "ratio", "before_squared", "after_squared", "tokens")
     valid = torch.ones(1, 1, dtype=torch.bool)
     piece = probe_piece(torch.zeros(1, 1, 2), valid, [])
     before, after = torch.tensor([[[3.0, 0.0]]]), torch.tensor([[[6.0, 8.0]]])
-    values = dict(zip(MOMENTS, piece.module(before, after, valid)[0].tolist(), strict=True))
+    values = dict(zip(PROBE_STATS, piece.module(before, after, valid)[0].tolist(), strict=True))
     assert values == pytest.approx(
         {
             "cosine": 0.6,
@@ -165,7 +165,7 @@ def test_a_bfloat16_stream_is_measured_in_float32() -> None:
 class Feeding(Block):
     """An FFN without attention, so that one token's NaN stays its own."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
         return x + self.feed(x)
 
 

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .match import Place, Twins, twins
+from .match import LayerIndex, Twins, twins
 
 #: For each module that has a twin before it: the place of the first such, and how it corresponds.
 First = Mapping[int, tuple[int, Twins]]
@@ -150,7 +150,7 @@ def marked(repeat: Repeat, first: First) -> Iterator[None]:
             for owner, name in how.places:
                 own = vars(owner)
                 stack.callback(own.__setitem__, name, own[name])
-                own[name] = Place(r)
+                own[name] = LayerIndex(r)
         yield
 
 

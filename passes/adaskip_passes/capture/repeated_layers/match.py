@@ -4,7 +4,7 @@ What Dynamo traces depends on a module's classes, attributes and containers, and
 shape, stride, dtype and device alone. Two modules that agree in all of that, each part of the one
 with its part of the other, trace alike; their tensors correspond one to one. The one thing that
 may differ is a module's own place in its list, which many attention modules keep as
-``layer_idx``: see :class:`Place`.
+``layer_idx``: see :class:`LayerIndex`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _refuse(*_operands: Any) -> NoReturn:
     raise TypeError("what depends on a module's place in its list is not the same for its twins")
 
 
-class Place:
+class LayerIndex:
     """A module's place in its list, as something that is handed on and not looked at.
 
     While a module is traced on behalf of its twins, the integers in it that are nothing but its
@@ -53,9 +53,9 @@ class Place:
     __and__ = __or__ = __xor__ = __rand__ = __ror__ = __rxor__ = __neg__ = __abs__ = _refuse
 
 
-def place_of(index: int | Place) -> int:
+def layer_index(index: int | LayerIndex) -> int:
     """The integer, whether it is hidden or not."""
-    return index.value if isinstance(index, Place) else index
+    return index.value if isinstance(index, LayerIndex) else index
 
 
 @dataclass(frozen=True, eq=False)
