@@ -6,7 +6,7 @@ OLDEST := torch==2.11.0 transformers==5.17.0
 NEWEST := torch==2.13.0 transformers==5.24.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint soak test-matrix clean
+.PHONY: demo test test-all lint docs soak test-matrix clean
 
 demo: .venv/demo
 	$(BIN)/adaskip-fx demo
@@ -20,6 +20,11 @@ lint: .venv/test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site, with warnings as errors; the code of its pages is run.
+docs: .venv/docs
+	$(BIN)/python -m pytest -q docs
+	$(BIN)/mkdocs build
+
 # Every family, and whatever else takes minutes.
 test-all: .venv/test lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
@@ -29,7 +34,7 @@ soak: .venv/test
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
 
 # The suite on the oldest, the pinned and the newest supported versions, each in an environment of
-# its own. Rows of the README's table that are measured anew: `python -m tests.model_support` in each.
+# its own. Rows of docs/models.md are measured anew by `python -m tests.model_support` in each.
 test-matrix: test-all .venv-oldest/test .venv-newest/test
 	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile -m ''
 	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile -m ''
@@ -51,6 +56,10 @@ test-matrix: test-all .venv-oldest/test .venv-newest/test
 
 .venv/test: .venv/demo
 	$(PIP) -e '.[demo,test]'
+	touch $@
+
+.venv/docs: .venv/test
+	$(PIP) -e '.[demo,test,docs]'
 	touch $@
 
 clean:

@@ -65,8 +65,8 @@ class GraphKey:
         logits_to_keep: 0 for the logits of all tokens, else of the last n.
         dtype, device: of the model's floating point parameters.
         surroundings: what factories and autocast do where the model is called.
-        static_cache: K/V are handed over as whole buffers and the position is on the device, so that
-            every step works at the same addresses (decode only).
+        static_cache: K/V are handed over as whole buffers and the position is on the device, so
+            that every step works at the same addresses (decode only).
     """
 
     phase: GraphPhase

@@ -34,7 +34,7 @@ def test_a_family(name: str) -> None:
 
 def test_the_readme_shows_the_table() -> None:
     begin, end = matrix.MARKS
-    shown = matrix.README.read_text().partition(begin)[2].partition(end)[0]
+    shown = matrix.PAGE.read_text().partition(begin)[2].partition(end)[0]
     assert shown.strip() == matrix.rendered(matrix.table())
 
 

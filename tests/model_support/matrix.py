@@ -1,7 +1,7 @@
 """What of a family is supported: every claim checked against the eager model.
 
 ``python -m tests.model_support`` measures all families with the installed torch and transformers,
-writes its column of ``support.json``, and the table in the README that is made of it.
+writes its column of ``support.json``, and the table of ``docs/models.md`` that is made of it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COLUMNS = (
 )
 YES, NONE, _REFUSED = "yes", "-", "refused: "
 FILE = Path(__file__).parent / "support.json"
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs/models.md"
 MARKS = "<!-- families -->", "<!-- end of families -->"
 #: Operations are grouped differently, and a scan is summed in another order.
 TOLERANCE = 2e-5
@@ -274,7 +274,7 @@ def versions() -> str:
 
 
 def rendered(measured: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
-    """The table for the README: a cell says one thing where all versions agree, else each."""
+    """The table for the page: a cell says one thing where all versions agree, else each."""
     columns = COLUMNS[1:]
     supported = [f"| family | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     refused = ["| family | why it is refused |", "|---|---|"]
@@ -319,9 +319,9 @@ def main(names: list[str]) -> None:
     known.setdefault(versions(), {}).update(rows)
     ordered = {v: {n: known[v][n] for n in FAMILIES if n in known[v]} for v in sorted(known)}
     FILE.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
-    before, (begin, end) = README.read_text(), MARKS
+    before, (begin, end) = PAGE.read_text(), MARKS
     head, tail = before.partition(begin)[0], before.partition(end)[2]
-    README.write_text(f"{head}{begin}\n\n{rendered(ordered)}\n\n{end}{tail}")
+    PAGE.write_text(f"{head}{begin}\n\n{rendered(ordered)}\n\n{end}{tail}")
 
 
 def table() -> dict[str, dict[str, dict[str, str]]]:

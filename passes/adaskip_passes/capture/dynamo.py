@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -166,9 +167,10 @@ def refuse_constant_lengths(function: Callable[..., Any]) -> None:
             size = tracked.fake.shape[dim]
             constant = size if isinstance(size, int) else size.node.maybe_as_int()
             if constant is not None:
+                argument = re.findall(r"\['(\w+)'\]", source_name(tracked.source))[-1]
                 raise RefusedError(
-                    f"{function.__name__} is only right where {source_name(tracked.source)}.size()"
-                    f"[{dim}] is {constant}, a length that must vary; its code branches on it"
+                    f"{function.__name__} is only right where {argument}.shape[{dim}] is "
+                    f"{constant}, a length that must vary; its code branches on it"
                 )
 
 
