@@ -14,8 +14,9 @@ from tests.machine.refusals import DOCUMENT, is_listed, listed
 _ROOT = DOCUMENT.parents[1]
 #: where calls of a compiled model are refused
 _CALLED = (
-    *("shell", "states", "runtime", "runner", "inputs", "loop"),
-    *("cache", "cache_layers", "foreign_cache", "saved_cache"),
+    *("model/compiled_model", "model/generation", "capture/states"),
+    *("runtime/runtime", "runtime/step", "runtime/inputs"),
+    *("kv_cache/cache", "kv_cache/layers", "kv_cache/foreign", "kv_cache/saved"),
 )
 _REFUSALS = (
     *("RefusedError", "ChangedError", "SavedCacheError"),
