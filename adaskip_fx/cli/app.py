@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .doctor import doctor
 from .evaluate import evaluate
 from .fit import fit
 from .options import MODEL, Alpha, Backend, Debug, Device, Dtype, Model
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command("doctor")(doctor)
 app.command("eval")(evaluate)
 app.command("fit")(fit)
 

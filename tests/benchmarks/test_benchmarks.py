@@ -36,7 +36,7 @@ from benchmarks import (
 from benchmarks.__main__ import WORKLOADS, app
 from benchmarks.studies import STUDIES
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PHASES = ("prefill", "decode")
 
 Document = dict[str, Any]

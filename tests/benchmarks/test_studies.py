@@ -534,6 +534,7 @@ def same(reference: str, summary: str) -> float:
     return sum(a == b for a, b in zip(reference, summary, strict=False)) / max(len(reference), 1)
 
 
+@pytest.mark.slow
 def test_summaries_are_scored_against_the_full_models_own(tmp_path: Path) -> None:
     saved = tmp_path / "plan.json"
     options = Options(samples=2, length=96, alphas=(1.0, 2.0), plans=(("mine", saved),))
@@ -674,6 +675,7 @@ def test_every_study_has_its_module() -> None:
         assert callable(module.summary)
 
 
+@pytest.mark.slow
 def test_every_policy_gives_points(tmp_path: Path) -> None:
     """Whole layers, schedules, searches and prompts alone; what is refused is told."""
     texts = [text("one", 1), text("two", 2)]

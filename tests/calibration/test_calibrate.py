@@ -220,7 +220,7 @@ def test_padding_that_is_not_masked_decides_nothing(padless: Any) -> None:
     plain = adaskip_fx.calibrate(padless, Letters(), SHORT, LIMIT)
     np.testing.assert_allclose(found.moments[:, 0], plain.moments[:, 0], rtol=1e-5)
     assert 0.1 < float(found.scale()[0]) < 10
-    found.preview(1.5)
+    adaskip_fx.AdaSkip().plan(found, 1.5)
     # the companion: later sublayers see what attention made of the padding, and it does count
     assert not np.allclose(found.moments[:, 1], plain.moments[:, 1], rtol=1e-2)
     assert np.isfinite(found.layers).all()
@@ -245,7 +245,7 @@ def test_a_text_of_which_little_counts_is_refused_by_name(value: float, spoiled:
     if value == 0:  # the companion: one less, and more than half counts
         less = adaskip_fx.calibrate(model, Letters(), [SHORT[0], text[:-1]], LIMIT)
         assert less.left_out_tokens[less.sublayers[0]] == 28
-        less.preview(1.5)
+        adaskip_fx.AdaSkip().plan(less, 1.5)
 
 
 # Refused ----------------------------------------------------------------------------------------

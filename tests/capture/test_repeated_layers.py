@@ -17,7 +17,7 @@ from adaskip_fx.capture.phase_graph import (
     capture_phase,
     example_lengths,
 )
-from adaskip_fx.capture.reference import take
+from adaskip_fx.capture.reference import run_reference
 from adaskip_fx.model.compiled_model import make_shell
 from adaskip_passes import Repeat
 from tests.support.graph_text import inputs, lines
@@ -61,7 +61,7 @@ def model_of(kind: str, more: dict[str, Any]) -> Any:
 
 
 def captured(model: Any, key: GraphKey) -> CapturedPhase:
-    slots, lengths = take(model).slots, example_lengths(key, 2048)
+    slots, lengths = run_reference(model).slots, example_lengths(key, 2048)
     return capture_phase(make_shell(model), type(model).forward, key, slots, lengths, "eager")
 
 

@@ -133,8 +133,14 @@ EXACT: dict[str, Callable[[], Any]] = {
 }
 
 
+#: those that `make test` leaves to `make test-all`: near relatives of others
+EXACT_IN_ALL = {"a hook on inputs", "adapters by hand", "one weight in two layers", "a tied head"}
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # of what peft calls
-@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize(
+    "case", [c if c not in EXACT_IN_ALL else pytest.param(c, marks=pytest.mark.slow) for c in EXACT]
+)
 def test_exact(case: str) -> None:
     model = EXACT[case]()
     errors = [

@@ -14,9 +14,8 @@ KNOWN = [name for name, family in FAMILIES.items() if family.known]
 #: Those of `make test`: norms, branches, positions, experts, latent attention, a mixer, refused.
 OFTEN = frozenset(
     {
-        *("llama", "mistral, sliding window", "gemma2", "olmo2", "phi3", "cohere", "gpt_neox"),
-        *("gpt2", "opt", "bloom", "mixtral", "deepseek_v2", "mamba", "gemma3n"),
-        *("recurrent_gemma", "minimax", "xlstm"),
+        *("llama", "mistral, sliding window", "gemma2", "phi3", "gpt_neox", "opt", "mixtral"),
+        *("mamba", "gemma3n", "xlstm"),
     }
 )
 

@@ -66,6 +66,7 @@ def profile(real: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     return loaded
 
 
+@pytest.mark.slow
 def test_measured_similarities_are_those_of_the_plain_model(
     real: tuple[Any, Any], profile: Profile
 ) -> None:

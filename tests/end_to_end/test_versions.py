@@ -21,7 +21,7 @@ from transformers.utils import generic
 
 import adaskip_fx
 from adaskip_fx.api import build
-from adaskip_fx.capture.reference import take
+from adaskip_fx.capture.reference import run_reference
 from adaskip_fx.cli.demo import measure
 from adaskip_fx.data.reference_text import Passkey
 from adaskip_fx.evaluation.scoring import stepped_logits
@@ -139,7 +139,7 @@ def test_layers_are_linear_as_in_transformers_own_cache(family: str) -> None:
     model = tiny_model(tiny_config(family))
     with torch.no_grad():
         output = model(input_ids=torch.arange(5).unsqueeze(0), use_cache=True)
-    slots = take(model).slots
+    slots = run_reference(model).slots
     cache = SkipCache(_Nobody(), slots, slots, torch.float32, torch.device("cpu"))
     linear = names.cache_of(output).is_linear
     assert cache.is_linear == linear

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import NONE
-from adaskip_fx.policies import AdaSkip, Policy
+from adaskip_fx.policies import AdaSkip, OnlinePolicy, Policy
 from adaskip_fx.policies.adaskip import skip_count
 from adaskip_fx.profiles.profile import Fingerprint, Profile, Variant
 
@@ -201,7 +201,8 @@ def test_options_are_checked() -> None:
 
 def test_adaskip_is_a_policy() -> None:
     policy: Policy = AdaSkip()
-    assert policy.plan(profile(TOY), 1.5) == profile(TOY).preview(1.5, policy)
+    assert isinstance(policy, OnlinePolicy)
+    assert isinstance(policy.plan(profile(TOY), 1.5), SkipPlan)
 
 
 # Online ----------------------------------------------------------------------------------------

@@ -189,10 +189,10 @@ def test_what_a_graph_depends_on_is_in_its_key() -> None:
 
 def test_four_models_capture_four_times() -> None:
     """Equal configurations, one process: nothing is left of the one before, no limit is hit."""
-    import adaskip_fx.programs.program_cache as graphs
+    from adaskip_fx.programs import program_cache
 
     calls: list[Any] = []
-    original = graphs.phases.capture_phase
+    original = program_cache.phase_graph.capture_phase
     ids = torch.arange(5, 9).unsqueeze(0)
 
     def counting(*args: Any) -> Any:
@@ -200,7 +200,7 @@ def test_four_models_capture_four_times() -> None:
         return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs.phases, "capture_phase", counting)
+        patch.setattr(program_cache.phase_graph, "capture_phase", counting)
         for seed in range(4):
             model = make_model("one_layer", seed=seed)
             compiled = build(model, None, backend="eager")

@@ -293,16 +293,16 @@ def test_ended_rows_count_for_nothing_in_the_window() -> None:
 def test_a_model_that_cannot_be_captured_so_decodes_on_views(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import adaskip_fx.programs.program_cache as graphs
+    from adaskip_fx.programs import program_cache
 
-    capture_phase = graphs.phases.capture_phase
+    capture_phase = program_cache.phase_graph.capture_phase
 
     def refusing(model: Any, forward: Any, key: Any, *rest: Any) -> Any:
         if key.static_cache:
             raise RefusedError("it looks at its mask")
         return capture_phase(model, forward, key, *rest)
 
-    monkeypatch.setattr(graphs.phases, "capture_phase", refusing)
+    monkeypatch.setattr(program_cache.phase_graph, "capture_phase", refusing)
     model = make_model("one_layer")
     made = build(model, None, backend="eager", static_cache=True)
     bank = Entry(model, made, Oracle(model))

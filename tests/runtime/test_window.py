@@ -453,7 +453,7 @@ def test_compile_and_generate_learn_online() -> None:
     compiled = adaskip_fx.compile(bank.model, profile, 1.2, policy=policy, backend="eager")
     plan = compiled.adaskip.plan
     assert [str(s) for s in plan.skipped("prefill")] == ["0.attention"]  # 4 (1 - 1/1.2) + 1/2
-    assert plan == profile.preview(1.2, policy)
+    assert plan == policy.plan(profile, 1.2)
     reference = Reference(bank, plan, similarity, policy)
     reference.probed = ["0.ffn", "1.ffn"]
     reference.begin_turn()

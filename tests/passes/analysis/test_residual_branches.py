@@ -19,11 +19,11 @@ from tests.support.fx_decoders import (
     Block,
     Decoder,
     Falcon,
-    LayerCacheSpec,
     Memory,
     Mlp,
     NeoX,
     Shape,
+    Slot,
     arguments,
     shared,
     step,
@@ -98,7 +98,7 @@ class Bare(nn.Module):
     def parts(self, shape: Shape) -> tuple[nn.Module, nn.Module]:
         return Attention(shape), Mlp(shape)
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         x = x + self.one(x, table, slot, start)
         return x + self.two(x)
 
@@ -106,7 +106,7 @@ class Bare(nn.Module):
 class Reversed(Bare):
     """The FFN comes first."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         x = x + self.two(x)
         return x + self.one(x, table, slot, start)
 
@@ -119,14 +119,14 @@ def test_kinds_follow_from_effects_without_names() -> None:
 class ByHand(Attention):
     """Attention written out: no operator to recognise, but it stores keys and values."""
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, slot: Slot, start: int) -> Tensor:
         return functional.softmax(q @ k.transpose(-1, -2), -1) @ v
 
 
 class Cacheless(Attention):
     """The other half: the operator, and no cache."""
 
-    def store(self, slot: LayerCacheSpec, k: Tensor, v: Tensor) -> None:
+    def store(self, slot: Slot, k: Tensor, v: Tensor) -> None:
         return None
 
 
@@ -147,7 +147,7 @@ class State(nn.Module):
         self.into = nn.Linear(shape.hidden, shape.hidden // shape.heads)
         self.back = nn.Linear(shape.hidden // shape.heads, shape.hidden)
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         state = slot.keys[:, 0, 0] + self.into(x).sum(1)
         slot.keys[:, 0, 0].copy_(state)
         return self.back(torch.tanh(state)).unsqueeze(1).expand_as(x)
@@ -159,7 +159,7 @@ def test_a_state_write_in_a_module_named_mixer_is_a_mixer() -> None:
             super().__init__(shape)
             self.mamba = State(shape)
 
-        def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+        def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
             return x + self.mamba(x, table, slot, start)
 
     assert names(find(Mamba)) == ["layers_0_mixer", "layers_1_mixer"]
@@ -195,7 +195,7 @@ def test_two_terms_of_one_module_are_one_branch() -> None:
 class Cubic(nn.Module):
     """The add of a tanh GELU, as if it were a decoder layer."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         return x + 0.044715 * torch.pow(x, 3.0)
 
 
@@ -261,7 +261,7 @@ class CalledFfn(Bare):
         super().__init__(shape)
         self.mlp = Attention(shape)
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         return x + self.mlp(x, table, slot, start)
 
 
@@ -270,7 +270,7 @@ class CalledAttention(Bare):
         super().__init__(shape)
         self.self_attn = Mlp(shape)
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         return x + self.self_attn(x)
 
 
@@ -279,7 +279,7 @@ class CalledMixer(Bare):
         super().__init__(shape)
         self.mamba = Attention(shape)
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         return x + self.mamba(x, table, slot, start)
 
 
@@ -302,7 +302,7 @@ def test_attention_may_be_called_a_mixer() -> None:
 
 
 class Cohere(Block):
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         return x + self.attend(x, table, slot, start) + self.feed(x)
 
 
@@ -385,7 +385,7 @@ def test_layers_without_a_number() -> None:
 
 
 class TwoFfns(Block):
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         x = x + self.feed(x)
         return x + self.mlp(self.norm1(x))
 
@@ -420,7 +420,7 @@ def test_a_layer_that_runs_twice() -> None:
 class Narrow(Block):
     """A bfloat16 embedding whose stream is float32 from the first add on."""
 
-    def attend(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def attend(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         return super().attend(x.to(self.norm1.weight.dtype), table, slot, start)
 
     def feed(self, x: Tensor) -> Tensor:
@@ -433,7 +433,7 @@ class Narrow(Block):
 class Flattened(Block):
     """OPT: the FFN adds to the stream as [batch * tokens, hidden]."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         x = x + self.attend(x, table, slot, start)
         batch, tokens, hidden = x.shape
         flat = x.reshape(batch * tokens, hidden)

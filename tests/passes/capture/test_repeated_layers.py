@@ -18,9 +18,9 @@ from tests.support.fx_decoders import (
     BLOCKS,
     Block,
     Decoder,
-    LayerCacheSpec,
     Memory,
     Shape,
+    Slot,
     arguments,
     mark_lengths,
     step,
@@ -401,7 +401,7 @@ HIDDEN: dict[str, tuple[type[Variant], type[Block], str]] = {
     "the first one's state": (Variant, FirstSlot, ""),
     "its place's type": (Variant, AsksForType, "twins were traced differently"),
     "an exception": (Variant, Swallows, "twins were traced differently"),
-    "a global": (Variant, Counts, "test_repeats'].COUNT is changed"),
+    "a global": (Variant, Counts, "test_repeated_layers'].COUNT is changed"),
 }
 
 
@@ -526,7 +526,7 @@ def test_what_build_raises_comes_out_and_is_not_tried_again() -> None:
 
 def test_the_list_that_is_as_long_as_the_state() -> None:
     shape = Shape(layers=2, block="Routed")  # its FFNs have a list of two experts each
-    model, slots = Decoder(shape), [LayerCacheSpec(shape) for _ in range(2)]
+    model, slots = Decoder(shape), [Slot(shape) for _ in range(2)]
     repeat = Repeat.of("model", model, {"L['memory'].slots": slots})
     assert repeat is not None
     assert repeat.source == "L['model']._modules['layers']"

@@ -32,9 +32,9 @@ from tests.support.fx_decoders import (
     Block,
     Cut,
     Decoder,
-    LayerCacheSpec,
     Memory,
     Shape,
+    Slot,
     arguments,
     call,
     cut,
@@ -116,7 +116,7 @@ class Recalling(Decoder):
 
 
 class Recall(Block):
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, first: Any) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, first: Any) -> Tensor:
         x = x + self.attend(x, table, slot, 0)
         return x + self.mlp(torch.maximum(self.norm2(x), first))
 

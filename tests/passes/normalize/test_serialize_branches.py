@@ -36,10 +36,10 @@ from tests.support.fx_decoders import (
     Cut,
     Decoder,
     Falcon,
-    LayerCacheSpec,
     Mlp,
     NeoX,
     Shape,
+    Slot,
     arguments,
     call,
     cut_block,
@@ -53,7 +53,7 @@ from tests.support.fx_reference import moments
 class SharedNorm(Block):
     """GPT-J, Phi, Cohere: one norm for both branches; the stream comes first."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         norm = self.norm1(x)
         return x + self.self_attn(norm, table, slot, start) + self.mlp(norm)
 
@@ -61,7 +61,7 @@ class SharedNorm(Block):
 class FeedsFirst(Block):
     """The FFN is computed and added before attention."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         return (x + self.feed(x)) + self.attend(x, table, slot, start)
 
 
@@ -240,7 +240,7 @@ class BothAct(NeoX):
 class KeepsOld(Block):
     """Overwrites the stream and reads it by its old name afterwards."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         old = x
         x += self.attend(x, table, slot, start) + self.feed(x)
         return x + 0.0 * old
@@ -268,7 +268,7 @@ def test_an_ffn_with_a_state_is_separated_and_refused() -> None:
 class ReadsCount(NeoX):
     """The FFN reads, before attention, what attention writes."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         fed = self.mlp(self.norm2(x) * slot.count.to(x.dtype))
         return fed + self.attend(x, table, slot, start) + x
 
@@ -286,7 +286,7 @@ class OwnAutocast(NeoX):
 class CastsNorm(Block):
     """The region begins before anything in the branch that reads the stream."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             fed = self.mlp(self.norm2(x))
         return fed.to(x.dtype) + self.attend(x, table, slot, start) + x
@@ -295,7 +295,7 @@ class CastsNorm(Block):
 class CastsAll(Block):
     """A region around all of it is left neither before nor after."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return self.feed(x).to(x.dtype) + self.attend(x, table, slot, start).to(x.dtype) + x
 
@@ -319,7 +319,7 @@ class HalfMlp(Mlp):
 
 
 class HalfAttention(Attention):
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         return super().forward(x, table, slot, start).bfloat16()
 
 
@@ -332,7 +332,7 @@ class HalfBranches(NeoX):
 class HalfStream(Block):
     """The other way round: a sum in full precision would be rounded in between."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         half = x.bfloat16()
         full = half.float()
         half += self.feed(full) + self.attend(full, table, slot, start)
@@ -350,7 +350,7 @@ class HalfTerms(Block):
 
     attention, ffn = HalfAttention, HalfExperts
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         n = self.norm2(x)
         return x + (
             self.attend(x, table, slot, start) + self.mlp.routed(n) + self.mlp.shared_expert(n)
@@ -377,7 +377,7 @@ def test_a_sum_may_become_finer_but_not_coarser(block: type[Block], count: int) 
 class CastsBetween(NeoX):
     """A region between the stream and the sum that has nothing of either branch in it."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         n = self.norm1(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             table = (table @ torch.eye(table.shape[-1])).to(x.dtype)
@@ -416,7 +416,7 @@ class Nested(NeoX):
 class Doubles(NeoX):
     """Adds a value to itself, and lengths to each other."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         length = x.shape[1] + x.shape[1] + x.shape[1]
         x = super().forward(x, table, slot, start)
         half = self.norm1(x) * (1.0 / length)
@@ -443,7 +443,7 @@ def test_sums_of_one_value_and_of_lengths() -> None:
 class Trains(Block):
     """A dropout that is not idle is no part of a sum."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         both = self.attend(x, table, slot, start) + self.feed(x)
         return x + functional.dropout(both, 0.1, True)
 
@@ -456,7 +456,7 @@ def test_a_dropout_at_work_is_not_taken_apart() -> None:
 class Silent(Attention):
     """Attention without a cache: no branch has effects."""
 
-    def store(self, slot: LayerCacheSpec, k: Tensor, v: Tensor) -> None:
+    def store(self, slot: Slot, k: Tensor, v: Tensor) -> None:
         return
 
 

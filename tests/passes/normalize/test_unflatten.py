@@ -12,8 +12,8 @@ from adaskip_passes import Replacement, Skip, find_sublayers, link, run_passes, 
 from tests.support.fx_decoders import (
     Block,
     Decoder,
-    LayerCacheSpec,
     Shape,
+    Slot,
     arguments,
     call,
     cut_block,
@@ -25,7 +25,7 @@ from tests.support.fx_decoders import (
 class Flat(Block):
     """OPT: the FFN is added to [batch * tokens, hidden]."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         x = x + self.attend(x, table, slot, start)
         flat = x.reshape(-1, x.shape[-1])
         return self.total(flat).view(x.shape)
@@ -57,7 +57,7 @@ class FlatReadTwice(Flat):
 class OtherShape(Flat):
     """What comes out has another shape than the stream."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         return self.total(flat).view(1, -1, x.shape[-1])
 

@@ -13,8 +13,8 @@ from adaskip_passes.normalize.upcast import widen
 from tests.support.fx_decoders import (
     Block,
     Decoder,
-    LayerCacheSpec,
     Shape,
+    Slot,
     arguments,
     call,
     cut,
@@ -26,7 +26,7 @@ from tests.support.fx_decoders import (
 class Wide(Block):
     """Mamba: a float32 stream in a bfloat16 model."""
 
-    def attend(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def attend(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         return super().attend(x.to(self.norm1.weight.dtype), table, slot, start)
 
     def feed(self, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Wide(Block):
 class BranchFirst(Wide):
     """The norm reads the embedding as it is, and not through a cast."""
 
-    def attend(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def attend(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         return super().attend(x * 2, table, slot, start)
 
     def join(self, x: Tensor, branch: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class WideInside(Block):
     def feed(self, x: Tensor) -> Tensor:
         return (x.float() + super().feed(x).float()).to(x.dtype)
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         x = self.join(x, self.feed(x))
         return self.join(x, self.attend(x, table, slot, start))
 

@@ -32,9 +32,9 @@ from tests.support.fx_decoders import (
     Block,
     Cut,
     Decoder,
-    LayerCacheSpec,
     Memory,
     Shape,
+    Slot,
     arguments,
     call,
     cut,
@@ -516,7 +516,7 @@ def test_a_read_after_a_write_is_understood() -> None:
 class CountsAll(Attention):
     """All layers add to one counter, and read it before and after."""
 
-    def store(self, slot: LayerCacheSpec, k: Tensor, v: Tensor) -> None:
+    def store(self, slot: Slot, k: Tensor, v: Tensor) -> None:
         total: Tensor = slot.total  # type: ignore[attr-defined]
         slot.keys.add_(total)
         total.add_(1)
@@ -547,7 +547,7 @@ def test_one_counter_of_all_layers(layers: int) -> None:
 class Late(Block):
     """Its input is scaled by a value that was read from a buffer before all layers."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         return x + self.mlp(self.norm2(x) * table.sum())
 
 
@@ -602,7 +602,7 @@ def test_an_order_that_no_cut_can_keep_is_refused() -> None:
 class KeepsAView(Block):
     """The FFN reads a view of the stream that was made before attention overwrote the stream."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         view = x.view(x.shape)
         x += self.attend(x, table, slot, start)
         return x + self.mlp(self.norm2(x) * view)
@@ -619,7 +619,7 @@ def test_an_overwritten_stream_may_have_other_names() -> None:
 class OldName(Block):
     """The same, by the old name itself."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         y = torch.Tensor.add_(x, self.attend(x, table, slot, start))
         return y + self.mlp(self.norm2(y) * x)
 

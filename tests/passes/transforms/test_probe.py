@@ -31,9 +31,9 @@ from tests.support.fx_decoders import (
     Block,
     Cut,
     Decoder,
-    LayerCacheSpec,
     Memory,
     Shape,
+    Slot,
     arguments,
     call,
     cut,
@@ -165,7 +165,7 @@ def test_a_bfloat16_stream_is_measured_in_float32() -> None:
 class Feeding(Block):
     """An FFN without attention, so that one token's NaN stays its own."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         return x + self.feed(x)
 
 

@@ -31,10 +31,10 @@ from tests.support.fx_decoders import (
     Block,
     Cut,
     Decoder,
-    LayerCacheSpec,
     Memory,
     Mlp,
     Shape,
+    Slot,
     arguments,
     call,
     cut,
@@ -313,7 +313,7 @@ def test_a_residue_keeps_its_writes_and_nothing_else() -> None:
 class UnreadCounter(Attention):
     """Stores at a place that it is told, and counts without reading the count."""
 
-    def forward(self, x: Tensor, table: Tensor, slot: LayerCacheSpec, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, slot: Slot, start: int) -> Tensor:
         q, k, v = self.project(x, table)
         slot.keys.narrow(2, start, x.shape[1]).copy_(k)
         slot.values.narrow(2, start, x.shape[1]).copy_(v)

@@ -1,0 +1,138 @@
+"""``adaskip-fx doctor``: what is installed, where it would run, and whether a model can be used."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from .options import MODEL, Debug, Device, Dtype, reported
+
+_PACKAGE = "adaskip-fx"
+_SHOWN = ("torch", "transformers", "numpy", "safetensors", "triton")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what it is.
+        ok: whether it is in nobody's way.
+        text: what was found, and what to do where it is not ok.
+    """
+
+    name: str
+    ok: bool
+    text: str
+
+
+def doctor(
+    model: Annotated[str | None, typer.Argument(help=f"A model to try. {MODEL}")] = None,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what is installed, where it would run, and whether a model can be compiled.
+
+    Ends with 0 where all is well and with 1 where something is in the way.
+
+    Example: adaskip-fx doctor HuggingFaceTB/SmolLM2-135M-Instruct
+    """
+    with reported(debug):
+        found = [*versions(metadata_of()), *machine(device)]
+        if model is not None:
+            found.append(captured(model, device, dtype))
+    if as_json:
+        ok = all(finding.ok for finding in found)
+        typer.echo(json.dumps({"ok": ok, "findings": [asdict(f) for f in found]}, indent=1))
+    else:
+        width = max(len(finding.name) for finding in found)
+        for finding in found:
+            mark = "ok " if finding.ok else "NOT"
+            typer.echo(f"{mark} {finding.name:<{width}}  {finding.text}")
+    if not all(finding.ok for finding in found):
+        raise typer.Exit(1)
+
+
+def metadata_of() -> tuple[str, ...]:
+    """The requirements of this package; none where it is not installed but run from a clone."""
+    try:
+        return tuple(metadata.requires(_PACKAGE) or ())
+    except metadata.PackageNotFoundError:
+        return ()
+
+
+def versions(requirements: Sequence[str]) -> Iterator[Finding]:
+    """Which versions are installed, and whether they are among those that are supported.
+
+    Args:
+        requirements: as in a package's metadata: ``torch<2.15,>=2.11``.
+    """
+    from packaging.requirements import Requirement
+
+    wanted = {r.name: r.specifier for r in map(Requirement, requirements) if r.marker is None}
+    yield Finding("python", True, platform.python_version())
+    for name in _SHOWN:
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            if name in wanted:
+                yield Finding(name, False, f"not installed; needed is {name}{wanted[name]}")
+            continue
+        specifier = wanted.get(name)
+        if specifier is None or specifier.contains(installed, prereleases=True):
+            yield Finding(name, True, installed)
+        else:
+            text = f"{installed}; supported is {specifier}: pip install '{name}{specifier}'"
+            yield Finding(name, False, text)
+
+
+def machine(device: str) -> Iterator[Finding]:
+    """Where models would run, and what would compile them.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    import torch
+
+    from ..model.load import choose_device, find_cpp_compiler, usable_backend
+
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        properties = torch.cuda.get_device_properties(chosen)
+        memory = properties.total_memory / 2**30
+        yield Finding("device", True, f"{properties.name}, {memory:.0f} GiB")
+    else:
+        yield Finding("device", True, f"{chosen}, {torch.get_num_threads()} threads")
+    _, why = usable_backend("inductor", chosen)
+    compiler = find_cpp_compiler() if chosen.type == "cpu" else "Triton"
+    yield Finding("compiler", why is None, why or str(compiler))
+
+
+def captured(name: str, device: str, dtype: str | None) -> Finding:
+    """Whether a model can be captured and cut into sublayers; nothing is compiled for it.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be loaded.
+    """
+    from adaskip_passes import RefusedError
+
+    from ..api import build
+    from ..model.load import load
+    from ..plans.tables import by_kind
+
+    loaded = load(name, device, dtype)
+    try:
+        compiled = build(loaded.model, None, backend="eager")
+    except (RefusedError, NotImplementedError, TypeError) as error:
+        return Finding(loaded.name, False, str(error))
+    sublayers = compiled.adaskip.sublayers
+    about = f"{type(loaded.model).__name__}, {len(sublayers)} sublayers: {by_kind(sublayers)}"
+    return Finding(loaded.name, True, about)
