@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from .capture.reference import run_reference
-from .latency.table import LatencyTable
-from .measurement.budget import Budget, check_budget, choose_by_time, open_table
 from .model.compiled_model import check_model, make_shell
 from .model.load import usable_backend
 from .plans.decisions import Decision
 from .plans.serialization import load_decision
-from .policies import AdaSkip, OnlinePolicy, Policy
+from .policies import AdaSkip, CheckedPolicy, OnlinePolicy, Policy
 from .profiles.profile import Profile
 from .programs.program import Link
 from .runtime.runtime import Runtime
@@ -30,9 +28,6 @@ def compile(
     backend: str = "inductor",
     link: Link = "pieces",
     max_variants: int = 32,
-    budget: Budget = "count",
-    context: int | None = None,
-    table: LatencyTable | str | Path | None = None,
 ) -> Model:
     """A model that runs `model` with its least important sublayers skipped.
 
@@ -47,18 +42,14 @@ def compile(
         alpha: acceleration ratio; ``floor(S (1 - 1/alpha) + 1/2)`` of S sublayers are skipped
             (AdaSkip, arXiv 2501.02336).
         policy: chooses the sublayers; ``AdaSkip()`` when None. What it decides may also be a
-            schedule of decode plans, a choice among plans by the prompt, or a plan per stage.
+            schedule of decode plans, a choice among plans by the prompt, or a plan per stage; and
+            it may count time instead of sublayers (`policies.LatencyBudget`).
         plan: an explicit plan, or other decision, or the path that one was saved to, instead of a
             policy's; nothing is learned online then.
         backend: name of the torch.compile backend that compiles the pieces.
         link: ``"pieces"`` calls pieces compiled once; ``"fused"`` compiles the whole graph anew
             for each plan.
         max_variants: linked programs to keep; the least recently used are dropped.
-        budget: what alpha counts: ``"count"`` sublayers, as the paper does; ``"latency"`` time, so
-            that prefill and decode are each predicted to be alpha times as fast at `context`.
-        context: for ``"latency"``: tokens of a typical request.
-        table: for ``"latency"``: what sublayers cost (``adaskip-fx measure``), or the path it was
-            saved to; measured here, at `context`, when None.
 
     Raises:
         TypeError, ValueError: a model, profile, alpha or plan that cannot be used.
@@ -69,21 +60,15 @@ def compile(
     _check_options(backend, link)
     _check_compiler(backend, model)
     decision = load_decision(Path(plan)) if isinstance(plan, str | Path) else plan
-    check_budget(budget, context, table, policy, decision)
     loaded = Profile.load(profile) if isinstance(profile, str | Path) else profile
     if loaded is not None:
         loaded.check(model)
-    if context is not None:
-        if loaded is None:
-            raise ValueError("compile needs a profile to choose by measured time")
-        costs = open_table(table, model)
-        timed = build(model, None, backend=backend, link=link, max_variants=max_variants)
-        choose_by_time(timed.adaskip, loaded, alpha, policy, context, costs)
-        return cast(Model, timed)
     chosen = policy if policy is not None else AdaSkip()
     if decision is None:
         if loaded is None:
             raise ValueError("compile needs a profile, or an explicit plan")
+        if isinstance(chosen, CheckedPolicy):
+            chosen.check(model)
         decision = chosen.plan(loaded, alpha)
         online = chosen if isinstance(chosen, OnlinePolicy) else None
     else:
@@ -112,7 +97,7 @@ def _check_options(backend: str, link: str) -> None:
 
     if link not in ("pieces", "fused"):
         raise ValueError(f"link must be 'pieces' or 'fused', got {link!r}")
-    known = torch._dynamo.list_backends(exclude_tags=())
+    known = torch.compiler.list_backends(exclude_tags=())
     if not isinstance(backend, str) or backend not in known:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(sorted(known))}")
 

@@ -176,8 +176,8 @@ def measure(
             model, out, context, batch, rounds, ranks, backend, dtype, device, steps
         )
         typer.echo(str(table))
-        if table.doubt:
-            typer.echo(table.doubt, err=True)
+        if table.warning:
+            typer.echo(table.warning, err=True)
         typer.echo(f"saved to {out}", err=True)
 
 

@@ -90,8 +90,8 @@ def fit(
         measured.check(loaded.model)
         if bound is not None:
             bound.table.check(loaded.model)
-            if bound.table.doubt:
-                report.say(bound.table.doubt)
+            if bound.table.warning:
+                report.say(bound.table.warning)
         texts = {
             name: calibration_samples(words, max_length, samples) for name, words in sources.items()
         }

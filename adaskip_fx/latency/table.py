@@ -140,12 +140,12 @@ class LatencyTable:
             if value != self.conditions.get(name):
                 raise TableError(
                     f"the table was measured with {name} {self.conditions.get(name)}, but the "
-                    f"model has {value}; {_REDO}, or make the LatencyBudget(table, ...) or "
-                    "LatencyBound(table, ...) yourself to use it all the same"
+                    f"model has {value}; {_REDO}, or make a plan with it and "
+                    "pass that"
                 )
 
     @property
-    def doubt(self) -> str:
+    def warning(self) -> str:
         """What to know before the table is believed: where times did not add up; or nothing."""
         worst = max(self.costs, key=lambda c: c.error)
         if worst.error <= _DOUBTFUL:

@@ -7,7 +7,7 @@ lie) are fields of it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy.typing as npt
 
@@ -38,8 +38,10 @@ __all__ = [
     "D3",
     "POP",
     "AdaSkip",
+    "CheckedPolicy",
     "Compensate",
     "DecodeOnly",
+    "DescribedPolicy",
     "EarlyExit",
     "Evaluator",
     "Evolve",
@@ -74,6 +76,28 @@ class PlanPolicy(Protocol):
 
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """The plan for `profile`'s model at acceleration ratio `alpha` (1.0: skip nothing)."""
+        ...
+
+
+@runtime_checkable
+class CheckedPolicy(Protocol):
+    """A policy that is not for every model; `adaskip_fx.compile` asks it first."""
+
+    def check(self, model: Any) -> None:
+        """Refuse a model, a dtype or a device that it knows nothing of.
+
+        Raises:
+            ValueError: says what differs and what to do.
+        """
+        ...
+
+
+@runtime_checkable
+class DescribedPolicy(Protocol):
+    """A policy that has something to say of a plan; ``print(fast.adaskip)`` shows it."""
+
+    def describe(self, plan: SkipPlan) -> str:
+        """One line."""
         ...
 
 

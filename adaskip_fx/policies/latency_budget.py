@@ -7,11 +7,12 @@ less what stands in for it, and a knapsack takes the sublayers whose loss is the
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,26 @@ class LatencyBudget:
         self._constraints()
         if self.losses is not None:
             object.__setattr__(self, "losses", MappingProxyType(dict(self.losses)))
+
+    def check(self, model: Any) -> None:
+        """Refuse a model, a dtype or a device that the table was not measured on.
+
+        A table of which times did not add up is taken, with a warning.
+
+        Raises:
+            TableError: says what differs and what to do.
+        """
+        self.table.check(model)
+        if self.table.warning:
+            warnings.warn(self.table.warning, stacklevel=3)
+
+    def describe(self, plan: SkipPlan) -> str:
+        """The speed-up that is predicted for a plan, by phase."""
+        speed_ups = (
+            f"{phase} {self.table.predict(plan, phase, self.context):.3g}x"
+            for phase in get_args(Phase)
+        )
+        return f"budget: {', '.join(speed_ups)} predicted at {self.context:,} tokens"
 
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """The plan of least summed loss that is `alpha` times as fast, by the table.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from ..plans.decisions import Choice, Schedule, Stages, left_out
 from ..plans.skip_plan import Action, Phase, SkipPlan
 from ..plans.tables import by_kind, storage
-from ..policies import LatencyBudget
+from ..policies import DescribedPolicy
 
 if TYPE_CHECKING:
     from ..kv_cache.cache import SkipCache
@@ -28,7 +28,7 @@ def runtime_report(runtime: Runtime) -> str:
         ("model", f"{type(model).__name__}, {dtype} on {model.device}"),
         *_decision_rows(runtime),
         *_plan_rows("prefill", runtime.plan, "prefill"),
-        *_budget_rows(runtime),
+        *_policy_rows(runtime),
         ("online", _online(runtime)),
         *_request_rows(runtime),
         ("compiled", _compiled(runtime)),
@@ -68,15 +68,11 @@ def _plan_rows(title: str, plan: SkipPlan, phase: Phase) -> list[tuple[str, str]
     return rows
 
 
-def _budget_rows(runtime: Runtime) -> list[tuple[str, str]]:
+def _policy_rows(runtime: Runtime) -> list[tuple[str, str]]:
     policy = runtime.policy
-    if not isinstance(policy, LatencyBudget):
-        return []
-    speed_ups = (
-        f"{phase} {policy.table.predict(runtime.plan, phase, policy.context):.3g}x"
-        for phase in get_args(Phase)
+    return (
+        [("policy", policy.describe(runtime.plan))] if isinstance(policy, DescribedPolicy) else []
     )
-    return [("budget", f"{', '.join(speed_ups)} predicted at {policy.context:,} tokens")]
 
 
 def _online(runtime: Runtime) -> str:

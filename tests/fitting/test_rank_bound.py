@@ -305,7 +305,7 @@ def planted(phase: Phase, context: int, plan: SkipPlan) -> float:
 def test_planted_times_of_ranks_come_back() -> None:
     compiled = compiled_llamas.entry("four_layers").compiled  # of width 16
     measured = measure(compiled, [64], ranks=True, compensations=(), time_step=planted)
-    assert measured.doubt == ""
+    assert measured.warning == ""
     for phase, tokens in (("prefill", 64), ("decode", 1)):
         found = measured.at(phase, 64)  # type: ignore[arg-type]
         ranks = {rank_of(n): seconds for n, seconds in found.items() if rank_of(n) is not None}

@@ -139,9 +139,9 @@ def test_times_that_do_not_add_up_are_measured_again_and_told() -> None:
     table = measured(clock, [64], rounds=2)
     assert len(clock.timed) == 2 * PLANS * (1 + 3 * 2)
     assert max(c.error for c in table.costs) > 0.05
-    assert table.doubt.startswith("measured times do not add up: the sum of parts is off by ")
+    assert table.warning.startswith("measured times do not add up: the sum of parts is off by ")
     fair = Clock()
-    assert measured(fair, [64], rounds=2).doubt == ""
+    assert measured(fair, [64], rounds=2).warning == ""
     assert len(fair.timed) == 2 * PLANS * (1 + 2)
 
 
@@ -492,8 +492,7 @@ def test_of_which_model_and_device() -> None:
         fitting.check(compiled_llamas.entry("grouped").model)
     message = (
         "the table was measured with device Some GPU, but the model has CPU .*; measure again "
-        r"\(adaskip-fx measure\), or make the LatencyBudget\(table, ...\) or "
-        r"LatencyBound\(table, ...\) yourself to use it all the same"
+        r"\(adaskip-fx measure\), or make a plan with it and pass that"
     )
     with pytest.raises(TableError, match=message):
         made(conditions={**fitting.conditions, "device": "Some GPU"}).check(model)

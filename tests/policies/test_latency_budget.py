@@ -1,6 +1,6 @@
 """Budgets by measured time: the knapsack and the policy, against all subsets tried one by one.
 
-And `compile(budget="latency")`, with tables that were made up.
+And `compile` with it, with tables that were made up.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from adaskip_fx import api
 from adaskip_fx.latency.knapsack import choose
 from adaskip_fx.latency.table import LatencyTable, device_name
 from adaskip_fx.latency.terms import Costs, TableError, Weights
-from adaskip_fx.measurement import budget
 from adaskip_fx.plans.skip_plan import PlanError, SkipPlan, Sublayer
-from adaskip_fx.policies import AdaSkip, EarlyExit, LatencyBudget, OnlinePolicy
+from adaskip_fx.policies import AdaSkip, LatencyBudget, OnlinePolicy
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.profiles.profile import Fingerprint, Profile
 from tests.support import compiled_llamas
@@ -351,7 +350,7 @@ def test_arguments() -> None:
         table(3, {"rest": 1.0, "ffn": 1.0})
 
 
-# compile(budget="latency"). --------------------------------------------------------------------
+# compile(policy=LatencyBudget(...)) -----------------------------------------------------------
 
 
 def bank_table(**changes: Any) -> LatencyTable:
@@ -369,38 +368,20 @@ def bank_profile() -> Profile:
 
 def compiled(alpha: float = 1.3, **options: Any) -> Any:
     model = compiled_llamas.entry("three_layers").model
-    options = {"budget": "latency", "context": 100, "backend": "eager", **options}
-    return adaskip_fx.compile(model, bank_profile(), alpha, **options)
+    return adaskip_fx.compile(model, bank_profile(), alpha, backend="eager", **options)
 
 
-@pytest.mark.parametrize("as_file", [False, True])
-def test_compile_takes_a_table(as_file: bool, tmp_path: Path) -> None:
-    costs: Any = bank_table()
-    if as_file:
-        costs.save(tmp_path / "table.json")
-        costs = tmp_path / "table.json"
-    runtime = compiled(table=costs, policy=AdaSkip(window=3)).adaskip
+def test_compile_takes_it() -> None:
+    policy = LatencyBudget(bank_table(), 100, base=AdaSkip(window=3))
+    runtime = compiled(policy=policy).adaskip
     assert runtime.plan == LatencyBudget(table(3), 100).plan(profile(SIMILAR), 1.3)
     assert runtime.plan != AdaSkip().plan(profile(SIMILAR), 1.3)
     assert runtime.policy.window == 3
     skip = runtime.plan.skipped("prefill")
     prefill, decode = (f"{speed_up(skip, phase):.3g}x" for phase in PHASES[:2])
-    line = f"budget prefill {prefill}, decode {decode} predicted at 100 tokens"
+    line = f"policy budget: prefill {prefill}, decode {decode} predicted at 100 tokens"
     assert line in " ".join(str(runtime).split())
     assert runtime.profile is not None
-
-
-def test_compile_measures_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def measured(model: Any, contexts: Any) -> LatencyTable:
-        asked.append((model, contexts))
-        return bank_table()
-
-    monkeypatch.setattr(budget, "measure", measured)
-    fast = compiled(context=100)
-    assert asked == [(fast, (100,))]
-    assert fast.adaskip.plan == LatencyBudget(table(3), 100).plan(profile(SIMILAR), 1.3)
 
 
 def test_compile_warns_of_times_that_did_not_add_up() -> None:
@@ -408,13 +389,13 @@ def test_compile_warns_of_times_that_did_not_add_up() -> None:
     noisy = bank_table(costs=(first, dataclasses.replace(second, error=0.071)))
     message = "the sum of parts is off by 7.1% in decode at 100 tokens, so that speed-ups may be"
     with pytest.warns(UserWarning, match=message) as caught:
-        compiled(table=noisy)
+        compiled(policy=LatencyBudget(noisy, 100))
     assert [Path(w.filename).name for w in caught] == ["test_latency_budget.py"]
 
 
 def test_the_compiled_model_answers_and_learns() -> None:
     """As any other policy's: the plan runs, and the window adds FFN sublayers to it."""
-    fast = compiled(table=bank_table(), policy=AdaSkip(window=2))
+    fast = compiled(policy=LatencyBudget(bank_table(), 100, base=AdaSkip(window=2)))
     plan = fast.adaskip.plan
     oracle = compiled_llamas.entry("three_layers").oracle
     ids = compiled_llamas.entry("three_layers").tokens(1, 9)
@@ -435,35 +416,26 @@ def test_the_compiled_model_answers_and_learns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("alpha", "context", "message"),
     [
-        ({"budget": "time"}, "budget must be 'count' or 'latency', got 'time'"),
-        ({"context": None}, "budget='latency' needs context=, the tokens of a typical request"),
-        ({"budget": "count"}, "context and table are for budget='latency'; pass it, or neither"),
-        ({"plan": SkipPlan.empty(sublayers(3))}, "budget='latency' chooses a plan; leave plan out"),
-        ({"policy": EarlyExit()}, "chooses by AdaSkip's similarities, not by EarlyExit; leave"),
-        ({"table": "no/such.json"}, "no/such.json: no such file; check the path, or measure again"),
-        ({"alpha": 99.0}, "alpha 99 cannot be met at 100 tokens"),
-        ({"context": 50}, "prefill at 50 tokens: measured were 100"),
+        (99.0, 100, "alpha 99 cannot be met at 100 tokens"),
+        (1.3, 50, "prefill at 50 tokens: measured were 100"),
     ],
 )
-def test_what_compile_refuses(options: dict[str, Any], message: str) -> None:
+def test_what_compile_refuses(alpha: float, context: int, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        compiled(**{"table": bank_table(), **options})
+        compiled(alpha, policy=LatencyBudget(bank_table(), context))
 
 
 def test_a_table_of_another_device_or_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused before anything is captured, but for a policy that was made with it on purpose."""
-    other = bank_table(conditions={"device": "Some GPU", "dtype": "float32"})
+    """Refused before anything is captured, but for a plan that was made with it on purpose."""
+    other = LatencyBudget(bank_table(conditions={"device": "Some GPU", "dtype": "float32"}), 100)
+    alien = LatencyBudget(bank_table(fingerprint=FINGERPRINT), 100)
     with monkeypatch.context() as patch:
         patch.setattr(api, "build", lambda *_, **__: pytest.fail("captured"))
         with pytest.raises(TableError, match="measured with device Some GPU, but the model has"):
-            compiled(table=other)
+            compiled(policy=other)
         with pytest.raises(TableError, match=r"the table is of the model .*, not "):
-            compiled(table=bank_table(fingerprint=FINGERPRINT))
-    on_purpose = LatencyBudget(other, 100)
-    fast = compiled(budget="count", context=None, policy=on_purpose)
-    assert fast.adaskip.plan == on_purpose.plan(profile(SIMILAR), 1.3)
-    model = compiled_llamas.entry("three_layers").model
-    with pytest.raises(ValueError, match="compile needs a profile to choose by measured time"):
-        adaskip_fx.compile(model, None, budget="latency", context=100, backend="eager")
+            compiled(policy=alien)
+    on_purpose = other.plan(profile(SIMILAR), 1.3)
+    assert compiled(plan=on_purpose).adaskip.plan == on_purpose
