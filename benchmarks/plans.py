@@ -38,7 +38,7 @@ def measure(context: int | None = None, repeats: int = 10) -> dict[str, Any]:
     plans = [base.with_decode_extra([s], {s: 1.01}) for s in new]
 
     def timed(plan: SkipPlan) -> float:
-        cache.request.decode_plan = plan
+        cache.request.decode_with(plan)
         synchronize(device)
         start = time.perf_counter()
         compiled(input_ids=token, past_key_values=cache)

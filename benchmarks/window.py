@@ -37,9 +37,7 @@ def measure(context: int | None = None, prompt: int | None = None) -> dict[str, 
 
     plain = statistics.median(seconds(step, device, 40, 5))
     cache.request.window = Window(probed, size=1 << 30)
-    runtime._learn = lambda request, moments: request.window.add(moments)
     with_probes = statistics.median(seconds(step, device, 40, 5))
-    del runtime._learn
     cache = None
     text = models.tokens(1, prompt)
 

@@ -14,7 +14,6 @@ import torch
 
 from ..api import build
 from ..model.compiled_model import CompiledModel
-from ..plans.decisions import Schedule
 from ..plans.skip_plan import SkipPlan
 from ..runtime.runtime import Runtime
 from .calibrate import unmasked
@@ -154,7 +153,7 @@ class CalibrationLoss:
         Where the phases are alike, the answer is a chunk after the prompt. (In one step with it, a
         graph would be needed for every length of an answer, or all of a prompt's logits.)
         """
-        cache = self.runtime.new_cache(prompt.shape[1] + answer.shape[1], plan=_fixed(plan))
+        cache = self.runtime.new_cache(prompt.shape[1] + answer.shape[1], plan=plan, learn=False)
         alike = plan.prefill == plan.decode and not plan.last_token_full
         rest = answer[:, :-1]
         chunks = torch.split(rest, rest.shape[1] if alike else 1, 1) if rest.shape[1] else ()
@@ -164,7 +163,7 @@ class CalibrationLoss:
 
     def _predicted(self, ids: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
         """Logits [T, V] for a text."""
-        cache = self.runtime.new_cache(ids.shape[1], plan=_fixed(plan))
+        cache = self.runtime.new_cache(ids.shape[1], plan=plan, learn=False)
         return self.runtime.step(ids, None, None, cache, 0)[0]
 
     @torch.no_grad()
@@ -180,11 +179,6 @@ class CalibrationLoss:
 
 def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.split(rows, _CHUNK)
-
-
-def _fixed(plan: SkipPlan) -> Schedule:
-    """As a schedule, beside which nothing is learned, whatever the model's policy."""
-    return Schedule(((0, plan),))
 
 
 def _checked(what: str, number: int, ids: torch.Tensor, least: int) -> torch.Tensor:

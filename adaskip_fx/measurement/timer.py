@@ -58,7 +58,7 @@ class StepTimer:
         """The last of the steps is the one that stores token number `context`."""
         before = max(2, context - self.steps - 1)
         cache = self._request(before)
-        cache.request.decode_plan = plan
+        cache.request.decode_with(plan)
         token = self._tokens(1)
 
         def step() -> None:
@@ -93,9 +93,8 @@ class StepTimer:
         # states cannot be taken back: a model that has some goes on for a few rounds
         stateful = any(slot.mixes for slot in self.runtime.graphs.slots)
         room = before + (16 if stateful else 1) * (self.steps + 1)
-        cache = self.runtime.new_cache(capacity=room, plan=full)
+        cache = self.runtime.new_cache(capacity=room, plan=full, learn=False)
         self.runtime.step(self._tokens(before), None, None, cache, 1)
-        cache.request.decoding = True  # nothing is learned from these steps
         self._held = before, cache
         return cache
 

@@ -61,6 +61,7 @@ class Request:
         decision: what it was begun with.
         stop_tokens: ids after which a row has ended, on the device; None when not known.
         chosen: the plan that a `Choice` gave it; None before its first prompt.
+        learns: whether a window opens when it begins to decode, if the policy learns.
         plan: the plan that the request's prompts run with, and its decoding at first.
         decode_plan: the plan in use for decoding: of the schedule's last step, or the online one
             once the window has closed.
@@ -77,6 +78,7 @@ class Request:
     decision: SkipPlan | Schedule | Choice
     stop_tokens: torch.Tensor | None = None
     chosen: SkipPlan | None = None
+    learns: bool = True
     plan: SkipPlan = field(init=False)
     decode_plan: SkipPlan = field(init=False)
     window: Window | None = field(init=False, default=None)
@@ -99,13 +101,21 @@ class Request:
 
     def fresh(self) -> Request:
         """The state at the beginning of another turn: nothing learned yet."""
-        turn = Request(self.decision, self.stop_tokens, self.chosen)
+        turn = replace(self)
         turn.since = self.since
         return turn
 
     def anew(self, chosen: SkipPlan | None = None) -> Request:
         """The state at the beginning of another request; `chosen`: its plan, if one was chosen."""
-        return Request(self.decision, self.stop_tokens, chosen)
+        return Request(self.decision, self.stop_tokens, chosen, self.learns)
+
+    def decode_with(self, plan: SkipPlan) -> None:
+        """Have decode steps run with `plan` from now on, and learn nothing from them.
+
+        For whoever times, warms up or compares plans on one request that is no schedule's. What
+        `plan` runs must have been stored: it skips whatever the request's own plan does, or more.
+        """
+        self.learns, self.window, self.decode_plan = False, None, plan
 
     def copy(self) -> Request:
         """The same state for a second request with the same past."""

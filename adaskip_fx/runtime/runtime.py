@@ -188,6 +188,7 @@ class Runtime:
         capacity: int = 0,
         stop_tokens: torch.Tensor | None = None,
         plan: Decision | None = None,
+        learn: bool = True,
     ) -> SkipCache:
         """An empty cache for a new request.
 
@@ -195,14 +196,14 @@ class Runtime:
             capacity: tokens to make room for at once; it grows when that is not enough.
             stop_tokens: ids after which a row has ended.
             plan: what the request begins with, if not `self.decision`.
+            learn: whether decoding may learn a plan of its own, as the policy says.
         """
         given = plan if plan is not None else self.decision
         if given is not self._admitted:
             validate_decision(given, self.graphs, type(self.model).__name__)
             self._admitted = given
-        request = Request(
-            given.plan(self.stage) if isinstance(given, Stages) else given, stop_tokens
-        )
+        begin = given.plan(self.stage) if isinstance(given, Stages) else given
+        request = Request(begin, stop_tokens, learns=learn)
         slots, kept = self.graphs.slots, self.graphs.stored(request.plan)
         cache = SkipCache(self, slots, kept, self.model.dtype, self.device, capacity)
         cache.request = request
@@ -355,7 +356,8 @@ class Runtime:
                 return request.fresh()
         elif not request.decoding:
             request.decoding, request.decoding_from = True, cache.length
-            if request.decision is request.plan:  # nothing is learned beside a schedule or choice
+            # nothing is learned beside a schedule or choice
+            if request.learns and request.decision is request.plan:
                 request.window = self._new_window(request.plan)
         return request
 

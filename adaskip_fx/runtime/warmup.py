@@ -29,7 +29,7 @@ def warm_up(runtime: Runtime, begin: SkipPlan | Schedule, max_length: int, batch
     for ids in (prompt, token):
         runtime.step(ids, None, None, cache, 1)
     if cache.request.window is not None:  # the program after the window as well
-        cache.request.window = None
+        cache.request.decode_with(cache.request.decode_plan)
         runtime.step(token, None, None, cache, 1)
     for first, _ in begin.steps[1:] if isinstance(begin, Schedule) else ():
         if not cache.stateful:

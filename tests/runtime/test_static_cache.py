@@ -86,7 +86,7 @@ def test_a_plan_of_pieces_that_have_run_is_recorded_at_once() -> None:
         for step in range(9):
             if step in changes:
                 plan, expected_first = changes[step]
-                cache.request.decode_plan = plan
+                cache.request.decode_with(plan)
                 follow(bank.oracle, plan)
             ids = bank.tokens(1, 5 if step == 0 else 1, step)
             tape.did.clear()

@@ -17,6 +17,7 @@ from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.profiles.profile import Profile
+from adaskip_fx.runtime.request import probed_in_decode
 from tests.support.compiled_llamas import SEEDS, Entry, entry, fewer, follow, profile_of
 from tests.support.eager_reference import assert_close, moments
 
@@ -259,6 +260,22 @@ def test_only_ffn_that_run_are_measured() -> None:
         cache, reference = case.request()
         assert probed_steps(case, (6, 1, 1, 1), cache) == [0, 1, 1, 1]
     assert case.watched.windows[0][0] == ("1.ffn",) == tuple(reference.probed)
+
+
+def test_a_request_that_is_not_to_learn() -> None:
+    """In any turn, and also once it has been given another plan to decode with."""
+    case = Case()
+    with case.using():
+        cache = case.bank.runtime.new_cache(learn=False)
+        assert probed_steps(case, (6, 1, 1, 4, 1), cache) == [0] * 5
+        learning = case.bank.runtime.new_cache()
+        assert probed_steps(case, (6, 1), learning)[1] > 0  # the companion
+        running = probed_in_decode(case.plan)[0]
+        other = case.plan.with_decode_extra([running])
+        learning.request.decode_with(other)
+        assert probed_steps(case, (1, 1, 1, 1), learning) == [0] * 4
+        assert learning.request.decode_plan == other
+    assert case.watched.windows == []
 
 
 @pytest.mark.parametrize("reason", ["no policy", "offline", "nothing skipped", "no ffn runs"])

@@ -118,14 +118,13 @@ def link_new_plans(runtime: Runtime, repeats: int) -> tuple[tuple[float, ...], i
     plan = runtime.plan
     running = [s for s in plan.sublayers if s not in plan.decode]
     extra = [s for s in running if s.kind == "ffn"][:repeats] if len(running) > 1 else []
-    cache = runtime.new_cache()
+    cache = runtime.new_cache(learn=False)
     ids = torch.zeros(1, 2, dtype=torch.int64, device=runtime.model.device)
     runtime.step(ids, None, None, cache, 1)
     runtime.step(ids[:, :1], None, None, cache, 1)
-    cache.request.window = None
     seconds, pieces = [], runtime.pieces_compiled
     for sublayer in extra:
-        cache.request.decode_plan = plan.with_decode_extra([sublayer])
+        cache.request.decode_with(plan.with_decode_extra([sublayer]))
         before = runtime.counters.link_seconds
         runtime.step(ids[:, :1], None, None, cache, 1)
         seconds.append(runtime.counters.link_seconds - before)
