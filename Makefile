@@ -12,7 +12,7 @@ demo: .venv/demo
 	$(BIN)/adaskip-fx demo
 
 test: .venv/test lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -27,17 +27,17 @@ docs: .venv/docs
 
 # Every family, and whatever else takes minutes.
 test-all: .venv/test lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m ''
 
 soak: .venv/test
 	$(BIN)/python -m tests.machine.soak --seconds 3600
-	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
+	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m ''
 
 # The suite on the oldest, the pinned and the newest supported versions, each in an environment of
 # its own. Rows of docs/models.md are measured anew by `python -m tests.model_support` in each.
 test-matrix: test-all .venv-oldest/test .venv-newest/test
-	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile -m ''
-	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile -m ''
+	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m ''
+	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m ''
 
 .venv-oldest/test: VERSIONS := $(OLDEST)
 .venv-newest/test: VERSIONS := $(NEWEST)
