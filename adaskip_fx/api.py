@@ -10,7 +10,8 @@ from .model.compiled_model import check_model, make_shell
 from .model.load import usable_backend
 from .plans.decisions import Decision
 from .plans.serialization import load_decision
-from .policies import AdaSkip, CheckedPolicy, OnlinePolicy, Policy
+from .policies import AdaSkip, OnlinePolicy, Policy
+from .policies.base import check_policy
 from .profiles.profile import Profile
 from .programs.program import Link
 from .runtime.runtime import Runtime
@@ -67,8 +68,7 @@ def compile(
     if decision is None:
         if loaded is None:
             raise ValueError("compile needs a profile, or an explicit plan")
-        if isinstance(chosen, CheckedPolicy):
-            chosen.check(model)
+        check_policy(chosen, model)
         decision = chosen.plan(loaded, alpha)
         online = chosen if isinstance(chosen, OnlinePolicy) else None
     else:

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/explanation/private-interfaces.md").read_text("utf-8")
-_PRIVATE = re.compile(r"torch\._[a-zA-Z]\w*")
+#: up to the first part with an underscore: ``torch._dynamo``, ``torch.fx._symbolic_trace``
+_PRIVATE = re.compile(r"(?:torch|fx)(?:\.[a-zA-Z]\w*)*\._[a-zA-Z]\w*")
 
 
 def listed(section: str) -> dict[str, set[str]]:
@@ -59,6 +60,10 @@ def test_the_scan_sees_what_it_looks_for() -> None:
         "def late():\n"
         '    importlib.import_module("torch._higher_order_ops.scan")\n'
         "    return torch._C.nothing\n"
+        "torch.utils._pytree.tree_map\n"
+        "fx._lazy_graph_module\n"
+        "torch.__version__\n"
     )
-    names = {"_dynamo", "_guards", "_inductor", "_higher_order_ops", "_C"}
-    assert set(used(source)) == {f"torch.{name}" for name in names}
+    names = {"_dynamo", "_guards", "_inductor", "_higher_order_ops", "_C", "utils._pytree"}
+    found = {*(f"torch.{name}" for name in names), "fx._lazy_graph_module"}
+    assert set(used(source)) == found

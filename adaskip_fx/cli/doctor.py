@@ -125,13 +125,15 @@ def captured(name: str, device: str, dtype: str | None) -> Finding:
     from adaskip_passes import RefusedError
 
     from ..api import build
+    from ..model.compiled_model import check_model
     from ..model.load import load
     from ..plans.tables import by_kind
 
     loaded = load(name, device, dtype)
     try:
+        check_model(loaded.model)
         compiled = build(loaded.model, None, backend="eager")
-    except (RefusedError, NotImplementedError, TypeError) as error:
+    except (RefusedError, NotImplementedError, TypeError, ValueError) as error:
         return Finding(loaded.name, False, str(error))
     sublayers = compiled.adaskip.sublayers
     about = f"{type(loaded.model).__name__}, {len(sublayers)} sublayers: {by_kind(sublayers)}"

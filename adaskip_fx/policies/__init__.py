@@ -7,11 +7,12 @@ lie) are fields of it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy.typing as npt
 
 from adaskip_fx.policies.adaskip import AdaSkip
+from adaskip_fx.policies.base import CheckedPolicy
 from adaskip_fx.policies.candidates import Compensate, Evaluator
 from adaskip_fx.policies.d3 import D3
 from adaskip_fx.policies.decode_only import DecodeOnly
@@ -76,19 +77,6 @@ class PlanPolicy(Protocol):
 
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """The plan for `profile`'s model at acceleration ratio `alpha` (1.0: skip nothing)."""
-        ...
-
-
-@runtime_checkable
-class CheckedPolicy(Protocol):
-    """A policy that is not for every model; `adaskip_fx.compile` asks it first."""
-
-    def check(self, model: Any) -> None:
-        """Refuse a model, a dtype or a device that it knows nothing of.
-
-        Raises:
-            ValueError: says what differs and what to do.
-        """
         ...
 
 

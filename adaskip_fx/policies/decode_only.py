@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaskip_fx.plans.decisions import map_plans
 from adaskip_fx.plans.phase_split import decode_only
 from adaskip_fx.policies.adaskip import AdaSkip
+from adaskip_fx.policies.base import check_policy
 
 if TYPE_CHECKING:
     from adaskip_fx.plans.decisions import Decision
@@ -25,6 +26,10 @@ class DecodeOnly:
     """
 
     policy: Policy = field(default_factory=AdaSkip)
+
+    def check(self, model: Any) -> None:
+        """Refuse what `policy` refuses."""
+        check_policy(self.policy, model)
 
     def plan(self, profile: Profile, alpha: float) -> Decision:
         """`policy`'s decision at `alpha` with every prompt in full; errors as of `policy`."""

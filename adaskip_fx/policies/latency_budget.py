@@ -66,7 +66,7 @@ class LatencyBudget:
         """
         self.table.check(model)
         if self.table.warning:
-            warnings.warn(self.table.warning, stacklevel=3)
+            warnings.warn(self.table.warning, stacklevel=4)  # whoever called `compile`
 
     def describe(self, plan: SkipPlan) -> str:
         """The speed-up that is predicted for a plan, by phase."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaskip_fx.plans.phase_split import prefill_only
+from adaskip_fx.policies.base import check_policy
 from adaskip_fx.policies.early_exit import EarlyExit
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ class POP:
     policy: PlanPolicy = field(default_factory=EarlyExit)
     decode_alpha: float = 1.0
     last_token_full: bool = True
+
+    def check(self, model: Any) -> None:
+        """Refuse what `policy` refuses."""
+        check_policy(self.policy, model)
 
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """`policy`'s plan at `alpha` for prompts, and at `decode_alpha` for decoding.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaskip_fx.plans.decisions import Choice, Option
 from adaskip_fx.policies.adaskip import AdaSkip
+from adaskip_fx.policies.base import check_policy
 
 if TYPE_CHECKING:
     from adaskip_fx.policies import PlanPolicy
@@ -43,6 +44,10 @@ class Router:
     def __post_init__(self) -> None:
         if not self.routes:
             raise ValueError("Router: no routes were given; learn_routes makes them from texts")
+
+    def check(self, model: Any) -> None:
+        """Refuse what `policy` refuses."""
+        check_policy(self.policy, model)
 
     def plan(self, profile: Profile, alpha: float) -> Choice:
         """The plans at `alpha`; of `profile` only its model counts."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
 import adaskip_passes
@@ -45,6 +46,16 @@ def test_the_hook_of_that_test_blocks(name: str) -> None:
     done = run(f"import {name}\n")
     assert done.returncode == 1
     assert f"blocked: {name}" in done.stderr
+
+
+def test_no_file_imports_anything_else() -> None:
+    """Also not inside functions. (Triton comes with torch where there is a GPU.)"""
+    graph = grimp.build_graph("adaskip_passes", include_external_packages=True, cache_dir=None)
+    foreign = {name for name in graph.modules if graph.is_module_squashed(name)}
+    assert foreign - sys.stdlib_module_names == {"torch", "triton"}
+    assert {"ast", "functools"} & foreign, "the standard library is among what it sees"
+    (user,) = graph.find_modules_that_directly_import("triton")
+    assert user == "adaskip_passes.decode.triton_kernels"
 
 
 def test_the_public_names() -> None:

@@ -24,7 +24,7 @@ from adaskip_fx.latency.knapsack import choose
 from adaskip_fx.latency.table import LatencyTable, device_name
 from adaskip_fx.latency.terms import Costs, TableError, Weights
 from adaskip_fx.plans.skip_plan import PlanError, SkipPlan, Sublayer
-from adaskip_fx.policies import AdaSkip, LatencyBudget, OnlinePolicy
+from adaskip_fx.policies import POP, AdaSkip, DecodeOnly, LatencyBudget, OnlinePolicy, Route, Router
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.profiles.profile import Fingerprint, Profile
 from tests.support import compiled_llamas
@@ -431,11 +431,17 @@ def test_a_table_of_another_device_or_model(monkeypatch: pytest.MonkeyPatch) -> 
     """Refused before anything is captured, but for a plan that was made with it on purpose."""
     other = LatencyBudget(bank_table(conditions={"device": "Some GPU", "dtype": "float32"}), 100)
     alien = LatencyBudget(bank_table(fingerprint=FINGERPRINT), 100)
+    route = Route("prose", bank_profile(), (0.0,))
     with monkeypatch.context() as patch:
         patch.setattr(api, "build", lambda *_, **__: pytest.fail("captured"))
         with pytest.raises(TableError, match="measured with device Some GPU, but the model has"):
             compiled(policy=other)
         with pytest.raises(TableError, match=r"the table is of the model .*, not "):
             compiled(policy=alien)
+        for wrapped in (DecodeOnly(other), POP(other), Router((route,), other)):
+            with pytest.raises(TableError, match="measured with device Some GPU"):
+                compiled(policy=wrapped)
+    fine = DecodeOnly(LatencyBudget(bank_table(), 100))  # the companion
+    assert compiled(policy=fine).adaskip.plan == fine.plan(profile(SIMILAR), 1.3)
     on_purpose = other.plan(profile(SIMILAR), 1.3)
     assert compiled(plan=on_purpose).adaskip.plan == on_purpose
