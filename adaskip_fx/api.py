@@ -55,7 +55,7 @@ def compile(
     Raises:
         TypeError, ValueError: a model, profile, alpha or plan that cannot be used.
         RuntimeError: Inductor is to compile for the CPU and there is no C++ compiler.
-        RefusedError: the architecture's sublayers cannot be captured or proven.
+        UnsupportedError: the architecture's sublayers cannot be captured or proven.
     """
     check_model(model)
     _check_options(backend, link)

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from adaskip_passes import (
     Capture,
     PieceCompiler,
-    RefusedError,
+    UnsupportedError,
     canonicalize,
     describe,
     find_sublayers,
@@ -36,12 +36,12 @@ from adaskip_passes import (
     written,
 )
 
+from .plans.composition import SurrogateTensors, compose_surrogates
 from .plans.decisions import Decision, Schedule, plans_of
-from .plans.folding import SurrogateTensors, folds
 from .plans.skip_plan import Phase, SkipPlan, Sublayer
 from .policies import AdaSkip, OnlinePolicy
 from .profiles.profile import Profile
-from .programs.program import rewrite, stand_in_tensors
+from .programs.program import rewrite, surrogate_tensors
 from .runtime.request import Window, probed_in_decode
 
 _OPTIONS = ("profile", "alpha", "policy", "plan", "inner_backend", "link")
@@ -178,14 +178,14 @@ def adaskip(
 
     Raises:
         ValueError: unknown or missing options, or a decision that needs `adaskip_fx.compile`.
-        RefusedError: gradients are required, the graph is not a decoder of the profile's shape, or
-            its cache is not written in place, where requests have to be told apart.
+        UnsupportedError: gradients are required, the graph is not a decoder of the profile's shape,
+            or its cache is not written in place, where requests have to be told apart.
     """
     given = options or {}
     if torch.is_grad_enabled() and any(
         isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs
     ):
-        raise RefusedError(
+        raise UnsupportedError(
             "backend adaskip is for inference: call the model under torch.no_grad() or "
             "torch.inference_mode()"
         )
@@ -212,7 +212,7 @@ class _Graph:
         self.sublayers = model.plan.sublayers
         names = [f"{s.layer}.{s.kind}" for s in found]
         if names != [str(s) for s in self.sublayers]:
-            raise RefusedError(
+            raise UnsupportedError(
                 f"the graph has {len(names)} sublayers, the profile or plan {len(self.sublayers)}, "
                 "or their order differs: it was made for another model"
             )
@@ -223,7 +223,7 @@ class _Graph:
         self.device: torch.device = stream.device
         self.one_token = _is_one(stream.shape[1])
         if self.one_token and self.cache and not in_place and model.remembers:
-            raise RefusedError(
+            raise UnsupportedError(
                 "backend adaskip tells requests apart by their cache, and this one is made anew in "
                 "every step (a DynamicCache is): use a StaticCache, or adaskip_fx.compile"
             )
@@ -271,7 +271,7 @@ class _Graph:
     def _link(
         self, phase: Phase, plan: SkipPlan, probed: tuple[Sublayer, ...]
     ) -> Callable[[Sequence[Any]], Any]:
-        stand_ins = folds(plan, phase)
+        surrogates = compose_surrogates(plan, phase)
         outer = rewrite(
             self.outer,
             self.sublayers,
@@ -279,10 +279,10 @@ class _Graph:
             phase,
             probed,
             keep="counters",
-            stand_ins=stand_ins,
+            surrogates=surrogates,
         )
         inputs = outer.graph.find_nodes(op="placeholder")
-        factors = stand_in_tensors(outer, self.sublayers, stand_ins, self.placed)
+        factors = surrogate_tensors(outer, self.sublayers, surrogates, self.placed)
         place = {name: i for i, name in enumerate(self.inputs)}
         takes = [place.get(n.name, n.name) for n in inputs]
         function = self.compiler.compile(fuse(outer)) if self.fused else link(outer, self.compiler)

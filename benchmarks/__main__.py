@@ -70,7 +70,7 @@ def run(
     length: Annotated[int | None, typer.Option(min=16, help="tokens of a window")] = None,
     alpha: Annotated[list[float] | None, typer.Option(help="of studies; may be repeated")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="of study_pareto; all")] = None,
-    compensation: Annotated[list[str] | None, typer.Option(help="of studies")] = None,
+    surrogate: Annotated[list[str] | None, typer.Option(help="of studies")] = None,
     plan: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="saved, for study_pareto and study_summaries"),
@@ -100,7 +100,7 @@ def run(
         **{"samples": samples, "length": length, "most": most, "seed": seed},
         **({"alphas": tuple(alpha)} if alpha else {}),
         "steps": tuple(steps or ()),
-        **{"policies": tuple(policy or ()), "compensations": tuple(compensation or ())},
+        **{"policies": tuple(policy or ()), "surrogates": tuple(surrogate or ())},
     }
     out.mkdir(parents=True, exist_ok=True)
     for name in workloads:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaskip_fx.api import build
 from adaskip_fx.plans.skip_plan import SkipPlan
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 
 from .conditions import spread
 
@@ -57,7 +57,7 @@ def _random_plan(sublayers: tuple[Any, ...], draw: random.Random) -> SkipPlan:
     return SkipPlan.of(
         sublayers,
         skip,
-        compensation=Compensation.scale({s: draw.uniform(0.9, 1.1) for s in skip}),
+        surrogates=Surrogates.scale({s: draw.uniform(0.9, 1.1) for s in skip}),
     )
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaskip_fx.api import build
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -68,7 +68,7 @@ def random_plan(sublayers: Sequence[Sublayer], skip: int, seed: int = 0) -> Skip
     draw = random.Random(seed)
     chosen = draw.sample(list(sublayers[2:-2]), skip)
     factors = {s: draw.uniform(0.9, 1.1) for s in chosen}
-    return SkipPlan.of(sublayers, chosen, compensation=Compensation.scale(factors))
+    return SkipPlan.of(sublayers, chosen, surrogates=Surrogates.scale(factors))
 
 
 def tokens(batch: int, count: int) -> torch.Tensor:

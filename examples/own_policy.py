@@ -30,7 +30,7 @@ class Apart:
             if not {i - 1, i + 1} & chosen:
                 chosen.add(i)
         skip = [profile.sublayers[i] for i in sorted(chosen)]
-        return plan_without(profile, skip, compensated=True)
+        return plan_without(profile, skip, scaled=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from adaskip_fx import backend as module
 from adaskip_fx.plans.decisions import Schedule, Stages
 from adaskip_fx.plans.skip_plan import Action, Sublayer
 from adaskip_fx.plans.sublayer import Kind
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import LLMDrop
 from adaskip_fx.profiles.fingerprint import fingerprint
 from tests.support.eager_reference import Oracle
@@ -58,7 +58,7 @@ def _fresh_dynamo() -> Iterator[None]:
 
 def plan_of(skip: list[str], factor: float = 1.1) -> SkipPlan:
     factors = {Sublayer.parse(name): factor for name in skip}
-    return SkipPlan.of(SUBLAYERS, skip, compensation=Compensation.scale(factors))
+    return SkipPlan.of(SUBLAYERS, skip, surrogates=Surrogates.scale(factors))
 
 
 def compiled(model: LlamaForCausalLM, **options: Any) -> Any:

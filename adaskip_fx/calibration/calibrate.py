@@ -45,7 +45,7 @@ def calibrate(
     Raises:
         ValueError: no text, a text of fewer than 16 tokens, such a `max_length`, or a text of
             which less than half counts for some sublayer.
-        RefusedError: the model's sublayers cannot be captured or proven.
+        UnsupportedError: the model's sublayers cannot be captured or proven.
     """
     check_model(model)
     samples = tokenize(model, tokenizer, texts, max_length)

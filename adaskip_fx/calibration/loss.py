@@ -105,7 +105,7 @@ class CalibrationLoss:
 
         Raises:
             ValueError: `samples` is below 1.
-            PlanError, RefusedError: the plan is of another model, or cannot be skipped.
+            PlanError, UnsupportedError: the plan is of another model, or cannot be skipped.
         """
         if samples is not None and samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples!r}")

@@ -23,9 +23,9 @@ from adaskip_passes import (
     FuseProjections,
     Pass,
     PieceCompiler,
-    RefusedError,
     Repeat,
     ShapeGuards,
+    UnsupportedError,
     canonicalize,
     capture,
     find_sublayers,
@@ -139,12 +139,12 @@ class CapturedPhase:
         """The inputs that stay the same during a request, looked up anew and checked.
 
         Raises:
-            RefusedError: a parameter was replaced by one of another shape, dtype or device.
+            UnsupportedError: a parameter was replaced by one of another shape, dtype or device.
         """
         values = self.bind_weights(arguments)
         for name, value, expected in zip(self.place, values, self.expected, strict=False):
             if expected is not None and _layout(value) != expected:
-                raise RefusedError(
+                raise UnsupportedError(
                     f"{name} was {expected} when the model was captured and is "
                     f"{_layout(value)} now; compile the model again"
                 )
@@ -174,13 +174,13 @@ def capture_phase(
         backend: inner torch.compile backend, by name.
 
     Raises:
-        RefusedError: one graph cannot be made, or its sublayers cannot be proven.
+        UnsupportedError: one graph cannot be made, or its sublayers cannot be proven.
     """
 
     def build(captured: Capture) -> CapturedPhase:
         if captured.python_effects:
             changed = ", ".join(map(readable, captured.python_effects))
-            raise RefusedError(
+            raise UnsupportedError(
                 f"{type(model).__name__}.forward changes {changed} while it runs; a captured graph "
                 "cannot repeat that"
             )
@@ -206,7 +206,7 @@ def capture_phase(
         )
 
     if key.static_cache and attention.is_own(model):
-        raise RefusedError(
+        raise UnsupportedError(
             f"{type(model).__name__}'s attention implementation is one that was registered, and "
             "may look at how many keys there are; whole buffers have more than are filled"
         )

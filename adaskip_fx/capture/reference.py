@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes import RefusedError
+from adaskip_passes import UnsupportedError
 
 from ..kv_cache.buffers import CacheBuffers, LayerCacheSpec, State, StateKind
 from ..kv_cache.names import cache_argument
@@ -114,7 +114,7 @@ class ReferenceRun:
             model, forward: the compiled model, and the function that was traced.
 
         Raises:
-            RefusedError: the logits are others.
+            UnsupportedError: the logits are others.
         """
         key = captured.key
         if key.surroundings.autocast or key.one_stored or key.dtype != self.dtype:
@@ -139,7 +139,7 @@ class ReferenceRun:
             )
             if errors[-1] <= tolerance(self.dtype):
                 return
-        raise RefusedError(
+        raise UnsupportedError(
             f"the graph captured for {what} gives other logits than the model: on "
             f"{step.ids.shape[1]} token(s) after {step.past} they differ by {min(errors):.1e} of "
             "the largest. The model's code depends on something that was not captured (its cache's "
@@ -185,7 +185,7 @@ def run_reference(model: Any, forward: Forward | None = None) -> ReferenceRun:
             and the attention of :mod:`adaskip_fx.capture.attention`, which is left out meanwhile.
 
     Raises:
-        RefusedError: it does not run on a cache of transformers', or keeps something else in it
+        UnsupportedError: it does not run on a cache of transformers', or keeps something else in it
             than keys, values and mixers' states.
     """
     forward = forward or type(model).forward
@@ -285,7 +285,7 @@ def _logits(model: Any, forward: Forward, ids: torch.Tensor, cache: Any, past: i
     try:
         logits: torch.Tensor = forward(model, **inputs, use_cache=True).logits
     except Exception as error:
-        raise RefusedError(
+        raise UnsupportedError(
             f"{type(model).__name__} does not run on a DynamicCache, so its memory is not known: "
             f"{type(error).__name__}: {error}"
         ) from error
@@ -301,7 +301,7 @@ def _slots(model: Any, cache: Any) -> tuple[LayerCacheSpec, ...]:
 def _slot(index: int, layer: Any) -> LayerCacheSpec:
     kind = type(layer).__name__
     if kind not in _KNOWN_LAYERS:
-        raise RefusedError(
+        raise UnsupportedError(
             f"layer {index} keeps its memory in a {kind}; supported are keys and values, and the "
             "states of mixers"
         )
@@ -311,7 +311,7 @@ def _slot(index: int, layer: Any) -> LayerCacheSpec:
     if keys is None or values is None:
         return LayerCacheSpec(states=shapes)
     if keys.dim() != 4:
-        raise RefusedError(
+        raise UnsupportedError(
             f"layer {index} keeps keys of shape {list(keys.shape)}, not [B, H, T, D]"
         )
     return LayerCacheSpec(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], shapes)
@@ -355,7 +355,7 @@ def _run(captured: CapturedPhase, arguments: dict[str, Any], what: str) -> torch
         logits: torch.Tensor = fx.Interpreter(graph, garbage_collect_values=True).run(*inputs)[0]
     except RuntimeError as error:  # an assertion about values that was captured
         reason = str(error).strip().splitlines()[0]
-        raise RefusedError(f"the graph captured for {what} does not run: {reason}") from error
+        raise UnsupportedError(f"the graph captured for {what} does not run: {reason}") from error
     return logits
 
 

@@ -25,7 +25,7 @@ from adaskip_passes import (
     Change,
     PythonState,
     Reads,
-    RefusedError,
+    UnsupportedError,
     describe_tensor,
     one_at_a_time,
     sharing,
@@ -57,7 +57,7 @@ _READ_BY_US = frozenset(
 )
 
 
-class ChangedError(RefusedError):
+class ChangedError(UnsupportedError):
     """A model was changed where its request needs it as it was."""
 
 
@@ -204,7 +204,7 @@ class States:
 
         Raises:
             ChangedError: the original was changed and the compiled model was not.
-            RefusedError: the model does not run as it is now.
+            UnsupportedError: the model does not run as it is now.
         """
         current = self.current
         if self._origin_is_same() and current.holds():
@@ -276,15 +276,15 @@ class States:
         """Have the model run on a few tokens, in the state it is in, for that state.
 
         Raises:
-            RefusedError: it does not run, as it was changed since it was in the state `before`.
+            UnsupportedError: it does not run, as it was changed since it was in the state `before`.
         """
         try:
             state.sample = state.sample.rerun(self.model, type(self.original).forward)
             state.sampled = True
-        except RefusedError as error:
+        except UnsupportedError as error:
             if before is None:
                 raise
-            raise RefusedError(
+            raise UnsupportedError(
                 f"{type(self.model).__name__} was changed since it was compiled "
                 f"({self._changes(before)}), and does not run as it is now: {error}"
             ) from error

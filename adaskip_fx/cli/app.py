@@ -159,7 +159,7 @@ def measure(
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="How often each plan is timed.")] = 5,
     ranks: Annotated[
-        bool, typer.Option("--ranks", help="Measure low-rank stand-ins too, for fit --within.")
+        bool, typer.Option("--ranks", help="Measure low-rank surrogates too, for fit --within.")
     ] = False,
     backend: Backend = "inductor",
     dtype: Dtype = None,

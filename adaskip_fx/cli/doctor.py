@@ -122,7 +122,7 @@ def captured(name: str, device: str, dtype: str | None) -> Finding:
     Raises:
         FileNotFoundError, ValueError: it cannot be loaded.
     """
-    from adaskip_passes import RefusedError
+    from adaskip_passes import UnsupportedError
 
     from ..api import build
     from ..model.compiled_model import check_model
@@ -133,7 +133,7 @@ def captured(name: str, device: str, dtype: str | None) -> Finding:
     try:
         check_model(loaded.model)
         compiled = build(loaded.model, None, backend="eager")
-    except (RefusedError, NotImplementedError, TypeError, ValueError) as error:
+    except (UnsupportedError, NotImplementedError, TypeError, ValueError) as error:
         return Finding(loaded.name, False, str(error))
     sublayers = compiled.adaskip.sublayers
     about = f"{type(loaded.model).__name__}, {len(sublayers)} sublayers: {by_kind(sublayers)}"

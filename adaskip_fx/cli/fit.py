@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import typer
 
 from adaskip_fx.cli.options import Alpha, Backend, Debug, Device, Dtype, Model, console, reported
-from adaskip_fx.plans.surrogate import StandInKind
+from adaskip_fx.plans.surrogate import SurrogateKind
 
 if TYPE_CHECKING:
     from adaskip_fx.fitting import LatencyBound
 
 Phases = Literal["both", "prefill", "decode"]
 Rungs = Literal["scale", "diagonal", "low_rank", "linear", "normalized"]
-assert set(get_args(Rungs)) == set(get_args(StandInKind))
+assert set(get_args(Rungs)) == set(get_args(SurrogateKind))
 
 
 def fit(
@@ -54,7 +54,7 @@ def fit(
         bool,
         typer.Option(
             "--in-order/--at-once",
-            help="Fit stand-ins in the order of the plan, or all in one pass over the texts.",
+            help="Fit surrogates in the order of the plan, or all in one pass over the texts.",
         ),
     ] = True,
     own: Annotated[

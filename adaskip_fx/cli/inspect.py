@@ -17,7 +17,7 @@ from ..capture.reference import run_reference
 from ..model.compiled_model import make_shell
 from ..plans.skip_plan import Phase, PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
-from ..plans.surrogates import Compensation
+from ..plans.surrogates import Surrogates
 from ..programs.program import rewrite
 from ..programs.program_cache import Graphs
 
@@ -38,7 +38,7 @@ def explain(model: Any, plan: SkipPlan) -> Iterator[Explained]:
 
     Raises:
         PlanError: the plan is of another model.
-        RefusedError: the model's sublayers cannot be captured or proven.
+        UnsupportedError: the model's sublayers cannot be captured or proven.
     """
     graphs = Graphs(
         make_shell(model), model, run_reference(model), "eager", "pieces", max_variants=1
@@ -110,11 +110,11 @@ def excerpt(plan: SkipPlan) -> tuple[SkipPlan, int]:
     partial = [pair for pair in pairs if len(skips[pair]) < len(by_layer[pair[0]]) * 2]
     first, second = max(partial, key=lambda pair: len(skips[pair]))
     new = {s: Sublayer(i, s.kind) for i, n in enumerate((first, second)) for s in by_layer[n]}
-    kept = {new[s]: c for s, c in plan.compensation.stand_ins.items() if s in new}
+    kept = {new[s]: c for s, c in plan.surrogates.by_sublayer.items() if s in new}
     short = SkipPlan(
         tuple(new.values()),
         {new[s]: action for s, action in plan.prefill.items() if s in new},
         {new[s]: action for s, action in plan.decode.items() if s in new},
-        Compensation(kept),
+        Surrogates(kept),
     )
     return short, first

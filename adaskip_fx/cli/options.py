@@ -52,6 +52,8 @@ def reported(debug: bool) -> Iterator[None]:
 def _expected(error: Exception) -> bool:
     if isinstance(error, BrokenPipeError):  # the reader has enough; click ends quietly
         return False
-    from adaskip_passes import RefusedError
+    from adaskip_passes import UnsupportedError
 
-    return isinstance(error, ValueError | TypeError | OSError | NotImplementedError | RefusedError)
+    return isinstance(
+        error, ValueError | TypeError | OSError | NotImplementedError | UnsupportedError
+    )

@@ -20,16 +20,17 @@ from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.programs.program import Program, plan_phase
 from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.utils.files import JSON
+from adaskip_passes.errors import AdaskipError
 
 #: See `Runtime.observer`.
 Observer = Callable[[Program, SkipPlan, int], None]
 
 
-class SkipPathError(RuntimeError):
+class SkipPathError(AdaskipError, RuntimeError):
     """A compiled model ran other sublayers than its plan says, or was not run at all."""
 
 
-class NotMeasuredError(ValueError):
+class NotMeasuredError(AdaskipError, ValueError):
     """What ran was the full model: no step was of a kind that the plan changes."""
 
 

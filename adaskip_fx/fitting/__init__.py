@@ -5,14 +5,13 @@ from .fitter import Fitter
 from .least_squares import solve, unexplained
 from .rank_bound import LatencyBound
 from .recipe import Recipe, fit
-from .search_fits import Compensator
+from .search_fits import SurrogateFitter
 from .second_moments import SecondMoments
 from .session import FittingSession
 from .spec import SurrogateSpec
 from .weighted_sample import Sample
 
 __all__ = [
-    "Compensator",
     "DistillConfig",
     "DistillLog",
     "Fitter",
@@ -21,6 +20,7 @@ __all__ = [
     "Recipe",
     "Sample",
     "SecondMoments",
+    "SurrogateFitter",
     "SurrogateSpec",
     "fit",
     "refine",

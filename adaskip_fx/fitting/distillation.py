@@ -1,8 +1,8 @@
-"""Refine stand-ins by gradient descent towards the full model's predictions.
+"""Refine surrogates by gradient descent towards the full model's predictions.
 
-The closed form makes each stand-in explain its own sublayer; what matters is what the model says
+The closed form makes each surrogate explain its own sublayer; what matters is what the model says
 in the end. All of them are moved together so that KL(full model || plan) of the next token gets
-less. Only stand-ins change; the gradients flow through the captured graph itself.
+less. Only surrogates change; the gradients flow through the captured graph itself.
 
 Matrices are moved by Muon (Jordan et al. 2024, with the rate as in Liu et al., "Muon is Scalable
 for LLM Training", 2025), all else by Adam: a linear map has many directions that matter little each
@@ -82,11 +82,11 @@ def refine(
     how: DistillConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[SkipPlan, DistillLog]:
-    """`plan` with its stand-ins of skipped sublayers refined.
+    """`plan` with its surrogates of skipped sublayers refined.
 
     Args:
         fitter: of the model; its texts say along which directions streams lie (see `whitenings`).
-        plan: with a stand-in for at least one sublayer that prefill does not run.
+        plan: with a surrogate for at least one sublayer that prefill does not run.
         groups: samples to descend on, by kind: steps take from each kind in turn.
         held_out: others, to choose the best step on.
         how: see `DistillConfig`.
@@ -97,20 +97,20 @@ def refine(
 
     Raises:
         ValueError: no samples, or nothing to refine.
-        RefusedError: gradients cannot flow through the model's graph.
+        UnsupportedError: gradients cannot flow through the model's graph.
     """
     how = how or DistillConfig()
     if not groups or not all(groups) or not held_out:
         raise ValueError("refining needs samples to descend on and samples that are held out")
-    if not any(s in plan.compensation.stand_ins for s in plan.prefill):
-        raise ValueError("the plan has no stand-in to refine; fit one first")
+    if not any(s in plan.surrogates.by_sublayer for s in plan.prefill):
+        raise ValueError("the plan has no surrogate to refine; fit one first")
     seen = DistillLog()
     compiled = how.compiled if how.compiled is not None else _worth_compiling(fitter, groups, how)
     whitened = whitenings(fitter, plan)
     with allow_tf32(), training(fitter.runtime, plan, whitened, compiled) as trained:
         loss = _Loss(fitter, plan, compiled)
         seen.losses[0] = best = loss.mean(held_out)
-        kept = trained.compensation()
+        kept = trained.learned_surrogates()
         descent = _Rules(trained, how)
         draws = _Draws(groups, how.seed)
         for step in range(how.steps):
@@ -120,10 +120,10 @@ def refine(
             if (step + 1) % how.every == 0 or step + 1 == how.steps:
                 seen.losses[step + 1] = found = loss.mean(held_out)
                 if found < best:
-                    best, seen.step, kept = found, step + 1, trained.compensation()
+                    best, seen.step, kept = found, step + 1, trained.learned_surrogates()
     if progress is not None:
         progress(how.steps, how.steps)
-    return plan.with_compensation(plan.compensation.merged(kept)), seen
+    return plan.with_surrogates(plan.surrogates.merged(kept)), seen
 
 
 def _worth_compiling(

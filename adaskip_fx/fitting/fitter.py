@@ -1,8 +1,8 @@
-"""Fit stand-ins in the order of the plan, towards the full model's stream.
+"""Fit surrogates in the order of the plan, towards the full model's stream.
 
 For each skipped sublayer, first to last, texts run through two programs: one that skips, with what
-was fitted for the sublayers before it, gives the stream x that this one's stand-in will see; the
-full model gives the stream y that there should be after it. So later stand-ins see compensated
+was fitted for the sublayers before it, gives the stream x that this one's surrogate will see; the
+full model gives the stream y that there should be after it. So later surrogates see compensated
 inputs, and make good what earlier ones left. What lies behind the sublayer is left out of both
 programs. A plan is linked in milliseconds, so none of this compiles anything.
 """
@@ -20,8 +20,8 @@ from adaskip_fx.calibration.calibrate import tokenize
 from adaskip_fx.model.compiled_model import check_model
 from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
-from adaskip_fx.plans.surrogate import StandIn
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogate import Surrogate
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.runtime.recorder import Streams, record_residuals
 from adaskip_fx.runtime.runtime import Runtime
 
@@ -31,11 +31,11 @@ from .spec import SurrogateSpec
 #: texts, or token ids int64 [1, T]; or several kinds of them, by name
 Texts = Iterable[str | torch.Tensor] | Mapping[str, Iterable[str | torch.Tensor]]
 _FOLDS = 5  # that texts of one kind are dealt out to
-_KEPT = 64  # stand-ins that a fitter remembers
+_KEPT = 64  # surrogates that a fitter remembers
 
 
 class Fitter:
-    """A model and calibration texts, to fit stand-ins for one plan after the other.
+    """A model and calibration texts, to fit surrogates for one plan after the other.
 
     Args:
         model: a transformers decoder in evaluation mode; it is not changed.
@@ -87,7 +87,7 @@ class Fitter:
         found = (_ids(model, tokenizer, text, longest) for _, text in pairs)
         self.samples = [ids.to(model.device) for ids in found]
         self.folds = [fold for fold, _ in pairs]
-        self._fitted: dict[tuple[object, ...], StandIn] = {}
+        self._fitted: dict[tuple[object, ...], Surrogate] = {}
 
     def fit(
         self,
@@ -95,7 +95,7 @@ class Fitter:
         rung: SurrogateSpec | Mapping[Sublayer, SurrogateSpec] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> SkipPlan:
-        """`plan` with stand-ins for all that prefill does not run, fitted in its order.
+        """`plan` with surrogates for all that prefill does not run, fitted in its order.
 
         Args:
             plan: which; what stands in there already for other sublayers is kept.
@@ -103,7 +103,7 @@ class Fitter:
             progress: called with (sublayers done, sublayers in all).
         """
         left_out = _left_out(plan)
-        done: dict[Sublayer, StandIn] = {}
+        done: dict[Sublayer, Surrogate] = {}
         for number, sublayer in enumerate(left_out):
             if progress is not None:
                 progress(number, len(left_out))
@@ -115,16 +115,16 @@ class Fitter:
             done[sublayer] = self._next(done, sublayer, kind)
         if progress is not None:
             progress(len(left_out), len(left_out))
-        return plan.with_compensation(plan.compensation.merged(Compensation(done)))
+        return plan.with_surrogates(plan.surrogates.merged(Surrogates(done)))
 
     def _next(
-        self, done: dict[Sublayer, StandIn], sublayer: Sublayer, rung: SurrogateSpec
-    ) -> StandIn:
+        self, done: dict[Sublayer, Surrogate], sublayer: Sublayer, rung: SurrogateSpec
+    ) -> Surrogate:
         """What stands in for `sublayer`, after those before it; plans begin alike in a search."""
         key = (*((s, c.digest) for s, c in done.items()), sublayer, rung)
         found = self._fitted.pop(key, None)
         if found is None:
-            moments = self.moments(Compensation(done), tuple(done), [sublayer], rung)
+            moments = self.moments(Surrogates(done), tuple(done), [sublayer], rung)
             found = rung.fit(moments[sublayer], rung.most(sublayer))
         self._fitted[key] = found  # as the last one used
         while len(self._fitted) > _KEPT:
@@ -133,23 +133,23 @@ class Fitter:
 
     def beside(
         self, plan: SkipPlan, rung: SurrogateSpec | None = None, kinds: Sequence[str] = ("ffn",)
-    ) -> Compensation:
-        """A stand-in for every sublayer that still runs, as if it alone were skipped besides.
+    ) -> Surrogates:
+        """A surrogate for every sublayer that still runs, as if it alone were skipped besides.
 
         They do not see each other: one pass over the texts serves several. For FFN sublayers that a
         request may add while it decodes, and for a search that tries one after the other.
 
         Args:
-            plan: with its stand-ins.
+            plan: with its surrogates.
             rung: what kind; linear maps if None.
             kinds: of the sublayers.
         """
         left_out = _left_out(plan)
         running = [s for s in plan.sublayers if s not in left_out and s.kind in kinds]
-        return self._apart(plan.compensation, left_out, running, rung or SurrogateSpec())
+        return self._apart(plan.surrogates, left_out, running, rung or SurrogateSpec())
 
     def alone(self, plan: SkipPlan, rung: SurrogateSpec | None = None) -> SkipPlan:
-        """`plan` with stand-ins, each as if it alone were skipped.
+        """`plan` with surrogates, each as if it alone were skipped.
 
         They do not see each other: one pass over the texts serves several, so that this takes a
         small part of the time of `fit`.
@@ -158,26 +158,26 @@ class Fitter:
             plan: which; what stands in there already for other sublayers is kept.
             rung: what kind; linear maps if None.
         """
-        fitted = self._apart(Compensation(), (), _left_out(plan), rung or SurrogateSpec())
-        return plan.with_compensation(plan.compensation.merged(fitted))
+        fitted = self._apart(Surrogates(), (), _left_out(plan), rung or SurrogateSpec())
+        return plan.with_surrogates(plan.surrogates.merged(fitted))
 
     def _apart(
         self,
-        compensation: Compensation,
+        surrogates: Surrogates,
         left_out: Sequence[Sublayer],
         wanted: Sequence[Sublayer],
         rung: SurrogateSpec,
-    ) -> Compensation:
-        fitted: dict[Sublayer, StandIn] = {}
+    ) -> Surrogates:
+        fitted: dict[Sublayer, Surrogate] = {}
         for start in range(0, len(wanted), self.together):
             group = wanted[start : start + self.together]
-            found = self.moments(compensation, left_out, group, rung)
+            found = self.moments(surrogates, left_out, group, rung)
             fitted.update({s: rung.fit(moments, rung.most(s)) for s, moments in found.items()})
-        return Compensation(fitted)
+        return Surrogates(fitted)
 
     def moments(
         self,
-        compensation: Compensation,
+        surrogates: Surrogates,
         left_out: Sequence[Sublayer],
         wanted: Sequence[Sublayer],
         rung: SurrogateSpec,
@@ -185,7 +185,7 @@ class Fitter:
         """For each of `wanted` the moments of each fold.
 
         Args:
-            compensation: what stands in already.
+            surrogates: what stands in already.
             left_out: what is skipped; of what lies behind all of `wanted` nothing is run.
             wanted: sublayers, skipped or not.
             rung: says whether a normalized stream is looked at.
@@ -193,7 +193,7 @@ class Fitter:
         sublayers = self.runtime.sublayers
         place = {s: i for i, s in enumerate(sublayers)}
         behind = sublayers[max(map(place.__getitem__, wanted)) + 1 :]
-        skipping = SkipPlan.of(sublayers, (*left_out, *behind), compensation=compensation)
+        skipping = SkipPlan.of(sublayers, (*left_out, *behind), surrogates=surrogates)
         full = SkipPlan.of(sublayers, behind)
         found: dict[Sublayer, list[SecondMoments]] = {}
         with record_residuals(self.runtime) as watched:

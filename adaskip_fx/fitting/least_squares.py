@@ -1,7 +1,7 @@
-"""From moments to the stand-in that explains the most of what a sublayer adds.
+"""From moments to the surrogate that explains the most of what a sublayer adds.
 
 Every rung of the ladder is a least squares fit to the same moments: of `t = y - x`, the weighted
-squared error of `x -> stand_in(x) - x` is least. What it leaves, over the same of no stand-in at
+squared error of `x -> stand_in(x) - x` is least. What it leaves, over the same of no surrogate at
 all, is the share that stays unexplained.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from adaskip_fx.plans.surrogate import StandIn, StandInKind
+from adaskip_fx.plans.surrogate import Surrogate, SurrogateKind
 
 from .second_moments import SecondMoments
 
@@ -23,8 +23,10 @@ from .second_moments import SecondMoments
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
-def solve(moments: SecondMoments, kind: StandInKind, rank: int = 0, ridge: float = 1e-4) -> StandIn:
-    """The stand-in of a kind with the least weighted squared error.
+def solve(
+    moments: SecondMoments, kind: SurrogateKind, rank: int = 0, ridge: float = 1e-4
+) -> Surrogate:
+    """The surrogate of a kind with the least weighted squared error.
 
     Args:
         moments: what it is fitted to; normalized ones for a normalized map.
@@ -44,29 +46,29 @@ def solve(moments: SecondMoments, kind: StandInKind, rank: int = 0, ridge: float
     """
     assert moments.normalized == (kind == "normalized")
     if kind == "scale":
-        return StandIn.scale(float(1 + _own(moments)))
+        return Surrogate.scale(float(1 + _own(moments)))
     if kind == "diagonal":
         own = moments.products.diagonal() / moments.inputs.diagonal()[:-1].clamp_min(1e-300)
-        return StandIn(kind, {"factor": _numpy(1 + own)})
+        return Surrogate(kind, {"factor": _numpy(1 + own)})
     held = _held(moments, ridge)
     if kind == "low_rank":
         return _reduced(held, torch.linalg.solve(held, moments.products), rank)
     own = torch.zeros_like(moments.targets) if moments.normalized else _own(moments)
     full = torch.linalg.solve(held, moments.products - own * moments.inputs[:, :-1])
     full[:-1].diagonal().add_(own)
-    return StandIn(kind, {"weight": _numpy(full[:-1].T), "bias": _numpy(full[-1])})
+    return Surrogate(kind, {"weight": _numpy(full[:-1].T), "bias": _numpy(full[-1])})
 
 
-def unexplained(moments: SecondMoments, stand_in: StandIn) -> float:
-    """The share of the weighted squared target that a stand-in leaves; 1 for passing x through."""
+def unexplained(moments: SecondMoments, surrogate: Surrogate) -> float:
+    """The share of the weighted squared target that a surrogate leaves; 1 for passing x through."""
     if float(moments.targets) == 0.0:
         return 0.0
-    map_ = _as_map(stand_in, moments)
+    map_ = _as_map(surrogate, moments)
     explained = 2 * (map_ * moments.products).sum() - (map_ * (moments.inputs @ map_)).sum()
     return float(1 - explained / moments.targets)
 
 
-def left_out(folds: Sequence[SecondMoments], kind: StandInKind, rank: int, ridge: float) -> float:
+def left_out(folds: Sequence[SecondMoments], kind: SurrogateKind, rank: int, ridge: float) -> float:
     """The share that stays unexplained of each fold by a fit to the others; the mean over folds."""
     total = functools.reduce(SecondMoments.plus, folds)
     shares = [unexplained(fold, solve(total.minus(fold), kind, rank, ridge)) for fold in folds]
@@ -75,7 +77,7 @@ def left_out(folds: Sequence[SecondMoments], kind: StandInKind, rank: int, ridge
 
 def best_ridge(
     folds: Sequence[SecondMoments],
-    kind: StandInKind = "linear",
+    kind: SurrogateKind = "linear",
     rank: int = 0,
     ridges: Iterable[float] = RIDGES,
 ) -> float:
@@ -111,7 +113,7 @@ def _held(moments: SecondMoments, ridge: float) -> torch.Tensor:
     return held
 
 
-def _reduced(held: torch.Tensor, full: torch.Tensor, rank: int) -> StandIn:
+def _reduced(held: torch.Tensor, full: torch.Tensor, rank: int) -> Surrogate:
     hidden = full.shape[1]
     root = torch.linalg.cholesky(_without_constant(held))
     left, values, right = torch.linalg.svd(root.T @ full[:-1], full_matrices=False)
@@ -122,7 +124,7 @@ def _reduced(held: torch.Tensor, full: torch.Tensor, rank: int) -> StandIn:
     up = half.unsqueeze(1) * right[:kept]
     mean = held[-1, :-1] / held[-1, -1]  # the constant that goes with the map that is left
     bias = full[-1] + mean @ (full[:-1] - down @ up)
-    return StandIn("low_rank", {"down": _numpy(down.T), "up": _numpy(up.T), "bias": _numpy(bias)})
+    return Surrogate("low_rank", {"down": _numpy(down.T), "up": _numpy(up.T), "bias": _numpy(bias)})
 
 
 def _without_constant(held: torch.Tensor) -> torch.Tensor:
@@ -131,10 +133,10 @@ def _without_constant(held: torch.Tensor) -> torch.Tensor:
     return held[:-1, :-1] - torch.outer(across, across) / held[-1, -1]
 
 
-def _as_map(stand_in: StandIn, moments: SecondMoments) -> torch.Tensor:
-    """`stand_in(x) - x` as z M: M [H + 1, H], float64."""
+def _as_map(surrogate: Surrogate, moments: SecondMoments) -> torch.Tensor:
+    """`surrogate(x) - x` as z M: M [H + 1, H], float64."""
     tensors = {
-        name: torch.tensor(value).to(moments.inputs) for name, value in stand_in.tensors.items()
+        name: torch.tensor(value).to(moments.inputs) for name, value in surrogate.tensors.items()
     }
     result = torch.zeros_like(moments.products)
     if "factor" in tensors:

@@ -1,4 +1,4 @@
-"""How large a low-rank stand-in may be by the clock: a share of the time of what it stands in for.
+"""How large a low-rank surrogate may be by the clock: a share of the time of what it stands in for.
 
 What ranks and sublayers take is looked up in a latency table that was measured with ranks. A rank
 is never worse than a smaller one at explaining what it is fitted to, so the largest that fits is
@@ -22,7 +22,7 @@ from adaskip_fx.plans.sublayer import Sublayer
 
 @dataclass(frozen=True)
 class LatencyBound:
-    """A low-rank stand-in takes at most a share of the measured time of its sublayer.
+    """A low-rank surrogate takes at most a share of the measured time of its sublayer.
 
     table: what sublayers and ranks take: `measure(..., ranks=True)`, `adaskip-fx measure --ranks`.
     context: tokens of a prompt, and tokens stored at a decode step, that count.
@@ -78,7 +78,7 @@ class LatencyBound:
         ranks = sorted(rank for rank in map(rank_of, parts) if rank is not None)
         if not ranks:
             raise TableError(
-                "the table has no low-rank stand-ins; measure again (adaskip-fx measure --ranks)"
+                "the table has no low-rank surrogates; measure again (adaskip-fx measure --ranks)"
             )
         found: dict[float, dict[Phase, float]] = {rank: {} for rank in ranks}
         if "linear" in parts:
@@ -108,8 +108,8 @@ class LatencyBound:
         share, phase = max((self._share(smallest, name, phase), phase) for phase in self._phases)
         took, own = self._sizes[smallest][phase], self._cost(name, phase)
         return (
-            f"no low-rank stand-in takes at most {self.share:.3g} of the time of {name} in {phase} "
-            f"at {self.context:,} tokens: rank {smallest}, the smallest measured, takes "
+            f"no low-rank surrogate takes at most {self.share:.3g} of the time of {name} in "
+            f"{phase} at {self.context:,} tokens: rank {smallest}, the smallest measured, takes "
             f"{1000 * took:.3g} of {1000 * own:.3g} ms, a share of {share:.3g}; allow a larger "
             "share, or use a scale"
         )

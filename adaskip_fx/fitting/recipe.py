@@ -20,13 +20,13 @@ class Recipe:
     search: choose sublayers one by one by what is lost (`Greedy`, on texts and on answers to
         prompts that hide something); without, by the policy that is given.
     rung: what stands in for them.
-    in_order: fit stand-ins in the order of the plan, later ones on what earlier ones have left; if
+    in_order: fit surrogates in the order of the plan, later ones on what earlier ones have left; if
         not, each as if it alone were skipped, in a small part of the time (see `Fitter.alone`).
     own: samples of `tokens` tokens that the model writes itself, besides those that are given.
     tokens: of a sample at most.
     steps: of refinement; 0 for none.
     shortlist: sublayers that a search tries at each step, the most similar; None for all.
-    extras: whether ffn sublayers get stand-ins that decoding may add.
+    extras: whether ffn sublayers get surrogates that decoding may add.
     seed: of all that is drawn.
     """
 
@@ -53,7 +53,7 @@ def fit(
     backend: str = "eager",
     say: Say = lambda _: None,
 ) -> SkipPlan:
-    """A plan that skips as many sublayers as `alpha` says, with fitted stand-ins.
+    """A plan that skips as many sublayers as `alpha` says, with fitted surrogates.
 
     Args:
         model: a transformers decoder in evaluation mode; it is not changed.
@@ -69,7 +69,7 @@ def fit(
 
     Raises:
         ValueError: no texts, or too few; an alpha that cannot be met.
-        RefusedError: the model cannot be captured, or gradients cannot flow through its graph.
+        UnsupportedError: the model cannot be captured, or gradients cannot flow through its graph.
     """
     recipe = recipe or Recipe()
     workshop = FittingSession(

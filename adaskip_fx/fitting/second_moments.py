@@ -54,7 +54,7 @@ class SecondMoments:
         """Count tokens.
 
         Args:
-            stream: what the stand-in will be given, [..., H].
+            stream: what the surrogate will be given, [..., H].
             target: what the stream is to be after it, [..., H].
         """
         x, y = (t.reshape(-1, self.hidden).to(torch.float64) for t in (stream, target))

@@ -14,7 +14,7 @@ from adaskip_fx.calibration.calibrate import tokenize
 from adaskip_fx.calibration.loss import CalibrationLoss
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import Greedy
 from adaskip_fx.profiles.profile import Profile
 
@@ -22,7 +22,7 @@ from .distillation import DistillConfig, refine
 from .fitter import Fitter
 from .precision import allow_tf32
 from .retrieval_prompts import retrieval_samples
-from .search_fits import Compensator
+from .search_fits import SurrogateFitter
 from .spec import SurrogateSpec
 from .synthetic_text import laid_out, pack, write_texts
 from .weighted_sample import Sample
@@ -102,19 +102,19 @@ class FittingSession:
         self.say("search")
         few = self._few(_SEARCHED)
         never = frozenset(self.fitter.runtime.graphs.unskippable)
-        greedy = Greedy(self.loss, Compensator(few, rung), never=never, shortlist=shortlist)
+        greedy = Greedy(self.loss, SurrogateFitter(few, rung), never=never, shortlist=shortlist)
         with allow_tf32():
             return greedy.plans(profile, alpha)
 
     def fitted(self, plan: SkipPlan, rung: SurrogateSpec, in_order: bool = True) -> SkipPlan:
-        """The plan with stand-ins of a rung, fitted in its order, or each as if it were alone."""
+        """The plan with surrogates of a rung, fitted in its order, or each as if it were alone."""
         some = self._few(_FITTED)
-        self.say(f"fit {len(plan.prefill)} stand-ins on {some.tokens:,} tokens")
-        bare = plan.with_compensation(Compensation())
+        self.say(f"fit {len(plan.prefill)} surrogates on {some.tokens:,} tokens")
+        bare = plan.with_surrogates(Surrogates())
         return some.fit(bare, rung) if in_order else some.alone(bare, rung)
 
     def refined(self, plan: SkipPlan, steps: int) -> SkipPlan:
-        """Stand-ins refined on texts of all kinds and on prompts that hide something."""
+        """Surrogates refined on texts of all kinds and on prompts that hide something."""
         given = [t for kind, some in self.learned.items() if kind not in OWN for t in some]
         groups = [given, *(self.learned[kind] for kind in OWN if kind in self.learned)]
         asked = self._asked(self.learned, max(8, len(self.fitter.samples) // 2), 4, self.seed + 2)
@@ -132,21 +132,21 @@ class FittingSession:
         return plan
 
     def with_extras(self, plan: SkipPlan, rung: SurrogateSpec) -> SkipPlan:
-        """Stand-ins for the ffn sublayers that decoding may add without losing much.
+        """Surrogates for the ffn sublayers that decoding may add without losing much.
 
         From the one that costs the least, as long as all together cost at most 4% of perplexity.
         """
         beside = self._few(_SEARCHED).beside(plan, rung)
         most = self.loss.text_loss(plan) + _WORSE
-        alone = {s: self.loss.text_loss(_and(plan, beside, [s])) for s in beside.stand_ins}
+        alone = {s: self.loss.text_loss(_and(plan, beside, [s])) for s in beside.by_sublayer}
         allowed: list[Sublayer] = []
         for sublayer in sorted(alone, key=lambda s: (alone[s], s)):
             if self.loss.text_loss(_and(plan, beside, [*allowed, sublayer])) > most:
                 break
             allowed.append(sublayer)
         self.say(f"decoding may add {len(allowed)} ffn sublayers")
-        chosen = Compensation({s: beside.stand_ins[s] for s in allowed})
-        return plan.with_compensation(plan.compensation.merged(chosen))
+        chosen = Surrogates({s: beside.by_sublayer[s] for s in allowed})
+        return plan.with_surrogates(plan.surrogates.merged(chosen))
 
     def _few(self, most: int) -> Fitter:
         """On at most so many texts of each kind."""
@@ -205,8 +205,8 @@ def _answer_at(sample: Sample) -> int:
     return int((shares > 1.5 * shares.min()).nonzero()[0]) + 1
 
 
-def _and(plan: SkipPlan, beside: Compensation, more: Sequence[Sublayer]) -> SkipPlan:
+def _and(plan: SkipPlan, beside: Surrogates, more: Sequence[Sublayer]) -> SkipPlan:
     """The plan with more sublayers skipped, in prefill as well, where they can be judged."""
-    added = Compensation({s: beside.stand_ins[s] for s in more})
+    added = Surrogates({s: beside.by_sublayer[s] for s in more})
     skip = (*plan.prefill, *more)
-    return SkipPlan.of(plan.sublayers, skip, compensation=plan.compensation.merged(added))
+    return SkipPlan.of(plan.sublayers, skip, surrogates=plan.surrogates.merged(added))

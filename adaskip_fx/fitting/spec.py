@@ -1,4 +1,4 @@
-"""What kind of stand-in to fit, and how its rank and its ridge are chosen."""
+"""What kind of surrogate to fit, and how its rank and its ridge are chosen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaskip_fx.plans.sublayer import Sublayer
-from adaskip_fx.plans.surrogate import SHAPES, StandIn, StandInKind
+from adaskip_fx.plans.surrogate import SHAPES, Surrogate, SurrogateKind
 
 from .least_squares import best_ridge, smallest_rank, solve
 from .rank_bound import LatencyBound
@@ -18,7 +18,7 @@ _ALONE = 1e-2  # the ridge where there is nothing to choose it by
 
 @dataclass(frozen=True)
 class SurrogateSpec:
-    """What kind of stand-in to fit.
+    """What kind of surrogate to fit.
 
     kind: of the ladder.
     rank: of low-rank maps; None: for each sublayer the smallest power of two that leaves at most a
@@ -35,14 +35,14 @@ class SurrogateSpec:
     of a rank that is given.
     """
 
-    kind: StandInKind = "linear"
+    kind: SurrogateKind = "linear"
     rank: int | None = None
     ridge: float | None = None
     bound: LatencyBound | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in SHAPES:
-            raise ValueError(f"unknown stand-in {self.kind!r}: use one of {', '.join(SHAPES)}")
+            raise ValueError(f"unknown surrogate {self.kind!r}: use one of {', '.join(SHAPES)}")
         if self.rank is not None and (self.kind != "low_rank" or self.rank < 1):
             raise ValueError(f"rank must be at least 1, and of low_rank, got {self.rank!r}")
         if self.bound is not None and (self.kind != "low_rank" or self.rank is not None):
@@ -53,8 +53,8 @@ class SurrogateSpec:
         """The largest rank that the bound allows for `sublayer`; None where any is."""
         return self.bound.rank(sublayer) if self.bound is not None else None
 
-    def fit(self, folds: Sequence[SecondMoments], most: int | None = None) -> StandIn:
-        """The stand-in of this rung; folds choose, and then all of them count.
+    def fit(self, folds: Sequence[SecondMoments], most: int | None = None) -> Surrogate:
+        """The surrogate of this rung; folds choose, and then all of them count.
 
         most: the largest rank to choose; None for any, and a linear map.
 
@@ -84,7 +84,7 @@ class SurrogateSpec:
             self._ridge(folds, "low_rank", rank) if ridge is None else ridge,
         )
 
-    def _ridge(self, folds: Sequence[SecondMoments], kind: StandInKind, rank: int = 0) -> float:
+    def _ridge(self, folds: Sequence[SecondMoments], kind: SurrogateKind, rank: int = 0) -> float:
         if self.ridge is not None:
             return self.ridge
         return best_ridge(folds, kind, rank) if len(folds) > 1 else _ALONE

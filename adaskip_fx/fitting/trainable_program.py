@@ -1,4 +1,4 @@
-"""Programs whose stand-ins are learned: what autograd sees of a captured graph."""
+"""Programs whose surrogates are learned: what autograd sees of a captured graph."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import fx
 
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
-from adaskip_fx.plans.surrogate import StandIn
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogate import Surrogate
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.programs.program import Link, Program
 from adaskip_fx.runtime.runtime import Runtime
-from adaskip_passes import differentiable, fuse, stand_in_inputs
+from adaskip_passes import differentiable, fuse, surrogate_inputs
 
 from .whitening import Whitening
 
 
 class Learned:
-    """One stand-in that is learned: as it was, and a change of each of its tensors.
+    """One surrogate that is learned: as it was, and a change of each of its tensors.
 
     A linear map's change is made in whitened coordinates, and so is its bias's, in units of what
     the sublayer adds.
@@ -32,13 +32,13 @@ class Learned:
     """
 
     def __init__(
-        self, stand_in: StandIn, whitening: Whitening | None, device: torch.device
+        self, surrogate: Surrogate, whitening: Whitening | None, device: torch.device
     ) -> None:
-        self.kind = stand_in.kind
+        self.kind = surrogate.kind
         self.whitening = whitening
         self._begun = {
             name: torch.tensor(np.asarray(value, np.float32), device=device)
-            for name, value in stand_in.tensors.items()
+            for name, value in surrogate.tensors.items()
         }
         self.changes = {
             name: torch.zeros_like(value).requires_grad_(True)
@@ -55,25 +55,25 @@ class Learned:
         return begun + self.whitening.size * change
 
     @torch.no_grad()
-    def stand_in(self) -> StandIn:
-        """The stand-in as it is now."""
-        return StandIn(self.kind, {name: self.tensor(name).cpu().numpy() for name in self._begun})
+    def surrogate(self) -> Surrogate:
+        """The surrogate as it is now."""
+        return Surrogate(self.kind, {name: self.tensor(name).cpu().numpy() for name in self._begun})
 
 
 class Trainable(Program):
-    """A program of prompts whose stand-ins are learned, and whose logits have gradients.
+    """A program of prompts whose surrogates are learned, and whose logits have gradients.
 
     learned: by sublayer; several graphs of one model have them in common.
     compiled: whether Inductor compiles the graph, forward and backward.
     """
 
-    folded = False
+    composed = False
     learned: ClassVar[Mapping[Sublayer, Learned]] = {}
     compiled: ClassVar[bool] = False
 
     def _link(self, outer: fx.GraphModule, how: Link) -> Callable[..., Any]:
         sublayers = self.phase.sublayers
-        inputs = stand_in_inputs(outer.graph)
+        inputs = surrogate_inputs(outer.graph)
         self._places = {n: (sublayers[i], tensor) for n, (i, tensor) in inputs.items()}
         whole = differentiable(fuse(outer))
         return torch.compile(whole, dynamic=False) if self.compiled else whole
@@ -83,7 +83,7 @@ class Trainable(Program):
         with torch.enable_grad():
             self._tensors = tuple(
                 self.learned[self._places[name][0]].tensor(self._places[name][1]).to(like.dtype)
-                for name, like in self.stand_ins.items()
+                for name, like in self.surrogates.items()
             )
             return super().run(arguments, still, valid)
 
@@ -93,9 +93,9 @@ class Trainable(Program):
         return [change for one in cls.learned.values() for change in one.changes.values()]
 
     @classmethod
-    def compensation(cls) -> Compensation:
-        """The stand-ins as they are now."""
-        return Compensation({s: one.stand_in() for s, one in cls.learned.items()})
+    def learned_surrogates(cls) -> Surrogates:
+        """The surrogates as they are now."""
+        return Surrogates({s: one.surrogate() for s, one in cls.learned.items()})
 
 
 @contextmanager
@@ -109,13 +109,13 @@ def training(
 
     Args:
         runtime: of a compiled model.
-        plan: the stand-ins of what its prefill does not run are learned.
+        plan: the surrogates of what its prefill does not run are learned.
         whitenings: by sublayer, of linear maps.
         compiled: whether Inductor compiles them, anew for each number and length of rows.
     """
     learned = {
         s: Learned(c, whitenings.get(s), runtime.device)
-        for s, c in plan.compensation.stand_ins.items()
+        for s, c in plan.surrogates.by_sublayer.items()
         if s in plan.prefill
     }
     trained = type("Trainable", (Trainable,), {"learned": learned, "compiled": compiled})

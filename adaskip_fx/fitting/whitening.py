@@ -50,10 +50,10 @@ def whitenings(fitter: Fitter, plan: SkipPlan) -> Mapping[Sublayer, Whitening]:
     left_out = [s for s in plan.sublayers if plan.action("prefill", s) is not Action.RUN]
     found: dict[Sublayer, Whitening] = {}
     for kind in ("linear", "normalized"):
-        known = plan.compensation.stand_ins
+        known = plan.surrogates.by_sublayer
         wanted = [s for s in left_out if s in known and known[s].kind == kind]
         if wanted:
-            moments = fitter.moments(plan.compensation, left_out, wanted, SurrogateSpec(kind))
+            moments = fitter.moments(plan.surrogates, left_out, wanted, SurrogateSpec(kind))
             found.update({s: Whitening.of(_total(folds)) for s, folds in moments.items()})
     return found
 

@@ -158,12 +158,12 @@ class CacheBuffers:
     def layer(
         self, index: int, slot: LayerCacheSpec, absent: Callable[[int, int], torch.Tensor]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[torch.Tensor, ...]]:
-        """Keys, values and states of a layer; where they are not stored, stand-ins for them.
+        """Keys, values and states of a layer; where they are not stored, surrogates for them.
 
         Args:
             index: of the layer.
             slot: what the layer has.
-            absent: makes the stand-in for keys or values, of so many heads of such a dimension.
+            absent: makes the surrogate for keys or values, of so many heads of such a dimension.
         """
         keys, values, states = self.keys[index], self.values[index], self.states[index]
         if slot.attends and keys is None:

@@ -19,6 +19,8 @@ import safetensors
 import torch
 from safetensors.torch import save as bytes_of
 
+from adaskip_passes.errors import AdaskipError
+
 from ..plans.decisions import Choice, Decision, plans_of
 from ..plans.skip_plan import SkipPlan
 from ..profiles.fingerprint import Fingerprint, fingerprint
@@ -34,7 +36,7 @@ _ABOUT = ("model", "plan", "dtype", "length", "batch", "padded", "sha256")
 _REDO = "run the prefix again and save its cache"
 
 
-class SavedCacheError(ValueError):
+class SavedCacheError(AdaskipError, ValueError):
     """A saved cache cannot be read, or does not belong here; the message says why."""
 
 

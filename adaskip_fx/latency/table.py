@@ -1,7 +1,7 @@
 """What each sublayer costs on one device, as a table: measured once, used to predict and to choose.
 
 The time of a prompt or of a decode step is taken to be a sum: one cost for each sublayer that
-runs, one for each compensation that stands in for a sublayer, and the rest (what comes before and
+runs, one for each kind of surrogate, and the rest (what comes before and
 after the sublayers, and launching it all). Sublayers that run the same code are of one class, and
 have one cost. `adaskip_fx.measurement.measure` measures the table.
 """
@@ -72,7 +72,7 @@ class LatencyTable:
     # What it says ----------------------------------------------------------------------------
 
     def at(self, phase: Phase, context: int) -> Mapping[str, float]:
-        """Seconds by class, compensation and `REST` at `context` tokens, between those measured.
+        """Seconds by class, kind of surrogate and `REST` at `context` tokens, interpolated.
 
         In decode a cost grows with the stored tokens in a straight line (KnapSpec,
         arXiv 2602.20217); in prefill what grows so is a sublayer's cost of one token.
@@ -103,7 +103,7 @@ class LatencyTable:
         return sum(count * self.cost(name, phase, context) for name, count in counts.items())
 
     def cost(self, part: str, phase: Phase, context: int) -> float:
-        """Seconds of one part: a class of sublayers, a kind of compensation, or `REST`.
+        """Seconds of one part: a class of sublayers, a kind of surrogate, or `REST`.
 
         Raises:
             TableError: it was not measured.

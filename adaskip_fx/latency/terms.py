@@ -1,6 +1,6 @@
 """What a step under a plan consists of: the parts whose costs add up to its time.
 
-A part is a class of sublayers that run, a kind of compensation that stands in for one, or `REST`:
+A part is a class of sublayers that run, a kind of surrogate, or `REST`:
 what comes before and after the sublayers, and launching it all.
 """
 
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, get_args
 
-from adaskip_fx.plans.folding import Fold, folds
+from adaskip_fx.plans.composition import ComposedSurrogate, compose_surrogates
 from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
+from adaskip_passes.errors import AdaskipError
 
 REST = "rest"
 
@@ -22,7 +23,7 @@ REST = "rest"
 Weights = Phase | Mapping[Phase, float]
 
 
-class TableError(ValueError):
+class TableError(AdaskipError, ValueError):
     """A latency table that is damaged, of something else, or does not cover what is asked."""
 
 
@@ -31,7 +32,7 @@ class Costs:
     """What was measured for one phase at one context.
 
     phase: prefill (a prompt of `context` tokens) or decode (a step at `context` stored ones).
-    seconds: by class of sublayer, by kind of compensation, and `REST`.
+    seconds: by class of sublayer, by kind of surrogate, and `REST`.
     error: how far the sum was off at most, relatively, in the plans that were timed.
     """
 
@@ -73,13 +74,13 @@ def parts(
         if action is not Action.SKIP:
             counts[stored_only(name) if action is Action.KV_ONLY else name] += 1
     del counts[""]
-    counts.update(stand_in(fold) for fold in folds(plan, phase).values())
+    counts.update(surrogate(composed) for composed in compose_surrogates(plan, phase).values())
     return counts
 
 
-def stand_in(fold: Fold) -> str:
+def surrogate(composed: ComposedSurrogate) -> str:
     """What stands in for skipped sublayers, as a part that costs time: its kind, and its rank."""
-    return low_rank(fold.rank) if fold.rank else fold.kind
+    return low_rank(composed.rank) if composed.rank else composed.kind
 
 
 def low_rank(rank: int) -> str:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..latency.table import LatencyTable
 from ..latency.terms import Costs, parts
 from ..plans.skip_plan import Action, Phase, SkipPlan, Sublayer
-from ..plans.surrogates import Compensation
+from ..plans.surrogates import Surrogates
 from ..profiles.fingerprint import fingerprint
 from ..runtime.runtime import Runtime
 from .rank_ladder import rank_ladder
@@ -36,7 +36,7 @@ def measure(
     *,
     batch: int = 1,
     rounds: int = 5,
-    compensations: Sequence[Compensation] | None = None,
+    surrogates: Sequence[Surrogates] | None = None,
     kv_only: bool = False,
     ranks: bool = False,
     time_step: TimeStep | None = None,
@@ -51,7 +51,7 @@ def measure(
         batch: rows.
         rounds: how often each plan is timed, after once that does not count; up to three times as
             often where times do not add up within 4%, as on a device that others use as well.
-        compensations: of each kind to measure, one that names every sublayer; the scale if None.
+        surrogates: of each kind to measure, one that names every sublayer; the scale if None.
         kv_only: measure as well what sublayers cost of which only K/V are written.
         ranks: measure as well what low-rank maps of a few ranks, and linear maps, cost.
         time_step: the clock: seconds of one prompt or step, from (phase, context, plan).
@@ -65,12 +65,12 @@ def measure(
     lengths = _checked(runtime, contexts, rounds)
     runtime.warmup(min(lengths), batch)
     classes = sublayer_classes(runtime)
-    if compensations is None:
-        compensations = (Compensation.scale(dict.fromkeys(runtime.sublayers, 1.0)),)
+    if surrogates is None:
+        surrogates = (Surrogates.scale(dict.fromkeys(runtime.sublayers, 1.0)),)
     if ranks:
         ladder = rank_ladder(runtime.sublayers, classes, runtime.graphs.width)
-        compensations = (*compensations, *ladder)
-    plans = plans_to_time(runtime.sublayers, classes, compensations, kv_only)
+        surrogates = (*surrogates, *ladder)
+    plans = plans_to_time(runtime.sublayers, classes, surrogates, kv_only)
     runtime.graphs.check_room(len(plans))
     clock = time_step or StepTimer(runtime, batch)
     costs = []
@@ -103,11 +103,11 @@ def sublayer_classes(runtime: Runtime) -> tuple[str, ...]:
 def plans_to_time(
     sublayers: tuple[Sublayer, ...],
     classes: tuple[str, ...],
-    compensations: Sequence[Compensation] = (),
+    surrogates: Sequence[Surrogates] = (),
     kv_only: bool = False,
 ) -> list[SkipPlan]:
     """The plans whose times say what each part costs: the full model, half of each class left
-    out, half of all, and half of all with each compensation.
+    out, half of all, and half of all with each kind of surrogate.
 
     Half, because that is about as far as plans go, and more would be measured worse: the rest
     of a step does not shrink.
@@ -128,7 +128,7 @@ def plans_to_time(
     plans += [SkipPlan.of(sublayers, half) for half in halves]
     if len(halves) > 1:
         plans.append(SkipPlan.of(sublayers, mixed))
-    plans += [SkipPlan.of(sublayers, mixed, compensation=c) for c in compensations]
+    plans += [SkipPlan.of(sublayers, mixed, surrogates=c) for c in surrogates]
     if kv_only:
         for half in halves:
             stored = dict.fromkeys((s for s in half if s.kind != "ffn"), Action.KV_ONLY)

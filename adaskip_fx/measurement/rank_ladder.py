@@ -1,4 +1,4 @@
-"""Low-rank maps of a few ranks, and the linear map, to be timed as stand-ins.
+"""Low-rank maps of a few ranks, and the linear map, to be timed as surrogates.
 
 They stand in for every other sublayer of one class. None of these has another as its neighbour, so
 none is folded with another into one of a higher rank, which would be timed in its place. Each has
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..plans.sublayer import Sublayer
-from ..plans.surrogate import SHAPES, StandIn, StandInKind
-from ..plans.surrogates import Compensation
+from ..plans.surrogate import SHAPES, Surrogate, SurrogateKind
+from ..plans.surrogates import Surrogates
 
 _RANKS = 6  # that are timed
 _SMALL = 1e-4  # of the weights: the stream stays what it was
@@ -22,8 +22,8 @@ _SMALL = 1e-4  # of the weights: the stream stays what it was
 
 def rank_ladder(
     sublayers: Sequence[Sublayer], classes: Sequence[str], hidden: int
-) -> tuple[Compensation, ...]:
-    """A compensation for each rank, and one of linear maps, for half of the largest class.
+) -> tuple[Surrogates, ...]:
+    """Surrogates of each rank, and one of linear maps, for half of the largest class.
 
     Args:
         sublayers, classes: as of a latency table.
@@ -34,9 +34,9 @@ def rank_ladder(
         return ()
     largest = max(counts, key=counts.__getitem__)
     members = [s for s, name in zip(sublayers, classes, strict=True) if name == largest]
-    rungs: list[tuple[StandInKind, int]] = [("low_rank", rank) for rank in ranks_to_time(hidden)]
+    rungs: list[tuple[SurrogateKind, int]] = [("low_rank", rank) for rank in ranks_to_time(hidden)]
     return tuple(
-        Compensation({s: _drawn(*rung, hidden, i) for i, s in enumerate(members[::2])})
+        Surrogates({s: _drawn(*rung, hidden, i) for i, s in enumerate(members[::2])})
         for rung in (*rungs, ("linear", 0))
     )
 
@@ -46,11 +46,11 @@ def ranks_to_time(hidden: int) -> tuple[int, ...]:
     return tuple(2**i for i in range(hidden.bit_length()) if 2 * 2**i < hidden)[-_RANKS:]
 
 
-def _drawn(kind: StandInKind, rank: int, hidden: int, seed: int) -> StandIn:
+def _drawn(kind: SurrogateKind, rank: int, hidden: int, seed: int) -> Surrogate:
     """Of weights drawn at random."""
     draw, size = np.random.default_rng(seed), {"H": hidden, "r": rank}
     shapes = {name: [size[letter] for letter in letters] for name, letters in SHAPES[kind].items()}
-    return StandIn(
+    return Surrogate(
         kind,
         {name: _SMALL * draw.standard_normal(s, np.float32) for name, s in shapes.items()},
     )

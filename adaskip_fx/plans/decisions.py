@@ -50,7 +50,7 @@ class Schedule(_Plans):
     The stream is as if it were skipped, and its K/V is there for the next turn.
 
     PlanError: no steps, not from 0 or not rising; plans of different models, or whose prompts
-    differ in what runs, in compensation or in `last_token_full`.
+    differ in what runs, in surrogates or in `last_token_full`.
     """
 
     steps: tuple[tuple[int, SkipPlan], ...]
@@ -266,6 +266,6 @@ def _check_same_prompts(step: int, first: SkipPlan, plan: SkipPlan) -> None:
                 "schedule changes decode only"
             )
     if first.phase_digest("prefill") != plan.phase_digest("prefill"):
-        raise PlanError(f"step {step}: what prefill skips is compensated otherwise than at step 0")
+        raise PlanError(f"step {step}: what prefill skips has other surrogates than at step 0")
     if first.last_token_full != plan.last_token_full:
         raise PlanError(f"step {step}: last_token_full is not as at step 0")

@@ -27,7 +27,7 @@ def prefill_only(
     """Leave out of prompts what `plan` leaves out there, and decode in full (POP, 2602.03295).
 
     Args:
-        plan: what prompts leave out; its compensation stands in, in both phases.
+        plan: what prompts leave out; its surrogates stand in, in both phases.
         decode: what decoding leaves out, if it is not to run in full: a part of what `plan` does.
         last_token_full: whether a prompt's last token runs as in decode already, so that the first
             new token is the full model's (the paper's boundary handling).
@@ -56,5 +56,5 @@ def _check_smaller(plan: SkipPlan, smaller: SkipPlan) -> None:
     if more:
         raise PlanError(
             f"{more[0]}: left out of decode but not of prompts; the plan for decode is to be a "
-            "part of the other, whose compensation stands in"
+            "part of the other, whose surrogates stand in"
         )

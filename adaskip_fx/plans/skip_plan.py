@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from adaskip_fx.plans.sublayer import Kind, Sublayer
-from adaskip_fx.plans.surrogates import NONE, Compensation
+from adaskip_fx.plans.surrogates import NONE, Surrogates
 from adaskip_fx.utils.files import (
     JSON,
     canonical_digest,
@@ -22,6 +22,7 @@ from adaskip_fx.utils.files import (
     read_document,
     write_atomically,
 )
+from adaskip_passes.errors import AdaskipError
 
 __all__ = ["Action", "Kind", "Phase", "PlanError", "SkipPlan", "Sublayer"]
 
@@ -41,7 +42,7 @@ class Action(StrEnum):
     KV_ONLY = "kv_only"  # K/V (or a mixer's state) is written; the stream is as if it were skipped
 
 
-class PlanError(ValueError):
+class PlanError(AdaskipError, ValueError):
     """A plan that would give wrong answers, or a plan file that cannot be trusted."""
 
 
@@ -51,26 +52,26 @@ class SkipPlan:
 
     sublayers: every sublayer of the model, in stream order.
     prefill, decode: the sublayers that do not simply run (entries `RUN` are dropped).
-    compensation: what stands in for the skipped ones.
+    surrogates: what stands in for the skipped ones.
     last_token_full: whether the last token of a prompt runs as `decode` says instead, as a step of
         its own (POP, arXiv 2602.03295): the first new token then comes from the decode plan. Of a
         prompt that is handed over in chunks it is the last token of each.
 
     PlanError, naming the sublayer: unknown or listed twice; K/V that would be missing or would
     have holes (attention and mixers are skipped in both phases or in none); `KV_ONLY` for an ffn;
-    a stand-in for an unknown sublayer; a phase in which nothing runs.
+    a surrogate for an unknown sublayer; a phase in which nothing runs.
     """
 
     sublayers: tuple[Sublayer, ...]
     prefill: Mapping[Sublayer, Action]
     decode: Mapping[Sublayer, Action]
-    compensation: Compensation = NONE
+    surrogates: Surrogates = NONE
     last_token_full: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sublayers", tuple(self.sublayers))
         _check_unique(self.sublayers)
-        _check_known(self.sublayers, self.compensation.stand_ins, "compensation")
+        _check_known(self.sublayers, self.surrogates.by_sublayer, "surrogates")
         for phase in get_args(Phase):
             given: Mapping[Sublayer, Action] = getattr(self, phase)
             _check_known(self.sublayers, given, phase)
@@ -92,7 +93,7 @@ class SkipPlan:
         skip: Iterable[Sublayer | str],
         *,
         decode_extra: Iterable[Sublayer | str] = (),
-        compensation: Compensation = NONE,
+        surrogates: Surrogates = NONE,
     ) -> SkipPlan:
         """Skip `skip` in both phases and `decode_extra` (ffn only) in decode as well.
 
@@ -100,7 +101,7 @@ class SkipPlan:
         """
         prefill = {_as_sublayer(item): Action.SKIP for item in skip}
         extra = {_as_sublayer(item): Action.SKIP for item in decode_extra}
-        return cls(tuple(sublayers), prefill, {**prefill, **extra}, compensation)
+        return cls(tuple(sublayers), prefill, {**prefill, **extra}, surrogates)
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -108,7 +109,7 @@ class SkipPlan:
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping proxy can be neither pickled nor deep-copied.
         maps = dict(self.prefill), dict(self.decode)
-        return SkipPlan, (self.sublayers, *maps, self.compensation, self.last_token_full)
+        return SkipPlan, (self.sublayers, *maps, self.surrogates, self.last_token_full)
 
     def action(self, phase: Phase, sublayer: Sublayer) -> Action:
         """What `sublayer` does in `phase`; PlanError when the model has no such sublayer."""
@@ -134,18 +135,18 @@ class SkipPlan:
             if sublayer not in extra or sublayer in self.prefill:
                 raise PlanError(f"{sublayer}: a factor was given, but it is no extra of decode")
         decode = {**self.decode, **dict.fromkeys(extra, Action.SKIP)}
-        compensation = self.compensation.with_factors(factors)
-        return replace(self, decode=decode, compensation=compensation)
+        surrogates = self.surrogates.with_factors(factors)
+        return replace(self, decode=decode, surrogates=surrogates)
 
-    def with_compensation(self, compensation: Compensation) -> SkipPlan:
-        """The same sublayers skipped, with other stand-ins."""
-        return replace(self, compensation=compensation)
+    def with_surrogates(self, surrogates: Surrogates) -> SkipPlan:
+        """The same sublayers skipped, with other surrogates."""
+        return replace(self, surrogates=surrogates)
 
     @cached_property
     def digest(self) -> str:
         """16 hex characters that identify the whole plan, whatever order it was written in."""
         return canonical_digest(
-            {**self._phases_json(), "compensation": self.compensation.digest}  # not its text
+            {**self._phases_json(), "compensation": self.surrogates.digest}  # not its text
         )
 
     def phase_digest(self, phase: Phase) -> str:
@@ -164,14 +165,14 @@ class SkipPlan:
         return {
             **head,
             **self._phases_json(),
-            "compensation": self.compensation.to_json(),
+            "compensation": self.surrogates.to_json(),
             "tensors": f"compensation-{tensors.digest}.safetensors" if tensors else None,
         }
 
     def save(self, path: str | Path) -> None:
         """Write the plan to the file `path` (JSON); the old file stays until the new is whole.
 
-        Stand-ins that are more than one number are written to a file of their own beside it, whose
+        Surrogates that are more than one number are written to a file of their own beside it, whose
         name says what is in it (`compensation-DIGEST.safetensors`).
         """
         path, data = Path(path), self.to_json()
@@ -189,7 +190,7 @@ class SkipPlan:
                 tuple(map(Sublayer.parse, data["sublayers"])),
                 {Sublayer.parse(name): action for name, action in data["prefill"].items()},
                 {Sublayer.parse(name): action for name, action in data["decode"].items()},
-                Compensation.from_json(data["compensation"], _load_tensors(path, data["tensors"])),
+                Surrogates.from_json(data["compensation"], _load_tensors(path, data["tensors"])),
                 data.get("last_token_full", False) is True,
             )
         except (AttributeError, TypeError, ValueError) as error:
@@ -202,10 +203,10 @@ class SkipPlan:
         return f"{_heading(self)}\n{layer_table(self.sublayers, lambda s: _cell(self, s))}"
 
     @property
-    def _tensors(self) -> Compensation:
-        """The stand-ins that JSON does not hold."""
-        return Compensation(
-            {s: c for s, c in self.compensation.stand_ins.items() if c.factor is None}
+    def _tensors(self) -> Surrogates:
+        """The surrogates that JSON does not hold."""
+        return Surrogates(
+            {s: c for s, c in self.surrogates.by_sublayer.items() if c.factor is None}
         )
 
     @cached_property
@@ -234,20 +235,20 @@ class SkipPlan:
 
 def _phase_digest(plan: SkipPlan, phase: Phase) -> str:
     actions: list[JSON] = [[str(s), plan.action(phase, s).value] for s in plan.sublayers]
-    found = {str(s): plan.compensation.stand_in(s) for s in plan._actions(phase)}
-    stand_ins = {name: c.digest for name, c in found.items() if c is not None}
-    return canonical_digest({"phase": phase, "actions": actions, "stand_ins": stand_ins})
+    found = {str(s): plan.surrogates.get(s) for s in plan._actions(phase)}
+    surrogates = {name: c.digest for name, c in found.items() if c is not None}
+    return canonical_digest({"phase": phase, "actions": actions, "stand_ins": surrogates})
 
 
-def _load_tensors(path: Path, name: object) -> Compensation | None:
+def _load_tensors(path: Path, name: object) -> Surrogates | None:
     """The file beside a plan's that it names, if it names one."""
     if name is None:
         return None
     if not isinstance(name, str) or not _TENSOR_FILE.fullmatch(name):  # never outside the folder
-        raise ValueError(f"{name!r} is not the name of a compensation's file")
+        raise ValueError(f"{name!r} is not the name of a file of surrogates")
     if not (path.parent / name).is_file():
         raise ValueError(f"{path.parent / name} is missing: copy it along with the plan")
-    return Compensation.load(path.parent / name)
+    return Surrogates.load(path.parent / name)
 
 
 def _as_sublayer(item: Sublayer | str) -> Sublayer:
@@ -333,8 +334,8 @@ def _cell(plan: SkipPlan, sublayer: Sublayer) -> str:
     def text(action: Action) -> str:
         if action is Action.RUN:
             return _DOT
-        words, stand_in = action.value.replace("_", " "), plan.compensation.stand_in(sublayer)
-        return words if stand_in is None else f"{words} {stand_in}"
+        words, surrogate = action.value.replace("_", " "), plan.surrogates.get(sublayer)
+        return words if surrogate is None else f"{words} {surrogate}"
 
     prefill, decode = plan.action("prefill", sublayer), plan.action("decode", sublayer)
     if prefill is decode:

@@ -1,4 +1,4 @@
-"""What one skipped sublayer becomes: a kind of the compensation ladder and its tensors.
+"""What one skipped sublayer becomes: its surrogate, of a kind, with tensors.
 
 From cheap to strong, for a stream `x` of width H:
 
@@ -24,12 +24,12 @@ import numpy.typing as npt
 
 from adaskip_fx.utils.files import canonical_digest
 
-StandInKind = Literal["scale", "diagonal", "low_rank", "linear", "normalized"]
+SurrogateKind = Literal["scale", "diagonal", "low_rank", "linear", "normalized"]
 Array = npt.NDArray[np.floating[Any]]
 
 EPS = 1e-6  #: under the root of the mean square that a normalized map divides by
 #: kind -> its tensors, by the letters of their dimensions
-SHAPES: Mapping[StandInKind, Mapping[str, str]] = MappingProxyType(
+SHAPES: Mapping[SurrogateKind, Mapping[str, str]] = MappingProxyType(
     {
         "scale": {"factor": ""},
         "diagonal": {"factor": "H"},
@@ -41,7 +41,7 @@ SHAPES: Mapping[StandInKind, Mapping[str, str]] = MappingProxyType(
 
 
 @dataclass(frozen=True, eq=False)
-class StandIn:
+class Surrogate:
     """One sublayer's replacement. Immutable, hashable, equal by value.
 
     kind: which rung.
@@ -52,17 +52,17 @@ class StandIn:
     finite, and a scale that is not positive (a ratio of norms is).
     """
 
-    kind: StandInKind
+    kind: SurrogateKind
     tensors: Mapping[str, Array]
 
     def __post_init__(self) -> None:
         if self.kind not in SHAPES:
-            known = ", ".join(get_args(StandInKind))
-            raise ValueError(f"unknown stand-in {self.kind!r}: this version has {known}")
+            known = ", ".join(get_args(SurrogateKind))
+            raise ValueError(f"unknown surrogate {self.kind!r}: this version has {known}")
         expected = SHAPES[self.kind]
         if set(self.tensors) != set(expected):
             raise ValueError(
-                f"a {self.kind} stand-in has tensors {', '.join(expected)}, "
+                f"a {self.kind} surrogate has tensors {', '.join(expected)}, "
                 f"got {', '.join(sorted(self.tensors)) or 'none'}"
             )
         frozen = {name: _frozen(self.tensors[name]) for name in expected}
@@ -70,19 +70,19 @@ class StandIn:
         object.__setattr__(self, "tensors", MappingProxyType(frozen))
 
     @classmethod
-    def scale(cls, factor: float) -> StandIn:
+    def scale(cls, factor: float) -> Surrogate:
         """`factor * x`."""
         return cls("scale", {"factor": np.float64(factor)})  # type: ignore[dict-item]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, StandIn) and self.digest == other.digest
+        return isinstance(other, Surrogate) and self.digest == other.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping proxy can be neither pickled nor deep-copied.
-        return StandIn, (self.kind, dict(self.tensors))
+        return Surrogate, (self.kind, dict(self.tensors))
 
     @cached_property
     def digest(self) -> str:
@@ -124,7 +124,7 @@ def _frozen(value: Any) -> Array:
     return frozen
 
 
-def _check(kind: StandInKind, tensors: Mapping[str, Array]) -> None:
+def _check(kind: SurrogateKind, tensors: Mapping[str, Array]) -> None:
     sizes: dict[str, int] = {}
     for name, letters in SHAPES[kind].items():
         shape = tensors[name].shape
@@ -135,14 +135,14 @@ def _check(kind: StandInKind, tensors: Mapping[str, Array]) -> None:
         if not right or 0 in shape:
             wanted = f"[{', '.join(letters)}]"
             raise ValueError(
-                f"{name} of a {kind} stand-in has shape {list(shape)}, expected {wanted}"
+                f"{name} of a {kind} surrogate has shape {list(shape)}, expected {wanted}"
                 + (f" with {', '.join(f'{k} = {v}' for k, v in sizes.items())}" if sizes else "")
             )
         if not np.isfinite(tensors[name]).all():
-            raise ValueError(f"{name} of a {kind} stand-in must be finite")
+            raise ValueError(f"{name} of a {kind} surrogate must be finite")
     if kind == "scale" and not tensors["factor"] > 0:
         raise ValueError(
-            f"factor of a scale stand-in must be positive, got {float(tensors['factor'])!r}"
+            f"factor of a scale surrogate must be positive, got {float(tensors['factor'])!r}"
         )
 
 

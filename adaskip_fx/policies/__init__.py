@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from adaskip_fx.policies.adaskip import AdaSkip
 from adaskip_fx.policies.base import CheckedPolicy
-from adaskip_fx.policies.candidates import Compensate, Evaluator
+from adaskip_fx.policies.candidates import Evaluator, FitSurrogates
 from adaskip_fx.policies.d3 import D3
 from adaskip_fx.policies.decode_only import DecodeOnly
 from adaskip_fx.policies.early_exit import EarlyExit
@@ -40,12 +40,12 @@ __all__ = [
     "POP",
     "AdaSkip",
     "CheckedPolicy",
-    "Compensate",
     "DecodeOnly",
     "DescribedPolicy",
     "EarlyExit",
     "Evaluator",
     "Evolve",
+    "FitSurrogates",
     "Fitted",
     "Greedy",
     "LLMDrop",

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
-from adaskip_fx.plans.surrogates import SANE_FACTORS, Compensation
+from adaskip_fx.plans.surrogates import SANE_FACTORS, Surrogates
 from adaskip_fx.profiles.profile import PROBE_STATS, Variant
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ class AdaSkip:
             return SkipPlan.empty(profile.sublayers)
         # Every ffn gets its factor now: decode may add any of them, and the plan alone, without
         # the profile, then says what stands in for it.
-        scale = profile.compensation(self.variant).factors
+        scale = profile.scales(self.variant).factors
         factors = {s: f for s, f in scale.items() if s in skip or s.kind == "ffn"}
-        return SkipPlan.of(profile.sublayers, skip, compensation=Compensation.scale(factors))
+        return SkipPlan.of(profile.sublayers, skip, surrogates=Surrogates.scale(factors))
 
     def threshold(self, profile: Profile, plan: SkipPlan) -> float | None:
         """beta: the least offline similarity among what prefill skips; None when it skips nothing.
@@ -140,12 +140,12 @@ class AdaSkip:
         running = [s for s in plan.sublayers if plan.action("decode", s) is Action.RUN]
         fresh = [s for s in chosen if s in running][: len(running) - 1]
         # What prefill skips keeps what stands in for it there, and so does what was fitted for it.
-        known = plan.compensation.stand_ins
+        known = plan.surrogates.by_sublayer
         if self.variant == "released":
             scale = own
             known = {s: c for s, c in known.items() if s in plan.prefill or c.factor is None}
         else:
-            scale = profile.compensation().factors
+            scale = profile.scales().factors
         factors = {s: scale[s] for s in fresh if s not in known and s not in plan.prefill}
         return plan.with_decode_extra(fresh, factors)
 
@@ -170,7 +170,7 @@ def _window_scale(
     moments: npt.NDArray[np.float64], probed: tuple[Sublayer, ...]
 ) -> Mapping[Sublayer, float]:
     """sqrt(sum |b|^2 / sum |a|^2) over the window, for each probed sublayer."""
-    # A factor that is no number is refused, by name, when a compensation takes it.
+    # A factor that is no number is refused, by name, when a surrogate takes it.
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.sqrt(moments[:, _AFTER] / moments[:, _BEFORE])
     return dict(zip(probed, ratio.tolist(), strict=True))

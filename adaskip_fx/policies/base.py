@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 
 if TYPE_CHECKING:
     from adaskip_fx.profiles.profile import Profile
@@ -35,11 +35,11 @@ def check_policy(policy: object, model: Any) -> None:
         policy.check(model)
 
 
-def plan_without(profile: Profile, skip: Collection[Sublayer], compensated: bool) -> SkipPlan:
-    """Skip `skip` in both phases; what is skipped becomes `scale * x` if `compensated`, else `x`.
+def plan_without(profile: Profile, skip: Collection[Sublayer], scaled: bool) -> SkipPlan:
+    """Skip `skip` in both phases; what is skipped becomes `scale * x` if `scaled`, else `x`.
 
     The scale is AdaSkip's (arXiv 2501.02336, eq. 4).
     """
-    scale = profile.compensation().factors if compensated else {}
-    compensation = Compensation.scale({s: f for s, f in scale.items() if s in skip})
-    return SkipPlan.of(profile.sublayers, skip, compensation=compensation)
+    scale = profile.scales().factors if scaled else {}
+    surrogates = Surrogates.scale({s: f for s, f in scale.items() if s in skip})
+    return SkipPlan.of(profile.sublayers, skip, surrogates=surrogates)

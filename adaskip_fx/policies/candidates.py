@@ -9,7 +9,7 @@ from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.policies.base import plan_without
 
 if TYPE_CHECKING:
-    from adaskip_fx.plans.surrogates import Compensation
+    from adaskip_fx.plans.surrogates import Surrogates
     from adaskip_fx.profiles.profile import Profile
 
 
@@ -21,13 +21,11 @@ class Evaluator(Protocol):
         ...
 
 
-class Compensate(Protocol):
-    """Fits what stands in for sublayers, such as `adaskip_fx.fitting.Compensator`."""
+class FitSurrogates(Protocol):
+    """Fits what stands in for sublayers, such as `adaskip_fx.fitting.SurrogateFitter`."""
 
-    def __call__(
-        self, skip: tuple[Sublayer, ...], known: tuple[Sublayer, ...] = ()
-    ) -> Compensation:
-        """Stand-ins for what is skipped, in stream order.
+    def __call__(self, skip: tuple[Sublayer, ...], known: tuple[Sublayer, ...] = ()) -> Surrogates:
+        """Surrogates for what is skipped, in stream order.
 
         known: those of `skip` that other candidates have in common; their fits may be kept.
         """
@@ -37,18 +35,18 @@ class Compensate(Protocol):
 def candidate(
     profile: Profile,
     skip: Collection[Sublayer],
-    compensate: Compensate | None,
-    compensated: bool,
+    fit_surrogates: FitSurrogates | None,
+    scaled: bool,
     known: tuple[Sublayer, ...] = (),
 ) -> SkipPlan:
-    """The plan that skips `skip`, with what `compensate` fits for it, of which `known` is common.
+    """The plan that skips `skip`, with surrogates fitted for it; it shares `known` with another.
 
-    Without `compensate`: AdaSkip's scale if `compensated`, else nothing.
+    Without `fit_surrogates`: AdaSkip's scale if `scaled`, else nothing.
     """
     ordered = tuple(s for s in profile.sublayers if s in skip)
-    if compensate is None or not ordered:
-        return plan_without(profile, ordered, compensated)
-    return SkipPlan.of(profile.sublayers, ordered, compensation=compensate(ordered, known))
+    if fit_surrogates is None or not ordered:
+        return plan_without(profile, ordered, scaled)
+    return SkipPlan.of(profile.sublayers, ordered, surrogates=fit_surrogates(ordered, known))
 
 
 def skippable(

@@ -28,7 +28,7 @@ class DepthSchedule(ABC):
     length: decoded tokens over which the depth falls; afterwards it stays. alpha is the mean over
         these tokens.
     levels: plans at most: programs to be linked for a request.
-    compensated: whether a skipped sublayer becomes AdaSkip's `scale * x` (eq. 4) instead of `x`.
+    scaled: whether a skipped sublayer becomes AdaSkip's `scale * x` (eq. 4) instead of `x`.
     protected: whether the first two layers and the last always run.
 
     The last two are not part of the rules as their authors give them. ValueError for a length or
@@ -37,7 +37,7 @@ class DepthSchedule(ABC):
 
     length: int = 256
     levels: int = 4
-    compensated: bool = False
+    scaled: bool = False
     protected: bool = False
 
     name: ClassVar[str] = ""
@@ -66,7 +66,7 @@ class DepthSchedule(ABC):
         depths = self.depths(total, total - len(order), _mean_depth(alpha, total))
         return Schedule(
             tuple(
-                (first, decode_only(plan_without(profile, skip, self.compensated)))
+                (first, decode_only(plan_without(profile, skip, self.scaled)))
                 for first, depth in coarse(depths, self.levels)
                 for skip in [[s for s in profile.sublayers if s.layer in order[: total - depth]]]
             )

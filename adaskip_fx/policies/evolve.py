@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adaskip_fx.policies.adaskip import AdaSkip
-from adaskip_fx.policies.candidates import Compensate, Evaluator, candidate, skippable
+from adaskip_fx.policies.candidates import Evaluator, FitSurrogates, candidate, skippable
 
 if TYPE_CHECKING:
     from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
@@ -33,7 +33,7 @@ class Evolve:
         from 1 to this.
     same_kind: whether attention changes places with attention only, and ffn with ffn.
     seed: of what is drawn.
-    compensate, compensated, protected, never: as of `Greedy`; what `start` skips may stay skipped.
+    fit_surrogates, scaled, protected, never: as of `Greedy`; what `start` skips may stay skipped.
 
     ValueError for numbers below 1, or a selection that does not end with one survivor.
     """
@@ -46,8 +46,8 @@ class Evolve:
     switches: int = 3
     same_kind: bool = True
     seed: int = 0
-    compensate: Compensate | None = None
-    compensated: bool = False
+    fit_surrogates: FitSurrogates | None = None
+    scaled: bool = False
     protected: bool = False
     never: frozenset[Sublayer] = frozenset()
 
@@ -95,4 +95,4 @@ class Evolve:
         return skipped
 
     def _candidate(self, profile: Profile, skip: frozenset[Sublayer]) -> SkipPlan:
-        return candidate(profile, skip, self.compensate, self.compensated)
+        return candidate(profile, skip, self.fit_surrogates, self.scaled)

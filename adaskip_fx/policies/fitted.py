@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Skip what `skip_plan` skips; decoding may add the ffn sublayers that it has a stand-in for.
+    """Skip what `skip_plan` skips; decoding may add the ffn sublayers that it has a surrogate for.
 
     skip_plan: as :func:`adaskip_fx.fit` or ``adaskip-fx fit`` made it; other policies have been
         asked already, so `alpha` is not looked at.
@@ -46,8 +46,8 @@ class Fitted:
 
     @property
     def extras(self) -> tuple[Sublayer, ...]:
-        """The ffn sublayers that run and have a stand-in."""
-        known = self.skip_plan.compensation.stand_ins
+        """The ffn sublayers that run and have a surrogate."""
+        known = self.skip_plan.surrogates.by_sublayer
         return tuple(s for s in known if s.kind == "ffn" and s not in self.skip_plan.decode)
 
     def online_plan(
@@ -57,7 +57,7 @@ class Fitted:
         window: npt.ArrayLike,
         probed: Sequence[Sublayer],
     ) -> SkipPlan:
-        """As :meth:`AdaSkip.online_plan`, of what has a stand-in alone."""
+        """As :meth:`AdaSkip.online_plan`, of what has a surrogate alone."""
         allowed = [i for i, s in enumerate(probed) if s in self.extras]
         rows = np.asarray(window, dtype=np.float64)[allowed]
         return self.base.online_plan(profile, plan, rows, tuple(probed[i] for i in allowed))

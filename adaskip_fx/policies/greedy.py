@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaskip_fx.policies.adaskip import skip_count
-from adaskip_fx.policies.candidates import Compensate, Evaluator, candidate, skippable
+from adaskip_fx.policies.candidates import Evaluator, FitSurrogates, candidate, skippable
 
 if TYPE_CHECKING:
     from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
@@ -18,9 +18,9 @@ class Greedy:
     """Remove sublayers one by one, each time the one whose removal leaves the least loss.
 
     evaluator: judges candidate plans.
-    compensate: fits what stands in for a set of sublayers; called for every candidate, so that each
-        is judged with its own fit.
-    compensated: without `compensate`, whether AdaSkip's `scale * x` (eq. 4) stands in.
+    fit_surrogates: fits surrogates for a set of sublayers; called for every candidate, so that
+        each is judged with its own fit.
+    scaled: without `fit_surrogates`, whether AdaSkip's `scale * x` (eq. 4) stands in.
     protected: whether the first two layers and the last always run.
     never: other sublayers that always run.
     shortlist: of those left, try only so many at each step, the most similar; None: all.
@@ -30,8 +30,8 @@ class Greedy:
     """
 
     evaluator: Evaluator
-    compensate: Compensate | None = None
-    compensated: bool = False
+    fit_surrogates: FitSurrogates | None = None
+    scaled: bool = False
     protected: bool = False
     never: frozenset[Sublayer] = frozenset()
     shortlist: int | None = None
@@ -65,4 +65,4 @@ class Greedy:
     def _candidate(
         self, profile: Profile, gone: tuple[Sublayer, ...], another: Sublayer
     ) -> SkipPlan:
-        return candidate(profile, (*gone, another), self.compensate, self.compensated, gone)
+        return candidate(profile, (*gone, another), self.fit_surrogates, self.scaled, gone)

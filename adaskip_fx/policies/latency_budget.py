@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from adaskip_fx.latency.knapsack import choose
 from adaskip_fx.latency.table import LatencyTable
-from adaskip_fx.latency.terms import Weights, stand_in, weights_of
-from adaskip_fx.plans.folding import folds
+from adaskip_fx.latency.terms import Weights, surrogate, weights_of
+from adaskip_fx.plans.composition import compose_surrogates
 from adaskip_fx.plans.skip_plan import Phase, SkipPlan, Sublayer
 from adaskip_fx.policies.adaskip import AdaSkip
 
@@ -146,7 +146,7 @@ class LatencyBudget:
         """Seconds [sublayers, constraints] that skipping each sublayer saves: it costs nothing any
         more, but what stands in for it may. 0 for one that cannot be skipped."""
         pairs = [
-            (name, self._stand_in(profile, s)) if name else ("", "")
+            (name, self._surrogate(profile, s)) if name else ("", "")
             for s, name in zip(profile.sublayers, self.table.classes, strict=True)
         ]
         columns = []
@@ -160,10 +160,12 @@ class LatencyBudget:
             columns.append([saved[pair] for pair in pairs])
         return np.array(columns).T
 
-    def _stand_in(self, profile: Profile, sublayer: Sublayer) -> str:
+    def _surrogate(self, profile: Profile, sublayer: Sublayer) -> str:
         """The part that takes the place of a sublayer; empty where the stream is handed on."""
         alone = self.base.plan_of(profile, {sublayer})
-        return next((stand_in(fold) for fold in folds(alone, "prefill").values()), "")
+        return next(
+            (surrogate(composed) for composed in compose_surrogates(alone, "prefill").values()), ""
+        )
 
     def _cost(self, part: str, phase: Phase) -> float:
         return self.table.cost(part, phase, self.context) if part else 0.0

@@ -45,7 +45,7 @@ class LiteStage:
     stages: at least one.
     bound: accuracy that a stage may lose against its full model.
     stride: sublayers more from one budget to the next.
-    compensated: whether a skipped sublayer becomes AdaSkip's `scale * x` (eq. 4); not the authors'.
+    scaled: whether a skipped sublayer becomes AdaSkip's `scale * x` (eq. 4); not the authors'.
 
     ValueError for no stages, a negative bound or a stride below 1.
     """
@@ -53,7 +53,7 @@ class LiteStage:
     stages: tuple[Stage, ...]
     bound: float = 0.04
     stride: int = 1
-    compensated: bool = False
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -89,4 +89,4 @@ class LiteStage:
         order = np.argsort(-profile.similarity(), kind="stable")
         ranking = [profile.sublayers[i] for i in order]
         for count in range(self.stride, most + 1, self.stride):
-            yield plan_without(profile, ranking[:count], self.compensated)
+            yield plan_without(profile, ranking[:count], self.scaled)

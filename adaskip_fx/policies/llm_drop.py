@@ -23,13 +23,13 @@ class LLMDrop:
 
     which: rank `"attention"` sublayers alone (the paper's advice), or `"joint"`, attention and ffn
         in one ranking, which is AdaSkip's offline step.
-    compensated: whether a skipped sublayer becomes AdaSkip's `scale * x` instead of `x`.
+    scaled: whether a skipped sublayer becomes AdaSkip's `scale * x` instead of `x`.
 
     ValueError for another `which`.
     """
 
     which: Which = "attention"
-    compensated: bool = False
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         if self.which not in get_args(Which):
@@ -50,4 +50,4 @@ class LLMDrop:
                 f"alpha {alpha} skips {count} sublayers, but the model has {len(ranking)} of "
                 "attention: take a smaller alpha, or LLMDrop('joint')"
             )
-        return plan_without(profile, ranking[:count], self.compensated)
+        return plan_without(profile, ranking[:count], self.scaled)

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 class ShortGPT:
     """Skip whole layers of the least block influence, `1 - E cos(before, after)` (eq. 1).
 
-    compensated: whether a skipped sublayer becomes AdaSkip's `scale * x` (eq. 4) instead of `x`.
+    scaled: whether a skipped sublayer becomes AdaSkip's `scale * x` (eq. 4) instead of `x`.
     protected: whether the first two layers and the last always run.
 
     Neither is part of the rule as its authors give it.
     """
 
-    compensated: bool = False
+    scaled: bool = False
     protected: bool = False
 
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
@@ -45,4 +45,4 @@ class ShortGPT:
                 f"{len(ranking)}: take a smaller alpha"
             )
         skip = [s for s in profile.sublayers if s.layer in ranking[:count]]
-        return plan_without(profile, skip, self.compensated)
+        return plan_without(profile, skip, self.scaled)

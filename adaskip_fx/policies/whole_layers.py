@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 class WholeLayers(ABC):
     """A policy that leaves out whole decoder layers, in prefill and decode.
 
-    compensated: whether a skipped sublayer becomes AdaSkip's `scale * x` (eq. 4) instead of `x`.
+    scaled: whether a skipped sublayer becomes AdaSkip's `scale * x` (eq. 4) instead of `x`.
     protected: whether the first two layers and the last always run.
 
     Neither is part of the rules as their authors give them; both make a comparison with policies
     that choose single sublayers a fair one.
     """
 
-    compensated: bool = False
+    scaled: bool = False
     protected: bool = False
 
     name: ClassVar[str] = ""
@@ -50,7 +50,7 @@ class WholeLayers(ABC):
             )
         chosen = self.choose(candidates, count) if count else ()
         skip = [s for s in profile.sublayers if s.layer in chosen]
-        return plan_without(profile, skip, self.compensated)
+        return plan_without(profile, skip, self.scaled)
 
 
 def _always(layers: list[int]) -> set[int]:

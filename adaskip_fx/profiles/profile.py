@@ -23,7 +23,7 @@ import safetensors.numpy
 
 from adaskip_fx.plans.skip_plan import TIMES, layer_table
 from adaskip_fx.plans.sublayer import Sublayer
-from adaskip_fx.plans.surrogates import SANE_FACTORS, Compensation
+from adaskip_fx.plans.surrogates import SANE_FACTORS, Surrogates
 from adaskip_fx.profiles.fingerprint import Fingerprint, fingerprint
 from adaskip_fx.utils.files import (
     JSON,
@@ -32,6 +32,7 @@ from adaskip_fx.utils.files import (
     read_document,
     write_atomically,
 )
+from adaskip_passes.errors import AdaskipError
 
 if TYPE_CHECKING:
     pass
@@ -50,7 +51,7 @@ _TEMPORARY = re.compile(r"\.(profile\.json|moments-[0-9a-f]{16}\.safetensors)\.[
 _REDO = "calibrate again"
 
 
-class ProfileError(ValueError):
+class ProfileError(AdaskipError, ValueError):
     """A profile that is damaged, impossible, or of another model."""
 
 
@@ -167,12 +168,12 @@ class Profile:
         _check_variant(variant)
         if variant == "paper":
             return self._sum("ratio") / self._sum("tokens")
-        with np.errstate(divide="ignore", invalid="ignore"):  # `compensation` names the sublayer
+        with np.errstate(divide="ignore", invalid="ignore"):  # `surrogates` names the sublayer
             ratio = self._of("after_squared") / self._of("before_squared")
         return np.asarray(np.sqrt(ratio).mean(axis=0))
 
-    def compensation(self, variant: Variant = "paper") -> Compensation:
-        """`scale` of every sublayer as a compensation.
+    def scales(self, variant: Variant = "paper") -> Surrogates:
+        """`scale` of every sublayer as its surrogate.
 
         ProfileError, naming the sublayer, for a factor outside of `SANE_FACTORS`: a plan with it
         would compute nothing of use, so `compile` does not get as far as that.
@@ -187,7 +188,7 @@ class Profile:
                     "token was almost zero, or grew beyond measure. Calibrate again, on texts "
                     "without padding or unknown tokens, or in a wider dtype"
                 )
-        return Compensation.scale(factors)
+        return Surrogates.scale(factors)
 
     def check(self, model: Any) -> None:
         """ProfileError when `model` is of another architecture than the one measured."""

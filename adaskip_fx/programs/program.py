@@ -27,12 +27,12 @@ from adaskip_passes import (
     fuse,
     link,
     run_passes,
-    stand_in_inputs,
     sublayer_calls,
+    surrogate_inputs,
 )
 
 from ..capture.phase_graph import CapturedPhase
-from ..plans.folding import Fold, SurrogateTensors, folds
+from ..plans.composition import ComposedSurrogate, SurrogateTensors, compose_surrogates
 from ..plans.skip_plan import Action, Phase, SkipPlan, Sublayer
 
 Link = Literal["pieces", "fused"]
@@ -53,7 +53,7 @@ def rewrite(
     keep: Keep = "nothing",
     probe_together: bool = False,
     first: Sequence[Pass] = (),
-    stand_ins: Mapping[Sublayer, Fold] | None = None,
+    surrogates: Mapping[Sublayer, ComposedSurrogate] | None = None,
 ) -> fx.GraphModule:
     """An outer graph under one phase of a plan.
 
@@ -65,36 +65,36 @@ def rewrite(
         keep: which effects of a skipped sublayer stay; see `adaskip_passes.Replacement`.
         probe_together: see `adaskip_passes.Probe`.
         first: passes that run before the others.
-        stand_ins: what is put in for sublayers that do not run; by `folds` if None.
+        surrogates: what is put in for sublayers that do not run; by `compose_surrogates` if None.
     """
-    put_in = folds(plan, phase) if stand_ins is None else stand_ins
+    put_in = compose_surrogates(plan, phase) if surrogates is None else surrogates
     position = {s: i for i, s in enumerate(sublayers)}
     replacements = {}
     for sublayer in sublayers:
         action = plan.action(phase, sublayer)
         if action is not Action.RUN:
-            fold = put_in.get(sublayer)
+            composed = put_in.get(sublayer)
             replacements[position[sublayer]] = Replacement(
                 keep="everything" if action is Action.KV_ONLY else keep,
-                compensation=fold.kind if fold is not None else None,
-                rank=fold.rank if fold is not None else 0,
+                surrogate=composed.kind if composed is not None else None,
+                rank=composed.rank if composed is not None else 0,
             )
     probe = Probe(tuple(sorted(position[s] for s in probed)), probe_together)
     return run_passes(outer, (*first, Skip(replacements), probe))
 
 
-def stand_in_tensors(
+def surrogate_tensors(
     outer: fx.GraphModule,
     sublayers: tuple[Sublayer, ...],
-    stand_ins: Mapping[Sublayer, Fold],
+    surrogates: Mapping[Sublayer, ComposedSurrogate],
     placed: SurrogateTensors,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of stand-ins that a rewritten graph takes, by input name.
+    """The tensors of surrogates that a rewritten graph takes, by input name.
 
     PlanError where one does not fit the model.
     """
     inputs: dict[int, dict[str, str]] = {}
-    for name, (index, tensor) in stand_in_inputs(outer.graph).items():
+    for name, (index, tensor) in surrogate_inputs(outer.graph).items():
         inputs.setdefault(index, {})[tensor] = name
     nodes = outer.graph.find_nodes(op="placeholder")
     examples = {n.name: n.meta.get("example_value") for n in nodes}
@@ -102,7 +102,7 @@ def stand_in_tensors(
     for index, names in inputs.items():
         like = {tensor: examples[name] for tensor, name in names.items()}
         sublayer = sublayers[index]
-        tensors = placed.get(sublayer, stand_ins[sublayer], like)
+        tensors = placed.get(sublayer, surrogates[sublayer], like)
         found.update({name: tensors[tensor] for tensor, name in names.items()})
     return found
 
@@ -114,12 +114,12 @@ class Program:
         phase: the capture it was linked from.
         probed: the sublayers whose moments it returns, in stream order.
         runs: the sublayers that it calls, read from the graph that was linked.
-        stand_ins: the tensors that stand in for others, by the names of the graph's inputs.
+        surrogates: the tensors that stand in for others, by the names of the graph's inputs.
         seconds: how long linking took.
     """
 
     first_passes: Sequence[Pass] = ()  #: what else is done to the outer graph
-    folded: bool = True  #: whether neighbouring stand-ins become one
+    composed: bool = True  #: whether neighbouring surrogates become one
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Program:
         self.phase = phase
         self.probed = tuple(s for s in phase.sublayers if s in set(probed))
         part = plan_phase(phase.key.phase)
-        stand_ins = folds(plan, part, self.folded)
+        surrogates = compose_surrogates(plan, part, self.composed)
         outer = rewrite(
             phase.outer,
             phase.sublayers,
@@ -142,14 +142,14 @@ class Program:
             self.probed,
             probe_together=phase.key.static_cache,
             first=self.first_passes,
-            stand_ins=stand_ins,
+            surrogates=surrogates,
         )
         self.runs = frozenset(phase.sublayers[i] for i in sublayer_calls(outer.graph))
         inputs = outer.graph.find_nodes(op="placeholder")
-        self.stand_ins = stand_in_tensors(outer, phase.sublayers, stand_ins, placed)
-        added = {name: len(phase.place) + i for i, name in enumerate([*self.stand_ins, VALID])}
+        self.surrogates = surrogate_tensors(outer, phase.sublayers, surrogates, placed)
+        added = {name: len(phase.place) + i for i, name in enumerate([*self.surrogates, VALID])}
         place = {**phase.place, **added}
-        self._tensors = tuple(self.stand_ins.values())
+        self._tensors = tuple(self.surrogates.values())
         self._take = operator.itemgetter(*(place[n.name] for n in inputs))
         self._function = self._link(outer, how)
         self.seconds = time.perf_counter() - start

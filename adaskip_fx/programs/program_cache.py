@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from adaskip_passes import (
-    RefusedError,
     ShapeGuards,
+    UnsupportedError,
     one_at_a_time,
     piece_of,
     start_workers,
@@ -24,7 +24,7 @@ from ..capture.reference import ReferenceRun, positions
 from ..capture.states import Since, State, States
 from ..kv_cache.buffers import LayerCacheSpec
 from ..kv_cache.views import StaticCacheView
-from ..plans.folding import SurrogateTensors
+from ..plans.composition import SurrogateTensors
 from ..plans.skip_plan import Action, SkipPlan
 from ..plans.sublayer import Sublayer
 from .program import Counters, Link, Program, VariantCache, plan_phase
@@ -202,7 +202,7 @@ class Graphs:
             since: the state that the request began with.
 
         Raises:
-            RefusedError: there is no such graph yet and the model is in another state now.
+            UnsupportedError: there is no such graph yet and the model is in another state now.
         """
         for captured in since.state.captures.get(key, ()):
             program = self._known(captured, plan, probed)
@@ -229,7 +229,7 @@ class Graphs:
         program = self._linked(captured, plan, probed)
         if not self._guards_of(captured).hold(arguments):
             broken = "; ".join(self._guards_of(captured).broken(arguments))
-            raise RefusedError(f"no {key.phase} graph holds for these lengths: {broken}")
+            raise UnsupportedError(f"no {key.phase} graph holds for these lengths: {broken}")
         return program
 
     def _known(
@@ -267,7 +267,7 @@ class Graphs:
             self.states.sample(state)
         try:
             state.sample.check(captured, self.model, self.forward)
-        except RefusedError:  # weights may have been changed since
+        except UnsupportedError:  # weights may have been changed since
             self.states.sample(state)
             state.sample.check(captured, self.model, self.forward)
 
@@ -283,7 +283,7 @@ class Graphs:
         self.states.require(since)
         group = state.captures.get(key, ())
         if len(group) >= _GRAPHS_PER_KEY:
-            raise RefusedError(
+            raise UnsupportedError(
                 f"{len(group)} {key.phase} graphs were captured and none holds for these lengths; "
                 "the model's code branches on them"
             )
@@ -297,7 +297,7 @@ class Graphs:
         )
         self.counters.captures += 1
         if self._first is not None and captured.sublayers != self._first.sublayers:
-            raise RefusedError(
+            raise UnsupportedError(
                 f"{type(self.model).__name__} had {len(self._first.sublayers)} sublayers when it "
                 f"was compiled and has {len(captured.sublayers)} now, or others; compile it again"
             )

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from adaskip_passes import one_at_a_time
+from adaskip_passes.errors import AdaskipError
 
 from ..capture import attention, reference
 from ..capture.phase_graph import step_inputs
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ..programs.program_cache import Graphs
 
 
-class CheckError(AssertionError):
+class CheckError(AdaskipError, AssertionError):
     """A step gave other logits than the eager model."""
 
 
@@ -138,7 +139,7 @@ class Checker:
         from .oracle import Oracle
 
         left_out = (s for s in plan.sublayers if plan.action(phase, s) is not Action.RUN)
-        skips = {str(s): plan.compensation.stand_in(s) for s in left_out}
+        skips = {str(s): plan.surrogates.get(s) for s in left_out}
         forward = self._graphs.forward
         mask, positions = inputs.normal(beside.length)
         given = step_inputs(forward, inputs.input_ids, positions, mask, 0)

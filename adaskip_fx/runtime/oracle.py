@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from adaskip_fx.kv_cache.names import CACHE_NAMES
-from adaskip_fx.plans.surrogate import EPS, StandIn
+from adaskip_fx.plans.surrogate import EPS, Surrogate
 
 _ADDS = frozenset(
     [
@@ -27,7 +27,7 @@ _ADDS = frozenset(
     ]
 )
 #: What stands in for a sublayer: None hands the stream on, a number is a factor on it.
-Skips = Mapping[str, StandIn | float | None]
+Skips = Mapping[str, Surrogate | float | None]
 
 
 @dataclass
@@ -115,11 +115,11 @@ class Oracle:
         return stream
 
 
-def replaced(stream: torch.Tensor, by: StandIn | float | None) -> torch.Tensor:
+def replaced(stream: torch.Tensor, by: Surrogate | float | None) -> torch.Tensor:
     """What a stream [..., H] becomes where a sublayer is left out, written out."""
     if by is None:
         return stream
-    if not isinstance(by, StandIn):
+    if not isinstance(by, Surrogate):
         return (stream.float() * by).to(stream.dtype)
     tensors = {n: torch.tensor(t, device=stream.device) for n, t in by.tensors.items()}
     if "factor" in tensors:

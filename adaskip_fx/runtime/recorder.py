@@ -20,7 +20,7 @@ class RecordingProgram(Program):
     """A program that keeps the streams of its last run."""
 
     first_passes = (Tap(),)
-    folded = False  # the stream after every sublayer is looked at
+    composed = False  # the stream after every sublayer is looked at
     last: ClassVar[Streams] = ()
 
     def run(self, *arguments: object) -> tuple[torch.Tensor, ...]:

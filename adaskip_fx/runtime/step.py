@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from adaskip_passes import Recorder, RefusedError
+from adaskip_passes import Recorder, UnsupportedError
 
 from ..capture import phase_graph
 from ..capture.phase_graph import GraphKey, GraphPhase, Surroundings
@@ -181,7 +181,7 @@ class Runner:
                 lane = request.lane = self._lane(*given, request, surroundings)
             except ChangedError:
                 raise
-            except RefusedError as error:
+            except UnsupportedError as error:
                 self._give_up_static_cache(error)
                 return None
         program, arguments = lane.program, lane.arguments
@@ -241,7 +241,7 @@ class Runner:
             storage, plan, probed, surroundings, program, arguments, graphs.counters.links
         )
 
-    def _give_up_static_cache(self, error: RefusedError) -> None:
+    def _give_up_static_cache(self, error: UnsupportedError) -> None:
         """Decode on views of the filled cache from now on, as on a CPU; `report` says why."""
         self.static_cache = self.buffer_pool.keep = False
         self.why_no_static_cache = str(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adaskip_passes import RefusedError
+from adaskip_passes import UnsupportedError
 
 from ..plans.decisions import Decision, plans_of
 from ..plans.skip_plan import PlanError
@@ -21,8 +21,8 @@ def validate_decision(decision: Decision, graphs: Graphs, model: str) -> None:
         model: what it is called in messages.
 
     Raises:
-        PlanError: other sublayers, or stand-ins of another width.
-        RefusedError: a skipped sublayer hands on more than the residual stream.
+        PlanError: other sublayers, or surrogates of another width.
+        UnsupportedError: a skipped sublayer hands on more than the residual stream.
     """
     if decision.sublayers != graphs.sublayers:
         raise PlanError(
@@ -35,11 +35,11 @@ def validate_decision(decision: Decision, graphs: Graphs, model: str) -> None:
 
 def _check_widths(decision: Decision, width: int, model: str) -> None:
     for plan in plans_of(decision):
-        for sublayer, stand_in in plan.compensation.stand_ins.items():
-            if stand_in.width not in (None, width):
+        for sublayer, surrogate in plan.surrogates.by_sublayer.items():
+            if surrogate.width not in (None, width):
                 raise PlanError(
-                    f"{sublayer}: its {stand_in.kind} stand-in is for a stream of width "
-                    f"{stand_in.width}, but that of {model} is {width} wide; it was fitted on "
+                    f"{sublayer}: its {surrogate.kind} surrogate is for a stream of width "
+                    f"{surrogate.width}, but that of {model} is {width} wide; it was fitted on "
                     "another model"
                 )
 
@@ -50,7 +50,7 @@ def _check_skippable(decision: Decision, unskippable: frozenset[Sublayer], model
     skipped = {s for p in plans_of(decision) for s in (*p.skipped("prefill"), *p.skipped("decode"))}
     refused = [str(s) for s in decision.sublayers if s in skipped & unskippable]
     if refused:
-        raise RefusedError(
+        raise UnsupportedError(
             f"the plan skips {', '.join(refused)}, but what is computed there is read by later "
             f"layers besides the residual stream. Of {model} these cannot be skipped: "
             f"{', '.join(map(str, sorted(unskippable)))}; pass a plan without them"

@@ -64,7 +64,7 @@ def assert_equivalent(
     Raises:
         AssertionError: logits differ; the message says in which step, and the first sublayer after
             which the residual stream differs.
-        RefusedError: the model or the plan cannot be compiled.
+        UnsupportedError: the model or the plan cannot be compiled.
     """
     if plan is not None and plan.last_token_full:
         raise ValueError(
@@ -152,7 +152,7 @@ def _pair(model: Any, dtype: torch.dtype | None, backend: str) -> _Pair:
 def _skips(plan: SkipPlan, phase: Phase) -> Skips:
     """What a plan leaves out in a phase, as the oracle is told; `kv_only` adds nothing either."""
     left_out = (s for s in plan.sublayers if plan.action(phase, s) is not Action.RUN)
-    return {str(s): plan.compensation.stand_in(s) for s in left_out}
+    return {str(s): plan.surrogates.get(s) for s in left_out}
 
 
 def _random_tokens(model: Any) -> torch.Tensor:

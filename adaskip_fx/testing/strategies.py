@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from ..plans.skip_plan import Action, SkipPlan
 from ..plans.sublayer import Sublayer
-from ..plans.surrogate import SHAPES, StandIn
-from ..plans.surrogates import Compensation
+from ..plans.surrogate import SHAPES, Surrogate
+from ..plans.surrogates import Surrogates
 from .equivalence import compiled_for
 from .families import FAMILIES, tiny_config
 
@@ -46,20 +46,20 @@ def plans(model: Any) -> st.SearchStrategy[SkipPlan]:
     return _plans(compiled_for(model).adaskip.sublayers, hidden)
 
 
-def stand_ins(hidden: int | None) -> st.SearchStrategy[StandIn]:
-    """Stand-ins for a stream of width `hidden`; scales alone where that is None."""
-    scales = _FACTORS.map(StandIn.scale)
+def surrogates(hidden: int | None) -> st.SearchStrategy[Surrogate]:
+    """Surrogates for a stream of width `hidden`; scales alone where that is None."""
+    scales = _FACTORS.map(Surrogate.scale)
     if hidden is None:
         return scales
     drawn = st.tuples(st.sampled_from(_TENSORS), st.integers(1, 4), st.integers(0, 2**16))
-    return scales | drawn.map(lambda values: _random_stand_in(*values, hidden))
+    return scales | drawn.map(lambda values: _random_surrogate(*values, hidden))
 
 
-def _random_stand_in(kind: Any, rank: int, seed: int, hidden: int) -> StandIn:
+def _random_surrogate(kind: Any, rank: int, seed: int, hidden: int) -> Surrogate:
     """As large as what sublayers add."""
     draw, sizes = np.random.default_rng(seed), {"H": hidden, "r": rank}
     shapes = {name: [sizes[n] for n in letters] for name, letters in SHAPES[kind].items()}
-    return StandIn(
+    return Surrogate(
         kind, {n: draw.normal(size=shape) / np.sqrt(hidden) for n, shape in shapes.items()}
     )
 
@@ -71,12 +71,12 @@ def _plans(draw: st.DrawFn, sublayers: tuple[Sublayer, ...], hidden: int | None)
         if all(a[phase] != "run" for a in actions.values()):
             actions[sublayers[-1]] = ("run", "run")
     left_out = [s for s, pair in actions.items() if pair != ("run", "run")]
-    drawn = {s: draw(st.none() | stand_ins(hidden), label=f"x {s}") for s in left_out}
+    drawn = {s: draw(st.none() | surrogates(hidden), label=f"x {s}") for s in left_out}
     return SkipPlan(
         sublayers,
         {s: Action(pair[0]) for s, pair in actions.items()},
         {s: Action(pair[1]) for s, pair in actions.items()},
-        Compensation({s: c for s, c in drawn.items() if c is not None}),
+        Surrogates({s: c for s, c in drawn.items() if c is not None}),
     )
 
 

@@ -50,7 +50,7 @@ def figure(documents: Sequence[Document], make: Any) -> Any:
 
     The marker is the policy, its filling the compensation, the number what is skipped (or alpha),
     where there is room for it; a letter after it is a variant of the policy. Points may say
-    ``compensation`` and ``variant``. Documents may say ``quality_name`` (default: perplexity
+    ``surrogates`` and ``variant``. Documents may say ``quality_name`` (default: perplexity
     ratio), ``lower_is_better`` (true) and ``levels``, qualities to compare with, by name.
     """
     points = items(documents, "points", ("policy", "speedup", "quality"), HOW)
@@ -76,7 +76,7 @@ def figure(documents: Sequence[Document], make: Any) -> Any:
 def _looks(points: Sequence[Document]) -> Looks:
     """How each policy and compensation are drawn."""
     policies = dict.fromkeys(str(p["policy"]) for p in points)
-    kinds = sorted({_compensation(p) for p in points} - {"none"})
+    kinds = sorted({_surrogates(p) for p in points} - {"none"})
     fills = {"none": "none", **{k: _FILLS[i % len(_FILLS)] for i, k in enumerate(kinds)}}
     marks = {
         policy: {**look(i), "linestyle": "none", "markersize": 7}
@@ -85,14 +85,14 @@ def _looks(points: Sequence[Document]) -> Looks:
     return marks, fills
 
 
-def _compensation(point: Document) -> str:
+def _surrogates(point: Document) -> str:
     return str(point.get("compensation", "none"))
 
 
 def label_of(point: Document) -> str:
     """The policy, with its variant and its compensation if it has them."""
     name = ", ".join(filter(None, (str(point["policy"]), point.get("variant"))))
-    kind = _compensation(point)
+    kind = _surrogates(point)
     return name if kind == "none" else f"{name} + {kind}"
 
 
@@ -101,7 +101,7 @@ def _panel(axes: Any, points: Sequence[Document], phase: str, lower: bool, looks
     values = [(float(p["speedup"][phase]), quality_of(p, phase)) for p in points]
     for point, (speed, quality) in zip(points, values, strict=True):
         shape = marks[str(point["policy"])]
-        fill = fills[_compensation(point)]
+        fill = fills[_surrogates(point)]
         axes.plot(speed, quality, label=label_of(point), fillstyle=fill, **shape)
     best = front(values, lower)
     axes.plot(*zip(*(values[i] for i in best), strict=True), label="best of all", **_BEST)
@@ -170,7 +170,7 @@ def _size(point: Document) -> str:
 
 
 def _legend(points: Sequence[Document], looks: Looks, levels: dict[str, float]) -> list[Any]:
-    """Policies, then compensations, variants, levels and the front."""
+    """Policies, then surrogates, variants, levels and the front."""
     from matplotlib.lines import Line2D
 
     marks, fills = looks

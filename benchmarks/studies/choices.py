@@ -79,7 +79,7 @@ def _schedule(name: str, policy: type[SkipDecode | D3]) -> Choice:
 
     def planner(ours: bool) -> Planner:
         def plan(subject: Subject, profile: Profile, alpha: float, _windows: Windows) -> Any:
-            return policy(subject.decoded, compensated=ours, protected=ours).plan(profile, alpha)
+            return policy(subject.decoded, scaled=ours, protected=ours).plan(profile, alpha)
 
         return plan
 
@@ -89,9 +89,9 @@ def _schedule(name: str, policy: type[SkipDecode | D3]) -> Choice:
 def _searched(name: str, make: Callable[[CalibrationLoss, bool], Policy]) -> Choice:
     """A search of plans without compensation, and of plans with AdaSkip's scale."""
 
-    def planner(compensated: bool) -> Planner:
+    def planner(scaled: bool) -> Planner:
         def plan(subject: Subject, profile: Profile, alpha: float, windows: Windows) -> Any:
-            return make(judge(subject, windows), compensated).plan(profile, alpha)
+            return make(judge(subject, windows), scaled).plan(profile, alpha)
 
         return plan
 
@@ -119,8 +119,8 @@ POLICIES = (
     _schedule("D3", D3),
     _same("POP", POP()),
     _same("DecodeOnly", DecodeOnly(AdaSkip())),
-    _searched("Greedy", lambda loss, c: Greedy(loss, compensated=c, shortlist=12)),
-    _searched("Evolve", lambda loss, c: Evolve(loss, compensated=c, generations=8, offspring=8)),
+    _searched("Greedy", lambda loss, c: Greedy(loss, scaled=c, shortlist=12)),
+    _searched("Evolve", lambda loss, c: Evolve(loss, scaled=c, generations=8, offspring=8)),
 )
 
 

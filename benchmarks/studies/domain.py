@@ -1,4 +1,4 @@
-"""A profile and its stand-ins, of one domain, used on another: what that costs."""
+"""A profile and its surrogates, of one domain, used on another: what that costs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from adaskip_fx.policies import AdaSkip
 from adaskip_fx.policies.adaskip import skip_count
 
 from . import transfer
-from .fits import Fit, chosen_compensations
+from .fits import Fit, chosen_surrogates
 from .quality import costs
 from .setup import Options, Subject, Text, open_subject
 
 PICTURES = ("matrix",)
-_USUAL = ("scale",)  # compensations, if no others are asked for
+_USUAL = ("scale",)  # surrogates, if no others are asked for
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def domain(subject: Subject) -> dict[str, Any]:
     therefore a part of the same book.
     """
     names = [text.name for text in subject.texts]
-    fits = chosen_compensations(subject.options.compensations, _USUAL)
+    fits = chosen_surrogates(subject.options.surrogates, _USUAL)
     kinds = [(name, alpha) for name in fits for alpha in subject.options.alphas]
     plans = [
         _plan(subject, text, alpha, fits[name]) for name, alpha in kinds for text in subject.texts
@@ -70,7 +70,7 @@ def domain(subject: Subject) -> dict[str, Any]:
 
 def _plan(subject: Subject, text: Text, alpha: float, fit: Fit) -> SkipPlan:
     plan = AdaSkip().plan(subject.profile(text), alpha)
-    return plan.with_compensation(fit(subject, text, list(plan.prefill)))
+    return plan.with_surrogates(fit(subject, text, list(plan.prefill)))
 
 
 summary = transfer.summary

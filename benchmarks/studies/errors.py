@@ -11,7 +11,7 @@ import torch
 
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 
-from .fits import Fit, chosen_compensations
+from .fits import Fit, chosen_surrogates
 from .quality import Cost, add, normalised
 from .setup import Options, Subject, open_subject
 from .streams import prompt_streams, relative_errors
@@ -37,7 +37,7 @@ def errors(subject: Subject) -> dict[str, Any]:
     order = [profile.sublayers[i] for i in np.argsort(-profile.similarity(), kind="stable")]
     order = order[: min(subject.options.most, len(order) - 1)]
     rows = []
-    for name, fit in chosen_compensations(subject.options.compensations).items():
+    for name, fit in chosen_surrogates(subject.options.surrogates).items():
         rows += [{"compensation": name, **row} for row in _growth(subject, order, fit)]
     return {
         "calibrated_on": calibration.name,
@@ -51,7 +51,7 @@ def _growth(subject: Subject, order: Sequence[Sublayer], fit: Fit) -> list[dict[
     text, all_ = subject.texts[0], subject.runtime.sublayers
 
     def plan(skip: Sequence[Sublayer]) -> SkipPlan:
-        return SkipPlan.of(all_, skip, compensation=fit(subject, text, skip))
+        return SkipPlan.of(all_, skip, surrogates=fit(subject, text, skip))
 
     singles = [plan([s]) for s in order]
     together = [plan(order[: k + 1]) for k in range(len(order))]

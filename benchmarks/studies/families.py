@@ -155,7 +155,7 @@ def _skipping(subject: Subject, text: Text) -> list[dict[str, Any]]:
     for alpha in subject.options.alphas:
         count = skip_count(alpha, len(sublayers))
         by_similarity = AdaSkip().plan(profile, alpha)
-        plans += [by_similarity, *_random(sublayers, count, profile.compensation(), chance)]
+        plans += [by_similarity, *_random(sublayers, count, profile.scales(), chance)]
         about.append((alpha, count, by_similarity))
     full, found = costs(subject.runtime, plans, subject.windows(text, "second"))
     ratios = [cost.against(full)["perplexity_ratio"] for cost in found]
@@ -176,10 +176,10 @@ def _skipping(subject: Subject, text: Text) -> list[dict[str, Any]]:
 
 
 def _random(
-    sublayers: Sequence[Any], count: int, compensation: Any, chance: random.Random
+    sublayers: Sequence[Any], count: int, surrogates: Any, chance: random.Random
 ) -> list[SkipPlan]:
     plans = (SkipPlan.of(sublayers, chance.sample(sublayers, count)) for _ in range(_RANDOM_PLANS))
-    return [plan.with_compensation(compensation) for plan in plans]
+    return [plan.with_surrogates(surrogates) for plan in plans]
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The compensations that are compared: AdaSkip's, and the ladder fitted in the plan's order.
+"""The surrogates that are compared: AdaSkip's, and the ladder fitted in the plan's order.
 
 A new one is a line here: a fit gets the subject, the text to fit on and what is left out.
 """
@@ -11,37 +11,37 @@ from types import MappingProxyType
 
 from adaskip_fx.fitting import Fitter, SurrogateSpec
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 
 from .setup import Subject, Text
 
-Fit = Callable[[Subject, Text, Sequence[Sublayer]], Compensation]
+Fit = Callable[[Subject, Text, Sequence[Sublayer]], Surrogates]
 
 
-def none(_subject: Subject, _text: Text, _skip: Sequence[Sublayer]) -> Compensation:
+def none(_subject: Subject, _text: Text, _skip: Sequence[Sublayer]) -> Surrogates:
     """The stream passes through."""
-    return Compensation()
+    return Surrogates()
 
 
-def scale(subject: Subject, text: Text, skip: Sequence[Sublayer]) -> Compensation:
+def scale(subject: Subject, text: Text, skip: Sequence[Sublayer]) -> Surrogates:
     """AdaSkip's (eq. 4), from the profile."""
-    factors = subject.profile(text).compensation().factors
-    return Compensation.scale({s: factors[s] for s in skip})
+    factors = subject.profile(text).scales().factors
+    return Surrogates.scale({s: factors[s] for s in skip})
 
 
 def fitted(rung: Callable[[int], SurrogateSpec]) -> Fit:
     """A rung of the ladder, of the model's hidden size."""
 
-    def fit(subject: Subject, text: Text, skip: Sequence[Sublayer]) -> Compensation:
+    def fit(subject: Subject, text: Text, skip: Sequence[Sublayer]) -> Surrogates:
         hidden = subject.model.get_input_embeddings().weight.shape[1]
         plan = SkipPlan.of(subject.runtime.sublayers, skip)
-        return fitter(subject, text).fit(plan, rung(hidden)).compensation
+        return fitter(subject, text).fit(plan, rung(hidden)).surrogates
 
     return fit
 
 
 #: name -> how it is fitted
-COMPENSATIONS: Mapping[str, Fit] = MappingProxyType(
+SURROGATES: Mapping[str, Fit] = MappingProxyType(
     {
         "none": none,
         "scale": scale,
@@ -53,15 +53,13 @@ COMPENSATIONS: Mapping[str, Fit] = MappingProxyType(
 )
 
 
-def chosen_compensations(names: Sequence[str], usual: Sequence[str] = ()) -> dict[str, Fit]:
+def chosen_surrogates(names: Sequence[str], usual: Sequence[str] = ()) -> dict[str, Fit]:
     """Those named; if none is, the usual ones, or all. ValueError for an unknown one."""
-    unknown = [name for name in names if name not in COMPENSATIONS]
+    unknown = [name for name in names if name not in SURROGATES]
     if unknown:
-        raise ValueError(
-            f"no compensation {unknown[0]!r}; this version has {', '.join(COMPENSATIONS)}"
-        )
-    wanted = names or usual or tuple(COMPENSATIONS)
-    return {name: fit for name, fit in COMPENSATIONS.items() if name in wanted}
+        raise ValueError(f"no surrogate {unknown[0]!r}; this version has {', '.join(SURROGATES)}")
+    wanted = names or usual or tuple(SURROGATES)
+    return {name: fit for name, fit in SURROGATES.items() if name in wanted}
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from adaskip_fx.plans.serialization import load_decision
 from adaskip_fx.plans.skip_plan import SkipPlan
 
 from .choices import Choice, chosen_policies, left_out, plans_in
-from .fits import chosen_compensations
+from .fits import chosen_surrogates
 from .quality import costs, decode_costs
 from .setup import Options, Subject, open_subject
 from .timing import measure_times
@@ -19,12 +19,12 @@ PICTURES = ("pareto", "plans")
 _DECODED = 4  # windows whose end is decoded token by token; one on a CPU
 _ROUNDS = 3  # of timing
 _ROWS = 8  # prompts of a prefill that is timed, on a GPU
-_USUAL = ("none", "scale", "linear")  # compensations, if no others are asked for
+_USUAL = ("none", "scale", "linear")  # surrogates, if no others are asked for
 Candidate = tuple[dict[str, Any], Any]
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Points and plans of all policies, as published and with our compensations."""
+    """Points and plans of all policies, as published and with our surrogates."""
     subject = open_subject(options, timed=True)
     return {**subject.about(), **pareto(subject, chosen_policies(options.policies))}
 
@@ -93,7 +93,7 @@ def _say(words: str) -> None:
 def _saved(name: str, plan: Any) -> Candidate:
     """A plan that was made elsewhere, named as what it stands for."""
     last = plans_in(plan)[-1]
-    kind = last.compensation.kinds
+    kind = last.surrogates.kinds
     about = {"policy": name, "variant": "", "alpha": None, "compensation": kind}
     return {**about, "published": True, "plan": last.digest}, plan
 
@@ -108,13 +108,13 @@ def _quality(plan: Any, found: dict[str, dict[str, float]]) -> dict[str, float]:
 def candidates_of(
     subject: Subject, policy: Choice, refused: list[dict[str, Any]]
 ) -> list[Candidate]:
-    """A policy's plans at every alpha: as published, then with our compensations.
+    """A policy's plans at every alpha: as published, then with our surrogates.
 
     Plans that do the same are kept once. What a policy refuses is added to `refused`.
     """
     text = subject.texts[0]
     profile, windows = subject.profile(text), subject.windows(text, "first")
-    wanted = subject.options.compensations
+    wanted = subject.options.surrogates
     found: dict[str, Candidate] = {}
     for alpha in subject.options.alphas:
         try:
@@ -123,14 +123,14 @@ def candidates_of(
         except ValueError as error:
             refused.append({"policy": policy.name, "alpha": alpha, "why": str(error)})
             continue
-        kind = plans_in(published)[-1].compensation.kinds
+        kind = plans_in(published)[-1].surrogates.kinds
         variants = [("", kind, published)]
         if isinstance(ours, SkipPlan):
-            for name, fit in chosen_compensations(wanted, _USUAL).items():
+            for name, fit in chosen_surrogates(wanted, _USUAL).items():
                 fitted = fit(subject, text, left_out(ours))
-                variants.append((policy.variant, name, ours.with_compensation(fitted)))
+                variants.append((policy.variant, name, ours.with_surrogates(fitted)))
         else:
-            kind = plans_in(ours)[-1].compensation.kinds
+            kind = plans_in(ours)[-1].surrogates.kinds
             variants.append((policy.variant, kind, ours))
         for variant, kind, plan in variants:
             about = {

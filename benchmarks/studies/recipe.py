@@ -1,4 +1,4 @@
-"""How much the recipe keeps: a searched plan with fitted and refined stand-ins, against AdaSkip.
+"""How much the recipe keeps: a searched plan with fitted and refined surrogates, against AdaSkip.
 
 Calibrated on some texts and evaluated on others, which have no book in common. Passkeys are hidden
 in a text that was not calibrated on.
@@ -149,7 +149,7 @@ def _plans(
         if count == least:
             yield "AdaSkip, linear", count, plain.fit(similar, SurrogateSpec("linear"))
         begun = {"searched": ordered[count]}
-        if "AdaSkip" in subject.options.policies:  # its choice with the same stand-ins
+        if "AdaSkip" in subject.options.policies:  # its choice with the same surrogates
             begun["AdaSkip"] = similar
         for name, plan in begun.items():
             fitted = timed("fit", lambda p=plan: shop.fitted(p, normalized))

@@ -47,7 +47,7 @@ class Options:
         alphas: acceleration ratios.
         plans: (name, file) of plans that study_pareto and study_summaries compare too.
         keep: folder for the plans that study_recipe makes; None: they are not kept.
-        policies, compensations: which; the usual ones when empty.
+        policies, surrogates: which; the usual ones when empty.
         steps: of study_recipe's refinement, for each alpha; the last holds for those after it.
         most: sublayers to skip at most, where a study goes through all numbers.
         seed: of whatever is drawn.
@@ -66,7 +66,7 @@ class Options:
     plans: tuple[tuple[str, Path], ...] = ()
     keep: Path | None = None
     policies: tuple[str, ...] = ()
-    compensations: tuple[str, ...] = ()
+    surrogates: tuple[str, ...] = ()
     steps: tuple[int, ...] = ()
     most: int = 16
     seed: int = 0

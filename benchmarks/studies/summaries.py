@@ -131,7 +131,7 @@ def _contenders(subject: Subject) -> Iterator[tuple[dict[str, Any], dict[Text, M
         yield about, {text: method(subject, text, alpha) for text in subject.texts}
     for name, path in subject.options.plans:
         plan = SkipPlan.load(path)
-        about = {"policy": name, "compensation": plan.compensation.kinds, "alpha": None}
+        about = {"policy": name, "compensation": plan.surrogates.kinds, "alpha": None}
         yield about, dict.fromkeys(subject.texts, (Fitted(plan), plan))
 
 

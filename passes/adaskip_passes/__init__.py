@@ -25,7 +25,7 @@ from .capture.repeated_layers.match import LayerIndex, layer_index
 from .decode.cuda_graphs import Recorder
 from .decode.fuse_projections import FuseProjections
 from .decode.ops import attend, project
-from .errors import RefusedError
+from .errors import AdaskipError, UnsupportedError
 from .link.link import fuse, link
 from .link.piece_compiler import PieceCompiler, start_workers
 from .normalize.canonicalize import canonicalize
@@ -36,14 +36,15 @@ from .transforms.dead_code import eliminate_dead_code
 from .transforms.drop_cache_writes import differentiable
 from .transforms.pass_manager import Pass, run_passes, text
 from .transforms.probe import PROBE_STATS, VALID, Probe, ProbeLayers
-from .transforms.skip import Keep, Replacement, Skip, stand_in_inputs
-from .transforms.surrogates import STAND_INS
+from .transforms.skip import Keep, Replacement, Skip, surrogate_inputs
+from .transforms.surrogates import SURROGATES
 from .transforms.tap import Tap
 
 __all__ = [
     "PROBE_STATS",
-    "STAND_INS",
+    "SURROGATES",
     "VALID",
+    "AdaskipError",
     "Binder",
     "Capture",
     "Change",
@@ -58,13 +59,13 @@ __all__ = [
     "PythonState",
     "Reads",
     "Recorder",
-    "RefusedError",
     "Repeat",
     "Replacement",
     "ResidualBranch",
     "ShapeGuards",
     "Skip",
     "Tap",
+    "UnsupportedError",
     "attend",
     "canonicalize",
     "capture",
@@ -84,9 +85,9 @@ __all__ = [
     "run_passes",
     "separate",
     "sharing",
-    "stand_in_inputs",
     "start_workers",
     "sublayer_calls",
+    "surrogate_inputs",
     "text",
     "unflatten",
     "written",

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from adaskip_fx.api import build
 from adaskip_fx.fitting import Fitter, SurrogateSpec
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.testing import Oracle as Hooked
@@ -70,14 +70,14 @@ def subject() -> Subject:
 def eager_logits(model: Any, plan: SkipPlan, ids: torch.Tensor) -> torch.Tensor:
     """Logits [T, V] of a prompt, by the oracle."""
     skips = {str(s): "skip" for s in plan.skipped("prefill")}
-    factors = {str(s): f for s, f in plan.compensation.factors.items()}
+    factors = {str(s): f for s, f in plan.surrogates.factors.items()}
     return Oracle(model).behave(skips, None, factors).step(ids, DynamicCache())[0]
 
 
 @torch.no_grad()
 def hooked_logits(subject: Subject, plan: SkipPlan, ids: torch.Tensor) -> torch.Tensor:
     """Logits [T, V] of a prompt, by hooks on the modules of the eager model."""
-    instead = {str(s): one for s, one in plan.compensation.stand_ins.items() if s in plan.prefill}
+    instead = {str(s): one for s, one in plan.surrogates.by_sublayer.items() if s in plan.prefill}
     oracle = Hooked(subject.model, subject.runtime.graphs.modules, prefill=instead)
     with oracle.watching():
         logits: torch.Tensor = subject.model(input_ids=ids).logits[0]
@@ -87,7 +87,7 @@ def hooked_logits(subject: Subject, plan: SkipPlan, ids: torch.Tensor) -> torch.
 def scaled(subject: Subject, *names: str) -> SkipPlan:
     factors = {Sublayer.parse(name): 0.9 for name in names}
     plan = SkipPlan.of(subject.runtime.sublayers, names)
-    return plan.with_compensation(Compensation.scale(factors))
+    return plan.with_surrogates(Surrogates.scale(factors))
 
 
 # Statistics ------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_domain_cells(subject: Subject, tmp_path: Path) -> None:
     learned, read = subject.texts[1], subject.texts[0]
     windows = subject.windows(learned, "first")
     fitted = Fitter(subject.model, None, windows, max_length=subject.length)
-    options = dataclasses.replace(OPTIONS, compensations=("scale", "linear"))
+    options = dataclasses.replace(OPTIONS, surrogates=("scale", "linear"))
     result = domain.domain(dataclasses.replace(subject, options=options))
     kinds = [(name, alpha) for name in ("scale", "linear") for alpha in OPTIONS.alphas]
     assert [(p["compensation"], p["alpha"]) for p in result["panels"]] == kinds
@@ -344,7 +344,7 @@ def test_planted_errors_add_up(parallel: bool) -> None:
     """In one direction to their sum, in unrelated ones to the root of the sum of squares."""
     made = planted(parallel)
     order = [Sublayer(i, "ffn") for i in range(3)]
-    rows = errors._growth(made, order, fits.COMPENSATIONS["none"])
+    rows = errors._growth(made, order, fits.SURROGATES["none"])
     constants = [0.1, 0.2, 0.3]
     norm = (
         math.hypot(*([1.0] * 15 + [1.6])) if parallel else math.hypot(*([1.0] * 13), 1.1, 1.2, 1.3)
@@ -363,7 +363,7 @@ def test_planted_errors_add_up(parallel: bool) -> None:
 def test_errors_of_every_compensation(subject: Subject, tmp_path: Path) -> None:
     result = errors.errors(subject)
     assert [(r["compensation"], r["skipped"]) for r in result["rows"]] == [
-        (name, k) for name in fits.COMPENSATIONS for k in (1, 2, 3)
+        (name, k) for name in fits.SURROGATES for k in (1, 2, 3)
     ]
     profile = subject.profile(subject.texts[0])
     named = dict(zip(map(str, profile.sublayers), profile.similarity(), strict=True))
@@ -490,10 +490,10 @@ def test_speedups_are_ratios_of_medians(subject: Subject) -> None:
 
 
 def test_unknown_names() -> None:
-    assert list(fits.chosen_compensations(())) == list(fits.COMPENSATIONS)
-    assert list(fits.chosen_compensations((), ("scale",))) == ["scale"]
-    with pytest.raises(ValueError, match="no compensation 'magic'; this version has none, scale"):
-        fits.chosen_compensations(("magic",))
+    assert list(fits.chosen_surrogates(())) == list(fits.SURROGATES)
+    assert list(fits.chosen_surrogates((), ("scale",))) == ["scale"]
+    with pytest.raises(ValueError, match="no surrogate 'magic'; this version has none, scale"):
+        fits.chosen_surrogates(("magic",))
     assert choices.chosen_policies(()) == choices.POLICIES
     assert [p.name for p in choices.chosen_policies(("D3", "POP"))] == ["D3", "POP"]
     with pytest.raises(ValueError, match="no policy 'Magic'; there are AdaSkip, LLMDrop, Unified"):
@@ -507,8 +507,8 @@ def test_a_linear_fit_leaves_less_than_a_scale(subject: Subject) -> None:
     plan = SkipPlan.of(subject.runtime.sublayers, skip)
     _, right = streams.prompt_streams(subject.runtime, SkipPlan.empty(plan.sublayers), ids)
     left = {}
-    for name, fit in fits.COMPENSATIONS.items():
-        made = plan.with_compensation(fit(subject, learned, skip))
+    for name, fit in fits.SURROGATES.items():
+        made = plan.with_surrogates(fit(subject, learned, skip))
         _, found = streams.prompt_streams(subject.runtime, made, ids)
         left[name] = float(streams.relative_errors(found[-1], right[-1]).square().mean())
     assert left["linear"] < left["diagonal"] < left["none"]
@@ -679,7 +679,7 @@ def test_every_study_has_its_module() -> None:
 def test_every_policy_gives_points(tmp_path: Path) -> None:
     """Whole layers, schedules, searches and prompts alone; what is refused is told."""
     texts = [text("one", 1), text("two", 2)]
-    options = dataclasses.replace(OPTIONS, alphas=(4 / 3,), compensations=("scale",))
+    options = dataclasses.replace(OPTIONS, alphas=(4 / 3,), surrogates=("scale",))
     model = make_model("four_layers")
     made = subject_of("tiny", model, None, texts, options, timed=False)
     result = pareto.pareto(made, choices.POLICIES)
@@ -743,7 +743,7 @@ def test_the_recipe_is_judged_on_what_it_has_not_seen(tmp_path: Path) -> None:
     assert [extra["method"] for extra in result["extras"]] == ["searched, refined, extras"]
     refined = SkipPlan.load(tmp_path / "searched_refined_1.json")
     assert [str(s) for s in refined.prefill] == by_method["searched, refined"]["plan"]
-    assert refined.compensation.kinds == "normalized"
+    assert refined.surrogates.kinds == "normalized"
     lines = recipe.summary(result).splitlines()
     assert lines[0].startswith("calibrated on one, two; passkeys of the model: 1.000")
     (tmp_path / "r.json").write_text(json.dumps(result))

@@ -153,7 +153,7 @@ def test_the_profile_goes_on_to_a_plan(model: Any, profile: Profile, tmp_path: A
     plan = compiled.adaskip.plan
     assert set(plan.skipped("prefill")) == {profile.sublayers[i] for i in ranking}
     for index in ranking:
-        factor = plan.compensation.factor(profile.sublayers[index])
+        factor = plan.surrogates.factor(profile.sublayers[index])
         assert factor == pytest.approx(float(profile.scale()[index]), rel=1e-12)
 
 

@@ -14,7 +14,7 @@ from adaskip_fx.api import build
 from adaskip_fx.capture import reference
 from adaskip_fx.capture.reference import run_reference
 from adaskip_fx.testing.families import tiny_config, tiny_model
-from adaskip_passes import RefusedError
+from adaskip_passes import UnsupportedError
 
 
 def model_of(family: str = "llama") -> Any:
@@ -43,7 +43,7 @@ def be_wrong(patch: pytest.MonkeyPatch, change: float) -> None:
 
 def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     be_wrong(monkeypatch, 2e-3)
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(UnsupportedError) as caught:
         build(model_of(), None, backend="eager")
     message = str(caught.value)
     assert message.startswith(
@@ -72,7 +72,7 @@ def test_states_are_stored_as_without_autocast() -> None:
 def test_bfloat16_is_compared_as_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     build(model_of().bfloat16(), None, backend="eager")
     be_wrong(monkeypatch, 0.3)
-    with pytest.raises(RefusedError, match=r"they differ by 2\.\de-01 of the largest"):
+    with pytest.raises(UnsupportedError, match=r"they differ by 2\.\de-01 of the largest"):
         build(model_of().bfloat16(), None, backend="eager")
 
 
@@ -95,7 +95,7 @@ def test_a_model_that_has_moved_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -
     state = compiled.adaskip.graphs.states.current
     state.sample = of_other_logits(state.sample, lambda logits: logits.to("meta"))
     be_wrong(monkeypatch, 2e-3)
-    with pytest.raises(RefusedError, match="captured for decode gives other logits"):
+    with pytest.raises(UnsupportedError, match="captured for decode gives other logits"):
         compiled.generate(torch.arange(9).unsqueeze(0), max_new_tokens=3, do_sample=False)
     assert state.sample.device.type == "cpu"
 
@@ -126,5 +126,5 @@ def test_what_layers_store(family: str) -> None:
 
 def test_a_cache_that_is_not_understood() -> None:
     """Layers that keep an index besides keys and values (DeepSeek-V3.2)."""
-    with pytest.raises(RefusedError, match="layer 0 keeps its memory in a Dynamic"):
+    with pytest.raises(UnsupportedError, match="layer 0 keeps its memory in a Dynamic"):
         run_reference(model_of("deepseek_v32"))

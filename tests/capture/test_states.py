@@ -20,7 +20,7 @@ from torch import nn
 
 from adaskip_fx.api import build
 from adaskip_fx.capture import states
-from adaskip_passes import RefusedError
+from adaskip_passes import UnsupportedError
 from tests.support.compiled_llamas import make_model
 from tests.support.eager_reference import assert_close
 
@@ -150,7 +150,9 @@ def test_a_class_that_is_given_another_forward(
     monkeypatch.setattr(kind, "forward", lambda self, x: 0.5 * forward(self, x))
     changed = logits(model)
     assert not torch.allclose(plain, changed)
-    with pytest.raises(RefusedError, match=r"RMSNorm.forward of the original model was changed"):
+    with pytest.raises(
+        UnsupportedError, match=r"RMSNorm.forward of the original model was changed"
+    ):
         logits(compiled)
     monkeypatch.undo()
     assert_close(logits(compiled), plain, 1e-5)
@@ -171,7 +173,9 @@ def test_effects_are_refused_before_they_happen(pair: tuple[Any, Any]) -> None:
     _, compiled = pair
     handle = compiled.model.layers[0].mlp.register_forward_hook(recording)
     RAN.clear()
-    with pytest.raises(RefusedError, match=r"forward changes .*\.test_states\.RAN while it runs"):
+    with pytest.raises(
+        UnsupportedError, match=r"forward changes .*\.test_states\.RAN while it runs"
+    ):
         logits(compiled)
     assert RAN == []
     handle.remove()
@@ -185,7 +189,7 @@ def test_layers_that_are_put_back_are_known_again_with_other_code() -> None:
     layers = compiled.model.layers
     whole = layers._modules.copy()
     del layers[-1]
-    with pytest.raises(RefusedError, match="has 2 now"):
+    with pytest.raises(UnsupportedError, match="has 2 now"):
         logits(compiled)
     layers._modules = whole
     for each in (compiled, reference):
@@ -197,7 +201,9 @@ def test_fewer_layers_are_another_model() -> None:
     model = make_model("grouped").requires_grad_(False)
     compiled = build(model, None, backend="eager")
     del compiled.model.layers[-1]
-    with pytest.raises(RefusedError, match="had 4 sublayers when it was compiled and has 2 now"):
+    with pytest.raises(
+        UnsupportedError, match="had 4 sublayers when it was compiled and has 2 now"
+    ):
         logits(compiled)
 
 
@@ -258,7 +264,7 @@ def test_python_changed_on_the_original_alone_is_refused(
     pair: tuple[Any, Any], change: Callable[[Any], Any], path: str
 ) -> None:
     model, compiled = pair
-    with change(model), pytest.raises(RefusedError) as caught:
+    with change(model), pytest.raises(UnsupportedError) as caught:
         logits(compiled)
     assert f"{path} of the original model was changed after LlamaForCausalLM was" in str(
         caught.value
@@ -283,7 +289,7 @@ def test_modules_of_a_class_that_hold_other_values_are_no_change_of_both(
 ) -> None:
     for each, high in zip(pair, (0.2, 0.3), strict=True):
         each.model.layers[0].mlp.act_fn = nn.Hardtanh(-0.1, high)
-    with pytest.raises(RefusedError, match=r"layers.0.mlp.act_fn of the original model was"):
+    with pytest.raises(UnsupportedError, match=r"layers.0.mlp.act_fn of the original model was"):
         logits(pair[1])
 
 
@@ -307,7 +313,7 @@ def test_a_branch_exchanged_for_one_of_its_class_is_a_change(pair: tuple[Any, An
     """The companion: modules of other weights are not the same where one has the old ones."""
     model, compiled = pair
     model.model.layers[0].mlp = scaled(model.model.layers[0].mlp, 0.5)
-    with pytest.raises(RefusedError, match=r"layers.0.mlp of the original model was changed"):
+    with pytest.raises(UnsupportedError, match=r"layers.0.mlp of the original model was changed"):
         logits(compiled)
 
 
@@ -322,7 +328,7 @@ def test_what_counts_is_how_the_original_was_compiled(pair: tuple[Any, Any]) -> 
     assert not torch.allclose(logits(compiled), before)
     for each, value in ((model, 1.0), (compiled, first)):
         each.model.norm.variance_epsilon = value
-    with pytest.raises(RefusedError, match=r"norm.variance_epsilon of the original model was"):
+    with pytest.raises(UnsupportedError, match=r"norm.variance_epsilon of the original model was"):
         logits(compiled)
     model.model.norm.variance_epsilon = first
     assert_close(logits(compiled), before, 1e-5)
@@ -358,10 +364,10 @@ def test_decoding_does_not_look_and_a_further_prompt_refuses(
     assert_close(got, want, 1e-5)
     words = r"was changed since this request began \(model.layers.0.mlp._forward_hooks"
     length = cache.get_seq_length()
-    with pytest.raises(RefusedError, match=words):
+    with pytest.raises(UnsupportedError, match=words):
         compiled(IDS, past_key_values=cache)
     monkeypatch.setenv("ADASKIP_CHECK", "1")
-    with pytest.raises(RefusedError, match=words):
+    with pytest.raises(UnsupportedError, match=words):
         compiled(TOKEN, past_key_values=cache)
     monkeypatch.delenv("ADASKIP_CHECK")
     assert cache.get_seq_length() == length
@@ -377,7 +383,7 @@ def test_a_graph_that_is_needed_first_after_a_change_is_refused(pair: tuple[Any,
     cache = compiled(IDS).past_key_values
     words = r"began \(model.norm.variance_epsilon\)"
     changed = set_to(compiled.model.norm, "variance_epsilon", 1.0)
-    with changed, pytest.raises(RefusedError, match=words):
+    with changed, pytest.raises(UnsupportedError, match=words):
         compiled(TOKEN, past_key_values=cache)
     compiled(TOKEN, past_key_values=cache)
     assert cache.get_seq_length() == IDS.shape[1] + 1

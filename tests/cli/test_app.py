@@ -29,7 +29,7 @@ from adaskip_fx.data import reference_text
 from adaskip_fx.model import load
 from adaskip_fx.plans.decisions import Stages
 from adaskip_fx.plans.serialization import save_decision
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.utils.progress import Steps
 from tests.support.command_line import (
@@ -66,9 +66,9 @@ def profile(calibrated: tuple[Path, Result]) -> Path:
 def plan(tmp_path: Path) -> Path:
     """Attention 0 is skipped, and ffn 1 in decode as well."""
     file = tmp_path / "plan.json"
-    scale = Compensation.scale({SUBLAYERS[0]: 1.05})
+    scale = Surrogates.scale({SUBLAYERS[0]: 1.05})
     adaskip_fx.SkipPlan.of(
-        SUBLAYERS, ["0.attention"], decode_extra=["1.ffn"], compensation=scale
+        SUBLAYERS, ["0.attention"], decode_extra=["1.ffn"], surrogates=scale
     ).save(file)
     return file
 
@@ -390,9 +390,9 @@ def test_an_excerpt_is_where_a_plan_skips_the_most() -> None:
     from adaskip_fx.cli.inspect import excerpt
 
     sublayers = [adaskip_fx.Sublayer(i, kind) for i in range(5) for kind in ("attention", "ffn")]
-    factors = Compensation.scale({sublayers[6]: 1.5, sublayers[0]: 2.0})
+    factors = Surrogates.scale({sublayers[6]: 1.5, sublayers[0]: 2.0})
     whole = adaskip_fx.SkipPlan.of(
-        sublayers, ["0.attention", "3.attention"], decode_extra=["4.ffn"], compensation=factors
+        sublayers, ["0.attention", "3.attention"], decode_extra=["4.ffn"], surrogates=factors
     )
     short, first = excerpt(whole)
     assert first == 3
@@ -400,7 +400,7 @@ def test_an_excerpt_is_where_a_plan_skips_the_most() -> None:
         SUBLAYERS,
         ["0.attention"],
         decode_extra=["1.ffn"],
-        compensation=Compensation.scale({SUBLAYERS[0]: 1.5}),
+        surrogates=Surrogates.scale({SUBLAYERS[0]: 1.5}),
     )
     assert excerpt(short) == (short, 0)
 

@@ -43,7 +43,7 @@ def fitted(folder: Path, profile: Path, book: Path) -> Path:
     result = run("fit", folder, profile, out, *QUICK, "--text", f"prose={book}", "--kind", "linear")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("SkipPlan ")
-    for said in ("write 2 samples", "search", "fit 1 stand-ins", "refined:", f"saved to {out}"):
+    for said in ("write 2 samples", "search", "fit 1 surrogates", "refined:", f"saved to {out}"):
         assert said in result.stderr
     return out
 
@@ -51,7 +51,7 @@ def fitted(folder: Path, profile: Path, book: Path) -> Path:
 def test_the_plan_is_saved_and_can_be_run(folder: Path, profile: Path, fitted: Path) -> None:
     plan = SkipPlan.load(fitted)
     assert len(plan.skipped("prefill")) == 1
-    assert {plan.compensation.stand_ins[s].kind for s in plan.prefill} == {"linear"}
+    assert {plan.surrogates.by_sublayer[s].kind for s in plan.prefill} == {"linear"}
     result = run(
         *("generate", folder, profile, "A prompt", "--backend", "eager", "--stats"),
         *("--plan", fitted, "--max-new-tokens", 4),
@@ -74,11 +74,11 @@ def test_without_texts_or_a_search(folder: Path, profile: Path, tmp_path: Path) 
     assert "search\n" not in result.stderr
     at_once = run("fit", folder, profile, tmp_path / "b.json", *quick, "--at-once")
     assert at_once.exit_code == 0, at_once.stderr
-    assert SkipPlan.load(tmp_path / "b.json").compensation.kinds == "normalized"
+    assert SkipPlan.load(tmp_path / "b.json").surrogates.kinds == "normalized"
     plan = SkipPlan.load(out)
     wanted = adaskip_fx.AdaSkip().plan(adaskip_fx.Profile.load(profile), 1.2)
     assert plan.prefill == wanted.prefill
-    assert {plan.compensation.stand_ins[s].rank for s in plan.prefill} == {2}
+    assert {plan.surrogates.by_sublayer[s].rank for s in plan.prefill} == {2}
 
 
 def table_of(folder: Path, **conditions: object) -> Path:
@@ -103,7 +103,7 @@ def test_ranks_by_measured_time(folder: Path, profile: Path, tmp_path: Path) -> 
         assert result.exit_code == 0, result.stderr
         assert "measured times do not add up: the sum of parts is off by 25.0%" in result.stderr
         plan = SkipPlan.load(out)
-        assert [plan.compensation.stand_ins[s].rank for s in plan.prefill] == [rank]
+        assert [plan.surrogates.by_sublayer[s].rank for s in plan.prefill] == [rank]
     other = table_of(tmp_path, device="Some GPU")
     bound = ("--within", 0.125, "--table", other, "--context", 2048)
     line = refused(run("fit", folder, profile, out, *quick, "--kind", "low_rank", *bound))
@@ -120,7 +120,10 @@ BAD = [
     (("--phase", "decode"), "the file that adaskip-fx measure --ranks wrote, and"),
     ((*BOUND, "--within", 0.1), "a latency bound is for a low_rank without a rank, got normalized"),
     ((*BOUND, "--within", 2), "share must be above 0 and at most 1, of a sublayer's time; got 2.0"),
-    ((*BOUND, "--within", 0.001), "no low-rank stand-in takes at most 0.001 of the time of attent"),
+    (
+        (*BOUND, "--within", 0.001),
+        "no low-rank surrogate takes at most 0.001 of the time of attent",
+    ),
 ]
 
 

@@ -18,7 +18,7 @@ from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for
 from adaskip_fx.testing.families import tiny_config, tiny_model
-from adaskip_passes import RefusedError
+from adaskip_passes import UnsupportedError
 from tests.model_support import matrix
 from tests.support.custom_decoders import (
     DeepSupervision,
@@ -155,7 +155,7 @@ def test_gradient_checkpointing() -> None:
     """Nothing is checkpointed where there are no gradients; 2.11 cannot capture its hook."""
     model = with_checkpointing()
     old = matrix.versions().startswith("torch 2.11")
-    with pytest.raises(RefusedError, match="requires_grad_") if old else nullcontext():
+    with pytest.raises(UnsupportedError, match="requires_grad_") if old else nullcontext():
         assert assert_equivalent(model, plan_of(model, "1.ffn"), decode_steps=3) < 1e-5
 
 
@@ -191,12 +191,12 @@ def test_a_branch_that_feeds_two_layers_cannot_be_skipped() -> None:
         "the residual stream. Of FeedsTwoLayers these cannot be skipped: 1.attention; pass a plan "
         "without them"
     )
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(UnsupportedError) as caught:
         compile(model, None, plan=plan, backend="eager")
     assert str(caught.value) == message
     runtime = compiled_for(model).adaskip
     runtime.plan = plan
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(UnsupportedError) as caught:
         runtime.new_cache()
     assert str(caught.value) == message
 
@@ -204,7 +204,7 @@ def test_a_branch_that_feeds_two_layers_cannot_be_skipped() -> None:
 def test_a_layer_that_runs_twice() -> None:
     """A plan could not say which of the two is meant."""
     with pytest.raises(
-        RefusedError, match=r"layer 0 has two attention sublayers \(blocks.0.mixing"
+        UnsupportedError, match=r"layer 0 has two attention sublayers \(blocks.0.mixing"
     ):
         build(own(SharedLayer), None, backend="eager")
 

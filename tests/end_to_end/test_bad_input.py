@@ -21,7 +21,7 @@ from adaskip_fx.api import build
 from adaskip_fx.plans.skip_plan import PlanError
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.profiles.profile import ProfileError
-from adaskip_passes import RefusedError
+from adaskip_passes import UnsupportedError
 from tests.support.compiled_llamas import Entry, assert_same_cache, entry, make_model, profile_of
 from tests.support.sharing import assert_unchanged, snapshot
 
@@ -246,17 +246,17 @@ MODELS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     ),
     "parallel": (
         lambda m: tiny_neox(),
-        RefusedError,
+        UnsupportedError,
         "gpt_neox.layers.0.mlp: its name says ffn, but it writes to a cache",
     ),
     "a cache of its own": (
         lambda m: tiny_minimax(),
-        RefusedError,
+        UnsupportedError,
         "MiniMaxForCausalLM does not run on a DynamicCache, so its memory is not known: ValueError",
     ),
     "no residual": (
         lambda m: NotResidual(m.config),
-        RefusedError,
+        UnsupportedError,
         r"no residual stream found.*Only decoders made of x \+ f\(x\) sublayers",
     ),
 }

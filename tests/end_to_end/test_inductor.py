@@ -207,7 +207,7 @@ def test_a_compiled_refinement_goes_as_one_that_is_not(monkeypatch: pytest.Monke
         assert (_divergence in compiled) == inductor
     (eager, slow), (fused, quick) = found[False], found[True]
     assert quick.losses == pytest.approx(slow.losses, rel=1e-4)
-    for sublayer, one in eager.compensation.stand_ins.items():
-        for name, tensor in fused.compensation.stand_ins[sublayer].tensors.items():
+    for sublayer, one in eager.surrogates.by_sublayer.items():
+        for name, tensor in fused.surrogates.by_sublayer[sublayer].tensors.items():
             assert tensor == pytest.approx(one.tensors[name], abs=1e-4)
     assert slow.losses[4] != pytest.approx(slow.losses[0], rel=1e-3)  # companion: it goes somewhere

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from adaskip_fx.capture.states import Since
 from adaskip_fx.plans.skip_plan import SkipPlan
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.runtime.inputs import Inputs
 from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.testing import assert_equivalent
@@ -73,9 +73,7 @@ def tokens(family: str, batch: int, count: int, seed: int = 0) -> torch.Tensor:
 def two(runtime: Runtime) -> SkipPlan:
     """A plan without the second sublayer and the last."""
     chosen = [runtime.sublayers[1], runtime.sublayers[-1]]
-    return SkipPlan.of(
-        runtime.sublayers, chosen, compensation=Compensation.scale({chosen[0]: 0.75})
-    )
+    return SkipPlan.of(runtime.sublayers, chosen, surrogates=Surrogates.scale({chosen[0]: 0.75}))
 
 
 def run(

@@ -19,7 +19,7 @@ _CALLED = (
     *("kv_cache/cache", "kv_cache/layers", "kv_cache/foreign", "kv_cache/saved"),
 )
 _REFUSALS = (
-    *("RefusedError", "ChangedError", "SavedCacheError"),
+    *("UnsupportedError", "ChangedError", "SavedCacheError"),
     *("ValueError", "TypeError", "NotImplementedError", "RuntimeError"),
 )
 _HOLE = "\0"  # for a value in an f-string

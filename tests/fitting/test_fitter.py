@@ -1,4 +1,4 @@
-"""Fits of stand-ins: closed forms against numpy on all tokens, and plan order against hooks."""
+"""Fits of surrogates: closed forms against numpy on all tokens, and plan order against hooks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from adaskip_fx.fitting import (
-    Compensator,
     DistillConfig,
     Fitter,
     Sample,
     SecondMoments,
+    SurrogateFitter,
     SurrogateSpec,
     refine,
     solve,
@@ -25,8 +25,8 @@ from adaskip_fx.fitting.least_squares import best_ridge, left_out, smallest_rank
 from adaskip_fx.fitting.whitening import whitenings
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
-from adaskip_fx.plans.surrogate import StandIn
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogate import Surrogate
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.runtime.oracle import Oracle
 from adaskip_fx.testing import assert_equivalent
 from tests.support.compiled_llamas import make_model
@@ -40,8 +40,8 @@ def weighted(x: Array, y: Array) -> tuple[Array, Array, Array]:
     return np.hstack((x, np.ones((len(x), 1)))) / size, x / size, (y - x) / size
 
 
-def as_map(stand_in: StandIn) -> Array:
-    t = stand_in.tensors
+def as_map(surrogate: Surrogate) -> Array:
+    t = surrogate.tensors
     weight = t["weight"] if "weight" in t else t["up"].astype(float) @ t["down"]
     return np.vstack((weight.T, t["bias"]))
 
@@ -137,7 +137,7 @@ def test_what_stays_unexplained() -> None:
     ladder = [unexplained(moments, solve(moments, k, 4)) for k in ("scale", "diagonal")]
     ladder += [unexplained(moments, solve(moments, "low_rank", r)) for r in (2, 4, HIDDEN)]
     assert ladder == sorted(ladder, reverse=True)
-    assert unexplained(moments, StandIn.scale(1.0)) == 1.0
+    assert unexplained(moments, Surrogate.scale(1.0)) == 1.0
 
 
 def test_unseen_texts_choose_ridge_and_rank() -> None:
@@ -160,7 +160,7 @@ def test_texts_of_several_kinds_are_left_out_kind_by_kind() -> None:
 
 
 def test_rungs_are_checked() -> None:
-    with pytest.raises(ValueError, match="unknown stand-in 'cubic': use one of scale, diagonal"):
+    with pytest.raises(ValueError, match="unknown surrogate 'cubic': use one of scale, diagonal"):
         SurrogateSpec("cubic")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rank must be at least 1, and of low_rank, got 3"):
         SurrogateSpec("linear", rank=3)
@@ -205,16 +205,16 @@ def expected_map(model: Any, modules: Any, name: str, before: dict[str, Any]) ->
     return np.linalg.solve(z.T @ z + ridge, z.T @ t + own * ridge[:, :-1])
 
 
-def test_later_stand_ins_see_compensated_streams(model: Any, fitter: Fitter) -> None:
+def test_later_surrogates_see_compensated_streams(model: Any, fitter: Fitter) -> None:
     runtime = fitter.runtime
     plan = fitter.fit(SkipPlan.of(runtime.sublayers, SKIPPED), SurrogateSpec(ridge=1e-3))
     before: dict[str, Any] = {}
     for name in SKIPPED:
         expected = expected_map(model, runtime.graphs.modules, name, before)
-        stand_in = plan.compensation.stand_in(Sublayer.parse(name))
-        assert stand_in is not None
-        np.testing.assert_allclose(as_map(stand_in), expected, rtol=0.02, atol=2e-3)
-        before[name] = stand_in
+        surrogate = plan.surrogates.get(Sublayer.parse(name))
+        assert surrogate is not None
+        np.testing.assert_allclose(as_map(surrogate), expected, rtol=0.02, atol=2e-3)
+        before[name] = surrogate
     alone = expected_map(model, runtime.graphs.modules, "2.ffn", {})
     assert not np.allclose(as_map(before["2.ffn"]), alone, rtol=0.02, atol=2e-3)  # companion
 
@@ -223,7 +223,7 @@ def test_the_fit_is_the_plan_that_runs(model: Any, fitter: Fitter) -> None:
     plan = fitter.fit(
         SkipPlan.of(fitter.runtime.sublayers, SKIPPED), SurrogateSpec("low_rank", rank=3)
     )
-    assert [str(plan.compensation.stand_in(Sublayer.parse(n))) for n in SKIPPED] == ["rank 3"] * 3
+    assert [str(plan.surrogates.get(Sublayer.parse(n))) for n in SKIPPED] == ["rank 3"] * 3
     assert_equivalent(model, plan)
 
 
@@ -231,10 +231,10 @@ def test_beside_gives_every_running_ffn_its_own(model: Any, fitter: Fitter) -> N
     sublayers = fitter.runtime.sublayers
     plan = fitter.fit(SkipPlan.of(sublayers, ["0.attention"]), SurrogateSpec(ridge=1e-3))
     extras = fitter.beside(plan, SurrogateSpec(ridge=1e-3))
-    assert [str(s) for s in extras.stand_ins] == ["0.ffn", "1.ffn", "2.ffn"]
-    before = {"0.attention": plan.compensation.stand_in(Sublayer(0, "attention"))}
+    assert [str(s) for s in extras.by_sublayer] == ["0.ffn", "1.ffn", "2.ffn"]
+    before = {"0.attention": plan.surrogates.get(Sublayer(0, "attention"))}
     expected = expected_map(model, fitter.runtime.graphs.modules, "1.ffn", before)
-    found = extras.stand_in(Sublayer(1, "ffn"))
+    found = extras.surrogate(Sublayer(1, "ffn"))
     assert found is not None
     np.testing.assert_allclose(as_map(found), expected, rtol=0.02, atol=2e-3)
 
@@ -244,33 +244,33 @@ def test_a_compensator_fits_what_is_known_once(
 ) -> None:
     passes, moments = [], fitter.moments
     monkeypatch.setattr(fitter, "moments", lambda *a: passes.append(a) or moments(*a))
-    compensator = Compensator(fitter, SurrogateSpec(ridge=1e-3))
+    surrogate_fitter = SurrogateFitter(fitter, SurrogateSpec(ridge=1e-3))
     known = (Sublayer(0, "ffn"), Sublayer(1, "attention"))
     plan = fitter.fit(SkipPlan.of(fitter.runtime.sublayers, known), SurrogateSpec(ridge=1e-3))
-    both = compensator((*known, Sublayer(2, "ffn")), known)
+    both = surrogate_fitter((*known, Sublayer(2, "ffn")), known)
     beside = fitter.beside(plan, SurrogateSpec(ridge=1e-3), ("ffn",))
-    assert both == plan.compensation.merged(
-        Compensation({Sublayer(2, "ffn"): beside.stand_ins[Sublayer(2, "ffn")]})
+    assert both == plan.surrogates.merged(
+        Surrogates({Sublayer(2, "ffn"): beside.by_sublayer[Sublayer(2, "ffn")]})
     )
     assert passes
     passes.clear()
-    compensator((*known, Sublayer(1, "ffn")), known)
+    surrogate_fitter((*known, Sublayer(1, "ffn")), known)
     assert not passes, "it was fitted along with the other"
-    whole = compensator((*known, Sublayer(2, "ffn")))
+    whole = surrogate_fitter((*known, Sublayer(2, "ffn")))
     ordered = fitter.fit(
-        SkipPlan.of(fitter.runtime.sublayers, whole.stand_ins), SurrogateSpec(ridge=1e-3)
+        SkipPlan.of(fitter.runtime.sublayers, whole.by_sublayer), SurrogateSpec(ridge=1e-3)
     )
-    assert whole == ordered.compensation
+    assert whole == ordered.surrogates
 
 
 def test_alone_each_is_fitted_as_if_the_others_ran(fitter: Fitter) -> None:
     plan = SkipPlan.of(fitter.runtime.sublayers, SKIPPED)
-    alone = fitter.alone(plan, SurrogateSpec("normalized")).compensation.stand_ins
-    in_order = fitter.fit(plan, SurrogateSpec("normalized")).compensation.stand_ins
+    alone = fitter.alone(plan, SurrogateSpec("normalized")).surrogates.by_sublayer
+    in_order = fitter.fit(plan, SurrogateSpec("normalized")).surrogates.by_sublayer
     assert set(alone) == set(in_order) == set(plan.prefill)
     for sublayer in plan.prefill:
         one = fitter.fit(SkipPlan.of(plan.sublayers, [sublayer]), SurrogateSpec("normalized"))
-        for name, tensor in one.compensation.stand_ins[sublayer].tensors.items():
+        for name, tensor in one.surrogates.by_sublayer[sublayer].tensors.items():
             assert alone[sublayer].tensors[name] == pytest.approx(tensor, rel=1e-6, abs=1e-9)
     first, *later = plan.prefill
     assert alone[first] == in_order[first]  # nothing was skipped before it
@@ -310,7 +310,7 @@ def test_descent_brings_predictions_nearer(model: Any, fitter: Fitter, rung: Sur
     assert set(seen.losses) == {0, 5, 10, 15, 20}
     assert (refined.prefill, refined.decode) == (plan.prefill, plan.decode)
     for each, loss in ((plan, seen.losses[0]), (refined, min(seen.losses.values()))):
-        skips = {str(s): c for s, c in each.compensation.stand_ins.items()}
+        skips = {str(s): c for s, c in each.surrogates.by_sublayer.items()}
         assert kl(model, runtime.graphs.modules, skips, TEXTS[0]) == pytest.approx(loss, rel=1e-3)
     assert min(seen.losses.values()) < 0.95 * seen.losses[0]
     assert all(p.grad is None for p in model.parameters())
@@ -339,7 +339,7 @@ def test_a_step_moves_a_map_in_all_directions_alike_and_a_bias_in_all_elements(
     moved, _ = refine(fitter, plan, [one], one, how)
     (skipped,) = plan.prefill
     whitening = whitenings(fitter, plan)[skipped]
-    before, after = (p.compensation.stand_ins[skipped].tensors for p in (plan, moved))
+    before, after = (p.surrogates.by_sublayer[skipped].tensors for p in (plan, moved))
     change = {name: torch.tensor(after[name] - before[name]) for name in before}
     step = change["weight"].double() @ torch.linalg.inv(whitening.root.double()) / whitening.size
     sizes = torch.linalg.svdvals(step)
@@ -404,8 +404,8 @@ def test_samples_of_a_step_go_together_and_alone_where_there_is_no_room(
 
     monkeypatch.setattr(_Loss, "__call__", crowded)
     alone, _ = refine(fitter, plan, [cut], cut[:1], how)
-    for sublayer, one in together.compensation.stand_ins.items():
-        for name, tensor in alone.compensation.stand_ins[sublayer].tensors.items():
+    for sublayer, one in together.surrogates.by_sublayer.items():
+        for name, tensor in alone.surrogates.by_sublayer[sublayer].tensors.items():
             assert tensor == pytest.approx(one.tensors[name], abs=1e-5)
     assert together != plan  # companion: something was learned
 
@@ -422,7 +422,7 @@ def test_samples_of_a_step_go_together_and_alone_where_there_is_no_room(
 def test_what_cannot_be_refined(fitter: Fitter) -> None:
     plan = SkipPlan.of(fitter.runtime.sublayers, SKIPPED)
     known = samples(fitter)
-    with pytest.raises(ValueError, match="the plan has no stand-in to refine; fit one first"):
+    with pytest.raises(ValueError, match="the plan has no surrogate to refine; fit one first"):
         refine(fitter, plan, [known], known)
     with pytest.raises(ValueError, match="refining needs samples to descend on and samples that"):
         refine(fitter, plan, [known], [])

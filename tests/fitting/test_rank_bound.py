@@ -21,11 +21,11 @@ from adaskip_fx.latency.table import LatencyTable
 from adaskip_fx.latency.terms import Costs, TableError, low_rank, rank_of
 from adaskip_fx.measurement.measure import measure, plans_to_time, sublayer_classes
 from adaskip_fx.measurement.rank_ladder import rank_ladder, ranks_to_time
-from adaskip_fx.plans.folding import folds
+from adaskip_fx.plans.composition import compose_surrogates
 from adaskip_fx.plans.skip_plan import Phase, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
-from adaskip_fx.plans.surrogate import StandIn
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogate import Surrogate
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.profiles.profile import Fingerprint
 from adaskip_fx.testing import assert_equivalent
 from tests.support import compiled_llamas
@@ -106,7 +106,7 @@ def test_no_larger_rank_fits(given_: tuple[dict[str, tuple[int, int]], int]) -> 
     elif fitting:
         assert LatencyBound(measured, 100, 1 / parts).rank(FFN) == max(fitting)
     else:
-        with pytest.raises(ValueError, match="no low-rank stand-in takes at most"):
+        with pytest.raises(ValueError, match="no low-rank surrogate takes at most"):
             LatencyBound(measured, 100, 1 / parts)
 
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_skipped_has_no_bound() -> None:
 
 def test_where_no_rank_fits() -> None:
     message = (
-        "no low-rank stand-in takes at most 0.0125 of the time of ffn in decode at 100 tokens: "
+        "no low-rank surrogate takes at most 0.0125 of the time of ffn in decode at 100 tokens: "
         "rank 1, the smallest measured, takes 250 of 8e+03 ms, a share of 0.0312; "
         "allow a larger share, or use a scale"
     )
@@ -185,7 +185,7 @@ def test_bounds_are_checked(given_: dict[str, Any], message: str) -> None:
 
 def test_tables_without_ranks_or_of_another_model() -> None:
     plain = {n: t for n, t in DECODE.items() if rank_of(n) is None}
-    message = r"the table has no low-rank stand-ins; measure again \(adaskip-fx measure --ranks\)"
+    message = r"the table has no low-rank surrogates; measure again \(adaskip-fx measure --ranks\)"
     with pytest.raises(TableError, match=message):
         LatencyBound(table(plain, plain), 100)
     with pytest.raises(TableError, match="the cost of 'low_rank 1' was not measured"):
@@ -262,14 +262,14 @@ def test_each_sublayer_has_a_rank_of_its_own(fitter: Fitter, share: float) -> No
     bound = LatencyBound(table(), 100, share)
     rung, free = SurrogateSpec("low_rank", bound=bound), SurrogateSpec("low_rank")
     plan = fitter.fit(SkipPlan.of(SUBLAYERS, ["0.ffn", "1.attention"]), rung)
-    done: dict[Sublayer, StandIn] = {}
+    done: dict[Sublayer, Surrogate] = {}
     asked = []
-    for sublayer, stand_in in plan.compensation.stand_ins.items():
-        seen = fitter.moments(Compensation(done), tuple(done), [sublayer], free)[sublayer]
+    for sublayer, surrogate in plan.surrogates.by_sublayer.items():
+        seen = fitter.moments(Surrogates(done), tuple(done), [sublayer], free)[sublayer]
         asked.append(smallest_rank([m for m in seen if m.tokens], [1, 2, 4, 8, 16])[0])
         most = {FFN: 32 * share, Sublayer(1, "attention"): 64 * share}[sublayer]
-        assert stand_in.rank == min(asked[-1], most)
-        done[sublayer] = stand_in
+        assert surrogate.rank == min(asked[-1], most)
+        done[sublayer] = surrogate
     assert asked[0] > 32 * share  # companion: without a bound there is more
     assert_equivalent(compiled_llamas.make_model("three_layers"), plan)
 
@@ -278,10 +278,10 @@ def test_what_decoding_may_add_is_bounded_too(fitter: Fitter) -> None:
     none = SkipPlan.empty(SUBLAYERS)
     bound = LatencyBound(table(), 100, 0.0625)
     free, bounded = (
-        fitter.beside(none, SurrogateSpec("low_rank", bound=b)).stand_ins for b in (None, bound)
+        fitter.beside(none, SurrogateSpec("low_rank", bound=b)).by_sublayer for b in (None, bound)
     )
     assert [str(s) for s in bounded] == ["0.ffn", "1.ffn", "2.ffn"]
-    sizes = [stand_in.rank or 32 for stand_in in free.values()]
+    sizes = [surrogate.rank or 32 for surrogate in free.values()]
     assert [s.rank for s in bounded.values()] == [min(size, 2) for size in sizes]
     assert max(sizes) > 2  # companion: without a bound there is more
 
@@ -290,21 +290,21 @@ def test_what_decoding_may_add_is_bounded_too(fitter: Fitter) -> None:
 
 
 def planted(phase: Phase, context: int, plan: SkipPlan) -> float:
-    """Seconds, stand-in by stand-in, where none has a neighbour that it could be folded with."""
+    """Seconds, surrogate by surrogate, where none has a neighbour that it could be folded with."""
     tokens = context if phase == "prefill" else 1
     took = 3.0
     for sublayer in plan.sublayers:
-        stand_in = plan.compensation.stand_in(sublayer)
+        surrogate = plan.surrogates.get(sublayer)
         if sublayer not in plan.skipped(phase):
             took += tokens * (0.5 if sublayer.kind == "ffn" else 0.25)
-        elif stand_in is not None:
-            took += tokens * (0.125 if stand_in.kind == "linear" else 0.015625 * stand_in.rank)
+        elif surrogate is not None:
+            took += tokens * (0.125 if surrogate.kind == "linear" else 0.015625 * surrogate.rank)
     return took
 
 
 def test_planted_times_of_ranks_come_back() -> None:
     compiled = compiled_llamas.entry("four_layers").compiled  # of width 16
-    measured = measure(compiled, [64], ranks=True, compensations=(), time_step=planted)
+    measured = measure(compiled, [64], ranks=True, surrogates=(), time_step=planted)
     assert measured.warning == ""
     for phase, tokens in (("prefill", 64), ("decode", 1)):
         found = measured.at(phase, 64)  # type: ignore[arg-type]
@@ -313,13 +313,13 @@ def test_planted_times_of_ranks_come_back() -> None:
         assert found["linear"] == pytest.approx(0.125 * tokens)
     bound = LatencyBound(measured, 64, 0.126)
     assert [bound.rank(s) for s in (ATTENTION, FFN)] == [2, 4]
-    without = measure(compiled, [64], compensations=(), time_step=planted)
-    with pytest.raises(TableError, match="the table has no low-rank stand-ins"):
+    without = measure(compiled, [64], surrogates=(), time_step=planted)
+    with pytest.raises(TableError, match="the table has no low-rank surrogates"):
         LatencyBound(without, 64)
 
 
 @pytest.mark.slow
-def test_stand_ins_that_are_timed_run() -> None:
+def test_surrogates_that_are_timed_run() -> None:
     """On the device's own clock; no time is asserted."""
     model = compiled_llamas.make_model("three_layers")
     compiled = build(model, None, backend="eager")
@@ -329,9 +329,9 @@ def test_stand_ins_that_are_timed_run() -> None:
     assert names == {"rest", "attention", "ffn", "scale", "linear", *map(low_rank, (1, 2, 4, 8))}
     runtime = compiled.adaskip
     classes = sublayer_classes(runtime)
-    for compensation in rank_ladder(runtime.sublayers, classes, runtime.graphs.width):
-        skip = list(compensation.stand_ins)
-        plan = SkipPlan.of(runtime.sublayers, skip, compensation=compensation)
+    for surrogates in rank_ladder(runtime.sublayers, classes, runtime.graphs.width):
+        skip = list(surrogates.by_sublayer)
+        plan = SkipPlan.of(runtime.sublayers, skip, surrogates=surrogates)
         assert_equivalent(model, plan)
 
 
@@ -339,13 +339,13 @@ CLASSES = st.lists(st.sampled_from(["", "a", "b", "c"]), min_size=2, max_size=12
 
 
 @given(CLASSES.filter(any))
-def test_no_stand_in_that_is_timed_is_folded(classes: list[str]) -> None:
+def test_no_surrogate_that_is_timed_is_folded(classes: list[str]) -> None:
     """Else its time would be that of another rank, or of two."""
     sublayers = tuple(Sublayer(i // 2, ("attention", "ffn")[i % 2]) for i in range(len(classes)))  # type: ignore[arg-type]
     ladder = rank_ladder(sublayers, classes, 16)
     *_, one, two, four, linear = plans_to_time(sublayers, tuple(classes), ladder)
     for plan, part in ((one, 1), (two, 2), (four, 4), (linear, 0)):
-        put_in = folds(plan, "decode").values()
+        put_in = compose_surrogates(plan, "decode").values()
         assert put_in, "timed"
         assert all(len(fold.parts) == 1 and fold.rank == part for fold in put_in)
         assert len({fold.key for fold in put_in}) == len(put_in)  # weights of their own
@@ -354,10 +354,10 @@ def test_no_stand_in_that_is_timed_is_folded(classes: list[str]) -> None:
 def test_neighbours_would_be_folded() -> None:
     """What naming every sublayer would time."""
     ladder = rank_ladder(SUBLAYERS, ["same"] * 6, 16)
-    stand_in = next(iter(ladder[0].stand_ins.values()))
-    every = dataclasses.replace(ladder[0], stand_ins=dict.fromkeys(SUBLAYERS, stand_in))
+    surrogate = next(iter(ladder[0].by_sublayer.values()))
+    every = dataclasses.replace(ladder[0], surrogates=dict.fromkeys(SUBLAYERS, surrogate))
     plan = plans_to_time(SUBLAYERS, tuple(s.kind for s in SUBLAYERS), [every])[-1]
-    assert {fold.rank for fold in folds(plan, "decode").values()} == {2}
+    assert {one.rank for one in compose_surrogates(plan, "decode").values()} == {2}
 
 
 def test_ranks_to_time() -> None:

@@ -18,7 +18,7 @@ from adaskip_fx.fitting import Recipe, SurrogateSpec
 from adaskip_fx.fitting.retrieval_prompts import retrieval_samples
 from adaskip_fx.fitting.seed_prompts import OPENINGS
 from adaskip_fx.fitting.synthetic_text import write_texts
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import AdaSkip, Fitted, OnlinePolicy
 from tests.support.compiled_llamas import make_model
 from tests.support.recipe_tokenizers import Letters
@@ -53,7 +53,7 @@ def plan(model: Any, profile: Profile, said: list[str]) -> SkipPlan:
 def test_the_recipe_loses_less_than_adaskip(model: Any, profile: Profile, plan: SkipPlan) -> None:
     assert len(plan.skipped("prefill")) == 2
     assert plan.prefill == plan.decode
-    kinds = {plan.compensation.stand_ins[s].kind for s in plan.prefill}
+    kinds = {plan.surrogates.by_sublayer[s].kind for s in plan.prefill}
     assert kinds == {"normalized"}
     unseen = Letters()(TEXTS["words"][4])["input_ids"]  # the fifth: held out
     loss = CalibrationLoss(model, [unseen], backend="eager")
@@ -63,7 +63,7 @@ def test_the_recipe_loses_less_than_adaskip(model: Any, profile: Profile, plan: 
 def test_it_says_what_it_does(plan: SkipPlan, said: list[str]) -> None:
     assert said[0] == "write 3 samples of 360 tokens"
     assert said[1] == "search"
-    assert said[2].startswith("fit 2 stand-ins on ")
+    assert said[2].startswith("fit 2 surrogates on ")
     assert said[3].startswith("refined: KL of held-out samples from ")
     assert said[4].startswith("decoding may add ")
 
@@ -74,13 +74,13 @@ def test_without_a_search_a_policy_chooses(model: Any, profile: Profile) -> None
     plan = adaskip_fx.fit(model, Letters(), TEXTS, profile, 1.5, recipe)
     wanted = AdaSkip().plan(profile, 1.5)
     assert plan.prefill == wanted.prefill
-    assert set(plan.compensation.stand_ins) == set(plan.prefill)
-    assert plan.compensation.kinds == "linear"
+    assert set(plan.surrogates.by_sublayer) == set(plan.prefill)
+    assert plan.surrogates.kinds == "linear"
     quick = replace(recipe, in_order=False)
-    at_once = adaskip_fx.fit(model, Letters(), TEXTS, profile, 1.5, quick).compensation.stand_ins
+    at_once = adaskip_fx.fit(model, Letters(), TEXTS, profile, 1.5, quick).surrogates.by_sublayer
     first, *later = wanted.prefill
-    assert at_once[first] == plan.compensation.stand_ins[first]
-    assert all(at_once[s] != plan.compensation.stand_ins[s] for s in later)
+    assert at_once[first] == plan.surrogates.by_sublayer[first]
+    assert all(at_once[s] != plan.surrogates.by_sublayer[s] for s in later)
     assert later
     nothing = adaskip_fx.fit(model, Letters(), TEXTS, profile, 1.0, recipe)
     assert nothing == SkipPlan.empty(profile.sublayers)
@@ -102,7 +102,7 @@ def test_a_compiled_model_takes_the_plan(
         assert torch.equal(from_file(input_ids=ids).logits, given(input_ids=ids).logits)
 
 
-# Decoding may add what has a stand-in ----------------------------------------------------------
+# Decoding may add what has a surrogate ----------------------------------------------------------
 
 
 def window(count: int, similarity: float) -> np.ndarray[Any, Any]:
@@ -112,8 +112,8 @@ def window(count: int, similarity: float) -> np.ndarray[Any, Any]:
 def test_only_what_was_fitted_is_added(profile: Profile) -> None:
     sublayers = profile.sublayers
     ffns = tuple(s for s in sublayers if s.kind == "ffn")
-    stand_ins = Compensation.scale({Sublayer(0, "attention"): 1.1, ffns[1]: 0.9})
-    plan = SkipPlan.of(sublayers, ["0.attention"], compensation=stand_ins)
+    surrogates = Surrogates.scale({Sublayer(0, "attention"): 1.1, ffns[1]: 0.9})
+    plan = SkipPlan.of(sublayers, ["0.attention"], surrogates=surrogates)
     policy = Fitted(plan)
     assert isinstance(policy, OnlinePolicy)
     assert policy.plan(profile, 7.0) is plan
@@ -121,7 +121,7 @@ def test_only_what_was_fitted_is_added(profile: Profile) -> None:
     assert policy.extras == (ffns[1],)
     more = policy.online_plan(profile, plan, window(3, 0.9999), ffns)
     assert set(more.decode) == {Sublayer(0, "attention"), ffns[1]}
-    assert more.compensation == plan.compensation
+    assert more.surrogates == plan.surrogates
     every = AdaSkip().online_plan(profile, plan, window(3, 0.9999), ffns)
     assert set(every.decode) > set(more.decode)  # companion: AdaSkip alone would add them all
     assert policy.online_plan(profile, plan, window(3, -1.0), ffns).decode == plan.decode

@@ -25,7 +25,7 @@ from adaskip_fx.measurement import measure as measurement
 from adaskip_fx.measurement.measure import measure, plans_to_time, solve, steady, sublayer_classes
 from adaskip_fx.measurement.timer import StepTimer
 from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan, Sublayer
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.testing.families import tiny_config, tiny_model
 from tests.support import compiled_llamas
@@ -51,7 +51,7 @@ def planted(phase: Phase, context: int, plan: SkipPlan) -> float:
             total, scaled = total + cost[sublayer.kind], False
         elif action is Action.KV_ONLY:
             total, scaled = total + PLANTED["stored"] * tokens, False
-        elif sublayer in plan.compensation.factors:
+        elif sublayer in plan.surrogates.factors:
             total, scaled = total + (0 if scaled else cost["scale"]), True
     return total
 
@@ -174,7 +174,7 @@ def test_what_is_left_of_a_sublayer_whose_keys_are_stored() -> None:
 
 
 def test_a_compensation_is_measured_if_asked() -> None:
-    table = measured(Clock(), [64], compensations=())
+    table = measured(Clock(), [64], surrogates=())
     assert "scale" not in table.at("decode", 64)
     scaled = compiled_llamas.entry(SHAPE).plan(["1.ffn"], factors={"1.ffn": 0.5})
     plain = compiled_llamas.entry(SHAPE).plan(["1.ffn"])
@@ -241,7 +241,7 @@ def test_solving_finds_planted_costs(values: list[float]) -> None:
     costs_of = dict(zip(names, values, strict=True))
     sublayers = compiled_llamas.entry(SHAPE).sublayers
     classes = tuple(s.kind for s in sublayers)
-    plans = plans_to_time(sublayers, classes, [Compensation.scale(dict.fromkeys(sublayers, 1.0))])
+    plans = plans_to_time(sublayers, classes, [Surrogates.scale(dict.fromkeys(sublayers, 1.0))])
     counts = [parts(p, "decode", sublayers, classes) for p in plans]
     seconds = [sum(n * costs_of[name] for name, n in row.items()) for row in counts]
     found, error = solve(counts, seconds)
@@ -380,8 +380,8 @@ def test_between_contexts() -> None:
 
 def test_predicting() -> None:
     """A speed-up is the full model's seconds over the plan's, added up by hand."""
-    scale = Compensation.scale({SUBLAYERS[0]: 0.5})
-    plan = SkipPlan.of(SUBLAYERS, ["0.attention", "1.ffn"], compensation=scale)
+    scale = Surrogates.scale({SUBLAYERS[0]: 0.5})
+    plan = SkipPlan.of(SUBLAYERS, ["0.attention", "1.ffn"], surrogates=scale)
     full, less = 101 + 2 * 10200 + 2 * 300, 101 + 10200 + 300 + 50
     assert made().predict(plan, "prefill", 100) == pytest.approx(full / less)
     step, short = 1 + 2 * 3 + 2, 1 + 3 + 1

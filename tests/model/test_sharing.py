@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
 
 from adaskip_fx.api import build
-from adaskip_passes import RefusedError
+from adaskip_passes import UnsupportedError
 from tests.support.compiled_llamas import make_model
 from tests.support.eager_reference import Oracle, assert_close
 from tests.support.sharing import assert_unchanged, snapshot
@@ -155,7 +155,7 @@ def test_a_parameter_replaced_in_mid_request_is_refused_by_the_next_prompt(secon
         compiled.lm_head.weight = nn.Parameter(old.detach() * 3.0)
         logits = compiled(token, past_key_values=cache).logits
         assert_close(logits, reference.step(token, theirs)[:, -1:], 1e-5)
-        with pytest.raises(RefusedError, match=r"since this request began .*was replaced"):
+        with pytest.raises(UnsupportedError, match=r"since this request began .*was replaced"):
             compiled(IDS[:, :4], past_key_values=cache, logits_to_keep=1)
         compiled.lm_head.weight = old
         logits = compiled(IDS[:, :4], past_key_values=cache, logits_to_keep=1).logits
@@ -172,7 +172,7 @@ def test_a_parameter_of_another_layout_is_refused(pair: tuple[Any, Any], change:
     other = old.detach()[:, :-1] if change == "shape" else old.detach().double()
     layer.down_proj.weight = nn.Parameter(other.clone(), requires_grad=False)
     try:
-        with pytest.raises(RefusedError, match=r"down_proj.weight\), and does not run"):
+        with pytest.raises(UnsupportedError, match=r"down_proj.weight\), and does not run"):
             run(compiled)
     finally:
         layer.down_proj.weight = old

@@ -22,11 +22,11 @@ from transformers import DynamicCache
 from adaskip_fx.api import build
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.plans.skip_plan import SkipPlan
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.testing import Oracle
 from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model
-from adaskip_passes import RefusedError
+from adaskip_passes import UnsupportedError
 from tests.support.branch_paths import branches
 from tests.support.eager_reference import assert_close, moments
 
@@ -70,10 +70,10 @@ class Subject:
         inner = sublayers[len(sublayers) // 3 : -1] or sublayers
         single = {s.kind: s for s in inner}
         ends = sublayers[0], sublayers[-1]
-        factors = Compensation.scale({ends[0]: 0.75, ends[1]: 1.25})
+        factors = Surrogates.scale({ends[0]: 0.75, ends[1]: 1.25})
         plans = [
             SkipPlan.empty(sublayers),
-            SkipPlan.of(sublayers, ends, compensation=factors),
+            SkipPlan.of(sublayers, ends, surrogates=factors),
             *(SkipPlan.of(sublayers, [s]) for s in single.values()),
         ]
         if "ffn" in single:
@@ -83,7 +83,7 @@ class Subject:
     def follow(self, plan: SkipPlan) -> None:
         """Have both do what a plan says."""
         self.runtime.plan = plan
-        factor = plan.compensation.factor
+        factor = plan.surrogates.factor
         self.oracle.prefill = {str(s): factor(s) for s in plan.skipped("prefill")}
         self.oracle.decode = {str(s): factor(s) for s in plan.skipped("decode")}
 
@@ -167,7 +167,7 @@ def measure(family: str) -> dict[str, str]:
         with warnings.catch_warnings():  # 2.11 warns of what is then refused
             warnings.filterwarnings("ignore", message="Dynamo does not know how to trace")
             one = subject(family)
-    except RefusedError as error:
+    except UnsupportedError as error:
         return {"found": f"{_REFUSED}{error}"}
     with one.oracle.watching():
         return {column: check(one) for column, check in _CHECKS.items()}

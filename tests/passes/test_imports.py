@@ -66,7 +66,7 @@ def test_the_public_names() -> None:
         "Piece",
         "PieceCompiler",
         "Probe",
-        "RefusedError",
+        "UnsupportedError",
         "Replacement",
         "ShapeGuards",
         "Skip",

@@ -30,7 +30,7 @@ from adaskip_fx.plans.decisions import (
 from adaskip_fx.plans.phase_split import decode_only, prefill_only
 from adaskip_fx.plans.serialization import load_decision, save_decision
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan, Sublayer
-from adaskip_fx.plans.surrogates import Compensation, StandIn
+from adaskip_fx.plans.surrogates import Surrogate, Surrogates
 from adaskip_fx.runtime.prompts import mean_embedding
 from adaskip_fx.runtime.report import runtime_report
 from adaskip_fx.testing import assert_equivalent
@@ -84,9 +84,9 @@ def test_the_plan_of_a_step() -> None:
         (
             (
                 (0, SkipPlan.of(SUBLAYERS, ["1.ffn"])),
-                (4, SkipPlan.of(SUBLAYERS, ["1.ffn"], compensation=scales({"1.ffn": 0.5}))),
+                (4, SkipPlan.of(SUBLAYERS, ["1.ffn"], surrogates=scales({"1.ffn": 0.5}))),
             ),
-            "step 4: what prefill skips is compensated otherwise than at step 0",
+            "step 4: what prefill skips has other surrogates than at step 0",
         ),
         (
             ((0, EMPTY), (1, replace(EMPTY, last_token_full=True))),
@@ -156,10 +156,10 @@ def test_saved_and_loaded(decision: Schedule | Choice | Stages, tmp_path: Path) 
     assert load_decision(folder) == decision
 
 
-def test_stand_ins_that_are_tensors_go_along(tmp_path: Path) -> None:
+def test_surrogates_that_are_tensors_go_along(tmp_path: Path) -> None:
     width = 8
-    diagonal = StandIn("diagonal", {"factor": np.linspace(0.5, 1.5, width, dtype=np.float32)})
-    plans = [LEAST.with_compensation(Compensation({Sublayer(0, "ffn"): diagonal})), LESS]
+    diagonal = Surrogate("diagonal", {"factor": np.linspace(0.5, 1.5, width, dtype=np.float32)})
+    plans = [LEAST.with_surrogates(Surrogates({Sublayer(0, "ffn"): diagonal})), LESS]
     decision = Schedule(((0, plans[1]), (3, plans[0])))
     save_decision(decision, tmp_path / "d")
     assert load_decision(tmp_path / "d") == decision
@@ -261,7 +261,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
 
     def one() -> SkipPlan:
         chosen = {n: draw(st.sampled_from(kinds[n.split(".")[1]])) for n in NAMES[:-1]}
-        return plan_of(chosen, compensation=scales({"1.ffn": 0.75, "1.attention": 1.25}))
+        return plan_of(chosen, surrogates=scales({"1.ffn": 0.75, "1.attention": 1.25}))
 
     return Schedule(tuple((first, one()) for first in firsts))
 

@@ -1,4 +1,4 @@
-"""Skip plans and compensation: what is accepted, what identifies them, what survives a crash."""
+"""Skip plans and surrogates: what is accepted, what identifies them, what survives a crash."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaskip_fx.plans.skip_plan import Action, Kind, Phase, PlanError, SkipPlan, Sublayer
-from adaskip_fx.plans.surrogates import NONE, Compensation
+from adaskip_fx.plans.surrogates import NONE, Surrogates
 
 PROPERTY = settings(deadline=None)  # a shared machine may stall
 
@@ -37,10 +37,10 @@ def sub(text: str) -> Sublayer:
     return Sublayer.parse(text)
 
 
-def scale(**factors: float) -> Compensation:
+def scale(**factors: float) -> Surrogates:
     """scale(ffn1=0.9) gives sublayer 1.ffn that factor."""
     named = {Sublayer(int(key.removeprefix("ffn")), "ffn"): f for key, f in factors.items()}
-    return Compensation.scale(named)
+    return Surrogates.scale(named)
 
 
 FACTORS = st.floats(min_value=1e-4, max_value=1e4)
@@ -55,8 +55,8 @@ def plans(draw: st.DrawFn) -> SkipPlan:
     room = len(sublayers) - len(skip) - 1
     extra = draw(st.lists(st.sampled_from(free), unique=True, max_size=room)) if free else []
     factors = draw(st.dictionaries(st.sampled_from(sublayers), FACTORS))
-    compensation = Compensation.scale(factors) if factors else NONE
-    return SkipPlan.of(sublayers, skip, decode_extra=extra, compensation=compensation)
+    surrogates = Surrogates.scale(factors) if factors else NONE
+    return SkipPlan.of(sublayers, skip, decode_extra=extra, surrogates=surrogates)
 
 
 # Sublayer --------------------------------------------------------------------------------------
@@ -89,16 +89,16 @@ def test_sublayer_values_refused() -> None:
         Sublayer(0, cast(Kind, "mlp"))
 
 
-# Compensation ----------------------------------------------------------------------------------
+# Surrogates ------------------------------------------------------------------------------------
 
 
 def test_compensation_is_a_value() -> None:
-    one = Compensation.scale({sub("0.ffn"): 0.5, sub("1.ffn"): 2})
-    two = Compensation.scale({sub("1.ffn"): cast(float, np.float32(2)), sub("0.ffn"): 0.5})
+    one = Surrogates.scale({sub("0.ffn"): 0.5, sub("1.ffn"): 2})
+    two = Surrogates.scale({sub("1.ffn"): cast(float, np.float32(2)), sub("0.ffn"): 0.5})
     assert one == two
     assert hash(one) == hash(two)
     assert one.digest == two.digest
-    assert one != Compensation.scale({sub("0.ffn"): 0.5})
+    assert one != Surrogates.scale({sub("0.ffn"): 0.5})
     assert one.factor(sub("1.ffn")) == 2.0
     assert one.factor(sub("1.attention")) is None
     assert NONE.factor(sub("0.ffn")) is None
@@ -106,28 +106,28 @@ def test_compensation_is_a_value() -> None:
 
 def test_compensation_cannot_be_changed() -> None:
     given_factors = {sub("0.ffn"): 0.5}
-    compensation = Compensation.scale(given_factors)
+    surrogates = Surrogates.scale(given_factors)
     given_factors[sub("0.ffn")] = 7.0
-    assert compensation.factor(sub("0.ffn")) == 0.5
+    assert surrogates.factor(sub("0.ffn")) == 0.5
     with pytest.raises(TypeError):
-        compensation.factors[sub("0.ffn")] = 1.0  # type: ignore[index]
+        surrogates.factors[sub("0.ffn")] = 1.0  # type: ignore[index]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        compensation.stand_ins = {}  # type: ignore[misc]
+        surrogates.by_sublayer = {}  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, -0.5, "0.9", None, 1j])
 def test_factor_refused_by_name(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"scale factor of 3\.ffn must be finite and positive"):
-        Compensation.scale({sub("1.ffn"): 1.0, sub("3.ffn"): bad})
+        Surrogates.scale({sub("1.ffn"): 1.0, sub("3.ffn"): bad})
 
 
 @pytest.mark.parametrize("bad", [0.9e-4, 1.1e4, 7.6e33])
 def test_a_factor_that_no_sublayer_has(bad: float) -> None:
     """Made by hand or in a file: the plan would drown the stream, or erase it."""
-    Compensation.scale({sub("1.ffn"): 1e-4, sub("3.ffn"): 1e4})
+    Surrogates.scale({sub("1.ffn"): 1e-4, sub("3.ffn"): 1e4})
     words = r"scale factor of 3\.ffn is .*; none outside of 0\.0001 to 10000 can stand in for a"
     with pytest.raises(ValueError, match=words):
-        Compensation.scale({sub("3.ffn"): bad})
+        Surrogates.scale({sub("3.ffn"): bad})
 
 
 def test_with_factors_adds_and_replaces() -> None:
@@ -143,16 +143,16 @@ def test_with_factors_adds_and_replaces() -> None:
 @PROPERTY
 @given(st.dictionaries(st.sampled_from(model(3)), FACTORS))
 def test_compensation_survives_json_exactly(factors: dict[Sublayer, float]) -> None:
-    one = Compensation.scale(factors)
-    assert Compensation.from_json(json.loads(json.dumps(one.to_json()))) == one
+    one = Surrogates.scale(factors)
+    assert Surrogates.from_json(json.loads(json.dumps(one.to_json()))) == one
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "a compensation is an object"),
-        ([], "a compensation is an object"),
-        ({"0.ffn": 0.5}, "a compensation is an object"),
+        (None, "surrogates are an object"),
+        ([], "surrogates are an object"),
+        ({"0.ffn": 0.5}, "surrogates are an object"),
         ({"0.mlp": {"kind": "scale", "factor": 0.5}}, "'0.mlp' is not a sublayer"),
         ({"0.ffn": {"kind": "scale"}}, "scale factor of 0.ffn must be finite and positive"),
         ({"0.ffn": {"kind": "linear", "digest": "0" * 16}}, "the tensors that stand in for 0.ffn"),
@@ -161,7 +161,7 @@ def test_compensation_survives_json_exactly(factors: dict[Sublayer, float]) -> N
 )
 def test_compensation_json_refused(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Compensation.from_json(data)
+        Surrogates.from_json(data)
 
 
 def test_neighbouring_floats_have_other_digests() -> None:
@@ -193,8 +193,8 @@ def test_run_entries_are_dropped() -> None:
 
 
 def test_plan_is_a_value() -> None:
-    one = SkipPlan.of(model(3), ["0.ffn", "1.ffn"], compensation=scale(ffn0=0.9))
-    two = SkipPlan.of(list(model(3)), ["1.ffn", "0.ffn"], compensation=scale(ffn0=0.9))
+    one = SkipPlan.of(model(3), ["0.ffn", "1.ffn"], surrogates=scale(ffn0=0.9))
+    two = SkipPlan.of(list(model(3)), ["1.ffn", "0.ffn"], surrogates=scale(ffn0=0.9))
     assert one == two
     assert hash(one) == hash(two)
     assert len({one, two, SkipPlan.of(model(3), ["0.ffn"])}) == 2
@@ -257,8 +257,8 @@ def test_unknown_sublayers_are_refused() -> None:
         SkipPlan.of(model(2), ["2.ffn"])
     with pytest.raises(PlanError, match=r"^2\.ffn: unknown sublayer \(decode\)"):
         SkipPlan.of(model(2), [], decode_extra=["2.ffn"])
-    with pytest.raises(PlanError, match=r"^9\.ffn: unknown sublayer \(compensation\)"):
-        SkipPlan.of(model(2), [], compensation=scale(ffn9=0.9))
+    with pytest.raises(PlanError, match=r"^9\.ffn: unknown sublayer \(surrogates\)"):
+        SkipPlan.of(model(2), [], surrogates=scale(ffn9=0.9))
     with pytest.raises(PlanError, match=r"^2\.ffn: unknown"):
         SkipPlan.empty(model(2)).action("decode", sub("2.ffn"))
 
@@ -298,13 +298,13 @@ def test_unknown_words_are_refused() -> None:
 
 
 def test_decode_extra() -> None:
-    plan = SkipPlan.of(model(3), ["0.ffn"], compensation=scale(ffn0=0.9, ffn1=0.8))
+    plan = SkipPlan.of(model(3), ["0.ffn"], surrogates=scale(ffn0=0.9, ffn1=0.8))
     more = plan.with_decode_extra([sub("2.ffn"), sub("1.ffn")], {sub("2.ffn"): 0.7})
     assert more == SkipPlan.of(
         model(3),
         ["0.ffn"],
         decode_extra=["1.ffn", "2.ffn"],
-        compensation=scale(ffn0=0.9, ffn1=0.8, ffn2=0.7),
+        surrogates=scale(ffn0=0.9, ffn1=0.8, ffn2=0.7),
     )
     assert plan.skipped("decode") == (sub("0.ffn"),)
     assert plan.with_decode_extra([]) == plan
@@ -313,7 +313,7 @@ def test_decode_extra() -> None:
 
 
 def test_decode_extra_refused() -> None:
-    plan = SkipPlan.of(model(3), ["0.ffn"], compensation=scale(ffn0=0.9))
+    plan = SkipPlan.of(model(3), ["0.ffn"], surrogates=scale(ffn0=0.9))
     with pytest.raises(PlanError, match=r"^1\.attention: run in prefill but skip in decode"):
         plan.with_decode_extra([sub("1.attention")])
     with pytest.raises(PlanError, match=r"^7\.ffn: unknown"):
@@ -348,19 +348,19 @@ def sha(value: Any) -> str:
 
 def test_digest_written_out() -> None:
     """The digests are part of the file format: this is what they are taken over."""
-    plan = SkipPlan.of(model(1), ["0.ffn"], compensation=Compensation.scale({sub("0.ffn"): 0.75}))
+    plan = SkipPlan.of(model(1), ["0.ffn"], surrogates=Surrogates.scale({sub("0.ffn"): 0.75}))
     factor = {"factor": {"float": "0x1.8000000000000p-1"}}
-    stand_in = sha({"kind": "scale", "tensors": factor})
-    compensation = sha({"0.ffn": stand_in})
-    assert plan.compensation.digest == compensation
+    surrogate = sha({"kind": "scale", "tensors": factor})
+    surrogates = sha({"0.ffn": surrogate})
+    assert plan.surrogates.digest == surrogates
     actions = {"prefill": {"0.ffn": "skip"}, "decode": {"0.ffn": "skip"}}
     names = ["0.attention", "0.ffn"]
-    assert plan.digest == sha({"sublayers": names, **actions, "compensation": compensation})
+    assert plan.digest == sha({"sublayers": names, **actions, "compensation": surrogates})
     assert plan.phase_digest("decode") == sha(
         {
             "phase": "decode",
             "actions": [["0.attention", "run"], ["0.ffn", "skip"]],
-            "stand_ins": {"0.ffn": stand_in},
+            "stand_ins": {"0.ffn": surrogate},
         }
     )
 
@@ -373,9 +373,9 @@ def test_digest_does_not_depend_on_order(plan: SkipPlan, random: Any) -> None:
         random.shuffle(items)
         return dict(items)
 
-    factors = shuffled(plan.compensation.factors)
-    compensation = Compensation.scale(factors) if factors else NONE
-    again = SkipPlan(plan.sublayers, shuffled(plan.prefill), shuffled(plan.decode), compensation)
+    factors = shuffled(plan.surrogates.factors)
+    surrogates = Surrogates.scale(factors) if factors else NONE
+    again = SkipPlan(plan.sublayers, shuffled(plan.prefill), shuffled(plan.decode), surrogates)
     assert again.digest == plan.digest
     assert again == plan
     assert str(again) == str(plan)
@@ -395,7 +395,7 @@ def test_phase_digest_is_what_a_program_depends_on(
     def content(plan: SkipPlan) -> Any:
         changed = plan.prefill if phase == "prefill" else plan.decode
         return [
-            (s, plan.action(phase, s), plan.compensation.factor(s) if s in changed else None)
+            (s, plan.action(phase, s), plan.surrogates.factor(s) if s in changed else None)
             for s in plan.sublayers
         ]
 
@@ -405,8 +405,8 @@ def test_phase_digest_is_what_a_program_depends_on(
 
 def test_phase_digest_near_misses() -> None:
     def build(*extra: str, **factors: float) -> SkipPlan:
-        compensation = scale(**factors) if factors else NONE
-        return SkipPlan.of(model(3), ["0.ffn"], decode_extra=extra, compensation=compensation)
+        surrogates = scale(**factors) if factors else NONE
+        return SkipPlan.of(model(3), ["0.ffn"], decode_extra=extra, surrogates=surrogates)
 
     one = build("1.ffn", ffn0=0.9, ffn1=0.8)
     unused = build("1.ffn", ffn0=0.9, ffn1=0.8, ffn2=0.7)
@@ -419,7 +419,7 @@ def test_phase_digest_near_misses() -> None:
     assert build(ffn0=0.9).phase_digest("prefill") != build(ffn0=0.91).phase_digest("prefill")
     assert build(ffn0=1.0).phase_digest("prefill") != build().phase_digest("prefill")
     assert build().phase_digest("prefill") != build().phase_digest("decode")
-    scaled_nothing = SkipPlan.of(model(3), [], compensation=scale(ffn0=0.9))
+    scaled_nothing = SkipPlan.of(model(3), [], surrogates=scale(ffn0=0.9))
     empty = SkipPlan.empty(model(3))
     assert scaled_nothing.phase_digest("decode") == empty.phase_digest("decode")
     assert SkipPlan.empty(model(2)).phase_digest("decode") != empty.phase_digest("decode")
@@ -446,7 +446,7 @@ def test_kv_only_survives_a_file(tmp_path: Path) -> None:
 
 def saved(path: Path) -> dict[str, Any]:
     plan = SkipPlan.of(
-        model(2), ["0.ffn"], decode_extra=["1.ffn"], compensation=scale(ffn0=0.5, ffn1=0.75)
+        model(2), ["0.ffn"], decode_extra=["1.ffn"], surrogates=scale(ffn0=0.5, ffn1=0.75)
     )
     plan.save(path)
     return cast(dict[str, Any], json.loads(path.read_text()))
@@ -482,14 +482,14 @@ EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d.update(digest="0" * 16), "edited after it was saved"),
     (lambda d: d["compensation"]["0.ffn"].update(factor=-1), r"not a valid plan \(scale fac"),
     (lambda d: d["compensation"]["0.ffn"].update(kind="linear"), "the tensors that stand in for 0"),
-    (lambda d: d.update(tensors="../other.safetensors"), "is not the name of a compensation's fil"),
+    (lambda d: d.update(tensors="../other.safetensors"), "is not the name of a file of surrogates"),
     (lambda d: d["decode"].update({"0.attention": "skip"}), r"not a valid plan \(0\.attention: ru"),
     (lambda d: d["prefill"].update({"0.mlp": "skip"}), r"not a valid plan \('0\.mlp' is not a sub"),
     (lambda d: d["prefill"].update({"0.ffn": ["skip"]}), "not a valid plan"),
     (lambda d: d.update(prefill=["0.ffn"]), "not a valid plan"),
     (lambda d: d.update(sublayers=7), "not a valid plan"),
     (lambda d: d.update(sublayers=[7]), "not a valid plan"),
-    (lambda d: d.update(compensation=None), r"not a valid plan \(a compensation is"),
+    (lambda d: d.update(compensation=None), r"not a valid plan \(surrogates are"),
 ]
 
 

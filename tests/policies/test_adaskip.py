@@ -131,12 +131,12 @@ def test_a_mixer_is_ranked_like_the_others() -> None:
     hybrid = {"0.mixer": 0.5, "1.attention": 0.25, "1.ffn": 0.125, "2.mixer": 0.75}
     plan = AdaSkip().plan(profile(hybrid), 2)
     assert plan.skipped("prefill") == (sub("0.mixer"), sub("2.mixer"))
-    assert set(plan.compensation.factors) == {sub("0.mixer"), sub("1.ffn"), sub("2.mixer")}
+    assert set(plan.surrogates.factors) == {sub("0.mixer"), sub("1.ffn"), sub("2.mixer")}
 
 
 def test_factors_of_what_is_skipped_and_of_every_ffn() -> None:
     plan = AdaSkip().plan(profile(TOY), 1.5)
-    assert dict(plan.compensation.factors) == {
+    assert dict(plan.surrogates.factors) == {
         sub("0.ffn"): 0.5 + 1 / 64,
         sub("1.attention"): 0.5 + 2 / 64,
         sub("1.ffn"): 0.5 + 3 / 64,
@@ -220,8 +220,8 @@ def online(
     skip: Sequence[str] = ("0.ffn", "1.attention"),
 ) -> SkipPlan:
     measured = profile(TOY)
-    compensation = AdaSkip().plan(measured, 1.5).compensation
-    plan = SkipPlan.of(measured.sublayers, skip, compensation=compensation)
+    surrogates = AdaSkip().plan(measured, 1.5).surrogates
+    plan = SkipPlan.of(measured.sublayers, skip, surrogates=surrogates)
     return AdaSkip(variant=variant).online_plan(
         measured, plan, np.array(window).reshape(-1, 5), tuple(map(sub, probed))
     )
@@ -250,15 +250,15 @@ def test_threshold_refuses_another_model() -> None:
 def test_paper_adds_above_beta_with_the_offline_scale() -> None:
     plan = online([row(0.76), row(0.74)], ["1.ffn", "2.ffn"])
     assert extras(plan) == ["1.ffn"]
-    assert plan.compensation.factor(sub("1.ffn")) == 0.5 + 3 / 64
+    assert plan.surrogates.factor(sub("1.ffn")) == 0.5 + 3 / 64
     assert plan.skipped("prefill") == (sub("0.ffn"), sub("1.attention"))
 
 
 def test_released_uses_the_windows_own_ratio() -> None:
     plan = online([row(0.74), row(0.76, ratio=0.875)], ["1.ffn", "2.ffn"], "released")
     assert extras(plan) == ["2.ffn"]
-    assert plan.compensation.factor(sub("2.ffn")) == 0.875
-    assert plan.compensation.factor(sub("1.ffn")) == 0.5 + 3 / 64  # not added: as it was
+    assert plan.surrogates.factor(sub("2.ffn")) == 0.875
+    assert plan.surrogates.factor(sub("1.ffn")) == 0.5 + 3 / 64  # not added: as it was
 
 
 def test_variants_differ_at_equality() -> None:
@@ -295,14 +295,14 @@ def test_no_online_step_without_a_prefill_set_or_when_off(variant: Variant) -> N
 def test_what_is_skipped_already_stays_as_it_is() -> None:
     plan = online([row(0.99)], ["0.ffn"], "released")
     assert extras(plan) == []
-    assert plan.compensation.factor(sub("0.ffn")) == 0.5 + 1 / 64
+    assert plan.surrogates.factor(sub("0.ffn")) == 0.5 + 1 / 64
 
 
 @pytest.mark.parametrize("variant", BOTH)
 def test_a_factor_of_prefill_is_not_replaced(variant: Variant) -> None:
     """An ffn that only prefill skips may be added to decode; both phases then use one factor."""
     measured, ffn = profile(TOY), sub("0.ffn")
-    plan = SkipPlan(measured.sublayers, {ffn: Action.SKIP}, {}, measured.compensation())
+    plan = SkipPlan(measured.sublayers, {ffn: Action.SKIP}, {}, measured.scales())
     more = AdaSkip(variant=variant).online_plan(measured, plan, [row(0.99)], (ffn,))
     assert more.skipped("decode") == (ffn,)
     assert more.phase_digest("prefill") == plan.phase_digest("prefill")
@@ -310,9 +310,9 @@ def test_a_factor_of_prefill_is_not_replaced(variant: Variant) -> None:
 
 def test_a_plan_without_factors_gets_them_for_its_extras() -> None:
     measured = profile(TOY)
-    plan = SkipPlan.of(measured.sublayers, ["1.attention"], compensation=NONE)
+    plan = SkipPlan.of(measured.sublayers, ["1.attention"], surrogates=NONE)
     more = AdaSkip().online_plan(measured, plan, [row(0.99)], (sub("2.ffn"),))
-    assert dict(more.compensation.factors) == {sub("2.ffn"): 0.5 + 5 / 64}
+    assert dict(more.surrogates.factors) == {sub("2.ffn"): 0.5 + 5 / 64}
 
 
 @pytest.mark.parametrize("variant", BOTH)

@@ -59,11 +59,11 @@ def test_as_many_as_asked(policy: type[UnifiedSkip], layers: int, alpha: float, 
 def test_what_was_measured_changes_only_the_factors(policy: type[UnifiedSkip]) -> None:
     other = profile(12, {"11.ffn": 0.99, "3.attention": 0.98})
     assert policy().plan(profile(12), 1.3) == policy().plan(other, 1.3)
-    plain, scaled = (policy(compensated=c).plan(other, 1.3) for c in (False, True))
+    plain, scaled = (policy(scaled=c).plan(other, 1.3) for c in (False, True))
     assert plain.skipped("prefill") == scaled.skipped("prefill")
-    assert not plain.compensation.factors
-    assert set(scaled.compensation.factors) == set(scaled.skipped("prefill"))
-    assert set(scaled.compensation.factors.values()) == {0.75}
+    assert not plain.surrogates.factors
+    assert set(scaled.surrogates.factors) == set(scaled.skipped("prefill"))
+    assert set(scaled.surrogates.factors.values()) == {0.75}
 
 
 SIMILAR = {"2.ffn": 0.99, "1.attention": 0.9, "3.attention": 0.95, "0.attention": 0.97}
@@ -79,9 +79,9 @@ def test_llm_drop() -> None:
     for which, names in by_which.items():
         plan = LLMDrop(which).plan(measured, 1.6)  # type: ignore[arg-type]
         assert [str(s) for s in plan.skipped("prefill")] == names
-        assert not plan.compensation.factors
-    scaled = LLMDrop(compensated=True).plan(measured, 1.6)
-    assert set(scaled.compensation.factors.values()) == {0.75}
+        assert not plan.surrogates.factors
+    scaled = LLMDrop(scaled=True).plan(measured, 1.6)
+    assert set(scaled.surrogates.factors.values()) == {0.75}
 
 
 def test_ties_are_broken_in_stream_order() -> None:

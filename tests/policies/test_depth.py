@@ -100,11 +100,11 @@ def test_coarse(depths: list[int], levels: int) -> None:
 
 def test_compensation_is_an_option() -> None:
     plain, scaled = (
-        SkipDecode(length=4, compensated=c).plan(profile(12), 1.5).plans[-1] for c in (False, True)
+        SkipDecode(length=4, scaled=c).plan(profile(12), 1.5).plans[-1] for c in (False, True)
     )
     assert plain.decode == scaled.decode
-    assert not plain.compensation.factors
-    assert set(scaled.compensation.factors.values()) == {0.75}
+    assert not plain.surrogates.factors
+    assert set(scaled.surrogates.factors.values()) == {0.75}
 
 
 def test_refusals() -> None:

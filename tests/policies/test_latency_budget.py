@@ -223,7 +223,7 @@ def test_scales_as_adaskip_gives_them() -> None:
     skipped = plan.skipped("prefill")
     assert skipped
     assert plan == AdaSkip().plan_of(profile(SIMILAR), skipped)
-    assert plan.compensation.factor(skipped[0]) == 0.75
+    assert plan.surrogates.factor(skipped[0]) == 0.75
 
 
 def test_losses_of_the_caller() -> None:

@@ -46,7 +46,7 @@ def test_budgets_by_hand() -> None:
     assert names(stages.plan("recall")) == set(RANKING[:2])
     assert names(stages.plan("reason")) == set(RANKING[:3])
     assert names(stages.plan("answer")) == set()
-    assert not any(plan.compensation.factors for plan in stages.plans)
+    assert not any(plan.surrogates.factors for plan in stages.plans)
 
 
 def test_alpha_is_the_most_and_stride_the_step() -> None:
@@ -54,8 +54,8 @@ def test_alpha_is_the_most_and_stride_the_step() -> None:
     measured = profile(4, SIMILAR)
     assert names(LiteStage((faster,)).plan(measured, 1.333).plan("one")) == set(RANKING[:2])
     assert names(LiteStage((faster,), stride=3).plan(measured, 2.0).plan("one")) == set(RANKING[:3])
-    scaled = LiteStage((faster,), compensated=True).plan(measured, 2.0).plan("one")
-    assert set(scaled.compensation.factors.values()) == {0.75}
+    scaled = LiteStage((faster,), scaled=True).plan(measured, 2.0).plan("one")
+    assert set(scaled.surrogates.factors.values()) == {0.75}
 
 
 def test_a_stage_may_have_a_profile_of_its_own() -> None:

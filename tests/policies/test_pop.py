@@ -58,7 +58,7 @@ def test_the_policy() -> None:
     found = inner.plan(entry_profile, 2.0)
     assert actions(found, "prefill") == {"0.ffn": "skip", "1.attention": "kv_only", "2.ffn": "skip"}
     assert actions(found, "decode") == {"0.ffn": "skip"}
-    assert found.compensation == AdaSkip().plan(entry_profile, 2.0).compensation
+    assert found.surrogates == AdaSkip().plan(entry_profile, 2.0).surrogates
     assert not isinstance(inner, OnlinePolicy)
     with pytest.raises(PlanError, match="left out of decode but not of prompts"):
         POP(AdaSkip(), decode_alpha=2.0).plan(entry_profile, 1.2)

@@ -46,7 +46,7 @@ def test_routes_are_profiles_and_mean_embeddings(model: Any, routes: tuple[Route
 def test_the_compiled_model_takes_the_plan_of_the_nearest(
     model: Any, routes: tuple[Route, ...]
 ) -> None:
-    router = Router(routes, LLMDrop("joint", compensated=True))
+    router = Router(routes, LLMDrop("joint", scaled=True))
     fast = adaskip_fx.compile(model, routes[0].profile, 1.5, policy=router, backend="eager")
     assert isinstance(fast.adaskip.decision, Choice)
     assert fast.adaskip.policy is None
@@ -54,7 +54,7 @@ def test_the_compiled_model_takes_the_plan_of_the_nearest(
         cache = fast.adaskip.new_cache()
         with torch.no_grad():
             fast(ids_of(text), past_key_values=cache)
-        expected = LLMDrop("joint", compensated=True).plan(route.profile, 1.5)
+        expected = LLMDrop("joint", scaled=True).plan(route.profile, 1.5)
         assert cache.request.plan == expected
     assert "choice" in str(fast.adaskip)
     assert f"  {routes[1].name}" in str(fast.adaskip)

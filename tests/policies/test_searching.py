@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adaskip_fx.calibration.loss import CalibrationLoss
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import AdaSkip, Evolve, Greedy, LLMDrop, OnlinePolicy
 from tests.support.compiled_llamas import entry, profile_of
 from tests.support.decisions import SHAPE
@@ -97,20 +97,22 @@ def test_a_shortlist_is_of_the_most_similar() -> None:
 def test_compensation_is_fitted_for_every_candidate() -> None:
     fitted: list[tuple[Sublayer, ...]] = []
 
-    def compensate(skipped: tuple[Sublayer, ...], known: tuple[Sublayer, ...] = ()) -> Compensation:
+    def fit_surrogates(
+        skipped: tuple[Sublayer, ...], known: tuple[Sublayer, ...] = ()
+    ) -> Surrogates:
         assert set(known) < set(skipped)
         assert len(known) == len(skipped) - 1
         fitted.append(skipped)
-        return Compensation.scale({s: 1.0 + len(skipped) / 8 for s in skipped})
+        return Surrogates.scale({s: 1.0 + len(skipped) / 8 for s in skipped})
 
     toy = Toy(COSTS, {})
-    plan = Greedy(toy, compensate).plan(profile(LAYERS), 1.3)
+    plan = Greedy(toy, fit_surrogates).plan(profile(LAYERS), 1.3)
     assert names(plan) == ["1.attention", "2.attention"]
-    assert set(plan.compensation.factors.values()) == {1.25}
+    assert set(plan.surrogates.factors.values()) == {1.25}
     assert len(fitted) == 8 + 7
     assert all(list(skipped) == sorted(skipped) for skipped in fitted)
-    scaled = Greedy(toy, compensated=True).plan(profile(LAYERS), 1.3)
-    assert set(scaled.compensation.factors.values()) == {0.75}
+    scaled = Greedy(toy, scaled=True).plan(profile(LAYERS), 1.3)
+    assert set(scaled.surrogates.factors.values()) == {0.75}
 
 
 def test_nothing_is_judged_at_one() -> None:

@@ -32,9 +32,9 @@ def test_choices() -> None:
     assert layers_of(ShortGPT().plan(measured, 1.5)) == [1, 5]
     assert layers_of(ShortGPT(protected=True).plan(measured, 1.5)) == [3, 4]
     assert layers_of(ShortGPT().plan(with_layers([0.9] * 4), 2.0)) == [0, 1]
-    assert not ShortGPT().plan(measured, 1.5).compensation.factors
-    scaled = ShortGPT(compensated=True).plan(measured, 1.5)
-    assert set(scaled.compensation.factors.values()) == {0.75}
+    assert not ShortGPT().plan(measured, 1.5).surrogates.factors
+    scaled = ShortGPT(scaled=True).plan(measured, 1.5)
+    assert set(scaled.surrogates.factors.values()) == {0.75}
 
 
 def test_refusals() -> None:

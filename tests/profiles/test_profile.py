@@ -33,7 +33,7 @@ import adaskip_fx.plans.surrogates
 import adaskip_fx.policies.adaskip
 import adaskip_fx.profiles.profile
 from adaskip_fx.plans.skip_plan import Sublayer
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.profiles.profile import (
     PROBE_STATS,
@@ -145,16 +145,16 @@ def test_variants_differ_when_lengths_do() -> None:
 def test_compensation_is_the_scale_of_every_sublayer(variant: Variant) -> None:
     result = measured(draw_streams(1))
     expected = dict(zip(NAMES, map(float, result.scale(variant)), strict=True))
-    assert result.compensation(variant) == Compensation.scale(expected)
+    assert result.scales(variant) == Surrogates.scale(expected)
 
 
 def test_compensation_refuses_a_dead_stream_by_name() -> None:
     moments = profile().moments.copy()
     moments[1, 2, PROBE_STATS.index("before_squared")] = 0
     broken = profile(moments=moments)
-    assert broken.compensation("paper").factors  # near miss: the paper needs no |a|^2
+    assert broken.scales("paper").factors  # near miss: the paper needs no |a|^2
     with pytest.raises(ValueError, match=r"scale factor of 1\.attention"):
-        broken.compensation("released")
+        broken.scales("released")
 
 
 @pytest.mark.parametrize(("factor", "shown"), [(7.6e33, "7.6e+33"), (1.1e4, "1.1e+04"), (0.0, "0")])
@@ -178,12 +178,12 @@ def test_a_senseless_factor_is_refused_by_name(factor: float, shown: str) -> Non
 def test_factors_at_the_bounds_are_taken(factor: float) -> None:
     moments = profile().moments.copy()
     moments[:, 2, PROBE_STATS.index("ratio")] = factor * 7
-    found = profile(moments=moments).compensation().factor(NAMES[2])
+    found = profile(moments=moments).scales().factor(NAMES[2])
     assert found == pytest.approx(factor)
 
 
 def test_unknown_variant() -> None:
-    for method in (profile().similarity, profile().scale, profile().compensation):
+    for method in (profile().similarity, profile().scale, profile().scales):
         with pytest.raises(ValueError, match="unknown variant 'fast': use 'paper' or 'released'"):
             method(cast(Variant, "fast"))
 
@@ -754,4 +754,4 @@ def test_plans_and_profiles_need_no_torch() -> None:
                 else [alias.name for alias in node.names]
             )
         }
-        assert not roots & {"torch", "transformers", "adaskip_passes"}
+        assert not roots & {"torch", "transformers"}

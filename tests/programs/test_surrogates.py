@@ -1,4 +1,4 @@
-"""Every rung of the compensation ladder in the programs that run it, against the eager model."""
+"""Every rung of the surrogates in the programs that run it, against the eager model."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 
 from adaskip_fx.api import build
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
-from adaskip_fx.plans.surrogate import SHAPES, StandIn
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogate import SHAPES, Surrogate
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.testing import assert_equivalent, plans
 from tests.support.compiled_llamas import entry, fewer, make_model
-from tests.support.stand_ins import stand_in
+from tests.support.surrogates import surrogate
 
 MODELS = {name: make_model(name) for name in ("grouped", "three_layers")}
 
 
 @fewer(4)
 @given(st.data(), st.sampled_from(sorted(MODELS)))
-def test_any_plan_with_any_stand_ins(data: Any, name: str) -> None:
+def test_any_plan_with_any_surrogates(data: Any, name: str) -> None:
     model = MODELS[name]
     assert_equivalent(model, data.draw(plans(model)), decode_steps=3)
 
@@ -32,15 +32,15 @@ def ladder(kind: Any, hidden: int, *, rank: int = 3) -> SkipPlan:
     sublayers = entry("three_layers").sublayers
     actions = dict(zip(sublayers[1:3], (Action.SKIP, Action.SKIP), strict=True))
     actions[sublayers[4]] = Action.KV_ONLY
-    stand_ins = {s: _small(stand_in(kind, i, hidden, rank)) for i, s in enumerate(actions)}
-    return SkipPlan(sublayers, actions, actions, Compensation(stand_ins))
+    surrogates = {s: _small(surrogate(kind, i, hidden, rank)) for i, s in enumerate(actions)}
+    return SkipPlan(sublayers, actions, actions, Surrogates(surrogates))
 
 
-def _small(given: StandIn) -> StandIn:
+def _small(given: Surrogate) -> Surrogate:
     """So that the model's own numbers still count."""
     if "factor" in given.tensors:
         return given
-    return StandIn(given.kind, {n: t / 10 for n, t in given.tensors.items()})
+    return Surrogate(given.kind, {n: t / 10 for n, t in given.tensors.items()})
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -50,10 +50,10 @@ def _small(given: StandIn) -> StandIn:
 def test_each_kind_in_each_dtype(kind: str, dtype: torch.dtype) -> None:
     plan = ladder(kind, 32)
     assert_equivalent(MODELS["three_layers"], plan, dtype=dtype)
-    near = {s: ladder(kind, 32).compensation.stand_in(s) for s in plan.prefill}
+    near = {s: ladder(kind, 32).surrogates.get(s) for s in plan.prefill}
     first = next(iter(near))
-    near[first] = stand_in(kind, 7, 32)  # type: ignore[arg-type]  # another one
-    other = plan.with_compensation(Compensation({s: c for s, c in near.items() if c}))
+    near[first] = surrogate(kind, 7, 32)  # type: ignore[arg-type]  # another one
+    other = plan.with_surrogates(Surrogates({s: c for s, c in near.items() if c}))
     compiled = build(MODELS["three_layers"], plan, backend="eager")
     ids = torch.arange(9)[None]
     with torch.no_grad():
@@ -82,27 +82,29 @@ def test_decode_at_static_cache_and_fused_link_agree(kind: str) -> None:
     assert torch.equal(results[0], results[2])
 
 
-def test_a_new_stand_in_compiles_nothing() -> None:
+def test_a_new_surrogate_compiles_nothing() -> None:
     model = entry("three_layers")
     with model.using(ladder("low_rank", 32)) as compiled, torch.no_grad():
         compiled(input_ids=torch.arange(9)[None])
         before = model.runtime.counters.captures, model.runtime.pieces_compiled
         for seed in (1, 2):
-            other = {s: stand_in("low_rank", seed, 32, 3) for s in ladder("low_rank", 32).prefill}
-            model.runtime.plan = ladder("low_rank", 32).with_compensation(Compensation(other))
+            other = {s: surrogate("low_rank", seed, 32, 3) for s in ladder("low_rank", 32).prefill}
+            model.runtime.plan = ladder("low_rank", 32).with_surrogates(Surrogates(other))
             compiled(input_ids=torch.arange(9)[None])
         assert (model.runtime.counters.captures, model.runtime.pieces_compiled) == before
 
 
-def test_stand_ins_of_another_width_are_refused() -> None:
+def test_surrogates_of_another_width_are_refused() -> None:
     model = entry("three_layers")
-    wide = r"1\.attention: its linear stand-in is for a stream of width 16, but that of Llama"
-    with pytest.raises(PlanError, match=r"0\.ffn: its linear stand-in is for a stream of width 16"):
+    wide = r"1\.attention: its linear surrogate is for a stream of width 16, but that of Llama"
+    with pytest.raises(
+        PlanError, match=r"0\.ffn: its linear surrogate is for a stream of width 16"
+    ):
         build(model.model, ladder("linear", 16), backend="eager")
     other = SkipPlan.of(
         model.sublayers,
         ["1.attention"],
-        compensation=Compensation({model.sublayers[2]: stand_in("linear", 0, 16)}),
+        surrogates=Surrogates({model.sublayers[2]: surrogate("linear", 0, 16)}),
     )
     with pytest.raises(PlanError, match=wide):
         model.runtime.new_cache(plan=other)

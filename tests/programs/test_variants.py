@@ -45,7 +45,7 @@ def test_a_second_plan_captures_and_compiles_nothing(data: st.DataObject) -> Non
     plan = data.draw(plans(bank.sublayers))
     request(bank, plan)
     once = counts(bank)
-    request(bank, SkipPlan(plan.sublayers, plan.prefill, plan.decode, plan.compensation))
+    request(bank, SkipPlan(plan.sublayers, plan.prefill, plan.decode, plan.surrogates))
     assert counts(bank) == once, "the same plan made twice is the same key"
     assert (once["captures"], once["pieces"]) == (before["captures"], before["pieces"])
     assert once["links"] - before["links"] <= 3  # prefill, extend, decode
@@ -84,7 +84,7 @@ def test_every_other_plan_is_another_key() -> None:
     every = [bank.plan(), *distinct(bank)]
     assert len({p.digest for p in every}) == len(every)
     for plan in every:
-        again = SkipPlan(plan.sublayers, plan.prefill, plan.decode, plan.compensation)
+        again = SkipPlan(plan.sublayers, plan.prefill, plan.decode, plan.surrogates)
         assert again.digest == plan.digest
     keys = {(p.phase_digest("prefill"), p.phase_digest("decode")) for p in every}
     assert len(keys) == len(every)

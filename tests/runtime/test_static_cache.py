@@ -18,7 +18,7 @@ from adaskip_fx.plans.skip_plan import Action
 from adaskip_fx.runtime.request import Window
 from adaskip_fx.testing import plans
 from adaskip_fx.testing.families import tiny_config, tiny_model
-from adaskip_passes import RefusedError
+from adaskip_passes import UnsupportedError
 from tests.support.compiled_llamas import (
     SEEDS,
     STEPS,
@@ -299,7 +299,7 @@ def test_a_model_that_cannot_be_captured_so_decodes_on_views(
 
     def refusing(model: Any, forward: Any, key: Any, *rest: Any) -> Any:
         if key.static_cache:
-            raise RefusedError("it looks at its mask")
+            raise UnsupportedError("it looks at its mask")
         return capture_phase(model, forward, key, *rest)
 
     monkeypatch.setattr(program_cache.phase_graph, "capture_phase", refusing)

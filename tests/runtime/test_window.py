@@ -120,7 +120,7 @@ class Reference:
         assert plan.phase_digest("prefill") == self.plan.phase_digest("prefill")
         for sublayer in plan.sublayers:
             if (factor := self.extra.get(str(sublayer))) is not None:
-                assert plan.compensation.factor(sublayer) == pytest.approx(factor, rel=1e-5)
+                assert plan.surrogates.factor(sublayer) == pytest.approx(factor, rel=1e-5)
 
 
 def run(

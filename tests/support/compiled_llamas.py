@@ -27,7 +27,7 @@ from transformers import (
 from adaskip_fx.api import build
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.profiles.profile import Fingerprint, Profile
 from adaskip_fx.runtime.runtime import Runtime
 from tests.support.eager_reference import Oracle, assert_close
@@ -155,7 +155,7 @@ class Entry:
         factors: dict[str, float] | None = None,
     ) -> SkipPlan:
         return SkipPlan.of(
-            self.sublayers, skip, decode_extra=decode_extra, compensation=scales(factors)
+            self.sublayers, skip, decode_extra=decode_extra, surrogates=scales(factors)
         )
 
     @contextmanager
@@ -215,14 +215,14 @@ def follow(oracle: Oracle, plan: SkipPlan) -> None:
     phases = (
         {str(s): a.value for s, a in actions.items()} for actions in (plan.prefill, plan.decode)
     )
-    factors = {str(s): f for s, f in plan.compensation.factors.items()}
+    factors = {str(s): f for s, f in plan.surrogates.factors.items()}
     oracle.behave(*phases, factors)
 
 
-def scales(factors: dict[str, float] | None) -> Compensation:
+def scales(factors: dict[str, float] | None) -> Surrogates:
     if not factors:
-        return Compensation()
-    return Compensation.scale({Sublayer.parse(name): f for name, f in factors.items()})
+        return Surrogates()
+    return Surrogates.scale({Sublayer.parse(name): f for name, f in factors.items()})
 
 
 def profile_of(

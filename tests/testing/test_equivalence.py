@@ -11,12 +11,12 @@ from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from adaskip_fx.plans.skip_plan import SkipPlan
-from adaskip_fx.plans.surrogates import Compensation
+from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.programs import program
 from adaskip_fx.testing import Oracle, assert_equivalent, plans, prompts, tiny_configs
 from adaskip_fx.testing.equivalence import compiled_for
 from adaskip_fx.testing.families import FAMILIES, tiny_model
-from adaskip_passes import RefusedError
+from adaskip_passes import UnsupportedError
 from tests.support.compiled_llamas import Entry, entry
 from tests.support.custom_decoders import OwnDecoder, OwnParallelDecoder, SharedLayer, own
 
@@ -72,19 +72,19 @@ def test_a_model_whose_masks_are_its_own_is_not_run_at_static_cache() -> None:
 @pytest.fixture
 def wrong_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A defect: what stands in for a skipped sublayer is scaled by twice its factor."""
-    right = program.stand_in_tensors
+    right = program.surrogate_tensors
 
     def wrong(*arguments: Any) -> dict[str, torch.Tensor]:
         return {name: 2 * factor for name, factor in right(*arguments).items()}
 
-    monkeypatch.setattr(program, "stand_in_tensors", wrong)
+    monkeypatch.setattr(program, "surrogate_tensors", wrong)
 
 
 def scaled(model: Any, prefill: str = "", decode: str = "") -> SkipPlan:
     sublayers = {str(s): s for s in compiled_for(model).adaskip.sublayers}
     skip, extra = ([sublayers[n] for n in (name,) if n] for name in (prefill, decode))
-    factors = Compensation.scale(dict.fromkeys((*skip, *extra), 0.75))
-    return SkipPlan.of(tuple(sublayers.values()), skip, decode_extra=extra, compensation=factors)
+    factors = Surrogates.scale(dict.fromkeys((*skip, *extra), 0.75))
+    return SkipPlan.of(tuple(sublayers.values()), skip, decode_extra=extra, surrogates=factors)
 
 
 def test_the_first_difference_is_named(wrong_factors: None) -> None:
@@ -145,7 +145,7 @@ def test_a_failing_plan_shrinks_to_the_fewest_sublayers() -> None:
     smallest = find(plans(pre_norm), lambda plan: "1.ffn" in map(str, plan.skipped("decode")))
     both = {*map(str, smallest.skipped("prefill")), *map(str, smallest.skipped("decode"))}
     assert both == {"1.ffn"}
-    assert not smallest.compensation.factors
+    assert not smallest.surrogates.factors
     anything = find(plans(pre_norm), lambda plan: True)
     assert not anything.prefill
     assert not anything.decode
@@ -214,7 +214,7 @@ def test_the_two_references_agree(data: st.DataObject) -> None:
     ids = bank.tokens(1, 8)
     for phase in ("prefill", "decode"):
         actions = {s: plan.action(phase, s).value for s in plan.sublayers}
-        skips = {str(s): plan.compensation.factor(s) for s, a in actions.items() if a != "run"}
+        skips = {str(s): plan.surrogates.factor(s) for s, a in actions.items() if a != "run"}
         setattr(watched, phase, skips)
     theirs, mine = bank.reference_cache(), bank.reference_cache()
     with bank.using(plan), watched.watching(), torch.no_grad():
@@ -251,7 +251,7 @@ def _llama_modules(layers: int) -> dict[str, str]:
 
 
 def test_refusals_are_the_compilers() -> None:
-    with pytest.raises(RefusedError, match="two attention sublayers"):
+    with pytest.raises(UnsupportedError, match="two attention sublayers"):
         assert_equivalent(own(SharedLayer), decode_steps=1)
 
 

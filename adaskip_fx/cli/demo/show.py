@@ -61,8 +61,8 @@ def _sublayers(result: DemoResult, console: Console) -> None:
 def _action(result: DemoResult, sublayer: Sublayer) -> str:
     extra = result.extra(sublayer)
     if sublayer in result.plan.prefill:
-        stand_in = result.plan.compensation.stand_in(sublayer)
-        return f"skip {stand_in}" if stand_in is not None else "skip"
+        surrogate = result.plan.surrogates.get(sublayer)
+        return f"skip {surrogate}" if surrogate is not None else "skip"
     return f"decode skips it in {extra} of {len(result.learned)}" if extra else ""
 
 

@@ -17,7 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import fx
 
-from ..errors import RefusedError
+from ..errors import UnsupportedError
 from .effects import dependencies, operation, written
 
 ATTENTION_OPERATIONS = frozenset({"scaled_dot_product_attention", "flex_attention"})
@@ -77,7 +77,7 @@ def find_sublayers(graph: fx.Graph) -> tuple[ResidualBranch, ...]:
     """The residual sublayers of a captured decoder, in stream order.
 
     Raises:
-        RefusedError: no residual stream, two candidates for it, a branch whose kind cannot be
+        UnsupportedError: no residual stream, two candidates for it, a branch whose kind cannot be
             told, or attention that is not inside a residual branch.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -85,7 +85,7 @@ def find_sublayers(graph: fx.Graph) -> tuple[ResidualBranch, ...]:
     residuals = [r for node in graph.nodes if (r := residual_of(node, order, ancestors))]
     chain = _longest_chain(residuals)
     if not chain:
-        raise RefusedError(
+        raise UnsupportedError(
             "no residual stream found: no add in the graph has one operand that is an ancestor of "
             "the other. Only decoders made of x + f(x) sublayers can be skipped."
         )
@@ -98,7 +98,7 @@ def find_sublayers(graph: fx.Graph) -> tuple[ResidualBranch, ...]:
         path = branch_path(residual.add, residual.branch)
         layer = _layer(path)
         if layer is None:
-            raise RefusedError(
+            raise UnsupportedError(
                 f"sublayer {index} of the residual stream has no layer number in its module path "
                 f"({path or 'no path'}); put decoder layers into a ModuleList."
             )
@@ -234,7 +234,7 @@ def _longest_chain(residuals: list[_Residual]) -> list[_Residual]:
     ends = [add for add, n in length.items() if n == longest]
     if len(ends) > 1:
         places = ", ".join(module_path(add) or add.name for add in ends)
-        raise RefusedError(
+        raise UnsupportedError(
             f"{len(ends)} chains of {longest} residual adds are equally long, ending at {places}; "
             "which one is the residual stream cannot be told. (If they are one stream, something "
             "else than a residual add changes it between them.)"
@@ -313,7 +313,7 @@ def _kind(region: list[fx.Node], path: str) -> str:
         kind = "mixer" if writes else "ffn"
     if named is not None and (named == "ffn") != (kind == "ffn"):
         does = "writes to a cache" if writes else "attends" if attends else "has no effect"
-        raise RefusedError(
+        raise UnsupportedError(
             f"{path}: its name says {named}, but it {does}, which says {kind}. "
             "It is refused because skipping the wrong kind corrupts the KV cache."
         )
@@ -341,7 +341,7 @@ def _refuse_parallel(
     if len(reads) == 2 and len(paths) == 2 and all(_layer(p) is not None for p in paths):
         kinds = {next((k for k, n in KIND_BY_NAME.items() if n.search(p)), p) for p in paths}
         if len(kinds) == 2:
-            raise RefusedError(
+            raise UnsupportedError(
                 f"layer {layer} adds two branches ({', '.join(sorted(paths))}) to the residual "
                 "stream in one expression, and they cannot be taken one after the other: both have "
                 "effects, or the stream is overwritten and read again."
@@ -352,12 +352,12 @@ def _refuse_other_stream(residual: _Residual, path: str) -> None:
     """A sublayer that changes the stream's shape or dtype cannot be stood in for."""
     before, after = (n.meta["example_value"] for n in (residual.stream, residual.add))
     if shape_of(residual.stream) != shape_of(residual.add) or before.dtype != after.dtype:
-        raise RefusedError(
+        raise UnsupportedError(
             f"{path} takes a residual stream {list(map(str, before.shape))} of {before.dtype} and "
             f"gives {list(map(str, after.shape))} of {after.dtype}; a skipped sublayer could not"
         )
     if before.dim() != 3:
-        raise RefusedError(
+        raise UnsupportedError(
             f"{path} is added to a stream {list(map(str, before.shape))} of {before.dim()} "
             "dimensions, not to a residual stream [batch, tokens, hidden]"
         )
@@ -368,7 +368,7 @@ def _refuse_attention_outside(graph: fx.Graph, regions: list[list[fx.Node]]) -> 
     for node in graph.nodes:
         attends = node.op != "placeholder" and operation(node) in ATTENTION_OPERATIONS
         if attends and node not in inside:
-            raise RefusedError(
+            raise UnsupportedError(
                 f"attention at {module_path(node) or node.name} lies outside every residual "
                 "sublayer that was found, so the residual stream was not understood."
             )
@@ -379,7 +379,7 @@ def _refuse_duplicates(found: list[ResidualBranch]) -> None:
     for sublayer in found:
         twin = seen.setdefault(sublayer.name, sublayer)
         if twin is not sublayer:
-            raise RefusedError(
+            raise UnsupportedError(
                 f"layer {sublayer.layer} has two {sublayer.kind} sublayers "
                 f"({twin.path}, {sublayer.path}); a plan could not name one of them."
             )

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import fx
 
-from ..errors import RefusedError
+from ..errors import UnsupportedError
 from . import dynamo
 from .reads import Reads
 from .repeated_layers.expand import expand
@@ -118,7 +118,7 @@ class ShapeGuards:
             text = printer.doprint(guard.expr)
             free = {str(s) for s in guard.expr.free_symbols}
             if not free <= known.keys():
-                raise RefusedError(f"the shape guard {text} is about no input's size or stride")
+                raise UnsupportedError(f"the shape guard {text} is about no input's size or stride")
             conditions[text] = None
             symbols.update({s: known[s] for s in sorted(free)})
         for symbol, bounds in env.var_to_range.items() if env is not None else ():
@@ -169,11 +169,11 @@ def capture(
             are traced, which saves most of the time. The graph is the same.
 
     Raises:
-        RefusedError: when Dynamo cannot make one graph of the function.
+        UnsupportedError: when Dynamo cannot make one graph of the function.
         Exception: whatever `build` raised.
     """
     if dynamo.is_disabled():
-        raise RefusedError(_SWITCHED_OFF.format(function.__name__))
+        raise UnsupportedError(_SWITCHED_OFF.format(function.__name__))
     why_traced = ""
     with dynamo.one_at_a_time:  # the modules are marked meanwhile
         first = repeat.first() if repeat is not None else {}
@@ -188,7 +188,7 @@ def capture(
     try:
         return _captured(function, arguments, lambda c: build(replace(c, why_traced=why_traced)))
     except dynamo.NoGraphError as error:
-        raise RefusedError(
+        raise UnsupportedError(
             f"torch.compile cannot capture {function.__name__} as one graph: {error}. The model's "
             "forward must be traceable with fullgraph=True; run it under "
             "torch.compile(fullgraph=True) to see where it breaks."
@@ -216,7 +216,7 @@ def _captured(
 
     dynamo.trace(own, arguments, receive)
     if not built:
-        raise RefusedError(_SWITCHED_OFF.format(function.__name__))
+        raise UnsupportedError(_SWITCHED_OFF.format(function.__name__))
     return built[0]
 
 

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter
 
-from ..errors import RefusedError
+from ..errors import UnsupportedError
 from .linear_scan import one_operator
 from .versions import not_exporting, source_name
 
@@ -39,7 +39,7 @@ one_at_a_time = convert_frame.compile_lock
 _RESET_BY_ALL = "__import_transformers_dot_utils_dot_output_capturing']._active_collector"
 
 
-class NoGraphError(RefusedError):
+class NoGraphError(UnsupportedError):
     """Dynamo cannot make one graph of a function."""
 
 
@@ -59,10 +59,12 @@ def own_code(function: Callable[..., Any]) -> types.FunctionType:
     """The same function with a code object and a globals dictionary of its own.
 
     Raises:
-        RefusedError: it is no plain function, or has a closure.
+        UnsupportedError: it is no plain function, or has a closure.
     """
     if not isinstance(function, types.FunctionType) or function.__closure__:
-        raise RefusedError(f"only a plain function without closure is captured, not {function!r}")
+        raise UnsupportedError(
+            f"only a plain function without closure is captured, not {function!r}"
+        )
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     own = types.FunctionType(code, dict(function.__globals__), code.co_name)
     own.__defaults__, own.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
@@ -168,7 +170,7 @@ def refuse_constant_lengths(function: Callable[..., Any]) -> None:
             constant = size if isinstance(size, int) else size.node.maybe_as_int()
             if constant is not None:
                 argument = re.findall(r"\['(\w+)'\]", source_name(tracked.source))[-1]
-                raise RefusedError(
+                raise UnsupportedError(
                     f"{function.__name__} is only right where {argument}.shape[{dim}] is "
                     f"{constant}, a length that must vary; its code branches on it"
                 )

@@ -33,7 +33,7 @@ from ..analysis.symbolic_lengths import length_inputs
 from ..normalize.serialize_branches import ordered_after
 from .placement import assign_partitions, in_place_adds
 
-Role = Literal["prologue", "sublayer", "epilogue", "probe", "compensation", "residue"]
+Role = Literal["prologue", "sublayer", "epilogue", "probe", "surrogate", "residue"]
 
 PIECE = "adaskip_piece"
 CAPTURED = "adaskip_captured"  # marks the captured graph's inputs among those that passes add
@@ -94,7 +94,7 @@ def outline(graph_module: fx.GraphModule, sublayers: Sequence[ResidualBranch]) -
         holds the :class:`Piece` under ``PIECE``) and the unpacking of their results.
 
     Raises:
-        RefusedError: when cutting would reorder accesses to mutated storage.
+        UnsupportedError: when cutting would reorder accesses to mutated storage.
     """
     placement = assign_partitions(graph_module.graph, sublayers)
     builder = _Builder(graph_module, placement, sublayers)

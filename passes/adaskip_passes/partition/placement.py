@@ -20,7 +20,7 @@ from ..analysis.effects import (
     written,
 )
 from ..analysis.residual_branches import ATTENTION_OPERATIONS, ResidualBranch, stream_levels
-from ..errors import RefusedError
+from ..errors import UnsupportedError
 
 
 def assign_partitions(graph: fx.Graph, sublayers: Sequence[ResidualBranch]) -> dict[fx.Node, int]:
@@ -114,7 +114,7 @@ def _place_autocast(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> set[
         region = inner[order[enter] : order[leave] + 1]
         places = {place[n] for n in region[1:-1] if operation(n) not in AUTOCAST_ENDS}
         if len(places) > 1:
-            raise RefusedError(
+            raise UnsupportedError(
                 f"an autocast region ({enter.name}) reaches over several sublayers of the model"
             )
         place[enter] = place[leave] = places.pop() if places else 0
@@ -158,7 +158,7 @@ def _check_order(inner: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> None
             places[root].append(place[node])
     for root, ordered in places.items():
         if ordered != sorted(ordered):
-            raise RefusedError(
+            raise UnsupportedError(
                 f"{root.name} is written in place and read by several sublayers in an order that "
                 "cutting the graph would change."
             )
@@ -181,7 +181,7 @@ def in_place_adds(graph: fx.Graph, sublayers: Sequence[ResidualBranch]) -> set[f
         root = storage_root(target)
         names = [n for n in graph.nodes if order[n] < order[s.add] and storage_root(n) is root]
         if any(order[user] > order[s.add] for name in names for user in name.users):
-            raise RefusedError(
+            raise UnsupportedError(
                 f"{s.path}: the residual stream is overwritten in place and read afterwards by "
                 "its old name"
             )

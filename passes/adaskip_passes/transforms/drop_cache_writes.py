@@ -17,7 +17,7 @@ from __future__ import annotations
 from torch import fx
 
 from ..analysis.effects import accesses, operation, storage_root, written
-from ..errors import RefusedError
+from ..errors import UnsupportedError
 from .dead_code import eliminate_dead_code
 
 
@@ -25,7 +25,7 @@ def differentiable(flat: fx.GraphModule) -> fx.GraphModule:
     """A copy of a flat graph without writes to its inputs, which autograd can run.
 
     Raises:
-        RefusedError: it reads an input again that it has written to.
+        UnsupportedError: it reads an input again that it has written to.
     """
     graph = fx.Graph()
     result = graph.graph_copy(flat.graph, {})
@@ -51,7 +51,7 @@ def _stored_to(node: fx.Node) -> fx.Node | None:
 def _check_unread(node: fx.Node, root: fx.Node, later: list[fx.Node]) -> None:
     for other in accesses(later, root):
         if storage_root(other) is not root:  # views and further writes have this root
-            raise RefusedError(
+            raise UnsupportedError(
                 f"{other.name} reads {root.name}, which {node.name} has written to in the same "
                 "step: gradients cannot be taken of that"
             )

@@ -54,7 +54,7 @@ def run_passes(
             specialising must take milliseconds.
 
     Raises:
-        RefusedError: from a pass.
+        UnsupportedError: from a pass.
         RuntimeError: a pass left an ill-formed graph.
     """
     changed = copy(outer)

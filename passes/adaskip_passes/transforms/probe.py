@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from ..analysis.symbolic_lengths import length_inputs
-from ..errors import RefusedError
+from ..errors import UnsupportedError
 from ..partition.outline import PIECE, Piece, helper_piece, piece_of, stream_after, sublayer_calls
 
 #: What a probe measures, per row, summed over its valid tokens (a: stream before, b: after); the
@@ -60,12 +60,14 @@ class Probe:
         graph, calls = outer.graph, sublayer_calls(outer.graph)
         missing = [i for i in self.sublayers if i not in calls]
         if missing:
-            raise RefusedError(f"sublayers {missing} do not run in this graph: nothing to measure")
+            raise UnsupportedError(
+                f"sublayers {missing} do not run in this graph: nothing to measure"
+            )
         first = calls[self.sublayers[0]].args[0]
         assert isinstance(first, fx.Node)
         valid = _valid_input(graph, first.meta["example_value"])
         if valid.meta.get(_PROBED):
-            raise RefusedError("this graph is probed already; name all sublayers in one Probe")
+            raise UnsupportedError("this graph is probed already; name all sublayers in one Probe")
         valid.meta[_PROBED] = True
         pairs = [(calls[i].args[0], stream_after(calls[i])) for i in self.sublayers]
         if self.together:

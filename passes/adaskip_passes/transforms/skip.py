@@ -6,7 +6,7 @@ Before::                                        After skipping layer 0's attenti
     x_2 = self.layers_0_ffn(x_1, ...)               x_2 = self.layers_0_ffn(scale_0, ...)
 
 Unlike an optimisation this changes the result: it computes another function, the one that an
-eager model computes whose sublayer ``x + f(x)`` is replaced by its compensation. What it must not
+eager model computes whose sublayer ``x + f(x)`` is replaced by its surrogate. What it must not
 change is everything else: effects that other code relies on stay (see `Keep`), and a sublayer
 whose other values are read elsewhere is refused.
 """
@@ -25,10 +25,10 @@ from ..analysis.effects import accesses, is_mutation, written
 from ..analysis.residual_branches import stream_independent
 from ..analysis.structural_key import structural_key
 from ..analysis.symbolic_lengths import length_inputs
-from ..errors import RefusedError
+from ..errors import UnsupportedError
 from ..partition.outline import PIECE, Piece, piece_of, sublayer_calls
 from .dead_code import eliminate_dead_code
-from .surrogates import STAND_IN, piece_name, stand_in_examples, stand_in_piece
+from .surrogates import SURROGATE, piece_name, surrogate_examples, surrogate_piece
 
 Keep = Literal["nothing", "counters", "everything"]
 
@@ -41,12 +41,12 @@ class Replacement:
         keep: which of the sublayer's effects stay. ``counters``: those that do not depend on the
             stream (a cache's length), so that K/V writes go; ``everything``: K/V writes as well;
             ``nothing``: none, for a cache that has no storage for this sublayer.
-        compensation: a kind in `STAND_INS`, or None to hand the stream on unchanged.
-        rank: of a ``"low_rank"`` compensation.
+        surrogate: a kind in `SURROGATES`, or None to hand the stream on unchanged.
+        rank: of a ``"low_rank"`` surrogate.
     """
 
     keep: Keep = "counters"
-    compensation: str | None = None
+    surrogate: str | None = None
     rank: int = 0
 
 
@@ -58,7 +58,8 @@ class Skip:
         replacements: by position along the stream.
 
     Raises (when run):
-        RefusedError: the sublayer is not in the graph, or something besides the stream leaves it.
+        UnsupportedError: the sublayer is not in the graph, or something besides the stream
+            leaves it.
     """
 
     replacements: Mapping[int, Replacement] = field(default_factory=dict)
@@ -67,7 +68,7 @@ class Skip:
         calls = sublayer_calls(outer.graph)
         for index, replacement in sorted(self.replacements.items()):
             if index not in calls:
-                raise RefusedError(
+                raise UnsupportedError(
                     f"sublayer {index} is not in the graph: it has {sorted(calls) or 'none'}"
                 )
             _replace(outer, calls[index], replacement)
@@ -75,9 +76,9 @@ class Skip:
             eliminate_dead_code(outer.graph, keep=_is_call, placeholders=True)
 
 
-def stand_in_inputs(outer: fx.Graph) -> dict[str, tuple[int, str]]:
-    """The inputs that passes added for stand-ins: by name the sublayer's position, the tensor."""
-    marked = ((n.name, n.meta.get(STAND_IN)) for n in outer.find_nodes(op="placeholder"))
+def surrogate_inputs(outer: fx.Graph) -> dict[str, tuple[int, str]]:
+    """The inputs that passes added for surrogates: by name the sublayer's position, the tensor."""
+    marked = ((n.name, n.meta.get(SURROGATE)) for n in outer.find_nodes(op="placeholder"))
     return {name: mark for name, mark in marked if mark is not None}
 
 
@@ -89,12 +90,12 @@ def _replace(outer: fx.GraphModule, call: fx.Node, replacement: Replacement) -> 
     piece = piece_of(call)
     assert piece is not None
     if piece.outputs != 1:
-        raise RefusedError(
+        raise UnsupportedError(
             f"layer {piece.layer}'s {piece.kind} hands {piece.outputs - 1} value(s) besides the "
             "residual stream to later layers, so it cannot be skipped."
         )
     if any((p := piece_of(u)) and p.role == "probe" and u.args[1] is call for u in call.users):
-        raise RefusedError(
+        raise UnsupportedError(
             f"layer {piece.layer}'s {piece.kind} is probed: skip first, then probe what still runs"
         )
     stream = call.args[0]
@@ -103,8 +104,8 @@ def _replace(outer: fx.GraphModule, call: fx.Node, replacement: Replacement) -> 
         if replacement.keep != "nothing":
             _insert_residue(outer, call, piece, replacement.keep)
         value = stream
-        if replacement.compensation is not None:
-            value = _insert_stand_in(outer, stream, piece.index, replacement)
+        if replacement.surrogate is not None:
+            value = _insert_surrogate(outer, stream, piece.index, replacement)
     call.replace_all_uses_with(value)
     outer.graph.erase_node(call)
 
@@ -155,18 +156,18 @@ def _used(whole: fx.GraphModule, part: fx.GraphModule) -> list[bool]:
     return [n.name in names for n in whole.graph.find_nodes(op="placeholder")]
 
 
-def _insert_stand_in(
+def _insert_surrogate(
     outer: fx.GraphModule, stream: fx.Node, index: int, replacement: Replacement
 ) -> fx.Node:
-    kind, rank = replacement.compensation, replacement.rank
+    kind, rank = replacement.surrogate, replacement.rank
     assert kind is not None
     example = stream.meta["example_value"]
     lengths = length_inputs(outer.graph, (stream,))
     inputs = []
-    for name, tensor in stand_in_examples(kind, rank, example).items():
+    for name, tensor in surrogate_examples(kind, rank, example).items():
         inputs.append(_new_input(outer.graph, f"{name}_{index}", tensor))
-        inputs[-1].meta[STAND_IN] = (index, name)
-    piece = _shared_stand_in(outer, kind, rank, example, lengths)
+        inputs[-1].meta[SURROGATE] = (index, name)
+    piece = _shared_surrogate(outer, kind, rank, example, lengths)
     node = outer.graph.create_node(
         "call_module", piece.name, (stream, *inputs, *lengths), name=f"{kind}_{index}"
     )
@@ -175,16 +176,16 @@ def _insert_stand_in(
     return node
 
 
-def _shared_stand_in(
+def _shared_surrogate(
     outer: fx.GraphModule, kind: str, rank: int, stream: torch.Tensor, lengths: list[fx.Node]
 ) -> Piece:
-    """The outer graph's one piece for this kind of stand-in, added if need be."""
+    """The outer graph's one piece for this kind of surrogate, added if need be."""
     name = piece_name(kind, rank)
     for node in outer.graph.nodes:
         piece = piece_of(node)
-        if piece is not None and piece.role == "compensation" and piece.name == name:
+        if piece is not None and piece.role == "surrogate" and piece.name == name:
             return piece
-    piece = stand_in_piece(kind, rank, stream, lengths)
+    piece = surrogate_piece(kind, rank, stream, lengths)
     outer.add_submodule(piece.name, piece.module)
     return piece
 

@@ -1,6 +1,6 @@
 """Pieces that stand in for a skipped sublayer: the ladder, from one factor to a linear map.
 
-A stand-in is data, not code: its tensors are inputs of the outer graph, so one compiled piece
+A surrogate is data, not code: its tensors are inputs of the outer graph, so one compiled piece
 serves every sublayer, whatever was fitted for it. Each kind is a function of a token's stream
 alone; it stores nothing and reads no other token.
 """
@@ -19,11 +19,11 @@ from torch.nn.functional import linear as apply_linear
 from ..partition.outline import Piece, helper_piece
 
 EPS = 1e-6  #: under the root of a mean square
-STAND_IN = "adaskip_stand_in"  # marks an input: (position of the sublayer, name of the tensor)
+SURROGATE = "adaskip_surrogate"  # marks an input: (position of the sublayer, name of the tensor)
 
 
 @dataclass(frozen=True)
-class StandInKind:
+class SurrogateKind:
     """One rung of the ladder.
 
     Attributes:
@@ -81,17 +81,19 @@ def _like(node: fx.Node, x: fx.Node) -> fx.Node:
     return node
 
 
-STAND_INS: Mapping[str, StandInKind] = MappingProxyType(
+SURROGATES: Mapping[str, SurrogateKind] = MappingProxyType(
     {
-        "scale": StandInKind(_multiplied, lambda hidden, rank: {"factor": ()}, wide=True),
-        "diagonal": StandInKind(_multiplied, lambda hidden, rank: {"factor": (hidden,)}, wide=True),
-        "linear": StandInKind(
+        "scale": SurrogateKind(_multiplied, lambda hidden, rank: {"factor": ()}, wide=True),
+        "diagonal": SurrogateKind(
+            _multiplied, lambda hidden, rank: {"factor": (hidden,)}, wide=True
+        ),
+        "linear": SurrogateKind(
             _linear, lambda hidden, rank: {"weight": (hidden, hidden), "bias": (hidden,)}
         ),
-        "normalized": StandInKind(
+        "normalized": SurrogateKind(
             _normalized, lambda hidden, rank: {"weight": (hidden, hidden), "bias": (hidden,)}
         ),
-        "low_rank": StandInKind(
+        "low_rank": SurrogateKind(
             _low_rank,
             lambda hidden, rank: {"down": (rank, hidden), "up": (hidden, rank), "bias": (hidden,)},
         ),
@@ -99,24 +101,26 @@ STAND_INS: Mapping[str, StandInKind] = MappingProxyType(
 )
 
 
-def stand_in_examples(kind: str, rank: int, stream: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Example (fake) values of a stand-in's tensors, by name, for a stream like this one."""
-    found = STAND_INS[kind]
+def surrogate_examples(kind: str, rank: int, stream: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Example (fake) values of a surrogate's tensors, by name, for a stream like this one."""
+    found = SURROGATES[kind]
     dtype = torch.float32 if found.wide else stream.dtype
     shapes = found.shapes(stream.shape[-1], rank)
     return {name: stream.new_empty(shape, dtype=dtype) for name, shape in shapes.items()}
 
 
-def stand_in_piece(kind: str, rank: int, stream: torch.Tensor, lengths: Sequence[fx.Node]) -> Piece:
-    """The piece for one kind of stand-in.
+def surrogate_piece(
+    kind: str, rank: int, stream: torch.Tensor, lengths: Sequence[fx.Node]
+) -> Piece:
+    """The piece for one kind of surrogate.
 
     Args:
-        kind: a key of `STAND_INS`.
+        kind: a key of `SURROGATES`.
         rank: of ``"low_rank"``; 0 otherwise.
         stream: example (fake) value of the residual stream.
         lengths: see :func:`helper_piece`.
     """
-    tensors = stand_in_examples(kind, rank, stream)
+    tensors = surrogate_examples(kind, rank, stream)
     graph = fx.Graph()
     x = graph.placeholder("x")
     x.meta["example_value"] = stream
@@ -124,12 +128,12 @@ def stand_in_piece(kind: str, rank: int, stream: torch.Tensor, lengths: Sequence
     for name, tensor in tensors.items():
         inputs.append(graph.placeholder(name))
         inputs[-1].meta["example_value"] = tensor
-    graph.output(STAND_INS[kind].compute(x, *inputs))
+    graph.output(SURROGATES[kind].compute(x, *inputs))
     return helper_piece(
-        piece_name(kind, rank), "compensation", graph, [stream, *tensors.values()], lengths
+        piece_name(kind, rank), "surrogate", graph, [stream, *tensors.values()], lengths
     )
 
 
 def piece_name(kind: str, rank: int) -> str:
-    """What a stand-in's piece is called in an outer graph."""
+    """What a surrogate's piece is called in an outer graph."""
     return f"{kind}_{rank}" if rank else kind

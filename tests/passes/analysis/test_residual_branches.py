@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from adaskip_passes import RefusedError, ResidualBranch, find_sublayers
+from adaskip_passes import ResidualBranch, UnsupportedError, find_sublayers
 from adaskip_passes.analysis.residual_branches import module_path
 from tests.support.fx_decoders import (
     BLOCKS,
@@ -46,7 +46,7 @@ def names(found: Sequence[ResidualBranch]) -> list[str]:
 
 def refusal(block: type[nn.Module], layers: int = 2) -> str:
     """The message with which a decoder of such blocks is refused."""
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(UnsupportedError) as caught:
         find(block, layers)
     return str(caught.value)
 
@@ -338,7 +338,9 @@ class Towers(Decoder):
 def test_two_streams() -> None:
     shape = Shape()
     graph = graph_of(Towers(shape), shape)
-    with pytest.raises(RefusedError, match=r"2 chains of 2 residual adds are equally long, ending"):
+    with pytest.raises(
+        UnsupportedError, match=r"2 chains of 2 residual adds are equally long, ending"
+    ):
         find_sublayers(graph)
 
 
@@ -354,7 +356,7 @@ class AttendsAtTheEnd(Decoder):
 def test_attention_outside_the_stream() -> None:
     shape = Shape()
     graph = graph_of(AttendsAtTheEnd(shape), shape)
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(UnsupportedError) as caught:
         find_sublayers(graph)
     place, _, reason = str(caught.value).partition(" lies outside every residual sublayer")
     assert place.startswith("attention at ")
@@ -377,7 +379,7 @@ def test_layers_without_a_number() -> None:
     shape = Shape()
     graph = graph_of(Numberless(shape), shape)
     with pytest.raises(
-        RefusedError,
+        UnsupportedError,
         match=r"sublayer 0 of the residual stream has no layer number in its module path "
         r"\(first.*\); put decoder layers into a ModuleList\.",
     ):
@@ -410,7 +412,7 @@ class Repeating(Decoder):
 def test_a_layer_that_runs_twice() -> None:
     shape = Shape(layers=1)
     graph = graph_of(Repeating(shape), shape)
-    with pytest.raises(RefusedError, match="layer 0 has two attention sublayers"):
+    with pytest.raises(UnsupportedError, match="layer 0 has two attention sublayers"):
         find_sublayers(graph)
 
 
@@ -451,7 +453,7 @@ def test_a_sublayer_gives_the_kind_of_stream_that_it_took(
     graph = graph_of(model, shape)
     try:
         found = find_sublayers(graph)
-    except RefusedError:
+    except UnsupportedError:
         return
     for s in found:
         before, after = s.stream.meta["example_value"], s.add.meta["example_value"]

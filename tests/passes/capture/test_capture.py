@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch._dynamo.utils import counters
 from torch.fx.experimental.symbolic_shapes import TrackedFake
 
-from adaskip_passes import Capture, RefusedError, ShapeGuards, capture, fuse, link
+from adaskip_passes import Capture, ShapeGuards, UnsupportedError, capture, fuse, link
 from tests.support.fx_decoders import (
     ROOM,
     Cut,
@@ -314,14 +314,14 @@ def test_the_branch_not_taken_is_a_guard() -> None:
 
 def test_a_length_marked_dynamic_must_not_become_constant() -> None:
     message = r"turns_at_five is only right where x\.shape\[0\] is 5, a length that must"
-    with pytest.raises(RefusedError, match=message):
+    with pytest.raises(UnsupportedError, match=message):
         trace(turns_at_five, x=dynamic(5))
 
 
 @pytest.mark.parametrize("function", [plus_one, turns_at_five])
 def test_what_was_switched_off_is_on_again(function: Callable[..., Any]) -> None:
     """Whether it traced or was refused; a backend that stays in Dynamo sees stacks."""
-    with contextlib.suppress(RefusedError):
+    with contextlib.suppress(UnsupportedError):
         trace(function, x=dynamic(5))
     stacks: list[str] = []
 
@@ -395,7 +395,7 @@ def returns_a_constant(x: Tensor) -> int:
 @pytest.mark.parametrize("function", [breaks, depends_on_data, raises])
 def test_what_is_not_one_graph_is_refused_by_name(function: Callable[..., Any]) -> None:
     with pytest.raises(
-        RefusedError,
+        UnsupportedError,
         match=rf"torch.compile cannot capture {function.__name__} as one graph: .+"
         r"The model's forward must be traceable with fullgraph=True; "
         r"run it under torch.compile\(fullgraph=True\) to see where it breaks\.",
@@ -406,7 +406,7 @@ def test_what_is_not_one_graph_is_refused_by_name(function: Callable[..., Any]) 
 
 
 def test_missing_arguments_are_refused() -> None:
-    with pytest.raises(RefusedError, match="missing 1 required positional argument: 'n'"):
+    with pytest.raises(UnsupportedError, match="missing 1 required positional argument: 'n'"):
         trace(scaled, x=torch.ones(3))
 
 
@@ -415,7 +415,7 @@ def test_dynamo_switched_off_is_refused(stance: Any) -> None:
     with (
         torch.compiler.set_stance(stance),
         pytest.raises(
-            RefusedError, match=r"ran plus_one without compiling it\. Is Dynamo switched"
+            UnsupportedError, match=r"ran plus_one without compiling it\. Is Dynamo switched"
         ),
     ):
         trace(plus_one, x=torch.ones(3))
@@ -426,13 +426,13 @@ def test_dynamo_disabled_in_the_environment_is_refused() -> None:
     """``config.disable`` is what TORCH_COMPILE_DISABLE=1 sets when torch is imported."""
     with (
         torch._dynamo.config.patch(disable=True),
-        pytest.raises(RefusedError, match="TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE"),
+        pytest.raises(UnsupportedError, match="TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE"),
     ):
         trace(plus_one, x=torch.ones(3))
 
 
 def test_a_graph_without_operations_is_refused() -> None:
-    with pytest.raises(RefusedError, match="ran returns_a_constant without compiling it"):
+    with pytest.raises(UnsupportedError, match="ran returns_a_constant without compiling it"):
         trace(returns_a_constant, x=torch.ones(3))
 
 
@@ -473,7 +473,7 @@ class OwnError(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [OwnError("mine"), RefusedError("layer 3"), TypeError("bad")])
+@pytest.mark.parametrize("error", [OwnError("mine"), UnsupportedError("layer 3"), TypeError("bad")])
 def test_exceptions_of_build_come_out_as_they_are(error: Exception) -> None:
     def build(captured: Capture) -> None:
         raise error

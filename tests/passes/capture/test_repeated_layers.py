@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adaskip_passes import Capture, LayerIndex, RefusedError, Repeat, capture, layer_index
+from adaskip_passes import Capture, LayerIndex, Repeat, UnsupportedError, capture, layer_index
 from adaskip_passes.capture.repeated_layers import mark
 from tests.support.fx_decoders import (
     BLOCKS,
@@ -494,7 +494,7 @@ def test_also_where_it_cannot_be_captured() -> None:
             return super().forward(x, table, memory, start)
 
     model = Variant(Breaks)
-    with pytest.raises(RefusedError, match="cannot capture step as one graph"):
+    with pytest.raises(UnsupportedError, match="cannot capture step as one graph"):
         repeated(arguments(model, SHAPE))
     assert {type(layer) for layer in model.layers} == {Breaks}
     assert [layer.layer_idx for layer in model.layers] == [0, 1, 2, 3]  # type: ignore[union-attr]
@@ -517,9 +517,9 @@ def test_what_build_raises_comes_out_and_is_not_tried_again() -> None:
 
     def build(got: Capture) -> None:
         calls.append(got)
-        raise RefusedError("nothing")
+        raise UnsupportedError("nothing")
 
-    with pytest.raises(RefusedError, match=r"^nothing$"), torch.no_grad():
+    with pytest.raises(UnsupportedError, match=r"^nothing$"), torch.no_grad():
         capture(step, args, build, repeat)
     assert len(calls) == 1
 

@@ -18,9 +18,9 @@ from adaskip_passes import (
     PROBE_STATS,
     VALID,
     Probe,
-    RefusedError,
     Replacement,
     Skip,
+    UnsupportedError,
     find_sublayers,
     link,
     piece_of,
@@ -252,7 +252,7 @@ def test_what_cannot_be_separated_is_left_and_refused() -> None:
     before = str(graph)
     assert separate(graph) == 0
     assert str(graph) == before
-    with pytest.raises(RefusedError):
+    with pytest.raises(UnsupportedError):
         find_sublayers(graph)
 
 
@@ -261,7 +261,7 @@ def test_an_ffn_with_a_state_is_separated_and_refused() -> None:
     shape = Shape(layers=2)
     graph = trace(step, **arguments(Decoder(shape, BothAct), shape)).graph.graph
     assert separate(graph) == 2
-    with pytest.raises(RefusedError, match="its name says ffn, but it writes to a cache"):
+    with pytest.raises(UnsupportedError, match="its name says ffn, but it writes to a cache"):
         find_sublayers(graph)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from adaskip_passes import RefusedError, Replacement, Skip, find_sublayers, link, run_passes
+from adaskip_passes import Replacement, Skip, UnsupportedError, find_sublayers, link, run_passes
 from adaskip_passes.normalize.upcast import widen
 from tests.support.fx_decoders import (
     Block,
@@ -69,7 +69,9 @@ def graph_of(block: type[nn.Module], dtype: torch.dtype = torch.bfloat16) -> fx.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_stream_is_wide_from_the_start(block: type[nn.Module], dtype: torch.dtype) -> None:
     graph = graph_of(block, dtype)
-    with pytest.raises(RefusedError, match=f"of {dtype} and gives .* of torch.float32; a skipped"):
+    with pytest.raises(
+        UnsupportedError, match=f"of {dtype} and gives .* of torch.float32; a skipped"
+    ):
         find_sublayers(graph)
     assert widen(graph)
     graph.lint()

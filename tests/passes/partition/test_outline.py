@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 from adaskip_passes import (
     Piece,
-    RefusedError,
     Replacement,
     Skip,
+    UnsupportedError,
     find_sublayers,
     fuse,
     outline,
@@ -459,7 +459,7 @@ def computes_or_refuses(model: Decoder, shape: Shape, make: Callable[[], dict[st
     captured = trace(step, **make())
     try:
         outer = outline(captured.graph, find_sublayers(captured.graph.graph))
-    except RefusedError as error:
+    except UnsupportedError as error:
         return str(error)
     args, twin = make(), make()
     with torch.no_grad():

@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from adaskip_passes import (
     Probe,
-    RefusedError,
     Replacement,
     Skip,
     Tap,
+    UnsupportedError,
     link,
     piece_of,
     run_passes,
@@ -32,7 +32,7 @@ SKIP = Skip({1: Replacement("nothing", "scale")})
 @dataclass(frozen=True)
 class Raises:
     def __call__(self, outer: fx.GraphModule) -> None:
-        raise RefusedError("not this one")
+        raise UnsupportedError("not this one")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def test_nobody_watching_no_text_is_made(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_exceptions_of_a_pass_come_out() -> None:
-    with pytest.raises(RefusedError, match=r"^not this one$"):
+    with pytest.raises(UnsupportedError, match=r"^not this one$"):
         run_passes(shared(Shape()).outer, (Raises(),))
 
 

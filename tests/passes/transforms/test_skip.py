@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from adaskip_passes import (
     Keep,
-    RefusedError,
     Replacement,
     Skip,
+    UnsupportedError,
     fuse,
     link,
     piece_of,
@@ -173,7 +173,7 @@ def test_the_piece_that_scales_converts_what_is_not_float32() -> None:
     def methods(shape: Shape) -> list[object]:
         outer = skip(shared(shape), {0: Replacement("nothing", "scale")})
         pieces = [piece_of(n) for n in outer.graph.find_nodes(op="call_module")]
-        (scale,) = (p for p in pieces if p is not None and p.role == "compensation")
+        (scale,) = (p for p in pieces if p is not None and p.role == "surrogate")
         return [n.args[1] for n in scale.module.graph.nodes if n.op == "call_method"]
 
     wide, narrow = torch.float32, torch.bfloat16
@@ -196,7 +196,7 @@ def test_one_piece_serves_all_factors() -> None:
     got = shared(Shape())
     outer = skip(got, {i: Replacement("nothing", "scale") for i in (0, 1, 3)})
     found = [piece_of(n) for n in outer.graph.find_nodes(op="call_module")]
-    scales = [p for p in found if p is not None and p.role == "compensation"]
+    scales = [p for p in found if p is not None and p.role == "surrogate"]
     assert len(scales) == 3
     assert len({p.key for p in scales}) == 1
 
@@ -392,16 +392,18 @@ def test_values_changed_in_place_that_no_effect_needs_are_dropped() -> None:
 def test_what_is_not_there_cannot_be_skipped() -> None:
     got = shared(Shape())
     with pytest.raises(
-        RefusedError, match=r"^sublayer 4 is not in the graph: it has \[0, 1, 2, 3\]$"
+        UnsupportedError, match=r"^sublayer 4 is not in the graph: it has \[0, 1, 2, 3\]$"
     ):
         skip(got, {4: Replacement()})
-    with pytest.raises(RefusedError, match=r"^sublayer 1 is not in the graph: it has \[0, 2, 3\]$"):
+    with pytest.raises(
+        UnsupportedError, match=r"^sublayer 1 is not in the graph: it has \[0, 2, 3\]$"
+    ):
         run_passes(got.outer, (Skip({1: Replacement()}), Skip({1: Replacement()})))
-    with pytest.raises(RefusedError, match=r"^sublayer 0 is not in the graph: it has none$"):
+    with pytest.raises(UnsupportedError, match=r"^sublayer 0 is not in the graph: it has none$"):
         run_passes(
             got.outer, (Skip({i: Replacement() for i in range(4)}), Skip({0: Replacement()}))
         )
-    with pytest.raises(RefusedError, match="sublayer -1 is not in the graph"):
+    with pytest.raises(UnsupportedError, match="sublayer -1 is not in the graph"):
         skip(got, {-1: Replacement()})
 
 
@@ -426,7 +428,7 @@ class SharesKeys(Decoder):
 def test_a_sublayer_whose_values_are_read_later_cannot_be_skipped() -> None:
     shape = Shape(layers=3)
     got = cut(SharesKeys(shape), shape)
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(UnsupportedError) as caught:
         skip(got, {2: Replacement("everything")})
     assert str(caught.value) == (
         "layer 1's attention hands 1 value(s) besides the residual stream to later layers, so it "
@@ -457,7 +459,7 @@ def test_values_of_the_embedding_that_later_layers_read_are_the_prologues() -> N
 def test_a_refused_skip_leaves_the_graph_as_it_was() -> None:
     got = shared(Shape())
     before = text(got.outer)
-    with pytest.raises(RefusedError):
+    with pytest.raises(UnsupportedError):
         skip(got, {0: Replacement(), 9: Replacement()})
     assert text(got.outer) == before
     skip(got, {0: Replacement("counters", "scale")})

@@ -6,21 +6,21 @@ import pytest
 import torch
 from torch import fx
 
-from adaskip_passes import STAND_INS, FuseProjections, Piece
-from adaskip_passes.transforms.surrogates import stand_in_examples, stand_in_piece
+from adaskip_passes import SURROGATES, FuseProjections, Piece
+from adaskip_passes.transforms.surrogates import surrogate_examples, surrogate_piece
 
 HIDDEN, RANK = 16, 3
 
 
 def piece(kind: str, stream: torch.Tensor) -> Piece:
-    return stand_in_piece(kind, RANK if kind == "low_rank" else 0, stream, ())
+    return surrogate_piece(kind, RANK if kind == "low_rank" else 0, stream, ())
 
 
 def inputs(kind: str, dtype: torch.dtype, tokens: int = 1) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     stream = torch.randn(1, tokens, HIDDEN, generator=generator).to(dtype)
     rank = RANK if kind == "low_rank" else 0
-    tensors = stand_in_examples(kind, rank, stream).values()
+    tensors = surrogate_examples(kind, rank, stream).values()
     drawn = (torch.randn(t.shape, generator=generator).to(t.dtype) / 4 for t in tensors)
     return [stream, *drawn]
 
@@ -47,7 +47,7 @@ def run(module: fx.GraphModule, given: list[torch.Tensor]) -> torch.Tensor:
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-@pytest.mark.parametrize("kind", STAND_INS)
+@pytest.mark.parametrize("kind", SURROGATES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_piece_computes_its_kind(kind: str, dtype: torch.dtype) -> None:
     given = inputs(kind, dtype, tokens=5)
@@ -60,7 +60,7 @@ def test_a_piece_computes_its_kind(kind: str, dtype: torch.dtype) -> None:
         assert not torch.allclose(got, run(piece(kind, given[0]).module, wrong), atol=0.5)
 
 
-@pytest.mark.parametrize("kind", STAND_INS)
+@pytest.mark.parametrize("kind", SURROGATES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_decode_step_reads_its_weights_with_the_same_operator(
     kind: str, dtype: torch.dtype

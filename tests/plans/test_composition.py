@@ -1,4 +1,4 @@
-"""Neighbouring stand-ins as one, against the two applied one after the other in numpy."""
+"""Neighbouring surrogates as one, against the two applied one after the other in numpy."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaskip_fx.plans.folding import Fold, SurrogateTensors, folds
+from adaskip_fx.plans.composition import ComposedSurrogate, SurrogateTensors, compose_surrogates
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
-from adaskip_fx.plans.surrogate import SHAPES, StandIn
-from adaskip_fx.plans.surrogates import Compensation
-from tests.support.stand_ins import stand_in
+from adaskip_fx.plans.surrogate import SHAPES, Surrogate
+from adaskip_fx.plans.surrogates import Surrogates
+from tests.support.surrogates import surrogate
 
 HIDDEN = 12
 CPU = torch.device("cpu")
 SUBLAYERS = tuple(Sublayer(i, kind) for i in range(4) for kind in ("attention", "ffn"))
 
 
-def applied(x: np.ndarray[Any, Any], by: StandIn) -> np.ndarray[Any, Any]:
+def applied(x: np.ndarray[Any, Any], by: Surrogate) -> np.ndarray[Any, Any]:
     """The definition, row by row."""
     t = by.tensors
     rows = []
@@ -47,22 +47,22 @@ PARTS = st.lists(st.tuples(KINDS, st.integers(0, 99), st.integers(1, 4)), min_si
 @settings(max_examples=150)
 @given(PARTS)
 def test_a_fold_is_its_parts_in_turn(drawn: list[tuple[Any, int, int]]) -> None:
-    parts = [stand_in(kind, seed, HIDDEN, rank) for kind, seed, rank in drawn]
-    fold = Fold.of(parts[0])
+    parts = [surrogate(kind, seed, HIDDEN, rank) for kind, seed, rank in drawn]
+    composed = ComposedSurrogate.of(parts[0])
     used = parts[:1]
     for part in parts[1:]:
-        more = fold.then(part)
+        more = composed.then(part)
         if more is None:
             break
-        fold, used = more, [*used, part]
+        composed, used = more, [*used, part]
     x = np.random.default_rng(0).normal(size=(3, HIDDEN))
-    tensors = {n: t.numpy() for n, t in fold.tensors(CPU).items()}
+    tensors = {n: t.numpy() for n, t in composed.tensors(CPU).items()}
     assert {n: t.shape for n, t in tensors.items()} == {
-        n: tuple({"H": HIDDEN, "r": fold.rank}[letter] for letter in letters)
-        for n, letters in SHAPES[fold.kind].items()
+        n: tuple({"H": HIDDEN, "r": composed.rank}[letter] for letter in letters)
+        for n, letters in SHAPES[composed.kind].items()
     }
     expected = functools.reduce(applied, used, x)
-    together = _applied_float64(x, fold, tensors)
+    together = _applied_float64(x, composed, tensors)
     np.testing.assert_allclose(together, expected, rtol=1e-9, atol=1e-9)
     if len(used) > 1:  # companion: in another order it is another function, but for factors
         backwards = functools.reduce(applied, used[::-1], x)
@@ -71,14 +71,14 @@ def test_a_fold_is_its_parts_in_turn(drawn: list[tuple[Any, int, int]]) -> None:
 
 
 def _applied_float64(
-    x: np.ndarray[Any, Any], fold: Fold, t: dict[str, np.ndarray[Any, Any]]
+    x: np.ndarray[Any, Any], composed: ComposedSurrogate, t: dict[str, np.ndarray[Any, Any]]
 ) -> np.ndarray[Any, Any]:
     if "factor" in t:
         return x * t["factor"]
-    if fold.kind == "normalized":
+    if composed.kind == "normalized":
         size = np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
         return x + (x / size) @ t["weight"].T + t["bias"]
-    return x + x @ (t["weight"] if fold.kind == "linear" else t["up"] @ t["down"]).T + t["bias"]
+    return x + x @ (t["weight"] if composed.kind == "linear" else t["up"] @ t["down"]).T + t["bias"]
 
 
 @pytest.mark.parametrize(
@@ -96,33 +96,36 @@ def _applied_float64(
     ],
 )
 def test_what_two_become(first: Any, second: Any, result: str | None) -> None:
-    fold = Fold.of(stand_in(first, 0, HIDDEN)).then(stand_in(second, 1, HIDDEN))
-    assert (fold.kind if fold else None) == result
+    composed = ComposedSurrogate.of(surrogate(first, 0, HIDDEN)).then(surrogate(second, 1, HIDDEN))
+    assert (composed.kind if composed else None) == result
 
 
 def test_ranks_add_up_while_that_is_cheaper() -> None:
-    one = Fold.of(stand_in("low_rank", 0, HIDDEN, rank=6))
-    assert one.then(stand_in("low_rank", 1, HIDDEN, rank=6)) is None
-    smaller = one.then(stand_in("low_rank", 1, HIDDEN, rank=5))
+    one = ComposedSurrogate.of(surrogate("low_rank", 0, HIDDEN, rank=6))
+    assert one.then(surrogate("low_rank", 1, HIDDEN, rank=6)) is None
+    smaller = one.then(surrogate("low_rank", 1, HIDDEN, rank=5))
     assert smaller is not None
     assert smaller.rank == 11
 
 
 def plan(skip: dict[str, str], kinds: dict[str, Any]) -> SkipPlan:
     actions = {Sublayer.parse(n): Action(a) for n, a in skip.items()}
-    stand_ins = {Sublayer.parse(n): stand_in(k, 0, HIDDEN) for n, k in kinds.items()}
-    return SkipPlan(SUBLAYERS, actions, actions, Compensation(stand_ins))
+    surrogates = {Sublayer.parse(n): surrogate(k, 0, HIDDEN) for n, k in kinds.items()}
+    return SkipPlan(SUBLAYERS, actions, actions, Surrogates(surrogates))
 
 
-def names(found: dict[Sublayer, Fold]) -> dict[str, tuple[str, int]]:
+def names(found: dict[Sublayer, ComposedSurrogate]) -> dict[str, tuple[str, int]]:
     return {str(s): (f.kind, len(f.parts)) for s, f in found.items()}
 
 
 def test_only_what_nothing_runs_between_is_folded() -> None:
     skipped = dict.fromkeys(["0.ffn", "1.attention", "1.ffn", "2.ffn"], "skip")
     given = plan(skipped, dict.fromkeys(skipped, "linear"))
-    assert names(folds(given, "prefill")) == {"1.ffn": ("linear", 3), "2.ffn": ("linear", 1)}
-    apart = folds(given, "prefill", together=False)
+    assert names(compose_surrogates(given, "prefill")) == {
+        "1.ffn": ("linear", 3),
+        "2.ffn": ("linear", 1),
+    }
+    apart = compose_surrogates(given, "prefill", together=False)
     assert names(apart) == dict.fromkeys(skipped, ("linear", 1))
 
 
@@ -131,28 +134,35 @@ def test_what_passes_through_does_not_part_neighbours() -> None:
         dict.fromkeys(["0.ffn", "1.attention", "1.ffn"], "skip"),
         {"0.ffn": "scale", "1.ffn": "diagonal"},
     )
-    assert names(folds(given, "decode")) == {"1.ffn": ("diagonal", 2)}
+    assert names(compose_surrogates(given, "decode")) == {"1.ffn": ("diagonal", 2)}
 
 
 def test_kv_is_written_from_the_stream_before_it() -> None:
     kinds = dict.fromkeys(["0.ffn", "1.attention", "1.ffn"], "linear")
     given = plan({"0.ffn": "skip", "1.attention": "kv_only", "1.ffn": "skip"}, kinds)
-    assert names(folds(given, "prefill")) == {"0.ffn": ("linear", 1), "1.ffn": ("linear", 2)}
+    assert names(compose_surrogates(given, "prefill")) == {
+        "0.ffn": ("linear", 1),
+        "1.ffn": ("linear", 2),
+    }
 
 
 def test_tensors_are_placed_once_and_let_go() -> None:
-    fold = Fold.of(stand_in("linear", 0, HIDDEN))
+    composed = ComposedSurrogate.of(surrogate("linear", 0, HIDDEN))
     like = {"weight": torch.empty(HIDDEN, HIDDEN), "bias": torch.empty(HIDDEN)}
     placed, sublayer = SurrogateTensors(), SUBLAYERS[0]
-    one = placed.get(sublayer, fold, like)
-    assert placed.get(sublayer, Fold.of(stand_in("linear", 0, HIDDEN)), like) is one
+    one = placed.get(sublayer, composed, like)
+    assert placed.get(sublayer, ComposedSurrogate.of(surrogate("linear", 0, HIDDEN)), like) is one
     half = {n: t.half() for n, t in like.items()}
-    assert placed.get(sublayer, fold, half)["bias"].dtype == torch.float16
+    assert placed.get(sublayer, composed, half)["bias"].dtype == torch.float16
     del one
     assert not [k for k in placed._known if torch.float32 in k]
 
 
-def test_stand_ins_of_another_model_are_refused() -> None:
+def test_surrogates_of_another_model_are_refused() -> None:
     like = {"weight": torch.empty(8, 8), "bias": torch.empty(8)}
-    with pytest.raises(PlanError, match=r"^0\.attention: weight of its linear stand-in has shape "):
-        SurrogateTensors().get(SUBLAYERS[0], Fold.of(stand_in("linear", 0, HIDDEN)), like)
+    with pytest.raises(
+        PlanError, match=r"^0\.attention: weight of its linear surrogate has shape "
+    ):
+        SurrogateTensors().get(
+            SUBLAYERS[0], ComposedSurrogate.of(surrogate("linear", 0, HIDDEN)), like
+        )

@@ -1,7 +1,7 @@
-"""Neighbouring stand-ins as one, where that is exact.
+"""Neighbouring surrogates as one, where that is exact.
 
-Where several sublayers in a row are skipped, their stand-ins are applied one after the other with
-nothing in between, and the composition of two is often a stand-in again::
+Where several sublayers in a row are skipped, their surrogates are applied one after the other with
+nothing in between, and the composition of two is often a surrogate again::
 
     x -> 0.9 x -> 0.9 x + (0.9 x) W^T + b        becomes        x -> x + x V^T + b
 
@@ -19,55 +19,61 @@ import torch
 
 from .skip_plan import Action, Phase, PlanError, SkipPlan
 from .sublayer import Sublayer
-from .surrogate import StandIn, StandInKind
+from .surrogate import Surrogate, SurrogateKind
 
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Fold:
-    """One or more stand-ins, applied one after the other.
+class ComposedSurrogate:
+    """One or more surrogates, applied one after the other.
 
-    kind, rank: of the one stand-in that they are together.
-    parts: the stand-ins, in the order of the stream.
+    kind, rank: of the one surrogate that they are together.
+    parts: the surrogates, in the order of the stream.
     """
 
-    kind: StandInKind
+    kind: SurrogateKind
     rank: int
-    parts: tuple[StandIn, ...]
+    parts: tuple[Surrogate, ...]
 
     @classmethod
-    def of(cls, stand_in: StandIn) -> Fold:
-        """A stand-in alone."""
-        return cls(stand_in.kind, stand_in.rank, (stand_in,))
+    def of(cls, surrogate: Surrogate) -> ComposedSurrogate:
+        """A surrogate alone."""
+        return cls(surrogate.kind, surrogate.rank, (surrogate,))
 
     @property
     def key(self) -> tuple[str, ...]:
         """Identifies the content."""
         return tuple(part.digest for part in self.parts)
 
-    def then(self, stand_in: StandIn) -> Fold | None:
+    def then(self, surrogate: Surrogate) -> ComposedSurrogate | None:
         """Both as one; None where they have no common form, or one that is no cheaper."""
-        kinds = {self.kind, stand_in.kind}
-        parts = (*self.parts, stand_in)
+        kinds = {self.kind, surrogate.kind}
+        parts = (*self.parts, surrogate)
         if kinds == {"low_rank"}:
-            rank = self.rank + stand_in.rank
-            return Fold("low_rank", rank, parts) if rank < (stand_in.width or 0) else None
+            rank = self.rank + surrogate.rank
+            return (
+                ComposedSurrogate("low_rank", rank, parts)
+                if rank < (surrogate.width or 0)
+                else None
+            )
         if kinds <= {"scale", "diagonal"}:
-            return Fold("scale" if kinds == {"scale"} else "diagonal", 0, parts)
-        foldable = "linear" in kinds and "normalized" not in kinds
-        return Fold("linear", 0, parts) if foldable else None
+            return ComposedSurrogate("scale" if kinds == {"scale"} else "diagonal", 0, parts)
+        composable = "linear" in kinds and "normalized" not in kinds
+        return ComposedSurrogate("linear", 0, parts) if composable else None
 
     def tensors(self, device: torch.device) -> Tensors:
-        """The tensors of the one stand-in, float64 on `device`, by name."""
+        """The tensors of the one surrogate, float64 on `device`, by name."""
         first, *others = (_tensors(part, device) for part in self.parts)
-        kind: StandInKind = self.parts[0].kind
+        kind: SurrogateKind = self.parts[0].kind
         for part, tensors in zip(self.parts[1:], others, strict=True):
             first, kind = _composed(kind, first, part.kind, tensors)
         return first
 
 
-def folds(plan: SkipPlan, phase: Phase, together: bool = True) -> dict[Sublayer, Fold]:
+def compose_surrogates(
+    plan: SkipPlan, phase: Phase, together: bool = True
+) -> dict[Sublayer, ComposedSurrogate]:
     """What is put in for each sublayer that does not run in a phase.
 
     Args:
@@ -75,18 +81,18 @@ def folds(plan: SkipPlan, phase: Phase, together: bool = True) -> dict[Sublayer,
         together: whether neighbours are folded. The last of them then has the fold, and the others
             are missing: they hand the stream on.
     """
-    found: dict[Sublayer, Fold] = {}
-    last: Sublayer | None = None  # what the next stand-in may be folded with
+    found: dict[Sublayer, ComposedSurrogate] = {}
+    last: Sublayer | None = None  # what the next surrogate may be folded with
     for sublayer in plan.sublayers:
-        action, stand_in = plan.action(phase, sublayer), plan.compensation.stand_in(sublayer)
+        action, surrogate = plan.action(phase, sublayer), plan.surrogates.get(sublayer)
         if action is not Action.SKIP or not together:
             last = None  # K/V are written from the stream as it is before the sublayer
-        if action is Action.RUN or stand_in is None:
+        if action is Action.RUN or surrogate is None:
             continue
-        fold = found[last].then(stand_in) if last is not None else None
-        if fold is not None and last is not None:
+        composed = found[last].then(surrogate) if last is not None else None
+        if composed is not None and last is not None:
             del found[last]
-        found[sublayer] = fold or Fold.of(stand_in)
+        found[sublayer] = composed or ComposedSurrogate.of(surrogate)
         last = sublayer
     return found
 
@@ -97,20 +103,22 @@ class SurrogateTensors:
     def __init__(self) -> None:
         self._known: WeakValueDictionary[tuple[object, ...], _Set] = WeakValueDictionary()
 
-    def get(self, sublayer: Sublayer, fold: Fold, like: Mapping[str, torch.Tensor]) -> _Set:
+    def get(
+        self, sublayer: Sublayer, composed: ComposedSurrogate, like: Mapping[str, torch.Tensor]
+    ) -> _Set:
         """The tensors of a fold, each of the shape, dtype and device of the example in `like`.
 
         PlanError, naming `sublayer`, where a shape is another: the plan is of another model.
         """
         example = next(iter(like.values()))
-        key = (*fold.key, example.device, *(t.dtype for t in like.values()))
+        key = (*composed.key, example.device, *(t.dtype for t in like.values()))
         known = self._known.get(key)
         if known is None:
-            made = fold.tensors(example.device)
+            made = composed.tensors(example.device)
             for name, tensor in like.items():
                 if made[name].shape != tensor.shape:
                     raise PlanError(
-                        f"{sublayer}: {name} of its {fold.kind} stand-in has shape "
+                        f"{sublayer}: {name} of its {composed.kind} surrogate has shape "
                         f"{list(made[name].shape)}, but the model needs {list(tensor.shape)}; it "
                         "was fitted on another model"
                     )
@@ -125,16 +133,16 @@ class _Set(dict[str, torch.Tensor]):
     __slots__ = ("__weakref__",)
 
 
-def _tensors(stand_in: StandIn, device: torch.device) -> Tensors:
+def _tensors(surrogate: Surrogate, device: torch.device) -> Tensors:
     return {
         name: torch.tensor(value, device=device).to(torch.float64)
-        for name, value in stand_in.tensors.items()
+        for name, value in surrogate.tensors.items()
     }
 
 
 def _composed(
-    kind: StandInKind, first: Tensors, second_kind: StandInKind, second: Tensors
-) -> tuple[Tensors, StandInKind]:
+    kind: SurrogateKind, first: Tensors, second_kind: SurrogateKind, second: Tensors
+) -> tuple[Tensors, SurrogateKind]:
     """`first`, then `second`, as one."""
     kinds = {kind, second_kind}
     if kinds == {"low_rank"}:
@@ -150,7 +158,7 @@ def _composed(
 
 
 def _affine(tensors: Tensors, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A stand-in as `x M^T + c`: M [H, H] and c [H]."""
+    """A surrogate as `x M^T + c`: M [H, H] and c [H]."""
     if "factor" in tensors:
         factor = tensors["factor"].expand(hidden)
         return torch.diag(factor), torch.zeros_like(factor)
