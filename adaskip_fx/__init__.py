@@ -12,9 +12,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from adaskip_passes.errors import AdaskipError, UnsupportedError
+
+    from . import policies
     from .api import compile
     from .calibration.calibrate import calibrate
     from .fitting import fit
+    from .model.handle import CompiledModel
     from .plans.skip_plan import SkipPlan
     from .plans.sublayer import Sublayer
     from .policies import AdaSkip
@@ -22,27 +26,44 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["AdaSkip", "Profile", "SkipPlan", "Sublayer", "calibrate", "compile", "fit"]
+__all__ = [
+    "AdaSkip",
+    "AdaskipError",
+    "CompiledModel",
+    "Profile",
+    "SkipPlan",
+    "Sublayer",
+    "UnsupportedError",
+    "calibrate",
+    "compile",
+    "fit",
+    "policies",
+]
 
 # Imported at first use: torch and transformers take seconds, which `adaskip-fx --help` need not.
 _HOMES = MappingProxyType(
     {
-        "AdaSkip": "policies",
-        "Profile": "profiles.profile",
-        "SkipPlan": "plans.skip_plan",
-        "Sublayer": "plans.sublayer",
-        "calibrate": "calibration.calibrate",
-        "compile": "api",
-        "fit": "fitting",
+        "AdaSkip": "adaskip_fx.policies",
+        "AdaskipError": "adaskip_passes.errors",
+        "CompiledModel": "adaskip_fx.model.compiled_model",
+        "Profile": "adaskip_fx.profiles.profile",
+        "SkipPlan": "adaskip_fx.plans.skip_plan",
+        "Sublayer": "adaskip_fx.plans.sublayer",
+        "UnsupportedError": "adaskip_passes.errors",
+        "calibrate": "adaskip_fx.calibration.calibrate",
+        "compile": "adaskip_fx.api",
+        "fit": "adaskip_fx.fitting",
     }
 )
 
 
 def __getattr__(name: str) -> object:
+    if name == "policies":
+        return importlib.import_module("adaskip_fx.policies")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(f".{home}", __name__), name)
+    value: object = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
 

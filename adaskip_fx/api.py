@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from .capture.reference import run_reference
 from .model.compiled_model import check_model, make_shell
@@ -16,11 +16,14 @@ from .profiles.profile import Profile
 from .programs.program import Link
 from .runtime.runtime import Runtime
 
-Model = TypeVar("Model")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .model.handle import CompiledModel
 
 
 def compile(
-    model: Model,
+    model: PreTrainedModel,
     profile: Profile | str | Path | None = None,
     alpha: float = 1.2,
     *,
@@ -29,64 +32,62 @@ def compile(
     backend: str = "inductor",
     link: Link = "pieces",
     max_variants: int = 32,
-) -> Model:
-    """A model that runs `model` with its least important sublayers skipped.
+) -> CompiledModel:
+    """Return a model that runs `model` with its least important sublayers skipped.
 
     The result shares `model`'s parameters and can be used wherever it was; `model` itself is not
     changed and stays usable. Graphs are captured here and at the first request of each kind
     (``.adaskip.warmup`` does it beforehand); a new plan is linked in milliseconds.
 
     Args:
-        model: a transformers decoder with a language-model head, in evaluation mode.
-        profile: what :func:`adaskip_fx.calibrate` measured on this model, or the path it was
+        model: A transformers decoder with a language-model head, in evaluation mode.
+        profile: What :func:`adaskip_fx.calibrate` measured on this model, or the path it was
             saved to. None only with an explicit `plan`.
-        alpha: acceleration ratio; ``floor(S (1 - 1/alpha) + 1/2)`` of S sublayers are skipped
-            (AdaSkip, arXiv 2501.02336).
-        policy: chooses the sublayers; ``AdaSkip()`` when None. What it decides may also be a
-            schedule of decode plans, a choice among plans by the prompt, or a plan per stage; and
-            it may count time instead of sublayers (`policies.LatencyBudget`).
-        plan: an explicit plan, or other decision, or the path that one was saved to, instead of a
+        alpha: The acceleration ratio; ``floor(S (1 - 1/alpha) + 1/2)`` of S sublayers are skipped
+            (AdaSkip, arXiv 2501.02336). It is for a policy: an explicit `plan` has no use for it.
+        policy: It chooses the sublayers; ``AdaSkip()`` when None. What it decides may also be a
+            schedule of decode plans, or a choice among plans by the prompt; and it may count time
+            instead of sublayers (`policies.LatencyBudget`).
+        plan: An explicit plan, or other decision, or the path that one was saved to, instead of a
             policy's; nothing is learned online then.
-        backend: name of the torch.compile backend that compiles the pieces.
-        link: ``"pieces"`` calls pieces compiled once; ``"fused"`` compiles the whole graph anew
+        backend: The name of the torch.compile backend that compiles the pieces.
+        link: ``"pieces"`` calls pieces compiled once; ``"fused"`` compiles the whole graph again
             for each plan.
-        max_variants: linked programs to keep; the least recently used are dropped.
+        max_variants: How many linked programs to keep; the least recently used are dropped.
+
+    Returns:
+        A model of the same class, with ``.adaskip`` (a :class:`adaskip_fx.model.handle.Handle`)
+        beside its methods.
 
     Raises:
-        TypeError, ValueError: a model, profile, alpha or plan that cannot be used.
+        TypeError, ValueError: A model, profile, alpha or plan cannot be used (a `PlanError` or
+            `ProfileError` says which).
         RuntimeError: Inductor is to compile for the CPU and there is no C++ compiler.
-        UnsupportedError: the architecture's sublayers cannot be captured or proven.
+        UnsupportedError: The architecture's sublayers cannot be captured or proven.
     """
     check_model(model)
     _check_options(backend, link)
     _check_compiler(backend, model)
-    decision = load_decision(Path(plan)) if isinstance(plan, str | Path) else plan
-    loaded = Profile.load(profile) if isinstance(profile, str | Path) else profile
-    if loaded is not None:
-        loaded.check(model)
+    measured = Profile.load(profile) if isinstance(profile, str | Path) else profile
+    if measured is not None:
+        measured.check(model)
+    options = {"backend": backend, "link": link, "max_variants": max_variants}
+    if plan is not None:
+        decision = load_decision(Path(plan)) if isinstance(plan, str | Path) else plan
+        return build(model, decision, profile=measured, **options)  # type: ignore[no-any-return]
+    if measured is None:
+        raise ValueError("compile needs a profile, or an explicit plan")
     chosen = policy if policy is not None else AdaSkip()
-    if decision is None:
-        if loaded is None:
-            raise ValueError("compile needs a profile, or an explicit plan")
-        check_policy(chosen, model)
-        decision = chosen.plan(loaded, alpha)
-        online = chosen if isinstance(chosen, OnlinePolicy) else None
-    else:
-        online = None
-    compiled: Model = build(
-        model,
-        decision,
-        profile=loaded,
-        policy=online,
-        backend=backend,
-        link=link,
-        max_variants=max_variants,
+    check_policy(chosen, model)
+    online = chosen if isinstance(chosen, OnlinePolicy) else None
+    decision = chosen.plan(measured, alpha)
+    return build(  # type: ignore[no-any-return]
+        model, decision, profile=measured, policy=online, **options
     )
-    return compiled
 
 
 def build(model: Any, plan: Decision | None, **options: Any) -> Any:
-    """A compiled model with an explicit plan; None for the empty one. Options as for `Runtime`."""
+    """Return a compiled model with an explicit plan; None for the empty one; see `Runtime`."""
     shell = make_shell(model)
     shell._adaskip = Runtime(shell, model, run_reference(model), plan, **options)
     return shell

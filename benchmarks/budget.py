@@ -15,6 +15,7 @@ from adaskip_fx.latency.table import LatencyTable
 from adaskip_fx.measurement.measure import PHASES, measure_plans
 from adaskip_fx.measurement.measure import measure as measure_table
 from adaskip_fx.measurement.timer import StepTimer
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import Phase, SkipPlan
 from adaskip_fx.policies import LatencyBudget
 from adaskip_fx.profiles.fingerprint import fingerprint
@@ -38,7 +39,7 @@ def measure(contexts: tuple[int, ...] | None = None, rounds: int | None = None) 
     model, compiled = models.pair()
     table = measure_table(compiled, contexts, rounds=rounds)
     profile = _profile(model, table)
-    clock = StepTimer(compiled.adaskip)
+    clock = StepTimer(runtime_of(compiled))
     rows = []
     for phase in PHASES:
         for context in contexts:

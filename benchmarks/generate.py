@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 
 from . import models
@@ -55,7 +56,7 @@ def _generation(
 
 def _step(compiled: Any, ids: torch.Tensor, tokens: int) -> float:
     """Median seconds of a step at about the length that `generate` reaches."""
-    runtime, device = compiled.adaskip, compiled.device
+    runtime, device = runtime_of(compiled), compiled.device
     cache = runtime.new_cache(capacity=ids.shape[1] + tokens + 64)
     compiled(input_ids=ids, past_key_values=cache, logits_to_keep=1)
     token = ids[:, :1].clone()

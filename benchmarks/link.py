@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaskip_fx.api import build
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.surrogates import Surrogates
 
@@ -34,7 +35,7 @@ def measure(layers: int = 30, repeats: int = 20, seed: int = 0) -> dict[str, Any
         max_position_embeddings=4096,
     )
     model = build(LlamaForCausalLM(config).eval(), None, backend="eager")
-    runtime, draw = model.adaskip, random.Random(seed)
+    runtime, draw = runtime_of(model), random.Random(seed)
     runtime.warmup(64)
     _use(model, _random_plan(runtime.sublayers, draw))  # compiles the compensation piece
     before = (runtime.counters.captures, runtime.pieces_compiled)
@@ -63,7 +64,7 @@ def _random_plan(sublayers: tuple[Any, ...], draw: random.Random) -> SkipPlan:
 
 def _use(model: Any, plan: SkipPlan) -> dict[str, float]:
     """Seconds that linking took in a prefill and in a decode step under a new plan."""
-    runtime = model.adaskip
+    runtime = runtime_of(model)
     runtime.plan = plan
     cache, ids = runtime.new_cache(), torch.zeros(1, 16, dtype=torch.int64)
     seconds = {}

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from adaskip_fx.api import build
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 
 from . import models
@@ -46,7 +47,7 @@ def measure(contexts: tuple[int, ...] | None = None, whole_graph: bool = False) 
 
 
 def _ours(compiled: Any, ids: torch.Tensor) -> dict[str, Any]:
-    runtime = compiled.adaskip
+    runtime = runtime_of(compiled)
     runtime.plan = SkipPlan.empty(runtime.sublayers)
     caches: list[Any] = []
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 
 from . import models
@@ -26,7 +27,7 @@ def measure(context: int | None = None, repeats: int = 10) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     context = context or (8192 if on_gpu else 64)
     _, compiled = models.pair()
-    runtime = compiled.adaskip
+    runtime = runtime_of(compiled)
     ffn = [s for s in runtime.sublayers[2:-2] if s.kind == "ffn"]
     base = models.random_plan(runtime.sublayers, len(runtime.sublayers) // 8)
     runtime.plan = base

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 
 from . import models
@@ -99,7 +100,7 @@ def _prompt(
     compiled: Any, plan: SkipPlan, ids: torch.Tensor, held: list[Any]
 ) -> Callable[[], None]:
     """A request that runs a prompt; its cache is held in `held`."""
-    runtime = compiled.adaskip
+    runtime = runtime_of(compiled)
 
     def prompt() -> None:
         runtime.plan = plan
@@ -128,7 +129,7 @@ def _steps(compiled: Any, plan: SkipPlan, batch: int, context: int) -> dict[str,
         "kv_share": stored / len(cache.stored),
     }
     if device.type == "cuda":
-        graph = cache._storage.decoder._recordings[cache.request.lane.program].graph
+        graph = cache._storage.decoder._recordings[cache.request.binding.program].graph
         position = cache._storage.decoder.position
         position.fill_(context)
 

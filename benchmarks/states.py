@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from adaskip_fx.model.handle import runtime_of
+
 from . import models
 from .conditions import spread
 
@@ -22,7 +24,7 @@ def measure(repeats: int = 200) -> dict[str, Any]:
         repeats: looks that are timed.
     """
     _, compiled = models.pair()
-    runtime, norm = compiled.adaskip, compiled.model.norm
+    runtime, norm = runtime_of(compiled), compiled.model.norm
     states, first = runtime.graphs.states, norm.variance_epsilon
     ids = models.tokens(1, 16)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from adaskip_fx.runtime.request import Window, probed_in_decode
+from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.runtime.window import Window, probed_in_decode
 
 from . import models
 from .ceilings import seconds
@@ -24,7 +25,7 @@ def measure(context: int | None = None, prompt: int | None = None) -> dict[str, 
     on_gpu = device.type == "cuda"
     context, prompt = context or (8192 if on_gpu else 64), prompt or (4096 if on_gpu else 64)
     _, compiled = models.pair()
-    runtime = compiled.adaskip
+    runtime = runtime_of(compiled)
     runtime.plan = models.random_plan(runtime.sublayers, len(runtime.sublayers) // 8)
     cache = runtime.new_cache(capacity=context + 256)
     ids = models.tokens(1, context)
@@ -36,7 +37,7 @@ def measure(context: int | None = None, prompt: int | None = None) -> dict[str, 
         compiled(input_ids=token, past_key_values=cache)
 
     plain = statistics.median(seconds(step, device, 40, 5))
-    cache.request.window = Window(probed, size=1 << 30)
+    cache.request.decode.window = Window(probed, size=1 << 30)
     with_probes = statistics.median(seconds(step, device, 40, 5))
     cache = None
     text = models.tokens(1, prompt)

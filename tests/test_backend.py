@@ -19,7 +19,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from adaskip_fx import AdaSkip, Profile, SkipPlan
 from adaskip_fx import backend as module
-from adaskip_fx.plans.decisions import Schedule, Stages
+from adaskip_fx.contrib.routing import Choice, Option
+from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.skip_plan import Action, Sublayer
 from adaskip_fx.plans.sublayer import Kind
 from adaskip_fx.plans.surrogates import Surrogates
@@ -369,7 +370,7 @@ def test_equal_options_share_and_others_do_not(model: LlamaForCausalLM, tmp_path
     profile.save(tmp_path / "p")
 
     def found(**options: Any) -> module._Requests:
-        return module._requests(options, [torch.zeros(1), first])
+        return module._requests_of(options, [torch.zeros(1), first])
 
     shared = found(profile=profile, alpha=1.5)
     assert found(profile=copy.deepcopy(profile), alpha=1.5) is shared
@@ -388,9 +389,9 @@ class Unhashable(LLMDrop):
 def test_an_option_that_cannot_be_hashed_equals_itself(model: LlamaForCausalLM) -> None:
     first, profile = next(model.parameters()), profile_of(model, {"1.ffn": 0.9})
     policies = [Unhashable("joint"), Unhashable("joint")]
-    one, other = (module._requests({"profile": profile, "policy": p}, [first]) for p in policies)
+    one, other = (module._requests_of({"profile": profile, "policy": p}, [first]) for p in policies)
     assert one is not other
-    assert module._requests({"profile": profile, "policy": policies[0]}, [first]) is one
+    assert module._requests_of({"profile": profile, "policy": policies[0]}, [first]) is one
 
 
 def test_nothing_is_kept_of_what_is_gone(model: LlamaForCausalLM) -> None:
@@ -407,7 +408,7 @@ def test_nothing_is_kept_of_what_is_gone(model: LlamaForCausalLM) -> None:
     gc.collect()
     assert len(known) == 3
     parameter = torch.nn.Parameter(torch.zeros(1))
-    module._requests({"plan": stepped()}, [parameter])
+    module._requests_of({"plan": stepped()}, [parameter])
     assert len(module._models) == 2
     del parameter
     gc.collect()
@@ -417,7 +418,7 @@ def test_nothing_is_kept_of_what_is_gone(model: LlamaForCausalLM) -> None:
 def test_decisions_that_need_a_request_are_refused(model: LlamaForCausalLM) -> None:
     plan = SkipPlan.empty(SUBLAYERS)
     for decision, what in (
-        (Stages((("a", plan),)), "a plan per stage"),
+        (Choice((Option("a", plan, (1.0,)),)), "a choice"),
         (replace(plan, last_token_full=True), "a plan with last_token_full"),
     ):
         text = backend_error(compiled(model, plan=decision), static_cache(model))

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import transformers
 
+from adaskip_fx.model.handle import runtime_of
+
 from ..api import build
 from ..model.compiled_model import check_model
 from ..plans.sublayer import Sublayer
@@ -49,7 +51,7 @@ def calibrate(
     """
     check_model(model)
     samples = tokenize(model, tokenizer, texts, max_length)
-    runtime = build(model, None, backend=backend).adaskip
+    runtime = runtime_of(build(model, None, backend=backend))
     moments = []
     for done, ids in enumerate(samples):
         if progress is not None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from adaskip_fx.model.handle import runtime_of
+
 from ..api import build
 from ..model.compiled_model import CompiledModel
 from ..plans.skip_plan import SkipPlan
@@ -67,7 +69,7 @@ class CalibrationLoss:
             raise ValueError("a loss needs texts or answers to be measured on, got neither")
         compiled = isinstance(model, CompiledModel)
         shell = model if compiled else build(model, None, backend=backend, max_variants=_VARIANTS)
-        self.runtime: Runtime = shell.adaskip
+        self.runtime: Runtime = runtime_of(shell)
         self.judged = 0
         device = self.runtime.device
         self._texts = [_checked("text", n, ids, 2).to(device) for n, ids in enumerate(texts)]

@@ -79,7 +79,7 @@ def conditions(model: Any) -> dict[str, JSON]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device,
         "threads": torch.get_num_threads(),
-        "plan": decision_json(compiled.decision) if compiled else None,
+        "plan": decision_json(compiled.plan) if compiled else None,
         "policy": repr(compiled.policy) if compiled and compiled.policy else None,
         "backend": compiled.graphs.backend if compiled else None,
         "adaskip_fx": adaskip_fx.__version__,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from adaskip_fx.plans.decisions import Choice, plans_of
+from adaskip_fx.plans.decisions import PlanChooser, plans_of
 from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.programs.program import Program, plan_phase
@@ -108,7 +108,7 @@ class Watch:
         Raises:
             SkipPathError: the program does not call the sublayers that the plan says.
         """
-        phase = plan_phase(program.phase.key.phase)
+        phase = plan_phase(program.captured.key.phase)
         check_followed(plan, phase, program.runs)
         self._steps[phase] += 1
         self._tokens[phase] += tokens
@@ -143,8 +143,8 @@ class Watch:
         ran = {phase: self._phase(phase) for phase in phases}
         if not self._steps or any(r.fraction for r in ran.values()):
             return
-        decision = self.runtime.decision
-        plans = self._plans.values() if isinstance(decision, Choice) else plans_of(decision)
+        decision = self.runtime.plan
+        plans = self._plans.values() if isinstance(decision, PlanChooser) else plans_of(decision)
         meant = {phase: _left_out(plans, phase) for phase in phases}
         parts = [f"{', '.join(map(str, some))} in {phase}" for phase, some in meant.items() if some]
         if parts:

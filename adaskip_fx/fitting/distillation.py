@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ from adaskip_fx.plans.skip_plan import SkipPlan
 from .fitter import Fitter
 from .oom_backoff import OomBackoff
 from .precision import allow_tf32
-from .trainable_program import Trainable, training
+from .training import Training
 from .weighted_sample import Sample
 from .whitening import whitenings
 
@@ -107,11 +108,14 @@ def refine(
     seen = DistillLog()
     compiled = how.compiled if how.compiled is not None else _worth_compiling(fitter, groups, how)
     whitened = whitenings(fitter, plan)
-    with allow_tf32(), training(fitter.runtime, plan, whitened, compiled) as trained:
-        loss = _Loss(fitter, plan, compiled)
+    training = Training.of(plan, whitened, fitter.runtime.device, compiled)
+    with allow_tf32(), warnings.catch_warnings():
+        # Dynamo looks at the gradient of every tensor that it is given.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        loss = _Loss(fitter, plan, training)
         seen.losses[0] = best = loss.mean(held_out)
-        kept = trained.learned_surrogates()
-        descent = _Rules(trained, how)
+        kept = training.surrogates()
+        descent = _Rules(training.parameters, how)
         draws = _Draws(groups, how.seed)
         for step in range(how.steps):
             if progress is not None:
@@ -120,7 +124,7 @@ def refine(
             if (step + 1) % how.every == 0 or step + 1 == how.steps:
                 seen.losses[step + 1] = found = loss.mean(held_out)
                 if found < best:
-                    best, seen.step, kept = found, step + 1, trained.learned_surrogates()
+                    best, seen.step, kept = found, step + 1, training.surrogates()
     if progress is not None:
         progress(how.steps, how.steps)
     return plan.with_surrogates(plan.surrogates.merged(kept)), seen
@@ -136,10 +140,10 @@ def _worth_compiling(
 class _Rules:
     """Steps of Muon for matrices, and of Adam for all else, at a rate that rises and falls."""
 
-    def __init__(self, trained: type[Trainable], how: DistillConfig) -> None:
+    def __init__(self, parameters: list[torch.Tensor], how: DistillConfig) -> None:
         self.how = how
         self.room = OomBackoff(how.batch)
-        self.parameters = trained.parameters()
+        self.parameters = parameters
         matrices = [p for p in self.parameters if p.ndim == 2]
         others = [p for p in self.parameters if p.ndim != 2]
         self.rules: list[torch.optim.Optimizer] = []
@@ -207,8 +211,9 @@ class _Draws:
 class _Loss:
     """KL(full model || plan) of the next token, in nats, weighted over a sample's tokens."""
 
-    def __init__(self, fitter: Fitter, plan: SkipPlan, compiled: bool) -> None:
-        self._runtime, self._plan = fitter.runtime, plan
+    def __init__(self, fitter: Fitter, plan: SkipPlan, training: Training) -> None:
+        self._runtime, self._plan, self._training = fitter.runtime, plan, training
+        compiled = training.compiled
         self._full = SkipPlan.empty(plan.sublayers)
         self._chunk = _FUSED if compiled else _CHUNK
         self._compare = torch.compile(_divergence, dynamic=False) if compiled else _divergence
@@ -228,7 +233,9 @@ class _Loss:
 
     def _logits(self, ids: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
         """Float [B T, V] of ids [B, T]."""
-        cache = self._runtime.new_cache(ids.shape[1], plan=plan)
+        cache = self._runtime.new_cache(
+            ids.shape[1], plan=plan, learn=False, instrument=self._training
+        )
         return self._runtime.step(ids, None, None, cache, 0).flatten(0, 1)
 
 

@@ -18,11 +18,12 @@ import torch
 from adaskip_fx.api import build
 from adaskip_fx.calibration.calibrate import tokenize
 from adaskip_fx.model.compiled_model import check_model
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogate import Surrogate
 from adaskip_fx.plans.surrogates import Surrogates
-from adaskip_fx.runtime.recorder import Streams, record_residuals
+from adaskip_fx.programs.instruments import ResidualRecorder
 from adaskip_fx.runtime.runtime import Runtime
 
 from .second_moments import SecondMoments
@@ -64,7 +65,7 @@ class Fitter:
     ) -> None:
         check_model(model)
         self._source = model, tokenizer, max_length
-        self.runtime: Runtime = build(model, None, backend=backend).adaskip
+        self.runtime: Runtime = runtime_of(build(model, None, backend=backend))
         self.together = together
         self._take(texts)
 
@@ -196,23 +197,21 @@ class Fitter:
         skipping = SkipPlan.of(sublayers, (*left_out, *behind), surrogates=surrogates)
         full = SkipPlan.of(sublayers, behind)
         found: dict[Sublayer, list[SecondMoments]] = {}
-        with record_residuals(self.runtime) as watched:
-            for ids, fold in zip(self.samples, self.folds, strict=True):
-                seen, wished = (self._streams(ids, p, watched) for p in (skipping, full))
-                for s in wanted:
-                    if s not in found:
-                        kind = seen[0].shape[-1], seen[0].device, rung.kind == "normalized"
-                        found[s] = [SecondMoments.zeros(*kind) for _ in range(max(self.folds) + 1)]
-                    found[s][fold].add(seen[place[s]], wished[place[s] + 1])
+        for ids, fold in zip(self.samples, self.folds, strict=True):
+            seen, wished = (self._streams(ids, p) for p in (skipping, full))
+            for s in wanted:
+                if s not in found:
+                    kind = seen[0].shape[-1], seen[0].device, rung.kind == "normalized"
+                    found[s] = [SecondMoments.zeros(*kind) for _ in range(max(self.folds) + 1)]
+                found[s][fold].add(seen[place[s]], wished[place[s] + 1])
         return found
 
     @torch.no_grad()
-    def _streams(
-        self, ids: torch.Tensor, plan: SkipPlan, watched: Callable[[], Streams]
-    ) -> Streams:
-        cache = self.runtime.new_cache(capacity=ids.shape[1], plan=plan)
+    def _streams(self, ids: torch.Tensor, plan: SkipPlan) -> tuple[torch.Tensor, ...]:
+        recorder = ResidualRecorder()
+        cache = self.runtime.new_cache(ids.shape[1], plan=plan, instrument=recorder)
         self.runtime.step(ids, None, None, cache, 1)
-        return watched()
+        return recorder.streams
 
 
 def _left_out(plan: SkipPlan) -> tuple[Sublayer, ...]:

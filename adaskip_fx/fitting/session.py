@@ -101,7 +101,7 @@ class FittingSession:
         """The plans of a greedy search, from none skipped to as many as `alpha` says."""
         self.say("search")
         few = self._few(_SEARCHED)
-        never = frozenset(self.fitter.runtime.graphs.unskippable)
+        never = frozenset(self.fitter.runtime.graphs.structure.unskippable)
         greedy = Greedy(self.loss, SurrogateFitter(few, rung), never=never, shortlist=shortlist)
         with allow_tf32():
             return greedy.plans(profile, alpha)

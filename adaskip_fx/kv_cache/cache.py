@@ -14,7 +14,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -303,7 +302,7 @@ class SkipCache(Cache):
         old = self._storage
         if not self.length or old is None:  # as in transformers: there are no rows yet
             return
-        request = _of_rows(self.request, rows)
+        request = self.request.of_rows(rows)
         new, batch = old, rows.numel()
         if old.shown or batch != self.batch:
             slots, capacity = self.kept, old.capacity
@@ -317,7 +316,7 @@ class SkipCache(Cache):
     def anew(self) -> SkipCache:
         """An empty cache for the same request from its beginning: its plan and stop tokens."""
         other = SkipCache(self.owner, self.slots, self.kept, self.dtype, self.device, self._wanted)
-        other.request = self.request.anew(self.request.chosen)
+        other.request = self.request.new_request(self.request.chosen)
         self.owner.track(other)
         return other
 
@@ -460,7 +459,7 @@ class SkipCache(Cache):
         """Forget everything; storage is kept for the next prompt."""
         self._unshare(0)
         self.length, self.padded = 0, False
-        self.request = self.request.anew()
+        self.request = self.request.new_request()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Go on with the rows `beam_idx`, int64 [rows]."""
@@ -554,15 +553,3 @@ def _refusing(name: str, words: str) -> Any:
 
 for _name, _words in REFUSED.items():
     setattr(SkipCache, _name, _refusing(_name, _words))
-
-
-def _of_rows(request: Any, rows: torch.Tensor) -> Any:
-    """A request's state for other rows: what has been read of each, and which have ended."""
-    twin = request.copy()
-    if twin.finished is not None:
-        twin.finished = twin.finished.index_select(0, rows.to(twin.finished.device))
-    window = twin.window
-    if window is not None and window.moments is not None:
-        moments = window.moments.index_select(1, rows.to(window.moments.device))
-        twin.window = replace(window, moments=moments)
-    return twin

@@ -21,7 +21,7 @@ from safetensors.torch import save as bytes_of
 
 from adaskip_passes.errors import AdaskipError
 
-from ..plans.decisions import Choice, Decision, plans_of
+from ..plans.decisions import Decision, PlanChooser, plans_of
 from ..plans.skip_plan import SkipPlan
 from ..profiles.fingerprint import Fingerprint, fingerprint
 from ..utils.files import JSON, canonical_digest, check_digest, write_atomically
@@ -155,7 +155,7 @@ def _check_plan(path: Path, digest: str, cache: SkipCache, runtime: Runtime) -> 
     """Refuse another plan; a request that may choose one of several has the file's."""
     request = cache.request
     plans: tuple[SkipPlan, ...] = (request.plan,)
-    if isinstance(request.decision, Choice):
+    if isinstance(request.decision, PlanChooser):
         plans = plans_of(request.decision)
     chosen = next((plan for plan in plans if plan.digest == digest), None)
     if chosen is None:
@@ -166,7 +166,7 @@ def _check_plan(path: Path, digest: str, cache: SkipCache, runtime: Runtime) -> 
         )
     if request.undecided:
         cache.keep(runtime.graphs.stored(chosen))
-        cache.request = request.anew(chosen)
+        cache.request = request.new_request(chosen)
 
 
 def _sha256(tensors: Mapping[str, torch.Tensor]) -> str:

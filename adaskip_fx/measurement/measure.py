@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adaskip_fx.model.handle import runtime_of
+
 from ..latency.table import LatencyTable
 from ..latency.terms import Costs, parts
 from ..plans.skip_plan import Action, Phase, SkipPlan, Sublayer
@@ -61,14 +63,14 @@ def measure(
         ValueError: contexts that cannot be measured, fewer than one round, or a model that keeps
             fewer linked programs than are timed in turn.
     """
-    runtime: Runtime = model.adaskip
+    runtime: Runtime = runtime_of(model)
     lengths = _checked(runtime, contexts, rounds)
     runtime.warmup(min(lengths), batch)
     classes = sublayer_classes(runtime)
     if surrogates is None:
         surrogates = (Surrogates.scale(dict.fromkeys(runtime.sublayers, 1.0)),)
     if ranks:
-        ladder = rank_ladder(runtime.sublayers, classes, runtime.graphs.width)
+        ladder = rank_ladder(runtime.sublayers, classes, runtime.graphs.structure.width)
         surrogates = (*surrogates, *ladder)
     plans = plans_to_time(runtime.sublayers, classes, surrogates, kv_only)
     runtime.graphs.check_room(len(plans))
@@ -91,7 +93,7 @@ def sublayer_classes(runtime: Runtime) -> tuple[str, ...]:
     Empty for one that cannot be skipped.
     """
     keys = runtime.graphs.keys
-    skippable = [s for s in runtime.sublayers if s not in runtime.graphs.unskippable]
+    skippable = [s for s in runtime.sublayers if s not in runtime.graphs.structure.unskippable]
     names: dict[tuple[str, tuple[str, ...]], str] = {}
     for kind in dict.fromkeys(s.kind for s in skippable):
         distinct = list(dict.fromkeys(keys[s] for s in skippable if s.kind == kind))

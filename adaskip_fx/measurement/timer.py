@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from adaskip_fx.model.handle import runtime_of
+
 from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import Phase, SkipPlan
 from ..runtime.runtime import Runtime
@@ -121,7 +123,7 @@ def conditions(model: Any, batch: int) -> dict[str, Any]:
         "device": device_name(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch": batch,
-        "backend": model.adaskip.graphs.backend,
+        "backend": runtime_of(model).graphs.backend,
         **({"threads": torch.get_num_threads()} if on_cpu else {}),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,

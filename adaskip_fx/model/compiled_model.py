@@ -27,6 +27,7 @@ from ..kv_cache.foreign import own_cache
 from ..kv_cache.names import CACHE_NAMES, output_fields, under_one_name
 from ..runtime.runtime import Runtime
 from . import generation
+from .handle import Handle
 
 _STEP_ARGUMENTS = frozenset(
     {
@@ -64,9 +65,9 @@ class CompiledModel:
     _adaskip: Runtime
 
     @property
-    def adaskip(self) -> Runtime:
-        """Plans, counters and caches of this compiled model; print it."""
-        return self._adaskip
+    def adaskip(self) -> Handle:
+        """The controls of this compiled model; print them."""
+        return Handle(self._adaskip)
 
     def _prepare_cache_for_generation(
         self,
@@ -261,7 +262,7 @@ def _forward(base: Callable[..., Any]) -> Callable[..., Any]:
 def _run(model: Any, given: dict[str, Any]) -> Any:
     """One forward of the compiled model."""
     _refuse_unsupported(model, given)
-    runtime: Runtime = model.adaskip
+    runtime: Runtime = model._adaskip
     given = under_one_name(given, runtime.cache_argument)
     input_ids = _checked_ids(model, given.get("input_ids"))
     cache = given.get(runtime.cache_argument)
@@ -341,7 +342,7 @@ def _checked_ids(model: Any, input_ids: Any) -> torch.Tensor:
             "transforms of torch.func (vmap, grad) are not supported by adaskip_fx yet; a captured "
             "graph cannot be transformed"
         )
-    device = model.adaskip.device
+    device = model._adaskip.device
     if input_ids.device != device:
         raise ValueError(f"input_ids is on {input_ids.device}, the model on {device}")
     return input_ids.to(torch.int64).contiguous()

@@ -35,7 +35,7 @@ def following(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str,
     @functools.wraps(prepare)
     def followed(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = prepare(self, *args, **kwargs)
-        name = self.adaskip.generate_argument
+        name = self._adaskip.generate_argument
         given = kwargs.get(name)
         if isinstance(given, SkipCache) and inputs.get(name) is None:
             inputs[name] = given.anew() if given.length else given
@@ -89,7 +89,7 @@ def run(
         model_kwargs,
         input_ids.device,
     )
-    name = model.adaskip.generate_argument
+    name = model._adaskip.generate_argument
     while True:
         cache = model_kwargs[name]
         scores = logits_processor(input_ids, logits)
@@ -106,7 +106,7 @@ def run(
         unfinished = unfinished & ~stopping_criteria(input_ids, kept.scores)
         host.send(tokens, unfinished.max() == 0, invalid)
         full = longest is not None and input_ids.shape[1] >= longest
-        ahead = not full and model.adaskip.may_run_ahead(cache)
+        ahead = not full and model._adaskip.may_run_ahead(cache)
         if ahead:
             logits, model_kwargs = _next(model, input_ids, model_kwargs)
         stop, broken = host.receive()

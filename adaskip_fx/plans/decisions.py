@@ -1,32 +1,34 @@
-"""What a policy decides: one plan, a schedule of plans, a choice among plans, or one per stage."""
+"""What a policy decides: one plan, a schedule of decode plans, or a choice by the first prompt."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.tables import by_kind
-from adaskip_fx.utils.files import canonical_digest
+from adaskip_fx.utils.files import JSON, canonical_digest
 
-__all__ = ["Choice", "Decision", "Option", "Schedule", "Stages"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Decision", "PlanChooser", "PlanSet", "Schedule"]
 
 
-class _Plans(ABC):
-    """What decisions of several plans share: their sublayers, a file form, a printed form."""
+class PlanSet(ABC):
+    """What decisions of several plans share.
 
-    kind: ClassVar[str] = ""
+    Attributes:
+        kind: The word for it in files and messages.
+    """
+
+    kind: ClassVar[str] = "set of plans"
 
     @property
     @abstractmethod
@@ -38,19 +40,56 @@ class _Plans(ABC):
         """Every sublayer of the model, in stream order."""
         return self.plans[0].sublayers
 
+    @property
+    def digest(self) -> str:
+        """16 hex characters that identify the content."""
+        return canonical_digest([self.kind, *(plan.digest for plan in self.plans)])
+
+    def rows(self) -> list[tuple[str, SkipPlan]]:
+        """Return each plan with its name in a report."""
+        return [(f"plan {number}", plan) for number, plan in enumerate(self.plans, 1)]
+
+    def with_plans(self, plans: Sequence[SkipPlan]) -> Self:
+        """Return the same with other plans, in the order of `plans`.
+
+        Raises:
+            PlanError: A set of this kind cannot be changed.
+        """
+        raise PlanError(f"the plans of a {self.kind} cannot be exchanged")
+
+    def to_entries(self) -> list[dict[str, JSON]]:
+        """Return what a file says beside each plan, in the order of `plans`.
+
+        Raises:
+            PlanError: A set of this kind cannot be saved.
+        """
+        raise PlanError(f"a {self.kind} cannot be saved; save its plans")
+
+    @classmethod
+    def from_entries(cls, entries: Sequence[tuple[SkipPlan, Mapping[str, Any]]]) -> Self:
+        """Return what was saved: each plan with its entry.
+
+        Raises:
+            AttributeError, KeyError, TypeError, PlanError: The entries are not of this kind.
+        """
+        raise PlanError(f"a {cls.kind} cannot be loaded; load its plans")
+
 
 @dataclass(frozen=True)
-class Schedule(_Plans):
+class Schedule(PlanSet):
     """Decode plans that change as a turn gets longer; prompts run the same whatever the step.
-
-    steps: pairs of the first decode step of a plan (0: the first new token fed back) and the plan.
-        Steps are counted anew in every turn of a request.
 
     The cache stays whole: attention that prompts run and some step skips is `kv_only` in that step.
     The stream is as if it were skipped, and its K/V is there for the next turn.
 
-    PlanError: no steps, not from 0 or not rising; plans of different models, or whose prompts
-    differ in what runs, in surrogates or in `last_token_full`.
+    Attributes:
+        steps: Pairs of the first decode step of a plan (0: the first new token fed back) and the
+            plan. Steps are counted from 0 in every turn of a request.
+
+    Raises:
+        PlanError: There are no steps, they do not begin at 0 or do not rise; the plans are of
+            different models, or their prompts differ in what runs, in surrogates or in
+            `last_token_full`.
     """
 
     steps: tuple[tuple[int, SkipPlan], ...]
@@ -62,16 +101,34 @@ class Schedule(_Plans):
         rising = all(a < b for a, b in pairwise(firsts))
         if not firsts or firsts[0] != 0 or not rising:
             raise PlanError(f"the steps of a schedule rise from 0, got {firsts}")
-        _check_same_model(self.kind, self.plans)
+        check_same_model(self.kind, self.plans)
         for step, plan in self.steps:
             _check_same_prompts(step, self.plans[0], plan)
 
     @property
     def plans(self) -> tuple[SkipPlan, ...]:
+        """Every plan, in the order of their steps."""
         return tuple(plan for _, plan in self.steps)
 
+    def with_plans(self, plans: Sequence[SkipPlan]) -> Schedule:
+        """Return the same steps with other plans."""
+        return Schedule(tuple(zip(self._firsts, plans, strict=True)))
+
+    def to_entries(self) -> list[dict[str, JSON]]:
+        """Return the first step of each plan."""
+        return [{"first_step": step} for step in self._firsts]
+
+    @classmethod
+    def from_entries(cls, entries: Sequence[tuple[SkipPlan, Mapping[str, Any]]]) -> Schedule:
+        """Return the schedule that was saved."""
+        return cls(tuple((entry["first_step"], plan) for plan, entry in entries))
+
+    def rows(self) -> list[tuple[str, SkipPlan]]:
+        """Return each plan with the step that it begins at."""
+        return [(f"from {step}", plan) for step, plan in self.steps]
+
     def at(self, step: int) -> SkipPlan:
-        """The plan of decode step `step`, counted from 0 in each turn."""
+        """Return the plan of decode step `step`, counted from 0 in each turn."""
         return self.steps[max(0, bisect_right(self._firsts, step) - 1)][1]
 
     @cached_property
@@ -84,7 +141,7 @@ class Schedule(_Plans):
         return canonical_digest([[step, plan.digest] for step, plan in self.steps])
 
     def __str__(self) -> str:
-        """A heading, one row per step and, of prompts, what they skip; plain text."""
+        """Return a heading and one row per step, plain text."""
         first, total = self.plans[0], len(self.sublayers)
         heading = (
             f"Schedule {self.digest[:8]}: {len(self.steps)} decode plans of {total} sublayers; "
@@ -95,145 +152,43 @@ class Schedule(_Plans):
         )
 
 
-@dataclass(frozen=True)
-class Option:
-    """One of the plans of a `Choice`, and where in the space of prompts it belongs.
+class PlanChooser(PlanSet):
+    """Several plans, of which a request takes one by its first prompt and keeps it.
 
-    centroid: [hidden], the mean input embedding of prompts that the plan is for; only its direction
-        counts.
-
-    PlanError: the centroid is empty, zero or not finite.
+    This is the hook for routers: whatever has these methods can be compiled (`plan=`), set
+    (``fast.adaskip.plan = ...``) and returned by a policy. `adaskip_fx.contrib.routing` has one.
     """
 
-    name: str
-    plan: SkipPlan
-    centroid: tuple[float, ...]
+    @abstractmethod
+    def choose(
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> SkipPlan:
+        """Return one of `plans` for a prompt.
 
-    def __post_init__(self) -> None:
-        centroid = tuple(map(float, self.centroid))
-        object.__setattr__(self, "centroid", centroid)
-        if not (all(map(math.isfinite, centroid)) and any(centroid)):
-            raise PlanError(f"option {self.name}: a centroid is finite and not zero")
-
-
-@dataclass(frozen=True)
-class Choice(_Plans):
-    """A few plans, of which a request takes one by its first prompt and keeps it.
-
-    The one whose centroid makes the smallest angle with the mean input embedding of the prompt's
-    tokens, padding left out; ties go to the first. A batch takes one plan: the mean is over rows,
-    each row counting the same.
-
-    PlanError: no options, a name used twice, plans of different models, centroids of other widths.
-    """
-
-    options: tuple[Option, ...]
-    kind: ClassVar[str] = "choice"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "options", tuple(self.options))
-        _check_names(self.kind, [option.name for option in self.options])
-        _check_same_model(self.kind, self.plans)
-        widths = {len(option.centroid) for option in self.options}
-        if len(widths) > 1:
-            raise PlanError(f"the centroids of a choice have different widths: {sorted(widths)}")
-
-    @property
-    def plans(self) -> tuple[SkipPlan, ...]:
-        return tuple(option.plan for option in self.options)
-
-    def nearest(self, embedding: npt.ArrayLike) -> Option:
-        """The option for a prompt with mean input embedding `embedding` [hidden].
-
-        ValueError for another width: the choice was made for another model.
+        Args:
+            model: The compiled model; its embeddings may be used, its forward must not be.
+            input_ids: The tokens of the prompt, int64 [B, T]; a batch takes one plan.
+            attention_mask: [B, T], 0 at padding; None when there is none.
         """
-        prompt = np.asarray(embedding, dtype=np.float64)
-        centroids = np.array([option.centroid for option in self.options])
-        if prompt.shape != centroids.shape[1:]:
-            raise ValueError(
-                f"the prompt's embedding has shape {list(prompt.shape)}, the centroids are "
-                f"{centroids.shape[1]} wide: this choice was made for another model"
-            )
-        cosine = centroids @ prompt / np.linalg.norm(centroids, axis=1)  # times the prompt's norm
-        return self.options[int(np.argmax(cosine))]
-
-    @cached_property
-    def digest(self) -> str:
-        """16 hex characters that identify the options."""
-        return canonical_digest([[o.name, o.plan.digest, list(o.centroid)] for o in self.options])
-
-    def __str__(self) -> str:
-        """A heading and one row per option, plain text."""
-        heading = f"Choice {self.digest[:8]}: {len(self.options)} plans, one by the first prompt"
-        return "\n".join([heading, *(f"{o.name}: {left_out(o.plan)}" for o in self.options)])
 
 
-@dataclass(frozen=True)
-class Stages(_Plans):
-    """A plan for each stage of a task that asks the model several times (recall, reason, answer).
-
-    stages: pairs of a name and a plan. A compiled model runs the stage that its
-        `adaskip.stage` names.
-
-    PlanError: no stages, a name used twice, plans of different models.
-    """
-
-    stages: tuple[tuple[str, SkipPlan], ...]
-    kind: ClassVar[str] = "plan per stage"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple((name, plan) for name, plan in self.stages))
-        _check_names(self.kind, [name for name, _ in self.stages])
-        _check_same_model(self.kind, self.plans)
-
-    @property
-    def plans(self) -> tuple[SkipPlan, ...]:
-        return tuple(plan for _, plan in self.stages)
-
-    def plan(self, name: str | None) -> SkipPlan:
-        """The plan of stage `name`; ValueError, naming the stages, where there is none."""
-        known = dict(self.stages)
-        if name not in known:
-            raise ValueError(
-                f"stage {name!r}: the plans are for {', '.join(known)}; set the compiled model's "
-                "adaskip.stage to one of them"
-            )
-        return known[name]
-
-    @cached_property
-    def digest(self) -> str:
-        """16 hex characters that identify the stages and their plans."""
-        return canonical_digest([[name, plan.digest] for name, plan in self.stages])
-
-    def __str__(self) -> str:
-        """A heading and one row per stage, plain text."""
-        heading = f"Stages {self.digest[:8]}: {len(self.stages)} plans, one for each stage"
-        return "\n".join([heading, *(f"{name}: {left_out(plan)}" for name, plan in self.stages)])
-
-
-Decision: TypeAlias = SkipPlan | Schedule | Choice | Stages
+Decision: TypeAlias = SkipPlan | Schedule | PlanChooser
 
 
 def plans_of(decision: Decision) -> tuple[SkipPlan, ...]:
-    """Every plan of a decision; the first is the one that comes first."""
+    """Return every plan of a decision; the first is the one that comes first."""
     return (decision,) if isinstance(decision, SkipPlan) else decision.plans
 
 
 def map_plans(decision: Decision, change: Callable[[SkipPlan], SkipPlan]) -> Decision:
-    """The same decision with every plan changed."""
-    match decision:
-        case SkipPlan():
-            return change(decision)
-        case Schedule():
-            return Schedule(tuple((step, change(plan)) for step, plan in decision.steps))
-        case Choice():
-            return Choice(tuple(replace(o, plan=change(o.plan)) for o in decision.options))
-        case Stages():
-            return Stages(tuple((name, change(plan)) for name, plan in decision.stages))
+    """Return the same decision with every plan changed."""
+    if isinstance(decision, SkipPlan):
+        return change(decision)
+    return decision.with_plans(tuple(map(change, decision.plans)))
 
 
 def left_out(plan: SkipPlan) -> str:
-    """In one line what decode leaves out, K/V-only sublayers counted in."""
+    """Return in one line what decode leaves out, K/V-only sublayers counted in."""
     gone = tuple(plan.decode)
     written = sum(action is Action.KV_ONLY for action in plan.decode.values())
     kept = f", {written} of them with their K/V written" if written else ""
@@ -244,15 +199,8 @@ def left_out(plan: SkipPlan) -> str:
 # Validation ------------------------------------------------------------------------------------
 
 
-def _check_names(kind: str, names: Sequence[str]) -> None:
-    if not names:
-        raise PlanError(f"a {kind} needs at least one plan, got none")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise PlanError(f"a {kind} names {twice[0]!r} twice; give every plan its own name")
-
-
-def _check_same_model(kind: str, plans: Iterable[SkipPlan]) -> None:
+def check_same_model(kind: str, plans: Iterable[SkipPlan]) -> None:
+    """PlanError for plans whose sublayers differ; `kind` is the word for what they belong to."""
     if len({plan.sublayers for plan in plans}) > 1:
         raise PlanError(f"the plans of a {kind} are for different models: their sublayers differ")
 

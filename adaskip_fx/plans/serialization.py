@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adaskip_fx.plans.decisions import Choice, Decision, Option, Schedule, Stages
+from adaskip_fx.plans.decisions import Decision, PlanChooser, Schedule
 from adaskip_fx.plans.skip_plan import PlanError, SkipPlan
 from adaskip_fx.utils.files import JSON, check_digest, read_document, write_atomically
 
@@ -26,12 +25,14 @@ def save_decision(decision: Decision, path: str | Path) -> None:
     A crash at any point leaves what was there, or the new decision, whole.
 
     Raises:
-        PlanError: `path` must be a folder and is a file, or holds something else.
+        PlanError: `path` must be a folder and is a file, or holds something else; or this kind of
+            decision cannot be saved.
     """
     folder = Path(path)
     if isinstance(decision, SkipPlan):
         decision.save(folder)
         return
+    beside = zip(decision.to_entries(), decision.plans, strict=True)
     _check_target(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = {plan.digest: f"plan-{plan.digest}.json" for plan in decision.plans}
@@ -41,7 +42,7 @@ def save_decision(decision: Decision, path: str | Path) -> None:
         "schema": SCHEMA,
         "digest": decision.digest,
         "kind": decision.kind,
-        "entries": _entries(decision),
+        "entries": [{**more, "plan": plan.digest} for more, plan in beside],
     }
     write_atomically(folder / DOCUMENT, json.dumps(document, indent=1).encode())
     named = {*names.values(), *(str(plan.to_json()["tensors"]) for plan in decision.plans)}
@@ -50,54 +51,48 @@ def save_decision(decision: Decision, path: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
+#: The kinds of folders that can be loaded.
+_KINDS: dict[str, type[Schedule | PlanChooser]] = {Schedule.kind: Schedule}
+#: What knows other kinds, for messages.
+_ELSEWHERE = {
+    "choice": "import adaskip_fx.contrib.routing first",
+    "plan per stage": "load the plan of each stage, plan-*.json in the folder, by itself",
+}
+
+
+def register_kind(kind: type[PlanChooser]) -> None:
+    """Have `load_decision` read folders of another kind.
+
+    Args:
+        kind: A class with a `kind` of its own that can be made from entries.
+    """
+    _KINDS[kind.kind] = kind
+
+
 def load_decision(path: str | Path) -> Decision:
-    """Read a plan's file, or the folder of a schedule, a choice or a plan per stage.
+    """Read a plan's file, or the folder of a decision of several plans.
 
     Raises:
-        PlanError: says which file, what is wrong with it and what to do.
+        PlanError: It says which file, what is wrong with it and what to do.
     """
     path = Path(path)
     return _load(path) if path.is_dir() else SkipPlan.load(path)
 
 
-def _load(folder: Path) -> Schedule | Choice | Stages:
+def _load(folder: Path) -> Decision:
     path = folder / DOCUMENT
     data = read_document(path, SCHEMA, _KEYS, PlanError, _REDO)
     if data["kind"] not in _KINDS:
-        raise PlanError(f"{path}: unknown kind {data['kind']!r}; {_REDO}")
+        todo = _ELSEWHERE.get(data["kind"], _REDO)
+        raise PlanError(f"{path}: unknown kind {data['kind']!r}; {todo}")
     try:
-        decision = _KINDS[data["kind"]](
+        decision = _KINDS[data["kind"]].from_entries(
             [(_plan(folder, entry), entry) for entry in data["entries"]]
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise PlanError(f"{path}: not a valid {data['kind']} ({error!r}); {_REDO}") from error
     check_digest(path, data["digest"], decision.digest, PlanError, _REDO)
     return decision
-
-
-_Read = list[tuple[SkipPlan, dict[str, Any]]]
-#: By kind, how one is made of what was read.
-_KINDS: dict[str, Callable[[_Read], Schedule | Choice | Stages]] = {
-    Schedule.kind: lambda read: Schedule(tuple((e["first_step"], plan) for plan, e in read)),
-    Choice.kind: lambda read: Choice(
-        tuple(Option(e["name"], plan, e["centroid"]) for plan, e in read)
-    ),
-    Stages.kind: lambda read: Stages(tuple((e["name"], plan) for plan, e in read)),
-}
-
-
-def _entries(decision: Schedule | Choice | Stages) -> list[JSON]:
-    beside: list[dict[str, JSON]]
-    match decision:
-        case Schedule():
-            beside = [{"first_step": step} for step, _ in decision.steps]
-        case Choice():
-            beside = [{"name": o.name, "centroid": list(o.centroid)} for o in decision.options]
-        case Stages():
-            beside = [{"name": name} for name, _ in decision.stages]
-    return [
-        {**more, "plan": plan.digest} for more, plan in zip(beside, decision.plans, strict=True)
-    ]
 
 
 def _plan(folder: Path, entry: dict[str, Any]) -> SkipPlan:

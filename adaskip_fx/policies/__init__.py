@@ -1,8 +1,7 @@
 """One file per system: from what calibration measured and a target speed to a decision.
 
-A decision is a plan, a schedule of decode plans, a choice among plans by the prompt, or a plan per
-stage. What a policy needs besides a profile (who judges candidate plans, where kinds of prompts
-lie) are fields of it.
+A decision is a plan, a schedule of decode plans, or a choice among plans by the prompt. What a
+policy needs besides a profile (such as who judges candidate plans) are fields of it.
 """
 
 from __future__ import annotations
@@ -21,11 +20,9 @@ from adaskip_fx.policies.evolve import Evolve
 from adaskip_fx.policies.fitted import Fitted
 from adaskip_fx.policies.greedy import Greedy
 from adaskip_fx.policies.latency_budget import LatencyBudget
-from adaskip_fx.policies.lite_stage import LiteStage, Stage
 from adaskip_fx.policies.llm_drop import LLMDrop
 from adaskip_fx.policies.pop import POP
 from adaskip_fx.policies.reverse_order import ReverseOrder
-from adaskip_fx.policies.router import Route, Router
 from adaskip_fx.policies.short_gpt import ShortGPT
 from adaskip_fx.policies.skip_decode import SkipDecode
 from adaskip_fx.policies.unified_skip import UnifiedSkip
@@ -50,16 +47,12 @@ __all__ = [
     "Greedy",
     "LLMDrop",
     "LatencyBudget",
-    "LiteStage",
     "OnlinePolicy",
     "PlanPolicy",
     "Policy",
     "ReverseOrder",
-    "Route",
-    "Router",
     "ShortGPT",
     "SkipDecode",
-    "Stage",
     "UnifiedSkip",
 ]
 

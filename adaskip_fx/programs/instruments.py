@@ -1,22 +1,94 @@
-"""Measure whole decoder layers beside their sublayers."""
+"""What a program can do besides: record the residual stream, measure whole layers, be trained.
+
+A request carries its instrument (`Runtime.new_cache`), and every program that runs for it has it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
-from adaskip_passes import ProbeLayers
+from adaskip_passes import Pass, ProbeLayers, Tap
 
-from .program import Program
+if TYPE_CHECKING:
+    from .program import Program
 
 
-class LayerProgram(Program):
-    """A program of the full model that measures every layer, after the sublayers it is to probe."""
+class Instrument:
+    """Further passes over a program's graph, and a look at its outputs.
 
-    first_passes = (ProbeLayers(),)
+    The base class adds nothing. One instrument may serve many programs.
+    """
 
-    def run(self, *arguments: Any) -> tuple[Any, ...]:
-        """Logits, and the moments [probed + layers, B, 5]."""
-        logits, layers, moments = super().run(*arguments)
-        return logits, torch.cat((moments, layers))
+    #: The passes that run before those of the plan.
+    passes: Sequence[Pass] = ()
+    #: Whether neighbouring surrogates become one.
+    composes: bool = True
+
+    @property
+    def key(self) -> Hashable:
+        """What identifies its programs: instruments of equal keys share them."""
+        return (type(self),)
+
+    def link(self, program: Program, outer: fx.GraphModule) -> Callable[..., Any]:
+        """Return a function of the placeholders of a rewritten outer graph."""
+        return program.link(outer)
+
+    def run(
+        self,
+        program: Program,
+        arguments: Mapping[str, Any],
+        weights: tuple[Any, ...],
+        valid: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run a program; arguments and result are those of `Program.__call__`."""
+        outputs = program.run(arguments, weights, valid)
+        return outputs[0], outputs[1] if program.probed else None
+
+
+class ResidualRecorder(Instrument):
+    """Keeps the residual stream of the last step.
+
+    Attributes:
+        streams: Tensors [B, T, H]: before the first sublayer and after each one; empty before a
+            step.
+    """
+
+    passes = (Tap(),)
+    composes = False  # the stream after every sublayer is looked at
+
+    def __init__(self) -> None:
+        self.streams: tuple[torch.Tensor, ...] = ()
+
+    def run(
+        self,
+        program: Program,
+        arguments: Mapping[str, Any],
+        weights: tuple[Any, ...],
+        valid: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run a program and keep what it records."""
+        outputs = program.run(arguments, weights, valid)
+        end = 2 + len(program.captured.sublayers)
+        self.streams = outputs[1:end]
+        return outputs[0], outputs[end] if program.probed else None
+
+
+class LayerProbe(Instrument):
+    """Measures whole decoder layers besides the sublayers that the full model's program probes."""
+
+    passes = (ProbeLayers(),)
+
+    def run(
+        self,
+        program: Program,
+        arguments: Mapping[str, Any],
+        weights: tuple[Any, ...],
+        valid: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run a program; return its logits and the statistics [probed + layers, B, 5]."""
+        logits, layers, statistics = program.run(arguments, weights, valid)
+        return logits, torch.cat((statistics, layers))

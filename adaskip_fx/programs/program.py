@@ -7,11 +7,8 @@ were compiled with the capture are called in the new order.
 from __future__ import annotations
 
 import operator
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,6 +31,7 @@ from adaskip_passes import (
 from ..capture.phase_graph import CapturedPhase
 from ..plans.composition import ComposedSurrogate, SurrogateTensors, compose_surrogates
 from ..plans.skip_plan import Action, Phase, SkipPlan, Sublayer
+from .instruments import Instrument
 
 Link = Literal["pieces", "fused"]
 
@@ -111,53 +109,71 @@ class Program:
     """A linked graph with its inputs bound by name.
 
     Attributes:
-        phase: the capture it was linked from.
-        probed: the sublayers whose moments it returns, in stream order.
-        runs: the sublayers that it calls, read from the graph that was linked.
-        surrogates: the tensors that stand in for others, by the names of the graph's inputs.
-        seconds: how long linking took.
+        captured: The capture it was linked from.
+        probed: The sublayers whose similarity statistics it returns, in stream order.
+        runs: The sublayers that it calls, read from the graph that was linked.
+        surrogates: The tensors of surrogates, by the names of the graph's inputs.
+        surrogate_names: For each of them its sublayer and its name there, in the same order.
+        seconds: How long linking took.
     """
-
-    first_passes: Sequence[Pass] = ()  #: what else is done to the outer graph
-    composed: bool = True  #: whether neighbouring surrogates become one
 
     def __init__(
         self,
-        phase: CapturedPhase,
+        captured: CapturedPhase,
         plan: SkipPlan,
         probed: tuple[Sublayer, ...],
         how: Link,
         placed: SurrogateTensors,
+        instrument: Instrument | None = None,
     ) -> None:
+        """Link `captured` for a plan.
+
+        Args:
+            captured: A capture of the model.
+            plan: It decides what is skipped.
+            probed: The sublayers to measure.
+            how: Whether pieces are called, or the whole graph is compiled.
+            placed: The tensors of surrogates on the device, shared among programs.
+            instrument: What the program is to do besides.
+        """
         start = time.perf_counter()
-        self.phase = phase
-        self.probed = tuple(s for s in phase.sublayers if s in set(probed))
-        part = plan_phase(phase.key.phase)
-        surrogates = compose_surrogates(plan, part, self.composed)
+        instrument = instrument or Instrument()
+        self.captured, self._how = captured, how
+        self.probed = tuple(s for s in captured.sublayers if s in set(probed))
+        phase = plan_phase(captured.key.phase)
+        surrogates = compose_surrogates(plan, phase, instrument.composes)
         outer = rewrite(
-            phase.outer,
-            phase.sublayers,
+            captured.outer,
+            captured.sublayers,
             plan,
-            part,
+            phase,
             self.probed,
-            probe_together=phase.key.static_cache,
-            first=self.first_passes,
+            probe_together=captured.key.static_cache,
+            first=instrument.passes,
             surrogates=surrogates,
         )
-        self.runs = frozenset(phase.sublayers[i] for i in sublayer_calls(outer.graph))
-        inputs = outer.graph.find_nodes(op="placeholder")
-        self.surrogates = surrogate_tensors(outer, phase.sublayers, surrogates, placed)
-        added = {name: len(phase.place) + i for i, name in enumerate([*self.surrogates, VALID])}
-        place = {**phase.place, **added}
+        self.runs = frozenset(captured.sublayers[i] for i in sublayer_calls(outer.graph))
+        self.surrogates = surrogate_tensors(outer, captured.sublayers, surrogates, placed)
+        inputs = surrogate_inputs(outer.graph)
+        self.surrogate_names = tuple(
+            (captured.sublayers[inputs[n][0]], inputs[n][1]) for n in self.surrogates
+        )
         self._tensors = tuple(self.surrogates.values())
-        self._take = operator.itemgetter(*(place[n.name] for n in inputs))
-        self._function = self._link(outer, how)
+        self._take = self._in_order(outer.graph)
+        self._function = instrument.link(self, outer)
         self.seconds = time.perf_counter() - start
 
-    def _link(self, outer: fx.GraphModule, how: Link) -> Callable[..., Any]:
-        """A function of the outer graph's placeholders."""
-        compiler = self.phase.compiler
-        return link(outer, compiler) if how == "pieces" else compiler.compile(fuse(outer))
+    def _in_order(self, graph: fx.Graph) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+        """Return what picks a graph's inputs from `(*weights, *step, *surrogates, valid)`."""
+        captured = self.captured.place
+        added = {name: len(captured) + i for i, name in enumerate([*self.surrogates, VALID])}
+        index = {**captured, **added}
+        return operator.itemgetter(*(index[n.name] for n in graph.find_nodes(op="placeholder")))
+
+    def link(self, outer: fx.GraphModule) -> Callable[..., Any]:
+        """Return a compiled function of the placeholders of a rewritten outer graph."""
+        compiler = self.captured.compiler
+        return link(outer, compiler) if self._how == "pieces" else compiler.compile(fuse(outer))
 
     @property
     def functions(self) -> frozenset[Callable[..., Any]]:
@@ -170,75 +186,32 @@ class Program:
     def __call__(
         self,
         arguments: Mapping[str, Any],
-        fixed: tuple[Any, ...],
+        weights: tuple[Any, ...],
         valid: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits [B, kept, V], and the moments [probed, B, 5] if anything is probed.
+        """Return logits [B, kept, V], and the statistics [probed, B, 5] if anything is probed.
 
         Args:
-            arguments: of the captured function, by name.
-            fixed: what ``phase.fixed`` gave at the beginning of the request.
-            valid: which new tokens count for the moments, bool [B, T].
+            arguments: Those of the captured function, by name.
+            weights: What ``captured.fixed`` gave at the beginning of the request.
+            valid: Which new tokens count for the statistics, bool [B, T].
         """
-        outputs = self.run(arguments, fixed, valid)
+        outputs = self.run(arguments, weights, valid)
         return outputs[0], outputs[1] if self.probed else None
 
     def run(
-        self, arguments: Mapping[str, Any], fixed: tuple[Any, ...], valid: torch.Tensor | None
+        self,
+        arguments: Mapping[str, Any],
+        weights: tuple[Any, ...],
+        valid: torch.Tensor | None,
+        surrogates: tuple[torch.Tensor, ...] | None = None,
     ) -> tuple[Any, ...]:
-        """All that the graph returns; arguments as of a call."""
-        values = (*fixed, *self.phase.step(arguments), *self._tensors, valid)
+        """Return all that the graph returns; other arguments are those of a call.
+
+        Args:
+            surrogates: Other tensors in the place of `self.surrogates`, in the same order.
+        """
+        tensors = self._tensors if surrogates is None else surrogates
+        values = (*weights, *self.captured.step(arguments), *tensors, valid)
         outputs: tuple[Any, ...] = self._function(*self._take(values))
         return outputs
-
-
-@dataclass
-class Counters:
-    """What a compiled model has done so far.
-
-    captures: graphs traced with Dynamo. links: programs linked for a plan, and how long that took
-    in all, in seconds, pieces that were compiled meanwhile included. dropped: programs forgotten
-    because there were more than ``max_variants``.
-    """
-
-    captures: int = 0
-    links: int = 0
-    link_seconds: float = 0.0
-    dropped: int = 0
-
-
-class VariantCache:
-    """Programs by key, of which the least recently used are dropped."""
-
-    def __init__(self, limit: int, counters: Counters) -> None:
-        if not isinstance(limit, int) or limit < 1:
-            raise ValueError(f"max_variants must be at least 1, got {limit!r}")
-        self.limit = limit
-        self.counters = counters
-        self._programs: OrderedDict[Hashable, Program] = OrderedDict()
-        self._lock = threading.Lock()  # of the order, for moments
-
-    def __len__(self) -> int:
-        return len(self._programs)
-
-    def find(self, key: Hashable) -> Program | None:
-        """The program for `key`, if it is there."""
-        with self._lock:
-            program = self._programs.get(key)
-            if program is not None:
-                self._programs.move_to_end(key)
-            return program
-
-    def get(self, key: Hashable, make: Callable[[], Program]) -> Program:
-        """The program for `key`, made if it is not there: by one caller at a time."""
-        program = self.find(key)
-        if program is None:
-            program = make()
-            self.counters.links += 1
-            self.counters.link_seconds += program.seconds
-            with self._lock:
-                self._programs[key] = program
-                while len(self._programs) > self.limit:
-                    self._programs.popitem(last=False)
-                    self.counters.dropped += 1
-        return program

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import fx
 
 from adaskip_passes import (
     ShapeGuards,
     UnsupportedError,
     one_at_a_time,
-    piece_of,
     start_workers,
-    sublayer_calls,
 )
 
 from ..capture import phase_graph
@@ -27,14 +26,22 @@ from ..kv_cache.views import StaticCacheView
 from ..plans.composition import SurrogateTensors
 from ..plans.skip_plan import Action, SkipPlan
 from ..plans.sublayer import Sublayer
-from .program import Counters, Link, Program, VariantCache, plan_phase
+from .instruments import Instrument
+from .program import Link, Program, plan_phase
+from .structure import ModelStructure, piece_keys
+from .variants import Counters, VariantCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 # As many lengths may break a key's guards before it is an error: code that counts the chunks of a
 # prompt (Mamba 2's) is another graph for other counts.
 _GRAPHS_PER_KEY = 24
+
+#: A plan, the sublayers to measure, and what the program is to do besides.
+_Wanted: TypeAlias = tuple[SkipPlan, tuple[Sublayer, ...], Instrument]
 
 
 class Graphs:
@@ -44,8 +51,6 @@ class Graphs:
         counters: captures, links and dropped programs so far.
         max_length: positions of the model; None if it has no limit.
     """
-
-    program_type: type[Program] = Program
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class Graphs:
         self._placed = SurrogateTensors()
         self._programs = VariantCache(max_variants, self.counters)
         self._first: CapturedPhase | None = None
+        self._structure: ModelStructure | None = None
         self._guards: WeakKeyDictionary[CapturedPhase, tuple[int, ShapeGuards]] = (
             WeakKeyDictionary()
         )
@@ -77,10 +83,10 @@ class Graphs:
         return forward
 
     @property
-    def first(self) -> CapturedPhase:
-        """What was captured first; sublayers are the same in all others."""
-        assert self._first is not None
-        return self._first
+    def structure(self) -> ModelStructure:
+        """What the first capture says of the model."""
+        assert self._structure is not None, "a prefill graph is captured first"
+        return self._structure
 
     @property
     def pieces_compiled(self) -> int:
@@ -98,46 +104,14 @@ class Graphs:
         return sorted({c.capture.why_traced for c in self._all()} - {""})
 
     @property
-    def modules(self) -> dict[str, tuple[str, ...]]:
-        """For each sublayer the modules whose outputs are its branch, in stream order."""
-        first = self.first
-        return {str(s): paths for s, paths in zip(first.sublayers, first.modules, strict=True)}
-
-    @property
     def sublayers(self) -> tuple[Sublayer, ...]:
-        """All of the model's, in stream order."""
-        return self.first.sublayers
-
-    @property
-    def width(self) -> int:
-        """Of the residual stream."""
-        first = sublayer_calls(self.first.outer.graph)[0].args[0]
-        assert isinstance(first, fx.Node)
-        return int(first.meta["example_value"].shape[-1])
-
-    @property
-    def unskippable(self) -> frozenset[Sublayer]:
-        """The sublayers that hand more than the residual stream to later ones."""
-        first = self.first
-        pieces = (piece_of(call) for _, call in sorted(sublayer_calls(first.outer.graph).items()))
-        pairs = zip(first.sublayers, pieces, strict=True)
-        return frozenset(s for s, piece in pairs if piece is not None and piece.outputs > 1)
-
-    @property
-    def memory(self) -> dict[Sublayer, frozenset[Memory]]:
-        """For each sublayer what it uses of the cache."""
-        first = self.first
-        return dict(zip(first.sublayers, first.memory, strict=True))
+        """All sublayers of the model, in stream order."""
+        return self.structure.sublayers
 
     @property
     def keys(self) -> dict[Sublayer, tuple[str, ...]]:
         """For each sublayer the key of its piece in each capture: equal ones run the same code."""
-        pieces = [
-            [piece_of(call) for _, call in sorted(sublayer_calls(c.outer.graph).items())]
-            for c in self._all()
-        ]
-        keys = (tuple(p.key for p in group if p is not None) for group in zip(*pieces, strict=True))
-        return dict(zip(self.first.sublayers, keys, strict=True))
+        return piece_keys(self._all())
 
     @property
     def slots(self) -> tuple[LayerCacheSpec, ...]:
@@ -147,7 +121,7 @@ class Graphs:
     def stored(self, plan: SkipPlan) -> list[LayerCacheSpec]:
         """What a request of this plan stores of each layer: nothing for what prompts skip."""
         used = set[Memory]()
-        for sublayer, memory in self.memory.items():
+        for sublayer, memory in self.structure.memory.items():
             if plan.action("prefill", sublayer) is not Action.SKIP:
                 used |= memory
         return [
@@ -190,69 +164,54 @@ class Graphs:
         probed: tuple[Sublayer, ...],
         arguments: dict[str, Any],
         since: Since,
+        instrument: Instrument | None = None,
     ) -> Program:
-        """The program for a key and plan whose graph is right for these lengths.
+        """Return the program for a key and plan whose graph is right for these lengths.
 
         The first graph of a key is captured with fixed example lengths. Where its guards exclude
         lengths that come up (a compiler may specialise), another is captured with those.
 
         Args:
-            key, plan, probed: what is to run.
-            arguments: of the captured function.
-            since: the state that the request began with.
+            key: What is captured.
+            plan: It decides what is skipped.
+            probed: The sublayers to measure.
+            arguments: Those of the captured function.
+            since: The state that the request began with.
+            instrument: What the program is to do besides.
 
         Raises:
             UnsupportedError: there is no such graph yet and the model is in another state now.
         """
+        wanted = plan, probed, instrument or Instrument()
         for captured in since.state.captures.get(key, ()):
-            program = self._known(captured, plan, probed)
+            program = self._programs.find(_program_key(captured, *wanted))
             if program is not None and self._guards_of(captured).hold(arguments):
                 return program
         with one_at_a_time:
-            return self._made(key, plan, probed, arguments, since)
+            return self._made(key, wanted, arguments, since)
 
     def _made(
-        self,
-        key: GraphKey,
-        plan: SkipPlan,
-        probed: tuple[Sublayer, ...],
-        arguments: dict[str, Any],
-        since: Since,
+        self, key: GraphKey, wanted: _Wanted, arguments: dict[str, Any], since: Since
     ) -> Program:
-        """As `program`; meanwhile nothing else is captured or compiled."""
+        """Do what `program` does; meanwhile nothing else is captured or compiled."""
         group = since.state.captures.get(key, ())
         for captured in tuple(group) or [self._captured(key, since)]:
-            program = self._linked(captured, plan, probed)
+            program = self._linked(captured, wanted)
             if self._guards_of(captured).hold(arguments):
                 return program
         captured = self._captured(key, since, _lengths(arguments))
-        program = self._linked(captured, plan, probed)
+        program = self._linked(captured, wanted)
         if not self._guards_of(captured).hold(arguments):
             broken = "; ".join(self._guards_of(captured).broken(arguments))
             raise UnsupportedError(f"no {key.phase} graph holds for these lengths: {broken}")
         return program
 
-    def _known(
-        self, captured: CapturedPhase, plan: SkipPlan, probed: tuple[Sublayer, ...]
-    ) -> Program | None:
-        return self._programs.find(self._key(captured, plan, probed))
-
-    def _linked(
-        self, captured: CapturedPhase, plan: SkipPlan, probed: tuple[Sublayer, ...]
-    ) -> Program:
-        key = self._key(captured, plan, probed)
-        return self._programs.get(key, lambda: self._program(captured, plan, probed))
-
-    def _key(
-        self, captured: CapturedPhase, plan: SkipPlan, probed: tuple[Sublayer, ...]
-    ) -> Hashable:
-        digest = plan.phase_digest(plan_phase(captured.key.phase))
-        return self.program_type, captured, digest, probed
-
-    def _program(
-        self, captured: CapturedPhase, plan: SkipPlan, probed: tuple[Sublayer, ...]
-    ) -> Program:
-        return self.program_type(captured, plan, probed, self.link, self._placed)
+    def _linked(self, captured: CapturedPhase, wanted: _Wanted) -> Program:
+        plan, probed, instrument = wanted
+        return self._programs.get(
+            _program_key(captured, *wanted),
+            lambda: Program(captured, plan, probed, self.link, self._placed, instrument),
+        )
 
     def _guards_of(self, captured: CapturedPhase) -> ShapeGuards:
         """Guards as of what is compiled now; made again when more has been compiled since."""
@@ -287,6 +246,7 @@ class Graphs:
                 f"{len(group)} {key.phase} graphs were captured and none holds for these lengths; "
                 "the model's code branches on them"
             )
+        start = time.perf_counter()
         captured = phase_graph.capture_phase(
             self.model,
             self.forward,
@@ -302,9 +262,24 @@ class Graphs:
                 f"was compiled and has {len(captured.sublayers)} now, or others; compile it again"
             )
         self._check(captured, state)
-        self._first = self._first or captured
+        logger.info(
+            "captured %s of %s in %.2f s: %d sublayers",
+            key.phase,
+            type(self.model).__name__,
+            time.perf_counter() - start,
+            len(captured.sublayers),
+        )
+        if self._first is None:
+            self._first, self._structure = captured, ModelStructure(captured)
         state.add(captured)
         return captured
+
+
+def _program_key(
+    captured: CapturedPhase, plan: SkipPlan, probed: tuple[Sublayer, ...], instrument: Instrument
+) -> Hashable:
+    digest = plan.phase_digest(plan_phase(captured.key.phase))
+    return instrument.key, captured, digest, probed
 
 
 def _lengths(arguments: dict[str, Any]) -> tuple[int, int]:

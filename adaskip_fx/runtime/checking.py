@@ -144,7 +144,7 @@ class Checker:
         mask, positions = inputs.normal(beside.length)
         given = step_inputs(forward, inputs.input_ids, positions, mask, 0)
         with self._eager(state) as model:
-            oracle = Oracle(model, self._graphs.modules, skips, skips)
+            oracle = Oracle(model, self._graphs.structure.modules, skips, skips)
             with oracle.watching():
                 oracle.begin(decoding=phase == "decode")
                 named = {cache_argument(forward): beside.cache}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..plans.decisions import Choice, Schedule, Stages, left_out
+from ..plans.decisions import left_out, plans_of
 from ..plans.skip_plan import Action, Phase, SkipPlan
 from ..plans.tables import by_kind, storage
 from ..policies import DescribedPolicy
@@ -27,7 +27,7 @@ def runtime_report(runtime: Runtime) -> str:
     rows = [
         ("model", f"{type(model).__name__}, {dtype} on {model.device}"),
         *_decision_rows(runtime),
-        *_plan_rows("prefill", runtime.plan, "prefill"),
+        *_plan_rows("prefill", _first(runtime), "prefill"),
         *_policy_rows(runtime),
         ("online", _online(runtime)),
         *_request_rows(runtime),
@@ -40,20 +40,17 @@ def runtime_report(runtime: Runtime) -> str:
     return _aligned(rows)
 
 
+def _first(runtime: Runtime) -> SkipPlan:
+    """The plan that requests begin with; of a choice, its first one."""
+    return plans_of(runtime.plan)[0]
+
+
 def _decision_rows(runtime: Runtime) -> list[tuple[str, str]]:
-    given = runtime.decision
-    match given:
-        case SkipPlan():
-            return []
-        case Schedule():
-            rows = [(f"from {step}", left_out(plan)) for step, plan in given.steps]
-        case Choice():
-            rows = [(option.name, left_out(option.plan)) for option in given.options]
-        case Stages():
-            rows = [(name, left_out(plan)) for name, plan in given.stages]
-    stage = f", stage {runtime.stage} is next" if isinstance(given, Stages) else ""
-    heading = f"{given.digest[:8]}, {len(rows)} plans{stage}"
-    return [(given.kind, heading), *((f"{_INDENT}{name}", text) for name, text in rows)]
+    decision = runtime.plan
+    if isinstance(decision, SkipPlan):
+        return []
+    rows = [(f"{_INDENT}{name}", left_out(plan)) for name, plan in decision.rows()]
+    return [(decision.kind, f"{decision.digest[:8]}, {len(rows)} plans"), *rows]
 
 
 def _plan_rows(title: str, plan: SkipPlan, phase: Phase) -> list[tuple[str, str]]:
@@ -71,19 +68,21 @@ def _plan_rows(title: str, plan: SkipPlan, phase: Phase) -> list[tuple[str, str]
 def _policy_rows(runtime: Runtime) -> list[tuple[str, str]]:
     policy = runtime.policy
     return (
-        [("policy", policy.describe(runtime.plan))] if isinstance(policy, DescribedPolicy) else []
+        [("policy", policy.describe(_first(runtime)))]
+        if isinstance(policy, DescribedPolicy)
+        else []
     )
 
 
 def _online(runtime: Runtime) -> str:
     policy = runtime.policy
-    if not isinstance(runtime.decision, SkipPlan):
-        return f"off: a {runtime.decision.kind} decides how decoding changes"
+    if not isinstance(runtime.plan, SkipPlan):
+        return f"off: a {runtime.plan.kind} decides how decoding changes"
     if policy is None:
         return "off: the plan was given, and there is no policy to change it"
     if not policy.online:
         return "off by the policy"
-    if not runtime.plan.skipped("prefill"):
+    if not _first(runtime).skipped("prefill"):
         return "off: prefill skips nothing, so there is nothing to compare with"
     return f"the first {policy.window} decoded tokens of a request are measured"
 

@@ -1,56 +1,22 @@
-"""The decode window: measure FFN sublayers over a request's first tokens, then decide.
-
-Readings stay on the device and are added up there; the host reads them once, when the window
-closes.
-"""
+"""A request: what a compiled model remembers of it between its steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from ..plans.decisions import Choice, Schedule, plans_of
-from ..plans.skip_plan import Action, SkipPlan, Sublayer
+from ..plans.decisions import Decision, PlanChooser, Schedule, plans_of
+from ..plans.skip_plan import Action, PlanError, SkipPlan
+from .window import DecodePlans, Window
 
 if TYPE_CHECKING:
     from ..capture.phase_graph import CapturedPhase
     from ..capture.states import Since
+    from ..plans.sublayer import Sublayer
+    from ..programs.instruments import Instrument
     from .static_step import DecodeBinding
-
-
-@dataclass
-class Window:
-    """Readings of one request's decode window.
-
-    Attributes:
-        probed: the FFN sublayers that run and are measured.
-        size: tokens to measure (the paper's P).
-        steps: tokens measured so far.
-        moments: sums [probed, batch, 5], float64, on the model's device.
-    """
-
-    probed: tuple[Sublayer, ...]
-    size: int
-    steps: int = 0
-    moments: torch.Tensor | None = None
-
-    @property
-    def closed(self) -> bool:
-        return self.steps >= self.size
-
-    def add(self, reading: torch.Tensor) -> None:
-        """Count one step's moments [probed, batch, 5]."""
-        wide = reading.to(torch.float64)
-        self.moments = wide if self.moments is None else self.moments + wide
-        self.steps += 1
-
-    def read(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Sums over the rows of the batch [probed, 5]; waits for the device."""
-        assert self.moments is not None
-        return self.moments.sum(1).cpu().numpy()
 
 
 @dataclass
@@ -58,103 +24,134 @@ class Request:
     """What a compiled model remembers of one request, kept in the request's cache.
 
     Attributes:
-        decision: what it was begun with.
-        stop_tokens: ids after which a row has ended, on the device; None when not known.
-        chosen: the plan that a `Choice` gave it; None before its first prompt.
-        learns: whether a window opens when it begins to decode, if the policy learns.
-        plan: the plan that the request's prompts run with, and its decoding at first.
-        decode_plan: the plan in use for decoding: of the schedule's last step, or the online one
-            once the window has closed.
-        window: the decode window of the current turn; None before its first decoded token and
-            where nothing is learned online.
-        decoding: whether the current turn has begun to decode.
-        decoding_from: tokens that were stored then.
-        finished: rows [batch] that have ended; they count for nothing in the window.
-        lane: what the decode steps of the turn repeat.
-        since: the state of the model that the request began with; None before its first prompt.
-        fixed: inputs that stay the same during the request (weights), by captured graph.
+        decision: What it began with.
+        stop_tokens: Ids after which a row has ended, on the device; None when they are not known.
+        chosen: The plan that a `PlanChooser` gave it; None before its first prompt.
+        learns: Whether a window opens when it begins to decode, if the policy learns.
+        instrument: What its programs do besides; None for nothing.
+        plan: The plan that its prompts run with, and its decoding at first.
+        decode: The plans of the current turn's decode steps.
+        decoding: Whether the current turn has begun to decode.
+        decoding_from: How many tokens were stored then.
+        finished: Rows, bool [B], that have ended; they count for nothing in the window.
+        binding: What the decode steps of the turn repeat.
+        since: The state of the model that the request began with; None before its first prompt.
+        weights: The inputs that stay the same during the request, by captured graph.
     """
 
-    decision: SkipPlan | Schedule | Choice
+    decision: Decision
     stop_tokens: torch.Tensor | None = None
     chosen: SkipPlan | None = None
     learns: bool = True
+    instrument: Instrument | None = field(default=None, repr=False)
     plan: SkipPlan = field(init=False)
-    decode_plan: SkipPlan = field(init=False)
-    window: Window | None = field(init=False, default=None)
+    decode: DecodePlans = field(init=False)
     decoding: bool = field(init=False, default=False)
     decoding_from: int = field(init=False, default=0)
     finished: torch.Tensor | None = field(init=False, default=None)
-    lane: DecodeBinding | None = field(init=False, default=None, repr=False)
+    binding: DecodeBinding | None = field(init=False, default=None, repr=False)
     since: Since | None = field(init=False, default=None, repr=False)
-    fixed: dict[CapturedPhase, tuple[Any, ...]] = field(
+    weights: dict[CapturedPhase, tuple[Any, ...]] = field(
         init=False, default_factory=dict, repr=False
     )
 
     def __post_init__(self) -> None:
-        self.plan = self.decode_plan = self.chosen or plans_of(self.decision)[0]
+        self.plan = self.chosen or plans_of(self.decision)[0]
+        schedule = self.decision if isinstance(self.decision, Schedule) else None
+        self.decode = DecodePlans(schedule or self.plan)
 
     @property
     def undecided(self) -> bool:
         """Whether the first prompt is still to choose the plan."""
-        return isinstance(self.decision, Choice) and self.chosen is None
+        return isinstance(self.decision, PlanChooser) and self.chosen is None
 
-    def fresh(self) -> Request:
-        """The state at the beginning of another turn: nothing learned yet."""
+    @property
+    def decode_plan(self) -> SkipPlan:
+        """The plan of the last decode step: of a schedule, or the learned one after the window."""
+        return self.decode.plan
+
+    @property
+    def window(self) -> Window | None:
+        """The decode window of the current turn; None before it and where nothing is learned."""
+        return self.decode.window
+
+    def new_turn(self) -> Request:
+        """Return the state at the beginning of another turn: nothing learned yet."""
         turn = replace(self)
         turn.since = self.since
         return turn
 
-    def anew(self, chosen: SkipPlan | None = None) -> Request:
-        """The state at the beginning of another request; `chosen`: its plan, if one was chosen."""
-        return Request(self.decision, self.stop_tokens, chosen, self.learns)
+    def new_request(self, chosen: SkipPlan | None = None) -> Request:
+        """Return the state at the beginning of another request.
+
+        Args:
+            chosen: Its plan, if one was chosen.
+        """
+        return replace(self, chosen=chosen)
 
     def decode_with(self, plan: SkipPlan) -> None:
-        """Have decode steps run with `plan` from now on, and learn nothing from them.
+        """Have decode steps of this turn run with `plan` from now on, and learn nothing from them.
 
-        For whoever times, warms up or compares plans on one request that is no schedule's. What
-        `plan` runs must have been stored: it skips whatever the request's own plan does, or more.
+        This is for whoever times, warms up or compares plans on one request.
+
+        Args:
+            plan: It runs nothing whose K/V or state the request's own plan does not store.
+
+        Raises:
+            PlanError: It does.
         """
-        self.learns, self.window, self.decode_plan = False, None, plan
+        self._check_stored(plan)
+        self.learns, self.decode = False, DecodePlans(plan)
+
+    def _check_stored(self, plan: SkipPlan) -> None:
+        def needs(sublayer: Sublayer) -> bool:
+            stored = self.plan.action("prefill", sublayer) is not Action.SKIP
+            skipped = plan.action("decode", sublayer) is Action.SKIP
+            return sublayer.kind != "ffn" and not stored and not skipped
+
+        missing = [str(s) for s in plan.sublayers if needs(s)]
+        if missing:
+            raise PlanError(
+                f"this request stores nothing for {', '.join(missing)}, which its prompts skip, so "
+                "no decode step can run it; decode with a plan that skips it too"
+            )
 
     def copy(self) -> Request:
-        """The same state for a second request with the same past."""
-        twin = self.fresh()
-        for name in ("decode_plan", "decoding", "decoding_from", "finished"):
-            setattr(twin, name, getattr(self, name))
-        twin.window = replace(self.window) if self.window is not None else None
+        """Return the same state for a second request with the same past."""
+        twin = self.new_turn()
+        twin.decode, twin.finished = self.decode.copy(), self.finished
+        twin.decoding, twin.decoding_from = self.decoding, self.decoding_from
+        return twin
+
+    def of_rows(self, rows: torch.Tensor) -> Request:
+        """Return the state for other rows: what was measured of each, and which have ended.
+
+        Args:
+            rows: int64 [B'], the old row of each new one.
+        """
+        twin = self.copy()
+        if twin.finished is not None:
+            twin.finished = twin.finished.index_select(0, rows.to(twin.finished.device))
+        if twin.window is not None:
+            twin.decode.window = twin.window.of_rows(rows)
         return twin
 
     def plan_at(self, length: int) -> SkipPlan:
-        """The plan for a decode step with `length` tokens stored.
+        """Return the plan for a decode step with `length` tokens stored.
 
-        Of a schedule by how many tokens the turn has decoded, which is seen from the cache's
-        length: so a token that is taken back takes its step back.
+        How many tokens the turn has decoded is seen from the cache's length: so a token that is
+        taken back takes its step back.
         """
-        if isinstance(self.decision, Schedule):
-            self.decode_plan = self.decision.at(length - self.decoding_from)
-        return self.decode_plan
-
-    def probed(self) -> tuple[Sublayer, ...]:
-        """What the next decode step measures."""
-        if self.window is None or self.window.closed:
-            return ()
-        return self.window.probed
+        return self.decode.at(length - self.decoding_from)
 
     def valid_rows(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        """Which rows of a decode step [batch, 1] have not ended, the step's tokens included.
+        """Return which rows of a decode step, bool [B, 1], have not ended; None if no row can end.
 
-        None when no row can end. A few small operations: the device waits for them in every step.
+        The step's tokens int64 [B, 1] are counted in. These are a few small operations: the device
+        waits for them in every step.
         """
         if self.stop_tokens is None:
             return None
         ended = (input_ids == self.stop_tokens).any(1)
         self.finished = ended if self.finished is None else self.finished | ended
         return ~self.finished.unsqueeze(1)
-
-
-def probed_in_decode(plan: SkipPlan) -> tuple[Sublayer, ...]:
-    """The FFN sublayers that a plan still runs while decoding."""
-    return tuple(
-        s for s in plan.sublayers if s.kind == "ffn" and plan.action("decode", s) is Action.RUN
-    )

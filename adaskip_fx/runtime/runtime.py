@@ -18,18 +18,19 @@ from ..capture.states import Since
 from ..kv_cache import saved
 from ..kv_cache.cache import SkipCache
 from ..kv_cache.names import cache_argument, generate_argument
-from ..plans.decisions import Choice, Decision, Stages, plans_of
+from ..plans.decisions import Decision, PlanChooser
 from ..plans.skip_plan import SkipPlan
-from ..programs.instruments import LayerProgram
-from ..programs.program import Counters, Link, Program, plan_phase
+from ..programs.instruments import Instrument, LayerProbe
+from ..programs.program import Link, Program, plan_phase
 from ..programs.program_cache import Graphs
+from ..programs.variants import Counters
 from .checking import Checker, checks
 from .inputs import Inputs
-from .prompts import mean_embedding
-from .request import Request, Window, probed_in_decode
+from .request import Request
 from .step import Runner
 from .validate import validate_decision
 from .warmup import warm_up
+from .window import Learner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,15 +43,14 @@ class Runtime:
     """What a compiled model does behind its ``forward``; also its ``.adaskip`` attribute.
 
     Attributes:
-        decision: what requests begin with: a plan, a schedule, a choice or a plan per stage.
-        stage: which of a plan per stage requests begin with: the first, until another is set.
-        profile: what calibration measured; None when an explicit plan needs none.
+        plan: What requests begin with: a plan, a schedule, or a choice by the first prompt.
+        profile: What calibration measured; None when an explicit plan needs none.
         policy: decides the online plan; None when nothing is learned while decoding.
         cache_argument: what the model's forward calls its cache.
         generate_argument: what ``generate`` calls it among what it keeps for forward.
         graphs: what has been captured, compiled and linked.
         runner: runs a step with the plan that is in force.
-        storages: K/V buffers between requests.
+        buffer_pool: K/V buffers between requests.
         checker: what ``ADASKIP_CHECK=1`` has found.
         ahead: ``generate`` begins a step before it knows that the request goes on, so that a GPU
             need not wait for the host; the default on one.
@@ -83,10 +83,9 @@ class Runtime:
         self._live: weakref.WeakSet[SkipCache] = weakref.WeakSet()
         self.graphs.capture_prefill(self.device)
         self.sublayers = self.graphs.sublayers
-        self.decision: Decision = plan if plan is not None else SkipPlan.empty(self.sublayers)
-        self.stage = plan.stages[0][0] if isinstance(plan, Stages) else None
-        validate_decision(self.decision, self.graphs, type(model).__name__)
-        self._admitted: Decision = self.decision  # the last one that was
+        self.plan: Decision = plan if plan is not None else SkipPlan.empty(self.sublayers)
+        validate_decision(self.plan, self.graphs, type(model).__name__)
+        self._valid: Decision = self.plan  # the last one that was validated
 
     # What a user asks of it ------------------------------------------------------------------
 
@@ -95,15 +94,15 @@ class Runtime:
         """Where the parameters are now."""
         return self.runner.device
 
-    @property
-    def plan(self) -> SkipPlan:
-        """The plan that requests begin with; of a choice, its first option's."""
-        given = self.decision
-        return given.plan(self.stage) if isinstance(given, Stages) else plans_of(given)[0]
+    def set_plan(self, plan: Decision) -> None:
+        """Have requests begin with `plan` from now on; running ones keep theirs.
 
-    @plan.setter
-    def plan(self, plan: SkipPlan) -> None:
-        self.decision = plan
+        Raises:
+            PlanError: The plan is for another model.
+            UnsupportedError: The plan skips what cannot be skipped.
+        """
+        validate_decision(plan, self.graphs, type(self.model).__name__)
+        self.plan = self._valid = plan
 
     @property
     def static_cache(self) -> bool:
@@ -164,8 +163,8 @@ class Runtime:
             batch_size: rows of the requests to come.
         """
         self.check_length(max_length)
-        given = self.decision
-        for begin in given.plans if isinstance(given, Choice | Stages) else (given,):
+        begins = self.plan.plans if isinstance(self.plan, PlanChooser) else (self.plan,)
+        for begin in begins:
             warm_up(self, begin, max_length, batch_size)
 
     def __str__(self) -> str:
@@ -189,21 +188,26 @@ class Runtime:
         stop_tokens: torch.Tensor | None = None,
         plan: Decision | None = None,
         learn: bool = True,
+        instrument: Instrument | None = None,
     ) -> SkipCache:
-        """An empty cache for a new request.
+        """Return an empty cache for a new request.
 
         Args:
-            capacity: tokens to make room for at once; it grows when that is not enough.
-            stop_tokens: ids after which a row has ended.
-            plan: what the request begins with, if not `self.decision`.
-            learn: whether decoding may learn a plan of its own, as the policy says.
+            capacity: How many tokens to make room for at once; it grows when that is not enough.
+            stop_tokens: Ids after which a row has ended.
+            plan: What the request begins with, if not `self.plan`.
+            learn: Whether decoding may learn a plan of its own, as the policy says.
+            instrument: What the request's programs do besides.
+
+        Raises:
+            PlanError: The plan is for another model.
+            UnsupportedError: The plan skips what cannot be skipped.
         """
-        given = plan if plan is not None else self.decision
-        if given is not self._admitted:
-            validate_decision(given, self.graphs, type(self.model).__name__)
-            self._admitted = given
-        begin = given.plan(self.stage) if isinstance(given, Stages) else given
-        request = Request(begin, stop_tokens, learns=learn)
+        begin = plan if plan is not None else self.plan
+        if begin is not self._valid:
+            validate_decision(begin, self.graphs, type(self.model).__name__)
+            self._valid = begin
+        request = Request(begin, stop_tokens, learns=learn, instrument=instrument)
         slots, kept = self.graphs.slots, self.graphs.stored(request.plan)
         cache = SkipCache(self, slots, kept, self.model.dtype, self.device, capacity)
         cache.request = request
@@ -215,7 +219,7 @@ class Runtime:
 
         Args:
             path: the file.
-            plan: what it was saved under, if not `self.decision`.
+            plan: what it was saved under, if not `self.plan`.
 
         Raises:
             SavedCacheError: it is damaged, newer, or of another model or plan.
@@ -256,28 +260,27 @@ class Runtime:
         inputs = Inputs(input_ids, attention_mask, position_ids)
         if request.undecided:
             request = self._choose(cache, inputs)
-        plan, moments = request.plan, None
+        plan, statistics = request.plan, None
         if phase == "decode":
-            plan, probed = request.plan_at(cache.length), request.probed()
-            logits, moments = self.runner.run(phase, request, plan, probed, inputs, cache, 1)
+            plan, probed = request.plan_at(cache.length), request.decode.probed
+            logits, statistics = self.runner.run(phase, request, plan, probed, inputs, cache, 1)
         else:
             logits = self.runner.run_prompt(phase, request, inputs, cache, logits_to_keep)
         cache.request = request  # only now: a step that was refused has changed nothing
         if checks():
             state = request.since.state if request.since is not None else self.graphs.states.current
             self.checker.compare(plan, plan_phase(phase), inputs, cache, state, logits)
-        if moments is not None:
-            self._learn(request, moments)
+        if statistics is not None:
+            request.decode.learn(statistics)
         return logits
 
     def _choose(self, cache: SkipCache, inputs: Inputs) -> Request:
-        """The request with the plan for its first prompt; the cache stores what that plan runs."""
+        """Return the request with the plan for its first prompt; its cache stores what it needs."""
         request: Request = cache.request
-        assert isinstance(request.decision, Choice)
-        embedding = mean_embedding(self.model, inputs.input_ids, inputs.attention_mask)
-        chosen = request.decision.nearest(embedding.cpu().numpy()).plan
+        assert isinstance(request.decision, PlanChooser)
+        chosen = request.decision.choose(self.model, inputs.input_ids, inputs.attention_mask)
         cache.keep(self.graphs.stored(chosen))
-        begun = request.anew(chosen)
+        begun = request.new_request(chosen)
         begun.since = request.since
         return begun
 
@@ -288,7 +291,7 @@ class Runtime:
         can the state of a mixer. A schedule is no reason: its step is seen from the cache's length.
         """
         request: Request = cache.request
-        learning = request.window is not None and not request.window.closed
+        learning = request.decode.learning
         return self.ahead and request.decoding and not learning and not cache.stateful
 
     def measure(
@@ -298,27 +301,23 @@ class Runtime:
         *,
         layers: bool = False,
     ) -> torch.Tensor:
-        """Moments of every sublayer of the full model over a prompt, [sublayers, B, 5].
+        """Return the statistics of the full model's sublayers over a prompt, [sublayers, B, 5].
 
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, T], 0 at padding, which counts for nothing.
             layers: whether those of whole layers follow, [sublayers + layers, B, 5].
         """
-        if layers:
-            self.graphs.program_type, before = LayerProgram, self.graphs.program_type
-            try:
-                return self.measure(input_ids, attention_mask)
-            finally:
-                self.graphs.program_type = before
         empty = SkipPlan.empty(self.sublayers)
-        cache = self.new_cache(capacity=input_ids.shape[1], plan=empty)
+        instrument = LayerProbe() if layers else None
+        cache = self.new_cache(input_ids.shape[1], plan=empty, instrument=instrument)
         phase = self._phase(input_ids, cache)
         self._begin(cache)
         inputs = Inputs(input_ids, attention_mask)
-        _, moments = self.runner.run(phase, cache.request, empty, self.sublayers, inputs, cache, 1)
-        assert moments is not None
-        return moments
+        request = cache.request
+        _, statistics = self.runner.run(phase, request, empty, self.sublayers, inputs, cache, 1)
+        assert statistics is not None
+        return statistics
 
     def check_length(self, total: int) -> None:
         """Refuse a prompt that is longer than the model's positions."""
@@ -342,8 +341,8 @@ class Runtime:
         """A request begins: in the state that the model is in now, which it keeps."""
         state, request = self.graphs.states.look(), cache.request
         request.since = Since.of(state)
-        request.fixed.clear()
-        request.lane = None
+        request.weights.clear()
+        request.binding = None
         if not cache.length:
             slots, kept = state.sample.slots, self.graphs.stored(request.plan)
             cache.renew(slots, kept, self.model.dtype, self.device)
@@ -352,30 +351,14 @@ class Runtime:
         """The request's state for this step; a prompt after decoded tokens begins a new turn."""
         request: Request = cache.request
         if phase != "decode":
-            if request.decoding:
-                return request.fresh()
-        elif not request.decoding:
+            return request.new_turn() if request.decoding else request
+        if not request.decoding:
             request.decoding, request.decoding_from = True, cache.length
-            # nothing is learned beside a schedule or choice
-            if request.learns and request.decision is request.plan:
-                request.window = self._new_window(request.plan)
+            if request.learns and not isinstance(request.decision, PlanChooser):
+                request.decode.learn_with(self._learner())
         return request
 
-    def _new_window(self, plan: SkipPlan) -> Window | None:
-        """None when nothing can be learned: no policy, or nothing skipped to compare with."""
-        if self.policy is None or not self.policy.online or not plan.skipped("prefill"):
+    def _learner(self) -> Learner | None:
+        if self.policy is None or self.profile is None:
             return None
-        unskippable = self.graphs.unskippable
-        probed = tuple(s for s in probed_in_decode(plan) if s not in unskippable)
-        return Window(probed, self.policy.window) if probed else None
-
-    def _learn(self, request: Request, moments: torch.Tensor) -> None:
-        window = request.window
-        assert window is not None
-        window.add(moments)
-        if window.closed:
-            assert self.policy is not None
-            assert self.profile is not None
-            request.decode_plan = self.policy.online_plan(
-                self.profile, request.plan, window.read(), window.probed
-            )
+        return Learner(self.policy, self.profile, self.graphs.structure.unskippable)

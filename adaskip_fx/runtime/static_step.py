@@ -1,4 +1,4 @@
-"""Decode steps on a static cache: one program after the other on one request's storage.
+"""Decode steps on a static cache: one program after the other on one request's buffers.
 
 Token, position and outputs are buffers that stay; the position is counted on the device. So a
 step needs nothing from the host but the token, and on CUDA it is recorded once as a graph and then
@@ -22,7 +22,8 @@ from ..capture.phase_graph import Surroundings
 from ..kv_cache.buffers import CacheBuffers, LayerCacheSpec
 from ..kv_cache.views import StaticCacheView
 from ..plans.skip_plan import SkipPlan, Sublayer
-from ..programs.program import Counters, Program
+from ..programs.program import Program
+from ..programs.variants import Counters
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class DecodeBinding:
     links: of the counters when it was looked up: linking another program may drop this one.
     """
 
-    storage: CacheBuffers
+    buffers: CacheBuffers
     plan: SkipPlan
     probed: tuple[Sublayer, ...]
     surroundings: Surroundings
@@ -42,7 +43,7 @@ class DecodeBinding:
 
     def serves(
         self,
-        storage: CacheBuffers,
+        buffers: CacheBuffers,
         plan: SkipPlan,
         probed: tuple[Sublayer, ...],
         surroundings: Surroundings,
@@ -50,7 +51,7 @@ class DecodeBinding:
     ) -> bool:
         """Whether the next step is like the last one."""
         return (
-            self.storage is storage
+            self.buffers is buffers
             and self.plan is plan
             and self.probed == probed
             and self.surroundings == surroundings
@@ -63,34 +64,34 @@ class _Recording:
     """A program's step as a graph, and the weights it was recorded with."""
 
     graph: torch.cuda.CUDAGraph
-    fixed: tuple[Any, ...]
+    weights: tuple[Any, ...]
     addresses: tuple[int, ...]
 
 
 class StaticDecodeStep:
-    """The decode steps of one storage.
+    """The decode steps of one buffers.
 
     Attributes:
-        cache: what a captured step sees of the storage.
+        cache: what a captured step sees of the buffers.
         tokens, positions: inputs of a step, int64 [B, 1].
         valid: which rows count for the probes, bool [B, 1].
     """
 
     def __init__(
         self,
-        storage: CacheBuffers,
+        buffers: CacheBuffers,
         slots: Sequence[LayerCacheSpec],
         dtype: torch.dtype,
         device: torch.device,
         recorder: Recorder | None,
     ) -> None:
-        batch = storage.batch
+        batch = buffers.batch
         with torch.inference_mode(False):
             self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
             self.positions = torch.zeros(batch, 1, dtype=torch.int64, device=device)
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
             self.valid = torch.ones(batch, 1, dtype=torch.bool, device=device)
-        self.cache = StaticCacheView.of(storage, slots, self.position, dtype)
+        self.cache = StaticCacheView.of(buffers, slots, self.position, dtype)
         self._recorder = recorder
         self._recordings: weakref.WeakKeyDictionary[Program, _Recording] = (
             weakref.WeakKeyDictionary()
@@ -101,39 +102,39 @@ class StaticDecodeStep:
         self._ran: set[Callable[..., Any]] = set()  # pieces, with the weights that are at
         self._ran_with: tuple[int, ...] = ()  # these addresses
         self._logits: torch.Tensor | None = None
-        self._moments: dict[int, torch.Tensor] = {}  # by how many sublayers are probed
+        self._statistics: dict[int, torch.Tensor] = {}  # by how many sublayers are probed
 
     def run(
         self,
         program: Program,
         arguments: dict[str, Any],
-        fixed: tuple[Any, ...],
+        weights: tuple[Any, ...],
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None,
         length: int,
         valid: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One step; returns logits [B, 1, V] and the moments [probed, B, 5] of what is probed.
+        """One step; returns logits [B, 1, V] and the statistics [probed, B, 5] of what is probed.
 
         Args:
             program: linked for a step on a static cache.
             arguments: of the captured function: this decoder's buffers.
-            fixed: the weights.
+            weights: the weights.
             input_ids: int64 [B, 1].
             position_ids: [B or 1, 1]; None for the token after the last.
             length: tokens stored before this one.
             valid: which rows count for the probes, bool [B, 1]; None: all.
         """
-        self._place(input_ids, position_ids, length, valid)
+        self._write(input_ids, position_ids, length, valid)
         self._position_at = self._positions_at = None  # until the step is through
-        self._run(program, arguments, fixed)
+        self._run(program, arguments, weights)
         self._position_at = length + 1
         self._positions_at = length + 1 if position_ids is None else None
         assert self._logits is not None
-        moments = self._moments[len(program.probed)].clone() if program.probed else None
-        return self._logits.clone(), moments
+        statistics = self._statistics[len(program.probed)].clone() if program.probed else None
+        return self._logits.clone(), statistics
 
-    def _place(
+    def _write(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None,
@@ -154,9 +155,9 @@ class StaticDecodeStep:
             self.valid.fill_(True)
             self._all_valid = True
 
-    def _run(self, program: Program, arguments: dict[str, Any], fixed: tuple[Any, ...]) -> None:
+    def _run(self, program: Program, arguments: dict[str, Any], weights: tuple[Any, ...]) -> None:
         def body() -> None:
-            self._keep(*program(arguments, fixed, self.valid))
+            self._keep(*program(arguments, weights, self.valid))
             self.position.add_(1)
             self.positions.add_(1)
 
@@ -164,10 +165,10 @@ class StaticDecodeStep:
             body()
             return
         recording = self._recordings.get(program)
-        if recording is not None and _same(recording, fixed):
+        if recording is not None and _same(recording, weights):
             self._recorder.replay(recording.graph)
             return
-        addresses = _addresses(fixed)
+        addresses = _addresses(weights)
         if addresses != self._ran_with:
             self._ran.clear()
             self._ran_with = addresses
@@ -176,23 +177,23 @@ class StaticDecodeStep:
             self._recorder.run(body)
             self._ran |= program.functions
         graph = self._recorder.record(body)
-        self._recordings[program] = _Recording(graph, fixed, addresses)
+        self._recordings[program] = _Recording(graph, weights, addresses)
         if ready:
             self._recorder.replay(graph)
 
     def _ready(self, program: Program) -> bool:
         """Whether a step has nothing left to set up: its pieces have run, its outputs have room."""
         room = self._logits is not None and (
-            not program.probed or len(program.probed) in self._moments
+            not program.probed or len(program.probed) in self._statistics
         )
         return room and program.functions <= self._ran
 
-    def _keep(self, logits: torch.Tensor, moments: torch.Tensor | None) -> None:
+    def _keep(self, logits: torch.Tensor, statistics: torch.Tensor | None) -> None:
         """Copy a step's outputs to the buffers that all programs share."""
         self._logits = _kept(self._logits, logits)
-        if moments is not None:
-            probed = moments.shape[0]
-            self._moments[probed] = _kept(self._moments.get(probed), moments)
+        if statistics is not None:
+            probed = statistics.shape[0]
+            self._statistics[probed] = _kept(self._statistics.get(probed), statistics)
 
 
 def _kept(buffer: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
@@ -202,15 +203,15 @@ def _kept(buffer: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
     return buffer.copy_(value)
 
 
-def _same(recording: _Recording, fixed: tuple[Any, ...]) -> bool:
+def _same(recording: _Recording, weights: tuple[Any, ...]) -> bool:
     """Whether a graph was recorded with these weights; they are looked up once a request."""
-    if recording.fixed is fixed:
+    if recording.weights is weights:
         return True
-    if recording.addresses != _addresses(fixed):
+    if recording.addresses != _addresses(weights):
         return False
-    recording.fixed = fixed
+    recording.weights = weights
     return True
 
 
-def _addresses(fixed: tuple[Any, ...]) -> tuple[int, ...]:
-    return tuple(v.data_ptr() if isinstance(v, torch.Tensor) else hash(v) for v in fixed)
+def _addresses(weights: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(v.data_ptr() if isinstance(v, torch.Tensor) else hash(v) for v in weights)

@@ -26,7 +26,7 @@ from .inputs import Inputs
 from .request import Request
 from .static_step import DecodeBinding, StaticDecodeStep
 
-#: What ran, its logits [B, kept, V], and the moments [probed, B, 5] if anything was probed.
+#: What ran, its logits [B, kept, V], and the statistics [probed, B, 5] if anything was probed.
 _Ran: TypeAlias = tuple[Program, torch.Tensor, torch.Tensor | None]
 
 
@@ -35,7 +35,7 @@ class Runner:
 
     Attributes:
         graphs: what has been captured, compiled and linked.
-        storages: K/V buffers between requests.
+        buffer_pool: K/V buffers between requests.
         static_cache: whether decode steps work on a static cache; see `Runtime`.
         why_no_static_cache: why the model could not be captured that way; None if it could.
         observer: is told of every step; see `Runtime`.
@@ -71,7 +71,7 @@ class Runner:
 
         Args:
             phase: which of the captured phases.
-            request: keeps what its steps have in common: weights, the lane, which rows have ended.
+            request: keeps what its steps have in common: weights, the binding, ended rows.
             plan: what is skipped.
             probed: sublayers to measure.
             inputs: the new tokens.
@@ -79,19 +79,20 @@ class Runner:
             logits_to_keep: 0 for the logits of all new tokens, else of the last n.
 
         Returns:
-            Logits [B, kept, V], and the moments [probed, B, 5] if anything is probed.
+            Logits [B, kept, V], and the statistics [probed, B, 5] if anything is probed.
         """
         ran, masked = None, inputs.attention_mask is not None
-        if self.static_cache and phase == "decode" and not masked:
+        plain = request.instrument is None and not masked
+        if self.static_cache and phase == "decode" and plain:
             ran = self._on_static_cache(request, plan, probed, inputs, cache)
         if ran is None:
             ran = self._on_views(phase, request, plan, probed, inputs, cache, logits_to_keep)
-        program, logits, moments = ran
+        program, logits, statistics = ran
         if self.observer is not None:
             self.observer(program, plan, inputs.input_ids.numel())
         cache.advance(inputs.input_ids.shape[1])
         cache.padded |= masked
-        return logits, moments
+        return logits, statistics
 
     def run_prompt(
         self,
@@ -152,10 +153,13 @@ class Runner:
         )
         views = cache.step(batch, tokens, phase == "prefill")
         arguments = phase_graph.bind_arguments(model, forward, views, given)
-        program = self.graphs.program(key, plan, probed, arguments, _since(request))
-        fixed = self._fixed(request, program, arguments, cache)
+        instrument = request.instrument
+        program = self.graphs.program(key, plan, probed, arguments, _since(request), instrument)
+        weights = self._weights(request, program, arguments, cache)
         valid = _valid(request, phase, inputs.input_ids, mask) if probed else None
-        return program, *program(arguments, fixed, valid)
+        if instrument is not None:
+            return program, *instrument.run(program, arguments, weights, valid)
+        return program, *program(arguments, weights, valid)
 
     def _on_static_cache(
         self,
@@ -171,60 +175,59 @@ class Runner:
             return None
         inputs.check_positions()
         ids, _, positions = inputs
-        storage = cache.reserve(ids.shape[0], 1)
-        decoder = self._decoder(storage)
-        lane = request.lane
-        here = surroundings, self.graphs.counters
-        if lane is None or not lane.serves(storage, plan, probed, *here):
+        buffers = cache.reserve(ids.shape[0], 1)
+        static = self._static_step(buffers)
+        binding, wanted = request.binding, (buffers, plan, probed, surroundings)
+        if binding is None or not binding.serves(*wanted, self.graphs.counters):
             try:
-                given = storage, decoder, plan, probed
-                lane = request.lane = self._lane(*given, request, surroundings)
+                binding = request.binding = self._bind(static, *wanted, request)
             except ChangedError:
                 raise
             except UnsupportedError as error:
                 self._give_up_static_cache(error)
                 return None
-        program, arguments = lane.program, lane.arguments
-        fixed = self._fixed(request, program, arguments, cache)
+        program, arguments = binding.program, binding.arguments
+        weights = self._weights(request, program, arguments, cache)
         valid = request.valid_rows(ids) if probed else None
-        outputs = decoder.run(program, arguments, fixed, ids, positions, cache.length, valid)
+        outputs = static.run(program, arguments, weights, ids, positions, cache.length, valid)
         return program, *outputs
 
-    def _fixed(
+    def _weights(
         self, request: Request, program: Program, arguments: dict[str, Any], cache: SkipCache
     ) -> tuple[Any, ...]:
         """The inputs that stay the same during a request, looked up at the graph's first step."""
-        fixed = request.fixed.get(program.phase)
-        if fixed is None:
+        captured = program.captured
+        weights = request.weights.get(captured)
+        if weights is None:
             if cache.length:  # at its beginning the model was looked at just now
                 self.graphs.states.require(_since(request))
-            fixed = request.fixed[program.phase] = program.phase.fixed(arguments)
-        return fixed
+            weights = request.weights[captured] = captured.fixed(arguments)
+        return weights
 
-    def _decoder(self, storage: CacheBuffers) -> StaticDecodeStep:
-        """The one that works on these buffers."""
-        if storage.decoder is None:
+    def _static_step(self, buffers: CacheBuffers) -> StaticDecodeStep:
+        """The steps that work on these buffers."""
+        if buffers.decoder is None:
             if self._recorder is None and self.device.type == "cuda":
                 self._recorder = Recorder(self.device)
             dtype = self.graphs.model.dtype
-            storage.decoder = StaticDecodeStep(
-                storage, self.graphs.slots, dtype, self.device, self._recorder
+            buffers.decoder = StaticDecodeStep(
+                buffers, self.graphs.slots, dtype, self.device, self._recorder
             )
-        return storage.decoder
+        return buffers.decoder
 
-    def _lane(
+    def _bind(
         self,
-        storage: CacheBuffers,
-        decoder: StaticDecodeStep,
+        static: StaticDecodeStep,
+        buffers: CacheBuffers,
         plan: SkipPlan,
         probed: tuple[Sublayer, ...],
-        request: Request,
         surroundings: Surroundings,
+        request: Request,
     ) -> DecodeBinding:
         graphs = self.graphs
         key = GraphKey(
             "decode",
-            storage.batch,
+            buffers.batch,
             one_token=True,
             one_stored=False,
             masked=False,
@@ -234,11 +237,11 @@ class Runner:
             surroundings=surroundings,
             static_cache=True,
         )
-        given = phase_graph.step_inputs(graphs.forward, decoder.tokens, decoder.positions, None, 1)
-        arguments = phase_graph.bind_arguments(graphs.model, graphs.forward, decoder.cache, given)
+        given = phase_graph.step_inputs(graphs.forward, static.tokens, static.positions, None, 1)
+        arguments = phase_graph.bind_arguments(graphs.model, graphs.forward, static.cache, given)
         program = graphs.program(key, plan, probed, arguments, _since(request))
         return DecodeBinding(
-            storage, plan, probed, surroundings, program, arguments, graphs.counters.links
+            buffers, plan, probed, surroundings, program, arguments, graphs.counters.links
         )
 
     def _give_up_static_cache(self, error: UnsupportedError) -> None:

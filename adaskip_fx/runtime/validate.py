@@ -29,8 +29,8 @@ def validate_decision(decision: Decision, graphs: Graphs, model: str) -> None:
             f"the plan is for {_summary(decision.sublayers)}, but {model} has "
             f"{_summary(graphs.sublayers)}"
         )
-    _check_widths(decision, graphs.width, model)
-    _check_skippable(decision, graphs.unskippable, model)
+    _check_widths(decision, graphs.structure.width, model)
+    _check_skippable(decision, graphs.structure.unskippable, model)
 
 
 def _check_widths(decision: Decision, width: int, model: str) -> None:

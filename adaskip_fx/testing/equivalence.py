@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from adaskip_fx.model.handle import runtime_of
+
 from ..api import build
 from ..plans.skip_plan import Action, Phase, SkipPlan
+from ..programs.instruments import ResidualRecorder
 from ..runtime.oracle import Oracle, Skips
-from ..runtime.recorder import record_residuals
 from ..runtime.runtime import Runtime
 
 #: Relative errors allowed by default. The compiled model groups operations differently, and picks
@@ -71,9 +73,9 @@ def assert_equivalent(
             "assert_equivalent runs a prompt as one step; check a plan with last_token_full=False"
         )
     pair = _pair(model, dtype, backend)
-    runtime: Runtime = pair.compiled.adaskip
+    runtime: Runtime = runtime_of(pair.compiled)
     runtime.plan = plan = plan if plan is not None else SkipPlan.empty(runtime.sublayers)
-    oracle = Oracle(pair.eager, modules or runtime.graphs.modules)
+    oracle = Oracle(pair.eager, modules or runtime.graphs.structure.modules)
     oracle.prefill, oracle.decode = _skips(plan, "prefill"), _skips(plan, "decode")
     given = dict(inputs) if inputs is not None else {"input_ids": _random_tokens(pair.eager)}
     allowed = tol if tol is not None else TOLERANCES[pair.eager.dtype]
@@ -125,7 +127,7 @@ class _Pair:
 
     def forward(self, model: Any, inputs: dict[str, torch.Tensor], cache: Any) -> torch.Tensor:
         """Logits [B, T, V] of one step of either."""
-        named = {self.compiled.adaskip.cache_argument: cache}
+        named = {runtime_of(self.compiled).cache_argument: cache}
         with torch.no_grad():
             logits: torch.Tensor = model(**inputs, use_cache=True, **named).logits
         return logits
@@ -187,21 +189,21 @@ def _eager_steps(
 
 def _first_difference(pair: _Pair, steps: list[_Step], allowed: float) -> str:
     """Run the steps again, watching the stream of the compiled model; what is seen, in words."""
-    runtime: Runtime = pair.compiled.adaskip
-    modules = runtime.graphs.modules
-    with record_residuals(runtime) as streams:
-        cache = runtime.new_cache()
-        for number, step in enumerate(steps):
-            logits = pair.forward(pair.compiled, step.inputs, cache)
-            begin, *afters = streams()
-            for name, before, after in zip(modules, (begin, *afters), afters, strict=False):
-                expected = [t.reshape(after.shape) for t in step.streams[name]]
-                place = f"{name} ({', '.join(modules[name])}), step {number} ({step.name})"
-                for got, want, side in zip((before, after), expected, _SIDES, strict=True):
-                    if not relative_error(got, want) <= allowed:
-                        return f"First difference: the stream {side} {place}: {_worst(got, want)}."
-            if not relative_error(logits, step.logits) <= allowed:
-                return "No sublayer's stream differs: the difference is made after the last one."
+    runtime: Runtime = runtime_of(pair.compiled)
+    modules = runtime.graphs.structure.modules
+    recorder = ResidualRecorder()
+    cache = runtime.new_cache(instrument=recorder)
+    for number, step in enumerate(steps):
+        logits = pair.forward(pair.compiled, step.inputs, cache)
+        begin, *afters = recorder.streams
+        for name, before, after in zip(modules, (begin, *afters), afters, strict=False):
+            expected = [t.reshape(after.shape) for t in step.streams[name]]
+            where = f"{name} ({', '.join(modules[name])}), step {number} ({step.name})"
+            for got, want, side in zip((before, after), expected, _SIDES, strict=True):
+                if not relative_error(got, want) <= allowed:
+                    return f"First difference: the stream {side} {where}: {_worst(got, want)}."
+        if not relative_error(logits, step.logits) <= allowed:
+            return "No sublayer's stream differs: the difference is made after the last one."
     return "Watched, sublayer by sublayer, the model gives the eager model's logits."
 
 

@@ -16,6 +16,7 @@ import transformers
 
 from adaskip_fx.api import build
 from adaskip_fx.calibration.calibrate import left_out
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.model.load import load, packaged_model
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.profiles.profile import Profile
@@ -136,7 +137,7 @@ class Subject:
 
     @property
     def runtime(self) -> Runtime:
-        runtime: Runtime = self.compiled.adaskip
+        runtime: Runtime = runtime_of(self.compiled)
         return runtime
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from adaskip_fx.plans.skip_plan import SkipPlan
-from adaskip_fx.runtime.recorder import record_residuals
+from adaskip_fx.programs.instruments import ResidualRecorder
 from adaskip_fx.runtime.runtime import Runtime
 
 
@@ -16,10 +16,10 @@ def prompt_streams(
 
     keep: logits to make, of the last tokens; 0 for all.
     """
-    with record_residuals(runtime) as streams:
-        cache = runtime.new_cache(capacity=ids.shape[1], plan=plan)
-        logits = runtime.step(ids, None, None, cache, keep)
-        return logits, list(streams())
+    recorder = ResidualRecorder()
+    cache = runtime.new_cache(ids.shape[1], plan=plan, instrument=recorder)
+    logits = runtime.step(ids, None, None, cache, keep)
+    return logits, list(recorder.streams)
 
 
 def cosines(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from adaskip_fx.api import build
 from adaskip_fx.fitting import Fitter, SurrogateSpec
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import AdaSkip
@@ -78,7 +79,7 @@ def eager_logits(model: Any, plan: SkipPlan, ids: torch.Tensor) -> torch.Tensor:
 def hooked_logits(subject: Subject, plan: SkipPlan, ids: torch.Tensor) -> torch.Tensor:
     """Logits [T, V] of a prompt, by hooks on the modules of the eager model."""
     instead = {str(s): one for s, one in plan.surrogates.by_sublayer.items() if s in plan.prefill}
-    oracle = Hooked(subject.model, subject.runtime.graphs.modules, prefill=instead)
+    oracle = Hooked(subject.model, subject.runtime.graphs.structure.modules, prefill=instead)
     with oracle.watching():
         logits: torch.Tensor = subject.model(input_ids=ids).logits[0]
     return logits
@@ -409,10 +410,10 @@ def test_what_the_window_says_is_what_the_policy_learns(subject: Subject) -> Non
     np.testing.assert_allclose(decoded.sums[5][:, 4], 5)
     other = build(subject.model, plan, profile=profile, policy=AdaSkip(window=5), backend="eager")
     cache, generator = other.adaskip.new_cache(), torch.Generator().manual_seed(0)
-    logits = other.adaskip.step(prompt, None, None, cache, 1)
+    logits = runtime_of(other).step(prompt, None, None, cache, 1)
     for _ in range(5):
         token = torch.multinomial(logits[0, -1:].softmax(-1), 1, generator=generator)
-        logits = other.adaskip.step(token, None, None, cache, 1)
+        logits = runtime_of(other).step(token, None, None, cache, 1)
     np.testing.assert_allclose(decoded.sums[5], cache.request.window.read(), rtol=1e-5)
     assert decoded.added(decoded.sums[5]) == set(cache.request.decode_plan.decode) - set(
         plan.decode

@@ -13,6 +13,7 @@ from adaskip_fx import api
 from adaskip_fx.api import build
 from adaskip_fx.capture import reference
 from adaskip_fx.capture.reference import run_reference
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes import UnsupportedError
 
@@ -92,7 +93,7 @@ def test_weights_may_change_before_the_next_capture() -> None:
 def test_a_model_that_has_moved_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample from another device proves nothing (there is but one here: it is made up)."""
     compiled = build(model_of(), None, backend="eager")
-    state = compiled.adaskip.graphs.states.current
+    state = runtime_of(compiled).graphs.states.current
     state.sample = of_other_logits(state.sample, lambda logits: logits.to("meta"))
     be_wrong(monkeypatch, 2e-3)
     with pytest.raises(UnsupportedError, match="captured for decode gives other logits"):

@@ -20,6 +20,7 @@ from torch import nn
 
 from adaskip_fx.api import build
 from adaskip_fx.capture import states
+from adaskip_fx.model.handle import runtime_of
 from adaskip_passes import UnsupportedError
 from tests.support.compiled_llamas import make_model
 from tests.support.eager_reference import assert_close
@@ -43,7 +44,7 @@ def logits(model: Any, ids: torch.Tensor = IDS, **more: Any) -> torch.Tensor:
 
 
 def captures(compiled: Any) -> int:
-    count: int = compiled.adaskip.counters.captures
+    count: int = runtime_of(compiled).counters.captures
     return count
 
 

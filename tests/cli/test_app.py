@@ -27,7 +27,7 @@ from adaskip_fx.cli.demo import measure
 from adaskip_fx.cli.demo.result import Answer, Contender
 from adaskip_fx.data import reference_text
 from adaskip_fx.model import load
-from adaskip_fx.plans.decisions import Stages
+from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.serialization import save_decision
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import AdaSkip
@@ -264,13 +264,13 @@ def test_inspect_a_profile(profile: Path) -> None:
 
 def test_inspect_a_decision(plan: Path, tmp_path: Path) -> None:
     loaded = adaskip_fx.SkipPlan.load(plan)
-    decision = Stages((("recall", loaded), ("answer", adaskip_fx.SkipPlan.empty(loaded.sublayers))))
-    save_decision(decision, tmp_path / "stages")
-    result = run("inspect", tmp_path / "stages")
+    decision = Schedule(((0, loaded),))
+    save_decision(decision, tmp_path / "schedule")
+    result = run("inspect", tmp_path / "schedule")
     assert result.exit_code == 0
     assert str(decision) in result.stdout
     for more in (["--alpha", 2], ["--graph"]):
-        assert "holds several plans" in refused(run("inspect", tmp_path / "stages", *more))
+        assert "holds several plans" in refused(run("inspect", tmp_path / "schedule", *more))
 
 
 def test_inspect_a_plan(plan: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from adaskip_fx.api import build, compile
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for
@@ -194,7 +195,7 @@ def test_a_branch_that_feeds_two_layers_cannot_be_skipped() -> None:
     with pytest.raises(UnsupportedError) as caught:
         compile(model, None, plan=plan, backend="eager")
     assert str(caught.value) == message
-    runtime = compiled_for(model).adaskip
+    runtime = runtime_of(compiled_for(model))
     runtime.plan = plan
     with pytest.raises(UnsupportedError) as caught:
         runtime.new_cache()

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaskip_fx.capture.states import Since
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.runtime.inputs import Inputs
@@ -59,8 +60,8 @@ def model_of(family: str) -> Any:
     return tiny_model(tiny_config(family))
 
 
-def runtime_of(family: str) -> Runtime:
-    runtime: Runtime = compiled_for(model_of(family)).adaskip
+def runtime_for(family: str) -> Runtime:
+    runtime: Runtime = runtime_of(compiled_for(model_of(family)))
     return runtime
 
 
@@ -105,7 +106,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANC
 def test_the_order_of_skipping_is_irrelevant(data: st.DataObject) -> None:
     """One pass a sublayer, in any order, is one pass for all: the same program, line by line."""
     family = data.draw(st.sampled_from(NAMES), "family")
-    runtime = runtime_of(family)
+    runtime = runtime_for(family)
     outer = runtime.graphs._all()[0].outer
     replaced = Replacement("nothing", "scale")
     last = len(runtime.sublayers) - 1  # so many, since one must run
@@ -150,7 +151,7 @@ NOT_REMOVABLE = {"zamba2", "jamba", "bamba", "nemotron_h", "gpt_neo", "kimi_line
 
 @pytest.mark.parametrize("family", [n for n in NAMES if n not in NOT_REMOVABLE])
 def test_a_skipped_layer_is_one_that_the_source_does_not_have(family: str) -> None:
-    model, runtime = model_of(family), runtime_of(family)
+    model, runtime = model_of(family), runtime_for(family)
     path = OTHERWISE.get(family, Branches()).layers
     layers = len(model.get_submodule(path))
     ids = tokens(family, 1, 10)
@@ -190,7 +191,7 @@ def test_a_skipped_sublayer_is_one_that_the_source_does_not_have(
     kind: str, layer: type[OwnLayer]
 ) -> None:
     model = own(OwnDecoder)
-    runtime: Runtime = compiled_for(model).adaskip
+    runtime: Runtime = runtime_of(compiled_for(model))
     shorter = copy.deepcopy(model)
     shorter.blocks[1].__class__ = layer
     (gone,) = (s for s in runtime.sublayers if str(s) == f"1.{kind}")
@@ -208,7 +209,7 @@ def test_a_skipped_sublayer_is_one_that_the_source_does_not_have(
 @families
 def test_probes_agree_up_to_the_first_skipped_sublayer(family: str) -> None:
     """And not behind it: it has changed the stream."""
-    runtime, ids = runtime_of(family), tokens(family, 2, 9)
+    runtime, ids = runtime_for(family), tokens(family, 2, 9)
     sublayers = runtime.sublayers
     full = runtime.measure(ids)
     first = len(sublayers) // 2
@@ -233,7 +234,7 @@ RESTARTING = {"mamba", "falcon_mamba", "jamba"}
 @given(st.data())
 def test_a_prompt_in_pieces_is_the_prompt(data: st.DataObject) -> None:
     family = data.draw(st.sampled_from([n for n in NAMES if n not in RESTARTING]), "family")
-    runtime, ids = runtime_of(family), tokens(family, 1, 14)
+    runtime, ids = runtime_for(family), tokens(family, 1, 14)
     plan = data.draw(st.sampled_from([SkipPlan.empty(runtime.sublayers), two(runtime)]), "plan")
     cuts = data.draw(st.sets(st.integers(2, 13)), "cuts")
     *_, whole = run(runtime, plan, ids, [14])
@@ -245,7 +246,7 @@ def test_a_prompt_in_pieces_is_the_prompt(data: st.DataObject) -> None:
 @torch.no_grad()
 def test_scans_that_begin_anew_do_so_in_the_source(family: str) -> None:
     """The companion: why these are left out above, and that ours is as theirs."""
-    model, runtime, ids = model_of(family), runtime_of(family), tokens(family, 1, 14)
+    model, runtime, ids = model_of(family), runtime_for(family), tokens(family, 1, 14)
     name = runtime.cache_argument
     cache = model(input_ids=ids[:, :9], use_cache=True)[name]
     pieces = model(input_ids=ids[:, 9:], use_cache=True, **{name: cache}).logits[:, -1]
@@ -259,7 +260,7 @@ def test_scans_that_begin_anew_do_so_in_the_source(family: str) -> None:
 
 @families
 def test_a_row_of_a_batch_is_the_row_alone(family: str) -> None:
-    runtime, ids = runtime_of(family), tokens(family, 3, 10)
+    runtime, ids = runtime_for(family), tokens(family, 3, 10)
     plan = two(runtime)
     together = run(runtime, plan, ids, [8, 9, 10])
     for row in range(3):
@@ -279,8 +280,8 @@ def test_another_dtype_is_captured_anew_and_right(family: str) -> None:
     model = tiny_model(tiny_config(family)).bfloat16()
     compiled = compiled_for(model)
     assert_equivalent(model, decode_steps=1)
-    before = compiled.adaskip.counters.captures
+    before = runtime_of(compiled).counters.captures
     model.float()
-    assert assert_equivalent(model, two(compiled.adaskip), decode_steps=1) < 1e-5
+    assert assert_equivalent(model, two(runtime_of(compiled)), decode_steps=1) < 1e-5
     assert compiled_for(model) is compiled
-    assert compiled.adaskip.counters.captures == before + 2
+    assert runtime_of(compiled).counters.captures == before + 2

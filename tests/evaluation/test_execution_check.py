@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from adaskip_fx.contrib.routing import Choice, Option, mean_embedding
 from adaskip_fx.evaluation.examples import Generate, Recall
 from adaskip_fx.evaluation.execution_check import (
     NotMeasuredError,
@@ -19,11 +20,10 @@ from adaskip_fx.evaluation.execution_check import (
     watched,
 )
 from adaskip_fx.evaluation.scoring import score
-from adaskip_fx.plans.decisions import Choice, Decision, Option, Schedule, Stages
+from adaskip_fx.plans.decisions import Decision, Schedule
 from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.programs import program
-from adaskip_fx.runtime.prompts import mean_embedding
 from tests.support.compiled_llamas import profile_of
 from tests.support.toy_models import SUBLAYERS, Compiled, compiled, encoded, tokenizer
 
@@ -132,15 +132,13 @@ def test_schedules_are_followed_step_by_step() -> None:
     assert found.plans == tuple(p.digest for p in schedule.plans)
 
 
-def test_choices_and_stages_are_followed() -> None:
+def test_choices_are_followed() -> None:
     plans = [SkipPlan.of(SUBLAYERS, [name]) for name in ("0.ffn", "1.attention")]
     width = compiled().model.config.hidden_size
     centroids = [(1.0,) * width, (-1.0,) * width]
     options = (Option(str(i), p, c) for i, (p, c) in enumerate(zip(plans, centroids, strict=True)))
     found = _under(Choice(tuple(options)), generate(2))
     assert found.prefill.fraction == found.decode.fraction == 0.25
-    found = _under(Stages((("read", plans[0]), ("say", plans[1]))), generate(2))
-    assert counts(found.prefill)["0.ffn"] == 0
 
 
 def test_the_last_token_of_a_prompt_may_run_as_in_decode() -> None:
@@ -153,12 +151,11 @@ def test_the_last_token_of_a_prompt_may_run_as_in_decode() -> None:
 
 def _under(decision: Decision, example: Generate) -> Ran:
     runtime = compiled().runtime
-    before, runtime.decision = runtime.decision, decision
-    runtime.stage = "read" if isinstance(decision, Stages) else None
+    before, runtime.plan = runtime.plan, decision
     try:
         return ran(compiled().fast, example)
     finally:
-        runtime.decision, runtime.stage = before, None
+        runtime.plan = before
 
 
 # Where it is not the plan ----------------------------------------------------------------------
@@ -227,8 +224,7 @@ def test_keys_and_values_alone_are_no_run() -> None:
 
 def _checked(decision: Decision, *examples: Generate | Recall) -> None:
     runtime = compiled().runtime
-    before, runtime.decision = runtime.decision, decision
-    runtime.stage = "read" if isinstance(decision, Stages) else None
+    before, runtime.plan = runtime.plan, decision
     try:
         with watched(compiled().fast) as watch:
             assert watch is not None
@@ -236,7 +232,7 @@ def _checked(decision: Decision, *examples: Generate | Recall) -> None:
                 score(compiled().fast, tokenizer(), example)
         watch.check_measured("a test")
     finally:
-        runtime.decision, runtime.stage = before, None
+        runtime.plan = before
 
 
 EMPTY = SkipPlan.empty(SUBLAYERS)
@@ -250,15 +246,13 @@ def test_decisions_that_never_came_to_bear_are_refused() -> None:
         (DECODING, RECALL, "1 prompts and 0 decode steps"),
         (DECODING, generate(1), "1 prompts and 0 decode steps"),  # the prompt says the first token
         (late, generate(4), "1 prompts and 3 decode steps"),
-        (Stages((("read", EMPTY), ("say", DECODING))), generate(3), "1 prompts and 2 decode steps"),
     ]
     for decision, example, steps in cases:
         with pytest.raises(NotMeasuredError) as caught:
             _checked(decision, example)
         assert f"a test ran {steps}, and nothing was left out in any" in str(caught.value)
         assert "the plan leaves out 0.ffn, 1.ffn in decode. What was" in str(caught.value)
-        if decision is not cases[-1][0]:  # the companion; the stage stays as it is
-            _checked(decision, generate(5))
+        _checked(decision, generate(5))  # the companion
 
 
 def test_what_a_choice_did_not_choose_is_not_asked_for() -> None:

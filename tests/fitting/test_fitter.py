@@ -210,12 +210,12 @@ def test_later_surrogates_see_compensated_streams(model: Any, fitter: Fitter) ->
     plan = fitter.fit(SkipPlan.of(runtime.sublayers, SKIPPED), SurrogateSpec(ridge=1e-3))
     before: dict[str, Any] = {}
     for name in SKIPPED:
-        expected = expected_map(model, runtime.graphs.modules, name, before)
+        expected = expected_map(model, runtime.graphs.structure.modules, name, before)
         surrogate = plan.surrogates.get(Sublayer.parse(name))
         assert surrogate is not None
         np.testing.assert_allclose(as_map(surrogate), expected, rtol=0.02, atol=2e-3)
         before[name] = surrogate
-    alone = expected_map(model, runtime.graphs.modules, "2.ffn", {})
+    alone = expected_map(model, runtime.graphs.structure.modules, "2.ffn", {})
     assert not np.allclose(as_map(before["2.ffn"]), alone, rtol=0.02, atol=2e-3)  # companion
 
 
@@ -233,7 +233,7 @@ def test_beside_gives_every_running_ffn_its_own(model: Any, fitter: Fitter) -> N
     extras = fitter.beside(plan, SurrogateSpec(ridge=1e-3))
     assert [str(s) for s in extras.by_sublayer] == ["0.ffn", "1.ffn", "2.ffn"]
     before = {"0.attention": plan.surrogates.get(Sublayer(0, "attention"))}
-    expected = expected_map(model, fitter.runtime.graphs.modules, "1.ffn", before)
+    expected = expected_map(model, fitter.runtime.graphs.structure.modules, "1.ffn", before)
     found = extras.surrogate(Sublayer(1, "ffn"))
     assert found is not None
     np.testing.assert_allclose(as_map(found), expected, rtol=0.02, atol=2e-3)
@@ -311,7 +311,9 @@ def test_descent_brings_predictions_nearer(model: Any, fitter: Fitter, rung: Sur
     assert (refined.prefill, refined.decode) == (plan.prefill, plan.decode)
     for each, loss in ((plan, seen.losses[0]), (refined, min(seen.losses.values()))):
         skips = {str(s): c for s, c in each.surrogates.by_sublayer.items()}
-        assert kl(model, runtime.graphs.modules, skips, TEXTS[0]) == pytest.approx(loss, rel=1e-3)
+        assert kl(model, runtime.graphs.structure.modules, skips, TEXTS[0]) == pytest.approx(
+            loss, rel=1e-3
+        )
     assert min(seen.losses.values()) < 0.95 * seen.losses[0]
     assert all(p.grad is None for p in model.parameters())
     assert_equivalent(model, refined)

@@ -21,6 +21,7 @@ from adaskip_fx.latency.table import LatencyTable
 from adaskip_fx.latency.terms import Costs, TableError, low_rank, rank_of
 from adaskip_fx.measurement.measure import measure, plans_to_time, sublayer_classes
 from adaskip_fx.measurement.rank_ladder import rank_ladder, ranks_to_time
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.composition import compose_surrogates
 from adaskip_fx.plans.skip_plan import Phase, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
@@ -327,9 +328,9 @@ def test_surrogates_that_are_timed_run() -> None:
     names = {*table_.at("prefill", 20)}
     assert names == {*table_.at("decode", 20)}
     assert names == {"rest", "attention", "ffn", "scale", "linear", *map(low_rank, (1, 2, 4, 8))}
-    runtime = compiled.adaskip
+    runtime = runtime_of(compiled)
     classes = sublayer_classes(runtime)
-    for surrogates in rank_ladder(runtime.sublayers, classes, runtime.graphs.width):
+    for surrogates in rank_ladder(runtime.sublayers, classes, runtime.graphs.structure.width):
         skip = list(surrogates.by_sublayer)
         plan = SkipPlan.of(runtime.sublayers, skip, surrogates=surrogates)
         assert_equivalent(model, plan)

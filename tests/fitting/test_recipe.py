@@ -18,6 +18,7 @@ from adaskip_fx.fitting import Recipe, SurrogateSpec
 from adaskip_fx.fitting.retrieval_prompts import retrieval_samples
 from adaskip_fx.fitting.seed_prompts import OPENINGS
 from adaskip_fx.fitting.synthetic_text import write_texts
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import AdaSkip, Fitted, OnlinePolicy
 from tests.support.compiled_llamas import make_model
@@ -135,7 +136,7 @@ def test_only_what_was_fitted_is_added(profile: Profile) -> None:
 
 @pytest.mark.slow
 def test_a_model_writes_what_it_would_sample(model: Any) -> None:
-    runtime = build(model, None, backend="eager").adaskip
+    runtime = runtime_of(build(model, None, backend="eager"))
     state = torch.random.get_rng_state()
     texts = write_texts(runtime, Letters(), 5, 24, batch=2, seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -152,7 +153,7 @@ def test_a_model_writes_what_it_would_sample(model: Any) -> None:
 
 
 def test_rows_of_one_batch_begin_in_their_own_ways(model: Any) -> None:
-    runtime = build(model, None, backend="eager").adaskip
+    runtime = runtime_of(build(model, None, backend="eager"))
     texts = [text_of(t) for t in write_texts(runtime, Letters(), 24, 40, batch=24, seed=1)]
     openings = [text_of(Letters()(o)["input_ids"])[:32] for some in OPENINGS.values() for o in some]
 

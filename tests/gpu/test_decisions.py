@@ -49,7 +49,7 @@ def test_generate_ahead_of_a_schedule() -> None:
     bank = on_gpu()
     full, _, least = plans(bank)
     schedule = Schedule(tuple((step, (full, least)[step % 2]) for step in range(20)))
-    bank.runtime.decision = schedule
+    bank.runtime.plan = schedule
     ids = bank.tokens(1, 6)
     options = {"max_new_tokens": 16, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     ahead = bank.compiled.generate(ids, **options)

@@ -62,7 +62,7 @@ def test_a_plan_changes_in_the_middle_of_a_request() -> None:
         for step in range(8):
             ids = bank.tokens(1, 5 if step == 0 else 1, step)
             if step == 4:
-                cache.request.decode_plan = after
+                cache.request.decode.plan = after
                 bank.oracle.behave({}, {"1.ffn": "skip"}, {"1.ffn": 0.5})
             logits = bank.compiled(ids, past_key_values=cache, logits_to_keep=1).logits
             expected = bank.oracle.step(ids, reference)[:, -1:]

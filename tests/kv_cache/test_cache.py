@@ -17,6 +17,7 @@ from transformers import Cache
 from adaskip_fx.api import build
 from adaskip_fx.kv_cache.buffers import CacheBuffers
 from adaskip_fx.kv_cache.cache import SkipCache
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_passes.capture import dynamo
 from tests.support.compiled_llamas import (
@@ -109,9 +110,9 @@ def first_request() -> list[SkipCache]:
     with torch.no_grad():
         cache = compiled(torch.ones(1, 5, dtype=torch.int64)).past_key_values
         compiled(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
-    assert compiled.adaskip.live_caches() == [cache]
+    assert runtime_of(compiled).live_caches() == [cache]
     del cache
-    left: list[SkipCache] = compiled.adaskip.live_caches()
+    left: list[SkipCache] = runtime_of(compiled).live_caches()
     return left
 
 

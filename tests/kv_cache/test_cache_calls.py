@@ -18,8 +18,9 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from adaskip_fx.kv_cache.buffers import BufferPool, LayerCacheSpec, State
 from adaskip_fx.kv_cache.cache import REFUSED, SkipCache
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
-from adaskip_fx.runtime.request import Window
+from adaskip_fx.runtime.window import Window
 from tests.support.compiled_llamas import SEEDS, Entry, entry, fewer, fixed
 from tests.support.eager_reference import assert_close
 from tests.support.hybrids import hybrid
@@ -192,7 +193,7 @@ def filled(kind: str) -> tuple[SkipCache, DynamicCache]:
     model, compiled = MODELS[kind]()
     prompt, token = torch.arange(1, 13).reshape(2, 6), torch.tensor([[4], [5]])
     caches = compiled.adaskip.new_cache(), DynamicCache(config=model.config)
-    name = compiled.adaskip.cache_argument
+    name = runtime_of(compiled).cache_argument
     with torch.no_grad():
         for one, cache in zip((compiled, model), caches, strict=True):
             for ids in (prompt, token):
@@ -333,7 +334,7 @@ def test_rows_of_states() -> None:
     for one, cache in ((compiled, mine), (model, theirs)):
         cache.reorder_cache(rows)
         with torch.no_grad():
-            name = compiled.adaskip.cache_argument
+            name = runtime_of(compiled).cache_argument
             logits.append(one(input_ids=torch.tensor([[3], [7]]), **{name: cache}).logits)
     assert_close(logits[0], logits[1], 2e-5)
 
@@ -413,14 +414,14 @@ def test_what_was_read_of_rows_follows_them() -> None:
         bank.compiled(bank.tokens(2, 5), past_key_values=cache)
         probed = tuple(s for s in bank.sublayers if s.kind == "ffn")
         cache.request.decoding = True
-        cache.request.window = Window(probed, size=100)
+        cache.request.decode.window = Window(probed, size=100)
         bank.compiled(torch.tensor([[3], [7]]), past_key_values=cache)
         twin = copy.deepcopy(cache)
-        before = cache.request.window.moments
+        before = cache.request.window.statistics
         cache.reorder_cache(torch.tensor([1, 1]))
     request = cache.request
     assert request.finished.tolist() == [True, True]
-    assert torch.equal(request.window.moments, before[:, [1, 1]])
+    assert torch.equal(request.window.statistics, before[:, [1, 1]])
     assert request.window.steps == 1
     assert twin.request.finished.tolist() == [False, True], "a copy keeps its own"
 

@@ -12,9 +12,10 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+from adaskip_fx.contrib.routing import Choice, Option
 from adaskip_fx.kv_cache import foreign
 from adaskip_fx.kv_cache.cache import SkipCache
-from adaskip_fx.plans.decisions import Choice, Option
+from adaskip_fx.model.handle import runtime_of
 from tests.support.compiled_llamas import Entry, entry
 from tests.support.eager_reference import assert_close
 from tests.support.hybrids import hybrid
@@ -165,7 +166,7 @@ def test_a_filled_one_that_is_not_taken_in_shows(
 def test_states_are_taken_in() -> None:
     model, compiled = hybrid()
     caches = [DynamicCache(config=model.config) for _ in range(2)]
-    name = compiled.adaskip.cache_argument
+    name = runtime_of(compiled).cache_argument
     for cache in caches:
         step(model, cache, torch.arange(1, 13).reshape(2, 6), name)
     token = torch.tensor([[4], [5]])
@@ -306,14 +307,14 @@ def test_a_filled_one_where_the_prompt_chooses(bank: Entry) -> None:
     axes = [tuple(float(i == k) for i in range(32)) for k in range(2)]
     pairs = zip("ab", [bank.plan(), bank.plan(["1.ffn"])], axes, strict=True)
     choice = Choice(tuple(Option(name, plan, axis) for name, plan, axis in pairs))
-    before = bank.runtime.decision
-    bank.runtime.decision = choice
+    before = bank.runtime.plan
+    bank.runtime.plan = choice
     try:
         words = "past_key_values is filled, but this compiled model chooses a plan by the first"
         with torch.no_grad(), pytest.raises(ValueError, match=words):
             bank.compiled(bank.tokens(1, 3), past_key_values=filled(bank))
     finally:
-        bank.runtime.decision = before
+        bank.runtime.plan = before
 
 
 def test_another_number_of_rows(bank: Entry) -> None:

@@ -13,10 +13,11 @@ import safetensors
 import safetensors.torch
 import torch
 
+from adaskip_fx.contrib.routing import Choice, Option
 from adaskip_fx.kv_cache import saved
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.kv_cache.saved import SavedCacheError, load_cache
-from adaskip_fx.plans.decisions import Choice, Option, Schedule
+from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.skip_plan import SkipPlan
 from tests.support.compiled_llamas import Entry, entry
 from tests.support.eager_reference import assert_close

@@ -16,6 +16,7 @@ from torch import nn
 from adaskip_fx import SkipPlan
 from adaskip_fx.api import build
 from adaskip_fx.kv_cache.names import cache_argument
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model
 from tests.machine import edits
 from tests.machine.edits import Edit, Values
@@ -206,7 +207,7 @@ class Side:
         self.reference = shared(model)
         self.edits: dict[str, Edit] = {}
         if structure.skips_in_decode:
-            runtime = self.compiled.adaskip
+            runtime = runtime_of(self.compiled)
             runtime.plan = SkipPlan.of(
                 runtime.sublayers, [], decode_extra=[structure.skips_in_decode]
             )

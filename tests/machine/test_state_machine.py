@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 from transformers.utils import ModelOutput
 
 from adaskip_fx import SkipPlan
+from adaskip_fx.model.handle import runtime_of
 from tests.machine import refusals
 from tests.machine.edits import Change, Edit, Values
 from tests.machine.faults import SEQUENCES, Sequence
@@ -320,7 +321,7 @@ def world() -> Iterator[World]:
 @contextmanager
 def _without_an_ffn(side: Side) -> Iterator[None]:
     """A compiled model that leaves out a sublayer, which its reference does not."""
-    runtime = side.compiled.adaskip
+    runtime = runtime_of(side.compiled)
     before, runtime.plan = runtime.plan, SkipPlan.of(runtime.sublayers, ["1.ffn"])
     try:
         yield
@@ -371,7 +372,7 @@ def test_a_refusal_of_what_is_not_unusual_is_a_difference(
         raise RuntimeError("a compiled model is for inference only")
 
     side = world.pair.sides[0]
-    monkeypatch.setattr(side.compiled.adaskip, "step", refuse)
+    monkeypatch.setattr(runtime_of(side.compiled), "step", refuse)
     with pytest.raises(DifferenceError, match="for inference only; nothing was changed"):
         world.begin(side, 5)
 

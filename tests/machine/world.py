@@ -24,6 +24,7 @@ from packaging.version import Version
 from transformers import DynamicCache, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
+from adaskip_fx.model.handle import runtime_of
 from tests.machine import structures
 from tests.machine.compare import TOLERANCE, Outcome, cache_of, difference
 from tests.machine.edits import Change, Edit, Values
@@ -340,7 +341,7 @@ class World:
             for side in self.pair.sides:
                 self._share_again(side)
                 # what both have done since a look is not told from tensors of the model's own
-                side.compiled.adaskip.graphs.states.look()
+                runtime_of(side.compiled).graphs.states.look()
             if not self.pair.values.hold():
                 raise AssertionError("a sequence was taken back, and tensors hold other values")
         except BaseException:

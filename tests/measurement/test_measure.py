@@ -24,6 +24,7 @@ from adaskip_fx.latency.terms import Costs, TableError, parts
 from adaskip_fx.measurement import measure as measurement
 from adaskip_fx.measurement.measure import measure, plans_to_time, solve, steady, sublayer_classes
 from adaskip_fx.measurement.timer import StepTimer
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.profiles.fingerprint import fingerprint
@@ -295,7 +296,7 @@ def test_the_clock_runs_what_it_says(shape: str, monkeypatch: pytest.MonkeyPatch
     """Tokens stored, plan and number of steps of each sample; no time is asserted."""
     if shape == "static cache":  # as on a GPU
         model = compiled_llamas.entry(SHAPE).model
-        runtime = build(model, None, backend="eager", static_cache=True).adaskip
+        runtime = runtime_of(build(model, None, backend="eager", static_cache=True))
     else:
         runtime = compiled_llamas.entry(SHAPE).runtime if shape == SHAPE else of_family(shape)
     plan = SkipPlan.of(runtime.sublayers, runtime.sublayers[1:3])

@@ -22,6 +22,7 @@ from transformers import (
 from adaskip_fx.api import build
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.model import generation
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.testing import plans
@@ -273,11 +274,11 @@ def phi3() -> tuple[Any, Any]:
 def lengths(compiled: Any) -> Iterator[list[tuple[int, SkipPlan]]]:
     """How many tokens each step of the compiled model has, and its plan."""
     steps: list[tuple[int, SkipPlan]] = []
-    compiled.adaskip.observer = lambda program, plan, tokens: steps.append((tokens, plan))
+    runtime_of(compiled).observer = lambda program, plan, tokens: steps.append((tokens, plan))
     try:
         yield steps
     finally:
-        compiled.adaskip.observer = None
+        runtime_of(compiled).observer = None
 
 
 PROMPT = torch.arange(5, 14).unsqueeze(0)
@@ -294,14 +295,14 @@ def test_a_cache_that_the_model_drops_is_followed(
     plan = SkipPlan.of(compiled.adaskip.sublayers, ["1.attention"])
     options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
     expected = model.generate(PROMPT, **options)
-    compiled.adaskip.ahead = way == "loop, ahead"
+    runtime_of(compiled).ahead = way == "loop, ahead"
     try:
         plain = compiled.generate(PROMPT, **options)
         first = compiled.adaskip.new_cache(plan=plan)
         with lengths(compiled) as steps:
             mine = compiled.generate(PROMPT, past_key_values=first, **options)
     finally:
-        compiled.adaskip.ahead = False
+        runtime_of(compiled).ahead = False
     assert torch.equal(plain.sequences, expected.sequences)
     length = plain.past_key_values.get_seq_length()
     assert length == expected.past_key_values.get_seq_length() == 16
@@ -338,11 +339,11 @@ def test_a_step_that_began_the_text_anew_is_taken_back(more: int) -> None:
     said = model.generate(PROMPT, max_new_tokens=more, do_sample=False)[0, -1].item()
     options = {"eos_token_id": said, "max_new_tokens": 8, "do_sample": False}
     expected = model.generate(PROMPT, return_dict_in_generate=True, **options)
-    compiled.adaskip.ahead = True
+    runtime_of(compiled).ahead = True
     try:
         mine = compiled.generate(PROMPT, return_dict_in_generate=True, **options)
     finally:
-        compiled.adaskip.ahead = False
+        runtime_of(compiled).ahead = False
     assert torch.equal(mine.sequences, expected.sequences)
     length = expected.past_key_values.get_seq_length()
     assert mine.past_key_values.get_seq_length() == length

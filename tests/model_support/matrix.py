@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from adaskip_fx.api import build
 from adaskip_fx.kv_cache.cache import SkipCache
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.runtime.runtime import Runtime
@@ -61,7 +62,7 @@ class Subject:
 
     @property
     def runtime(self) -> Runtime:
-        runtime: Runtime = self.compiled.adaskip
+        runtime: Runtime = runtime_of(self.compiled)
         return runtime
 
     def plans(self) -> list[SkipPlan]:

@@ -1,4 +1,4 @@
-"""Schedules, choices and plans per stage: what they refuse, say, save, and do at run time."""
+"""Decisions of several plans: what they refuse, say, save, and do at run time."""
 
 from __future__ import annotations
 
@@ -18,20 +18,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip_fx.plans.decisions import (
-    Choice,
-    Decision,
-    Option,
-    Schedule,
-    Stages,
-    map_plans,
-    plans_of,
-)
+from adaskip_fx.contrib.routing import Choice, Option
+from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.plans.decisions import Decision, PlanSet, Schedule, map_plans
 from adaskip_fx.plans.phase_split import decode_only, prefill_only
 from adaskip_fx.plans.serialization import load_decision, save_decision
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Surrogate, Surrogates
-from adaskip_fx.runtime.prompts import mean_embedding
 from adaskip_fx.runtime.report import runtime_report
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for
@@ -46,7 +39,7 @@ from tests.support.compiled_llamas import (
     make_model,
     scales,
 )
-from tests.support.decisions import EMPTY, NAMES, SHAPE, SUBLAYERS, Reference, check, mean_by_hand
+from tests.support.decisions import EMPTY, NAMES, SHAPE, SUBLAYERS, Reference, check
 from tests.support.eager_reference import assert_close
 from tests.support.generation import padded, running_ahead
 
@@ -110,41 +103,14 @@ def test_holes_in_the_cache_are_refused_as_in_any_plan() -> None:
         plan_of({"1.attention": "skip"})
 
 
-def test_choices_and_stages_that_are_refused() -> None:
-    with pytest.raises(PlanError, match="a choice needs at least one plan, got none"):
-        Choice(())
-    with pytest.raises(PlanError, match="a choice names 'a' twice"):
-        Choice((Option("a", EMPTY, (1.0,)), Option("a", LESS, (2.0,))))
-    with pytest.raises(PlanError, match=re.escape("have different widths: [1, 2]")):
-        Choice((Option("a", EMPTY, (1.0,)), Option("b", LESS, (2.0, 1.0))))
-    for centroid in ((), (0.0, 0.0), (float("nan"), 1.0)):
-        with pytest.raises(PlanError, match="option a: a centroid is finite and not zero"):
-            Option("a", EMPTY, centroid)
-    with pytest.raises(ValueError, match=re.escape("has shape [3], the centroids are 1 wide")):
-        Choice((Option("a", EMPTY, (1.0,)),)).nearest([1.0, 2.0, 3.0])
-    with pytest.raises(PlanError, match="a plan per stage names 'x' twice"):
-        Stages((("x", EMPTY), ("x", LESS)))
-    with pytest.raises(ValueError, match="stage 'z': the plans are for x, y; set the compiled"):
-        Stages((("x", EMPTY), ("y", LESS))).plan("z")
-
-
-def test_the_nearest_centroid_is_by_angle() -> None:
-    """The longer centroid is nearer by distance and by dot product, not by angle."""
-    choice = Choice((Option("a", EMPTY, (0.1, 0.0)), Option("b", LESS, (9.0, 9.0))))
-    assert choice.nearest([5.0, 1.0]).name == "a"
-    assert choice.nearest([5.0, 4.0]).name == "b"
-    assert choice.nearest([0.0, 0.0]).name == "a", "the first, where nothing is nearer"
-
-
-DECISIONS: list[Schedule | Choice | Stages] = [
+DECISIONS: list[Schedule | Choice] = [
     SCHEDULE,
     Choice((Option("code", LESS, (0.1, -3.0)), Option("prose", LEAST, (1e-7, 2.0)))),
-    Stages((("recall", LESS), ("answer", EMPTY))),
 ]
 
 
 @pytest.mark.parametrize("decision", DECISIONS, ids=lambda d: d.kind)
-def test_saved_and_loaded(decision: Schedule | Choice | Stages, tmp_path: Path) -> None:
+def test_saved_and_loaded(decision: Schedule | Choice, tmp_path: Path) -> None:
     folder = tmp_path / "decision"
     save_decision(decision, folder)
     loaded = load_decision(folder)
@@ -154,6 +120,25 @@ def test_saved_and_loaded(decision: Schedule | Choice | Stages, tmp_path: Path) 
     assert pickle.loads(pickle.dumps(decision)) == copy.deepcopy(decision) == decision
     save_decision(map_plans(decision, lambda plan: plan), folder)  # over it
     assert load_decision(folder) == decision
+
+
+def test_sets_of_plans_that_say_nothing_of_files(tmp_path: Path) -> None:
+    class Two(PlanSet):
+        kind = "pair"
+
+        @property
+        def plans(self) -> tuple[SkipPlan, ...]:
+            return LESS, LEAST
+
+    with pytest.raises(PlanError, match="a pair cannot be saved; save its plans"):
+        save_decision(Two(), tmp_path / "pair")  # type: ignore[arg-type]
+    assert not (tmp_path / "pair").exists()
+    with pytest.raises(PlanError, match="the plans of a pair cannot be exchanged"):
+        map_plans(Two(), lambda plan: plan)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="a pair cannot be loaded; load its plans"):
+        Two.from_entries([])
+    assert Two().rows() == [("plan 1", LESS), ("plan 2", LEAST)]
+    assert len(Two().digest) == 16
 
 
 def test_surrogates_that_are_tensors_go_along(tmp_path: Path) -> None:
@@ -182,7 +167,8 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     document = tmp_path / "s" / "decision.json"
     data = json.loads(document.read_text())
     changes: list[tuple[Callable[[Any], Any], str]] = [
-        (lambda d: d.update(kind="oracle"), "unknown kind 'oracle'"),
+        (lambda d: d.update(kind="oracle"), "unknown kind 'oracle'; make the decision again"),
+        (lambda d: d.update(kind="plan per stage"), "unknown kind 'plan per stage'; load the plan"),
         (lambda d: d["entries"][1].update(first_step=3), "edited after it was saved"),
         (lambda d: d["entries"][1].pop("first_step"), "not a valid schedule .KeyError.'first_step"),
         (lambda d: d["entries"][1].update(plan="../x"), "not a valid schedule"),
@@ -300,11 +286,11 @@ def test_generate_follows_a_schedule_and_ends_ahead_of_it() -> None:
 
 @contextmanager
 def decided(bank: Entry, decision: Decision) -> Iterator[None]:
-    before, bank.runtime.decision = bank.runtime.decision, decision
+    before, bank.runtime.plan = bank.runtime.plan, decision
     try:
         yield
     finally:
-        bank.runtime.decision = before
+        bank.runtime.plan = before
 
 
 def test_a_token_that_is_cropped_takes_its_step_back() -> None:
@@ -335,71 +321,6 @@ def test_a_copied_request_goes_on_with_the_schedule() -> None:
     bank.oracle.behave({})
 
 
-# A choice --------------------------------------------------------------------------------------
-
-
-def test_the_mean_embedding_leaves_padding_out() -> None:
-    bank = entry(SHAPE)
-    ids, mask, _ = padded(bank)
-    expected = mean_by_hand(bank.model, ids, mask)
-    got = mean_embedding(bank.model, ids, mask)
-    assert_close(got.double(), expected, 1e-5)
-    with pytest.raises(AssertionError):
-        assert_close(mean_embedding(bank.model, ids).double(), expected, 1e-3)
-    long = bank.tokens(1, 2500)  # more than are embedded at once
-    assert_close(mean_embedding(bank.model, long).double(), mean_by_hand(bank.model, long), 1e-5)
-
-
-def choice_of(bank: Entry, *prompts: torch.Tensor) -> Choice:
-    """Attention 1 is skipped for the first prompt, ffn 0 and attention 2 for the second."""
-    skips = (["1.attention"], ["0.ffn", "2.attention"])
-    centroids = (tuple(mean_by_hand(bank.model, ids).tolist()) for ids in prompts)
-    options = zip("ab", skips, centroids, strict=True)
-    return Choice(tuple(Option(n, SkipPlan.of(SUBLAYERS, s), c) for n, s, c in options))
-
-
-@pytest.mark.parametrize("bank", [entry, fixed])
-def test_a_request_takes_the_plan_of_its_first_prompt(bank: Any) -> None:
-    model = bank(SHAPE)
-    first, second = model.tokens(1, 6, 0), model.tokens(1, 6, 50)
-    choice = choice_of(model, first, second)
-    for seed, own, other, layers in ((0, 0, 1, (0, 2)), (50, 1, 0, (0, 1))):
-        plans = choice.plans
-        cache = check(model, choice, lambda step, p=plans[own]: p, (6, 1, 1, 3, 1), seed=seed)
-        assert cache.stored == tuple(layer in layers for layer in range(3))
-        with pytest.raises(AssertionError, match="step 0: relative error"):
-            check(model, choice, lambda step, p=plans[other]: p, (6, 1), seed=seed)
-
-
-def test_a_choice_is_kept_for_later_turns_and_made_anew_after_a_reset() -> None:
-    bank = entry(SHAPE)
-    first, second = bank.tokens(1, 6, 0), bank.tokens(1, 6, 50)
-    choice = choice_of(bank, first, second)
-    cache = bank.runtime.new_cache(plan=choice)
-    with torch.no_grad():
-        bank.compiled(first, past_key_values=cache)
-        bank.compiled(second[:, :1], past_key_values=cache)
-        bank.compiled(second, past_key_values=cache)
-        assert cache.request.plan is choice.plans[0]
-        assert copy.deepcopy(cache).request.plan is choice.plans[0]
-        cache.reset()
-        bank.compiled(second, past_key_values=cache)
-    assert cache.request.plan is choice.plans[1]
-    assert cache.stored == (True, True, False)
-
-
-def test_a_batch_takes_one_plan() -> None:
-    bank = entry(SHAPE)
-    first, second = bank.tokens(1, 6, 0), bank.tokens(1, 6, 50)
-    choice = choice_of(bank, first, second)
-    cache = bank.runtime.new_cache(plan=choice)
-    rows = torch.cat((second, second, first))
-    with torch.no_grad():
-        bank.compiled(rows, past_key_values=cache)
-    assert choice.nearest(mean_by_hand(bank.model, rows)).name == "b"
-    assert cache.request.plan is choice.plans[1]
-
-
 # The last token of a prompt --------------------------------------------------------------------
 
 POP = plan_of({}, {"1.attention": "kv_only", "2.ffn": "skip"}, last_token_full=True)
@@ -422,7 +343,7 @@ def test_a_mixers_state_is_written_where_only_a_phase_leaves_it_out() -> None:
     """A schedule on a model that keeps states, which cannot be taken back, warmed up as well."""
     model = tiny_model(tiny_config("jamba"))
     compiled = compiled_for(model)
-    runtime = compiled.adaskip
+    runtime = runtime_of(compiled)
     skipping = SkipPlan.of(runtime.sublayers, runtime.sublayers[:-1:2])
     plans = SkipPlan.empty(runtime.sublayers), decode_only(skipping)
     for plan in (plans[1], prefill_only(skipping, last_token_full=False)):
@@ -430,7 +351,7 @@ def test_a_mixers_state_is_written_where_only_a_phase_leaves_it_out() -> None:
         assert_equivalent(model, plan, inputs={"input_ids": torch.ones(1, 5, dtype=torch.int64)})
     with pytest.raises(ValueError, match="assert_equivalent runs a prompt as one step"):
         assert_equivalent(model, replace(plans[0], last_token_full=True))
-    runtime.decision = Schedule(((0, plans[0]), (2, plans[1])))
+    runtime.plan = Schedule(((0, plans[0]), (2, plans[1])))
     runtime.warmup(32)
     before = runtime.counters.links
     cache = runtime.new_cache()
@@ -492,21 +413,7 @@ def test_decode_that_leaves_less_out_than_prompts_has_the_full_models_cache() ->
     assert caches[0].nbytes == caches[1].nbytes
 
 
-# Stages, and what is around --------------------------------------------------------------------
-
-
-def test_a_plan_per_stage() -> None:
-    stages = Stages((("recall", LEAST), ("answer", LESS)))
-    bank = entry(SHAPE)
-    with decided(bank, stages):
-        for bank.runtime.stage, plan in stages.stages:
-            cache = bank.runtime.new_cache()
-            assert cache.request.plan is plan
-            assert bank.runtime.plan is plan
-        bank.runtime.stage = "dream"
-        with pytest.raises(ValueError, match="stage 'dream': the plans are for recall, answer"):
-            bank.runtime.new_cache()
-    bank.runtime.stage = None
+# What is around ----------------------------------------------------------------------------------
 
 
 def test_generate_on_a_cache_made_for_a_plan() -> None:
@@ -519,26 +426,26 @@ def test_generate_on_a_cache_made_for_a_plan() -> None:
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("decision", [*DECISIONS[:1], DECISIONS[2]], ids=lambda d: d.kind)
-def test_a_compiled_model_says_what_was_decided(decision: Any) -> None:
+def test_a_compiled_model_says_what_was_decided() -> None:
     from adaskip_fx.api import build
 
+    decision = SCHEDULE
+
     compiled = build(make_model(SHAPE), decision, backend="eager")
-    text = runtime_report(compiled.adaskip)
+    text = runtime_report(runtime_of(compiled))
     assert f"{decision.kind}  " in text
     assert f"{decision.digest[:8]}, {len(decision.plans)} plans" in text
     assert f"off: a {decision.kind} decides how decoding changes" in text
-    captures = compiled.adaskip.counters.captures
+    captures = runtime_of(compiled).counters.captures
     compiled.adaskip.warmup(32)
-    before = compiled.adaskip.counters.links
-    for plan in plans_of(decision) if isinstance(decision, Stages) else (decision,):
-        cache = compiled.adaskip.new_cache(plan=plan)
-        with torch.no_grad():
-            for count in (8, *[1] * 7):
-                ids = torch.zeros(1, count, dtype=torch.int64)
-                compiled(ids, past_key_values=cache, logits_to_keep=1)
-    assert compiled.adaskip.counters.links == before, "warmup linked every plan"
-    assert compiled.adaskip.counters.captures == captures + 1, "of the decode step"
+    before = runtime_of(compiled).counters.links
+    cache = compiled.adaskip.new_cache()
+    with torch.no_grad():
+        for count in (8, *[1] * 7):
+            ids = torch.zeros(1, count, dtype=torch.int64)
+            compiled(ids, past_key_values=cache, logits_to_keep=1)
+    assert runtime_of(compiled).counters.links == before, "warmup linked every plan"
+    assert runtime_of(compiled).counters.captures == captures + 1, "of the decode step"
     del cache
 
 

@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 
 import adaskip_fx
 from adaskip_fx import api
+from adaskip_fx.contrib.routing import Route, Router
 from adaskip_fx.latency.knapsack import choose
 from adaskip_fx.latency.table import LatencyTable, device_name
 from adaskip_fx.latency.terms import Costs, TableError, Weights
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import PlanError, SkipPlan, Sublayer
-from adaskip_fx.policies import POP, AdaSkip, DecodeOnly, LatencyBudget, OnlinePolicy, Route, Router
+from adaskip_fx.policies import POP, AdaSkip, DecodeOnly, LatencyBudget, OnlinePolicy
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.profiles.profile import Fingerprint, Profile
 from tests.support import compiled_llamas
@@ -373,7 +375,7 @@ def compiled(alpha: float = 1.3, **options: Any) -> Any:
 
 def test_compile_takes_it() -> None:
     policy = LatencyBudget(bank_table(), 100, base=AdaSkip(window=3))
-    runtime = compiled(policy=policy).adaskip
+    runtime = runtime_of(compiled(policy=policy))
     assert runtime.plan == LatencyBudget(table(3), 100).plan(profile(SIMILAR), 1.3)
     assert runtime.plan != AdaSkip().plan(profile(SIMILAR), 1.3)
     assert runtime.policy.window == 3

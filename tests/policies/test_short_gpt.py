@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import adaskip_fx
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.policies import ShortGPT
 from adaskip_fx.profiles.profile import Fingerprint, Profile, ProfileError
 from tests.support.compiled_llamas import make_model
@@ -76,7 +77,7 @@ def test_calibration_measures_what_hooks_on_the_plain_model_see(measured: Any) -
 
 def test_sublayers_are_measured_as_without_layers(measured: Any) -> None:
     model, found = measured
-    runtime = adaskip_fx.api.build(model, None, backend="eager").adaskip
+    runtime = runtime_of(adaskip_fx.api.build(model, None, backend="eager"))
     for row, text in enumerate(TEXTS):
         alone = runtime.measure(ids_of(text))[:, 0].double().numpy()
         np.testing.assert_array_equal(found.moments[row], alone)

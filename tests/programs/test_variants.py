@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip_fx.api import build
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_fx.testing import plans
 from tests.support.compiled_llamas import Entry, check_request, entry, make_model
@@ -167,7 +168,7 @@ def test_what_a_graph_depends_on_is_in_its_key() -> None:
     """Batch, mask, kept logits and autocast: each other value is another graph."""
     bank = entry("equal_heads")
     compiled = build(make_model("equal_heads"), None, backend="eager")  # nothing captured before
-    runtime = compiled.adaskip
+    runtime = runtime_of(compiled)
     ids, masked = bank.tokens(1, 5), torch.tensor([[0, 1, 1, 1, 1]])
 
     def captures(**inputs: Any) -> int:

@@ -67,12 +67,12 @@ def test_the_last_token_of_a_prompt_in_full(bank: Entry) -> None:
 
 def test_a_schedule(bank: Entry) -> None:
     plans = bank.plan(), bank.plan(decode_extra=["1.ffn"])
-    before = bank.runtime.decision
-    bank.runtime.decision = decisions.Schedule(((0, plans[0]), (2, plans[1])))
+    before = bank.runtime.plan
+    bank.runtime.plan = decisions.Schedule(((0, plans[0]), (2, plans[1])))
     try:
         request(bank.compiled, IDS, TOKEN, TOKEN, TOKEN)
     finally:
-        bank.runtime.decision = before
+        bank.runtime.plan = before
     assert bank.runtime.checker.compared == 4
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adaskip_fx
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.tables import by_kind, storage
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.runtime.report import runtime_report
@@ -56,8 +57,8 @@ def compiled(model: Any, profile: adaskip_fx.Profile) -> Any:
 
 @pytest.fixture
 def runtime(compiled: Any) -> Iterator[Runtime]:
-    yield compiled.adaskip
-    assert not compiled.adaskip.live_caches()
+    yield runtime_of(compiled)
+    assert not runtime_of(compiled).live_caches()
 
 
 def lines(runtime: Runtime) -> dict[str, str]:
@@ -114,7 +115,7 @@ def test_the_plan_that_a_request_has_learned(compiled: Any, runtime: Runtime) ->
     before = f"plan {runtime.plan.digest[:8]}, skips 2 of 6 sublayers, as prefill does"
     assert lines(runtime)["decode"] == before
     learned = runtime.plan.with_decode_extra([SUBLAYERS[1], SUBLAYERS[5]])
-    cache.request.decode_plan = learned
+    cache.request.decode.plan = learned
     assert lines(runtime)["decode"] == (
         f"plan {learned.digest[:8]}, skips 4 of 6 sublayers, on top of prefill's: ffn 0 2"
     )
@@ -155,13 +156,13 @@ def test_counts(runtime: Runtime) -> None:
 def test_nothing_is_learned_under_a_plan_that_was_given(model: Any) -> None:
     plan = adaskip_fx.SkipPlan(SUBLAYERS, {SUBLAYERS[2]: "kv_only"}, {SUBLAYERS[2]: "kv_only"})  # type: ignore[dict-item]
     fast = adaskip_fx.compile(model, None, plan=plan, backend="eager")
-    said = lines(fast.adaskip)
+    said = lines(runtime_of(fast))
     assert said["online"].startswith("off: the plan was given")
     assert said["K/V only"] == "attention 1"
     assert "skipped" not in said
     assert said["compiled"].startswith("1 graph captured, 0 pieces compiled")
     cache = decode(fast, 1)
-    assert lines(fast.adaskip)["1"] == "11 tokens stored, window off"
+    assert lines(runtime_of(fast))["1"] == "11 tokens stored, window off"
     del cache
 
 
@@ -180,7 +181,7 @@ def test_why_nothing_is_learned(
     alpha: float,
     expected: str,
 ) -> None:
-    runtime = compiled.adaskip
+    runtime = runtime_of(compiled)
     monkeypatch.setattr(runtime, "policy", policy)
     monkeypatch.setattr(runtime, "plan", policy.plan(profile, alpha))
     assert lines(runtime)["online"].startswith(expected)

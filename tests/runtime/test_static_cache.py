@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from adaskip_fx.api import build
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import Action
-from adaskip_fx.runtime.request import Window
+from adaskip_fx.runtime.window import Window
 from adaskip_fx.testing import plans
 from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes import UnsupportedError
@@ -73,7 +74,7 @@ class Tape:
 def test_a_plan_of_pieces_that_have_run_is_recorded_at_once() -> None:
     model = make_model("three_layers")
     compiled = build(model, None, backend="eager", static_cache=True)
-    tape = compiled.adaskip.runner._recorder = Tape()
+    tape = runtime_of(compiled).runner._recorder = Tape()
     bank = Entry(model, compiled, Oracle(model))
     changes = {  # at which step, to what, and what that does first
         1: (bank.plan(), ["run", "record"]),
@@ -99,7 +100,7 @@ def test_a_plan_of_pieces_that_have_run_is_recorded_at_once() -> None:
 def test_with_other_weights_pieces_run_before_they_are_recorded() -> None:
     model = make_model("three_layers")
     compiled = build(model, None, backend="eager", static_cache=True)
-    tape = compiled.adaskip.runner._recorder = Tape()
+    tape = runtime_of(compiled).runner._recorder = Tape()
     bank = Entry(model, compiled, Oracle(model))
     other = bank.plan([], ["2.ffn"])
     for plan, first in ((bank.plan(), "run"), (other, "record")):
@@ -281,12 +282,12 @@ def test_ended_rows_count_for_nothing_in_the_window() -> None:
         bank.compiled(bank.tokens(2, 5), past_key_values=cache)
         probed = tuple(s for s in bank.sublayers if s.kind == "ffn")
         cache.request.decoding = True
-        cache.request.window = Window(probed, size=100)
+        cache.request.decode.window = Window(probed, size=100)
         counts = []
         for token in ([1, 2], [9, 3], [4, 5], [6, 7]):
             bank.compiled(torch.tensor(token).unsqueeze(1), past_key_values=cache)
-            assert cache.request.window.moments is not None
-            counts.append(cache.request.window.moments[0, :, -1].tolist())
+            assert cache.request.window.statistics is not None
+            counts.append(cache.request.window.statistics[0, :, -1].tolist())
     assert counts == [[1, 1], [1, 2], [1, 3], [1, 3]]
 
 

@@ -17,7 +17,7 @@ from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.profiles.profile import Profile
-from adaskip_fx.runtime.request import probed_in_decode
+from adaskip_fx.runtime.window import probed_in_decode
 from tests.support.compiled_llamas import SEEDS, Entry, entry, fewer, follow, profile_of
 from tests.support.eager_reference import assert_close, moments
 

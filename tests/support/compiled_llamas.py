@@ -26,6 +26,7 @@ from transformers import (
 
 from adaskip_fx.api import build
 from adaskip_fx.kv_cache.cache import SkipCache
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.profiles.profile import Fingerprint, Profile
@@ -137,7 +138,7 @@ class Entry:
 
     @property
     def runtime(self) -> Runtime:
-        runtime: Runtime = self.compiled.adaskip
+        runtime: Runtime = runtime_of(self.compiled)
         return runtime
 
     @property

@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adaskip_fx.api import build
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.runtime.runtime import Runtime
@@ -72,7 +73,7 @@ class Compiled:
 
     @property
     def runtime(self) -> Runtime:
-        runtime: Runtime = self.fast.adaskip
+        runtime: Runtime = runtime_of(self.fast)
         return runtime
 
     @contextmanager

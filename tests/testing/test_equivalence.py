@@ -10,6 +10,7 @@ import torch
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.programs import program
@@ -50,7 +51,7 @@ def test_a_users_own_parallel_model(data: st.DataObject) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_names_of_a_users_own_are_found(kind: str) -> None:
     """By structure: `mixing` and `thinking` say nothing."""
-    runtime = compiled_for(model_of(kind)).adaskip
+    runtime = runtime_of(compiled_for(model_of(kind)))
     assert [str(s) for s in runtime.sublayers] == [
         f"{i}.{kind}" for i in range(3) for kind in ("attention", "ffn")
     ]
@@ -59,7 +60,7 @@ def test_names_of_a_users_own_are_found(kind: str) -> None:
 def test_a_model_whose_masks_are_its_own_is_not_run_at_static_cache() -> None:
     """It would attend to what is not filled; the compiled model notices before it is used."""
     model = own()
-    runtime = compiled_for(model).adaskip
+    runtime = runtime_of(compiled_for(model))
     runtime.static_cache = True
     assert_equivalent(model, decode_steps=2)
     assert runtime.why_no_static_cache.startswith("the graph captured for decode on a static cache")

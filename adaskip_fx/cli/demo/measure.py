@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.kv_cache.names import cache_of
+from adaskip_fx.plans.decisions import plans_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.runtime.runtime import Runtime
 
@@ -115,7 +116,7 @@ def link_new_plans(runtime: Runtime, repeats: int) -> tuple[tuple[float, ...], i
     Returns:
         Seconds for each, and how many pieces were compiled for all of them.
     """
-    plan = runtime.plan
+    plan = plans_of(runtime.plan)[0]
     running = [s for s in plan.sublayers if s not in plan.decode]
     extra = [s for s in running if s.kind == "ffn"][:repeats] if len(running) > 1 else []
     cache = runtime.new_cache(learn=False)

@@ -10,6 +10,8 @@ import transformers
 
 import adaskip_fx
 from adaskip_fx.fitting import Fitter, SurrogateSpec
+from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.plans.decisions import plans_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.profiles.profile import Profile
@@ -63,7 +65,7 @@ def run_demo(
         fitted = fitter.alone(AdaSkip().plan(profile, options.alpha), SurrogateSpec("normalized"))
     plans = {"empty_plan": SkipPlan.empty(profile.sublayers), "fitted": fitted}
     models = _warm(model, profile, plans, texts, options, steps)
-    runtime = models["skipped"].adaskip
+    runtime = runtime_of(models["skipped"])
     after_warmup = counts(runtime)
     contenders, learned = _ask_all(models, tokenizer, texts, options, steps)
     after_answers = counts(runtime)
@@ -75,7 +77,7 @@ def run_demo(
         conditions=conditions(model, texts, options, name),
         seconds=dict(steps.seconds),
         profile=profile,
-        plan=runtime.plan,
+        plan=plans_of(runtime.plan)[0],
         learned=learned,
         contenders=contenders,
         quality=quality,

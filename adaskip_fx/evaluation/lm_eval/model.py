@@ -21,6 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from adaskip_fx.api import compile
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.model.load import usable_backend
 from adaskip_fx.plans.decisions import Decision
 from adaskip_fx.plans.serialization import load_decision
@@ -79,8 +80,8 @@ class AdaSkipLM(HFLM):
         if why is not None:
             print(why, file=sys.stderr)
         self._model: Any = compile(self._model, profile, float(alpha), plan=chosen, backend=usable)
-        self._watch = Watch(self._model.adaskip)
-        self._model.adaskip.observer = self._watch
+        self._watch = Watch(runtime_of(self._model))
+        runtime_of(self._model).observer = self._watch
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
@@ -116,6 +117,6 @@ class AdaSkipLM(HFLM):
         Raises:
             SkipPathError: no step was run.
         """
-        decision = decision_json(self._model.adaskip.decision)
+        decision = decision_json(self._model.adaskip.plan)
         about = {"plan": decision, "ran": self._watch.read().to_json()}
         return {**super().get_model_info(), "adaskip": about}

@@ -1,4 +1,12 @@
-"""LiteStage (arXiv 2510.14211): a plan per stage, chosen by measured time under a bound of loss."""
+"""LiteStage (arXiv 2510.14211): a plan per stage, chosen by measured time under a bound of loss.
+
+A compiled model runs one plan until it is told another::
+
+    plans = LiteStage(stages).plans(profile, alpha=1.5)
+    fast = adaskip_fx.compile(model, plan=plans["recall"])
+    ...
+    fast.adaskip.plan = plans["answer"]
+"""
 
 from __future__ import annotations
 
@@ -8,24 +16,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adaskip_fx.plans.decisions import Stages
-from adaskip_fx.plans.skip_plan import SkipPlan
-from adaskip_fx.policies.adaskip import skip_count
-from adaskip_fx.policies.base import plan_without
+from ..plans.skip_plan import SkipPlan
+from ..policies.adaskip import skip_count
+from ..policies.base import plan_without
 
 if TYPE_CHECKING:
-    from adaskip_fx.profiles.profile import Profile
+    from ..profiles.profile import Profile
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage of a task that asks the model several times.
 
-    name: such as recall, reason, answer.
-    latency: seconds that the stage takes under a plan, all its tokens included: a plan that is
-        quicker for each token may make the model write more of them.
-    accuracy: how good the task's result is under a plan of this stage; the more the better.
-    profile: what was measured on the stage's own prompts; None: what the policy is handed.
+    Attributes:
+        name: A word for it, such as recall, reason, answer.
+        latency: Seconds that the stage takes under a plan, all its tokens included: a plan that is
+            quicker for each token may make the model write more of them.
+        accuracy: How good the task's result is under a plan of this stage; the more the better.
+        profile: What was measured on the stage's own prompts; None for that of `LiteStage.plans`.
     """
 
     name: str
@@ -42,12 +50,15 @@ class LiteStage:
     larger one after one that broke the bound. The authors' early end of generation is
     `adaskip_fx.contrib.stopping.ConfidenceStop`.
 
-    stages: at least one.
-    bound: accuracy that a stage may lose against its full model.
-    stride: sublayers more from one budget to the next.
-    scaled: whether a skipped sublayer becomes AdaSkip's `scale * x` (eq. 4); not the authors'.
+    Attributes:
+        stages: At least one, each with a name of its own.
+        bound: The accuracy that a stage may lose against its full model.
+        stride: How many more sublayers each budget skips than the one before.
+        scaled: Whether a skipped sublayer becomes AdaSkip's `scale * x` (eq. 4); not the authors'.
 
-    ValueError for no stages, a negative bound or a stride below 1.
+    Raises:
+        ValueError: There are no stages, two have one name, the bound is negative or the stride
+            below 1.
     """
 
     stages: tuple[Stage, ...]
@@ -58,20 +69,25 @@ class LiteStage:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("LiteStage: no stages were given")
+        if len({stage.name for stage in self.stages}) < len(self.stages):
+            raise ValueError("LiteStage: two stages have one name; give every stage its own")
         if not self.bound >= 0 or self.stride < 1:
             raise ValueError(
                 f"LiteStage: bound must be at least 0 and stride at least 1, got {self.bound!r} "
                 f"and {self.stride!r}"
             )
 
-    def plan(self, profile: Profile, alpha: float) -> Stages:
-        """A plan per stage; `alpha` is the most that a stage may skip.
+    def plans(self, profile: Profile, alpha: float) -> dict[str, SkipPlan]:
+        """Return the plan of each stage by its name.
 
-        ValueError for an `alpha` that `skip_count` refuses.
+        Args:
+            profile: What was measured, for stages without a profile of their own.
+            alpha: The most that a stage may skip, as an acceleration ratio.
+
+        Raises:
+            ValueError: `skip_count` refuses `alpha`.
         """
-        return Stages(
-            tuple((s.name, self._quickest(s, s.profile or profile, alpha)) for s in self.stages)
-        )
+        return {s.name: self._quickest(s, s.profile or profile, alpha) for s in self.stages}
 
     def _quickest(self, stage: Stage, profile: Profile, alpha: float) -> SkipPlan:
         full = plan_without(profile, (), False)

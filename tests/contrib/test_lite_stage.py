@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import adaskip_fx
+from adaskip_fx.contrib.lite_stage import LiteStage, Stage
 from adaskip_fx.contrib.stopping import ConfidenceStop
 from adaskip_fx.plans.skip_plan import SkipPlan
-from adaskip_fx.policies import LiteStage, Stage
 from tests.support.compiled_llamas import entry, profile_of
 from tests.support.decisions import NAMES, SHAPE
 from tests.support.profiles import profile
@@ -35,38 +35,41 @@ def names(plan: SkipPlan) -> set[str]:
 
 
 def test_budgets_by_hand() -> None:
-    stages = LiteStage(
+    plans = LiteStage(
         (
             stage("recall", [4, 3, 2, 1, 0], [0.9, 0.89, 0.87, 0.85, 0.9]),  # 3 breaks the bound
             stage("reason", [4, 3, 5, 2, 6], [0.5, 0.5, 0.5, 0.48, 0.5]),  # 3 is the quickest
             stage("answer", [4, 5, 5, 5, 5], [0.7, 0.7, 0.7, 0.7, 0.7]),  # none is quicker
         )
-    ).plan(profile(4, SIMILAR), 2.0)
-    assert [name for name, _ in stages.stages] == ["recall", "reason", "answer"]
-    assert names(stages.plan("recall")) == set(RANKING[:2])
-    assert names(stages.plan("reason")) == set(RANKING[:3])
-    assert names(stages.plan("answer")) == set()
-    assert not any(plan.surrogates.factors for plan in stages.plans)
+    ).plans(profile(4, SIMILAR), 2.0)
+    assert list(plans) == ["recall", "reason", "answer"]
+    assert names(plans["recall"]) == set(RANKING[:2])
+    assert names(plans["reason"]) == set(RANKING[:3])
+    assert names(plans["answer"]) == set()
+    assert not any(plan.surrogates.factors for plan in plans.values())
 
 
 def test_alpha_is_the_most_and_stride_the_step() -> None:
     faster = stage("one", [9, 8, 7, 6, 5], [1.0] * 5)
     measured = profile(4, SIMILAR)
-    assert names(LiteStage((faster,)).plan(measured, 1.333).plan("one")) == set(RANKING[:2])
-    assert names(LiteStage((faster,), stride=3).plan(measured, 2.0).plan("one")) == set(RANKING[:3])
-    scaled = LiteStage((faster,), scaled=True).plan(measured, 2.0).plan("one")
+    assert names(LiteStage((faster,)).plans(measured, 1.333)["one"]) == set(RANKING[:2])
+    assert names(LiteStage((faster,), stride=3).plans(measured, 2.0)["one"]) == set(RANKING[:3])
+    scaled = LiteStage((faster,), scaled=True).plans(measured, 2.0)["one"]
     assert set(scaled.surrogates.factors.values()) == {0.75}
 
 
 def test_a_stage_may_have_a_profile_of_its_own() -> None:
     own = profile(4, {"1.attention": 0.9})
     one = stage("one", [2, 1], [1.0, 1.0], profile=own)
-    assert names(LiteStage((one,)).plan(profile(4, SIMILAR), 1.15).plan("one")) == {"1.attention"}
+    assert names(LiteStage((one,)).plans(profile(4, SIMILAR), 1.15)["one"]) == {"1.attention"}
 
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="LiteStage: no stages were given"):
         LiteStage(())
+    twice = (stage("one", [1], [1]), stage("one", [1], [1]))
+    with pytest.raises(ValueError, match="LiteStage: two stages have one name"):
+        LiteStage(twice)
     with pytest.raises(ValueError, match=re.escape("at least 1, got -0.1 and 1")):
         LiteStage((stage("one", [1], [1]),), bound=-0.1)
     with pytest.raises(ValueError, match=re.escape("got 1.5 and 5")):
@@ -83,13 +86,13 @@ def test_a_compiled_model_runs_the_stage_that_is_set() -> None:
 
     plain = profile_of(bank, similarity)
     measured = adaskip_fx.Profile(plain.sublayers, plain.moments, fingerprint(bank.model), {}, {})
-    fast = adaskip_fx.compile(bank.model, measured, 1.5, policy=LiteStage(stages), backend="eager")
-    assert fast.adaskip.stage == "a"
-    assert names(fast.adaskip.plan) == {"0.ffn"}
-    fast.adaskip.stage = "b"
-    assert names(fast.adaskip.plan) == {"0.ffn", "1.attention"}
+    plans = LiteStage(stages).plans(measured, 1.5)
+    fast = adaskip_fx.compile(bank.model, plan=plans["a"], backend="eager")
+    assert names(plans["a"]) == {"0.ffn"}
+    assert fast.adaskip.new_cache().stored == (True, True, True)
+    fast.adaskip.plan = plans["b"]
+    assert names(plans["b"]) == {"0.ffn", "1.attention"}
     assert fast.adaskip.new_cache().stored == (True, False, True)
-    assert "stage b is next" in str(fast.adaskip)
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -1,0 +1,68 @@
+"""What the first captured graph says of a model: its sublayers, and which can be skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+from torch import fx
+
+from adaskip_passes import Piece, piece_of, sublayer_calls
+
+from ..capture.phase_graph import CapturedPhase, Memory
+from ..plans.sublayer import Sublayer
+
+
+class ModelStructure:
+    """The sublayers of a model; they are the same in all of its graphs."""
+
+    def __init__(self, captured: CapturedPhase) -> None:
+        """Read the structure from any captured graph of the model."""
+        self._captured = captured
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """All sublayers, in stream order."""
+        return self._captured.sublayers
+
+    @cached_property
+    def width(self) -> int:
+        """The width H of the residual stream."""
+        first = sublayer_calls(self._captured.outer.graph)[0].args[0]
+        assert isinstance(first, fx.Node)
+        return int(first.meta["example_value"].shape[-1])
+
+    @cached_property
+    def modules(self) -> dict[str, tuple[str, ...]]:
+        """For each sublayer the modules whose outputs are its branch, in stream order."""
+        captured = self._captured
+        return {
+            str(s): paths for s, paths in zip(captured.sublayers, captured.modules, strict=True)
+        }
+
+    @cached_property
+    def memory(self) -> dict[Sublayer, frozenset[Memory]]:
+        """For each sublayer what it uses of the cache."""
+        return dict(zip(self.sublayers, self._captured.memory, strict=True))
+
+    @cached_property
+    def unskippable(self) -> frozenset[Sublayer]:
+        """The sublayers that hand more than the residual stream to later ones."""
+        pairs = zip(self.sublayers, _pieces(self._captured), strict=True)
+        return frozenset(s for s, piece in pairs if piece is not None and piece.outputs > 1)
+
+
+def piece_keys(captures: Iterable[CapturedPhase]) -> dict[Sublayer, tuple[str, ...]]:
+    """Return for each sublayer the key of its piece in each capture: equal ones run the same code.
+
+    Args:
+        captures: At least one, of the same model.
+    """
+    every = list(captures)
+    groups = zip(*(_pieces(captured) for captured in every), strict=True)
+    keys = (tuple(p.key for p in group if p is not None) for group in groups)
+    return dict(zip(every[0].sublayers, keys, strict=True))
+
+
+def _pieces(captured: CapturedPhase) -> list[Piece | None]:
+    return [piece_of(call) for _, call in sorted(sublayer_calls(captured.outer.graph).items())]

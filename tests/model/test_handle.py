@@ -1,0 +1,78 @@
+"""``fast.adaskip``: small, typed, and checked when a plan is set."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import adaskip_fx
+from adaskip_fx.model.handle import Handle, Stats, runtime_of
+from adaskip_fx.plans.decisions import Schedule
+from adaskip_fx.plans.skip_plan import PlanError, SkipPlan
+from tests.support.compiled_llamas import entry
+from tests.support.decisions import EMPTY, SHAPE, SUBLAYERS
+
+PUBLIC = {
+    "explain",
+    "free",
+    "load_cache",
+    "new_cache",
+    "plan",
+    "policy",
+    "profile",
+    "stats",
+    "sublayers",
+    "warmup",
+}
+
+
+def test_it_is_small() -> None:
+    handle = entry(SHAPE).compiled.adaskip
+    assert {name for name in dir(handle) if not name.startswith("_")} == PUBLIC
+    with pytest.raises(AttributeError):
+        handle.plans = EMPTY  # a slip of the pen is not swallowed
+
+
+def test_what_is_set_is_what_is_there() -> None:
+    bank = entry(SHAPE)
+    handle: Handle = bank.compiled.adaskip
+    before = handle.plan
+    try:
+        for plan in (SkipPlan.of(SUBLAYERS, ["1.ffn"]), Schedule(((0, EMPTY),))):
+            handle.plan = plan
+            assert handle.plan is plan
+            assert handle.new_cache().request.decision is plan
+        with pytest.raises(PlanError, match="the plan is for 4 sublayers"):
+            handle.plan = SkipPlan.empty(SUBLAYERS[:4])
+        assert handle.plan is plan
+    finally:
+        handle.plan = before
+
+
+def test_it_counts_and_explains() -> None:
+    bank = entry(SHAPE)
+    handle: Handle = bank.compiled.adaskip
+    cache = handle.new_cache(capacity=16)
+    with torch.no_grad():
+        bank.compiled(bank.tokens(1, 5), past_key_values=cache)
+    stats = handle.stats()
+    assert isinstance(stats, Stats)
+    assert stats.requests == len(bank.runtime.live_caches()) >= 1
+    assert stats.cache_bytes >= cache.nbytes > 0
+    assert stats.captures == bank.runtime.counters.captures
+    assert set(dataclasses.asdict(stats)) >= {"links", "pieces_compiled", "idle_bytes"}
+    assert "requests" in handle.explain()
+    assert str(handle).startswith("model")
+    assert repr(handle) == f"<adaskip of LlamaForCausalLM, plan {handle.plan.digest[:8]}>"
+    del cache
+    handle.free()
+    assert handle.stats().idle_bytes == 0
+
+
+def test_models_that_were_not_compiled_have_none() -> None:
+    with pytest.raises(TypeError, match="LlamaForCausalLM is not a model compiled by adaskip_fx"):
+        runtime_of(entry(SHAPE).model)
+    assert isinstance(entry(SHAPE).compiled, adaskip_fx.CompiledModel)
+    assert not isinstance(entry(SHAPE).model, adaskip_fx.CompiledModel)
