@@ -70,7 +70,7 @@ def evaluate(
 
 def conditions(model: Any) -> dict[str, JSON]:
     """Model, plan, device and versions."""
-    runtime = getattr(model, "adaskip", None)
+    runtime = getattr(model, "_adaskip", None)
     compiled = runtime if isinstance(runtime, Runtime) else None
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
     return {

@@ -195,7 +195,7 @@ def watched(model: Any) -> Iterator[Watch | None]:
 
     Who watches already goes on watching.
     """
-    runtime = getattr(model, "adaskip", None)
+    runtime = getattr(model, "_adaskip", None)
     if not isinstance(runtime, Runtime):
         yield None
         return

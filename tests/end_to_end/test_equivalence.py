@@ -276,8 +276,8 @@ def captured_step(bank: Entry, phase: str, keep: int) -> Any:
     cache = runtime.new_cache()
     program = runtime.graphs.program
 
-    def spy(key: Any, plan: Any, probed: Any, arguments: Any, since: Any) -> Any:
-        made = program(key, plan, probed, arguments, since)
+    def spy(key: Any, plan: Any, probed: Any, arguments: Any, *rest: Any) -> Any:
+        made = program(key, plan, probed, arguments, *rest)
         seen.update(key=key, plan=plan, arguments=dict(arguments), program=made)
         return made
 
@@ -351,7 +351,7 @@ def test_skipping_a_then_b_is_skipping_both(data: st.DataObject, shape: str) -> 
 
 def captured_prompt(bank: Entry) -> Any:
     """The graph that `build` captured to prove the sublayers."""
-    return bank.runtime.graphs.first
+    return bank.runtime.graphs._first
 
 
 def test_skipping_other_sublayers_is_another_text() -> None:

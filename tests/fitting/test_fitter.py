@@ -234,7 +234,7 @@ def test_beside_gives_every_running_ffn_its_own(model: Any, fitter: Fitter) -> N
     assert [str(s) for s in extras.by_sublayer] == ["0.ffn", "1.ffn", "2.ffn"]
     before = {"0.attention": plan.surrogates.get(Sublayer(0, "attention"))}
     expected = expected_map(model, fitter.runtime.graphs.structure.modules, "1.ffn", before)
-    found = extras.surrogate(Sublayer(1, "ffn"))
+    found = extras.get(Sublayer(1, "ffn"))
     assert found is not None
     np.testing.assert_allclose(as_map(found), expected, rtol=0.02, atol=2e-3)
 

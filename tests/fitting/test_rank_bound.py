@@ -356,7 +356,7 @@ def test_neighbours_would_be_folded() -> None:
     """What naming every sublayer would time."""
     ladder = rank_ladder(SUBLAYERS, ["same"] * 6, 16)
     surrogate = next(iter(ladder[0].by_sublayer.values()))
-    every = dataclasses.replace(ladder[0], surrogates=dict.fromkeys(SUBLAYERS, surrogate))
+    every = dataclasses.replace(ladder[0], by_sublayer=dict.fromkeys(SUBLAYERS, surrogate))
     plan = plans_to_time(SUBLAYERS, tuple(s.kind for s in SUBLAYERS), [every])[-1]
     assert {one.rank for one in compose_surrogates(plan, "decode").values()} == {2}
 

@@ -74,7 +74,7 @@ def measured(clock: Clock, contexts: Sequence[int] = (64, 256), **options: Any) 
 
 
 def of_family(name: str) -> Any:
-    return build(tiny_model(tiny_config(name)), None, backend="eager").adaskip
+    return runtime_of(build(tiny_model(tiny_config(name)), None, backend="eager"))
 
 
 def wrong(table: LatencyTable) -> float:
@@ -283,7 +283,7 @@ def test_classes_are_told_by_code() -> None:
 def test_what_cannot_be_skipped_is_of_no_class() -> None:
     names = (Sublayer(0, "attention"), Sublayer(0, "ffn"), Sublayer(1, "attention"))
     keys = {names[0]: ("a",), names[1]: ("f",), names[2]: ("b",)}
-    graphs = SimpleNamespace(keys=keys, unskippable={names[0]})
+    graphs = SimpleNamespace(keys=keys, structure=SimpleNamespace(unskippable={names[0]}))
     runtime: Any = SimpleNamespace(sublayers=names, graphs=graphs)
     assert sublayer_classes(runtime) == ("", "ffn", "attention")
 

@@ -197,7 +197,6 @@ def test_what_is_printed() -> None:
         "ffn 0 2"
     )
     assert "prose: decode leaves out 3 of 6" in str(DECISIONS[1])
-    assert "answer: decode leaves out 0 of 6" in str(DECISIONS[2])
 
 
 def test_digests_tell_decisions_apart() -> None:

@@ -95,7 +95,7 @@ def test_a_wrong_step_is_found(bank: Entry, monkeypatch: pytest.MonkeyPatch) -> 
 
     def wrong(self: Program, *arguments: Any) -> tuple[Any, ...]:
         outputs = run(self, *arguments)
-        decoding = self.phase.key.phase == "decode"
+        decoding = self.captured.key.phase == "decode"
         return (outputs[0] * (1.1 if decoding else 1.0), *outputs[1:])
 
     monkeypatch.setattr(Program, "run", wrong)
