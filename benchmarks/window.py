@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.runtime.similarity import measure_prompt
 from adaskip_fx.runtime.window import Window, probed_in_decode
 
 from . import models
@@ -50,7 +51,7 @@ def measure(context: int | None = None, prompt: int | None = None) -> dict[str, 
 
     def measured_prompts() -> None:
         for _ in range(16):
-            runtime.measure(text)[:, 0].double().cpu()
+            measure_prompt(runtime, text)[:, 0].double().cpu()
 
     prompts = statistics.median(seconds(plain_prompts, device, 2, 1))
     calibration = statistics.median(seconds(measured_prompts, device, 2, 1))

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.runtime.similarity import measure_prompt
 
 from ..api import build
 from ..model.compiled_model import check_model
@@ -56,7 +57,7 @@ def calibrate(
     for done, ids in enumerate(samples):
         if progress is not None:
             progress(done, len(samples))
-        reading = runtime.measure(ids.to(model.device), layers=True)
+        reading = measure_prompt(runtime, ids.to(model.device), layers=True)
         moments.append(reading[:, 0].double().cpu().numpy())
     if progress is not None:
         progress(len(samples), len(samples))

@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..capture.phase_graph import GraphPhase
 from ..capture.reference import ReferenceRun
-from ..capture.states import Since
 from ..kv_cache import saved
 from ..kv_cache.cache import SkipCache
 from ..kv_cache.names import cache_argument, generate_argument
 from ..plans.decisions import Decision, PlanChooser
 from ..plans.skip_plan import SkipPlan
-from ..programs.instruments import Instrument, LayerProbe
+from ..programs.instruments import Instrument
 from ..programs.program import Link, Program, plan_phase
 from ..programs.program_cache import Graphs
 from ..programs.variants import Counters
+from . import turns
 from .checking import Checker, checks
 from .inputs import Inputs
 from .request import Request
@@ -40,20 +39,20 @@ if TYPE_CHECKING:
 
 
 class Runtime:
-    """What a compiled model does behind its ``forward``; also its ``.adaskip`` attribute.
+    """The engine of a compiled model, behind its ``forward``; `Handle` is what users see of it.
 
     Attributes:
         plan: What requests begin with: a plan, a schedule, or a choice by the first prompt.
         profile: What calibration measured; None when an explicit plan needs none.
-        policy: decides the online plan; None when nothing is learned while decoding.
-        cache_argument: what the model's forward calls its cache.
-        generate_argument: what ``generate`` calls it among what it keeps for forward.
-        graphs: what has been captured, compiled and linked.
-        runner: runs a step with the plan that is in force.
+        policy: It decides the online plan; None when nothing is learned while decoding.
+        cache_argument: What the model's forward calls its cache.
+        generate_argument: What ``generate`` calls it among what it keeps for forward.
+        graphs: What has been captured, compiled and linked.
+        runner: It runs a step with the plan that is in force.
         buffer_pool: K/V buffers between requests.
-        checker: what ``ADASKIP_CHECK=1`` has found.
-        ahead: ``generate`` begins a step before it knows that the request goes on, so that a GPU
-            need not wait for the host; the default on one.
+        checker: What ``ADASKIP_CHECK=1`` has found.
+        ahead: Whether ``generate`` begins a step before it knows that the request goes on, so that
+            a GPU need not wait for the host; the default on one.
     """
 
     def __init__(
@@ -86,8 +85,6 @@ class Runtime:
         self.plan: Decision = plan if plan is not None else SkipPlan.empty(self.sublayers)
         validate_decision(self.plan, self.graphs, type(model).__name__)
         self._valid: Decision = self.plan  # the last one that was validated
-
-    # What a user asks of it ------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -180,8 +177,6 @@ class Runtime:
             except RuntimeError:  # another thread has begun a request, or ended one
                 continue
 
-    # Requests --------------------------------------------------------------------------------
-
     def new_cache(
         self,
         capacity: int = 0,
@@ -242,7 +237,7 @@ class Runtime:
         cache: SkipCache,
         logits_to_keep: int,
     ) -> torch.Tensor:
-        """Run the model on new tokens of a request; returns logits [B, kept, V].
+        """Run the model on new tokens of a request; return logits [B, kept, V].
 
         Args:
             input_ids: int64 [B, T].
@@ -251,15 +246,17 @@ class Runtime:
             cache: the request's; the new tokens are added to it.
             logits_to_keep: 0 for the logits of all new tokens, else of the last n.
         """
-        phase = self._phase(input_ids, cache)
+        phase = turns.phase_of(input_ids, cache)
+        if phase != "decode":
+            self.check_length(cache.length + input_ids.shape[1])
         if not cache.length or cache.request.since is None:  # of a file, or another's cache
-            self._begin(cache)
+            turns.begin(cache, self.graphs)
         elif phase != "decode" or checks():
             self.graphs.states.require(cache.request.since)
-        request = self._turn(cache, phase)
+        request = turns.next_turn(cache, phase, self._learner)
         inputs = Inputs(input_ids, attention_mask, position_ids)
         if request.undecided:
-            request = self._choose(cache, inputs)
+            request = turns.choose_plan(cache, inputs, self.graphs)
         plan, statistics = request.plan, None
         if phase == "decode":
             plan, probed = request.plan_at(cache.length), request.decode.probed
@@ -274,16 +271,6 @@ class Runtime:
             request.decode.learn(statistics)
         return logits
 
-    def _choose(self, cache: SkipCache, inputs: Inputs) -> Request:
-        """Return the request with the plan for its first prompt; its cache stores what it needs."""
-        request: Request = cache.request
-        assert isinstance(request.decision, PlanChooser)
-        chosen = request.decision.choose(self.model, inputs.input_ids, inputs.attention_mask)
-        cache.keep(self.graphs.stored(chosen))
-        begun = request.new_request(chosen)
-        begun.since = request.since
-        return begun
-
     def may_run_ahead(self, cache: SkipCache) -> bool:
         """Whether a decode step may be begun that ``cache.crop(-1)`` may have to take back.
 
@@ -294,31 +281,6 @@ class Runtime:
         learning = request.decode.learning
         return self.ahead and request.decoding and not learning and not cache.stateful
 
-    def measure(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        layers: bool = False,
-    ) -> torch.Tensor:
-        """Return the statistics of the full model's sublayers over a prompt, [sublayers, B, 5].
-
-        Args:
-            input_ids: int64 [B, T].
-            attention_mask: [B, T], 0 at padding, which counts for nothing.
-            layers: whether those of whole layers follow, [sublayers + layers, B, 5].
-        """
-        empty = SkipPlan.empty(self.sublayers)
-        instrument = LayerProbe() if layers else None
-        cache = self.new_cache(input_ids.shape[1], plan=empty, instrument=instrument)
-        phase = self._phase(input_ids, cache)
-        self._begin(cache)
-        inputs = Inputs(input_ids, attention_mask)
-        request = cache.request
-        _, statistics = self.runner.run(phase, request, empty, self.sublayers, inputs, cache, 1)
-        assert statistics is not None
-        return statistics
-
     def check_length(self, total: int) -> None:
         """Refuse a prompt that is longer than the model's positions."""
         longest = self.graphs.max_length
@@ -328,35 +290,6 @@ class Runtime:
                 f"{type(self.model).__name__} has positions for {longest} "
                 "(max_position_embeddings); shorten it"
             )
-
-    # How it is done --------------------------------------------------------------------------
-
-    def _phase(self, input_ids: torch.Tensor, cache: SkipCache) -> GraphPhase:
-        if cache.length and input_ids.shape[1] == 1 and not cache.prompting:
-            return "decode"
-        self.check_length(cache.length + input_ids.shape[1])
-        return "extend" if cache.length else "prefill"
-
-    def _begin(self, cache: SkipCache) -> None:
-        """A request begins: in the state that the model is in now, which it keeps."""
-        state, request = self.graphs.states.look(), cache.request
-        request.since = Since.of(state)
-        request.weights.clear()
-        request.binding = None
-        if not cache.length:
-            slots, kept = state.sample.slots, self.graphs.stored(request.plan)
-            cache.renew(slots, kept, self.model.dtype, self.device)
-
-    def _turn(self, cache: SkipCache, phase: GraphPhase) -> Request:
-        """The request's state for this step; a prompt after decoded tokens begins a new turn."""
-        request: Request = cache.request
-        if phase != "decode":
-            return request.new_turn() if request.decoding else request
-        if not request.decoding:
-            request.decoding, request.decoding_from = True, cache.length
-            if request.learns and not isinstance(request.decision, PlanChooser):
-                request.decode.learn_with(self._learner())
-        return request
 
     def _learner(self) -> Learner | None:
         if self.policy is None or self.profile is None:

@@ -21,6 +21,7 @@ from adaskip_fx.model.load import load, packaged_model
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.profiles.profile import Profile
 from adaskip_fx.runtime.runtime import Runtime
+from adaskip_fx.runtime.similarity import measure_prompt
 
 Half = Literal["first", "second"]
 #: modules of the standard library whose source is a text; long ones, of several authors
@@ -164,7 +165,7 @@ class Subject:
         """What calibration on one half of a text measures."""
         windows = self.windows(text, half)
         count = len(self.runtime.sublayers)
-        readings = [self.runtime.measure(ids, layers=True) for ids in windows]
+        readings = [measure_prompt(self.runtime, ids, layers=True) for ids in windows]
         moments = np.stack([reading[:, 0].double().cpu().numpy() for reading in readings])
         return Profile(
             self.runtime.sublayers,

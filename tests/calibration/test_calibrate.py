@@ -16,6 +16,7 @@ import transformers
 import adaskip_fx
 from adaskip_fx import Profile
 from adaskip_fx.profiles.fingerprint import fingerprint
+from adaskip_fx.runtime.similarity import measure_prompt
 from tests.support.compiled_llamas import entry, make_model
 from tests.support.eager_reference import moments, plain_streams
 from tests.support.tokenizers import LIMIT, Letters, ids_of
@@ -162,7 +163,7 @@ def test_measuring_a_model_that_skips_measures_the_full_one() -> None:
     bank = entry("three_layers")
     ids = bank.tokens(1, 9)
     with bank.using(bank.plan(["0.attention", "1.ffn"])):
-        measured = bank.runtime.measure(ids)
+        measured = measure_prompt(bank.runtime, ids)
     streams = plain_streams(bank.model, ids)
     assert len(measured) == 6
     for reading, stream in zip(measured, streams.values(), strict=True):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
 from adaskip_fx.programs.program import rewrite
+from adaskip_fx.runtime.similarity import measure_prompt
 from adaskip_fx.testing import plans
 from adaskip_passes import Replacement, Skip, fuse, run_passes, text
 from tests.support.compiled_llamas import (
@@ -436,7 +437,7 @@ def test_padding_counts_for_nothing() -> None:
     ids = bank.tokens(3, 7)
     mask = torch.tensor([[0] * (7 - n) + [1] * n for n in lengths])
     with bank.using():
-        measured = bank.runtime.measure(ids, mask)
+        measured = measure_prompt(bank.runtime, ids, mask)
         assert measured.shape == (len(bank.sublayers), 3, 5)
         assert measured[:, :, 4].tolist() == [[3.0, 7.0, 1.0]] * len(bank.sublayers)
         for row, length in enumerate(lengths):

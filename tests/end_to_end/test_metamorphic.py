@@ -22,6 +22,7 @@ from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.runtime.inputs import Inputs
 from adaskip_fx.runtime.runtime import Runtime
+from adaskip_fx.runtime.similarity import measure_prompt
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for, relative_error
 from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model
@@ -211,7 +212,7 @@ def test_probes_agree_up_to_the_first_skipped_sublayer(family: str) -> None:
     """And not behind it: it has changed the stream."""
     runtime, ids = runtime_for(family), tokens(family, 2, 9)
     sublayers = runtime.sublayers
-    full = runtime.measure(ids)
+    full = measure_prompt(runtime, ids)
     first = len(sublayers) // 2
     plan = SkipPlan.of(sublayers, sublayers[first : first + 1])
     kept = tuple(s for s in sublayers if s != sublayers[first])

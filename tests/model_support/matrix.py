@@ -25,6 +25,7 @@ from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.runtime.runtime import Runtime
+from adaskip_fx.runtime.similarity import measure_prompt
 from adaskip_fx.testing import Oracle
 from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model
 from adaskip_passes import UnsupportedError
@@ -189,7 +190,7 @@ def _skipped(one: Subject) -> str:
 def _probed(one: Subject) -> str:
     one.follow(one.plans()[0])
     ids = one.tokens(1, PROMPT)
-    readings = one.runtime.measure(ids)
+    readings = measure_prompt(one.runtime, ids)
     with torch.no_grad():
         one.model(input_ids=ids)
     for name, reading in zip(one.oracle.modules, readings, strict=True):

@@ -13,6 +13,7 @@ import adaskip_fx
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.policies import ShortGPT
 from adaskip_fx.profiles.profile import Fingerprint, Profile, ProfileError
+from adaskip_fx.runtime.similarity import measure_prompt
 from tests.support.compiled_llamas import make_model
 from tests.support.eager_reference import moments, plain_streams
 from tests.support.profiles import layers_of, profile
@@ -79,10 +80,10 @@ def test_sublayers_are_measured_as_without_layers(measured: Any) -> None:
     model, found = measured
     runtime = runtime_of(adaskip_fx.api.build(model, None, backend="eager"))
     for row, text in enumerate(TEXTS):
-        alone = runtime.measure(ids_of(text))[:, 0].double().numpy()
+        alone = measure_prompt(runtime, ids_of(text))[:, 0].double().numpy()
         np.testing.assert_array_equal(found.moments[row], alone)
         with torch.no_grad():
-            assert runtime.measure(ids_of(text), layers=True).shape == (6 + 3, 1, 5)
+            assert measure_prompt(runtime, ids_of(text), layers=True).shape == (6 + 3, 1, 5)
 
 
 def test_saved_and_loaded(measured: Any, tmp_path: Path) -> None:

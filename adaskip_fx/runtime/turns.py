@@ -1,0 +1,76 @@
+"""How a request goes on: where it begins, which phase a step is of, where a turn ends.
+
+A turn is a prompt and the tokens decoded after it. A prompt after decoded tokens begins another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..capture.phase_graph import GraphPhase
+from ..capture.states import Since
+from ..kv_cache.cache import SkipCache
+from ..plans.decisions import PlanChooser
+from ..programs.program_cache import Graphs
+from .inputs import Inputs
+from .request import Request
+from .window import Learner
+
+
+def phase_of(input_ids: torch.Tensor, cache: SkipCache) -> GraphPhase:
+    """Return the phase of a step with new tokens int64 [B, T].
+
+    One token after others is decoded, unless somebody said that it is a prompt.
+    """
+    if cache.length and input_ids.shape[1] == 1 and not cache.prompting:
+        return "decode"
+    return "extend" if cache.length else "prefill"
+
+
+def begin(cache: SkipCache, graphs: Graphs) -> None:
+    """Begin the cache's request in the state that the model is in now, which it keeps."""
+    state, request = graphs.states.look(), cache.request
+    request.since = Since.of(state)
+    request.weights.clear()
+    request.binding = None
+    if not cache.length:
+        device = next(graphs.model.parameters()).device
+        stored = graphs.stored(request.plan)
+        cache.renew(state.sample.slots, stored, graphs.model.dtype, device)
+
+
+def next_turn(
+    cache: SkipCache, phase: GraphPhase, learner: Callable[[], Learner | None]
+) -> Request:
+    """Return the state of the cache's request for a step of `phase`.
+
+    Args:
+        cache: The request's.
+        phase: A prompt after decoded tokens begins a new turn.
+        learner: It is called at the first decode step of a turn: what the turn learns with.
+    """
+    request: Request = cache.request
+    if phase != "decode":
+        return request.new_turn() if request.decoding else request
+    if not request.decoding:
+        request.decoding, request.decoding_from = True, cache.length
+        if request.learns and not isinstance(request.decision, PlanChooser):
+            request.decode.learn_with(learner())
+    return request
+
+
+def choose_plan(cache: SkipCache, inputs: Inputs, graphs: Graphs) -> Request:
+    """Return the cache's request with the plan that is chosen for its first prompt.
+
+    The cache stores what that plan needs from now on.
+    """
+    request: Request = cache.request
+    if not isinstance(request.decision, PlanChooser):
+        raise ValueError("this request has nothing to choose from")
+    chosen = request.decision.choose(graphs.model, inputs.input_ids, inputs.attention_mask)
+    cache.keep(graphs.stored(chosen))
+    begun = request.new_request(chosen)
+    begun.since = request.since
+    return begun
