@@ -19,6 +19,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from adaskip_fx import AdaSkip, Profile, SkipPlan
 from adaskip_fx import backend as module
+from adaskip_fx.backend import requests
+from adaskip_fx.backend.requests import BackendRequest, Requests
 from adaskip_fx.contrib.routing import Choice, Option
 from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.skip_plan import Action, Sublayer
@@ -168,27 +170,27 @@ def test_the_decode_window_adds_ffn_sublayers(model: LlamaForCausalLM, tmp_path:
                 fast(ids[:, :5], past_key_values=other)
                 fast(ids[:, 5:6], past_key_values=other)
         state, second = state_of(cache), state_of(other)
-        assert [str(s) for s in state.decode_plan.skipped("decode")] == ["0.attention", *ffn]
-        assert second.window is not None
-        assert second.window.steps == 1
-        assert second.decode_plan is second.plan
+        assert [str(s) for s in state.decode.plan.skipped("decode")] == ["0.attention", *ffn]
+        assert second.decode.window is not None
+        assert second.decode.window.steps == 1
+        assert second.decode.plan is second.plan
         fast(ids[:, 11:12], past_key_values=cache)
         assert state_of(cache) is state
-        assert state.probed() == ()
+        assert state.decode.probed == ()
         cache.reset()
         fast(ids[:, :9], past_key_values=cache)  # a new request: the window is open again
         state = state_of(cache)
-        assert state.decode_plan is state.plan
-        assert [str(s) for s in state.probed()] == ffn
+        assert state.decode.plan is state.plan
+        assert [str(s) for s in state.decode.probed] == ffn
 
 
-def requests_of() -> module._Requests:
+def requests_of() -> Requests:
     """Those of the one model that was compiled."""
-    ((requests,),) = (known.values() for known in module._models.values())
-    return requests
+    ((found,),) = (known.values() for known in module._models.values())
+    return found
 
 
-def state_of(cache: StaticCache) -> module._Model:
+def state_of(cache: StaticCache) -> BackendRequest:
     return requests_of().known[cache.layers[0].cumulative_length][0]
 
 
@@ -316,7 +318,7 @@ def test_requests_are_told_apart_by_their_caches(
             for _ in range(60):
                 server.event()
                 assert server.worst < 1e-5
-    monkeypatch.setattr(module, "_mark", lambda tensor: 0)
+    monkeypatch.setattr(requests, "_mark", lambda tensor: 0)
     with torch.no_grad():
         server = Server(model, fast, caches=3, seed=0)
         for _ in range(60):
@@ -369,7 +371,7 @@ def test_equal_options_share_and_others_do_not(model: LlamaForCausalLM, tmp_path
     profile = profile_of(model, {"1.ffn": 0.9})
     profile.save(tmp_path / "p")
 
-    def found(**options: Any) -> module._Requests:
+    def found(**options: Any) -> Requests:
         return module._requests_of(options, [torch.zeros(1), first])
 
     shared = found(profile=profile, alpha=1.5)
