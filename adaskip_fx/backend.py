@@ -24,17 +24,16 @@ from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adaskip_passes import (
-    Capture,
     PieceCompiler,
     UnsupportedError,
     canonicalize,
-    describe,
     find_sublayers,
     fuse,
     link,
     outline,
-    written,
 )
+from adaskip_passes.analysis.effects import written
+from adaskip_passes.tracing.capture import Capture, describe
 
 from .plans.composition import SurrogateTensors, compose_surrogates
 from .plans.decisions import Decision, Schedule, plans_of

@@ -18,21 +18,19 @@ import torch
 from torch import fx
 
 from adaskip_passes import (
-    Binder,
-    Capture,
     FuseProjections,
-    Pass,
     PieceCompiler,
-    Repeat,
-    ShapeGuards,
     UnsupportedError,
     canonicalize,
     capture,
     find_sublayers,
     outline,
-    readable,
-    sublayer_calls,
 )
+from adaskip_passes.partition.outline import sublayer_calls
+from adaskip_passes.tracing.capture import Binder, Capture, ShapeGuards
+from adaskip_passes.tracing.reads import readable
+from adaskip_passes.tracing.repeated_layers.mark import Repeat
+from adaskip_passes.transforms.pass_manager import Pass
 
 from ..kv_cache.buffers import LayerCacheSpec
 from ..kv_cache.names import cache_argument

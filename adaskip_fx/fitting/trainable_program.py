@@ -17,7 +17,9 @@ from adaskip_fx.plans.surrogate import Surrogate
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.programs.program import Link, Program
 from adaskip_fx.runtime.runtime import Runtime
-from adaskip_passes import differentiable, fuse, surrogate_inputs
+from adaskip_passes import fuse
+from adaskip_passes.transforms.drop_cache_writes import differentiable
+from adaskip_passes.transforms.skip import surrogate_inputs
 
 from .whitening import Whitening
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from adaskip_passes import ProbeLayers
+from adaskip_passes.transforms.probe import ProbeLayers
 
 from .program import Program
 

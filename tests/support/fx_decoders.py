@@ -18,14 +18,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from adaskip_passes import (
-    Capture,
     PieceCompiler,
-    ResidualBranch,
     canonicalize,
     capture,
     find_sublayers,
     outline,
 )
+from adaskip_passes.analysis.residual_branches import ResidualBranch
+from adaskip_passes.tracing.capture import Capture
 
 ROOM = 48  # tokens that a K/V buffer holds
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from adaskip_passes import eliminate_dead_code
 from adaskip_passes.analysis.effects import (
     accesses,
     dependencies,
@@ -22,6 +21,7 @@ from adaskip_passes.analysis.effects import (
     storage_root,
     written,
 )
+from adaskip_passes.transforms.dead_code import eliminate_dead_code
 from tests.support.fx_decoders import Shape, arguments, call, shared
 
 

@@ -15,20 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaskip_passes import (
-    PROBE_STATS,
-    VALID,
     Probe,
     Replacement,
     Skip,
     UnsupportedError,
     find_sublayers,
     link,
-    piece_of,
     run_passes,
-    separate,
-    text,
 )
-from adaskip_passes.normalize.serialize_branches import ordered_after
+from adaskip_passes.normalize.serialize_branches import ordered_after, separate
+from adaskip_passes.partition.outline import piece_of
+from adaskip_passes.transforms.pass_manager import text
+from adaskip_passes.transforms.probe import PROBE_STATS, VALID
 from tests.support.fx_decoders import (
     SHAPES,
     Attention,

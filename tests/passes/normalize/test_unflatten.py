@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from adaskip_passes import Replacement, Skip, find_sublayers, link, run_passes, unflatten
+from adaskip_passes import Replacement, Skip, find_sublayers, link, run_passes
+from adaskip_passes.normalize.unflatten import unflatten
 from tests.support.fx_decoders import (
     Block,
     Decoder,

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from adaskip_passes import Replacement, Skip, UnsupportedError, find_sublayers, link, run_passes
+from adaskip_passes import (
+    Replacement,
+    Skip,
+    UnsupportedError,
+    find_sublayers,
+    link,
+    run_passes,
+)
 from adaskip_passes.normalize.upcast import widen
 from tests.support.fx_decoders import (
     Block,

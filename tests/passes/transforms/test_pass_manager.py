@@ -16,13 +16,11 @@ from adaskip_passes import (
     Tap,
     UnsupportedError,
     link,
-    piece_of,
     run_passes,
-    text,
 )
-from adaskip_passes.partition.outline import PIECE
+from adaskip_passes.partition.outline import PIECE, piece_of
 from adaskip_passes.transforms import pass_manager as pipeline_module
-from adaskip_passes.transforms.pass_manager import Step
+from adaskip_passes.transforms.pass_manager import Step, text
 from tests.support.fx_decoders import Shape, arguments, call, shared
 from tests.support.fx_reference import Instead, eager
 

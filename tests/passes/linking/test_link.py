@@ -16,17 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from adaskip_passes import (
-    VALID,
-    Piece,
     PieceCompiler,
     Probe,
     Replacement,
     Skip,
     fuse,
     link,
-    piece_of,
     run_passes,
 )
+from adaskip_passes.partition.outline import Piece, piece_of
+from adaskip_passes.transforms.probe import VALID
 from tests.support.fx_decoders import (
     SHAPES,
     Block,

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..capture.capture import Capture
-from ..capture.dynamo import one_at_a_time
 from ..decode.precompile import compile_ahead
 from ..partition.outline import Piece
+from ..tracing.capture import Capture
+from ..tracing.dynamo import one_at_a_time
 from ..transforms.pass_manager import Pass
 from .link import Compiled
 

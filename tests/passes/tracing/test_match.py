@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaskip_passes import LayerIndex, layer_index
-from adaskip_passes.capture.repeated_layers.match import twins
+from adaskip_passes.tracing.repeated_layers.match import LayerIndex, layer_index, twins
 from tests.support.fx_decoders import Block, Shape
 
 SHAPE = Shape()

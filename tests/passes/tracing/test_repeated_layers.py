@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adaskip_passes import Capture, LayerIndex, Repeat, UnsupportedError, capture, layer_index
-from adaskip_passes.capture.repeated_layers import mark
+from adaskip_passes import UnsupportedError, capture
+from adaskip_passes.tracing.capture import Capture
+from adaskip_passes.tracing.repeated_layers import mark
+from adaskip_passes.tracing.repeated_layers.mark import Repeat
+from adaskip_passes.tracing.repeated_layers.match import LayerIndex, layer_index
 from tests.support.fx_decoders import (
     BLOCKS,
     Block,

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from adaskip_passes import PythonState, describe_tensor, sharing
+from adaskip_passes.tracing.python_state import PythonState, describe_tensor, sharing
 
 
 class Options:

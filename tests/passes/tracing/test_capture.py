@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from torch._dynamo.utils import counters
 from torch.fx.experimental.symbolic_shapes import TrackedFake
 
-from adaskip_passes import Capture, ShapeGuards, UnsupportedError, capture, fuse, link
+from adaskip_passes import UnsupportedError, capture, fuse, link
+from adaskip_passes.tracing.capture import Capture, ShapeGuards
 from tests.support.fx_decoders import (
     ROOM,
     Cut,

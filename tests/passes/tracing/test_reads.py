@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaskip_passes import Capture, Reads, capture, readable
+from adaskip_passes import capture
+from adaskip_passes.tracing.capture import Capture
+from adaskip_passes.tracing.reads import Reads, readable
 
 FACTOR = 2.0
 TABLE: dict[str, float] = {}

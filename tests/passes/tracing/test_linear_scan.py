@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adaskip_passes.capture.linear_scan import linear_scan
+from adaskip_passes.tracing.linear_scan import linear_scan
 from tests.support.fx_decoders import trace
 
 Pair = tuple[Tensor, Tensor]
