@@ -206,7 +206,7 @@ class _Graph:
         capture = describe(graph)
         self.requests, model = requests, requests.first
         self.cache, in_place = _cache_inputs(capture)
-        canonicalize(graph.graph)
+        canonicalize(graph)
         found = find_sublayers(graph.graph)
         self.sublayers = model.plan.sublayers
         names = [f"{s.layer}.{s.kind}" for s in found]

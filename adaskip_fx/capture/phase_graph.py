@@ -26,11 +26,11 @@ from adaskip_passes import (
     find_sublayers,
     outline,
 )
-from adaskip_passes.partition.outline import sublayer_calls
+from adaskip_passes.infra.pass_base import Pass
+from adaskip_passes.partition.outer import sublayer_calls
 from adaskip_passes.tracing.capture import Binder, Capture, ShapeGuards
 from adaskip_passes.tracing.reads import readable
 from adaskip_passes.tracing.repeated_layers.mark import Repeat
-from adaskip_passes.transforms.pass_manager import Pass
 
 from ..kv_cache.buffers import LayerCacheSpec
 from ..kv_cache.names import cache_argument
@@ -182,7 +182,7 @@ def capture_phase(
                 f"{type(model).__name__}.forward changes {changed} while it runs; a captured graph "
                 "cannot repeat that"
             )
-        canonicalize(captured.graph.graph)
+        canonicalize(captured.graph)
         found = find_sublayers(captured.graph.graph)
         names = tuple(Sublayer(s.layer, _kind(s.kind)) for s in found)
         outer = outline(captured.graph, found)

@@ -11,7 +11,7 @@ from torch import fx
 
 from adaskip_passes import UnsupportedError
 from adaskip_passes.linking.piece_compiler import start_workers
-from adaskip_passes.partition.outline import piece_of, sublayer_calls
+from adaskip_passes.partition.outer import piece_of, sublayer_calls
 from adaskip_passes.tracing.capture import ShapeGuards
 from adaskip_passes.tracing.dynamo import one_at_a_time
 

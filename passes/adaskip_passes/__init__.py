@@ -7,7 +7,7 @@ The mechanism under ``adaskip_fx``; it needs torch alone. In order:
 - :func:`find_sublayers`: the residual branches of the graph;
 - :func:`outline`: a small outer graph of calls to pieces, equal pieces sharing one key;
 - :class:`Skip`, :class:`Probe`, :class:`Tap`: passes over the outer graph, run by
-  :func:`run_passes`;
+  :func:`run_passes`; each is a :class:`Pass`, and says in a :class:`PassResult` what it changed;
 - :func:`link` the pieces that a :class:`PieceCompiler` compiles into a program, or :func:`fuse`
   them into one flat graph.
 
@@ -30,12 +30,13 @@ if TYPE_CHECKING:
     from .decode.cuda_graphs import Recorder
     from .decode.fuse_projections import FuseProjections
     from .errors import AdaskipError, UnsupportedError
+    from .infra.pass_base import Pass, PassResult
+    from .infra.pass_manager import run_passes
     from .linking.link import fuse, link
     from .linking.piece_compiler import PieceCompiler
     from .normalize.canonicalize import canonicalize
     from .partition.outline import outline
     from .tracing.capture import capture
-    from .transforms.pass_manager import run_passes
     from .transforms.probe import Probe
     from .transforms.skip import Replacement, Skip
     from .transforms.tap import Tap
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaskipError",
     "FuseProjections",
+    "Pass",
+    "PassResult",
     "PieceCompiler",
     "Probe",
     "Recorder",
@@ -63,6 +66,8 @@ _HOMES = MappingProxyType(
     {
         "AdaskipError": "errors",
         "FuseProjections": "decode.fuse_projections",
+        "Pass": "infra.pass_base",
+        "PassResult": "infra.pass_base",
         "PieceCompiler": "linking.piece_compiler",
         "Probe": "transforms.probe",
         "Recorder": "decode.cuda_graphs",
@@ -77,7 +82,7 @@ _HOMES = MappingProxyType(
         "fuse": "linking.link",
         "link": "linking.link",
         "outline": "partition.outline",
-        "run_passes": "transforms.pass_manager",
+        "run_passes": "infra.pass_manager",
     }
 )
 

@@ -109,7 +109,7 @@ class Cut:
             capture(logits, {"model": model, "ids": ids}, self.build)
 
     def build(self, got: Capture) -> None:
-        canonicalize(got.graph.graph)
+        canonicalize(got.graph)
         self.sublayers = find_sublayers(got.graph.graph)
         self.outer = outline(got.graph, self.sublayers)
         self.compiler = PieceCompiler(got, "eager")

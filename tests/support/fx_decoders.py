@@ -380,7 +380,7 @@ def cut(
     mark_lengths(args)
 
     def build(got: Capture) -> Cut:
-        canonicalize(got.graph.graph)
+        canonicalize(got.graph)
         found = find_sublayers(got.graph.graph)
         outer = outline(got.graph, found)
         return Cut(shape, model, got, found, outer, PieceCompiler(got, backend))

@@ -28,6 +28,7 @@ import torch
 from torch import fx
 
 from ..analysis.effects import is_mutation, operation, storage_root
+from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
 from .ops import MAX_ROWS
 
@@ -35,17 +36,22 @@ _TOGETHER = 3  # weights that one operator takes
 
 
 @dataclass(frozen=True)
-class FuseProjections:
-    """Pass over the graph of one piece, whose nodes carry their example values."""
+class FuseProjections(Pass):
+    """Pass over the graph of a piece, whose nodes carry their example values.
 
-    def __call__(self, module: fx.GraphModule) -> None:
-        graph = module.graph
+    Its changes are fused groups of projections and erased nodes.
+    """
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Fuse the projections; see :class:`Pass`."""
+        graph = graph_module.graph
         written_to = {storage_root(n) for n in graph.nodes if is_mutation(n)}
         overwritten = {n for n in graph.nodes if storage_root(n) in written_to}
-        for group in _groups(graph, overwritten):
+        groups = _groups(graph, overwritten)
+        for group in groups:
             _fuse(graph, group, overwritten)
-        eliminate_dead_code(graph)
-        graph.lint()
+        erased = eliminate_dead_code(graph)
+        return PassResult(graph_module, len(groups) + erased)
 
 
 def _groups(graph: fx.Graph, overwritten: set[fx.Node]) -> list[list[fx.Node]]:

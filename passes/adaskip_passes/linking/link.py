@@ -7,13 +7,18 @@ milliseconds; `fuse` writes the pieces back into one flat graph for a compiler t
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from ..partition.outline import Piece, piece_of
+from ..infra.graph_module import text
+from ..infra.logs import logger_of, trace_text
+from ..partition.outer import Piece, piece_of
+
+_LOG = logger_of(__name__)
 
 Compiled = Callable[..., Any]
 
@@ -103,7 +108,12 @@ def link(outer: fx.GraphModule, compiled: Callable[[Piece], Compiled]) -> Linked
     Returns:
         A function that returns what the outer graph returns (a tuple).
     """
-    return Linked(outer, compiled)
+    start = time.perf_counter()
+    linked = Linked(outer, compiled)
+    seconds = time.perf_counter() - start
+    _LOG.info("linked %d functions in %.2f ms", len(linked.functions), 1e3 * seconds)
+    trace_text("linked", lambda: text(outer))
+    return linked
 
 
 def fuse(outer: fx.GraphModule) -> fx.GraphModule:
@@ -130,7 +140,10 @@ def fuse(outer: fx.GraphModule) -> fx.GraphModule:
             value[node] = value[node.all_input_nodes[0]][node.args[1]]
         else:
             value[node] = flat.node_copy(node, lambda n: value[n])
-    return fx.GraphModule(root, flat, "Fused")
+    fused = fx.GraphModule(root, flat, "Fused")
+    _LOG.info("fused into %d nodes", len(flat.nodes))
+    trace_text("fused", lambda: text(fused))
+    return fused
 
 
 def _inline(flat: fx.Graph, root: fx.GraphModule, piece: Piece, arguments: Sequence[Any]) -> Any:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
+from .. import _torch
 from ..decode.precompile import compile_ahead
-from ..partition.outline import Piece
+from ..infra.logs import logger_of
+from ..infra.pass_base import Pass
+from ..infra.pass_manager import run_passes
+from ..partition.outer import Piece
 from ..tracing.capture import Capture
 from ..tracing.dynamo import one_at_a_time
-from ..transforms.pass_manager import Pass
 from .link import Compiled
+
+_LOG = logger_of(__name__)
 
 #: Inductor's options for lowered pieces. What is left to it are kernels of microseconds: those
 #: that do not depend on each other become one, and each starts while the one before it ends.
@@ -24,11 +28,7 @@ _SHORT_KERNELS = {"combo_kernels": True, "triton.enable_pdl": True}
 def start_workers(backend: str, device: torch.device) -> None:
     """Let the processes in which Inductor compiles kernels start while there is other work."""
     if backend == "inductor" and device.type == "cuda":
-        from torch._inductor.async_compile import AsyncCompile, maybe_warm_pool
-
-        maybe_warm_pool()
-        # asks whether they are ready, for the first time: until they have answered, none is used
-        AsyncCompile.use_process_pool()  # type: ignore[no-untyped-call]
+        _torch.start_inductor_workers()
 
 
 class PieceCompiler:
@@ -47,7 +47,7 @@ class PieceCompiler:
         self.lowering = tuple(lowering)
         self.compiled = 0
         self.seconds = 0.0
-        self._inner: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
+        self._inner = _torch.backend_of(backend)
         self._by_key: dict[str, Compiled] = {}
 
     def __call__(self, piece: Piece) -> Compiled:
@@ -57,16 +57,23 @@ class PieceCompiler:
             with one_at_a_time:
                 found = self._by_key.get(piece.key)
                 if found is None:
-                    found = self._by_key[piece.key] = self.compile(piece.module)
+                    found = self._by_key[piece.key] = self.compile(piece.module, piece.name)
         return found
 
-    def compile(self, module: fx.GraphModule) -> Compiled:
-        """Compile a copy of `module` for its placeholders' example values.
+    def compile(self, module: fx.GraphModule, name: str = "a whole graph") -> Compiled:
+        """Compile a copy of a graph for its placeholders' example values.
 
         Nothing else is traced or compiled meanwhile: compilers switch off what is global.
+
+        Args:
+            module: The graph.
+            name: What the log calls it.
         """
         with one_at_a_time:
-            return self._compile(module)
+            before = self.seconds
+            function = self._compile(module)
+            _LOG.info("compiled %s with %s in %.2f s", name, self.backend, self.seconds - before)
+            return function
 
     def _compile(self, module: fx.GraphModule) -> Compiled:
         start = time.perf_counter()
@@ -75,10 +82,7 @@ class PieceCompiler:
         single = not isinstance(result, tuple | list)
         graph.output((result,) if single else result)  # backends expect a graph to return a tuple
         own = fx.GraphModule(module, graph, "Piece")
-        for one in self.lowering:
-            one(own)
-        if self.lowering:
-            own.recompile()
+        run_passes(own, self.lowering, copy=False)
         kernels = compile_ahead(own)
         examples = [n.meta["example_value"] for n in graph.find_nodes(op="placeholder")]
         with self.capture.reopened():

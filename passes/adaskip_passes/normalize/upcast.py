@@ -16,11 +16,14 @@ gave.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import fx
 
 from ..analysis.effects import operation
-from ..analysis.residual_branches import ancestors_of, is_add, residual_of
+from ..analysis.residual_adds import ancestors_of, is_add, residual_of
+from ..infra.pass_base import Pass, PassResult
 
 
 def widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -28,11 +31,20 @@ def widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-def widen(graph: fx.Graph) -> bool:
-    """Widen what the stream begins with; returns whether it was narrower than the stream.
+@dataclass(frozen=True)
+class Upcast(Pass):
+    """Pass over a captured graph: widen what the stream begins with.
 
-    An add in a wider dtype inside of a branch is another thing: no stream goes on from it.
+    An add in a wider dtype inside of a branch is another thing: no stream goes on from it. Its
+    changes are 1 where the embedding was narrower than the stream.
     """
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Widen the embedding; see :class:`Pass`."""
+        return PassResult(graph_module, int(_widen(graph_module.graph)))
+
+
+def _widen(graph: fx.Graph) -> bool:
     adds = [node for node in graph.nodes if is_add(node) and _widens(node)]
     if not adds:
         return False

@@ -19,7 +19,8 @@ from ..analysis.effects import (
     storage_root,
     written,
 )
-from ..analysis.residual_branches import ATTENTION_OPERATIONS, ResidualBranch, stream_levels
+from ..analysis.residual_branches import ATTENTION_OPERATIONS, ResidualBranch
+from ..analysis.stream import stream_levels
 from ..errors import UnsupportedError
 
 

@@ -1,40 +1,37 @@
-"""What is needed of Dynamo and FakeTensor beyond their public interfaces.
+"""Trace a function with Dynamo, and ask the trace what Dynamo knows while it runs.
 
-Torch's private interfaces that capturing relies on are used in this file alone.
+How to ask is in :mod:`adaskip_passes._torch`; here is what is asked, and what is refused.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
-import re
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
-from unittest.mock import patch
 
 import torch
-from torch import fx, nn
-from torch._dynamo import convert_frame
-from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._sympy.printers import PythonPrinter
+from torch import fx
 
+from .. import _torch
+from .._torch import PythonPrinter, ShapeEnv, TracingContext, is_disabled, one_at_a_time, tracing
 from ..errors import UnsupportedError
 from .linear_scan import one_operator
-from .versions import not_exporting, source_name
 
-__all__ = ["PythonPrinter", "ShapeEnv", "TracingContext", "tracing"]  # handed on
+__all__ = [  # handed on
+    "PythonPrinter",
+    "ShapeEnv",
+    "TracingContext",
+    "is_disabled",
+    "one_at_a_time",
+    "tracing",
+]
 
 _serial = itertools.count()
 _CONTEXT = "Developer debug context: "
-#: Held while anything is traced or compiled, here and by torch.compile elsewhere: what both switch
-#: off meanwhile is global.
-one_at_a_time = convert_frame.compile_lock
 #: transformers resets a context variable of its own in every call.
 _RESET_BY_ALL = "__import_transformers_dot_utils_dot_output_capturing']._active_collector"
 
@@ -48,11 +45,6 @@ class _Done(BaseException):
 
     Not an `Exception`, which Dynamo would take for a failure of the backend.
     """
-
-
-def is_disabled() -> bool:
-    """Whether Dynamo is switched off in this process (TORCHDYNAMO_DISABLE and the like)."""
-    return bool(torch._dynamo.config.disable)
 
 
 def own_code(function: Callable[..., Any]) -> types.FunctionType:
@@ -106,7 +98,7 @@ def trace(
             raise NoGraphError(_summary(error)) from error
         finally:
             receivers.clear()
-            torch._dynamo.eval_frame.reset_code(own.__code__)  # type: ignore[attr-defined]
+            _torch.forget_code(own.__code__)
     if failed:
         raise failed.pop()
 
@@ -121,7 +113,7 @@ def _swept() -> Iterator[None]:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        with torch._dynamo.config.patch(run_gc_after_compile=False):
+        with _torch.no_collection_after_compiling():
             yield
     finally:
         if enabled:
@@ -131,16 +123,13 @@ def _swept() -> Iterator[None]:
 
 @contextmanager
 def _tracing() -> Iterator[None]:
-    """Trace as is needed here.
-
-    Without the text of a stack for every node: a tenth of the time, and nobody reads it. Hooks are
-    guarded, which Dynamo leaves out by default.
-    """
-    hooks = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
-    no_stacks = patch.object(
-        InstructionTranslatorBase, "is_co_filename_from_nn_modules", lambda _translator: True
-    )
-    with no_stacks, hooks, one_operator(), not_exporting():
+    """Trace as is needed here: see each of the contexts."""
+    with (
+        _torch.without_stack_texts(),
+        _torch.guarding_hooks(),
+        one_operator(),
+        _torch.not_exporting(),
+    ):
         yield
 
 
@@ -160,20 +149,11 @@ def refuse_constant_lengths(function: Callable[..., Any]) -> None:
 
     Dynamo itself says so only when it makes guards.
     """
-    for tracked in InstructionTranslator.current_tx().output.tracked_fakes:
-        asked = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
-        for dim, constraint in enumerate(asked):
-            if constraint is None or constraint.warn_only:
-                continue
-            assert isinstance(tracked.fake, torch.Tensor)
-            size = tracked.fake.shape[dim]
-            constant = size if isinstance(size, int) else size.node.maybe_as_int()
-            if constant is not None:
-                argument = re.findall(r"\['(\w+)'\]", source_name(tracked.source))[-1]
-                raise UnsupportedError(
-                    f"{function.__name__} is only right where {argument}.shape[{dim}] is "
-                    f"{constant}, a length that must vary; its code branches on it"
-                )
+    for argument, dim, constant in _torch.constant_lengths():
+        raise UnsupportedError(
+            f"{function.__name__} is only right where {argument}.shape[{dim}] is "
+            f"{constant}, a length that must vary; its code branches on it"
+        )
 
 
 def python_effects() -> tuple[str, ...]:
@@ -181,9 +161,7 @@ def python_effects() -> tuple[str, ...]:
 
     That is Python state of its arguments, and of globals; objects that it has made are not told.
     """
-    effects = InstructionTranslator.current_tx().output.side_effects
-    changed = (v for v in effects.id_to_variable.values() if effects.is_modified(v))
-    sources = {_root_expression(v.source) for v in changed if v.source is not None}
+    sources = {_root_expression(source) for source in _torch.modified_sources()}
     return tuple(sorted(s for s in sources if s and _RESET_BY_ALL not in s))
 
 
@@ -193,23 +171,18 @@ def guarded() -> tuple[tuple[str, str], ...]:
     Dynamo collects guards while it traces, and makes a check of them afterwards; here they only say
     what was looked at. The second is empty where the guard is about the whole of a source.
     """
-    found: dict[tuple[str, str], None] = {}
-    for guard in TracingContext.get().guards_context.dynamo_guards:
-        asked = getattr(guard.create_fn, "keywords", {})
-        found[
-            _root_expression(guard.originating_source), str(asked.get("attr", asked.get("key", "")))
-        ] = None
-    return tuple(found)
+    found = ((_root_expression(source), asked) for source, asked in _torch.guarded_sources())
+    return tuple(dict.fromkeys(found))
 
 
 def source_of(placeholder: fx.Node) -> str:
     """Where a placeholder's value comes from, as Python text over ``L`` and globals."""
-    return source_name(placeholder._dynamo_source)  # type: ignore[attr-defined]
+    return _torch.source_of(placeholder)
 
 
 def _root_expression(source: Any) -> str:
     try:
-        return source_name(source)
+        return _torch.source_name(source)
     except NotImplementedError:  # an object made while tracing, which no argument holds
         return ""
 
@@ -220,17 +193,7 @@ def _root_expression(source: Any) -> str:
 def symbol_sources(env: ShapeEnv) -> dict[str, str]:
     """For each shape symbol the input size, stride or integer that it stands for."""
     return {
-        str(symbol): source_name(sources[0])
+        str(symbol): _torch.source_name(sources[0])
         for symbol, sources in env.var_to_sources.items()
         if sources
     }
-
-
-def fake_like(example: torch.Tensor) -> torch.Tensor:
-    """A fake tensor like another one, with storage of its own."""
-    assert isinstance(example, FakeTensor)
-    meta = torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device="meta")
-    fake = FakeTensor(example.fake_mode, meta, example.device)
-    if isinstance(example, nn.Parameter):
-        fake._is_param = True  # as `nn.Parameter` marks tensors of other classes
-    return fake.requires_grad_(example.requires_grad)

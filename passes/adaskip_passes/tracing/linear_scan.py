@@ -8,7 +8,6 @@ the graph would be good for one length only. As an operator it is good for all.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,9 @@ from unittest.mock import patch
 
 import torch
 
-_MODULE = importlib.import_module("torch._higher_order_ops.associative_scan")
+from .. import _torch
+
+_MODULE = _torch.scan_module()
 _traced: Callable[..., Any] = _MODULE.associative_scan
 
 

@@ -28,7 +28,8 @@ from torch import fx
 
 from ..analysis.symbolic_lengths import length_inputs
 from ..errors import UnsupportedError
-from ..partition.outline import PIECE, Piece, helper_piece, piece_of, stream_after, sublayer_calls
+from ..infra.pass_base import Pass, PassResult
+from ..partition.outer import PIECE, Piece, helper_piece, piece_of, stream_after, sublayer_calls
 
 #: What a probe measures, per row, summed over its valid tokens (a: stream before, b: after); the
 #: last is how many of them count.
@@ -39,8 +40,8 @@ _PROBED = "sublayers are probed"  # in the metadata of that input
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Pass: measure sublayers.
+class Probe(Pass):
+    """Pass over an outer graph: measure sublayers. Its changes are probed sublayers.
 
     Adds an input ``valid`` (bool [batch, tokens]: which tokens count) and, as last output,
     the moments, float32 [probed sublayers, batch, 5] in the order of `sublayers` and `PROBE_STATS`.
@@ -54,9 +55,17 @@ class Probe:
     sublayers: tuple[int, ...]
     together: bool = False
 
-    def __call__(self, outer: fx.GraphModule) -> None:
-        if not self.sublayers:
-            return
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Insert the probes; see :class:`Pass`.
+
+        Raises:
+            UnsupportedError: A sublayer does not run in this graph, or it is probed already.
+        """
+        if self.sublayers:
+            self._insert(graph_module)
+        return PassResult(graph_module, len(self.sublayers))
+
+    def _insert(self, outer: fx.GraphModule) -> None:
         graph, calls = outer.graph, sublayer_calls(outer.graph)
         missing = [i for i in self.sublayers if i not in calls]
         if missing:
@@ -80,15 +89,19 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class ProbeLayers:
-    """Pass: measure whole layers: the stream before a layer's first sublayer and after its last.
+class ProbeLayers(Pass):
+    """Pass over an outer graph: measure the stream before each layer and after it.
+
+    Its changes are layers.
 
     Adds the moments, float32 [layers, batch, 5] in the order of layers and `PROBE_STATS`, as last
     output, and the input ``valid``. Run it before `Probe`, if that is to run as well, on a graph
     whose sublayers all run.
     """
 
-    def __call__(self, outer: fx.GraphModule) -> None:
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Insert the probes; see :class:`Pass`."""
+        outer = graph_module
         layers: dict[int, list[fx.Node]] = {}
         for _, call in sorted(sublayer_calls(outer.graph).items()):
             piece = piece_of(call)
@@ -99,6 +112,7 @@ class ProbeLayers:
         assert isinstance(first, fx.Node)
         valid = _valid_input(outer.graph, first.meta["example_value"])
         _insert_probes(outer, pairs, valid, [f"probe_layer_{n}" for n in layers])
+        return PassResult(outer, len(layers))
 
 
 def _insert_probes(

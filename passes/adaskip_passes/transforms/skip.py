@@ -13,24 +13,20 @@ whose other values are read elsewhere is refused.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import fx
 
-from ..analysis.effects import accesses, is_mutation, written
-from ..analysis.residual_branches import stream_independent
 from ..analysis.structural_key import structural_key
 from ..analysis.symbolic_lengths import length_inputs
 from ..errors import UnsupportedError
-from ..partition.outline import PIECE, Piece, piece_of, sublayer_calls
+from ..infra.pass_base import Pass, PassResult
+from ..partition.outer import PIECE, Piece, piece_of, sublayer_calls
 from .dead_code import eliminate_dead_code
+from .residue import Keep, residue
 from .surrogates import SURROGATE, piece_name, surrogate_examples, surrogate_piece
-
-Keep = Literal["nothing", "counters", "everything"]
 
 
 @dataclass(frozen=True)
@@ -51,20 +47,23 @@ class Replacement:
 
 
 @dataclass(frozen=True)
-class Skip:
-    """Pass: replace sublayers of an outer graph.
+class Skip(Pass):
+    """Pass over an outer graph: replace sublayers. Its changes are replaced sublayers.
 
     Attributes:
-        replacements: by position along the stream.
-
-    Raises (when run):
-        UnsupportedError: the sublayer is not in the graph, or something besides the stream
-            leaves it.
+        replacements: By position along the stream.
     """
 
     replacements: Mapping[int, Replacement] = field(default_factory=dict)
 
-    def __call__(self, outer: fx.GraphModule) -> None:
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Replace the sublayers; see :class:`Pass`.
+
+        Raises:
+            UnsupportedError: A sublayer is not in the graph, or something besides the stream leaves
+                it.
+        """
+        outer = graph_module
         calls = sublayer_calls(outer.graph)
         for index, replacement in sorted(self.replacements.items()):
             if index not in calls:
@@ -74,6 +73,7 @@ class Skip:
             _replace(outer, calls[index], replacement)
         if self.replacements:  # an empty plan leaves the captured graph, unused inputs and all
             eliminate_dead_code(outer.graph, keep=_is_call, placeholders=True)
+        return PassResult(outer, len(self.replacements))
 
 
 def surrogate_inputs(outer: fx.Graph) -> dict[str, tuple[int, str]]:
@@ -121,34 +121,6 @@ def _insert_residue(outer: fx.GraphModule, call: fx.Node, piece: Piece, keep: Ke
     node.meta[PIECE] = Piece(
         name, "residue", module, structural_key(module), piece.index, piece.layer, piece.kind, 0
     )
-
-
-def residue(module: fx.GraphModule, keep: Keep) -> fx.GraphModule | None:
-    """What is left of a sublayer of which only effects are kept; None if nothing is.
-
-    Args:
-        module: a sublayer's piece; its first input is the stream.
-        keep: see `Replacement`.
-    """
-    graph = fx.Graph()
-    graph.graph_copy(module.graph, {})
-    graph.output(())
-    stream = next(iter(graph.nodes))
-    free = stream_independent(graph, stream)
-
-    def kept(node: fx.Node) -> bool:
-        root = written(node)
-        if root is None:
-            return False
-        if root.op != "placeholder":  # it changes a value that something kept may read
-            later = itertools.takewhile(lambda n: n is not node, reversed(graph.nodes))
-            return bool(accesses(later, root))
-        return keep == "everything" or node in free
-
-    eliminate_dead_code(graph, keep=kept, placeholders=True)
-    if not any(is_mutation(n) for n in graph.nodes):
-        return None
-    return fx.GraphModule(module, graph, "Residue")
 
 
 def _used(whole: fx.GraphModule, part: fx.GraphModule) -> list[bool]:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.nn.functional import linear as apply_linear
 
-from ..partition.outline import Piece, helper_piece
+from ..partition.outer import Piece, helper_piece
 
 EPS = 1e-6  #: under the root of a mean square
 SURROGATE = "adaskip_surrogate"  # marks an input: (position of the sublayer, name of the tensor)

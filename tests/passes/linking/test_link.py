@@ -24,7 +24,7 @@ from adaskip_passes import (
     link,
     run_passes,
 )
-from adaskip_passes.partition.outline import Piece, piece_of
+from adaskip_passes.partition.outer import Piece, piece_of
 from adaskip_passes.transforms.probe import VALID
 from tests.support.fx_decoders import (
     SHAPES,

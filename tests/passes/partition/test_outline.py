@@ -22,8 +22,8 @@ from adaskip_passes import (
     run_passes,
 )
 from adaskip_passes.analysis.structural_key import structural_key
-from adaskip_passes.partition.outline import Piece, piece_of
-from adaskip_passes.transforms.pass_manager import text
+from adaskip_passes.infra.graph_module import text
+from adaskip_passes.partition.outer import Piece, piece_of
 from tests.support.fx_decoders import (
     ROOM,
     SHAPES,

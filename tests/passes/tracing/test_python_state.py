@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from adaskip_passes.tracing.python_state import PythonState, describe_tensor, sharing
+from adaskip_passes.tracing.python_state import PythonState
+from adaskip_passes.tracing.tensor_layout import describe_tensor, sharing
 
 
 class Options:

@@ -21,8 +21,8 @@ from adaskip_passes import (
     link,
     run_passes,
 )
-from adaskip_passes.partition.outline import piece_of
-from adaskip_passes.transforms.pass_manager import text
+from adaskip_passes.infra.graph_module import text
+from adaskip_passes.partition.outer import piece_of
 from adaskip_passes.transforms.probe import PROBE_STATS, VALID, measure_together, probe_piece
 from tests.support.fx_decoders import (
     SHAPES,

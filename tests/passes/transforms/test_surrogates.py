@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from adaskip_passes import FuseProjections
-from adaskip_passes.partition.outline import Piece
+from adaskip_passes.partition.outer import Piece
 from adaskip_passes.transforms.surrogates import SURROGATES, surrogate_examples, surrogate_piece
 
 HIDDEN, RANK = 16, 3

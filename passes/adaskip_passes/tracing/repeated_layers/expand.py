@@ -1,12 +1,12 @@
 """Replace the marks that :mod:`mark` left in a captured graph by what they stand for.
 
-What was traced of a module lies between two marks. A copy of it is the same operations, in which
-what the module was called with, and what belongs to it, is replaced by the twin's.
+What was traced of a module lies between two marks. A copy of it (:mod:`copies`) is the same
+operations, in which what the module was called with, and what belongs to it, is replaced by the
+twin's.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,59 +15,40 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..dynamo import fake_like
-from .mark import MARKS, First, NotRepeatedError, Repeat, seconds_of
-from .match import Twins
-
-
-def expand(
-    graph: fx.Graph,
-    sources: dict[fx.Node, str],
-    value_of: Callable[[str], Any],
-    repeat: Repeat,
-    first: First,
-) -> None:
-    """Replace marks by what they stand for.
-
-    Args:
-        graph: as captured; changed in place.
-        sources: of its placeholders; changed as these are.
-        value_of: the value of a source, by the arguments that were captured.
-        repeat, first: as it was marked.
-
-    Raises:
-        NotRepeatedError: the trace of one module is not good for its twins.
-    """
-    _Expansion(graph, sources, value_of, repeat).run(first)
+from ..._torch import fake_like
+from ...infra.pass_base import Pass, PassResult
+from .copies import Copy, Region, is_size, require, stream_of
+from .mark import MARKS, First, Repeat, seconds_of
 
 
 @dataclass(frozen=True)
-class _Region:
-    """What was traced of one module, between its marks."""
+class Expand(Pass):
+    """Pass over a captured graph with marks: replace them. Its changes are copied modules.
 
-    entered: fx.Node
-    left: fx.Node
-    nodes: tuple[fx.Node, ...]
+    Attributes:
+        sources: Of the graph's placeholders; changed as these are.
+        value_of: The value of a source, by the arguments that were captured.
+        repeat: The modules, as they were marked.
+        first: Which of them were traced, as they were marked.
+    """
 
-    @classmethod
-    def between(cls, entered: fx.Node, left: fx.Node) -> _Region:
-        nodes, node = [], entered.next
-        while node is not left:
-            nodes.append(node)
-            node = node.next
-        inside = {*nodes, left}
-        for node in (entered, *nodes):
-            alone = inside.issuperset(node.users) or _is_size(node)
-            _require(alone, f"{node.name} is read outside of the module that computes it")
-        same = entered.args[1][1:] == left.args[2][1:]  # type: ignore[index]
-        _require(same, "a module changes the containers that it is called with")
-        for value in (_stream(entered), left.args[1]):
-            alike = isinstance(value, fx.Node) and _description(value) == _description(entered)
-            _require(alike, "the module's result is not like its first argument")
-        return cls(entered, left, tuple(nodes))
+    sources: dict[fx.Node, str]
+    value_of: Callable[[str], Any]
+    repeat: Repeat
+    first: First
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Replace the marks; see :class:`Pass`.
+
+        Raises:
+            NotRepeatedError: The trace of one module is not good for its twins.
+        """
+        expansion = Expansion(graph_module.graph, self.sources, self.value_of, self.repeat)
+        expansion.run(self.first)
+        return PassResult(graph_module, len(self.first))
 
 
-class _Expansion:
+class Expansion:
     """The expansion of one captured graph."""
 
     def __init__(
@@ -81,7 +62,7 @@ class _Expansion:
         self.sources = sources
         self.value_of = value_of
         self.repeat = repeat
-        self.real = {n: value_of(source) for n, source in sources.items() if not _is_size(n)}
+        self.real = {n: value_of(source) for n, source in sources.items() if not is_size(n)}
         self.input_of = {id(value): node for node, value in self.real.items()}
 
     def run(self, first: First) -> None:
@@ -91,17 +72,17 @@ class _Expansion:
         called = (
             entered.keys() == left.keys() == traced and stood_in.keys() == first.keys() - traced
         )
-        _require(called, "a module is not called")
+        require(called, "a module is not called")
         idle = [n for n in self.sources if n.users and all(u.target in MARKS for u in n.users)]
-        regions = {r: _Region.between(entered[r], left[r]) for r in traced}
+        regions = {r: Region.between(entered[r], left[r]) for r in traced}
         for r, k in seconds.items():
-            _Copy(self, regions[r], entered[k], first[k][1]).compare(regions[k])
+            Copy(self, regions[r], entered[k], first[k][1]).compare(regions[k])
         for k, mark in stood_in.items():
             r, how = first[k]
-            _bypass(mark, _Copy(self, regions[r], mark, how).made())
+            _bypass(mark, Copy(self, regions[r], mark, how).made())
         for region in regions.values():
             _bypass(region.left, region.left.args[1])
-            _bypass(region.entered, _stream(region.entered))
+            _bypass(region.entered, stream_of(region.entered))
         for node in idle:
             if not node.users:  # an input that only marks had: Dynamo leaves out what nobody reads
                 self.graph.erase_node(node)
@@ -110,14 +91,14 @@ class _Expansion:
     def _marks(self, mark: Callable[..., Any]) -> dict[Any, fx.Node]:
         nodes = self.graph.find_nodes(op="call_function", target=mark)
         found = {n.args[0]: n for n in nodes}
-        _require(len(found) == len(nodes), "a module is called more than once")
+        require(len(found) == len(nodes), "a module is called more than once")
         return found
 
     def input_for(self, value: torch.Tensor, like: fx.Node, source: str) -> fx.Node:
         """The placeholder of a tensor; a new one, described as another is, where there is none."""
         node = self.input_of.get(id(value))
         if node is None:
-            _require(self.value_of(source) is value, f"{source} is not what corresponds")
+            require(self.value_of(source) is value, f"{source} is not what corresponds")
             with self.graph.inserting_after(next(reversed(self.sources))):
                 node = self.graph.placeholder(
                     re.sub(r"[^a-zA-Z0-9]+", "_", source).replace("L", "l", 1)
@@ -128,169 +109,6 @@ class _Expansion:
         return node
 
 
-class _Copy:
-    """The copy of one traced module for one of its twins."""
-
-    def __init__(self, expansion: _Expansion, region: _Region, mark: fx.Node, how: Twins) -> None:
-        self.expansion = expansion
-        self.region = region
-        self.mark = mark
-        self.how = how
-        self.given: dict[fx.Node, fx.Node] = {}
-        _correspond(region.entered.args[1:], mark.args[1:], self.given)
-        self.copies = {region.entered: _stream(mark)}
-
-    def made(self) -> fx.Node:
-        """Write the copy before the mark; returns its result."""
-        graph, rename = self.expansion.graph, _renaming(self.region.entered, self.mark)
-        with graph.inserting_before(self.mark):
-            for node in self.region.nodes:
-                copy = self.copies[node] = graph.node_copy(node, self._counterpart)
-                if "nn_module_stack" in copy.meta:
-                    copy.meta["nn_module_stack"] = rename(copy.meta["nn_module_stack"])
-        result = self.region.left.args[1]
-        assert isinstance(result, fx.Node)
-        return self._counterpart(result)
-
-    def compare(self, traced: _Region) -> None:
-        """Require that the twin's own trace is what the copy would be.
-
-        But for numbers: Dynamo computes a length once, and lets later modules read it. What the
-        values are like follows from the operations and from the arguments, which are compared.
-        """
-        self.copies[self.region.entered] = traced.entered
-        mine, theirs = ([n for n in r.nodes if not _is_size(n)] for r in (self.region, traced))
-        alike = len(mine) == len(theirs)
-        for one, other in zip(mine, theirs, strict=False):
-            alike = alike and self._same(one, other)
-            self.copies[one] = other
-        results = self.region.left.args[1], traced.left.args[1]
-        _require(alike and self._same_operands(*results), "twins were traced differently")
-
-    def _same(self, one: fx.Node, other: fx.Node) -> bool:
-        return (
-            (one.op, one.target) == (other.op, other.target)
-            and self._same_operands(one.args, other.args)
-            and self._same_operands(one.kwargs, other.kwargs)
-        )
-
-    def _same_operands(self, one: Any, other: Any) -> bool:
-        if isinstance(one, fx.Node) and isinstance(other, fx.Node):
-            if _is_size(one):
-                return _is_size(other) and _description(one) == _description(other)
-            return self._counterpart(one) is other
-        if isinstance(one, tuple | list):
-            pairs = zip(one, other, strict=False)
-            return len(one) == len(other) and all(self._same_operands(*pair) for pair in pairs)
-        if isinstance(one, dict):
-            values = list(one.values()), list(other.values())
-            return list(one) == list(other) and self._same_operands(*values)
-        if isinstance(one, slice):
-            ends = ((s.start, s.stop, s.step) for s in (one, other))
-            return isinstance(other, slice) and self._same_operands(*ends)
-        return type(one) is type(other) and bool(one == other)
-
-    def _counterpart(self, node: fx.Node) -> fx.Node:
-        """What the twin reads where the traced module reads `node`."""
-        if node not in self.copies:
-            bound = node in self.expansion.real
-            self.copies[node] = self._input(node) if bound else self._value(node)
-        return self.copies[node]
-
-    def _value(self, node: fx.Node) -> fx.Node:
-        passed = node in self.given or _is_size(node) or node.op == "get_attr"
-        _require(passed, f"{node.name} reaches a module otherwise than as an argument")
-        return self.given.get(node, node)
-
-    def _input(self, node: fx.Node) -> fx.Node:
-        mine = self.expansion.real[node]
-        paired = self.how.tensors.get(id(mine))
-        theirs = mine if paired is None else paired[1]
-        if node in self.given:
-            same = theirs is mine or self.expansion.real.get(self.given[node]) is theirs
-            _require(same, f"{node.name} is an argument, and another belongs to the module")
-            return self.given[node]
-        source = self._source(self.expansion.sources[node])
-        if theirs is mine:
-            _require(source is None or paired is not None, f"{node.name} has no counterpart")
-            return node
-        _require(source is not None, f"{node.name} is a module's own under another name")
-        assert source is not None
-        return self.expansion.input_for(theirs, node, source)
-
-    def _source(self, source: str) -> str | None:
-        """The source of what corresponds, for what belongs to the traced module alone."""
-        repeat, mine, theirs = self.expansion.repeat, self.region.entered.args[0], self.mark.args[0]
-        assert isinstance(mine, int)
-        assert isinstance(theirs, int)
-        for old, new in zip(repeat.prefixes(mine), repeat.prefixes(theirs), strict=True):
-            if source.startswith(old) and source[len(old) : len(old) + 1] in (".", "["):
-                return new + source[len(old) :]
-        return None
-
-
-def _require(condition: bool, otherwise: str) -> None:
-    if not condition:
-        raise NotRepeatedError(otherwise)
-
-
-def _stream(mark: fx.Node) -> fx.Node:
-    """The first argument of the module that a mark is about."""
-    stream = mark.args[1][0]  # type: ignore[index]
-    assert isinstance(stream, fx.Node)
-    return stream
-
-
 def _bypass(mark: fx.Node, value: Any) -> None:
     mark.replace_all_uses_with(value)
     mark.graph.erase_node(mark)
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Whether a node's value is a number or a shape: the same for all that see the same lengths."""
-    value = node.meta.get("example_value")
-    numbers = value if isinstance(value, tuple) else (value,)
-    return all(isinstance(n, int | float | torch.SymInt | torch.SymFloat) for n in numbers)
-
-
-def _description(node: fx.Node) -> tuple[Any, ...]:
-    """What a trace may depend on; sizes as text, because comparing them records guards."""
-    value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor):
-        return type(value), str(value)
-    sizes = str(tuple(value.shape)), str(value.stride()), str(value.storage_offset())
-    return *sizes, value.dtype, value.device, value.requires_grad
-
-
-def _correspond(one: Any, other: Any, given: dict[fx.Node, fx.Node]) -> None:
-    """Pair the nodes among two modules' arguments; all else must be equal."""
-    _require(type(one) is type(other), "modules are called with different arguments")
-    if isinstance(one, fx.Node):
-        alike = _description(one) == _description(other)
-        _require(alike, f"modules are called with {one.name} and {other.name}, which differ")
-        _require(given.setdefault(one, other) is other, f"{one.name} is given for two arguments")
-    elif isinstance(one, list | tuple):
-        _require(len(one) == len(other), "modules are called with different arguments")
-        for mine, theirs in zip(one, other, strict=True):
-            _correspond(mine, theirs, given)
-    elif isinstance(one, dict):
-        _correspond(list(one), list(other), given)
-        _correspond(list(one.values()), list(other.values()), given)
-    else:
-        _require(one == other, f"modules are called with {one!r} and {other!r}")
-
-
-def _renaming(one: fx.Node, other: fx.Node) -> Callable[[dict[Any, Any]], dict[Any, Any]]:
-    """From a node's module stack inside one module to the same inside the other."""
-
-    def path(node: fx.Node) -> str:
-        stack = node.meta.get("nn_module_stack")
-        return str(next(reversed(stack.values()))[0]) if stack else ""
-
-    old, new = path(one), path(other)
-
-    @functools.cache
-    def renamed(text: str) -> str:
-        return new + text[len(old) :] if text.startswith(old) else text
-
-    return lambda stack: {k: (renamed(text), kind) for k, (text, kind) in stack.items()}

@@ -18,9 +18,11 @@ from adaskip_passes import (
     link,
     run_passes,
 )
-from adaskip_passes.partition.outline import PIECE, piece_of
-from adaskip_passes.transforms import pass_manager as pipeline_module
-from adaskip_passes.transforms.pass_manager import Step, text
+from adaskip_passes.infra import pass_manager as pipeline_module
+from adaskip_passes.infra.graph_module import text
+from adaskip_passes.infra.pass_base import Pass, PassResult
+from adaskip_passes.infra.pass_manager import Step
+from adaskip_passes.partition.outer import PIECE, piece_of
 from tests.support.fx_decoders import Shape, arguments, call, shared
 from tests.support.fx_reference import Instead, eager
 
@@ -28,35 +30,38 @@ SKIP = Skip({1: Replacement("nothing", "scale")})
 
 
 @dataclass(frozen=True)
-class Raises:
-    def __call__(self, outer: fx.GraphModule) -> None:
+class Raises(Pass):
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         raise UnsupportedError("not this one")
 
 
 @dataclass(frozen=True)
-class CallsAStranger:
+class CallsAStranger(Pass):
     """Leaves a call of something that is not a piece."""
 
-    def __call__(self, outer: fx.GraphModule) -> None:
-        call = outer.graph.find_nodes(op="call_module")[1]
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        call = graph_module.graph.find_nodes(op="call_module")[1]
         del call.meta[PIECE]
+        return PassResult(graph_module, 1)
 
 
 @dataclass(frozen=True)
-class Misorders:
+class Misorders(Pass):
     """Leaves a node that uses a value before it is made."""
 
-    def __call__(self, outer: fx.GraphModule) -> None:
-        calls = outer.graph.find_nodes(op="call_module")
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        calls = graph_module.graph.find_nodes(op="call_module")
         calls[-1].append(calls[1])
+        return PassResult(graph_module, 1)
 
 
 @dataclass(frozen=True)
-class Records:
+class Records(Pass):
     seen: list[str]
 
-    def __call__(self, outer: fx.GraphModule) -> None:
-        self.seen.append(text(outer))
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        self.seen.append(text(graph_module))
+        return PassResult(graph_module, 0)
 
 
 def test_the_original_stays_as_it_is() -> None:
