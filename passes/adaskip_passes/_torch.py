@@ -50,13 +50,13 @@ def forget_code(code: types.CodeType) -> None:
 
 
 def no_collection_after_compiling() -> AbstractContextManager[Any]:
-    """Meanwhile Dynamo runs no garbage collection of its own after a trace."""
+    """Keep Dynamo from running a garbage collection of its own after a trace."""
     context: AbstractContextManager[Any] = torch._dynamo.config.patch(run_gc_after_compile=False)
     return context
 
 
 def guarding_hooks() -> AbstractContextManager[Any]:
-    """Meanwhile Dynamo guards the hooks of modules, which it leaves out by default."""
+    """Let Dynamo guard the hooks of modules, which it leaves out by default."""
     context: AbstractContextManager[Any] = torch._dynamo.config.patch(
         skip_nnmodule_hook_guards=False
     )
@@ -64,7 +64,7 @@ def guarding_hooks() -> AbstractContextManager[Any]:
 
 
 def without_stack_texts() -> AbstractContextManager[Any]:
-    """Meanwhile Dynamo writes no text of the stack for every node: a tenth of a trace's time."""
+    """Keep Dynamo from writing the stack's text for every node: a tenth of a trace's time."""
     return patch.object(
         InstructionTranslatorBase, "is_co_filename_from_nn_modules", lambda _translator: True
     )
@@ -72,7 +72,7 @@ def without_stack_texts() -> AbstractContextManager[Any]:
 
 @contextmanager
 def not_exporting() -> Iterator[None]:
-    """Meanwhile `torch.compiler.is_exporting` is false where Dynamo traces it.
+    """Let `torch.compiler.is_exporting` be false where Dynamo traces it.
 
     Dynamo of 2.11 takes it for true in every trace (2.13 does not): Mamba has other code then. (Its
     table is changed and not the function, which Dynamo's caches know by identity.)

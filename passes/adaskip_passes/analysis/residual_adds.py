@@ -19,13 +19,21 @@ _PASS_THROUGH = frozenset(["dropout", "view", "reshape", "contiguous", "to", "ty
 
 @dataclass(frozen=True)
 class Residual:
+    """An add of the residual stream and a branch.
+
+    Attributes:
+        add: The node that adds them.
+        stream: The node that made the stream, seen through what gives the same values.
+        branch: The operand of `add` that is not the residual.
+    """
+
     add: fx.Node
     stream: fx.Node
     branch: fx.Node
 
 
 def module_path(node: fx.Node) -> str:
-    """The module a node was traced in, as a dotted path (``model.layers.0.mlp.act_fn``)."""
+    """Return the module a node was traced in, as a dotted path (``model.layers.0.mlp.act_fn``)."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
@@ -37,7 +45,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def shape_of(node: fx.Node) -> tuple[str, ...] | None:
-    """The shape of a node's value as it was traced; None for what is not a tensor.
+    """Return the shape of a node's value as it was traced; None for what is not a tensor.
 
     As text, because comparing symbolic sizes as numbers records a guard.
     """
@@ -46,7 +54,7 @@ def shape_of(node: fx.Node) -> tuple[str, ...] | None:
 
 
 def ancestors_of(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For each node the nodes it depends on, itself included, as a bit set in graph order."""
+    """Return for each node what it depends on, itself included, as bits in graph order."""
     sets: dict[fx.Node, int] = {}
     for i, (node, sources) in enumerate(dependencies(graph.nodes).items()):
         bits = 1 << i
@@ -57,7 +65,7 @@ def ancestors_of(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def root_of(node: fx.Node) -> fx.Node:
-    """`node` without the operations around it that hand the same values on (dropout in eval)."""
+    """Return a node without the operations around it that give the same values (idle dropout)."""
     while node.op in ("call_function", "call_method") and operation(node) in _PASS_THROUGH:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
@@ -67,7 +75,11 @@ def root_of(node: fx.Node) -> fx.Node:
 
 
 def unscaled(node: fx.Node) -> fx.Node:
-    """What a term is a multiple of: the output of a module that was scaled outside of it."""
+    """Return what a term is a multiple of.
+
+    That is the output of a module which was scaled outside of the module.
+
+    """
     node = root_of(node)
     while operation(node) == "mul" and node.op in ("call_function", "call_method"):
         factors = [a for a in node.args if isinstance(a, fx.Node) and a.op != "placeholder"]
@@ -83,7 +95,7 @@ def is_plain_add(node: fx.Node) -> bool:
 
 
 def is_add(node: fx.Node) -> bool:
-    """Whether a node is the sum of two others, nothing scaled."""
+    """Return whether a node is the sum of two others, nothing scaled."""
     adds = is_plain_add(node) or (node.op == "call_method" and node.target in ("add", "add_"))
     operands = [a for a in node.args if isinstance(a, fx.Node)]
     return adds and len(operands) == len(node.args) == 2 and not node.kwargs
@@ -92,7 +104,7 @@ def is_add(node: fx.Node) -> bool:
 def residual_of(
     node: fx.Node, order: Mapping[fx.Node, int], ancestors: Mapping[fx.Node, int]
 ) -> Residual | None:
-    """The stream and the branch that a node adds, if one operand is an ancestor of the other."""
+    """Return the stream and the branch that a node adds, if one is an ancestor of the other."""
     if not is_add(node):
         return None
     a, b = node.args
@@ -111,7 +123,7 @@ def residual_of(
 
 
 def _fits(branch: fx.Node, shape: tuple[str, ...]) -> bool:
-    """Whether a branch is as large as the stream: a length may be written in another way."""
+    """Return whether a branch is as large as the stream; a length may be written differently."""
     mine = shape_of(branch)
     return (
         mine is not None
@@ -121,7 +133,7 @@ def _fits(branch: fx.Node, shape: tuple[str, ...]) -> bool:
 
 
 def branch_path(total: fx.Node, term: fx.Node) -> str:
-    """The module path of a branch that `total` adds, down to the child of the decoder layer."""
+    """Return the module path of a branch that `total` adds, down to the child of the layer."""
     branch = module_path(unscaled(term))
     layer = module_path(total)
     if branch.startswith(layer + ".") and re.search(r"(?:^|\.)\d+$", layer):

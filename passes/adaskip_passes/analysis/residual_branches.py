@@ -71,11 +71,12 @@ class ResidualBranch:
 
     @property
     def name(self) -> str:
+        """The name of its piece: ``layers_3_attention``."""
         return f"layers_{self.layer}_{self.kind}"
 
 
 def find_sublayers(graph: fx.Graph) -> tuple[ResidualBranch, ...]:
-    """The residual sublayers of a captured decoder, in stream order.
+    """Return the residual sublayers of a captured decoder, in stream order.
 
     Raises:
         UnsupportedError: no residual stream, two candidates for it, a branch whose kind cannot be
@@ -118,9 +119,13 @@ def find_sublayers(graph: fx.Graph) -> tuple[ResidualBranch, ...]:
 
 
 def _modules(branch: fx.Node, layer: str, later: Mapping[fx.Node, fx.Node]) -> list[str]:
-    """The modules that a branch comes out of; those of its terms, if the layer itself adds them.
+    """Return the modules that a branch comes out of; those of its terms, if the layer adds them.
 
-    `later`: for a node whose value is overwritten, the last node that does so.
+    Args:
+        branch: The branch.
+        layer: The path of the layer.
+        later: For a node whose value is overwritten, the last node that does so.
+
     """
     source = unscaled(branch)
     source = later.get(source, source)
@@ -131,7 +136,7 @@ def _modules(branch: fx.Node, layer: str, later: Mapping[fx.Node, fx.Node]) -> l
 
 
 def _longest_chain(residuals: list[Residual]) -> list[Residual]:
-    """The chain of residual adds in which each one's stream is the add before it."""
+    """Return the chain of residual adds in which each one's stream is the add before it."""
     by_add = {r.add: r for r in residuals}
     length: dict[fx.Node, int] = {}
     for r in residuals:  # graph order, so the stream's own length is known
@@ -156,7 +161,7 @@ def _longest_chain(residuals: list[Residual]) -> list[Residual]:
 
 
 def _regions(graph: fx.Graph, chain: list[Residual]) -> list[list[fx.Node]]:
-    """For each residual the nodes that depend on its stream and on no later one."""
+    """Return for each residual the nodes that depend on its stream and on no later one."""
     level = stream_levels(graph, [(r.stream, r.add) for r in chain])
     regions: list[list[fx.Node]] = [[] for _ in chain]
     for node in graph.nodes:
@@ -172,11 +177,15 @@ def _layer(path: str) -> int | None:
 
 
 def _kind(region: list[fx.Node], path: str) -> str:
-    """What a region does decides; its module's name must not contradict.
+    """Return the kind of sublayer that a region is, by what it does; its name must not contradict.
 
     Attention calls an attention operator, or appends to storage; a mixer overwrites a state. Some
     mixers are called as attention is, so a name tells these two apart only where a part of a state
     is written.
+
+    Raises:
+        UnsupportedError: The name says something else.
+
     """
     attends = any(operation(n) in ATTENTION_OPERATIONS for n in region)
     writes = [n for n in region if (w := written(n)) is not None and w.op == "placeholder"]
@@ -196,7 +205,7 @@ def _kind(region: list[fx.Node], path: str) -> str:
 
 
 def _replaces(write: fx.Node) -> bool:
-    """Whether a write overwrites all of an input at once."""
+    """Return whether a write overwrites all of an input at once."""
     return operation(write) == "copy_" and write.args[0] is written(write)
 
 
@@ -206,7 +215,11 @@ def _refuse_parallel(
     ancestors: Mapping[fx.Node, int],
     layer: int,
 ) -> None:
-    """Two branches added to the stream in one expression: `separate` could not, or was not run."""
+    """Refuse two branches that are added to the stream in one expression.
+
+    :class:`SerializeBranches` could not write them one after the other, or was not run.
+
+    """
     branch = root_of(residual.branch)
     if not is_plain_add(branch):
         return
@@ -224,7 +237,7 @@ def _refuse_parallel(
 
 
 def _refuse_other_stream(residual: Residual, path: str) -> None:
-    """A sublayer that changes the stream's shape or dtype cannot be stood in for."""
+    """Refuse a sublayer that changes the stream's shape or dtype, which no surrogate could."""
     before, after = (n.meta["example_value"] for n in (residual.stream, residual.add))
     if shape_of(residual.stream) != shape_of(residual.add) or before.dtype != after.dtype:
         raise UnsupportedError(

@@ -8,7 +8,7 @@ from .effects import dependencies
 
 
 def stream_levels(graph: fx.Graph, chain: list[tuple[fx.Node, fx.Node]]) -> dict[fx.Node, int]:
-    """For each node the sublayer it is computed in.
+    """Return for each node the sublayer that it is computed in.
 
     Args:
         graph: the captured graph.
@@ -32,7 +32,7 @@ def stream_levels(graph: fx.Graph, chain: list[tuple[fx.Node, fx.Node]]) -> dict
 
 
 def stream_independent(graph: fx.Graph, stream: fx.Node) -> set[fx.Node]:
-    """The nodes of a piece that do not depend on the residual stream `stream`."""
+    """Return the nodes of a piece that do not depend on the residual stream `stream`."""
     dependent = {stream}
     for node, sources in dependencies(graph.nodes).items():
         if any(source in dependent for source in sources):

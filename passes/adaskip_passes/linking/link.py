@@ -25,7 +25,7 @@ Compiled = Callable[..., Any]
 
 @dataclass(frozen=True)
 class _Instruction:
-    """Call `function` on registers; keep its result in one; let others go."""
+    """A call: its function, how arguments are read from registers, and where the result goes."""
 
     function: Compiled
     arguments: Callable[[list[Any]], tuple[Any, ...]]
@@ -74,6 +74,14 @@ class Linked:
         self._results = _reader(tuple(results), register)
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        """Run the program.
+
+        Args:
+            *inputs: The values of the outer graph's placeholders, in order.
+
+        Returns:
+            What the outer graph returns.
+        """
         registers = [*inputs, *[None] * (self._size - len(inputs))]
         for step in self._program:
             registers[step.result] = step.function(*step.arguments(registers))
@@ -85,7 +93,13 @@ class Linked:
 def _reader(
     arguments: tuple[Any, ...], register: Mapping[fx.Node, int]
 ) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """From registers to the values of a call's arguments (nodes, constants, tuples of nodes)."""
+    """Return a function from registers to the values of a call's arguments.
+
+    Args:
+        arguments: Nodes, constants and tuples of nodes.
+        register: Where the value of each node is.
+
+    """
     places = [register[a] if isinstance(a, fx.Node) else None for a in arguments]
     if None not in places:
         if len(places) == 1:
@@ -99,7 +113,7 @@ def _reader(
 
 
 def link(outer: fx.GraphModule, compiled: Callable[[Piece], Compiled]) -> Linked:
-    """A function of the outer graph's placeholders, in order, that calls compiled pieces.
+    """Return a function of the outer graph's placeholders, in order, that calls compiled pieces.
 
     Args:
         outer: an outer graph, as the passes left it.
@@ -117,7 +131,7 @@ def link(outer: fx.GraphModule, compiled: Callable[[Piece], Compiled]) -> Linked
 
 
 def fuse(outer: fx.GraphModule) -> fx.GraphModule:
-    """The flat graph that an outer graph stands for.
+    """Return the flat graph that an outer graph stands for.
 
     Before::                                  After::
 
@@ -147,7 +161,7 @@ def fuse(outer: fx.GraphModule) -> fx.GraphModule:
 
 
 def _inline(flat: fx.Graph, root: fx.GraphModule, piece: Piece, arguments: Sequence[Any]) -> Any:
-    """Copy a piece's nodes into `flat`; returns the node, or tuple of nodes, that it returns."""
+    """Copy a piece's nodes into `flat`; returns the node or nodes that the piece returns."""
     inner = piece.module.graph
     copies = dict(zip(inner.find_nodes(op="placeholder"), arguments, strict=True))
     for node in inner.nodes:

@@ -51,7 +51,12 @@ class PieceCompiler:
         self._by_key: dict[str, Compiled] = {}
 
     def __call__(self, piece: Piece) -> Compiled:
-        """The callable of a piece, compiled at the first call with its key, by one caller."""
+        """Return the callable of a piece, compiled at the first call with its key, by one caller.
+
+        Args:
+            piece: The piece; another one with an equal key gets the same callable.
+
+        """
         found = self._by_key.get(piece.key)
         if found is None:
             with one_at_a_time:
@@ -81,13 +86,13 @@ class PieceCompiler:
         result = graph.graph_copy(module.graph, {})
         single = not isinstance(result, tuple | list)
         graph.output((result,) if single else result)  # backends expect a graph to return a tuple
-        own = fx.GraphModule(module, graph, "Piece")
-        run_passes(own, self.lowering, copy=False)
-        kernels = compile_ahead(own)
+        lowered = fx.GraphModule(module, graph, "Piece")
+        run_passes(lowered, self.lowering, copy=False)
+        kernels = compile_ahead(lowered)
         examples = [n.meta["example_value"] for n in graph.find_nodes(op="placeholder")]
         with self.capture.reopened():
             options = {"config_patches": _SHORT_KERNELS} if self.lowering else {}
-            function: Compiled = self._inner(own, examples, **options)
+            function: Compiled = self._inner(lowered, examples, **options)
         for kernel in kernels:
             kernel.result()
         self.compiled += 1

@@ -47,7 +47,7 @@ def find_sums(graph: fx.Graph) -> list[ParallelSum]:
 
 
 class _Finder:
-    """Sums of several branches, in a graph that is not changed meanwhile."""
+    """A search for sums of several branches, in a graph that is not changed meanwhile."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes = list(graph.nodes)
@@ -59,9 +59,9 @@ class _Finder:
     def sums(self) -> list[ParallelSum]:
         found, inside = [], set[fx.Node]()
         for node in reversed(self.nodes):
-            if is_add(node) and node not in inside and (one := self._sum(node)):
-                found.append(one)  # not what is inside of one: it is moved with its branch
-                inside.update(one.inner, *one.regions)
+            if is_add(node) and node not in inside and (found_sum := self._sum(node)):
+                found.append(found_sum)  # not what is inside of one: it is moved with its branch
+                inside.update(found_sum.inner, *found_sum.regions)
         return found[::-1]
 
     def _depends(self, node: fx.Node, on: fx.Node) -> bool:
@@ -124,11 +124,11 @@ class _Finder:
     def _effects(
         self, index: int, regions: Sequence[tuple[fx.Node, ...]], writes: Sequence[fx.Node]
     ) -> list[fx.Node]:
-        """What is written that only this branch computes, also on a side branch."""
+        """Return the writes of what only this branch computes, also on a side branch."""
         shared = {n for i, region in enumerate(regions) if i != index for n in region}
-        own = {n for n in regions[index] if n not in shared}
-        bits = sum(1 << self.order[n] for n in own)
-        return [w for w in writes if self.ancestors[w] & bits and not _is_local(w, own)]
+        alone = {n for n in regions[index] if n not in shared}
+        bits = sum(1 << self.order[n] for n in alone)
+        return [w for w in writes if self.ancestors[w] & bits and not _is_local(w, alone)]
 
     def _moves(
         self,
@@ -137,7 +137,7 @@ class _Finder:
         writes: Sequence[fx.Node],
         total: fx.Node,
     ) -> bool:
-        """Whether a branch computes and writes the same behind all that comes before `total`."""
+        """Return whether a branch computes and writes the same directly before `total`."""
         inside, begin, end = set(region), self.order[region[0]], self.order[total]
         read = {storage_root(i) for node in region for i in node.all_input_nodes}
         behind = [w for w in writes if begin < self.order[w] < end and w not in inside]
@@ -149,7 +149,7 @@ class _Finder:
         return not (acts or seen or cast or any(written(w) in read for w in behind))
 
     def _overwrites_read(self, total: fx.Node) -> bool:
-        """An add in place whose target is read afterwards by an older name."""
+        """Return whether an add in place has a target that is read afterwards by an older name."""
         if not is_mutation(total):
             return False
         root, end = storage_root(total), self.order[total]
@@ -158,7 +158,7 @@ class _Finder:
 
 
 def _autocast_regions(nodes: Sequence[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """For each node the autocast regions that it is in, by the nodes that enter them."""
+    """Return for each node the autocast regions around it, by the nodes that enter them."""
     found: dict[fx.Node, tuple[fx.Node, ...]] = {}
     now: tuple[fx.Node, ...] = ()
     for node in nodes:
@@ -171,17 +171,17 @@ def _autocast_regions(nodes: Sequence[fx.Node]) -> dict[fx.Node, tuple[fx.Node, 
 
 
 def _reads(node: fx.Node) -> bool:
-    """Whether a node looks at its inputs' storage: taking a view of it does not."""
+    """Return whether a node looks at its inputs' storage: taking a view of it does not."""
     return is_mutation(node) or storage_root(node) is node
 
 
 def _is_local(write: fx.Node, region: set[fx.Node]) -> bool:
-    """A write to what the region itself has made (an activation in place)."""
+    """Return whether a write is to what the region itself has made (an activation in place)."""
     return write in region and written(write) in region
 
 
 def _terms(node: fx.Node, total: fx.Node, inner: list[fx.Node]) -> list[fx.Node]:
-    """The terms of a sum; its inner nodes are added to `inner`."""
+    """Return the terms of a sum; its inner nodes are added to `inner`."""
     undropped, dropped = node, list[fx.Node]()
     while operation(undropped) == "dropout" and len(undropped.users) == 1 and _is_idle(undropped):
         dropped.append(undropped)
@@ -204,7 +204,7 @@ def _terms(node: fx.Node, total: fx.Node, inner: list[fx.Node]) -> list[fx.Node]
 
 
 def _is_finer(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether sums in `dtype` lose nothing that sums in `other` keep.
+    """Return whether sums in `dtype` lose nothing that sums in `other` keep.
 
     Under autocast branches are added to each other in half precision, and to the stream in full.
     """
@@ -212,10 +212,10 @@ def _is_finer(dtype: torch.dtype, other: torch.dtype) -> bool:
 
 
 def _is_idle(dropout: fx.Node) -> bool:
-    """A dropout that hands its input on, as in evaluation mode."""
+    """Return whether a dropout gives its input, as in evaluation mode."""
     return dropout.kwargs.get("training", dropout.args[2:3]) in (False, (False,))
 
 
 def _target_is_read(node: fx.Node) -> bool:
-    """An add in place (Falcon) whose target somebody else reads as well."""
+    """Return whether an add is in place (Falcon) and its target is read by others as well."""
     return is_mutation(node) and any(user is not node for user in node.all_input_nodes[0].users)

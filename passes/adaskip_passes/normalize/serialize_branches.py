@@ -38,7 +38,13 @@ Value = TypeVar("Value")
 
 
 def ordered_after(later: object, value: Value) -> Value:
-    """`value`, for what comes after `later`."""
+    """Return `value`, for what comes after `later`.
+
+    Args:
+        later: What has to be computed before; its value is not used.
+        value: What is returned.
+
+    """
     return value
 
 
@@ -59,18 +65,27 @@ class SerializeBranches(Pass):
         return PassResult(graph_module, len(found))
 
 
-def _write(graph: fx.Graph, one: ParallelSum, now: Mapping[fx.Node, fx.Node]) -> fx.Node:
+def _write(graph: fx.Graph, parallel: ParallelSum, written: Mapping[fx.Node, fx.Node]) -> fx.Node:
     """Write a sum as a chain; returns its last add."""
-    stream, x = now.get(one.stream, one.stream), now.get(one.residual, one.residual)
-    with graph.inserting_before(one.total):
-        for number, (terms, region) in enumerate(zip(one.branches, one.regions, strict=True)):
-            copies = _moved(graph, region, stream, x, one.total) if number else {}
+    stream, x = (
+        written.get(parallel.stream, parallel.stream),
+        written.get(parallel.residual, parallel.residual),
+    )
+    with graph.inserting_before(parallel.total):
+        for number, (terms, region) in enumerate(
+            zip(parallel.branches, parallel.regions, strict=True)
+        ):
+            copies = _moved(graph, region, stream, x, parallel.total) if number else {}
             branch = copies.get(terms[0], terms[0])
             for term in terms[1:]:
-                branch = _add(graph, branch, copies.get(term, term), one.total, terms[0])
-            x = _add(graph, x, branch, one.total, one.total)
-    one.total.replace_all_uses_with(x)
-    for node in (one.total, *one.inner, *(n for r in one.regions[1:] for n in reversed(r))):
+                branch = _add(graph, branch, copies.get(term, term), parallel.total, terms[0])
+            x = _add(graph, x, branch, parallel.total, parallel.total)
+    parallel.total.replace_all_uses_with(x)
+    for node in (
+        parallel.total,
+        *parallel.inner,
+        *(n for r in parallel.regions[1:] for n in reversed(r)),
+    ):
         if not node.users:
             graph.erase_node(node)
     return x
@@ -79,7 +94,7 @@ def _write(graph: fx.Graph, one: ParallelSum, now: Mapping[fx.Node, fx.Node]) ->
 def _moved(
     graph: fx.Graph, region: Sequence[fx.Node], stream: fx.Node, x: fx.Node, like: fx.Node
 ) -> dict[fx.Node, fx.Node]:
-    """Copies of what lies between the stream and a branch, which come after `x`."""
+    """Copy what lies between the stream and a branch, so that it comes after `x`."""
     before = graph.call_function(ordered_after, (x, stream))
     before.meta = _meta(like, stream)
     copies = {stream: before}
@@ -89,16 +104,16 @@ def _moved(
 
 
 def _add(graph: fx.Graph, left: fx.Node, right: fx.Node, like: fx.Node, value: fx.Node) -> fx.Node:
-    """An add where `like` is, of the shape and dtype of `value`."""
+    """Return an add where `like` is, of the shape and dtype of `value`."""
     node = graph.call_function(add, (left, right))
     node.meta = _meta(like, value)
     return node
 
 
-def _meta(place: fx.Node, value: fx.Node) -> dict[str, object]:
-    """The description of a new node: where it belongs, and what its value is like."""
+def _meta(origin: fx.Node, value: fx.Node) -> dict[str, object]:
+    """Return the description of a new node: where it belongs, and what its value is like."""
     assert isinstance(value.meta["example_value"], torch.Tensor)
     meta: dict[str, object] = {"example_value": value.meta["example_value"]}
-    if "nn_module_stack" in place.meta:
-        meta["nn_module_stack"] = place.meta["nn_module_stack"]
+    if "nn_module_stack" in origin.meta:
+        meta["nn_module_stack"] = origin.meta["nn_module_stack"]
     return meta

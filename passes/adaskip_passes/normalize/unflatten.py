@@ -62,7 +62,7 @@ def _unflatten(graph: fx.Graph, totals: Sequence[fx.Node]) -> None:
 
 
 def _is_flat(node: fx.Node) -> bool:
-    """An add of a reshaped stream and a branch whose sum is read only in the stream's shape."""
+    """Return whether an add of a reshaped stream is read in the stream's shape alone."""
     if not is_add(node) or is_mutation(node):
         return False
     sources = [s for a in node.args if isinstance(a, fx.Node) and (s := _source(a)) is not None]
@@ -73,7 +73,7 @@ def _is_flat(node: fx.Node) -> bool:
 
 
 def _source(node: fx.Node) -> fx.Node | None:
-    """What a node is a reshaped form of."""
+    """Return what a node is a reshaped form of."""
     reshaped = node.op == "call_method" and operation(node) in _RESHAPES
     source = node.args[0] if reshaped else None
     return source if isinstance(source, fx.Node) else None

@@ -21,16 +21,18 @@ CAPTURED = "adaskip_captured"  # marks the captured graph's inputs among those t
 
 @dataclass(frozen=True)
 class Piece:
-    """One call target of an outer graph.
+    """A call target of an outer graph.
 
     Attributes:
-        name: its name in the outer graph (``layers_0_attention``).
-        role: what it is for.
-        module: its graph: a GraphModule whose inputs are the stream, shared values, weights, cache.
-        key: equal for pieces that are the same code over inputs of equal shape, dtype and device.
-        index: position of the sublayer along the stream; -1 for other pieces.
-        layer, kind: of the sublayer; -1 and "" for other pieces.
-        outputs: how many values it returns; one means the value itself, not a tuple.
+        name: Its name in the outer graph (``layers_0_attention``).
+        role: What it is for.
+        module: Its graph: a GraphModule whose inputs are the stream, shared values, weights, cache.
+        key: Equal for pieces that are the same code over inputs of equal shape, dtype and device.
+        index: Position of the sublayer along the stream; -1 for other pieces.
+        layer: The decoder layer of the sublayer; -1 for other pieces.
+        kind: Of the sublayer; "" for other pieces.
+        outputs: How many values it returns; one means the value itself, not a tuple.
+
     """
 
     name: str
@@ -76,7 +78,7 @@ class Outer(Uncoded):
 
 
 def piece_of(node: fx.Node) -> Piece | None:
-    """The piece that a node of an outer graph calls, or None."""
+    """Return the piece that a node of an outer graph calls, or None."""
     piece = node.meta.get(PIECE)
     return piece if isinstance(piece, Piece) else None
 
@@ -84,14 +86,16 @@ def piece_of(node: fx.Node) -> Piece | None:
 def helper_piece(
     name: str, role: Role, graph: fx.Graph, examples: Sequence[Any], lengths: Sequence[fx.Node]
 ) -> Piece:
-    """A piece that a pass adds to an outer graph.
+    """Return a piece that a pass adds to an outer graph.
 
     Args:
-        name, role: of the piece.
-        graph: its code; changed: an input is added for each of `lengths`.
-        examples: example (fake) values of its inputs.
-        lengths: integer placeholders of the outer graph that its inputs' shapes depend on; they
-            are handed over after the other inputs.
+        name: Of the piece.
+        role: Of the piece.
+        graph: Its code; changed: an input is added for each of `lengths`.
+        examples: Example (fake) values of its inputs.
+        lengths: Integer placeholders of the outer graph that its inputs' shapes depend on; they
+            come after the other inputs.
+
     """
     inputs = graph.find_nodes(op="placeholder")
     for node, example in zip(inputs, examples, strict=True):
@@ -106,13 +110,13 @@ def helper_piece(
 
 
 def sublayer_calls(outer: fx.Graph) -> dict[int, fx.Node]:
-    """The calls of sublayers that an outer graph still makes, by position along the stream."""
+    """Return the calls of sublayers that an outer graph makes, by position along the stream."""
     calls = ((piece_of(n), n) for n in outer.nodes)
     return {p.index: n for p, n in calls if p is not None and p.role == "sublayer"}
 
 
 def stream_after(call: fx.Node) -> fx.Node:
-    """The stream that a call of a sublayer makes."""
+    """Return the stream that a call of a sublayer makes."""
     piece = piece_of(call)
     if piece is None or piece.outputs == 1:
         return call
@@ -124,15 +128,15 @@ def _unpacks(node: fx.Node) -> bool:
 
 
 def _results(node: fx.Node) -> str:
-    """What a call's value is called, or its values if it is unpacked."""
+    """Return the name of a call's value, or those of its values if it is unpacked."""
     items = sorted((u for u in node.users if _unpacks(u)), key=_place)
     return ", ".join(u.name for u in items) or node.name
 
 
 def _place(item: fx.Node) -> int:
-    place = item.args[1]
-    assert isinstance(place, int)
-    return place
+    position = item.args[1]
+    assert isinstance(position, int)
+    return position
 
 
 def _arguments(node: fx.Node) -> str:

@@ -45,7 +45,7 @@ _LOG = logger_of(__name__)
 
 
 def outline(graph_module: fx.GraphModule, sublayers: Sequence[ResidualBranch]) -> Outer:
-    """The outer graph of a captured graph.
+    """Return the outer graph of a captured graph.
 
     Args:
         graph_module: as captured; it is not changed.
@@ -70,16 +70,16 @@ def outline(graph_module: fx.GraphModule, sublayers: Sequence[ResidualBranch]) -
 
 
 class _Builder:
-    """Builds the outer graph, piece by piece in stream order."""
+    """The construction of an outer graph, piece by piece in stream order."""
 
     def __init__(
         self,
         source: fx.GraphModule,
-        place: Mapping[fx.Node, int],
+        partition: Mapping[fx.Node, int],
         sublayers: Sequence[ResidualBranch],
     ) -> None:
         self.source = source
-        self.place = place
+        self.partition = partition
         self.sublayers = sublayers
         self.outer = fx.Graph()
         self.root = torch.nn.Module()
@@ -91,7 +91,7 @@ class _Builder:
             self.value[node] = self.outer.node_copy(node)
             self.value[node].meta[CAPTURED] = True
         members: dict[int, list[fx.Node]] = {}
-        for node, at in self.place.items():
+        for node, at in self.partition.items():
             members.setdefault(at, []).append(node)
         for at in sorted(members):
             self._call(at, members[at])
@@ -126,20 +126,20 @@ class _Builder:
             value.meta["example_value"] = captured.meta["example_value"]
 
     def _interface(self, at: int, nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-        """What a piece takes (stream, shared values, captured inputs) and what it gives."""
-        own = set(nodes)
+        """Return what a piece takes (stream, shared values, captured inputs) and what it gives."""
+        members = set(nodes)
         taken: dict[fx.Node, None] = {}
         for node in nodes:
-            taken.update(dict.fromkeys(i for i in node.all_input_nodes if i not in own))
-        given = [n for n in nodes if any(u not in own for u in n.users)]
+            taken.update(dict.fromkeys(i for i in node.all_input_nodes if i not in members))
+        outputs = [n for n in nodes if any(u not in members for u in n.users)]
         stream = self._stream(at)
         ranked = sorted(taken, key=lambda n: (n is not stream, n.op == "placeholder"))
         ranked += length_inputs(self.source.graph, ranked)
         main = self.sublayers[at - 1].add if 0 < at <= len(self.sublayers) else stream
-        return ranked, sorted(given, key=lambda n: n is not main)
+        return ranked, sorted(outputs, key=lambda n: n is not main)
 
     def _stream(self, at: int) -> fx.Node:
-        """The stream that piece `at` reads; for the prologue, the one that it makes."""
+        """Return the stream that piece `at` reads; for the prologue, the one that it makes."""
         if at <= 1:
             return self.sublayers[0].stream
         return self.sublayers[at - 2].add
@@ -161,7 +161,7 @@ def _piece_module(
     outputs: Sequence[fx.Node],
     in_place: Collection[fx.Node],
 ) -> fx.GraphModule:
-    """The code of a piece; an add in `in_place` gets a result of its own (see `in_place_adds`)."""
+    """Return the code of a piece; an add in `in_place` gets a result of its own."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
@@ -181,7 +181,7 @@ def _piece_module(
 
 
 def _short_name(node: fx.Node) -> str:
-    """``l_model_modules_layers_modules_3_modules_mlp_parameters_weight_`` -> ``mlp_weight``."""
+    """Shorten ``l_layers_modules_3_modules_mlp_parameters_weight_`` to ``mlp_weight``."""
     if node.op != "placeholder":
         return node.name
     parts = [p for p in re.split(r"_(?:modules|parameters|buffers)_", node.name) if p]

@@ -1,9 +1,9 @@
-"""Capture a function once with Dynamo, so that it can be run without Dynamo ever after.
+"""Capture a function once with Dynamo, so that it can be run without Dynamo from then on.
 
 A Dynamo backend receives the graph. Every placeholder says where its value comes from, as an
 expression over the function's arguments (``L['past_key_values'].layers[0].keys``), and the shape
 environment holds the guards under which the graph is right. A :class:`Capture` keeps all of that;
-whoever runs the graph binds the inputs and checks the guards itself, which costs microseconds
+who runs the graph binds the inputs and checks the guards, which costs microseconds
 where Dynamo's guard evaluation costs 0.4-0.9 ms a call.
 """
 
@@ -86,16 +86,16 @@ class Capture:
                 env.frozen = frozen
 
     def binder(self, sources: Sequence[str]) -> Binder:
-        """A function from the captured function's arguments to the values of `sources`."""
+        """Return a function from the captured function's arguments to the values of `sources`."""
         body = ", ".join(sources) + ("," if len(sources) == 1 else "")
         return eval(f"lambda L: ({body})", self.names())  # type: ignore[no-any-return]
 
     def names(self) -> dict[str, Any]:
-        """What source expressions may refer to besides ``L``."""
+        """Return what source expressions may refer to besides ``L``."""
         return {**self.scope, "G": self.scope}
 
     def shape_guards(self) -> ShapeGuards:
-        """What must hold of the arguments' shapes, as recorded until now."""
+        """Return what must hold of the arguments' shapes, as recorded until now."""
         return ShapeGuards.of(self)
 
 
@@ -115,6 +115,14 @@ class ShapeGuards:
 
     @classmethod
     def of(cls, capture: Capture) -> ShapeGuards:
+        """Return the guards that a capture has recorded until now.
+
+        Args:
+            capture: The capture.
+
+        Raises:
+            UnsupportedError: A guard is about something that no input tells.
+        """
         env, printer = capture.shape_env, dynamo.PythonPrinter()
         known = dynamo.symbol_sources(env) if env is not None else {}
         conditions: dict[str, None] = {}
@@ -143,11 +151,11 @@ class ShapeGuards:
         return cls(tuple(conditions), symbols, check, scope)
 
     def hold(self, arguments: Mapping[str, Any]) -> bool:
-        """True if the graph is right for these arguments."""
+        """Return whether the graph is right for these arguments of the captured function."""
         return self._check(arguments)
 
     def broken(self, arguments: Mapping[str, Any]) -> list[str]:
-        """The conditions that do not hold, for an error message."""
+        """Return the conditions that do not hold, for an error message."""
         values = {s: eval(e, dict(self._scope), {"L": arguments}) for s, e in self.symbols.items()}
         return [c for c in self.conditions if not eval(c, {}, dict(values))]
 
@@ -158,11 +166,11 @@ def capture(
     build: Callable[[Capture], Built],
     repeat: Repeat | None = None,
 ) -> Built:
-    """Trace ``function(**arguments)`` into one graph and hand it to `build`.
+    """Trace ``function(**arguments)`` into one graph and give it to `build`.
 
     The function is not run (unless Dynamo is switched off by a stance, which is then refused).
     `build` is called inside the Dynamo backend, so what it compiles
-    records its shape guards with the capture. Each call traces anew, whatever was captured
+    records its shape guards with the capture. Each call is a new trace, whatever was captured
     before: the function gets a code object of its own, so neither Dynamo's cache nor its recompile
     limit (8 for a code object) sees the others.
 
@@ -205,15 +213,15 @@ def _captured(
     arguments: Mapping[str, Any],
     build: Callable[[Capture], Built],
 ) -> Built:
-    """One trace; `build` is handed what it gave."""
+    """Trace once; `build` receives what the trace gave."""
     start = time.perf_counter()
-    own = dynamo.own_code(function)
+    traced = dynamo.own_code(function)
     built: list[Built] = []
 
     def receive(graph: fx.GraphModule) -> None:
         dynamo.refuse_constant_lengths(function)
         # a copy: Dynamo takes its own names out of the function's globals when it is left
-        described = describe(graph, dict(own.__globals__), arguments)
+        described = describe(graph, dict(traced.__globals__), arguments)
         _LOG.info(
             "captured %s: %d nodes in %.2f s",
             function.__name__,
@@ -226,7 +234,7 @@ def _captured(
             # a cycle through C++, which no collection finds; nothing asks for them any more
             described.shape_env.tracked_fakes = None
 
-    dynamo.trace(own, arguments, receive)
+    dynamo.trace(traced, arguments, receive)
     if not built:
         raise UnsupportedError(_SWITCHED_OFF.format(function.__name__))
     return built[0]
@@ -235,7 +243,7 @@ def _captured(
 def _expanded(
     described: Capture, arguments: Mapping[str, Any], repeat: Repeat, first: First
 ) -> Capture:
-    """The capture with every module in it, where only two of each kind were traced."""
+    """Return the capture with every module in it, where only two of each kind were traced."""
     if described.python_effects:
         raise NotRepeatedError(f"{', '.join(described.python_effects)} is changed")
     names, placeholders = described.names(), described.graph.graph.find_nodes(op="placeholder")
@@ -254,7 +262,7 @@ def describe(
     scope: dict[str, Any] | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> Capture:
-    """The capture of a graph that a Dynamo backend was just called with, inside that call.
+    """Return the capture of a graph that a Dynamo backend was just called with, inside that call.
 
     Args:
         graph: what Dynamo handed to the backend.

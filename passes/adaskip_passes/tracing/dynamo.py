@@ -21,7 +21,7 @@ from .._torch import PythonPrinter, ShapeEnv, TracingContext, is_disabled, one_a
 from ..errors import UnsupportedError
 from .linear_scan import one_operator
 
-__all__ = [  # handed on
+__all__ = [  # also used by the modules beside this one
     "PythonPrinter",
     "ShapeEnv",
     "TracingContext",
@@ -41,14 +41,15 @@ class NoGraphError(UnsupportedError):
 
 
 class _Done(BaseException):
-    """Leaves Dynamo as soon as there is a graph: its guards and bytecode are not wanted.
+    """Leave Dynamo as soon as there is a graph: its guards and bytecode are not wanted.
 
     Not an `Exception`, which Dynamo would take for a failure of the backend.
+
     """
 
 
 def own_code(function: Callable[..., Any]) -> types.FunctionType:
-    """The same function with a code object and a globals dictionary of its own.
+    """Return the same function with a code object and a globals dictionary of its own.
 
     Raises:
         UnsupportedError: it is no plain function, or has a closure.
@@ -58,15 +59,17 @@ def own_code(function: Callable[..., Any]) -> types.FunctionType:
             f"only a plain function without closure is captured, not {function!r}"
         )
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
-    own = types.FunctionType(code, dict(function.__globals__), code.co_name)
-    own.__defaults__, own.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    return own
+    copy = types.FunctionType(code, dict(function.__globals__), code.co_name)
+    copy.__defaults__, copy.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return copy
 
 
 def trace(
-    own: types.FunctionType, arguments: Mapping[str, Any], receive: Callable[[fx.GraphModule], None]
+    function: types.FunctionType,
+    arguments: Mapping[str, Any],
+    receive: Callable[[fx.GraphModule], None],
 ) -> None:
-    """Trace a function of `own_code`; `receive` is handed the graph inside Dynamo's backend.
+    """Trace a function of `own_code`; `receive` is called with the graph inside Dynamo's backend.
 
     Nothing is run, unless Dynamo is switched off by a stance: then `receive` is not called.
 
@@ -75,7 +78,7 @@ def trace(
         Exception: whatever `receive` raised.
     """
     failed: list[Exception] = []
-    receivers = [receive]  # not `receive` itself: Dynamo keeps every backend for ever
+    receivers = [receive]  # not `receive` itself: Dynamo never lets go of a backend
 
     def backend(graph: fx.GraphModule, example_inputs: list[Any], **_options: Any) -> NoReturn:
         try:
@@ -91,21 +94,21 @@ def trace(
                 warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.")
                 # Dynamo makes one of every autograd function that it traces (Bloom's GELU)
                 warnings.filterwarnings("ignore", message=".* should not be instantiated")
-                torch.compile(own, backend=backend, fullgraph=True)(**arguments)
+                torch.compile(function, backend=backend, fullgraph=True)(**arguments)
         except _Done:
             pass
         except Exception as error:
             raise NoGraphError(_summary(error)) from error
         finally:
             receivers.clear()
-            _torch.forget_code(own.__code__)
+            _torch.forget_code(function.__code__)
     if failed:
         raise failed.pop()
 
 
 @contextmanager
 def _swept() -> Iterator[None]:
-    """Let go of what tracing leaves behind: cycles that hold the frames of whoever called.
+    """Let go of what tracing leaves behind: cycles that hold the frames of the callers.
 
     In those frames are the tensors of a request. One full collection, here: it takes half a second
     once a graph of a large model is in memory, and would otherwise come due in a token stream.
@@ -134,7 +137,7 @@ def _tracing() -> Iterator[None]:
 
 
 def _summary(error: BaseException) -> str:
-    """Dynamo's message in a line: its title, and what it was about (an exception, a call)."""
+    """Return Dynamo's message in a line: its title and what it was about (an exception, a call)."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     title = lines[0].rstrip(".") if lines else type(error).__name__
     about = next((line.partition(_CONTEXT)[2] for line in lines if line.startswith(_CONTEXT)), "")
@@ -157,26 +160,28 @@ def refuse_constant_lengths(function: Callable[..., Any]) -> None:
 
 
 def python_effects() -> tuple[str, ...]:
-    """Of the function being traced: what it has changed that is there afterwards.
+    """Return what the function being traced has changed that is there afterwards.
 
     That is Python state of its arguments, and of globals; objects that it has made are not told.
+
     """
     sources = {_root_expression(source) for source in _torch.modified_sources()}
     return tuple(sorted(s for s in sources if s and _RESET_BY_ALL not in s))
 
 
 def guarded() -> tuple[tuple[str, str], ...]:
-    """Of the function being traced: what it has read, and an attribute or key asked for there.
+    """Return what the function being traced has read, and the attribute or key asked for there.
 
     Dynamo collects guards while it traces, and makes a check of them afterwards; here they only say
     what was looked at. The second is empty where the guard is about the whole of a source.
+
     """
     found = ((_root_expression(source), asked) for source, asked in _torch.guarded_sources())
     return tuple(dict.fromkeys(found))
 
 
 def source_of(placeholder: fx.Node) -> str:
-    """Where a placeholder's value comes from, as Python text over ``L`` and globals."""
+    """Return where a placeholder's value comes from, as Python text over ``L`` and globals."""
     return _torch.source_of(placeholder)
 
 
@@ -191,7 +196,7 @@ def _root_expression(source: Any) -> str:
 
 
 def symbol_sources(env: ShapeEnv) -> dict[str, str]:
-    """For each shape symbol the input size, stride or integer that it stands for."""
+    """Return for each shape symbol the input size, stride or integer that it stands for."""
     return {
         str(symbol): _torch.source_name(sources[0])
         for symbol, sources in env.var_to_sources.items()

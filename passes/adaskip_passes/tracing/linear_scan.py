@@ -23,11 +23,16 @@ _traced: Callable[..., Any] = _MODULE.associative_scan
 
 @torch.library.custom_op("adaskip::linear_scan", mutates_args=())
 def linear_scan(a: torch.Tensor, b: torch.Tensor, dim: int) -> list[torch.Tensor]:
-    """The running product of `a` along `dim`, and ``h[t] = a[t] h[t-1] + b[t]`` with ``h[-1] = 0``.
+    """Return running products, and the states of a linear recurrence.
+
+    The products are those of `a` along `dim`; the states are ``h[t] = a[t] h[t-1] + b[t]`` with
+    ``h[-1] = 0``.
 
     Args:
-        a, b: of one shape and dtype.
-        dim: over which it runs.
+        a: The factors.
+        b: The terms; of the shape and dtype of `a`.
+        dim: The dimension over which it runs.
+
     """
     state, states = None, []
     for factor, term in zip(a.unbind(dim), b.unbind(dim), strict=True):
@@ -43,7 +48,7 @@ def _(a: torch.Tensor, b: torch.Tensor, dim: int) -> list[torch.Tensor]:
 
 @contextmanager
 def one_operator() -> Iterator[None]:
-    """Meanwhile linear recurrences are traced as `linear_scan`; others as they were."""
+    """Let linear recurrences be traced as `linear_scan`; others are traced as they were."""
     with patch.object(_MODULE, "associative_scan", _scan):
         yield
 
@@ -62,7 +67,7 @@ def _scan(
 
 
 def _is_linear(combine_fn: Callable[..., Any]) -> bool:
-    """Whether a combination is that of a linear recurrence, by what it makes of numbers.
+    """Return whether a combination is that of a linear recurrence, by what it makes of numbers.
 
     It is a polynomial without a constant; three pairs tell it from others that it might be.
     """

@@ -41,9 +41,9 @@ class Hooks:
         self._module, self._name = module, name
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        own = vars(self._module)
-        marks = [own.get(flags, ()) for flags in HOOKS[self._name]]
-        for number, hook in own[self._name].items():
+        attributes = vars(self._module)
+        marks = [attributes.get(flags, ()) for flags in HOOKS[self._name]]
+        for number, hook in attributes[self._name].items():
             yield hook, *(number in mark for mark in marks)
 
     def __eq__(self, other: object) -> bool:
@@ -53,7 +53,23 @@ class Hooks:
 
 
 class Walk:
-    """One walk through a module tree and what hangs on it, near things first."""
+    """A walk through a module tree and what hangs on it, near things first.
+
+    Attributes:
+        live: The dictionaries and containers that were found, as they are.
+        kept: Shallow copies of them, in the same order.
+        paths: Where each was found.
+        empty: The empty containers that were found.
+        empty_paths: Where each was found.
+        modules: The modules.
+        module_paths: Where each was found.
+        attributes: The identities of those of `live` that are objects' dictionaries.
+        cells: The cells of closures, their contents and where they were found.
+        functions: The functions, what they do (`facts`) and where they were found.
+        tensor_dicts: The dictionaries of parameters and buffers that are not empty.
+        tensor_paths: The module of each.
+
+    """
 
     def __init__(self, root: nn.Module, leave_out: Collection[str]) -> None:
         self.live: list[Any] = []
@@ -105,9 +121,9 @@ class Walk:
     def _module(self, module: nn.Module, path: str) -> None:
         self.modules.append(module)
         self.module_paths.append(path)
-        own = vars(module)
+        attributes = vars(module)
         for name in _TENSORS:
-            holder = own.get(name)
+            holder = attributes.get(name)
             if holder:
                 self.tensor_dicts.append(holder)
                 self.tensor_paths.append(path)
@@ -116,24 +132,24 @@ class Walk:
             self._seen[id(holder)] = holder
         for name, flags in HOOKS.items():
             self._hooks(module, name, flags, path)
-        self._attributes(own, path)
+        self._attributes(attributes, path)
 
     def _hooks(self, module: nn.Module, name: str, flags: Iterable[str], path: str) -> None:
-        own = vars(module)
-        hooks = own.get(name)
+        attributes = vars(module)
+        hooks = attributes.get(name)
         if not hooks:
             return  # looked at as any container
-        for known in (hooks, *(own[flag] for flag in flags if own.get(flag))):
+        for known in (hooks, *(attributes[flag] for flag in flags if attributes.get(flag))):
             self._seen[id(known)] = known
         path = join(path, name)
         self._keep(Hooks(module, name), path)
         for number, hook in hooks.items():
             self._later(hook, join(path, str(number)))
 
-    def _attributes(self, own: dict[str, Any], path: str) -> None:
-        self._keep(own, path)
-        self.attributes.add(id(own))
-        for name, value in own.items():
+    def _attributes(self, attributes: dict[str, Any], path: str) -> None:
+        self._keep(attributes, path)
+        self.attributes.add(id(attributes))
+        for name, value in attributes.items():
             self._later(value, join(path, name))
 
     def _container(self, value: Any, path: str) -> None:
@@ -167,10 +183,12 @@ class Walk:
 
 
 def facts(function: types.FunctionType) -> tuple[Any, ...]:
+    """Return what a function does, by its code and defaults."""
     return function.__code__, function.__defaults__, function.__kwdefaults__
 
 
 def contents(cell: types.CellType) -> Any:
+    """Return what a cell of a closure holds; the type of cells where it is empty."""
     try:
         return cell.cell_contents
     except ValueError:  # empty
@@ -178,7 +196,7 @@ def contents(cell: types.CellType) -> Any:
 
 
 def _copy(live: Any) -> Any:
-    """A shallow copy for comparison; of a mapping of another class a plain dictionary."""
+    """Return a shallow copy for comparison; of a mapping of another class a plain dictionary."""
     if isinstance(live, OrderedDict):
         return OrderedDict(live)
     if isinstance(live, dict | defaultdict):
@@ -187,9 +205,10 @@ def _copy(live: Any) -> Any:
 
 
 def members_path(path: str) -> str:
-    """What the paths of a container's members begin with; modules are called as users do."""
+    """Return what the paths of a container's members begin with; modules are called as users do."""
     return path.removesuffix("_modules").removesuffix(".")
 
 
 def join(path: str, name: str) -> str:
+    """Return the path of what is found under a name at a path."""
     return f"{path}.{name}" if path and name else path or name

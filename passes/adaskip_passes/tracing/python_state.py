@@ -31,7 +31,7 @@ class Change:
     Attributes:
         path: where, as Python text from the root: ``model.layers.1.mlp.act_fn``.
         names: the attribute that differs; of a container its key and the names that lead to it
-            from its module; empty where whoever uses it is not known (a closure, a class).
+            from its module; empty where its users are not known (a closure, a class).
         holder: the path of the object or container that it is in; "" where there is none.
     """
 
@@ -40,7 +40,7 @@ class Change:
     holder: str = ""
 
     def concerns(self, read: Collection[str]) -> bool:
-        """Whether code that reads these attributes and keys, and no others, may see it."""
+        """Return whether code that reads these attributes and keys, and no others, may see it."""
         return not self.names or any(name in read for name in self.names)
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class PythonState:
         self._tensor_names = [*chain.from_iterable(walk.tensor_dicts)]
 
     def holds(self) -> bool:
-        """Whether nothing but tensors has changed."""
+        """Return whether nothing but tensors has changed."""
         try:
             return (
                 self._live == self._kept
@@ -88,17 +88,17 @@ class PythonState:
             return False
 
     def tensors(self) -> list[torch.Tensor | None]:
-        """The parameters and buffers of all modules as they are now, in a fixed order."""
+        """Return the parameters and buffers of all modules as they are now, in a fixed order."""
         return [*chain.from_iterable(map(dict.values, self._tensor_dicts))]
 
     def tensor_slots(self) -> Iterator[tuple[str, str]]:
-        """Where each of `tensors` is: the path of its module, and its name there."""
+        """Return where each of `tensors` is: the path of its module, and its name there."""
         for holder, path in zip(self._tensor_dicts, self._tensor_paths, strict=True):
             for name in holder:
                 yield path, name
 
     def container(self, path: str) -> Any:
-        """The object's dictionary, or the container, that was found at a path; None if none was."""
+        """Return the object's dictionary or the container that was found at a path, if any."""
         module, _, name = path.rpartition(".")
         if name in HOOKS and module in self._module_paths:
             return Hooks(self._modules[self._module_paths.index(module)], name)
@@ -108,7 +108,7 @@ class PythonState:
         return None
 
     def changes(self) -> list[Change]:
-        """What differs now, in the order of the walk; empty where `holds`."""
+        """Return what differs now, in the order of the walk; empty where `holds`."""
         found: list[Change] = []
         kept = (*zip(self._live, self._kept, self._paths, strict=True),)
         empty = (
@@ -122,8 +122,8 @@ class PythonState:
             if type(module) is not kind:
                 found.append(Change(join(path, "__class__")))
         tensors = zip(self._tensor_dicts, self._names_by_dict, self._tensor_paths, strict=True)
-        for own, known_names, path in tensors:
-            found += [Change(join(path, name)) for name in sorted(set(known_names) ^ set(own))]
+        for holder, known_names, path in tensors:
+            found += [Change(join(path, name)) for name in sorted(set(known_names) ^ set(holder))]
         for owner, name, function in self._methods:
             if vars(owner).get(name) is not function:
                 found.append(Change(f"{owner.__qualname__}.{name}"))
@@ -136,7 +136,7 @@ class PythonState:
         return found
 
     def _names(self, path: str, holder: str, live: Any) -> tuple[str, ...]:
-        """By what names code gets to what differs, from its module on; see `Change`."""
+        """Return the names by which code gets to what differs, from its module on; see `Change`."""
         if id(live) in self._attributes:
             return (path[len(holder) :].lstrip("."),)
         module = max((p for p in self._module_paths if holder.startswith(p)), key=len)
@@ -144,7 +144,7 @@ class PythonState:
 
 
 def _methods(kinds: Iterable[type], known: Collection[type]) -> Iterator[tuple[type, str, Any]]:
-    """The functions of modules' own classes, which may be exchanged; not those of torch."""
+    """Return the functions of modules' own classes, which may be exchanged; not those of torch."""
     seen: set[type] = {object, *known}
     for kind in kinds:
         for owner in kind.__mro__:
@@ -164,7 +164,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _differing(live: Any, kept: Any) -> list[Any]:
-    """The keys whose values differ; [""] where it is the order, or no mapping."""
+    """Return the keys whose values differ; [""] where it is the order, or no mapping."""
     if _equal(live, kept):
         return []
     if not isinstance(live, dict):

@@ -43,7 +43,7 @@ class Reads:
         scope: Mapping[str, Any],
         arguments: Mapping[str, Any],
     ) -> Reads:
-        """What was read, by what Dynamo guards.
+        """Return what was read, by what Dynamo guards.
 
         Args:
             guarded: sources, and what was asked of them (see `dynamo.guarded`).
@@ -68,21 +68,21 @@ class Reads:
         return cls(frozenset(names), tuple(sources), tuple(terms), names_of, tuple(alive))
 
     def beyond(self, known: Collection[str]) -> Reads:
-        """The same without sources that are looked at anyway."""
+        """Return the same without sources that are looked at anyway."""
         kept = [i for i, source in enumerate(self.sources) if source not in known]
         parts = (tuple(part[i] for i in kept) for part in (self.sources, self._terms, self._alive))
         sources, terms, alive = parts
         return Reads(self.names, sources, terms, self._scope, alive)
 
     def hold(self) -> bool:
-        """Whether the values outside of the arguments are what they were."""
+        """Return whether the values outside of the arguments are what they were."""
         try:
             return self._look() == self._kept
         except Exception:  # what it is part of is gone
             return False
 
     def changed(self) -> list[str]:
-        """The sources of values that are others now."""
+        """Return the sources of values that are others now."""
         try:
             now = self._look()
         except Exception as error:
@@ -92,7 +92,7 @@ class Reads:
 
 
 def readable(source: str) -> str:
-    """A source as a user would write it: ``model.layers.1.mlp``, not a chain of dictionaries."""
+    """Return a source as a user would write it: ``model.layers.1.mlp``, without dictionaries."""
     text = re.sub(r"\[list\(dict\.keys\(.*?\)\)\[(\d+)\]\]", r"[\1]", source)
     text = re.sub(r"\._modules\['([^']+)'\]", r".\1", text)
     text = re.sub(r"^L\['(?:model|self)'\]\.?", "", text)
@@ -101,7 +101,7 @@ def readable(source: str) -> str:
 
 
 def _term(source: str, value: Any) -> str:
-    """What is compared of a value: itself, or which object it is, and whether it is still empty."""
+    """Return what is compared of a value: itself, or its identity and whether it is empty."""
     if _plain(value):
         return source
     empty = isinstance(value, dict | list | set) and not value

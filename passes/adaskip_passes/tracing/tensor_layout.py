@@ -10,7 +10,7 @@ from torch import nn
 
 
 def describe_tensor(tensor: Any) -> Any:
-    """What a graph depends on of a tensor: everything but its values."""
+    """Return what a graph depends on of a tensor: everything but its values."""
     if not isinstance(tensor, torch.Tensor):
         return type(tensor)
     kind: type = nn.Parameter if isinstance(tensor, nn.Parameter) else type(tensor)
@@ -25,6 +25,6 @@ def describe_tensor(tensor: Any) -> Any:
 
 
 def sharing(tensors: Iterable[Any]) -> tuple[int, ...]:
-    """Which of some tensors are the same object: for each the place of its first appearance."""
+    """Return which tensors are the same object: for each the place of its first appearance."""
     first: dict[int, int] = {}
     return tuple(first.setdefault(id(t), i) for i, t in enumerate(tensors))

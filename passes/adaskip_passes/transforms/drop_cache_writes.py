@@ -63,7 +63,7 @@ def differentiable(flat: fx.GraphModule) -> fx.GraphModule:
 
 
 def _stored_to(node: fx.Node) -> fx.Node | None:
-    """The input of the graph that a node writes to."""
+    """Return the input of the graph that a node writes to."""
     root = written(node)
     return root if root is not None and root.op == "placeholder" else None
 

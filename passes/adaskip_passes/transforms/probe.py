@@ -12,8 +12,8 @@ code never depends on whether it is probed and no output changes. (Computed insi
 bfloat16 pieces the values were off by 5e-5.) Legal because a probe only reads.
 
 A token whose stream is of length zero or not finite, before or after the sublayer, has no direction
-and no ratio. It is left out of all sums, and of the number of tokens, so whoever knows how many
-tokens were valid knows how many were left out.
+and no ratio. It is left out of all sums, and of the number of tokens, so a caller who knows how
+many tokens were valid knows how many were left out.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _insert_probes(
 
 
 def probe_piece(stream: torch.Tensor, valid: torch.Tensor, lengths: Sequence[fx.Node]) -> Piece:
-    """The piece that measures, for a stream and a mask like these (fake) examples."""
+    """Return the piece that measures, for a stream and a mask like these (fake) examples."""
     graph = fx.symbolic_trace(_Measure()).graph
     return helper_piece("probe", "probe", graph, (stream, stream, valid), lengths)
 
@@ -148,14 +148,14 @@ class _Measure(torch.nn.Module):
     def forward(
         self, before: torch.Tensor, after: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
-        """Moments [batch, 5] in float32 of the streams [batch, tokens, hidden]."""
+        """Return statistics [batch, 5] in float32 of the streams [batch, tokens, hidden]."""
         return _measure(before, after, valid)
 
 
 def measure_together(
     befores: Sequence[torch.Tensor], afters: Sequence[torch.Tensor], valid: torch.Tensor
 ) -> torch.Tensor:
-    """Moments [probed, batch, 5] of several sublayers' streams [batch, tokens, hidden].
+    """Return statistics [probed, batch, 5] of several sublayers' streams [batch, tokens, hidden].
 
     The same values as from the piece, in as few kernels as torch has for them.
     """
@@ -180,10 +180,11 @@ def _measure(before: torch.Tensor, after: torch.Tensor, valid: torch.Tensor) -> 
 
 
 def _summed(per_token: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Sums [..., batch, 5] over the tokens that count, of [..., batch, tokens, 5].
+    """Sum over the tokens that count: [..., batch, tokens, 5] becomes [..., batch, 5].
 
     Nothing guards the divisions: a stream of length zero gives NaN or Inf, as one that is not
     finite does, and such a token does not count.
+
     """
     counts = valid & (per_token.abs().amax(-1) < math.inf)  # false for NaN as well
     # where, not a product: what does not count may hold anything, NaN included

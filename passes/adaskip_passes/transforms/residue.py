@@ -9,7 +9,7 @@ Before (a piece)::                          After, of which ``everything`` is ke
     return x + attention(q, keys, values)       return ()
 
 ``counters`` keeps ``length.add_(1)`` alone, which does not depend on the stream. Legal because
-every write that stays has the operands that it had, and whoever asks for less has no use for the
+every write that stays has the operands that it had, and who asks for less has no use for the
 others.
 """
 

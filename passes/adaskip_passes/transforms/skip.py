@@ -34,11 +34,12 @@ class Replacement:
     """What takes the place of one sublayer.
 
     Attributes:
-        keep: which of the sublayer's effects stay. ``counters``: those that do not depend on the
+        keep: Which of the sublayer's effects stay. ``counters``: those that do not depend on the
             stream (a cache's length), so that K/V writes go; ``everything``: K/V writes as well;
             ``nothing``: none, for a cache that has no storage for this sublayer.
-        surrogate: a kind in `SURROGATES`, or None to hand the stream on unchanged.
-        rank: of a ``"low_rank"`` surrogate.
+        surrogate: A kind in `SURROGATES`, or None to leave the stream unchanged.
+        rank: Of a ``"low_rank"`` surrogate.
+
     """
 
     keep: Keep = "counters"
@@ -77,7 +78,7 @@ class Skip(Pass):
 
 
 def surrogate_inputs(outer: fx.Graph) -> dict[str, tuple[int, str]]:
-    """The inputs that passes added for surrogates: by name the sublayer's position, the tensor."""
+    """Return the inputs that were added for surrogates: by name the position and the tensor."""
     marked = ((n.name, n.meta.get(SURROGATE)) for n in outer.find_nodes(op="placeholder"))
     return {name: mark for name, mark in marked if mark is not None}
 
@@ -151,7 +152,7 @@ def _insert_surrogate(
 def _shared_surrogate(
     outer: fx.GraphModule, kind: str, rank: int, stream: torch.Tensor, lengths: list[fx.Node]
 ) -> Piece:
-    """The outer graph's one piece for this kind of surrogate, added if need be."""
+    """Return the outer graph's one piece for this kind of surrogate, added if need be."""
     name = piece_name(kind, rank)
     for node in outer.graph.nodes:
         piece = piece_of(node)

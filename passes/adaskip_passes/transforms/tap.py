@@ -1,4 +1,4 @@
-"""Hand out the residual stream, to see where two computations part.
+"""Return the residual stream, to see where two computations part.
 
 Before::                                    After::
 
@@ -7,7 +7,7 @@ Before::                                    After::
     return (logits,)                            return (logits, h, x_1, x_2)
 
 Legal because nothing else changes. Run it first: what a later pass puts in place of a sublayer is
-then what is handed out.
+then among the results.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def _attend(
 
 
 def attend(*inputs: Any) -> torch.Tensor:
-    """See :func:`ops.attend`."""
+    """Compute :func:`ops.attend`, which describes the inputs; `counters` come last."""
     return attention(*inputs).run()[0]
 
 
@@ -104,9 +104,16 @@ def attention(
     scale: float,
     counters: torch.Tensor,
 ) -> Launch:
-    """The launch of :func:`ops.attend`.
+    """Return the launch of :func:`ops.attend`, which describes the other inputs.
 
-    `counters`, int32, are zero before and after: one a row and K/V head.
+    Args:
+        query: The queries.
+        keys: The keys.
+        values: The values.
+        filled: How many of them count.
+        scale: Of the scores.
+        counters: int32, one for each row and K/V head; they are zero before and after.
+
     """
     batch, heads, tokens, dim = query.shape
     kv_heads = keys.shape[1]
@@ -151,10 +158,14 @@ def attention(
 
 
 def _shares(heads: int) -> tuple[int, int, int]:
-    """Into how many shares the cache is cut (a power of two), keys at a time, and stages.
+    """Return the shares (a power of two) of the cache, the keys at a time, and the stages.
 
     With few heads, small programs, two on a multiprocessor, that leave room for the next kernel's
     to begin; with many, fewer and larger ones.
+
+    Args:
+        heads: K/V heads of all rows together.
+
     """
     programs, block, stages = (256, 64, 2) if heads <= 32 else (128, 128, 3)
     return max(1, 1 << max(0, (programs // heads).bit_length() - 1)), block, stages

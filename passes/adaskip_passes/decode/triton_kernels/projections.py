@@ -14,7 +14,7 @@ from .launch import Launch, has_pdl
 
 @triton.jit
 def _pick(pid, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, BN: tl.constexpr):
-    """Which of three weights a program works on, and its place in it."""
+    """Return which of three weights a program works on, and its place in it."""
     first, second = tl.cdiv(n0, BN), tl.cdiv(n1, BN)
     w, y, b, n, block = p0, y0, b0, n0, pid
     if pid >= first + second:
@@ -141,7 +141,7 @@ def _project_rows(
 
 
 def project(*inputs: Any) -> list[torch.Tensor]:
-    """See :func:`ops.project`."""
+    """Compute :func:`ops.project`, which describes the inputs."""
     return projection(*inputs).run()
 
 
@@ -154,7 +154,7 @@ def projection(
     activation: str,
     residual: torch.Tensor | None,
 ) -> Launch:
-    """The launch of :func:`ops.project`; at most three weights."""
+    """Return the launch of :func:`ops.project`, of at most three weights."""
     width = x.shape[-1]
     rows = x.numel() // width
     kept = weights[:1] if activation else weights
@@ -197,12 +197,16 @@ def projection(
 
 
 def _padded(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Three of them; the kernel does not touch those that are repeated."""
+    """Return three tensors; the kernel does not touch those that are repeated."""
     return [*tensors, *[tensors[0]] * (3 - len(tensors))]
 
 
 def _row_blocks(width: int, outputs: int, gated: bool) -> tuple[int, int, int, int]:
-    """Outputs a program, columns at a time, warps and stages, for one row; chosen on an H200."""
+    """Return outputs a program, columns at a time, warps and stages, for one row.
+
+    They were chosen on an H200.
+
+    """
     if gated:
         bn, bk, warps = 2, 1024, 4
     elif width > 8192:
@@ -215,5 +219,5 @@ def _row_blocks(width: int, outputs: int, gated: bool) -> tuple[int, int, int, i
 
 
 def _rows_blocks(gated: bool) -> tuple[int, int, int, int]:
-    """Likewise for several rows."""
+    """Return the same for several rows."""
     return (32, 256, 4, 3) if gated else (16, 512, 2, 3)

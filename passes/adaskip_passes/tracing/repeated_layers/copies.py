@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Region:
-    """What was traced of one module, between its marks."""
+    """What was traced of one module, between its marks.
+
+    Attributes:
+        entered: The mark where it begins.
+        left: The mark where it ends.
+        nodes: The nodes between them, in order.
+
+    """
 
     entered: fx.Node
     left: fx.Node
@@ -27,6 +34,12 @@ class Region:
 
     @classmethod
     def between(cls, entered: fx.Node, left: fx.Node) -> Region:
+        """Return the region between two marks of one module.
+
+        Raises:
+            NotRepeatedError: Something of it is read outside, or it changes the containers among
+                its arguments, or its result is not like its first argument.
+        """
         nodes, node = [], entered.next
         while node is not left:
             nodes.append(node)
@@ -46,13 +59,15 @@ class Region:
 class Copy:
     """The copy of one traced module for one of its twins."""
 
-    def __init__(self, expansion: Expansion, region: Region, mark: fx.Node, how: Twins) -> None:
+    def __init__(
+        self, expansion: Expansion, region: Region, mark: fx.Node, correspondence: Twins
+    ) -> None:
         self.expansion = expansion
         self.region = region
         self.mark = mark
-        self.how = how
-        self.given: dict[fx.Node, fx.Node] = {}
-        _correspond(region.entered.args[1:], mark.args[1:], self.given)
+        self.correspondence = correspondence
+        self.passed_for: dict[fx.Node, fx.Node] = {}
+        _correspond(region.entered.args[1:], mark.args[1:], self.passed_for)
         self.copies = {region.entered: stream_of(mark)}
 
     def made(self) -> fx.Node:
@@ -72,6 +87,10 @@ class Copy:
 
         But for numbers: Dynamo computes a length once, and lets later modules read it. What the
         values are like follows from the operations and from the arguments, which are compared.
+
+        Raises:
+            NotRepeatedError: It is something else.
+
         """
         self.copies[self.region.entered] = traced.entered
         mine, theirs = ([n for n in r.nodes if not is_size(n)] for r in (self.region, traced))
@@ -106,25 +125,25 @@ class Copy:
         return type(one) is type(other) and bool(one == other)
 
     def _counterpart(self, node: fx.Node) -> fx.Node:
-        """What the twin reads where the traced module reads `node`."""
+        """Return what the twin reads where the traced module reads `node`."""
         if node not in self.copies:
             bound = node in self.expansion.real
             self.copies[node] = self._input(node) if bound else self._value(node)
         return self.copies[node]
 
     def _value(self, node: fx.Node) -> fx.Node:
-        passed = node in self.given or is_size(node) or node.op == "get_attr"
+        passed = node in self.passed_for or is_size(node) or node.op == "get_attr"
         require(passed, f"{node.name} reaches a module otherwise than as an argument")
-        return self.given.get(node, node)
+        return self.passed_for.get(node, node)
 
     def _input(self, node: fx.Node) -> fx.Node:
         mine = self.expansion.real[node]
-        paired = self.how.tensors.get(id(mine))
+        paired = self.correspondence.tensors.get(id(mine))
         theirs = mine if paired is None else paired[1]
-        if node in self.given:
-            same = theirs is mine or self.expansion.real.get(self.given[node]) is theirs
+        if node in self.passed_for:
+            same = theirs is mine or self.expansion.real.get(self.passed_for[node]) is theirs
             require(same, f"{node.name} is an argument, and another belongs to the module")
-            return self.given[node]
+            return self.passed_for[node]
         source = self._source(self.expansion.sources[node])
         if theirs is mine:
             require(source is None or paired is not None, f"{node.name} has no counterpart")
@@ -134,7 +153,7 @@ class Copy:
         return self.expansion.input_for(theirs, node, source)
 
     def _source(self, source: str) -> str | None:
-        """The source of what corresponds, for what belongs to the traced module alone."""
+        """Return the source of what corresponds, for what belongs to the traced module alone."""
         repeat, mine, theirs = self.expansion.repeat, self.region.entered.args[0], self.mark.args[0]
         assert isinstance(mine, int)
         assert isinstance(theirs, int)
@@ -145,26 +164,35 @@ class Copy:
 
 
 def require(condition: bool, otherwise: str) -> None:
+    """Check a condition under which a trace is good for twins.
+
+    Raises:
+        NotRepeatedError: It does not hold; `otherwise` is the message.
+    """
     if not condition:
         raise NotRepeatedError(otherwise)
 
 
 def stream_of(mark: fx.Node) -> fx.Node:
-    """The first argument of the module that a mark is about."""
+    """Return the first argument of the module that a mark is about."""
     stream = mark.args[1][0]  # type: ignore[index]
     assert isinstance(stream, fx.Node)
     return stream
 
 
 def is_size(node: fx.Node) -> bool:
-    """Whether a node's value is a number or a shape: the same for all that see the same lengths."""
+    """Return whether a node's value is a number or a shape.
+
+    These are the same for all modules that see the same lengths.
+
+    """
     value = node.meta.get("example_value")
     numbers = value if isinstance(value, tuple) else (value,)
     return all(isinstance(n, int | float | torch.SymInt | torch.SymFloat) for n in numbers)
 
 
 def _description(node: fx.Node) -> tuple[Any, ...]:
-    """What a trace may depend on; sizes as text, because comparing them records guards."""
+    """Return what a trace may depend on; sizes as text, because comparing them records guards."""
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor):
         return type(value), str(value)
@@ -172,26 +200,28 @@ def _description(node: fx.Node) -> tuple[Any, ...]:
     return *sizes, value.dtype, value.device, value.requires_grad
 
 
-def _correspond(one: Any, other: Any, given: dict[fx.Node, fx.Node]) -> None:
+def _correspond(one: Any, other: Any, passed_for: dict[fx.Node, fx.Node]) -> None:
     """Pair the nodes among two modules' arguments; all else must be equal."""
     require(type(one) is type(other), "modules are called with different arguments")
     if isinstance(one, fx.Node):
         alike = _description(one) == _description(other)
         require(alike, f"modules are called with {one.name} and {other.name}, which differ")
-        require(given.setdefault(one, other) is other, f"{one.name} is given for two arguments")
+        require(
+            passed_for.setdefault(one, other) is other, f"{one.name} is given for two arguments"
+        )
     elif isinstance(one, list | tuple):
         require(len(one) == len(other), "modules are called with different arguments")
         for mine, theirs in zip(one, other, strict=True):
-            _correspond(mine, theirs, given)
+            _correspond(mine, theirs, passed_for)
     elif isinstance(one, dict):
-        _correspond(list(one), list(other), given)
-        _correspond(list(one.values()), list(other.values()), given)
+        _correspond(list(one), list(other), passed_for)
+        _correspond(list(one.values()), list(other.values()), passed_for)
     else:
         require(one == other, f"modules are called with {one!r} and {other!r}")
 
 
 def _renaming(one: fx.Node, other: fx.Node) -> Callable[[dict[Any, Any]], dict[Any, Any]]:
-    """From a node's module stack inside one module to the same inside the other."""
+    """Return a function from a node's module stack inside one module to that inside the other."""
 
     def path(node: fx.Node) -> str:
         stack = node.meta.get("nn_module_stack")

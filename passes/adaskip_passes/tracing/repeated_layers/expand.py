@@ -66,6 +66,14 @@ class Expansion:
         self.input_of = {id(value): node for node, value in self.real.items()}
 
     def run(self, first: First) -> None:
+        """Replace all marks.
+
+        Args:
+            first: Which modules were traced, as they were marked.
+
+        Raises:
+            NotRepeatedError: The trace of one module is not good for its twins.
+        """
         entered, left, stood_in = (self._marks(mark) for mark in MARKS)
         seconds = seconds_of(first)
         traced = {*seconds, *seconds.values()}
@@ -78,8 +86,8 @@ class Expansion:
         for r, k in seconds.items():
             Copy(self, regions[r], entered[k], first[k][1]).compare(regions[k])
         for k, mark in stood_in.items():
-            r, how = first[k]
-            _bypass(mark, Copy(self, regions[r], mark, how).made())
+            r, correspondence = first[k]
+            _bypass(mark, Copy(self, regions[r], mark, correspondence).made())
         for region in regions.values():
             _bypass(region.left, region.left.args[1])
             _bypass(region.entered, stream_of(region.entered))
@@ -95,7 +103,7 @@ class Expansion:
         return found
 
     def input_for(self, value: torch.Tensor, like: fx.Node, source: str) -> fx.Node:
-        """The placeholder of a tensor; a new one, described as another is, where there is none."""
+        """Return the placeholder of a tensor, or a new one that is described as `like` is."""
         node = self.input_of.get(id(value))
         if node is None:
             require(self.value_of(source) is value, f"{source} is not what corresponds")

@@ -46,7 +46,7 @@ First = Mapping[int, tuple[int, Twins]]
 
 
 def seconds_of(first: First) -> dict[int, int]:
-    """The module that is traced to check what was traced of the first of its kind: (first, it)."""
+    """Return for the first module of each kind the one that is traced to check its trace."""
     found: dict[int, int] = {}
     for k, (r, _) in sorted(first.items()):
         found.setdefault(r, k)
@@ -83,12 +83,14 @@ class Repeat:
         state: Mapping[str, Sequence[Any]],
         shared: tuple[Any, ...] = (),
     ) -> Repeat | None:
-        """The first list of modules in `model` that is as long as those of `state`, if any.
+        """Return the first list of modules in `model` that is as long as those of `state`, if any.
 
         Args:
-            argument: the captured function's name for `model`.
-            model: its lists are looked at in the order of ``named_modules``.
-            state, shared: see the class.
+            argument: The captured function's name for `model`.
+            model: Its lists are looked at in the order of ``named_modules``.
+            state: See the class.
+            shared: See the class.
+
         """
         lengths = {len(members) for members in state.values()}
         for path, module in model.named_modules():
@@ -98,43 +100,46 @@ class Repeat:
         return None
 
     def first(self) -> First:
-        """What need not be traced, but for the second of each kind; kinds of two are left out."""
+        """Return what need not be traced, but for the second of a kind; without kinds of two."""
         found: dict[int, tuple[int, Twins]] = {}
         kinds: list[int] = []
         for k in range(len(self.modules)):
             same = ((r, twins(self._belongings(r), self._belongings(k), r, k)) for r in kinds)
-            match = next(((r, how) for r, how in same if how is not None), None)
+            match = next(
+                ((r, correspondence) for r, correspondence in same if correspondence is not None),
+                None,
+            )
             if match is None:
                 kinds.append(k)
             else:
                 found[k] = match
         count = Counter(r for r, _ in found.values())
-        return {k: (r, how) for k, (r, how) in found.items() if count[r] > 1}
+        return {k: (r, correspondence) for k, (r, correspondence) in found.items() if count[r] > 1}
 
     def _belongings(self, k: int) -> tuple[Any, ...]:
         return self.modules[k], *(members[k] for members in self.state.values())
 
     def known(self, k: int) -> tuple[Any, ...]:
-        """Objects that module k may be called with, though no graph can hold them."""
+        """Return the objects that module k may be called with, though no graph can hold them."""
         return *self.shared, *(members[k] for members in self.state.values())
 
     def prefixes(self, k: int) -> tuple[str, ...]:
-        """How the sources of all that belongs to module k begin."""
+        """Return how the sources of all that belongs to module k begin."""
         return f"{self.source}._modules['{k}']", *(f"{source}[{k}]" for source in self.state)
 
 
-def entered(place: int, values: list[Any], names: tuple[str, ...]) -> torch.Tensor:
-    """Mark: a module begins; its arguments, in order, and the names of those that have one."""
+def entered(position: int, values: list[Any], names: tuple[str, ...]) -> torch.Tensor:
+    """Mark that a module begins, with its arguments in order, and the names of named ones."""
     return torch.empty_like(values[0])
 
 
-def left(place: int, result: torch.Tensor, values: list[Any]) -> torch.Tensor:
-    """Mark: it ends; its result, and its arguments as they are now."""
+def left(position: int, result: torch.Tensor, values: list[Any]) -> torch.Tensor:
+    """Mark that a module ends, with its result, and its arguments as they are now."""
     return torch.empty_like(result)
 
 
-def stood_in(place: int, values: list[Any], names: tuple[str, ...]) -> torch.Tensor:
-    """Mark: a whole module; as `entered`."""
+def stood_in(position: int, values: list[Any], names: tuple[str, ...]) -> torch.Tensor:
+    """Mark a whole module that is not traced, with its arguments as for `entered`."""
     return torch.empty_like(values[0])
 
 
@@ -150,31 +155,31 @@ def marked(repeat: Repeat, first: First) -> Iterator[None]:
         seconds = seconds_of(first)
         for r in seconds:
             _set_class(stack, repeat, r, traced=True)
-        for k, (r, how) in first.items():
+        for k, (r, correspondence) in first.items():
             _set_class(stack, repeat, k, traced=seconds[r] == k)
-            for owner, name in how.places:
+            for owner, name in correspondence.places:
                 own = vars(owner)
                 stack.callback(own.__setitem__, name, own[name])
                 own[name] = LayerIndex(r)
         yield
 
 
-def _set_class(stack: ExitStack, repeat: Repeat, place: int, traced: bool) -> None:
+def _set_class(stack: ExitStack, repeat: Repeat, position: int, traced: bool) -> None:
     """Give a module another forward: by its class, so that Dynamo knows it by the same name."""
-    module = repeat.modules[place]
+    module = repeat.modules[position]
     base = type(module)
     stack.callback(setattr, module, "__class__", base)
-    members = {"forward": _forward(repeat, place, traced), "__module__": base.__module__}
+    members = {"forward": _forward(repeat, position, traced), "__module__": base.__module__}
     try:
         module.__class__ = types.new_class(base.__name__, (base,), {}, lambda b: b.update(members))
     except TypeError as error:  # a class that takes arguments, or whose instances are laid out so
         raise NotRepeatedError(str(error)) from error
 
 
-def _forward(repeat: Repeat, place: int, traced: bool) -> Callable[..., Any]:
-    """The forward of a module that marks where it begins and ends, or stands in for all of it."""
-    known = repeat.known(place)
-    inner, kinds = type(repeat.modules[place]).forward, tuple({type(thing) for thing in known})
+def _forward(repeat: Repeat, position: int, traced: bool) -> Callable[..., Any]:
+    """Return a forward that marks where the module begins and ends, or stands in for all of it."""
+    known = repeat.known(position)
+    inner, kinds = type(repeat.modules[position]).forward, tuple({type(thing) for thing in known})
     # by identity: Dynamo would take a reference from here for the name of what it leads to
     names = {id(thing): f"object {number}" for number, thing in enumerate(known)}
 
@@ -185,8 +190,8 @@ def _forward(repeat: Repeat, place: int, traced: bool) -> Callable[..., Any]:
         for value in (*args, *kwargs.values()):
             values.append(names[id(value)] if isinstance(value, kinds) else value)
         if not traced:
-            return stood_in(place, values, tuple(kwargs))
-        stream = entered(place, values, tuple(kwargs))
-        return left(place, inner(module, stream, *args[1:], **kwargs), values)
+            return stood_in(position, values, tuple(kwargs))
+        stream = entered(position, values, tuple(kwargs))
+        return left(position, inner(module, stream, *args[1:], **kwargs), values)
 
     return forward

@@ -34,7 +34,7 @@ def _refuse(*_operands: Any) -> NoReturn:
 
 
 class LayerIndex:
-    """A module's place in its list, as something that is handed on and not looked at.
+    """A module's place in its list, as something that is passed on and not looked at.
 
     While a module is traced on behalf of its twins, the integers in it that are nothing but its
     place are replaced by this. Who knows what to do with it asks for its `value`; arithmetic,
@@ -54,7 +54,7 @@ class LayerIndex:
 
 
 def layer_index(index: int | LayerIndex) -> int:
-    """The integer, whether it is hidden or not."""
+    """Return the integer, whether it is hidden or not."""
     return index.value if isinstance(index, LayerIndex) else index
 
 
@@ -75,14 +75,17 @@ class _DifferError(Exception):
     """The two are no twins."""
 
 
-def twins(one: Any, other: Any, place: int, other_place: int) -> Twins | None:
-    """How `one` corresponds to `other`, or None if they may trace differently.
+def twins(one: Any, other: Any, position: int, other_position: int) -> Twins | None:
+    """Return how one object corresponds to another, or None if they may trace differently.
 
     Args:
-        one, other: modules, or objects with tensors (a tuple compares several at once).
-        place, other_place: where they are in their lists.
+        one: A module, or an object with tensors (a tuple compares several at once).
+        other: What it is compared with.
+        position: Where the first is in its list.
+        other_position: Where the second is.
+
     """
-    walk = _Walk(place, other_place)
+    walk = _Walk(position, other_position)
     try:
         walk.compare(one, other)
     except Exception:  # they differ, or hold something that cannot be compared
@@ -91,15 +94,20 @@ def twins(one: Any, other: Any, place: int, other_place: int) -> Twins | None:
 
 
 class _Walk:
-    """One comparison, part by part. What one of the two holds twice, the other must as well."""
+    """A comparison, part by part. What one of the two holds twice, the other must as well."""
 
-    def __init__(self, place: int, other_place: int) -> None:
-        self.places = (place, other_place)
+    def __init__(self, position: int, other_position: int) -> None:
+        self.places = (position, other_position)
         self.found = Twins()
         self._pairs: dict[int, tuple[Any, Any]] = {}  # by identity of the first
         self._back: dict[int, Any] = {}  # by identity of the second
 
     def compare(self, one: Any, other: Any) -> None:
+        """Compare two parts.
+
+        Raises:
+            Exception: They differ, or hold something that cannot be compared.
+        """
         kind = type(one)
         _require(kind is type(other))
         if kind in _PLAIN or isinstance(one, enum.Enum):
@@ -110,7 +118,7 @@ class _Walk:
             self._parts(kind, one, other)
 
     def _met(self, one: Any, other: Any) -> bool:
-        """Whether the pair has been compared; neither may have been paired with something else."""
+        """Return whether the pair has been compared; neither may be paired with something else."""
         pair = self._pairs.get(id(one))
         _require(self._back.get(id(other), one) is one and (pair is None or pair[1] is other))
         self._pairs[id(one)], self._back[id(other)] = (one, other), one
@@ -151,7 +159,7 @@ class _Walk:
         self.compare(vars(one), vars(other))
 
     def _object(self, kind: type, one: Any, other: Any) -> None:
-        """Attribute by attribute; only of classes that keep nothing elsewhere."""
+        """Compare attribute by attribute; only of classes that keep nothing elsewhere."""
         in_sight = (
             c is object or (c.__flags__ & _HEAP_TYPE and not vars(c).get("__slots__"))
             for c in kind.__mro__
