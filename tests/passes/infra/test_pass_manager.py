@@ -1,14 +1,17 @@
-"""Pipeline: the one place that copies, lints, times, dumps and diffs."""
+"""The pass manager: the one place that copies, lints, times, dumps and diffs, at every level."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import importlib
+import pkgutil
+from dataclasses import FrozenInstanceError, dataclass, replace
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, fx
 
+import adaskip_passes
 from adaskip_passes import (
     Probe,
     Replacement,
@@ -101,6 +104,7 @@ def test_watching_gives_a_step_for_each_pass() -> None:
     assert steps[0].before == text(outer)
     assert steps[0].after == steps[1].before
     assert steps[1].after == text(changed)
+    assert [s.changes for s in steps] == [1, 1]
     assert all(s.seconds >= 0 for s in steps)
 
 
@@ -158,6 +162,79 @@ def test_every_pass_is_checked_and_not_only_the_last() -> None:
     with pytest.raises(RuntimeError, match="which is not a piece"):
         run_passes(shared(Shape()).outer, (CallsAStranger(), Records(seen)))
     assert seen == []
+
+
+@dataclass(frozen=True)
+class Doubles(Pass):
+    """Adds what is returned to itself."""
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        output = graph_module.graph.output_node()
+        (result,) = output.args
+        with graph_module.graph.inserting_before(output):
+            output.args = (graph_module.graph.call_function(torch.add, (result, result)),)
+        return PassResult(graph_module, 1)
+
+
+def test_a_graph_that_runs_as_python_has_new_code() -> None:
+    graph_module = fx.symbolic_trace(torch.neg)
+    changed = run_passes(graph_module, (Doubles(), Doubles()))
+    assert changed(torch.ones(1)).item() == -4.0
+    assert graph_module(torch.ones(1)).item() == -1.0
+
+
+def test_without_a_copy_the_module_itself_is_changed() -> None:
+    graph_module = fx.symbolic_trace(torch.neg)
+    assert run_passes(graph_module, (Doubles(),), copy=False) is graph_module
+    assert graph_module(torch.ones(1)).item() == -2.0
+
+
+@dataclass(frozen=True)
+class SaysNothing(Pass):
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        return None  # type: ignore[return-value]
+
+
+def test_a_pass_that_returns_something_else_is_refused() -> None:
+    message = r"^SaysNothing returned NoneType; a pass returns PassResult\(graph_module, changes\)$"
+    with pytest.raises(TypeError, match=message):
+        run_passes(shared(Shape()).outer, (SaysNothing(),))
+
+
+@pytest.mark.parametrize(("changes", "modified"), [(0, False), (1, True), (2, True)])
+def test_a_result_says_whether_something_changed(changes: int, modified: bool) -> None:
+    assert PassResult(fx.symbolic_trace(torch.neg), changes).modified is modified
+
+
+def passes_of_the_package() -> set[type[Pass]]:
+    for module in pkgutil.walk_packages(adaskip_passes.__path__, "adaskip_passes."):
+        if "triton_kernels" not in module.name:  # which need Triton
+            importlib.import_module(module.name)
+    return {c for c in Pass.__subclasses__() if c.__module__.startswith("adaskip_passes")}
+
+
+def test_every_rewrite_has_the_one_interface() -> None:
+    found = passes_of_the_package()
+    assert {c.__name__ for c in found} == {
+        "DropCacheWrites",
+        "EliminateDeadCode",
+        "Expand",
+        "FuseProjections",
+        "Probe",
+        "ProbeLayers",
+        "Residue",
+        "SerializeBranches",
+        "Skip",
+        "Tap",
+        "Unflatten",
+        "Upcast",
+    }
+    for kind in found:
+        assert kind.__dataclass_params__.frozen, kind  # type: ignore[attr-defined]
+        assert (kind.__doc__ or "").startswith("Pass over "), kind
+    assert Skip().name == "Skip"
+    with pytest.raises(FrozenInstanceError):
+        Skip().replacements = {}  # type: ignore[misc]
 
 
 def test_text_hides_captured_inputs_and_shows_added_ones() -> None:
