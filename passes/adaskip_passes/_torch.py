@@ -177,7 +177,8 @@ def start_inductor_workers() -> None:
 
 def is_traced() -> bool:
     """Return whether torch's structured trace has a reader (``TORCH_TRACE``)."""
-    return bool(logging.getLogger("torch.__trace").handlers)
+    handlers = logging.getLogger("torch.__trace").handlers
+    return any(handler.level <= logging.DEBUG for handler in handlers)
 
 
 def trace_artifact(name: str, payload: Callable[[], str]) -> None:
@@ -187,9 +188,10 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
         name: Of the artifact.
         payload: Makes the text, where there is a reader.
     """
-    trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": name, "encoding": "string"},
-        payload_fn=payload,
-        expect_trace_id=False,  # linking happens outside of a trace
-    )
+    if is_traced():  # torch would make the text for handlers that do not take it
+        trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": name, "encoding": "string"},
+            payload_fn=payload,
+            expect_trace_id=False,  # linking happens outside of a trace
+        )

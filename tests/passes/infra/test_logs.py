@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from torch import fx, nn
 
 from adaskip_passes import Replacement, Skip, Tap, canonicalize, fuse, link, run_passes
 from adaskip_passes.infra import logs, pass_manager
 from adaskip_passes.infra.graph_module import text
+from adaskip_passes.partition.outer import Outer
 from adaskip_passes.transforms.dead_code import EliminateDeadCode
 from tests.support.fx_decoders import (
     Decoder,
@@ -29,18 +29,6 @@ from tests.support.fx_decoders import (
 
 SKIP = Skip({1: Replacement("nothing", "scale")})
 TRACE = logging.getLogger("torch.__trace")
-
-
-@pytest.fixture
-def debug(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.DEBUG, "adaskip_fx")
-    return caplog
-
-
-@pytest.fixture
-def events(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, "adaskip_fx")
-    return caplog
 
 
 class _Reader(logging.Handler):
@@ -68,14 +56,15 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> _Reader:
 
 
 def test_a_pass_is_told_with_the_graph_before_and_after_it(
-    debug: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     outer = shared(Shape()).outer
+    caplog.set_level(logging.DEBUG, "adaskip_fx")
     steps: list[pass_manager.Step] = []
     changed = run_passes(outer, (SKIP,), steps.append)
-    assert {r.name for r in debug.records} == {"adaskip_fx.passes.infra.pass_manager"}
-    assert {r.levelno for r in debug.records} == {logging.DEBUG}
-    first, *rest = debug.messages
+    assert {r.name for r in caplog.records} == {"adaskip_fx.passes.infra.pass_manager"}
+    assert {r.levelno for r in caplog.records} == {logging.DEBUG}
+    first, *rest = caplog.messages
     assert re.fullmatch(r"Skip: 1 changes \(\d+\.\d\d ms\)", first)
     assert rest == [
         f"graph before Skip:\n{text(outer)}",
@@ -84,20 +73,23 @@ def test_a_pass_is_told_with_the_graph_before_and_after_it(
     ]
 
 
-def test_a_pass_that_changes_nothing_says_so(debug: pytest.LogCaptureFixture) -> None:
-    run_passes(shared(Shape()).outer, (Skip({}),))
-    (message,) = debug.messages
+def test_a_pass_that_changes_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    outer = shared(Shape()).outer
+    caplog.set_level(logging.DEBUG, "adaskip_fx")
+    run_passes(outer, (Skip({}),))
+    (message,) = caplog.messages
     assert re.fullmatch(r"Skip changed nothing \(\d+\.\d\d ms\)", message)
 
 
-def test_passes_of_every_level_are_told(debug: pytest.LogCaptureFixture) -> None:
+def test_passes_of_every_level_are_told(caplog: pytest.LogCaptureFixture) -> None:
     """Captured, outer and of a piece, in the order in which they ran."""
-    shape = Shape(layers=1)
+    shape, outer = Shape(layers=1), shared(Shape()).outer
+    caplog.set_level(logging.DEBUG, "adaskip_fx")
     canonicalize(trace(step, **arguments(Decoder(shape, NeoX), shape)).graph)
-    run_passes(shared(Shape()).outer, (Tap(),))
+    run_passes(outer, (Tap(),))
     graph_module = fx.symbolic_trace(lambda x: (x, x + 1)[0])
     run_passes(graph_module, (EliminateDeadCode(),))
-    found = [re.match(r"(\w+)(?:: \d+ changes| changed nothing)", m) for m in debug.messages]
+    found = [re.match(r"(\w+)(?:: \d+ changes| changed nothing)", m) for m in caplog.messages]
     assert [m[1] for m in found if m] == [
         "Unflatten",
         "Upcast",
@@ -107,12 +99,13 @@ def test_passes_of_every_level_are_told(debug: pytest.LogCaptureFixture) -> None
     ]
 
 
-def test_what_is_made_of_a_model_is_told(events: pytest.LogCaptureFixture) -> None:
+def test_what_is_made_of_a_model_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "adaskip_fx")
     got = cut_block(NeoX)
     link(got.outer, got.compiler)
     fuse(got.outer)
-    assert {r.levelno for r in events.records} == {logging.INFO}
-    shown = [re.sub(r"[\d.]+ (m?s|nodes)\b", r"# \1", m) for m in events.messages]
+    assert {r.levelno for r in caplog.records} == {logging.INFO}
+    shown = [re.sub(r"[\d.]+ (m?s|nodes)\b", r"# \1", m) for m in caplog.messages]
     assert shown == [
         "captured step: # nodes in # s",
         "outlined 6 pieces, 4 of them distinct",
@@ -126,18 +119,18 @@ def test_what_is_made_of_a_model_is_told(events: pytest.LogCaptureFixture) -> No
 
 
 def test_no_text_is_made_where_it_is_not_shown(
-    events: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caplog.set_level(logging.INFO, "adaskip_fx")
     monkeypatch.setattr(TRACE, "handlers", [])
     made: list[str] = []
-    for kind in (fx.Graph, type(shared(Shape()).outer)):
-        name = "__str__" if kind is fx.Graph else "text"
-        monkeypatch.setattr(kind, name, lambda self: made.append("made") or "")
+    for kind, method in ((fx.Graph, "__str__"), (Outer, "text")):
+        monkeypatch.setattr(kind, method, lambda self: made.append("made") or "")
     got = cut_block(NeoX, 1)
     link(run_passes(got.outer, (Tap(),)), got.compiler)
-    assert events.messages
+    assert caplog.messages
     assert made == []
-    events.set_level(logging.DEBUG, "adaskip_fx")
+    caplog.set_level(logging.DEBUG, "adaskip_fx")
     run_passes(got.outer, (Tap(),))
     assert made == ["made", "made"]
 
@@ -193,6 +186,10 @@ def test_without_a_reader_the_trace_makes_no_text(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(TRACE, "handlers", [])
     assert not logs.is_traced()
     logs.trace_text("nothing", refuse)
+    deaf = _Reader()
+    deaf.setLevel(logging.WARNING)  # as those that pytest adds
+    monkeypatch.setattr(TRACE, "handlers", [deaf])
+    logs.trace_text("nothing", refuse)
     monkeypatch.setattr(TRACE, "handlers", [_Reader()])
     assert logs.is_traced()
     with pytest.raises(AssertionError, match="nobody reads it"):
@@ -200,5 +197,5 @@ def test_without_a_reader_the_trace_makes_no_text(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_plain_graph_is_shown_as_fx_shows_it() -> None:
-    module = fx.GraphModule(nn.Module(), fx.symbolic_trace(torch.neg).graph)
+    module = fx.GraphModule(nn.Module(), fx.symbolic_trace(lambda x: -x).graph)
     assert text(module) == str(module.graph)
