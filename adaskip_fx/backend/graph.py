@@ -10,17 +10,16 @@ import torch
 from torch import fx
 
 from adaskip_passes import (
-    Capture,
     PieceCompiler,
     UnsupportedError,
     canonicalize,
-    describe,
     find_sublayers,
     fuse,
     link,
     outline,
-    written,
 )
+from adaskip_passes.analysis.effects import written
+from adaskip_passes.tracing.capture import Capture, describe
 
 from ..plans.composition import SurrogateTensors, compose_surrogates
 from ..plans.decisions import plans_of
@@ -39,7 +38,7 @@ class BackendGraph:
         capture = describe(graph)
         self.requests, model = requests, requests.first
         self.cache, in_place = _cache_inputs(capture)
-        canonicalize(graph.graph)
+        canonicalize(graph)
         found = find_sublayers(graph.graph)
         self.sublayers = model.plan.sublayers
         names = [f"{s.layer}.{s.kind}" for s in found]

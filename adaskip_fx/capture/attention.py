@@ -25,7 +25,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from adaskip_passes import attend
+from adaskip_passes.decode.ops import attend
 
 NAME = "adaskip"
 

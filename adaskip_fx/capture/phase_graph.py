@@ -18,21 +18,19 @@ import torch
 from torch import fx
 
 from adaskip_passes import (
-    Binder,
-    Capture,
     FuseProjections,
-    Pass,
     PieceCompiler,
-    Repeat,
-    ShapeGuards,
     UnsupportedError,
     canonicalize,
     capture,
     find_sublayers,
     outline,
-    readable,
-    sublayer_calls,
 )
+from adaskip_passes.infra.pass_base import Pass
+from adaskip_passes.partition.outer import sublayer_calls
+from adaskip_passes.tracing.capture import Binder, Capture, ShapeGuards
+from adaskip_passes.tracing.reads import readable
+from adaskip_passes.tracing.repeated_layers.mark import Repeat
 
 from ..kv_cache.buffers import LayerCacheSpec
 from ..kv_cache.names import cache_argument
@@ -184,7 +182,7 @@ def capture_phase(
                 f"{type(model).__name__}.forward changes {changed} while it runs; a captured graph "
                 "cannot repeat that"
             )
-        canonicalize(captured.graph.graph)
+        canonicalize(captured.graph)
         found = find_sublayers(captured.graph.graph)
         names = tuple(Sublayer(s.layer, _kind(s.kind)) for s in found)
         outer = outline(captured.graph, found)

@@ -21,15 +21,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from adaskip_passes import (
-    Change,
-    PythonState,
-    Reads,
-    UnsupportedError,
-    describe_tensor,
-    one_at_a_time,
-    sharing,
-)
+from adaskip_passes import UnsupportedError
+from adaskip_passes.tracing.dynamo import one_at_a_time
+from adaskip_passes.tracing.python_state import Change, PythonState
+from adaskip_passes.tracing.reads import Reads
+from adaskip_passes.tracing.tensor_layout import describe_tensor, sharing
 
 if TYPE_CHECKING:
     from .phase_graph import CapturedPhase, GraphKey

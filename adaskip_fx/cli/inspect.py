@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import fx
 
-from adaskip_passes import text
+from adaskip_passes.infra.graph_module import text
 
 from ..capture.phase_graph import GraphKey, Surroundings
 from ..capture.reference import run_reference

@@ -15,7 +15,8 @@ from adaskip_fx.plans.surrogate import Surrogate
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.programs.instruments import Instrument
 from adaskip_fx.programs.program import Program
-from adaskip_passes import differentiable, fuse
+from adaskip_passes import fuse
+from adaskip_passes.transforms.drop_cache_writes import differentiable
 
 from .whitening import Whitening
 

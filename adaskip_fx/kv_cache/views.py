@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
-from adaskip_passes import LayerIndex, layer_index
+from adaskip_passes.tracing.repeated_layers.match import LayerIndex, layer_index
 
 from .buffers import CacheBuffers, LayerCacheSpec
 

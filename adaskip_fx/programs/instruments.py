@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from adaskip_passes import Pass, ProbeLayers, Tap
+from adaskip_passes import Tap
+from adaskip_passes.infra.pass_base import Pass
+from adaskip_passes.transforms.probe import ProbeLayers
 
 if TYPE_CHECKING:
     from .program import Program

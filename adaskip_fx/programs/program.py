@@ -14,19 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from adaskip_passes import (
-    VALID,
-    Keep,
-    Pass,
-    Probe,
-    Replacement,
-    Skip,
-    fuse,
-    link,
-    run_passes,
-    sublayer_calls,
-    surrogate_inputs,
-)
+from adaskip_passes import Probe, Replacement, Skip, fuse, link, run_passes
+from adaskip_passes.infra.pass_base import Pass
+from adaskip_passes.partition.outer import sublayer_calls
+from adaskip_passes.transforms.probe import VALID
+from adaskip_passes.transforms.residue import Keep
+from adaskip_passes.transforms.skip import surrogate_inputs
 
 from ..capture.phase_graph import CapturedPhase
 from ..plans.composition import ComposedSurrogate, SurrogateTensors, compose_surrogates

@@ -10,12 +10,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from adaskip_passes import (
-    ShapeGuards,
-    UnsupportedError,
-    one_at_a_time,
-    start_workers,
-)
+from adaskip_passes import UnsupportedError
+from adaskip_passes.linking.piece_compiler import start_workers
+from adaskip_passes.tracing.capture import ShapeGuards
+from adaskip_passes.tracing.dynamo import one_at_a_time
 
 from ..capture import phase_graph
 from ..capture.phase_graph import CapturedPhase, Forward, GraphKey, Memory, Surroundings

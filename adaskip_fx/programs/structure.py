@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import fx
 
-from adaskip_passes import Piece, piece_of, sublayer_calls
+from adaskip_passes.partition.outer import Piece, piece_of, sublayer_calls
 
 from ..capture.phase_graph import CapturedPhase, Memory
 from ..plans.sublayer import Sublayer

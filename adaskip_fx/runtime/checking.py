@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from adaskip_passes import one_at_a_time
 from adaskip_passes.errors import AdaskipError
+from adaskip_passes.tracing.dynamo import one_at_a_time
 
 from ..capture import attention, reference
 from ..capture.phase_graph import step_inputs

@@ -6,89 +6,101 @@ The mechanism under ``adaskip_fx``; it needs torch alone. In order:
 - :func:`canonicalize` how it adds to the residual stream;
 - :func:`find_sublayers`: the residual branches of the graph;
 - :func:`outline`: a small outer graph of calls to pieces, equal pieces sharing one key;
-- :class:`Skip`, :class:`Probe`, :class:`ProbeLayers`, :class:`Tap`: passes over the outer graph,
-  run by :func:`run_passes`;
-- :func:`link` compiled pieces into a program, or :func:`fuse` them into one flat graph.
+- :class:`Skip`, :class:`Probe`, :class:`Tap`: passes over the outer graph, run by
+  :func:`run_passes`; each is a :class:`Pass`, and says in a :class:`PassResult` what it changed;
+- :func:`link` the pieces that a :class:`PieceCompiler` compiles into a program, or :func:`fuse`
+  them into one flat graph.
 
 For a GPU's decode step: :class:`FuseProjections` gives its pieces operators that read every weight
 once, and a :class:`Recorder` makes a program one CUDA graph.
+
+The names in ``__all__`` are what somebody needs who writes a pass or a backend. They are imported
+at their first use, so that ``from adaskip_passes.errors import AdaskipError`` imports no torch.
+Everything else is imported from its submodule.
 """
 
-from .analysis.effects import written
-from .analysis.residual_branches import ResidualBranch, find_sublayers
-from .capture.capture import Binder, Capture, ShapeGuards, capture, describe
-from .capture.dynamo import one_at_a_time
-from .capture.python_state import Change, PythonState, describe_tensor, sharing
-from .capture.reads import Reads, readable
-from .capture.repeated_layers.mark import Repeat
-from .capture.repeated_layers.match import LayerIndex, layer_index
-from .decode.cuda_graphs import Recorder
-from .decode.fuse_projections import FuseProjections
-from .decode.ops import attend, project
-from .errors import AdaskipError, UnsupportedError
-from .link.link import fuse, link
-from .link.piece_compiler import PieceCompiler, start_workers
-from .normalize.canonicalize import canonicalize
-from .normalize.serialize_branches import separate
-from .normalize.unflatten import unflatten
-from .partition.outline import Piece, outline, piece_of, sublayer_calls
-from .transforms.dead_code import eliminate_dead_code
-from .transforms.drop_cache_writes import differentiable
-from .transforms.pass_manager import Pass, run_passes, text
-from .transforms.probe import PROBE_STATS, VALID, Probe, ProbeLayers
-from .transforms.skip import Keep, Replacement, Skip, surrogate_inputs
-from .transforms.surrogates import SURROGATES
-from .transforms.tap import Tap
+from __future__ import annotations
+
+import importlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .analysis.residual_branches import find_sublayers
+    from .decode.cuda_graphs import Recorder
+    from .decode.fuse_projections import FuseProjections
+    from .errors import AdaskipError, UnsupportedError
+    from .infra.pass_base import Pass, PassResult
+    from .infra.pass_manager import run_passes
+    from .linking.link import fuse, link
+    from .linking.piece_compiler import PieceCompiler
+    from .normalize.canonicalize import canonicalize
+    from .partition.outline import outline
+    from .tracing.capture import capture
+    from .transforms.probe import Probe
+    from .transforms.skip import Replacement, Skip
+    from .transforms.tap import Tap
 
 __all__ = [
-    "PROBE_STATS",
-    "SURROGATES",
-    "VALID",
     "AdaskipError",
-    "Binder",
-    "Capture",
-    "Change",
     "FuseProjections",
-    "Keep",
-    "LayerIndex",
     "Pass",
-    "Piece",
+    "PassResult",
     "PieceCompiler",
     "Probe",
-    "ProbeLayers",
-    "PythonState",
-    "Reads",
     "Recorder",
-    "Repeat",
     "Replacement",
-    "ResidualBranch",
-    "ShapeGuards",
     "Skip",
     "Tap",
     "UnsupportedError",
-    "attend",
     "canonicalize",
     "capture",
-    "describe",
-    "describe_tensor",
-    "differentiable",
-    "eliminate_dead_code",
     "find_sublayers",
     "fuse",
-    "layer_index",
     "link",
-    "one_at_a_time",
     "outline",
-    "piece_of",
-    "project",
-    "readable",
     "run_passes",
-    "separate",
-    "sharing",
-    "start_workers",
-    "sublayer_calls",
-    "surrogate_inputs",
-    "text",
-    "unflatten",
-    "written",
 ]
+
+_HOMES = MappingProxyType(
+    {
+        "AdaskipError": "errors",
+        "FuseProjections": "decode.fuse_projections",
+        "Pass": "infra.pass_base",
+        "PassResult": "infra.pass_base",
+        "PieceCompiler": "linking.piece_compiler",
+        "Probe": "transforms.probe",
+        "Recorder": "decode.cuda_graphs",
+        "RefusedError": "errors",  # the name of UnsupportedError before 0.1.0
+        "Replacement": "transforms.skip",
+        "Skip": "transforms.skip",
+        "Tap": "transforms.tap",
+        "UnsupportedError": "errors",
+        "canonicalize": "normalize.canonicalize",
+        "capture": "tracing.capture",
+        "find_sublayers": "analysis.residual_branches",
+        "fuse": "linking.link",
+        "link": "linking.link",
+        "outline": "partition.outline",
+        "run_passes": "infra.pass_manager",
+    }
+)
+
+
+def __getattr__(name: str) -> object:
+    """Return a public name, imported now.
+
+    Raises:
+        AttributeError: The package has no such name.
+    """
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names, and those that every module has."""
+    return sorted({*globals(), *__all__})

@@ -11,9 +11,10 @@ class AdaskipError(Exception):
 
 
 class UnsupportedError(AdaskipError, RuntimeError):
-    """A model or a graph cannot be captured, cut or rewritten with proof that the result is right.
+    """What was asked for cannot be captured, cut or rewritten with proof that the result is right.
 
     The message says what was refused, where in the model, and what to do about it.
+
     """
 
 

@@ -19,7 +19,7 @@ from adaskip_fx.capture.phase_graph import (
 )
 from adaskip_fx.capture.reference import run_reference
 from adaskip_fx.model.compiled_model import make_shell
-from adaskip_passes import Repeat
+from adaskip_passes.tracing.repeated_layers.mark import Repeat
 from tests.support.graph_text import inputs, lines
 
 _SIZES = {

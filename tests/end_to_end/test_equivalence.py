@@ -14,7 +14,8 @@ from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
 from adaskip_fx.programs.program import rewrite
 from adaskip_fx.runtime.similarity import measure_prompt
 from adaskip_fx.testing import plans
-from adaskip_passes import Replacement, Skip, fuse, run_passes, text
+from adaskip_passes import Replacement, Skip, fuse, run_passes
+from adaskip_passes.infra.graph_module import text
 from tests.support.compiled_llamas import (
     CELLS,
     SEEDS,

@@ -26,7 +26,8 @@ from adaskip_fx.runtime.similarity import measure_prompt
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for, relative_error
 from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model
-from adaskip_passes import Replacement, Skip, run_passes, text
+from adaskip_passes import Replacement, Skip, run_passes
+from adaskip_passes.infra.graph_module import text
 from tests.model_support import matrix
 from tests.support.branch_paths import OTHERWISE, Branches
 from tests.support.compiled_llamas import fewer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adaskip_passes import attend, project
+from adaskip_passes.decode.ops import attend, project
 from tests.support.eager_reference import relative_error
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -118,8 +118,8 @@ def test_attention_over_the_filled_part(
 @pytest.mark.parametrize("rows", [1, 4])
 def test_kernels_compiled_ahead_are_those_that_run(rows: int) -> None:
     """Nothing is left to compile for calls like those in the graph."""
-    from adaskip_passes.decode import triton_kernels
     from adaskip_passes.decode.precompile import compile_ahead
+    from adaskip_passes.decode.triton_kernels import decode_attention, projections
 
     class Calls(torch.nn.Module):
         def forward(self, x: Tensor, w: Tensor, q: Tensor, kv: Tensor, filled: Tensor) -> Any:
@@ -141,7 +141,7 @@ def test_kernels_compiled_ahead_are_those_that_run(rows: int) -> None:
     assert len(begun) == 2
     for one in begun:
         one.result()
-    kernels = (triton_kernels._project_row, triton_kernels._project_rows, triton_kernels._attend)
+    kernels = (projections._project_row, projections._project_rows, decode_attention._attend)
     before = [len(k.device_caches[0][0]) for k in kernels]
     assert sum(before) >= 2
     traced(*inputs)

@@ -19,7 +19,7 @@ from adaskip_fx.kv_cache.buffers import CacheBuffers
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import Action, SkipPlan
-from adaskip_passes.capture import dynamo
+from adaskip_passes.tracing import dynamo
 from tests.support.compiled_llamas import (
     SEEDS,
     Entry,

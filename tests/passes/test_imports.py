@@ -54,29 +54,70 @@ def test_no_file_imports_anything_else() -> None:
     foreign = {name for name in graph.modules if graph.is_module_squashed(name)}
     assert foreign - sys.stdlib_module_names == {"torch", "triton"}
     assert {"ast", "functools"} & foreign, "the standard library is among what it sees"
-    (user,) = graph.find_modules_that_directly_import("triton")
-    assert user == "adaskip_passes.decode.triton_kernels"
+    kernels = "adaskip_passes.decode.triton_kernels"
+    users = graph.find_modules_that_directly_import("triton")
+    assert users == {f"{kernels}.decode_attention", f"{kernels}.projections"}
 
 
 def test_the_public_names() -> None:
     """What adaskip_fx builds on; a change here is a change of the package's interface."""
-    assert sorted(adaskip_passes.__all__) == sorted(set(adaskip_passes.__all__))
-    assert {
-        "Capture",
-        "Piece",
+    assert adaskip_passes.__all__ == [
+        "AdaskipError",
+        "FuseProjections",
+        "Pass",
+        "PassResult",
         "PieceCompiler",
         "Probe",
-        "UnsupportedError",
+        "Recorder",
         "Replacement",
-        "ShapeGuards",
         "Skip",
-        "ResidualBranch",
+        "Tap",
+        "UnsupportedError",
+        "canonicalize",
         "capture",
-        "eliminate_dead_code",
         "find_sublayers",
         "fuse",
         "link",
         "outline",
         "run_passes",
-        "text",
-    } <= set(adaskip_passes.__all__)
+    ]
+    assert set(adaskip_passes.__all__) <= set(dir(adaskip_passes))
+
+
+def test_no_public_name_is_that_of_a_submodule() -> None:
+    """Importing the submodule would put it where the name belongs."""
+    submodules = {path.stem for path in PACKAGE.iterdir()}
+    assert "errors" in submodules
+    assert not submodules & set(adaskip_passes.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    message = r"^module 'adaskip_passes' has no attribute 'nothing'$"
+    with pytest.raises(AttributeError, match=message):
+        adaskip_passes.nothing  # noqa: B018
+
+
+def test_the_old_name_of_unsupported_error_is_still_there() -> None:
+    assert adaskip_passes.RefusedError is adaskip_passes.UnsupportedError
+
+
+@pytest.mark.parametrize(
+    ("source", "imported"),
+    [
+        ("import adaskip_passes", "False"),
+        ("from adaskip_passes.errors import AdaskipError", "False"),
+        ("from adaskip_passes import UnsupportedError", "False"),
+        ("from adaskip_passes import Skip", "True"),
+    ],
+)
+def test_torch_is_imported_when_it_is_needed(source: str, imported: str) -> None:
+    done = run(f"{source}\nprint('torch' in sys.modules)\n")
+    assert (done.returncode, done.stdout.strip()) == (0, imported), done.stderr
+
+
+def test_kernels_for_cuda_are_registered_with_the_operators() -> None:
+    done = run(
+        "import adaskip_passes.decode.ops\n"
+        "print('adaskip_passes.decode.cuda_kernels' in sys.modules)\n"
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr

@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from adaskip_passes import (
-    Capture,
     PieceCompiler,
     Probe,
     Replacement,
@@ -26,6 +25,7 @@ from adaskip_passes import (
     outline,
     run_passes,
 )
+from adaskip_passes.tracing.capture import Capture
 
 WIDTH, DEPTH, VOCABULARY = 12, 3, 17
 
@@ -109,7 +109,7 @@ class Cut:
             capture(logits, {"model": model, "ids": ids}, self.build)
 
     def build(self, got: Capture) -> None:
-        canonicalize(got.graph.graph)
+        canonicalize(got.graph)
         self.sublayers = find_sublayers(got.graph.graph)
         self.outer = outline(got.graph, self.sublayers)
         self.compiler = PieceCompiler(got, "eager")

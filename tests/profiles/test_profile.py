@@ -13,6 +13,8 @@ import math
 import os
 import pickle
 import random
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -755,3 +757,19 @@ def test_plans_and_profiles_need_no_torch() -> None:
             )
         }
         assert not roots & {"torch", "transformers"}
+
+
+def test_a_plan_is_imported_without_torch() -> None:
+    """Also by what its module imports, which takes seconds less than with torch."""
+    source = "import sys, {}; print('torch' in sys.modules)"
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", source.format(module)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        ).stdout.strip()
+        for module in ("adaskip_fx.plans.skip_plan", "adaskip_fx.plans.composition")
+    ]
+    assert printed == ["False", "True"]

@@ -147,7 +147,7 @@ def test_linking_makes_no_text_and_compiles_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both take longer than a plan that is learned while decoding can wait."""
-    import adaskip_passes.transforms.pass_manager as pipeline
+    import adaskip_passes.infra.pass_manager as pipeline
     from adaskip_passes import PieceCompiler
 
     bank = entry("grouped")

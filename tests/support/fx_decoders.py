@@ -18,14 +18,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from adaskip_passes import (
-    Capture,
     PieceCompiler,
-    ResidualBranch,
     canonicalize,
     capture,
     find_sublayers,
     outline,
 )
+from adaskip_passes.analysis.residual_branches import ResidualBranch
+from adaskip_passes.tracing.capture import Capture
 
 ROOM = 48  # tokens that a K/V buffer holds
 
@@ -380,7 +380,7 @@ def cut(
     mark_lengths(args)
 
     def build(got: Capture) -> Cut:
-        canonicalize(got.graph.graph)
+        canonicalize(got.graph)
         found = find_sublayers(got.graph.graph)
         outer = outline(got.graph, found)
         return Cut(shape, model, got, found, outer, PieceCompiler(got, backend))

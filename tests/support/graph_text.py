@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes import Capture
+from adaskip_passes.tracing.capture import Capture
 
 
 def lines(capture: Capture) -> list[str]:

@@ -37,14 +37,14 @@ AUTOCAST_ENDS = ("_enter_autocast", "_exit_autocast")
 
 
 def operation(node: fx.Node) -> str:
-    """The bare name of what a node calls: ``add_``, ``linear``, ``softmax``."""
+    """Return the bare name of what a node calls: ``add_``, ``linear``, ``softmax``."""
     if isinstance(node.target, str):
         return node.target.rsplit(".", 1)[-1]
     return getattr(node.target, "__name__", str(node.target))
 
 
 def is_mutation(node: fx.Node) -> bool:
-    """True for a node that writes into one of its arguments."""
+    """Return whether a node writes into one of its arguments."""
     if node.op not in ("call_function", "call_method"):
         return False
     if node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None:
@@ -57,25 +57,25 @@ def is_mutation(node: fx.Node) -> bool:
 
 
 def _schema(target: Any) -> Any:
-    """The schema of an operator registered with torch; None for anything else."""
+    """Return the schema of an operator registered with torch; None for anything else."""
     if hasattr(target, "overloads"):
         target = getattr(target, "default", None)
     return getattr(target, "_schema", None)
 
 
 def _destination(node: fx.Node) -> Any:
-    """The argument that a mutation writes to."""
+    """Return the argument that a mutation writes to."""
     if node.kwargs.get("out") is not None:
         return node.kwargs["out"]
     schema = _schema(node.target)
-    for place, argument in enumerate(schema.arguments if schema is not None else ()):
+    for position, argument in enumerate(schema.arguments if schema is not None else ()):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            return node.args[place] if place < len(node.args) else node.kwargs[argument.name]
+            return node.args[position] if position < len(node.args) else node.kwargs[argument.name]
     return node.args[0] if node.args else None
 
 
 def storage_root(node: fx.Node) -> fx.Node:
-    """The node whose storage `node` may share, found through views and in-place results.
+    """Return the node whose storage `node` may share, found through views and in-place results.
 
     Conservative: an operation that only sometimes returns a view (``reshape``, ``to``) counts as
     one.
@@ -93,7 +93,7 @@ def storage_root(node: fx.Node) -> fx.Node:
 
 
 def written(node: fx.Node) -> fx.Node | None:
-    """The node whose storage a mutation writes to, or None for a node without effects."""
+    """Return the node whose storage a mutation writes to, or None for a node without effects."""
     if not is_mutation(node):
         return None
     target = _destination(node)
@@ -101,15 +101,18 @@ def written(node: fx.Node) -> fx.Node | None:
 
 
 def accesses(nodes: Iterable[fx.Node], root: fx.Node) -> list[fx.Node]:
-    """The nodes, in order, that read or write the storage of `root`, directly or through a view."""
+    """Return the nodes that read or write the storage of `root`, also through views, in order."""
     return [n for n in nodes if any(storage_root(i) is root for i in n.all_input_nodes)]
 
 
 def dependencies(nodes: Iterable[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """For each node what must come before it: its inputs, and the last writes to what it reads.
+    """Return for each node what must come before it.
+
+    That is its inputs, and the last writes to what it reads.
 
     Args:
-        nodes: of one graph, in order.
+        nodes: Of one graph, in order.
+
     """
     root_of = functools.cache(storage_root)
     last: dict[fx.Node, fx.Node] = {}

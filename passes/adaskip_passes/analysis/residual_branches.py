@@ -8,17 +8,28 @@ residual is the result of the one before. What kind of sublayer it is follows fr
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import torch
 from torch import fx
 
 from ..errors import UnsupportedError
-from .effects import dependencies, operation, written
+from .effects import operation, written
+from .residual_adds import (
+    Residual,
+    ancestors_of,
+    branch_path,
+    is_add,
+    is_plain_add,
+    module_path,
+    residual_of,
+    root_of,
+    shape_of,
+    unscaled,
+)
+from .stream import stream_levels
 
 ATTENTION_OPERATIONS = frozenset({"scaled_dot_product_attention", "flex_attention"})
 
@@ -30,9 +41,6 @@ KIND_BY_NAME: Mapping[str, re.Pattern[str]] = MappingProxyType(
         "ffn": re.compile(r"mlp|ffn|feed_forward|moe|expert|^fc\d$"),
     }
 )
-
-_ADDS = {operator.add, operator.iadd, torch.add}
-_PASS_THROUGH = frozenset(["dropout", "view", "reshape", "contiguous", "to", "type_as", "float"])
 
 
 @dataclass(frozen=True)
@@ -63,18 +71,12 @@ class ResidualBranch:
 
     @property
     def name(self) -> str:
+        """The name of its piece: ``layers_3_attention``."""
         return f"layers_{self.layer}_{self.kind}"
 
 
-@dataclass(frozen=True)
-class _Residual:
-    add: fx.Node
-    stream: fx.Node
-    branch: fx.Node
-
-
 def find_sublayers(graph: fx.Graph) -> tuple[ResidualBranch, ...]:
-    """The residual sublayers of a captured decoder, in stream order.
+    """Return the residual sublayers of a captured decoder, in stream order.
 
     Raises:
         UnsupportedError: no residual stream, two candidates for it, a branch whose kind cannot be
@@ -116,65 +118,16 @@ def find_sublayers(graph: fx.Graph) -> tuple[ResidualBranch, ...]:
     return tuple(found)
 
 
-def module_path(node: fx.Node) -> str:
-    """The module a node was traced in, as a dotted path (``model.layers.0.mlp.act_fn``)."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    raw = next(reversed(stack.values()))[0]
-    dotted = re.sub(r"(?:\._modules)?\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", raw)
-    # the model is `args[0]` in a decorated forward, which those of transformers 5.24 are
-    root = r"^L?\.?(?:self|model|args\.0)?\.?"
-    return re.sub(root, "", dotted, count=1).removeprefix("_modules.")
-
-
-def shape_of(node: fx.Node) -> tuple[str, ...] | None:
-    """The shape of a node's value as it was traced; None for what is not a tensor.
-
-    As text, because comparing symbolic sizes as numbers records a guard.
-    """
-    value = node.meta.get("example_value")
-    return tuple(map(str, value.shape)) if isinstance(value, torch.Tensor) else None
-
-
-def ancestors_of(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For each node the nodes it depends on, itself included, as a bit set in graph order."""
-    sets: dict[fx.Node, int] = {}
-    for i, (node, sources) in enumerate(dependencies(graph.nodes).items()):
-        bits = 1 << i
-        for source in sources:
-            bits |= sets[source]
-        sets[node] = bits
-    return sets
-
-
-def root_of(node: fx.Node) -> fx.Node:
-    """`node` without the operations around it that hand the same values on (dropout in eval)."""
-    while node.op in ("call_function", "call_method") and operation(node) in _PASS_THROUGH:
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node):
-            break
-        node = source
-    return node
-
-
-def _unscaled(node: fx.Node) -> fx.Node:
-    """What a term is a multiple of: the output of a module that was scaled outside of it."""
-    node = root_of(node)
-    while operation(node) == "mul" and node.op in ("call_function", "call_method"):
-        factors = [a for a in node.args if isinstance(a, fx.Node) and a.op != "placeholder"]
-        if len(factors) != 1:
-            break
-        node = root_of(factors[0])
-    return node
-
-
 def _modules(branch: fx.Node, layer: str, later: Mapping[fx.Node, fx.Node]) -> list[str]:
-    """The modules that a branch comes out of; those of its terms, if the layer itself adds them.
+    """Return the modules that a branch comes out of; those of its terms, if the layer adds them.
 
-    `later`: for a node whose value is overwritten, the last node that does so.
+    Args:
+        branch: The branch.
+        layer: The path of the layer.
+        later: For a node whose value is overwritten, the last node that does so.
+
     """
-    source = _unscaled(branch)
+    source = unscaled(branch)
     source = later.get(source, source)
     path = module_path(source)
     if path != layer or not is_add(source):
@@ -182,48 +135,8 @@ def _modules(branch: fx.Node, layer: str, later: Mapping[fx.Node, fx.Node]) -> l
     return [p for term in source.all_input_nodes for p in _modules(term, layer, later)]
 
 
-def is_add(node: fx.Node) -> bool:
-    """Whether a node is the sum of two others, nothing scaled."""
-    adds = (node.op == "call_function" and node.target in _ADDS) or (
-        node.op == "call_method" and node.target in ("add", "add_")
-    )
-    operands = [a for a in node.args if isinstance(a, fx.Node)]
-    return adds and len(operands) == len(node.args) == 2 and not node.kwargs
-
-
-def residual_of(
-    node: fx.Node, order: Mapping[fx.Node, int], ancestors: Mapping[fx.Node, int]
-) -> _Residual | None:
-    """The stream and the branch that a node adds, if one operand is an ancestor of the other."""
-    if not is_add(node):
-        return None
-    a, b = node.args
-    assert isinstance(a, fx.Node)
-    assert isinstance(b, fx.Node)
-    shape = shape_of(node)
-    if shape is None or len(shape) < 2:
-        return None
-    for residual, branch in ((a, b), (b, a)):
-        if shape_of(residual) != shape or not _fits(branch, shape):
-            continue
-        stream = root_of(residual)
-        if stream is not root_of(branch) and ancestors[branch] >> order[stream] & 1:
-            return _Residual(node, stream, branch)
-    return None
-
-
-def _fits(branch: fx.Node, shape: tuple[str, ...]) -> bool:
-    """Whether a branch is as large as the stream: a length may be written in another way."""
-    mine = shape_of(branch)
-    return (
-        mine is not None
-        and len(mine) == len(shape)
-        and not any(one != other and one.isdigit() for one, other in zip(mine, shape, strict=True))
-    )
-
-
-def _longest_chain(residuals: list[_Residual]) -> list[_Residual]:
-    """The chain of residual adds in which each one's stream is the add before it."""
+def _longest_chain(residuals: list[Residual]) -> list[Residual]:
+    """Return the chain of residual adds in which each one's stream is the add before it."""
     by_add = {r.add: r for r in residuals}
     length: dict[fx.Node, int] = {}
     for r in residuals:  # graph order, so the stream's own length is known
@@ -240,15 +153,15 @@ def _longest_chain(residuals: list[_Residual]) -> list[_Residual]:
             "else than a residual add changes it between them.)"
         )
     chain = []
-    residual: _Residual | None = by_add[ends[0]]
+    residual: Residual | None = by_add[ends[0]]
     while residual is not None:
         chain.append(residual)
         residual = by_add.get(residual.stream)
     return chain[::-1]
 
 
-def _regions(graph: fx.Graph, chain: list[_Residual]) -> list[list[fx.Node]]:
-    """For each residual the nodes that depend on its stream and on no later one."""
+def _regions(graph: fx.Graph, chain: list[Residual]) -> list[list[fx.Node]]:
+    """Return for each residual the nodes that depend on its stream and on no later one."""
     level = stream_levels(graph, [(r.stream, r.add) for r in chain])
     regions: list[list[fx.Node]] = [[] for _ in chain]
     for node in graph.nodes:
@@ -258,50 +171,21 @@ def _regions(graph: fx.Graph, chain: list[_Residual]) -> list[list[fx.Node]]:
     return regions
 
 
-def stream_levels(graph: fx.Graph, chain: list[tuple[fx.Node, fx.Node]]) -> dict[fx.Node, int]:
-    """For each node the sublayer it is computed in.
-
-    Args:
-        graph: the captured graph.
-        chain: (stream, add) of each of the S sublayers.
-
-    Returns:
-        -1 for what does not depend on the residual stream (and for the embedding, where the
-        stream begins), k for what depends on the stream before sublayer k and on no later one,
-        S for what follows the last sublayer.
-    """
-    made_at = {add: k for k, (_, add) in enumerate(chain)}
-    value_level: dict[fx.Node, int] = {}  # the stream that a node's value depends on
-    level: dict[fx.Node, int] = {}
-    for node, sources in dependencies(graph.nodes).items():
-        depends = max((value_level[i] for i in sources), default=-1)
-        level[node] = depends
-        value_level[node] = made_at[node] + 1 if node in made_at else depends
-        if node is chain[0][0]:
-            value_level[node] = 0
-    return level
-
-
-def branch_path(total: fx.Node, term: fx.Node) -> str:
-    """The module path of a branch that `total` adds, down to the child of the decoder layer."""
-    branch = module_path(_unscaled(term))
-    layer = module_path(total)
-    if branch.startswith(layer + ".") and re.search(r"(?:^|\.)\d+$", layer):
-        return layer + "." + branch[len(layer) + 1 :].split(".")[0]
-    return branch or layer
-
-
 def _layer(path: str) -> int | None:
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
     return int(number[1]) if number else None
 
 
 def _kind(region: list[fx.Node], path: str) -> str:
-    """What a region does decides; its module's name must not contradict.
+    """Return the kind of sublayer that a region is, by what it does; its name must not contradict.
 
     Attention calls an attention operator, or appends to storage; a mixer overwrites a state. Some
     mixers are called as attention is, so a name tells these two apart only where a part of a state
     is written.
+
+    Raises:
+        UnsupportedError: The name says something else.
+
     """
     attends = any(operation(n) in ATTENTION_OPERATIONS for n in region)
     writes = [n for n in region if (w := written(n)) is not None and w.op == "placeholder"]
@@ -321,19 +205,23 @@ def _kind(region: list[fx.Node], path: str) -> str:
 
 
 def _replaces(write: fx.Node) -> bool:
-    """Whether a write overwrites all of an input at once."""
+    """Return whether a write overwrites all of an input at once."""
     return operation(write) == "copy_" and write.args[0] is written(write)
 
 
 def _refuse_parallel(
-    residual: _Residual,
+    residual: Residual,
     order: Mapping[fx.Node, int],
     ancestors: Mapping[fx.Node, int],
     layer: int,
 ) -> None:
-    """Two branches added to the stream in one expression: `separate` could not, or was not run."""
+    """Refuse two branches that are added to the stream in one expression.
+
+    :class:`SerializeBranches` could not write them one after the other, or was not run.
+
+    """
     branch = root_of(residual.branch)
-    if branch.op != "call_function" or branch.target not in _ADDS:
+    if not is_plain_add(branch):
         return
     terms = [t for t in branch.all_input_nodes if shape_of(t) == shape_of(residual.add)]
     paths = {branch_path(residual.add, t) for t in terms}
@@ -348,8 +236,8 @@ def _refuse_parallel(
             )
 
 
-def _refuse_other_stream(residual: _Residual, path: str) -> None:
-    """A sublayer that changes the stream's shape or dtype cannot be stood in for."""
+def _refuse_other_stream(residual: Residual, path: str) -> None:
+    """Refuse a sublayer that changes the stream's shape or dtype, which no surrogate could."""
     before, after = (n.meta["example_value"] for n in (residual.stream, residual.add))
     if shape_of(residual.stream) != shape_of(residual.add) or before.dtype != after.dtype:
         raise UnsupportedError(
@@ -383,12 +271,3 @@ def _refuse_duplicates(found: list[ResidualBranch]) -> None:
                 f"layer {sublayer.layer} has two {sublayer.kind} sublayers "
                 f"({twin.path}, {sublayer.path}); a plan could not name one of them."
             )
-
-
-def stream_independent(graph: fx.Graph, stream: fx.Node) -> set[fx.Node]:
-    """The nodes of a piece that do not depend on the residual stream `stream`."""
-    dependent = {stream}
-    for node, sources in dependencies(graph.nodes).items():
-        if any(source in dependent for source in sources):
-            dependent.add(node)
-    return {node for node in graph.nodes if node not in dependent}

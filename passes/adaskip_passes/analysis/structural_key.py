@@ -12,7 +12,7 @@ from torch import fx
 
 
 def structural_key(module: fx.GraphModule) -> str:
-    """A digest that is equal for pieces that compile to the same code.
+    """Return a digest that is equal for pieces that compile to the same code.
 
     It covers every operation, constant and the shape, stride, dtype and device of every input, but
     no name and no weight.
@@ -61,7 +61,7 @@ def _encode(value: Any, number: Mapping[fx.Node, int]) -> str:
 
 
 def _constant(module: fx.GraphModule, node: fx.Node) -> str:
-    """The content of an attribute: of a subgraph its own key, of a tensor its bytes."""
+    """Return the content of an attribute: of a subgraph its own key, of a tensor its bytes."""
     value: Any = module
     for part in str(node.target).split("."):
         value = getattr(value, part)

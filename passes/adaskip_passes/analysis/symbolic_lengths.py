@@ -15,11 +15,11 @@ from torch import fx
 
 
 def length_inputs(graph: fx.Graph, inputs: Iterable[fx.Node]) -> list[fx.Node]:
-    """The integer placeholders of `graph` for every symbol in the shapes of `inputs`.
+    """Return the integer placeholders of `graph` for every symbol in the shapes of `inputs`.
 
     Placeholders that are among `inputs` already are left out.
     """
-    given = list(inputs)
+    nodes = list(inputs)
     by_symbol: dict[Any, fx.Node] = {}
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value")
@@ -27,11 +27,11 @@ def length_inputs(graph: fx.Graph, inputs: Iterable[fx.Node]) -> list[fx.Node]:
             by_symbol.setdefault(value.node.expr, node)
     present = {
         n.meta["example_value"].node.expr
-        for n in given
+        for n in nodes
         if isinstance(n.meta.get("example_value"), torch.SymInt)
     }
     wanted: dict[Any, None] = {}
-    for node in given:
+    for node in nodes:
         wanted.update(dict.fromkeys(_symbols(node.meta.get("example_value"))))
     return [by_symbol[s] for s in wanted if s in by_symbol and s not in present]
 

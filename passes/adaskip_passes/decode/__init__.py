@@ -1,5 +1,7 @@
-"""What makes a decode step fast on a GPU: fused projections, attention over the filled part of a
-cache, CUDA graphs.
+"""For a decode step on a GPU: fused operators with their kernels, and recorded CUDA graphs.
 
-Imports `transforms` and `analysis`.
+The operators are registered when anything here is imported, and so are their kernels for CUDA.
+Imports `transforms`, `infra` and `analysis`.
 """
+
+from . import cuda_kernels as cuda_kernels

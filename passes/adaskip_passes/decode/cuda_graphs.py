@@ -19,7 +19,7 @@ from .cuda_kernels import shared_counters
 
 
 class Recorder:
-    """Records on one stream into one pool.
+    """A recorder of CUDA graphs, on one stream and into one pool of memory.
 
     Attributes:
         device: a CUDA device.
@@ -51,7 +51,7 @@ class Recorder:
 
     @contextmanager
     def _in_turn(self) -> Iterator[torch.cuda.Stream]:
-        """The caller's stream, after everything that was begun on another one."""
+        """Yield the caller's stream, after everything that was begun on another one."""
         with self._turn:
             current = torch.cuda.current_stream(self.device)
             if self._last is not None and self._last != current:
@@ -60,7 +60,12 @@ class Recorder:
             yield current
 
     def record(self, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        """The graph of what `body` launches; nothing is run. What it calls must have run before."""
+        """Return the graph of what `body` launches; nothing is run.
+
+        Args:
+            body: What it calls must have run before.
+
+        """
         with self._turn:
             self.recorded += 1
             return self._capture(body)

@@ -48,7 +48,7 @@ def _(
 
 @contextlib.contextmanager
 def shared_counters(device: torch.device) -> Iterator[None]:
-    """One set of zeroed counters for every `attend` inside, which leaves them zero.
+    """Share one set of zeroed counters among the `attend` calls inside, which leave them zero.
 
     For a sequence of calls on one stream, such as a captured graph: it saves a memset for each.
     """

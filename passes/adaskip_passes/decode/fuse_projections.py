@@ -28,6 +28,7 @@ import torch
 from torch import fx
 
 from ..analysis.effects import is_mutation, operation, storage_root
+from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
 from .ops import MAX_ROWS
 
@@ -35,21 +36,26 @@ _TOGETHER = 3  # weights that one operator takes
 
 
 @dataclass(frozen=True)
-class FuseProjections:
-    """Pass over the graph of one piece, whose nodes carry their example values."""
+class FuseProjections(Pass):
+    """Pass over the graph of a piece, whose nodes carry their example values.
 
-    def __call__(self, module: fx.GraphModule) -> None:
-        graph = module.graph
+    Its changes are fused groups of projections and erased nodes.
+    """
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Fuse the projections; see :class:`Pass`."""
+        graph = graph_module.graph
         written_to = {storage_root(n) for n in graph.nodes if is_mutation(n)}
         overwritten = {n for n in graph.nodes if storage_root(n) in written_to}
-        for group in _groups(graph, overwritten):
+        groups = _groups(graph, overwritten)
+        for group in groups:
             _fuse(graph, group, overwritten)
-        eliminate_dead_code(graph)
-        graph.lint()
+        erased = eliminate_dead_code(graph)
+        return PassResult(graph_module, len(groups) + erased)
 
 
 def _groups(graph: fx.Graph, overwritten: set[fx.Node]) -> list[list[fx.Node]]:
-    """Projections of one input, in program order, at most `_TOGETHER` in a group."""
+    """Return the projections of one input, in program order, at most `_TOGETHER` in a group."""
     by_input: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
     for node in graph.nodes:
         if _calls(node, "linear") and _fits(node, overwritten):
@@ -119,7 +125,7 @@ def _calls(node: fx.Node, *names: str) -> bool:
 
 
 def _between(result: fx.Node, ends: Iterable[fx.Node]) -> set[fx.Node]:
-    """What `result` is computed from, down to `ends`, all of them included."""
+    """Return what `result` is computed from, down to `ends`, all of them included."""
     found, left = set(ends), [result]
     while left:
         node = left.pop()
@@ -139,7 +145,7 @@ def _tensor(node: object) -> torch.Tensor | None:
 
 
 def _source(linear: fx.Node) -> fx.Node:
-    """What a projection reads, seen through slices that take everything."""
+    """Return what a projection reads, seen through slices that take everything."""
     node = linear.args[0]
     assert isinstance(node, fx.Node)
     while _calls(node, "getitem"):
@@ -162,7 +168,7 @@ def _shape(node: fx.Node) -> torch.Size | None:
 
 
 def _gated(group: list[fx.Node], overwritten: set[fx.Node]) -> fx.Node | None:
-    """The product ``silu(a) * b`` of the two projections of a group, if nothing else reads them."""
+    """Return the product ``silu(a) * b`` of two projections, if nothing else reads them."""
     if len(group) != 2 or _shape(group[0]) != _shape(group[1]):
         return None
     for gate, up in (group, group[::-1]):
@@ -178,7 +184,7 @@ def _gated(group: list[fx.Node], overwritten: set[fx.Node]) -> fx.Node | None:
 
 
 def _residual(linear: fx.Node, overwritten: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """The add after a projection, and what it adds, if that is of the same shape and dtype."""
+    """Return the add after a projection, and what it adds of the same shape and dtype."""
     add = _only_user(linear)
     if add is None or not _calls(add, "add") or len(add.args) != 2 or add.kwargs:
         return None
@@ -201,7 +207,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
-    """Input, weight and eps of the RMS norm that `node` is the result of; None if it is none."""
+    """Return input, weight and eps of the RMS norm that made `node`; None if none did."""
     for weight, inner in _operands(node, "mul"):
         if weight.op != "placeholder" or not _is_vector(weight, node):
             continue
@@ -214,7 +220,7 @@ def _rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
 
 
 def _normalized(wide: fx.Node, factor: fx.Node) -> tuple[fx.Node, float] | None:
-    """x and eps of ``x32 * rsqrt(mean(x32 ** 2) + eps)``."""
+    """Return x and eps of ``x32 * rsqrt(mean(x32 ** 2) + eps)``; None if it is something else."""
     inner = _argument(factor, "rsqrt")
     if inner is None or not _calls(inner, "add") or len(inner.args) != 2 or inner.kwargs:
         return None
@@ -231,17 +237,17 @@ def _normalized(wide: fx.Node, factor: fx.Node) -> tuple[fx.Node, float] | None:
 
 
 def _mean_of_last(node: fx.Node) -> bool:
-    given = {**dict(zip(("input", "dim", "keepdim"), node.args, strict=False)), **node.kwargs}
+    arguments = {**dict(zip(("input", "dim", "keepdim"), node.args, strict=False)), **node.kwargs}
     return (
         _calls(node, "mean")
-        and given.keys() <= {"input", "dim", "keepdim"}
-        and given.get("dim") in (-1, (-1,), [-1])
-        and given.get("keepdim") is True
+        and arguments.keys() <= {"input", "dim", "keepdim"}
+        and arguments.get("dim") in (-1, (-1,), [-1])
+        and arguments.get("keepdim") is True
     )
 
 
 def _operands(node: fx.Node, name: str) -> list[tuple[fx.Node, fx.Node]]:
-    """Both operands of a binary operation, in both orders; empty when it is another one."""
+    """Return both operands of a binary operation, in both orders; empty when it is another one."""
     if not _calls(node, name) or len(node.args) != 2 or node.kwargs:
         return []
     a, b = node.args

@@ -24,7 +24,7 @@ def project(
     activation: str,
     residual: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """``y_i = rms_norm(x) @ weights[i].T + biases[i]``, of one input through several weights.
+    """Compute ``y_i = rms_norm(x) @ weights[i].T + biases[i]``, of one input with several weights.
 
     Args:
         x: [..., K], at most `MAX_ROWS` rows in all.
@@ -67,17 +67,19 @@ def attend(
     filled: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of one query per row over the filled part of a cache; K/V heads are not repeated.
+    """Attend with one query per row to the filled part of a cache; K/V heads are not repeated.
 
     Args:
         query: [B, H, 1, D].
-        keys, values: [B, H_kv, capacity, D]; H is a multiple of H_kv.
-        filled: how many of the cache's tokens count, one integer on the device; never read by the
+        keys: [B, H_kv, capacity, D]; H is a multiple of H_kv.
+        values: Like `keys`.
+        filled: How many of the cache's tokens count, one integer on the device; never read by the
             host on CUDA, so a captured graph serves every length.
-        scale: of the scores.
+        scale: Of the scores.
 
     Returns:
         [B, 1, H, D], contiguous.
+
     """
     length = int(filled.item())
     output = scaled_dot_product_attention(

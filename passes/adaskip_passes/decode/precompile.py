@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import ops  # noqa: F401 - the operators
-
 _WORKERS = 8
 _pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="adaskip-triton")
 

@@ -1,4 +1,4 @@
-"""Brings every way of adding to the residual stream into one form.
+"""Passes over a captured graph that bring every way of adding to the residual stream into one form.
 
-Imports `analysis`.
+Imports `infra` and `analysis`.
 """

@@ -14,20 +14,36 @@ nothing else, and the sum is read in the stream's shape alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import add
 
 from torch import fx
 
 from ..analysis.effects import is_mutation, operation
-from ..analysis.residual_branches import is_add, shape_of
+from ..analysis.residual_adds import is_add, shape_of
+from ..infra.pass_base import Pass, PassResult
 
 _RESHAPES = frozenset(["view", "reshape"])
 
 
-def unflatten(graph: fx.Graph) -> int:
-    """Write every add of this kind in the stream's own shape; returns how many there were."""
-    found = [node for node in graph.nodes if _is_flat(node)]
-    for total in found:
+@dataclass(frozen=True)
+class Unflatten(Pass):
+    """Pass over a captured graph: write adds over flattened tokens in the stream's own shape.
+
+    Its changes are adds.
+    """
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite the adds; see :class:`Pass`."""
+        graph = graph_module.graph
+        found = [node for node in graph.nodes if _is_flat(node)]
+        _unflatten(graph, found)
+        return PassResult(graph_module, len(found))
+
+
+def _unflatten(graph: fx.Graph, totals: Sequence[fx.Node]) -> None:
+    for total in totals:
         left, right = (a for a in total.args if isinstance(a, fx.Node))
         flat, branch = (left, right) if _source(left) is not None else (right, left)
         stream = flat.args[0]
@@ -43,11 +59,10 @@ def unflatten(graph: fx.Graph) -> int:
             view.replace_all_uses_with(x)
             graph.erase_node(view)
         graph.erase_node(total)
-    return len(found)
 
 
 def _is_flat(node: fx.Node) -> bool:
-    """An add of a reshaped stream and a branch whose sum is read only in the stream's shape."""
+    """Return whether an add of a reshaped stream is read in the stream's shape alone."""
     if not is_add(node) or is_mutation(node):
         return False
     sources = [s for a in node.args if isinstance(a, fx.Node) and (s := _source(a)) is not None]
@@ -58,7 +73,7 @@ def _is_flat(node: fx.Node) -> bool:
 
 
 def _source(node: fx.Node) -> fx.Node | None:
-    """What a node is a reshaped form of."""
+    """Return what a node is a reshaped form of."""
     reshaped = node.op == "call_method" and operation(node) in _RESHAPES
     source = node.args[0] if reshaped else None
     return source if isinstance(source, fx.Node) else None

@@ -16,23 +16,41 @@ gave.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import fx
 
 from ..analysis.effects import operation
-from ..analysis.residual_branches import ancestors_of, is_add, residual_of
+from ..analysis.residual_adds import ancestors_of, is_add, residual_of
+from ..infra.pass_base import Pass, PassResult
 
 
 def widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` in a wider dtype. (Not a ``to``, which counts as a view of the same stream.)"""
+    """Return a tensor in a wider dtype, not by a ``to``, which counts as a view of the stream.
+
+    Args:
+        x: The tensor.
+        dtype: The wider dtype.
+
+    """
     return x.to(dtype)
 
 
-def widen(graph: fx.Graph) -> bool:
-    """Widen what the stream begins with; returns whether it was narrower than the stream.
+@dataclass(frozen=True)
+class Upcast(Pass):
+    """Pass over a captured graph: widen what the stream begins with.
 
-    An add in a wider dtype inside of a branch is another thing: no stream goes on from it.
+    An add in a wider dtype inside of a branch is another thing: no stream goes on from it. Its
+    changes are 1 where the embedding was narrower than the stream.
     """
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Widen the embedding; see :class:`Pass`."""
+        return PassResult(graph_module, int(_widen(graph_module.graph)))
+
+
+def _widen(graph: fx.Graph) -> bool:
     adds = [node for node in graph.nodes if is_add(node) and _widens(node)]
     if not adds:
         return False
@@ -69,7 +87,13 @@ def _write(graph: fx.Graph, start: fx.Node, narrow: torch.dtype | None, wide: to
 
 
 def _widens(add: fx.Node, stream: fx.Node | None = None) -> bool:
-    """Whether a narrower operand of an add is cast for it; `stream`: or this node is narrower."""
+    """Return whether a narrower operand of an add is cast for it.
+
+    Args:
+        add: The add.
+        stream: Ask of this node whether it is the narrower one, and not of the operands.
+
+    """
     wide = _dtype(add)
     sources = [stream] if stream is not None else _cast_for(add)
     return wide is torch.float32 and any(
@@ -83,7 +107,7 @@ def _cast_for(add: fx.Node) -> list[fx.Node]:
 
 
 def _casts(node: fx.Node) -> bool:
-    """Whether a node converts to a dtype that it names."""
+    """Return whether a node converts to a dtype that it names."""
     if node.op != "call_method" or operation(node) not in ("to", "float"):
         return False
     named = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)]

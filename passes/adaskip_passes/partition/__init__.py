@@ -1,4 +1,4 @@
 """Says which piece a node belongs to, and cuts a graph into an outer graph of calls to pieces.
 
-Imports `normalize` and `analysis`.
+Imports `normalize`, `infra` and `analysis`.
 """

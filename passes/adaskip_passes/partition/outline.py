@@ -14,15 +14,20 @@ pieces (same code, other weights) have equal keys and are compiled once.
 
 Legal because nothing changes but the grouping: every node is computed from the same operands, and
 reads and writes of mutated storage keep their order, which is checked.
+
+``torch.fx.passes.split_module`` cuts a graph by such a placement, too, and since torch 2.13 (2.11
+does not have it) ``split_module_simple`` does without generating code. Here neither would do alone:
+a piece's inputs come in the order of their first use, not with the stream first; the symbols in
+their shapes are passed only where an operation names them; and an add in place stays one. The
+simple one besides takes no autocast regions and no attributes.
 """
 
 from __future__ import annotations
 
+import logging
 import operator
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -30,60 +35,17 @@ from torch import fx
 from ..analysis.residual_branches import ResidualBranch
 from ..analysis.structural_key import structural_key
 from ..analysis.symbolic_lengths import length_inputs
+from ..infra.graph_module import Uncoded, text
+from ..infra.logs import logger_of
 from ..normalize.serialize_branches import ordered_after
+from .outer import CAPTURED, PIECE, Outer, Piece, piece_of
 from .placement import assign_partitions, in_place_adds
 
-Role = Literal["prologue", "sublayer", "epilogue", "probe", "surrogate", "residue"]
-
-PIECE = "adaskip_piece"
-CAPTURED = "adaskip_captured"  # marks the captured graph's inputs among those that passes add
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One call target of an outer graph.
-
-    Attributes:
-        name: its name in the outer graph (``layers_0_attention``).
-        role: what it is for.
-        module: its graph: a GraphModule whose inputs are the stream, shared values, weights, cache.
-        key: equal for pieces that are the same code over inputs of equal shape, dtype and device.
-        index: position of the sublayer along the stream; -1 for other pieces.
-        layer, kind: of the sublayer; -1 and "" for other pieces.
-        outputs: how many values it returns; one means the value itself, not a tuple.
-    """
-
-    name: str
-    role: Role
-    module: fx.GraphModule = field(repr=False, compare=False)
-    key: str = field(repr=False)
-    index: int = -1
-    layer: int = -1
-    kind: str = ""
-    outputs: int = 1
-
-
-class Uncoded(fx.GraphModule):
-    """A GraphModule whose code is not generated, because nothing runs it.
-
-    A GraphModule generates code whenever its graph is set, which takes longer than rewriting the
-    graph; :func:`link` makes its own program, and a piece is compiled from a copy.
-    """
-
-    def recompile(self) -> Any:
-        """Nothing to do: see the class."""
-
-    def forward(self, *args: Any) -> Any:
-        """Run node by node, for debugging."""
-        return fx.Interpreter(self).run(*args)
-
-
-class Outer(Uncoded):
-    """An outer graph: its calls carry their `Piece` in ``node.meta``."""
+_LOG = logger_of(__name__)
 
 
 def outline(graph_module: fx.GraphModule, sublayers: Sequence[ResidualBranch]) -> Outer:
-    """The outer graph of a captured graph.
+    """Return the outer graph of a captured graph.
 
     Args:
         graph_module: as captured; it is not changed.
@@ -97,65 +59,27 @@ def outline(graph_module: fx.GraphModule, sublayers: Sequence[ResidualBranch]) -
         UnsupportedError: when cutting would reorder accesses to mutated storage.
     """
     placement = assign_partitions(graph_module.graph, sublayers)
-    builder = _Builder(graph_module, placement, sublayers)
-    return builder.build()
-
-
-def piece_of(node: fx.Node) -> Piece | None:
-    """The piece that a node of an outer graph calls, or None."""
-    piece = node.meta.get(PIECE)
-    return piece if isinstance(piece, Piece) else None
-
-
-def helper_piece(
-    name: str, role: Role, graph: fx.Graph, examples: Sequence[Any], lengths: Sequence[fx.Node]
-) -> Piece:
-    """A piece that a pass adds to an outer graph.
-
-    Args:
-        name, role: of the piece.
-        graph: its code; changed: an input is added for each of `lengths`.
-        examples: example (fake) values of its inputs.
-        lengths: integer placeholders of the outer graph that its inputs' shapes depend on; they
-            are handed over after the other inputs.
-    """
-    inputs = graph.find_nodes(op="placeholder")
-    for node, example in zip(inputs, examples, strict=True):
-        node.meta["example_value"] = example
-    last = inputs[-1]
-    for length in lengths:
-        with graph.inserting_after(last):
-            last = graph.placeholder(length.name)
-        last.meta["example_value"] = length.meta["example_value"]
-    module = fx.GraphModule(torch.nn.Module(), graph, name.capitalize())
-    return Piece(name, role, module, structural_key(module))
-
-
-def sublayer_calls(outer: fx.Graph) -> dict[int, fx.Node]:
-    """The calls of sublayers that an outer graph still makes, by position along the stream."""
-    calls = ((piece_of(n), n) for n in outer.nodes)
-    return {p.index: n for p, n in calls if p is not None and p.role == "sublayer"}
-
-
-def stream_after(call: fx.Node) -> fx.Node:
-    """The stream that a call of a sublayer makes."""
-    piece = piece_of(call)
-    if piece is None or piece.outputs == 1:
-        return call
-    return next(user for user in call.users if user.args[1] == 0)
+    outer = _Builder(graph_module, placement, sublayers).build()
+    if _LOG.isEnabledFor(logging.INFO):
+        pieces = [piece for n in outer.graph.nodes if (piece := piece_of(n)) is not None]
+        distinct = len({piece.key for piece in pieces})
+        _LOG.info("outlined %d pieces, %d of them distinct", len(pieces), distinct)
+    if _LOG.isEnabledFor(logging.DEBUG):
+        _LOG.debug("outer graph:\n%s", text(outer))
+    return outer
 
 
 class _Builder:
-    """Builds the outer graph, piece by piece in stream order."""
+    """The construction of an outer graph, piece by piece in stream order."""
 
     def __init__(
         self,
         source: fx.GraphModule,
-        place: Mapping[fx.Node, int],
+        partition: Mapping[fx.Node, int],
         sublayers: Sequence[ResidualBranch],
     ) -> None:
         self.source = source
-        self.place = place
+        self.partition = partition
         self.sublayers = sublayers
         self.outer = fx.Graph()
         self.root = torch.nn.Module()
@@ -167,7 +91,7 @@ class _Builder:
             self.value[node] = self.outer.node_copy(node)
             self.value[node].meta[CAPTURED] = True
         members: dict[int, list[fx.Node]] = {}
-        for node, at in self.place.items():
+        for node, at in self.partition.items():
             members.setdefault(at, []).append(node)
         for at in sorted(members):
             self._call(at, members[at])
@@ -202,20 +126,20 @@ class _Builder:
             value.meta["example_value"] = captured.meta["example_value"]
 
     def _interface(self, at: int, nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-        """What a piece takes (stream, shared values, captured inputs) and what it gives."""
-        own = set(nodes)
+        """Return what a piece takes (stream, shared values, captured inputs) and what it gives."""
+        members = set(nodes)
         taken: dict[fx.Node, None] = {}
         for node in nodes:
-            taken.update(dict.fromkeys(i for i in node.all_input_nodes if i not in own))
-        given = [n for n in nodes if any(u not in own for u in n.users)]
+            taken.update(dict.fromkeys(i for i in node.all_input_nodes if i not in members))
+        outputs = [n for n in nodes if any(u not in members for u in n.users)]
         stream = self._stream(at)
         ranked = sorted(taken, key=lambda n: (n is not stream, n.op == "placeholder"))
         ranked += length_inputs(self.source.graph, ranked)
         main = self.sublayers[at - 1].add if 0 < at <= len(self.sublayers) else stream
-        return ranked, sorted(given, key=lambda n: n is not main)
+        return ranked, sorted(outputs, key=lambda n: n is not main)
 
     def _stream(self, at: int) -> fx.Node:
-        """The stream that piece `at` reads; for the prologue, the one that it makes."""
+        """Return the stream that piece `at` reads; for the prologue, the one that it makes."""
         if at <= 1:
             return self.sublayers[0].stream
         return self.sublayers[at - 2].add
@@ -237,7 +161,7 @@ def _piece_module(
     outputs: Sequence[fx.Node],
     in_place: Collection[fx.Node],
 ) -> fx.GraphModule:
-    """The code of a piece; an add in `in_place` gets a result of its own (see `in_place_adds`)."""
+    """Return the code of a piece; an add in `in_place` gets a result of its own."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
@@ -257,7 +181,7 @@ def _piece_module(
 
 
 def _short_name(node: fx.Node) -> str:
-    """``l_model_modules_layers_modules_3_modules_mlp_parameters_weight_`` -> ``mlp_weight``."""
+    """Shorten ``l_layers_modules_3_modules_mlp_parameters_weight_`` to ``mlp_weight``."""
     if node.op != "placeholder":
         return node.name
     parts = [p for p in re.split(r"_(?:modules|parameters|buffers)_", node.name) if p]

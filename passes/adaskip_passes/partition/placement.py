@@ -19,12 +19,13 @@ from ..analysis.effects import (
     storage_root,
     written,
 )
-from ..analysis.residual_branches import ATTENTION_OPERATIONS, ResidualBranch, stream_levels
+from ..analysis.residual_branches import ATTENTION_OPERATIONS, ResidualBranch
+from ..analysis.stream import stream_levels
 from ..errors import UnsupportedError
 
 
 def assign_partitions(graph: fx.Graph, sublayers: Sequence[ResidualBranch]) -> dict[fx.Node, int]:
-    """The piece of every computed node: 0 the prologue, k + 1 sublayer k, S + 1 the epilogue.
+    """Return the piece of each node: 0 the prologue, k + 1 sublayer k, S + 1 the epilogue.
 
     What does not depend on the stream belongs to the prologue, unless one piece alone needs it:
     then it is computed there (and goes when that sublayer is skipped). What is made of the
@@ -33,30 +34,37 @@ def assign_partitions(graph: fx.Graph, sublayers: Sequence[ResidualBranch]) -> d
     """
     levels = stream_levels(graph, [(s.stream, s.add) for s in sublayers])
     inner = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
-    place = {n: levels[n] + 1 for n in inner}
-    pinned = _place_autocast(inner, place) | _overwritten(inner, place) | {sublayers[0].stream}
-    _place_of_embedding(inner, place, pinned | {sublayers[0].add})
-    _place_asides(inner, place, pinned, sublayers)
+    partition = {n: levels[n] + 1 for n in inner}
+    pinned = (
+        _place_autocast(inner, partition) | _overwritten(inner, partition) | {sublayers[0].stream}
+    )
+    _place_of_embedding(inner, partition, pinned | {sublayers[0].add})
+    _place_asides(inner, partition, pinned, sublayers)
     for node in reversed(inner):
-        needed_by = {place[u] for u in node.users if u in place}
-        if place[node] == 0 and node not in pinned and len(needed_by) == 1 and _inner_only(node):
-            place[node] = needed_by.pop()
-    _place_free_writes(inner, place)
-    _place_unread([n for n in inner if n not in pinned], place)
-    _check_order(inner, place)
-    return place
+        needed_by = {partition[u] for u in node.users if u in partition}
+        if (
+            partition[node] == 0
+            and node not in pinned
+            and len(needed_by) == 1
+            and _inner_only(node)
+        ):
+            partition[node] = needed_by.pop()
+    _place_free_writes(inner, partition)
+    _place_unread([n for n in inner if n not in pinned], partition)
+    _check_order(inner, partition)
+    return partition
 
 
-def _overwritten(inner: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> set[fx.Node]:
-    """What the prologue makes and then overwrites (a table, entry by entry), and who reads it."""
+def _overwritten(inner: Sequence[fx.Node], partition: Mapping[fx.Node, int]) -> set[fx.Node]:
+    """Return what the prologue makes and then overwrites (a table by entries), and its readers."""
     root_of = functools.cache(storage_root)
-    roots = {r for n in inner if (r := written(n)) is not None and place.get(r) == 0}
+    roots = {r for n in inner if (r := written(n)) is not None and partition.get(r) == 0}
     reads = (n for n in inner if any(root_of(i) in roots for i in n.all_input_nodes))
-    return roots | {n for n in reads if place[n] == 0}
+    return roots | {n for n in reads if partition[n] == 0}
 
 
 def _place_of_embedding(
-    inner: Sequence[fx.Node], place: dict[fx.Node, int], pinned: set[fx.Node]
+    inner: Sequence[fx.Node], partition: dict[fx.Node, int], pinned: set[fx.Node]
 ) -> None:
     """Move what later pieces read of the first to the prologue, where the embedding is made."""
     roots = {r for n in inner if (r := written(n)) is not None}
@@ -66,20 +74,22 @@ def _place_of_embedding(
         return node not in pinned and not attends and _is_pure(node, roots)
 
     for node in inner:
-        if place[node] != 1 or all(place.get(u, 1) <= 1 for u in node.users):
+        if partition[node] != 1 or all(partition.get(u, 1) <= 1 for u in node.users):
             continue
         wanted, group = [node], dict[fx.Node, None]()
         while wanted:
-            one = wanted.pop()
-            group[one] = None
-            wanted += [i for i in one.all_input_nodes if place.get(i) == 1 and i not in group]
+            member = wanted.pop()
+            group[member] = None
+            wanted += [
+                i for i in member.all_input_nodes if partition.get(i) == 1 and i not in group
+            ]
         if all(map(movable, group)):
-            place.update(dict.fromkeys(group, 0))
+            partition.update(dict.fromkeys(group, 0))
 
 
 def _place_asides(
     inner: Sequence[fx.Node],
-    place: dict[fx.Node, int],
+    partition: dict[fx.Node, int],
     pinned: set[fx.Node],
     sublayers: Sequence[ResidualBranch],
 ) -> None:
@@ -87,19 +97,19 @@ def _place_asides(
     roots = {r for n in inner if (r := written(n)) is not None}
     adds = {s.add for s in sublayers}
     for node in reversed(inner):
-        readers = [place.get(user, len(sublayers) + 1) for user in node.users]
-        aside = 0 < place[node] < min(readers, default=0) and node not in adds
+        readers = [partition.get(user, len(sublayers) + 1) for user in node.users]
+        aside = 0 < partition[node] < min(readers, default=0) and node not in adds
         if aside and node not in pinned and _is_pure(node, roots):
-            place[node] = min(readers)
+            partition[node] = min(readers)
 
 
 def _is_pure(node: fx.Node, overwritten: set[fx.Node]) -> bool:
-    """Whether a node has no effect, and reads nothing that has been or will be overwritten."""
+    """Return whether a node has no effect and reads nothing that is ever overwritten."""
     reads = {storage_root(i) for i in (node, *node.all_input_nodes)}
     return not is_mutation(node) and not reads & overwritten
 
 
-def _place_autocast(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> set[fx.Node]:
+def _place_autocast(inner: Sequence[fx.Node], partition: dict[fx.Node, int]) -> set[fx.Node]:
     """Keep autocast regions whole: their two ends go where what they enclose is.
 
     Returns:
@@ -112,12 +122,12 @@ def _place_autocast(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> set[
             continue
         leave = next(u for u in enter.users if operation(u) == "_exit_autocast")
         region = inner[order[enter] : order[leave] + 1]
-        places = {place[n] for n in region[1:-1] if operation(n) not in AUTOCAST_ENDS}
-        if len(places) > 1:
+        partitions = {partition[n] for n in region[1:-1] if operation(n) not in AUTOCAST_ENDS}
+        if len(partitions) > 1:
             raise UnsupportedError(
                 f"an autocast region ({enter.name}) reaches over several sublayers of the model"
             )
-        place[enter] = place[leave] = places.pop() if places else 0
+        partition[enter] = partition[leave] = partitions.pop() if partitions else 0
         pinned.update(region)
     return pinned
 
@@ -126,37 +136,38 @@ def _inner_only(node: fx.Node) -> bool:
     return all(user.op != "output" for user in node.users) and written(node) is None
 
 
-def _place_free_writes(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> None:
-    """A write that depends on no stream (a length counter) goes where its storage is last read.
+def _place_free_writes(inner: Sequence[fx.Node], partition: dict[fx.Node, int]) -> None:
+    """Place a write that depends on no stream (a length counter) where its storage is last read.
 
     One that nobody reads stays where it was in the program.
+
     """
     at = 0
     for node in inner:
         root = written(node)
-        if root is not None and place[node] == 0 and not node.users:
-            before = [place[a] for a in accesses(inner, root) if a is not node]
-            place[node] = max(before, default=at)
-        at = place[node] or at
+        if root is not None and partition[node] == 0 and not node.users:
+            before = [partition[a] for a in accesses(inner, root) if a is not node]
+            partition[node] = max(before, default=at)
+        at = partition[node] or at
 
 
-def _place_unread(inner: Sequence[fx.Node], place: dict[fx.Node, int]) -> None:
-    """What nobody reads and writes nothing (a logging call) stays where it was in the program."""
+def _place_unread(inner: Sequence[fx.Node], partition: dict[fx.Node, int]) -> None:
+    """Leave what nobody reads and writes nothing (a logging call) where it was in the program."""
     at = 0
     for node in inner:
-        if place[node] == 0 and not node.users and written(node) is None:
-            place[node] = at
-        at = place[node] or at
+        if partition[node] == 0 and not node.users and written(node) is None:
+            partition[node] = at
+        at = partition[node] or at
 
 
-def _check_order(inner: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> None:
-    """Accesses to storage that something writes to must stay in the order of the program."""
-    places: dict[fx.Node, list[int]] = {r: [] for n in inner if (r := written(n)) is not None}
+def _check_order(inner: Sequence[fx.Node], partition: Mapping[fx.Node, int]) -> None:
+    """Check that accesses to storage that something writes to stay in the order of the program."""
+    partitions: dict[fx.Node, list[int]] = {r: [] for n in inner if (r := written(n)) is not None}
     root_of = functools.cache(storage_root)
     for node in inner:
-        for root in {root_of(i) for i in node.all_input_nodes} & places.keys():
-            places[root].append(place[node])
-    for root, ordered in places.items():
+        for root in {root_of(i) for i in node.all_input_nodes} & partitions.keys():
+            partitions[root].append(partition[node])
+    for root, ordered in partitions.items():
         if ordered != sorted(ordered):
             raise UnsupportedError(
                 f"{root.name} is written in place and read by several sublayers in an order that "
@@ -165,7 +176,7 @@ def _check_order(inner: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> None
 
 
 def in_place_adds(graph: fx.Graph, sublayers: Sequence[ResidualBranch]) -> set[fx.Node]:
-    """The adds that overwrite the stream they read (``x += branch``).
+    """Return the adds that overwrite the stream they read (``x += branch``).
 
     In their pieces they become plain adds, so that the stream before a sublayer is still there
     after it, to be measured. Nothing may read the overwritten tensor by its old name.

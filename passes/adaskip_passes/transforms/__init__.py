@@ -1,4 +1,4 @@
-"""Passes over an outer graph of pieces, and what runs them.
+"""Passes over an outer graph of pieces, over one piece, and over the flat graph of all of them.
 
-Imports `partition` and `analysis`.
+Imports `partition`, `infra` and `analysis`.
 """

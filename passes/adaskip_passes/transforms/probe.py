@@ -12,8 +12,8 @@ code never depends on whether it is probed and no output changes. (Computed insi
 bfloat16 pieces the values were off by 5e-5.) Legal because a probe only reads.
 
 A token whose stream is of length zero or not finite, before or after the sublayer, has no direction
-and no ratio. It is left out of all sums, and of the number of tokens, so whoever knows how many
-tokens were valid knows how many were left out.
+and no ratio. It is left out of all sums, and of the number of tokens, so a caller who knows how
+many tokens were valid knows how many were left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from torch import fx
 
 from ..analysis.symbolic_lengths import length_inputs
 from ..errors import UnsupportedError
-from ..partition.outline import PIECE, Piece, helper_piece, piece_of, stream_after, sublayer_calls
+from ..infra.pass_base import Pass, PassResult
+from ..partition.outer import PIECE, Piece, helper_piece, piece_of, stream_after, sublayer_calls
 
 #: What a probe measures, per row, summed over its valid tokens (a: stream before, b: after); the
 #: last is how many of them count.
@@ -39,8 +40,8 @@ _PROBED = "sublayers are probed"  # in the metadata of that input
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Pass: measure sublayers.
+class Probe(Pass):
+    """Pass over an outer graph: measure sublayers. Its changes are probed sublayers.
 
     Adds an input ``valid`` (bool [batch, tokens]: which tokens count) and, as last output,
     the moments, float32 [probed sublayers, batch, 5] in the order of `sublayers` and `PROBE_STATS`.
@@ -54,9 +55,17 @@ class Probe:
     sublayers: tuple[int, ...]
     together: bool = False
 
-    def __call__(self, outer: fx.GraphModule) -> None:
-        if not self.sublayers:
-            return
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Insert the probes; see :class:`Pass`.
+
+        Raises:
+            UnsupportedError: A sublayer does not run in this graph, or it is probed already.
+        """
+        if self.sublayers:
+            self._insert(graph_module)
+        return PassResult(graph_module, len(self.sublayers))
+
+    def _insert(self, outer: fx.GraphModule) -> None:
         graph, calls = outer.graph, sublayer_calls(outer.graph)
         missing = [i for i in self.sublayers if i not in calls]
         if missing:
@@ -80,15 +89,19 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class ProbeLayers:
-    """Pass: measure whole layers: the stream before a layer's first sublayer and after its last.
+class ProbeLayers(Pass):
+    """Pass over an outer graph: measure the stream before each layer and after it.
+
+    Its changes are layers.
 
     Adds the moments, float32 [layers, batch, 5] in the order of layers and `PROBE_STATS`, as last
     output, and the input ``valid``. Run it before `Probe`, if that is to run as well, on a graph
     whose sublayers all run.
     """
 
-    def __call__(self, outer: fx.GraphModule) -> None:
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Insert the probes; see :class:`Pass`."""
+        outer = graph_module
         layers: dict[int, list[fx.Node]] = {}
         for _, call in sorted(sublayer_calls(outer.graph).items()):
             piece = piece_of(call)
@@ -99,6 +112,7 @@ class ProbeLayers:
         assert isinstance(first, fx.Node)
         valid = _valid_input(outer.graph, first.meta["example_value"])
         _insert_probes(outer, pairs, valid, [f"probe_layer_{n}" for n in layers])
+        return PassResult(outer, len(layers))
 
 
 def _insert_probes(
@@ -125,7 +139,7 @@ def _insert_probes(
 
 
 def probe_piece(stream: torch.Tensor, valid: torch.Tensor, lengths: Sequence[fx.Node]) -> Piece:
-    """The piece that measures, for a stream and a mask like these (fake) examples."""
+    """Return the piece that measures, for a stream and a mask like these (fake) examples."""
     graph = fx.symbolic_trace(_Measure()).graph
     return helper_piece("probe", "probe", graph, (stream, stream, valid), lengths)
 
@@ -134,14 +148,14 @@ class _Measure(torch.nn.Module):
     def forward(
         self, before: torch.Tensor, after: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
-        """Moments [batch, 5] in float32 of the streams [batch, tokens, hidden]."""
+        """Return statistics [batch, 5] in float32 of the streams [batch, tokens, hidden]."""
         return _measure(before, after, valid)
 
 
 def measure_together(
     befores: Sequence[torch.Tensor], afters: Sequence[torch.Tensor], valid: torch.Tensor
 ) -> torch.Tensor:
-    """Moments [probed, batch, 5] of several sublayers' streams [batch, tokens, hidden].
+    """Return statistics [probed, batch, 5] of several sublayers' streams [batch, tokens, hidden].
 
     The same values as from the piece, in as few kernels as torch has for them.
     """
@@ -166,10 +180,11 @@ def _measure(before: torch.Tensor, after: torch.Tensor, valid: torch.Tensor) -> 
 
 
 def _summed(per_token: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Sums [..., batch, 5] over the tokens that count, of [..., batch, tokens, 5].
+    """Sum over the tokens that count: [..., batch, tokens, 5] becomes [..., batch, 5].
 
     Nothing guards the divisions: a stream of length zero gives NaN or Inf, as one that is not
     finite does, and such a token does not count.
+
     """
     counts = valid & (per_token.abs().amax(-1) < math.inf)  # false for NaN as well
     # where, not a product: what does not count may hold anything, NaN included

@@ -13,24 +13,20 @@ whose other values are read elsewhere is refused.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import fx
 
-from ..analysis.effects import accesses, is_mutation, written
-from ..analysis.residual_branches import stream_independent
 from ..analysis.structural_key import structural_key
 from ..analysis.symbolic_lengths import length_inputs
 from ..errors import UnsupportedError
-from ..partition.outline import PIECE, Piece, piece_of, sublayer_calls
+from ..infra.pass_base import Pass, PassResult
+from ..partition.outer import PIECE, Piece, piece_of, sublayer_calls
 from .dead_code import eliminate_dead_code
+from .residue import Keep, residue
 from .surrogates import SURROGATE, piece_name, surrogate_examples, surrogate_piece
-
-Keep = Literal["nothing", "counters", "everything"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +34,12 @@ class Replacement:
     """What takes the place of one sublayer.
 
     Attributes:
-        keep: which of the sublayer's effects stay. ``counters``: those that do not depend on the
+        keep: Which of the sublayer's effects stay. ``counters``: those that do not depend on the
             stream (a cache's length), so that K/V writes go; ``everything``: K/V writes as well;
             ``nothing``: none, for a cache that has no storage for this sublayer.
-        surrogate: a kind in `SURROGATES`, or None to hand the stream on unchanged.
-        rank: of a ``"low_rank"`` surrogate.
+        surrogate: A kind in `SURROGATES`, or None to leave the stream unchanged.
+        rank: Of a ``"low_rank"`` surrogate.
+
     """
 
     keep: Keep = "counters"
@@ -51,20 +48,23 @@ class Replacement:
 
 
 @dataclass(frozen=True)
-class Skip:
-    """Pass: replace sublayers of an outer graph.
+class Skip(Pass):
+    """Pass over an outer graph: replace sublayers. Its changes are replaced sublayers.
 
     Attributes:
-        replacements: by position along the stream.
-
-    Raises (when run):
-        UnsupportedError: the sublayer is not in the graph, or something besides the stream
-            leaves it.
+        replacements: By position along the stream.
     """
 
     replacements: Mapping[int, Replacement] = field(default_factory=dict)
 
-    def __call__(self, outer: fx.GraphModule) -> None:
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Replace the sublayers; see :class:`Pass`.
+
+        Raises:
+            UnsupportedError: A sublayer is not in the graph, or something besides the stream leaves
+                it.
+        """
+        outer = graph_module
         calls = sublayer_calls(outer.graph)
         for index, replacement in sorted(self.replacements.items()):
             if index not in calls:
@@ -74,10 +74,11 @@ class Skip:
             _replace(outer, calls[index], replacement)
         if self.replacements:  # an empty plan leaves the captured graph, unused inputs and all
             eliminate_dead_code(outer.graph, keep=_is_call, placeholders=True)
+        return PassResult(outer, len(self.replacements))
 
 
 def surrogate_inputs(outer: fx.Graph) -> dict[str, tuple[int, str]]:
-    """The inputs that passes added for surrogates: by name the sublayer's position, the tensor."""
+    """Return the inputs that were added for surrogates: by name the position and the tensor."""
     marked = ((n.name, n.meta.get(SURROGATE)) for n in outer.find_nodes(op="placeholder"))
     return {name: mark for name, mark in marked if mark is not None}
 
@@ -123,34 +124,6 @@ def _insert_residue(outer: fx.GraphModule, call: fx.Node, piece: Piece, keep: Ke
     )
 
 
-def residue(module: fx.GraphModule, keep: Keep) -> fx.GraphModule | None:
-    """What is left of a sublayer of which only effects are kept; None if nothing is.
-
-    Args:
-        module: a sublayer's piece; its first input is the stream.
-        keep: see `Replacement`.
-    """
-    graph = fx.Graph()
-    graph.graph_copy(module.graph, {})
-    graph.output(())
-    stream = next(iter(graph.nodes))
-    free = stream_independent(graph, stream)
-
-    def kept(node: fx.Node) -> bool:
-        root = written(node)
-        if root is None:
-            return False
-        if root.op != "placeholder":  # it changes a value that something kept may read
-            later = itertools.takewhile(lambda n: n is not node, reversed(graph.nodes))
-            return bool(accesses(later, root))
-        return keep == "everything" or node in free
-
-    eliminate_dead_code(graph, keep=kept, placeholders=True)
-    if not any(is_mutation(n) for n in graph.nodes):
-        return None
-    return fx.GraphModule(module, graph, "Residue")
-
-
 def _used(whole: fx.GraphModule, part: fx.GraphModule) -> list[bool]:
     names = {n.name for n in part.graph.find_nodes(op="placeholder")}
     return [n.name in names for n in whole.graph.find_nodes(op="placeholder")]
@@ -179,7 +152,7 @@ def _insert_surrogate(
 def _shared_surrogate(
     outer: fx.GraphModule, kind: str, rank: int, stream: torch.Tensor, lengths: list[fx.Node]
 ) -> Piece:
-    """The outer graph's one piece for this kind of surrogate, added if need be."""
+    """Return the outer graph's one piece for this kind of surrogate, added if need be."""
     name = piece_name(kind, rank)
     for node in outer.graph.nodes:
         piece = piece_of(node)

@@ -1,4 +1,4 @@
-"""Pieces that stand in for a skipped sublayer: the ladder, from one factor to a linear map.
+"""Pieces that stand in for a skipped sublayer, from one factor to a linear map.
 
 A surrogate is data, not code: its tensors are inputs of the outer graph, so one compiled piece
 serves every sublayer, whatever was fitted for it. Each kind is a function of a token's stream
@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.nn.functional import linear as apply_linear
 
-from ..partition.outline import Piece, helper_piece
+from ..partition.outer import Piece, helper_piece
 
 EPS = 1e-6  #: under the root of a mean square
 SURROGATE = "adaskip_surrogate"  # marks an input: (position of the sublayer, name of the tensor)
@@ -24,12 +24,13 @@ SURROGATE = "adaskip_surrogate"  # marks an input: (position of the sublayer, na
 
 @dataclass(frozen=True)
 class SurrogateKind:
-    """One rung of the ladder.
+    """A kind of surrogate.
 
     Attributes:
-        compute: what it makes of the stream [batch, tokens, hidden] and its tensors.
-        shapes: from hidden size and rank to the shapes of its tensors, by name.
-        wide: whether its tensors are float32 whatever the stream is (else they are like it).
+        compute: Makes its nodes, from those of the stream [batch, tokens, hidden] and its tensors.
+        shapes: From hidden size and rank to the shapes of its tensors, by name.
+        wide: Whether its tensors are float32 whatever the stream is (else they are like it).
+
     """
 
     compute: Callable[..., fx.Node]
@@ -38,7 +39,7 @@ class SurrogateKind:
 
 
 def _multiplied(x: fx.Node, factor: fx.Node) -> fx.Node:
-    """``factor * x``, computed in float32: one factor (AdaSkip eq. 4), or one for each channel."""
+    """Compute ``factor * x`` in float32: one factor (AdaSkip eq. 4), or one for each channel."""
     graph, dtype = x.graph, x.meta["example_value"].dtype
     if dtype == torch.float32:
         return graph.call_function(torch.mul, (x, factor))
@@ -47,12 +48,12 @@ def _multiplied(x: fx.Node, factor: fx.Node) -> fx.Node:
 
 
 def _linear(x: fx.Node, weight: fx.Node, bias: fx.Node) -> fx.Node:
-    """``x + x W^T + b`` (NBL, arXiv 2505.21077)."""
+    """Compute ``x + x W^T + b`` (NBL, arXiv 2505.21077)."""
     return _added(x, x, weight, bias)
 
 
 def _normalized(x: fx.Node, weight: fx.Node, bias: fx.Node) -> fx.Node:
-    """``x + (x / rms(x)) W^T + b``; the root mean square is taken in float32."""
+    """Compute ``x + (x / rms(x)) W^T + b``; the root mean square is taken in float32."""
     graph, dtype = x.graph, x.meta["example_value"].dtype
     wide = graph.call_method("to", (x, torch.float32))
     mean = graph.call_method("mean", (graph.call_method("pow", (wide, 2)), -1), {"keepdim": True})
@@ -62,7 +63,7 @@ def _normalized(x: fx.Node, weight: fx.Node, bias: fx.Node) -> fx.Node:
 
 
 def _low_rank(x: fx.Node, down: fx.Node, up: fx.Node, bias: fx.Node) -> fx.Node:
-    """``x + (x D^T) U^T + b``."""
+    """Compute ``x + (x D^T) U^T + b``."""
     inner = x.graph.call_function(apply_linear, (x, down))
     example, rank = x.meta["example_value"], down.meta["example_value"].shape[0]
     inner.meta["example_value"] = example.new_empty((*example.shape[:-1], rank))
@@ -70,13 +71,13 @@ def _low_rank(x: fx.Node, down: fx.Node, up: fx.Node, bias: fx.Node) -> fx.Node:
 
 
 def _added(x: fx.Node, source: fx.Node, weight: fx.Node, bias: fx.Node) -> fx.Node:
-    """``x + source W^T + b``."""
+    """Compute ``x + source W^T + b``."""
     branch = _like(x.graph.call_function(apply_linear, (source, weight, bias)), x)
     return _like(x.graph.call_function(torch.add, (x, branch)), x)
 
 
 def _like(node: fx.Node, x: fx.Node) -> fx.Node:
-    """A node whose value is of the stream's shape and dtype; lowering passes look at that."""
+    """Give a node a value of the stream's shape and dtype, which lowering passes look at."""
     node.meta["example_value"] = x.meta["example_value"]
     return node
 
@@ -102,7 +103,7 @@ SURROGATES: Mapping[str, SurrogateKind] = MappingProxyType(
 
 
 def surrogate_examples(kind: str, rank: int, stream: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Example (fake) values of a surrogate's tensors, by name, for a stream like this one."""
+    """Return example (fake) values of a surrogate's tensors, by name, for such a stream."""
     found = SURROGATES[kind]
     dtype = torch.float32 if found.wide else stream.dtype
     shapes = found.shapes(stream.shape[-1], rank)
@@ -112,7 +113,7 @@ def surrogate_examples(kind: str, rank: int, stream: torch.Tensor) -> dict[str, 
 def surrogate_piece(
     kind: str, rank: int, stream: torch.Tensor, lengths: Sequence[fx.Node]
 ) -> Piece:
-    """The piece for one kind of surrogate.
+    """Return the piece for one kind of surrogate.
 
     Args:
         kind: a key of `SURROGATES`.
@@ -135,5 +136,5 @@ def surrogate_piece(
 
 
 def piece_name(kind: str, rank: int) -> str:
-    """What a surrogate's piece is called in an outer graph."""
+    """Return what a surrogate's piece is called in an outer graph."""
     return f"{kind}_{rank}" if rank else kind

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from adaskip_passes import eliminate_dead_code
 from adaskip_passes.analysis.effects import (
     accesses,
     dependencies,
@@ -22,6 +21,7 @@ from adaskip_passes.analysis.effects import (
     storage_root,
     written,
 )
+from adaskip_passes.transforms.dead_code import EliminateDeadCode, eliminate_dead_code
 from tests.support.fx_decoders import Shape, arguments, call, shared
 
 
@@ -326,6 +326,16 @@ def test_what_is_kept_can_be_chosen() -> None:
     gm = store_and_return()
     assert eliminate_dead_code(gm.graph, keep=lambda n: n.name == "exp", placeholders=True) == 5
     assert names(gm) == ["x", "sin", "exp", "mul", "output"]
+
+
+def test_the_pass_removes_the_same() -> None:
+    gm = store_and_return()
+    result = EliminateDeadCode(placeholders=True)(gm)
+    assert (result.graph_module, result.changes) == (gm, 3)
+    assert names(gm) == ["x", "keys", "narrow", "add", "copy_", "mul", "output"]
+    kept = EliminateDeadCode(keep=lambda n: n.name == "mul")(gm)
+    assert kept.changes == 3
+    assert names(gm) == ["x", "keys", "mul", "output"]
 
 
 def test_removing_twice_removes_nothing_more() -> None:

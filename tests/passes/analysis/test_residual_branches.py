@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from adaskip_passes import ResidualBranch, UnsupportedError, find_sublayers
-from adaskip_passes.analysis.residual_branches import module_path
+from adaskip_passes import UnsupportedError, find_sublayers
+from adaskip_passes.analysis.residual_adds import module_path
+from adaskip_passes.analysis.residual_branches import ResidualBranch
 from tests.support.fx_decoders import (
     BLOCKS,
     Attention,

@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from torch.nn import functional
 from torch.nn.functional import linear, silu
 
-from adaskip_passes import FuseProjections, attend, project
+from adaskip_passes import FuseProjections
 from adaskip_passes.analysis.effects import operation
+from adaskip_passes.decode.ops import attend, project
 from adaskip_passes.decode.precompile import compile_ahead
 
 PROJECT = torch.ops.adaskip.project.default

@@ -15,20 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaskip_passes import (
-    PROBE_STATS,
-    VALID,
     Probe,
     Replacement,
     Skip,
     UnsupportedError,
     find_sublayers,
     link,
-    piece_of,
     run_passes,
-    separate,
-    text,
 )
-from adaskip_passes.normalize.serialize_branches import ordered_after
+from adaskip_passes.infra.graph_module import text
+from adaskip_passes.normalize.serialize_branches import SerializeBranches, ordered_after
+from adaskip_passes.partition.outer import piece_of
+from adaskip_passes.transforms.probe import PROBE_STATS, VALID
 from tests.support.fx_decoders import (
     SHAPES,
     Attention,
@@ -207,18 +205,20 @@ def test_probes_see_the_stream_before_and_after_each_branch() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.block}-{s.layers}")
 def test_what_is_not_parallel_is_left_alone(shape: Shape) -> None:
-    graph = trace(step, **arguments(Decoder(shape), shape)).graph.graph
+    module = trace(step, **arguments(Decoder(shape), shape)).graph
+    graph = module.graph
     before = str(graph)
-    assert separate(graph) == 0
+    assert SerializeBranches()(module).changes == 0
     assert str(graph) == before
 
 
 def test_how_many_there_were() -> None:
     shape = Shape(layers=3)
-    graph = trace(step, **arguments(Decoder(shape, NeoX), shape)).graph.graph
-    assert separate(graph) == 3
+    module = trace(step, **arguments(Decoder(shape, NeoX), shape)).graph
+    graph = module.graph
+    assert SerializeBranches()(module).changes == 3
     graph.lint()
-    assert separate(graph) == 0
+    assert SerializeBranches()(module).changes == 0
 
 
 class Counting(Mlp):
@@ -248,9 +248,10 @@ class KeepsOld(Block):
 
 def test_what_cannot_be_separated_is_left_and_refused() -> None:
     shape = Shape(layers=2)
-    graph = trace(step, **arguments(Decoder(shape, KeepsOld), shape)).graph.graph
+    module = trace(step, **arguments(Decoder(shape, KeepsOld), shape)).graph
+    graph = module.graph
     before = str(graph)
-    assert separate(graph) == 0
+    assert SerializeBranches()(module).changes == 0
     assert str(graph) == before
     with pytest.raises(UnsupportedError):
         find_sublayers(graph)
@@ -259,8 +260,9 @@ def test_what_cannot_be_separated_is_left_and_refused() -> None:
 def test_an_ffn_with_a_state_is_separated_and_refused() -> None:
     """Its effect moves with it; but what writes is no FFN."""
     shape = Shape(layers=2)
-    graph = trace(step, **arguments(Decoder(shape, BothAct), shape)).graph.graph
-    assert separate(graph) == 2
+    module = trace(step, **arguments(Decoder(shape, BothAct), shape)).graph
+    graph = module.graph
+    assert SerializeBranches()(module).changes == 2
     with pytest.raises(UnsupportedError, match="its name says ffn, but it writes to a cache"):
         find_sublayers(graph)
 
@@ -303,13 +305,17 @@ class CastsAll(Block):
 @pytest.mark.parametrize("block", [ReadsCount, OwnAutocast, CastsNorm])
 def test_what_would_be_another_value_is_not_moved(block: type[Block]) -> None:
     shape = Shape(layers=2)
-    assert separate(trace(step, **arguments(Decoder(shape, block), shape)).graph.graph) == 0
+    assert (
+        SerializeBranches()(trace(step, **arguments(Decoder(shape, block), shape)).graph).changes
+        == 0
+    )
 
 
 def test_what_those_are_near_to() -> None:
     shape = Shape(layers=2)
-    graph = trace(step, **arguments(Decoder(shape, CastsAll), shape)).graph.graph
-    assert separate(graph) == 2
+    module = trace(step, **arguments(Decoder(shape, CastsAll), shape)).graph
+    graph = module.graph
+    assert SerializeBranches()(module).changes == 2
     graph.lint()
 
 
@@ -359,8 +365,9 @@ class HalfTerms(Block):
 
 def test_what_is_said_of_a_sum_in_half_precision_is_so() -> None:
     shape = Shape(layers=1)
-    graph = trace(step, **arguments(Decoder(shape, HalfTerms), shape)).graph.graph
-    assert separate(graph) == 1
+    module = trace(step, **arguments(Decoder(shape, HalfTerms), shape)).graph
+    graph = module.graph
+    assert SerializeBranches()(module).changes == 1
     for node in graph.find_nodes(op="call_function", target=operator.add):
         terms = [n.meta["example_value"] for n in node.all_input_nodes]
         if all(isinstance(t, Tensor) for t in terms):
@@ -371,7 +378,10 @@ def test_what_is_said_of_a_sum_in_half_precision_is_so() -> None:
 @pytest.mark.parametrize(("block", "count"), [(HalfBranches, 1), (HalfStream, 0)])
 def test_a_sum_may_become_finer_but_not_coarser(block: type[Block], count: int) -> None:
     shape = Shape(layers=1)
-    assert separate(trace(step, **arguments(Decoder(shape, block), shape)).graph.graph) == count
+    assert (
+        SerializeBranches()(trace(step, **arguments(Decoder(shape, block), shape)).graph).changes
+        == count
+    )
 
 
 class CastsBetween(NeoX):
@@ -386,8 +396,9 @@ class CastsBetween(NeoX):
 
 def test_a_region_of_something_else_does_not_matter() -> None:
     shape = Shape(layers=2)
-    graph = trace(step, **arguments(Decoder(shape, CastsBetween), shape)).graph.graph
-    assert separate(graph) == 2
+    module = trace(step, **arguments(Decoder(shape, CastsBetween), shape)).graph
+    graph = module.graph
+    assert SerializeBranches()(module).changes == 2
     graph.lint()
 
 
@@ -436,7 +447,7 @@ def test_sums_of_one_value_and_of_lengths() -> None:
     args = arguments(Decoder(shape, Doubles), shape)
     mark_lengths(args)
     captured = trace(step, **args)
-    assert separate(captured.graph.graph) == 2
+    assert SerializeBranches()(captured.graph).changes == 2
     captured.graph.graph.lint()
 
 
@@ -450,7 +461,10 @@ class Trains(Block):
 
 def test_a_dropout_at_work_is_not_taken_apart() -> None:
     shape = Shape(layers=2)
-    assert separate(trace(step, **arguments(Decoder(shape, Trains), shape)).graph.graph) == 0
+    assert (
+        SerializeBranches()(trace(step, **arguments(Decoder(shape, Trains), shape)).graph).changes
+        == 0
+    )
 
 
 class Silent(Attention):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from adaskip_passes import Replacement, Skip, find_sublayers, link, run_passes, unflatten
+from adaskip_passes import Replacement, Skip, find_sublayers, link, run_passes
+from adaskip_passes.normalize.unflatten import Unflatten
 from tests.support.fx_decoders import (
     Block,
     Decoder,
@@ -62,15 +63,16 @@ class OtherShape(Flat):
         return self.total(flat).view(1, -1, x.shape[-1])
 
 
-def graph_of(block: type[nn.Module], layers: int = 2, batch: int = 2) -> fx.Graph:
+def graph_of(block: type[nn.Module], layers: int = 2, batch: int = 2) -> fx.GraphModule:
     shape = Shape(layers=layers, batch=batch)
-    return trace(step, **arguments(Decoder(shape, block), shape)).graph.graph
+    return trace(step, **arguments(Decoder(shape, block), shape)).graph
 
 
 @pytest.mark.parametrize("block", [Flat, FlatFirst])
 def test_adds_are_written_over_the_stream(block: type[nn.Module]) -> None:
-    graph = graph_of(block)
-    assert unflatten(graph) == 2
+    module = graph_of(block)
+    graph = module.graph
+    assert Unflatten()(module).changes == 2
     graph.lint()
     found = find_sublayers(graph)
     assert [f"{s.layer}.{s.kind}" for s in found] == [
@@ -80,7 +82,7 @@ def test_adds_are_written_over_the_stream(block: type[nn.Module]) -> None:
         "1.ffn",
     ]
     assert {s.add.meta["example_value"].shape for s in found} == {torch.Size((2, 7, 8))}
-    assert unflatten(graph) == 0
+    assert Unflatten()(module).changes == 0
 
 
 @pytest.mark.parametrize("block", [Flat, FlatFirst])
@@ -101,7 +103,8 @@ def test_it_computes_the_same(block: type[nn.Module], batch: int, skipped: int |
 
 @pytest.mark.parametrize("block", [FlatInPlace, FlatReadTwice, OtherShape, Block])
 def test_near_misses_are_left_alone(block: type[nn.Module]) -> None:
-    graph = graph_of(block, layers=1)
+    module = graph_of(block, layers=1)
+    graph = module.graph
     before = str(graph)
-    assert unflatten(graph) == 0
+    assert Unflatten()(module).changes == 0
     assert str(graph) == before

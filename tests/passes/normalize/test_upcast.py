@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from adaskip_passes import Replacement, Skip, UnsupportedError, find_sublayers, link, run_passes
-from adaskip_passes.normalize.upcast import widen
+from adaskip_passes import (
+    Replacement,
+    Skip,
+    UnsupportedError,
+    find_sublayers,
+    link,
+    run_passes,
+)
+from adaskip_passes.normalize.upcast import Upcast
 from tests.support.fx_decoders import (
     Block,
     Decoder,
@@ -60,24 +67,25 @@ def model_of(block: type[nn.Module], shape: Shape) -> Decoder:
     return model
 
 
-def graph_of(block: type[nn.Module], dtype: torch.dtype = torch.bfloat16) -> fx.Graph:
+def graph_of(block: type[nn.Module], dtype: torch.dtype = torch.bfloat16) -> fx.GraphModule:
     shape = Shape(dtype=dtype)
-    return trace(step, **arguments(model_of(block, shape), shape)).graph.graph
+    return trace(step, **arguments(model_of(block, shape), shape)).graph
 
 
 @pytest.mark.parametrize("block", [Wide, BranchFirst])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_stream_is_wide_from_the_start(block: type[nn.Module], dtype: torch.dtype) -> None:
-    graph = graph_of(block, dtype)
+    module = graph_of(block, dtype)
+    graph = module.graph
     with pytest.raises(
         UnsupportedError, match=f"of {dtype} and gives .* of torch.float32; a skipped"
     ):
         find_sublayers(graph)
-    assert widen(graph)
+    assert Upcast()(module).changes == 1
     graph.lint()
     for s in find_sublayers(graph):
         assert s.stream.meta["example_value"].dtype == torch.float32
-    assert not widen(graph)
+    assert Upcast()(module).changes == 0
 
 
 @pytest.mark.parametrize("block", [Wide, BranchFirst, NarrowAgain])
@@ -121,7 +129,8 @@ CASES = [(Block, torch.float32), (Wide, torch.float32), (WideInside, torch.bfloa
 
 @pytest.mark.parametrize(("block", "dtype"), CASES)
 def test_a_stream_of_one_dtype_is_left_alone(block: type[nn.Module], dtype: torch.dtype) -> None:
-    graph = graph_of(block, dtype)
+    module = graph_of(block, dtype)
+    graph = module.graph
     before = str(graph)
-    assert not widen(graph)
+    assert Upcast()(module).changes == 0
     assert str(graph) == before

@@ -13,18 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from adaskip_passes import (
-    Piece,
     Replacement,
     Skip,
     UnsupportedError,
     find_sublayers,
     fuse,
     outline,
-    piece_of,
     run_passes,
-    text,
 )
 from adaskip_passes.analysis.structural_key import structural_key
+from adaskip_passes.infra.graph_module import text
+from adaskip_passes.partition.outer import Piece, piece_of
 from tests.support.fx_decoders import (
     ROOM,
     SHAPES,

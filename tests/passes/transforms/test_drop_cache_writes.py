@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import fx
 
-from adaskip_passes import UnsupportedError, differentiable
+from adaskip_passes import UnsupportedError
+from adaskip_passes.transforms.drop_cache_writes import differentiable
 
 
 def graph_of(build: Callable[[fx.Graph], Any]) -> fx.GraphModule:

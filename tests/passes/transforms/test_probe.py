@@ -13,19 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from adaskip_passes import (
-    PROBE_STATS,
-    VALID,
     Probe,
     Replacement,
     Skip,
     UnsupportedError,
     fuse,
     link,
-    piece_of,
     run_passes,
-    text,
 )
-from adaskip_passes.transforms.probe import measure_together, probe_piece
+from adaskip_passes.infra.graph_module import text
+from adaskip_passes.partition.outer import piece_of
+from adaskip_passes.transforms.probe import PROBE_STATS, VALID, measure_together, probe_piece
 from tests.support.fx_decoders import (
     SHAPES,
     Block,

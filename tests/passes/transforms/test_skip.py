@@ -12,18 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.nn import functional
 
-from adaskip_passes import (
-    Keep,
-    Replacement,
-    Skip,
-    UnsupportedError,
-    fuse,
-    link,
-    piece_of,
-    run_passes,
-    text,
-)
-from adaskip_passes.transforms.skip import residue
+from adaskip_passes import Replacement, Skip, UnsupportedError, fuse, link, run_passes
+from adaskip_passes.infra.graph_module import text
+from adaskip_passes.partition.outer import piece_of
+from adaskip_passes.transforms.residue import Keep, residue
 from tests.support.fx_decoders import (
     ROOM,
     SHAPES,

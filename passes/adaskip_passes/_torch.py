@@ -1,0 +1,197 @@
+"""Every interface of torch that this package uses and torch does not promise.
+
+``pyproject.toml`` caps the versions of torch for what is here, and lets no other file of the
+package import it. ``docs/explanation/private-interfaces.md`` lists the modules.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import fx, nn
+from torch._dynamo import convert_frame
+from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
+from torch._dynamo.variables.torch import tracing_state_functions
+from torch._guards import TracingContext, tracing
+from torch._logging._internal import trace_structured
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.printers import PythonPrinter
+
+# What is used as it is:
+# - PythonPrinter: a shape guard's expression as Python text, to be evaluated without Dynamo;
+# - ShapeEnv: which guards and ranges the lengths of a capture have;
+# - TracingContext, tracing: pieces are compiled under the context that the graph was traced in.
+__all__ = ["PythonPrinter", "ShapeEnv", "TracingContext", "tracing"]
+
+#: Held while anything is traced or compiled, here and by torch.compile elsewhere: what both switch
+#: off meanwhile is global.
+one_at_a_time = convert_frame.compile_lock
+
+# Tracing -----------------------------------------------------------------------------------------
+
+
+def is_disabled() -> bool:
+    """Return whether Dynamo is switched off in this process (TORCHDYNAMO_DISABLE and the like)."""
+    return bool(torch._dynamo.config.disable)
+
+
+def forget_code(code: types.CodeType) -> None:
+    """Remove what Dynamo keeps of a code object: its cache entries hold the traced graph."""
+    torch._dynamo.eval_frame.reset_code(code)  # type: ignore[attr-defined]
+
+
+def no_collection_after_compiling() -> AbstractContextManager[Any]:
+    """Keep Dynamo from running a garbage collection of its own after a trace."""
+    context: AbstractContextManager[Any] = torch._dynamo.config.patch(run_gc_after_compile=False)
+    return context
+
+
+def guarding_hooks() -> AbstractContextManager[Any]:
+    """Let Dynamo guard the hooks of modules, which it leaves out by default."""
+    context: AbstractContextManager[Any] = torch._dynamo.config.patch(
+        skip_nnmodule_hook_guards=False
+    )
+    return context
+
+
+def without_stack_texts() -> AbstractContextManager[Any]:
+    """Keep Dynamo from writing the stack's text for every node: a tenth of a trace's time."""
+    return patch.object(
+        InstructionTranslatorBase, "is_co_filename_from_nn_modules", lambda _translator: True
+    )
+
+
+@contextmanager
+def not_exporting() -> Iterator[None]:
+    """Let `torch.compiler.is_exporting` be false where Dynamo traces it.
+
+    Dynamo of 2.11 takes it for true in every trace (2.13 does not): Mamba has other code then. (Its
+    table is changed and not the function, which Dynamo's caches know by identity.)
+    """
+    functions: MutableMapping[Any, Any] = tracing_state_functions()
+    with patch.dict(functions, {torch.compiler.is_exporting: False}):
+        yield
+
+
+def scan_module() -> types.ModuleType:
+    """Return the module whose ``associative_scan`` models call, by way of Dynamo.
+
+    The function has the same name as its module, so that an import would give the function.
+    """
+    return importlib.import_module("torch._higher_order_ops.associative_scan")
+
+
+# Inside Dynamo's backend -------------------------------------------------------------------------
+
+
+def source_name(source: Any) -> str:
+    """Return a Dynamo source as Python text: ``name`` is a property since 2.12, a method before."""
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def source_of(placeholder: fx.Node) -> str:
+    """Return where a placeholder's value comes from, as Python text over ``L`` and globals."""
+    return source_name(placeholder._dynamo_source)  # type: ignore[attr-defined]
+
+
+def constant_lengths() -> Iterator[tuple[str, int, int]]:
+    """Yield the lengths that were marked dynamic and became constants in the current trace.
+
+    Yields:
+        The name of the argument, the dimension and its constant size.
+    """
+    for tracked in InstructionTranslator.current_tx().output.tracked_fakes:
+        asked = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for dim, constraint in enumerate(asked):
+            if constraint is None or constraint.warn_only:
+                continue
+            assert isinstance(tracked.fake, torch.Tensor)
+            size = tracked.fake.shape[dim]
+            constant = size if isinstance(size, int) else size.node.maybe_as_int()
+            if constant is not None:
+                yield re.findall(r"\['(\w+)'\]", source_name(tracked.source))[-1], dim, constant
+
+
+def modified_sources() -> Iterator[Any]:
+    """Yield the sources of the Python objects that the function being traced has changed."""
+    effects = InstructionTranslator.current_tx().output.side_effects
+    for variable in effects.id_to_variable.values():
+        if effects.is_modified(variable) and variable.source is not None:
+            yield variable.source
+
+
+def guarded_sources() -> Iterator[tuple[Any, str]]:
+    """Yield what the function being traced has read, by the guards that Dynamo has collected.
+
+    Yields:
+        A source, and the attribute or key that was asked for there; empty for the whole of it.
+    """
+    for guard in TracingContext.get().guards_context.dynamo_guards:
+        asked: Mapping[str, Any] = getattr(guard.create_fn, "keywords", {})
+        yield guard.originating_source, str(asked.get("attr", asked.get("key", "")))
+
+
+# Fake tensors ------------------------------------------------------------------------------------
+
+
+def fake_like(example: torch.Tensor) -> torch.Tensor:
+    """Return a fake tensor like another one, with storage of its own."""
+    assert isinstance(example, FakeTensor)
+    meta = torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device="meta")
+    fake = FakeTensor(example.fake_mode, meta, example.device)
+    if isinstance(example, nn.Parameter):
+        fake._is_param = True  # as `nn.Parameter` marks tensors of other classes
+    return fake.requires_grad_(example.requires_grad)
+
+
+# Compiling ---------------------------------------------------------------------------------------
+
+
+def backend_of(name: str) -> Callable[..., Any]:
+    """Return a backend of torch.compile by its name: pieces are compiled outside of Dynamo."""
+    backend: Callable[..., Any] = torch._dynamo.lookup_backend(name)
+    return backend
+
+
+def start_inductor_workers() -> None:
+    """Let the processes in which Inductor compiles kernels start while there is other work."""
+    from torch._inductor.async_compile import AsyncCompile, maybe_warm_pool
+
+    maybe_warm_pool()
+    # asks whether they are ready, for the first time: until they have answered, none is used
+    AsyncCompile.use_process_pool()  # type: ignore[no-untyped-call]
+
+
+# Tracing for tlparse -----------------------------------------------------------------------------
+
+
+def is_traced() -> bool:
+    """Return whether torch's structured trace has a reader (``TORCH_TRACE``)."""
+    handlers = logging.getLogger("torch.__trace").handlers
+    return any(handler.level <= logging.DEBUG for handler in handlers)
+
+
+def trace_artifact(name: str, payload: Callable[[], str]) -> None:
+    """Put a text into torch's structured trace, which ``tlparse`` shows; nothing without a reader.
+
+    Args:
+        name: Of the artifact.
+        payload: Makes the text, where there is a reader.
+    """
+    if is_traced():  # torch would make the text for handlers that do not take it
+        trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": name, "encoding": "string"},
+            payload_fn=payload,
+            expect_trace_id=False,  # linking happens outside of a trace
+        )

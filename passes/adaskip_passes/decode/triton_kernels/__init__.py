@@ -1,0 +1,12 @@
+"""Triton kernels for `ops`, on CUDA.
+
+Both are bound by reading memory: every weight, key and value is read once, in 16-byte accesses,
+and nothing intermediate is written. Kernels are launched with programmatic dependence (PDL): a
+kernel starts while the one before it ends, loads its first weights, which nobody writes, and only
+then waits for its input.
+"""
+
+from .decode_attention import attend, attention
+from .projections import project, projection
+
+__all__ = ["attend", "attention", "project", "projection"]

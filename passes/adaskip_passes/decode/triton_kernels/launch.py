@@ -1,0 +1,59 @@
+"""A kernel with its arguments: run it, or compile it for arguments like these."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments, and the tensors that it writes.
+
+    Attributes:
+        kernel: A Triton kernel.
+        grid: How many programs run, by axis.
+        arguments: Of the kernel, in order.
+        flags: Its constants and launch options, by name.
+        outputs: Those of the arguments that are the results.
+
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    flags: dict[str, Any]
+    outputs: list[torch.Tensor]
+
+    def run(self) -> list[torch.Tensor]:
+        """Launch the kernel; returns its outputs."""
+        self.kernel[self.grid](*self.arguments, **self.flags)
+        return self.outputs
+
+    def compile(self, device: torch.device) -> None:
+        """Compile for arguments like these, which may be fake; the next `run` finds the kernel.
+
+        Args:
+            device: The CUDA device that it will run on.
+
+        """
+        mocked = [_mock(a) for a in self.arguments]
+        with torch.cuda.device(device):
+            compiled = self.kernel.warmup(*mocked, grid=self.grid, **self.flags)
+            _ = compiled.run  # loads it, and builds its launcher
+
+
+def _mock(value: Any) -> Any:
+    """Return what stands for an argument: a dtype for an aligned tensor, a number for a length."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    return value.node.hint if isinstance(value, torch.SymInt) else value
+
+
+@functools.cache
+def has_pdl(device: torch.device) -> bool:
+    """Return whether the device knows programmatic dependent launch (compute capability 9)."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
