@@ -128,15 +128,15 @@ def _steps(compiled: Any, plan: SkipPlan, batch: int, context: int) -> dict[str,
         "kv_share": stored / len(cache.stored),
     }
     if device.type == "cuda":
-        graph = cache._storage.decoder._recordings[cache.request.lane.program].graph
-        position = cache._storage.decoder.position
+        graph = cache.lease.buffers.decoder._recordings[cache.request.lane.program].graph
+        position = cache.lease.buffers.decoder.position
         position.fill_(context)
 
         def replay() -> None:
             graph.replay()
 
         result["decode_replay"] = spread(seconds(replay, device, repeats=20, warmup=3))
-        cache._storage.decoder._position_at = None
+        cache.lease.buffers.decoder._position_at = None
     return result
 
 

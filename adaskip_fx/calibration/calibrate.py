@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from ..api import build
-from ..model.compiled_model import check_model
+from ..model.check_model import check_model
 from ..plans.sublayer import Sublayer
 from ..profiles.fingerprint import fingerprint
 from ..profiles.profile import PROBE_STATS, Array, Profile

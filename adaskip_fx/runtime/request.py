@@ -17,7 +17,7 @@ from ..plans.skip_plan import Action, SkipPlan, Sublayer
 
 if TYPE_CHECKING:
     from ..capture.phase_graph import CapturedPhase
-    from ..capture.states import Since
+    from ..capture.state import Since
     from .static_step import DecodeBinding
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..capture.phase_graph import GraphPhase
+from ..capture.graph_key import GraphPhase
 from ..capture.reference import ReferenceRun
-from ..capture.states import Since
+from ..capture.state import Since
 from ..kv_cache import saved
 from ..kv_cache.cache import SkipCache
 from ..kv_cache.names import cache_argument, generate_argument
@@ -204,8 +204,8 @@ class Runtime:
             self._admitted = given
         begin = given.plan(self.stage) if isinstance(given, Stages) else given
         request = Request(begin, stop_tokens, learns=learn)
-        slots, kept = self.graphs.slots, self.graphs.stored(request.plan)
-        cache = SkipCache(self, slots, kept, self.model.dtype, self.device, capacity)
+        specs, kept = self.graphs.specs, self.graphs.stored(request.plan)
+        cache = SkipCache(self, specs, kept, self.model.dtype, self.device, capacity)
         cache.request = request
         self.track(cache)
         return cache
@@ -345,8 +345,8 @@ class Runtime:
         request.fixed.clear()
         request.lane = None
         if not cache.length:
-            slots, kept = state.sample.slots, self.graphs.stored(request.plan)
-            cache.renew(slots, kept, self.model.dtype, self.device)
+            specs, kept = state.reference.specs, self.graphs.stored(request.plan)
+            cache.renew(specs, kept, self.model.dtype, self.device)
 
     def _turn(self, cache: SkipCache, phase: GraphPhase) -> Request:
         """The request's state for this step; a prompt after decoded tokens begins a new turn."""

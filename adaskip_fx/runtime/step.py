@@ -14,10 +14,11 @@ import torch
 
 from adaskip_passes import Recorder, UnsupportedError
 
-from ..capture import phase_graph
-from ..capture.phase_graph import GraphKey, GraphPhase, Surroundings
-from ..capture.states import ChangedError, Since
-from ..kv_cache.buffers import BufferPool, CacheBuffers
+from ..capture.arguments import bind_arguments, step_inputs
+from ..capture.graph_key import GraphKey, GraphPhase, Surroundings
+from ..capture.state import ChangedError, Since
+from ..kv_cache.buffer_pool import BufferPool
+from ..kv_cache.buffers import CacheBuffers
 from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import SkipPlan, Sublayer
 from ..programs.program import Program
@@ -147,11 +148,9 @@ class Runner:
             surroundings=Surroundings.now(self.device),
         )
         model, forward = self.graphs.model, self.graphs.forward
-        given = phase_graph.step_inputs(
-            forward, inputs.input_ids, positions, mask, key.logits_to_keep
-        )
+        given = step_inputs(forward, inputs.input_ids, positions, mask, key.logits_to_keep)
         views = cache.step(batch, tokens, phase == "prefill")
-        arguments = phase_graph.bind_arguments(model, forward, views, given)
+        arguments = bind_arguments(model, forward, views, given)
         program = self.graphs.program(key, plan, probed, arguments, _since(request))
         fixed = self._fixed(request, program, arguments, cache)
         valid = _valid(request, phase, inputs.input_ids, mask) if probed else None
@@ -198,7 +197,7 @@ class Runner:
         if fixed is None:
             if cache.length:  # at its beginning the model was looked at just now
                 self.graphs.states.require(_since(request))
-            fixed = request.fixed[program.phase] = program.phase.fixed(arguments)
+            fixed = request.fixed[program.phase] = program.phase.weights(arguments)
         return fixed
 
     def _decoder(self, storage: CacheBuffers) -> StaticDecodeStep:
@@ -208,7 +207,7 @@ class Runner:
                 self._recorder = Recorder(self.device)
             dtype = self.graphs.model.dtype
             storage.decoder = StaticDecodeStep(
-                storage, self.graphs.slots, dtype, self.device, self._recorder
+                storage, self.graphs.specs, dtype, self.device, self._recorder
             )
         return storage.decoder
 
@@ -234,8 +233,8 @@ class Runner:
             surroundings=surroundings,
             static_cache=True,
         )
-        given = phase_graph.step_inputs(graphs.forward, decoder.tokens, decoder.positions, None, 1)
-        arguments = phase_graph.bind_arguments(graphs.model, graphs.forward, decoder.cache, given)
+        given = step_inputs(graphs.forward, decoder.tokens, decoder.positions, None, 1)
+        arguments = bind_arguments(graphs.model, graphs.forward, decoder.cache, given)
         program = graphs.program(key, plan, probed, arguments, _since(request))
         return DecodeBinding(
             storage, plan, probed, surroundings, program, arguments, graphs.counters.links

@@ -61,9 +61,9 @@ def test_states_are_stored_as_without_autocast() -> None:
     """A state that is met in a region first is not kept in half precision for all requests."""
     model = model_of("mamba")
     with torch.autocast("cpu", torch.bfloat16):
-        slots = run_reference(model).slots
-    assert slots == run_reference(model).slots
-    assert {state.dtype for slot in slots for state in slot.states} == {torch.float32}
+        specs = run_reference(model).specs
+    assert specs == run_reference(model).specs
+    assert {state.dtype for spec in specs for state in spec.states} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # the companion
         cache = model(torch.tensor([[3, 4, 5]])).cache_params
     assert cache.layers[0].conv_states[0].dtype == torch.bfloat16
@@ -93,35 +93,35 @@ def test_a_model_that_has_moved_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -
     """A sample from another device proves nothing (there is but one here: it is made up)."""
     compiled = build(model_of(), None, backend="eager")
     state = compiled.adaskip.graphs.states.current
-    state.sample = of_other_logits(state.sample, lambda logits: logits.to("meta"))
+    state.reference = of_other_logits(state.reference, lambda logits: logits.to("meta"))
     be_wrong(monkeypatch, 2e-3)
     with pytest.raises(UnsupportedError, match="captured for decode gives other logits"):
         compiled.generate(torch.arange(9).unsqueeze(0), max_new_tokens=3, do_sample=False)
-    assert state.sample.device.type == "cpu"
+    assert state.reference.device.type == "cpu"
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3", "falcon_h1", "mamba", "qwen3_next"])
 def test_what_layers_store(family: str) -> None:
     """Shapes as of what transformers' own cache holds after the same tokens."""
     model = model_of(family)
-    slots = run_reference(model).slots
+    specs = run_reference(model).specs
     argument = "cache_params" if family == "mamba" else "past_key_values"
     with torch.no_grad():
         cache = model(input_ids=torch.arange(5).unsqueeze(0), use_cache=True)[argument]
-    assert len(slots) == len(cache.layers)
-    for slot, layer in zip(slots, cache.layers, strict=True):
+    assert len(specs) == len(cache.layers)
+    for spec, layer in zip(specs, cache.layers, strict=True):
         keys = getattr(layer, "keys", None)
-        assert slot.attends == (keys is not None)
+        assert spec.attends == (keys is not None)
         if keys is not None:
-            assert (slot.key_heads, slot.key_dim) == (keys.shape[1], keys.shape[3])
-            assert (slot.value_heads, slot.value_dim) == (
+            assert (spec.key_heads, spec.key_dim) == (keys.shape[1], keys.shape[3])
+            assert (spec.value_heads, spec.value_dim) == (
                 layer.values.shape[1],
                 layer.values.shape[3],
             )
         states = [*getattr(layer, "conv_states", {}).values()]
         states += getattr(layer, "recurrent_states", {}).values()
         expected = [(tuple(t.shape[1:]), t.dtype) for t in states if t is not None]
-        assert [(s.shape, s.dtype) for s in slot.states] == expected
+        assert [(s.shape, s.dtype) for s in spec.states] == expected
 
 
 def test_a_cache_that_is_not_understood() -> None:

@@ -260,7 +260,7 @@ def test_storage_for_skipped_attention_is_caught(monkeypatch: pytest.MonkeyPatch
     bank = entry("three_layers")
     plan = bank.plan(["1.attention"])
     graphs = bank.runtime.graphs
-    monkeypatch.setattr(graphs, "stored", lambda plan: list(graphs.slots))
+    monkeypatch.setattr(graphs, "stored", lambda plan: list(graphs.specs))
     with bank.using(plan):
         assert "layer 1: storage True" in failing(bank, plan)
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from adaskip_fx.kv_cache.buffers import BufferPool, CacheBuffers, LayerCacheSpec
+from adaskip_fx.kv_cache.buffer_pool import BufferPool
+from adaskip_fx.kv_cache.buffers import CacheBuffers
+from adaskip_fx.kv_cache.layer_spec import LayerCacheSpec
 
 SLOTS = (LayerCacheSpec(1, 2, 1, 2),)
 CPU = torch.device("cpu")
