@@ -13,8 +13,8 @@ from adaskip_fx import api
 from adaskip_fx.api import build
 from adaskip_fx.capture import reference
 from adaskip_fx.capture.reference import run_reference
-from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes import UnsupportedError
+from tests.support.families.all import tiny_config, tiny_model
 
 
 def model_of(family: str = "llama") -> Any:

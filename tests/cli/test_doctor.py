@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from adaskip_fx.cli import doctor
-from adaskip_fx.testing.families import tiny_config, tiny_model
 from tests.support.command_line import make_tokenizer, refused, run
+from tests.support.families.all import tiny_config, tiny_model
 
 
 @pytest.fixture(autouse=True)

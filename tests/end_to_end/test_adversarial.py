@@ -17,7 +17,6 @@ from adaskip_fx.api import build, compile
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for
-from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes import UnsupportedError
 from tests.model_support import matrix
 from tests.support.custom_decoders import (
@@ -27,6 +26,7 @@ from tests.support.custom_decoders import (
     SharedLayer,
     own,
 )
+from tests.support.families.all import tiny_config, tiny_model
 
 
 def llama(**changes: Any) -> Any:

@@ -23,12 +23,12 @@ from adaskip_fx.runtime.inputs import Inputs
 from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for, relative_error
-from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model
 from adaskip_passes import Replacement, Skip, run_passes, text
 from tests.model_support import matrix
 from tests.support.branch_paths import OTHERWISE, Branches
 from tests.support.compiled_llamas import fewer
 from tests.support.custom_decoders import OwnDecoder, OwnLayer, own
+from tests.support.families.all import FAMILIES, tiny_config, tiny_model
 
 KINDS = {
     "llama": "one after the other",

@@ -29,9 +29,9 @@ from adaskip_fx.kv_cache import names
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.testing import assert_equivalent
-from adaskip_fx.testing.families import tiny_config, tiny_model
 from tests.support.compiled_llamas import entry, make_model
 from tests.support.custom_decoders import own
+from tests.support.families.all import tiny_config, tiny_model
 from tests.support.generation import counted
 from tests.support.tokenizers import Letters
 

@@ -25,10 +25,10 @@ from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.testing import Oracle
-from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model
 from adaskip_passes import UnsupportedError
 from tests.support.branch_paths import branches
 from tests.support.eager_reference import assert_close, moments
+from tests.support.families.all import FAMILIES, tiny_config, tiny_model
 
 COLUMNS = (
     "found",

@@ -17,7 +17,6 @@ from adaskip_fx.api import build
 from adaskip_fx.plans.skip_plan import Action
 from adaskip_fx.runtime.request import Window
 from adaskip_fx.testing import plans
-from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes import UnsupportedError
 from tests.support.compiled_llamas import (
     SEEDS,
@@ -31,6 +30,7 @@ from tests.support.compiled_llamas import (
     make_model,
 )
 from tests.support.eager_reference import assert_close, moments
+from tests.support.families.all import tiny_config, tiny_model
 
 
 @fewer(2)

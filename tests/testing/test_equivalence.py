@@ -15,10 +15,10 @@ from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.programs import program
 from adaskip_fx.testing import Oracle, assert_equivalent, plans, prompts, tiny_configs
 from adaskip_fx.testing.equivalence import compiled_for
-from adaskip_fx.testing.families import FAMILIES, tiny_model
 from adaskip_passes import UnsupportedError
 from tests.support.compiled_llamas import Entry, entry
 from tests.support.custom_decoders import OwnDecoder, OwnParallelDecoder, SharedLayer, own
+from tests.support.families.all import FAMILIES, tiny_model
 
 MODELS = {"pre-norm": OwnDecoder, "parallel": OwnParallelDecoder}
 
@@ -189,7 +189,7 @@ def test_tiny_configurations_make_models(family: str, data: st.DataObject) -> No
 
 
 def test_an_unknown_family() -> None:
-    with pytest.raises(ValueError, match="no family 'lama'; known: apertus, arcee, "):
+    with pytest.raises(ValueError, match="no family 'lama'; known: deepseek_v3, gemma2, "):
         find(tiny_configs("lama"), lambda config: True)
 
 
