@@ -97,7 +97,7 @@ def _cache_after(
     if key.static_cache:
         position = torch.full((1,), step.past, dtype=torch.int64, device=key.device)
         return StaticCacheView.of(buffers, specs, position, dtype)
-    return _views(buffers, specs, total, new, fresh=key.phase == "prefill")
+    return _views(buffers, specs, total, new, prefill=key.phase == "prefill")
 
 
 def _arguments(
@@ -123,7 +123,7 @@ def _arguments(
 
 
 def _views(
-    buffers: CacheBuffers, specs: tuple[LayerCacheSpec, ...], total: int, new: int, fresh: bool
+    buffers: CacheBuffers, specs: tuple[LayerCacheSpec, ...], total: int, new: int, prefill: bool
 ) -> DynamicCacheView:
     layers = []
     for i, spec in enumerate(specs):
@@ -133,7 +133,7 @@ def _views(
         )
         layers.append(LayerView(spec, keys, values, buffers.states[i]))
     filled, new_tokens = (buffers.lengths.narrow(0, 0, n) for n in (total, new))
-    return DynamicCacheView(layers, filled, new_tokens, fresh)
+    return DynamicCacheView(layers, filled, new_tokens, prefill)
 
 
 def _run(captured: CapturedPhase, arguments: dict[str, Any], name: str) -> torch.Tensor:

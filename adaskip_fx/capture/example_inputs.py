@@ -77,7 +77,7 @@ def _example_cache(
     filled, new = (
         _mark_length(torch.empty(n, dtype=torch.int8, device="cpu"), 0) for n in (total, tokens)
     )
-    return DynamicCacheView(layers, filled, new, fresh=key.phase == "prefill")
+    return DynamicCacheView(layers, filled, new, prefill=key.phase == "prefill")
 
 
 def _example_static_cache(

@@ -12,7 +12,7 @@ GraphPhase = Literal["prefill", "extend", "decode"]
 
 @dataclass(frozen=True)
 class GraphKey:
-    """What a captured graph depends on besides lengths.
+    """All that a captured graph depends on besides lengths.
 
     Attributes:
         phase: which of the three graphs.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import fx
@@ -34,15 +34,17 @@ from adaskip_passes import (
 )
 
 from ..kv_cache.layer_spec import LayerCacheSpec
-from ..kv_cache.names import cache_argument
 from ..plans.sublayer import Sublayer
 from . import attention
 from .arguments import Forward
 from .example_inputs import example_arguments
 from .graph_key import GraphKey
+from .traced_functions import traced_function
 
 #: A layer and what it keeps in the cache: ``attention`` (keys and values) or ``mixer`` (states).
-Memory = tuple[int, str]
+Memory: TypeAlias = tuple[int, str]
+#: Shape, strides, dtype and device of a tensor; of another value the name of its type.
+Layout: TypeAlias = tuple[object, ...]
 _STORED = re.compile(
     r"L\['cache'\]\.layers\[(\d+)\]\.(keys|values|(?:conv|recurrent)_states\[\d+\])"
 )
@@ -79,7 +81,7 @@ class CapturedPhase:
     input_index: Mapping[str, int]
     bind_weights: Binder
     bind_step: Binder
-    weight_layouts: tuple[tuple[Any, ...] | None, ...]
+    weight_layouts: tuple[Layout | None, ...]
 
     def weights(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return the inputs that stay the same during a request, as they are now.
@@ -134,7 +136,7 @@ def capture_phase(
         arguments = example_arguments(model, forward, key, specs, lengths)
         cache = arguments["cache"]
         layers = Repeat.of("model", model, {"L['cache'].layers": cache.layers}, (cache,))
-        captured = capture(_TRACED[cache_argument(forward)], arguments, lambda made: made, layers)
+        captured = capture(traced_function(forward), arguments, lambda made: made, layers)
         if captured.python_effects:
             changed = ", ".join(map(readable, captured.python_effects))
             raise UnsupportedError(
@@ -187,7 +189,7 @@ def _lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:
     return (FuseProjections(),) if fused else ()
 
 
-def _layout(value: Any) -> tuple[Any, ...]:
+def _layout(value: object) -> Layout:
     if not isinstance(value, torch.Tensor):
         return (type(value).__name__,)
     return tuple(value.shape), tuple(value.stride()), value.dtype, value.device
@@ -202,32 +204,6 @@ def _sorted_inputs(captured: Capture) -> tuple[dict[str, str], dict[str, str]]:
         changes = source.startswith(("L['cache']", "L['inputs']"))
         (step if changes else weights)[node.name] = source
     return weights, step
-
-
-def _logits_of_cache(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
-    """Return logits [B, kept tokens, vocabulary]; traced since transformers 5.24."""
-    cache.begin(inputs["input_ids"].shape[1])
-    return forward(model, cache=cache, use_cache=True, **inputs).logits
-
-
-def _logits_of_states(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
-    """Return logits likewise; traced before 5.24 of a model with only mixers."""
-    cache.begin(inputs["input_ids"].shape[1])
-    return forward(model, cache_params=cache, use_cache=True, **inputs).logits
-
-
-def _logits(model: Any, forward: Any, cache: Any, inputs: Any) -> Any:
-    """Return logits likewise; traced before 5.24 of all other models."""
-    cache.begin(inputs["input_ids"].shape[1])
-    return forward(model, past_key_values=cache, use_cache=True, **inputs).logits
-
-
-_TRACED = {
-    "cache": _logits_of_cache,
-    "cache_params": _logits_of_states,
-    "past_key_values": _logits,
-}
-_logits_of_cache.__name__ = _logits_of_states.__name__ = _logits.__name__  # for messages
 
 
 def _kind(kind: str) -> Literal["attention", "ffn", "mixer"]:

@@ -21,7 +21,7 @@ _TREE = frozenset({"_modules", "_parameters", "_buffers"})
 
 
 class ChangedError(UnsupportedError):
-    """A model was changed where its request needs it as it was."""
+    """A model was changed, and a request that began before needs it as it was."""
 
 
 @dataclass(eq=False)

@@ -40,7 +40,7 @@ def own_cache(
     Args:
         cache: what was passed.
         runtime: of the compiled model that is to use it.
-        capacity: tokens that one which becomes ours should have room for.
+        capacity: tokens that a cache which becomes ours should have room for.
 
     Raises:
         TypeError, ValueError: it cannot be used; the message says why, and it is as it was.

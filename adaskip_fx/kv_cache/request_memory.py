@@ -158,7 +158,7 @@ class RequestMemory:
 
     # Steps -----------------------------------------------------------------------------------
 
-    def step(self, batch: int, tokens: int, fresh: bool) -> DynamicCacheView:
+    def step_view(self, batch: int, tokens: int, prefill: bool) -> DynamicCacheView:
         """Return views for a step of `tokens` new tokens; buffers are made or grown as needed.
 
         Raises:
@@ -176,7 +176,7 @@ class RequestMemory:
                 keys, values = self._view(keys, total), self._view(values, total)
             layers.append(LayerView(spec, keys, values, states))
         filled, new = buffers.lengths.narrow(0, 0, total), buffers.lengths.narrow(0, 0, tokens)
-        return DynamicCacheView(layers, filled, new, fresh)
+        return DynamicCacheView(layers, filled, new, prefill)
 
     def advance(self, tokens: int) -> None:
         """Count a step's tokens as stored."""

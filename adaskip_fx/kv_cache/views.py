@@ -58,14 +58,14 @@ class LayerView(LinearAttentionCacheLayerMixin):
     lazy_initialization = update_conv_state = update_recurrent_state = _refuse
 
 
-class _SeenByStep(Cache):
+class CacheView(Cache):
     """The base of both views: plain layers, and no length of their own."""
 
     is_compileable = False
     is_sliding: Any = ()
     is_linear: Any = ()
     is_dummy: Any = ()
-    fresh = False
+    prefill = False
 
     def __init__(self, layers: Sequence[LayerView]) -> None:
         super().__init__(layers=list(layers))
@@ -78,21 +78,22 @@ class _SeenByStep(Cache):
 
     def has_previous_state(self, layer_idx: Any = None, state_idx: int | None = None) -> bool:
         """Return whether states hold anything yet."""
-        return not self.fresh
+        return not self.prefill
 
     def get_conv_state(
         self, layer_idx: int | LayerIndex, state_idx: int = 0
     ) -> torch.Tensor | None:
         """Return the last inputs of a convolution, or None in a prompt."""
-        return None if self.fresh else self.layers[layer_index(layer_idx)].conv_states[state_idx]
+        return None if self.prefill else self.layers[layer_index(layer_idx)].conv_states[state_idx]
 
     def get_recurrent_state(
         self, layer_idx: int | LayerIndex, state_idx: int = 0
     ) -> torch.Tensor | None:
         """Return a recurrent state, or None in a prompt."""
-        return (
-            None if self.fresh else self.layers[layer_index(layer_idx)].recurrent_states[state_idx]
-        )
+        if self.prefill:
+            return None
+        state: torch.Tensor = self.layers[layer_index(layer_idx)].recurrent_states[state_idx]
+        return state
 
     def update_conv_state(
         self,
@@ -103,10 +104,10 @@ class _SeenByStep(Cache):
     ) -> torch.Tensor:
         """Keep the last of a convolution's inputs [B, C, T]; returns all that it sees."""
         held = self.layers[layer_index(layer_idx)].conv_states[state_idx]
-        before = torch.zeros_like(held) if self.fresh else held
+        before = torch.zeros_like(held) if self.prefill else held
         seen = torch.cat((before.to(conv_states.dtype), conv_states), -1)
         held.copy_(seen[..., -held.shape[-1] :])
-        return conv_states if self.fresh else seen
+        return conv_states if self.prefill else seen
 
     def update_recurrent_state(
         self,
@@ -121,28 +122,28 @@ class _SeenByStep(Cache):
         return held
 
 
-class DynamicCacheView(_SeenByStep):
+class DynamicCacheView(CacheView):
     """Views of the filled length of the buffers, new tokens at the end.
 
     Attributes:
         layers: one `LayerView` per decoder layer; of a layer that stores nothing, meta tensors.
         filled, new: tensors as long as the filled cache and as the new tokens; only their lengths
             are used (an integer attribute would be captured as a constant).
-        fresh: True in prefill, when the new tokens are all there is: attention then reads the
-            new keys and values instead of the stored ones.
+        prefill: whether the new tokens are all there is: attention then reads the new keys and
+            values instead of the stored ones.
     """
 
     def __init__(
-        self, layers: Sequence[LayerView], filled: torch.Tensor, new: torch.Tensor, fresh: bool
+        self, layers: Sequence[LayerView], filled: torch.Tensor, new: torch.Tensor, prefill: bool
     ) -> None:
         super().__init__(layers)
         self.filled = filled
         self.new = new
-        self.fresh = fresh
+        self.prefill = prefill
 
     def begin(self, tokens: int) -> None:
         """Tell the tracer that `tokens` are new, and in prefill that no others are filled."""
-        if self.new.shape[0] != tokens or (self.fresh and tokens != self.filled.shape[0]):
+        if self.new.shape[0] != tokens or (self.prefill and tokens != self.filled.shape[0]):
             raise ValueError(f"{tokens} tokens for a step of {self.new.shape[0]}")
 
     def update(
@@ -161,13 +162,13 @@ class DynamicCacheView(_SeenByStep):
         start = total - tokens
         layer.keys.narrow(2, start, tokens).copy_(key_states)
         layer.values.narrow(2, start, tokens).copy_(value_states)
-        if self.fresh:
+        if self.prefill:
             return key_states, value_states
         return layer.keys, layer.values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens stored before the new ones."""
-        return 0 if self.fresh else self.filled.shape[0] - self.new.shape[0]
+        return 0 if self.prefill else self.filled.shape[0] - self.new.shape[0]
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Return the position of the first query; a constant in prefill: the mask is causal."""
@@ -178,7 +179,7 @@ class DynamicCacheView(_SeenByStep):
         return self.filled.shape[0], 0
 
 
-class StaticCacheView(_SeenByStep):
+class StaticCacheView(CacheView):
     """Whole buffers, and the position on the device, for a decode step on a static cache.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The face that transformers sees: a compiled model, its `generate`, and loading by name.
+"""The compiled model as transformers sees it, its `generate`, and loading a model by name.
 
 Imports `runtime` and what lies below it.
 """

@@ -52,7 +52,7 @@ class CompiledModel(GenerateHooks):
         if config.cache_implementation is not None:
             raise NotImplementedError(
                 f"cache_implementation={config.cache_implementation!r} is not "
-                "supported: a compiled model makes its own cache, with storage only for the "
+                "supported: a compiled model makes its own cache, with buffers only for the "
                 "attention that runs; leave the argument out"
             )
         ends = stop_tokens(config)

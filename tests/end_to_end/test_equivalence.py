@@ -217,14 +217,14 @@ def test_a_sublayer_that_runs_though_skipped_is_caught() -> None:
 
 
 def test_a_dropped_kv_write_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = SkipCache.step
+    step_view = SkipCache.step_view
 
     def lossy(self: SkipCache, *args: Any) -> Any:
-        views = step(self, *args)
+        views = step_view(self, *args)
         views.layers[1].values = views.layers[1].values.clone()  # written to, then forgotten
         return views
 
-    monkeypatch.setattr(SkipCache, "step", lossy)
+    monkeypatch.setattr(SkipCache, "step_view", lossy)
     bank = entry("three_layers")
     with bank.using():
         assert "layer 1 values" in failing(bank, bank.plan())
