@@ -72,7 +72,7 @@ class CompiledModel(GenerateHooks):
 
     def _adaskip_decode(self: CompiledCausalLM, call: DecodingCall) -> Any:
         """Decode without waiting for a GPU; see :mod:`adaskip_fx.model.generation`."""
-        cache = call.model_kwargs.get(self.adaskip.generate_argument)
+        cache = call.model_kwargs.get(self._adaskip.generate_argument)
         if isinstance(cache, SkipCache) and generation.serves(call):
             return generation.run(self, call)
         return None

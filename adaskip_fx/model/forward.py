@@ -72,7 +72,7 @@ def compiled_forward(base: Callable[..., Any]) -> Callable[..., Any]:
 def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
     """Run one forward of the compiled model."""
     _refuse_unsupported(model, arguments)
-    runtime, config = model.adaskip, model.config
+    runtime, config = model._adaskip, model.config
     arguments = under_one_name(arguments, runtime.cache_argument)
     input_ids = _checked_ids(runtime.device, arguments.get("input_ids"))
     cache = arguments.get(runtime.cache_argument)

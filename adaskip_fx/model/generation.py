@@ -50,7 +50,7 @@ def following(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str,
     @functools.wraps(prepare)
     def followed(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = prepare(self, *args, **kwargs)
-        name = self.adaskip.generate_argument
+        name = self._adaskip.generate_argument
         cache = kwargs.get(name)
         if isinstance(cache, SkipCache) and inputs.get(name) is None:
             inputs[name] = cache.new_request() if cache.length else cache
@@ -85,7 +85,7 @@ def run(model: CompiledCausalLM, call: DecodingCall) -> Any:
         cache = request.cache
         request.choose_tokens()
         full = longest is not None and request.input_ids.shape[1] >= longest
-        ahead = not full and model.adaskip.may_run_ahead(cache)
+        ahead = not full and model._adaskip.may_run_ahead(cache)
         if ahead:
             request.run_step()
         stop, invalid = request.host.receive()
@@ -128,7 +128,7 @@ class _Request:
     @property
     def cache(self) -> SkipCache:
         """The cache of the next step."""
-        cache: SkipCache = self.model_kwargs[self._model.adaskip.generate_argument]
+        cache: SkipCache = self.model_kwargs[self._model._adaskip.generate_argument]
         return cache
 
     def choose_tokens(self) -> None:

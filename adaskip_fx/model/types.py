@@ -9,8 +9,6 @@ from ..utils.transformers_types import CausalLM
 
 
 class CompiledCausalLM(CausalLM, Protocol):
-    """A decoder of transformers' that was compiled."""
+    """A decoder of transformers' that was compiled, with the runtime that it runs on."""
 
-    @property
-    def adaskip(self) -> Runtime:
-        """Plans, counters and caches of the compiled model."""
+    _adaskip: Runtime
