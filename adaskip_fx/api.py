@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .capture.reference import run_reference
-from .model.compiled_model import check_model, make_shell
+from .model.check_model import check_model
 from .model.load import usable_backend
+from .model.subclass import make_compiled_model
 from .plans.decisions import Decision
 from .plans.serialization import load_decision
 from .policies import AdaSkip, OnlinePolicy, Policy
@@ -88,7 +89,7 @@ def compile(
 
 def build(model: Any, plan: Decision | None, **options: Any) -> Any:
     """Return a compiled model with an explicit plan; None for the empty one; see `Runtime`."""
-    shell = make_shell(model)
+    shell = make_compiled_model(model)
     shell._adaskip = Runtime(shell, model, run_reference(model), plan, **options)
     return shell
 

@@ -129,15 +129,16 @@ def _steps(compiled: Any, plan: SkipPlan, batch: int, context: int) -> dict[str,
         "kv_share": stored / len(cache.stored),
     }
     if device.type == "cuda":
-        graph = cache._storage.decoder._recordings[cache.request.binding.program].graph
-        position = cache._storage.decoder.position
+        step = cache.lease.buffers.decoder
+        graph = step._recordings[cache.request.binding.program].graph
+        position = step.position
         position.fill_(context)
 
         def replay() -> None:
             graph.replay()
 
         result["decode_replay"] = spread(seconds(replay, device, repeats=20, warmup=3))
-        cache._storage.decoder._position_at = None
+        cache.lease.buffers.decoder._position_at = None
     return result
 
 

@@ -14,7 +14,7 @@ from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.runtime.similarity import measure_prompt
 
 from ..api import build
-from ..model.compiled_model import check_model
+from ..model.check_model import check_model
 from ..plans.sublayer import Sublayer
 from ..profiles.fingerprint import fingerprint
 from ..profiles.profile import PROBE_STATS, Array, Profile

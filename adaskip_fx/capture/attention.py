@@ -27,6 +27,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaskip_passes.decode.ops import attend
 
+from ..utils.transformers_internals import attention_name, can_set_attention
+from ..utils.transformers_types import CausalLM
+
 NAME = "adaskip"
 
 
@@ -42,7 +45,7 @@ def attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of `query` [B, H, T, D] over `key`, `value` [B, H_kv, S, D], grouped heads.
+    """Return attention of `query` [B, H, T, D] over `key`, `value` [B, H_kv, S, D], heads grouped.
 
     Without a mask: causal when T > 1 (then S = T), all of S when T = 1. An integer for a mask says
     how many of the keys count (see :func:`mask`). `softcap` bounds the scores; `s_aux` [H] are
@@ -74,18 +77,16 @@ def attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def can_be_set(model: Any) -> bool:
-    """Whether a model asks the registry for its attention; one of a user's own may not."""
-    return bool(type(model)._can_set_attn_implementation())
+def is_own(model: CausalLM) -> bool:
+    """Return whether a model's attention is a function that a user registered.
 
-
-def is_own(model: Any) -> bool:
-    """Whether a model's attention is a function that somebody registered; such is traced as it is.
-
-    What it computes is not known: only transformers' own may be exchanged for ours.
+    It is traced as it is, since what it computes is not known: only transformers' own may be
+    exchanged for ours.
     """
-    name = model.config._attn_implementation
-    if not can_be_set(model) or name in (None, NAME, "eager") or "/" in name:  # "/": of the hub
+    name = attention_name(model)
+    if (
+        not can_set_attention(model) or name in (None, NAME, "eager") or "/" in name
+    ):  # "/": of the hub
         return False
     function = ALL_ATTENTION_FUNCTIONS.get(name)
     function = getattr(function, "func", function)
@@ -102,20 +103,20 @@ def _written_out(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention with a soft cap or sinks, softmax in float32; arguments as of `attention`."""
+    """Return attention with a soft cap or sinks, softmax in float32; see `attention`."""
     batch, heads, tokens, dim = query.shape
     kv_heads, stored = key.shape[1], key.shape[2]
     groups = query.reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
     scores = torch.matmul(groups, key.unsqueeze(2).transpose(-1, -2)).float() * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    place = torch.arange(stored, device=query.device)
+    position = torch.arange(stored, device=query.device)
     seen: torch.Tensor | None = None  # broadcast to [B, H_kv, G, T, S]
     if attention_mask is None:
         if tokens > 1:
-            seen = place <= place[:tokens].unsqueeze(1)
+            seen = position <= position[:tokens].unsqueeze(1)
     elif attention_mask.dtype == torch.int64:
-        seen = place < attention_mask.unsqueeze(2)
+        seen = position < attention_mask.unsqueeze(2)
     else:
         seen = attention_mask.unsqueeze(2)
     if seen is not None:  # not infinity: a padding token sees nothing, and must not become NaN
@@ -137,7 +138,7 @@ def mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The mask for :func:`attention`: None where it needs none, else bool [B, 1, T, S].
+    """Return the mask for :func:`attention`: None where it needs none, else bool [B, 1, T, S].
 
     None is right for plain causal attention without padding when the queries begin the sequence
     (``q_offset == 0``) or there is one query, which sees all that is stored. Where the position is

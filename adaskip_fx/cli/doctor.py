@@ -102,7 +102,8 @@ def machine(device: str) -> Iterator[Finding]:
     """
     import torch
 
-    from ..model.load import choose_device, find_cpp_compiler, usable_backend
+    from ..model.load import choose_device, usable_backend
+    from ..utils.torch_internals import find_cpp_compiler
 
     chosen = choose_device(device)
     if chosen.type == "cuda":
@@ -125,7 +126,7 @@ def captured(name: str, device: str, dtype: str | None) -> Finding:
     from adaskip_passes import UnsupportedError
 
     from ..api import build
-    from ..model.compiled_model import check_model
+    from ..model.check_model import check_model
     from ..model.load import load
     from ..plans.tables import by_kind
 

@@ -12,9 +12,9 @@ from torch import fx
 
 from adaskip_passes.infra.graph_module import text
 
-from ..capture.phase_graph import GraphKey, Surroundings
+from ..capture.graph_key import GraphKey, Surroundings
 from ..capture.reference import run_reference
-from ..model.compiled_model import make_shell
+from ..model.subclass import make_compiled_model
 from ..plans.skip_plan import Phase, PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
 from ..plans.surrogates import Surrogates
@@ -41,7 +41,7 @@ def explain(model: Any, plan: SkipPlan) -> Iterator[Explained]:
         UnsupportedError: the model's sublayers cannot be captured or proven.
     """
     graphs = Graphs(
-        make_shell(model), model, run_reference(model), "eager", "pieces", max_variants=1
+        make_compiled_model(model), model, run_reference(model), "eager", "pieces", max_variants=1
     )
     for phase in get_args(Phase):
         if phase == "decode" and plan.decode == plan.prefill:

@@ -17,7 +17,7 @@ import torch
 
 from adaskip_fx.api import build
 from adaskip_fx.calibration.calibrate import tokenize
-from adaskip_fx.model.compiled_model import check_model
+from adaskip_fx.model.check_model import check_model
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer

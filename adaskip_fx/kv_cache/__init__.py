@@ -1,5 +1,9 @@
-"""What a request remembers: buffers of keys, values and states, the cache that transformers sees
-and the views of it that one step is given.
+"""What a request stores: its buffers, the cache that transformers sees, and the views of a step.
+
+- Buffers: `layer_spec` (what a layer stores), `buffers`, `buffer_pool` (leased to one request).
+- A request: `request_memory` (lengths, rows, steps), `cache` (the same as transformers' cache),
+  `layers` (``cache.layers``), `owner` (the runtime that made it), `names` (of the argument).
+- A step: `views`. Other caches: `foreign` (a caller's), `saved` (in a file).
 
 Imports `profiles`, `plans` and `utils`.
 """

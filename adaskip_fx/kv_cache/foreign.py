@@ -1,10 +1,10 @@
 """A cache that a caller brings along: ours, or one of transformers' that becomes ours.
 
-transformers' models fill the cache they are handed: its documentation's recipes make a
-``DynamicCache()``, pass it, and go on using that object. Would it be replaced by ours and stay as
-it was, whoever goes on with it would get another text's answer without a word. So the object itself
-becomes the request's cache (`SkipCache.become`), with what it held: its length, its layers, a
-copy of it and the next call on it are right, and another model refuses it by name.
+transformers' models fill the cache that is passed to them: its documentation's recipes make a
+``DynamicCache()``, pass it, and go on using that object. If ours replaced it and the object stayed
+as it was, a caller who goes on with it would silently get another text's answer. So the object
+itself becomes the request's cache (`SkipCache.become`), with what it held: its length, its layers,
+a copy of it and the next call on it are right, and another model refuses it by name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .cache import SkipCache
 
 if TYPE_CHECKING:
     from ..runtime.runtime import Runtime
-    from .buffers import LayerCacheSpec
+    from .layer_spec import LayerCacheSpec
 
 _LEAVE_OUT = "Leave past_key_values out, and continue with the one that comes back"
 
@@ -35,12 +35,12 @@ def own_cache(
     runtime: Runtime,
     capacity: int = 0,
 ) -> SkipCache:
-    """The cache that a caller passed, as one of this compiled model's: it or what it became.
+    """Return the cache that a caller passed as one of this compiled model's: it, or what it became.
 
     Args:
         cache: what was passed.
         runtime: of the compiled model that is to use it.
-        capacity: tokens that one which becomes ours should have room for.
+        capacity: tokens that a cache which becomes ours should have room for.
 
     Raises:
         TypeError, ValueError: it cannot be used; the message says why, and it is as it was.
@@ -63,7 +63,7 @@ def own_cache(
 
 
 def _kind_refused(cache: Any) -> str:
-    """Why a cache of this kind cannot be used; empty if it can."""
+    """Return why a cache of this kind cannot be used; empty if it can."""
     kind = type(cache).__name__
     if type(cache) is not DynamicCache:
         return f"is a {kind}; a compiled model needs its own cache, or a DynamicCache"
@@ -92,7 +92,7 @@ _KNOWN = tuple(
 
 @dataclass(frozen=True)
 class _Held:
-    """What a filled cache holds.
+    """The content of a filled cache of transformers'.
 
     Attributes:
         batch, tokens: rows, and how many tokens of each.
@@ -103,17 +103,17 @@ class _Held:
     tokens: int
     layers: Sequence[Any]
 
-    def tensors(self, layer: int, slot: LayerCacheSpec) -> list[torch.Tensor | None]:
-        """Keys and values [batch, heads, tokens, dim] of a layer, and the slot's states."""
+    def tensors(self, layer: int, spec: LayerCacheSpec) -> list[torch.Tensor | None]:
+        """Return keys and values [batch, heads, tokens, dim] of a layer, and the spec's states."""
         if layer >= len(self.layers):
-            return [None] * (2 + len(slot.states))
+            return [None] * (2 + len(spec.states))
         held = self.layers[layer]
-        states = (_states(held, f"{state.kind}_states").get(state.index) for state in slot.states)
+        states = (_states(held, f"{state.kind}_states").get(state.index) for state in spec.states)
         return [_tensor(held, "keys"), _tensor(held, "values"), *states]
 
 
 def _held(cache: Any) -> _Held | None:
-    """What a `DynamicCache` holds; None if it is empty.
+    """Return what a `DynamicCache` holds; None if it is empty.
 
     Raises:
         ValueError: not all of it is there any more, or nothing tells how much it is.
@@ -155,25 +155,25 @@ def _states(layer: Any, name: str) -> dict[int, torch.Tensor]:
 
 
 def _check(held: _Held, ours: SkipCache) -> None:
-    """Refuse what cannot go on with the plan that a request would begin with."""
+    """Refuse a cache that cannot go on with the plan that a request would begin with."""
     if ours.request.undecided:
         raise ValueError(
             "past_key_values is filled, but this compiled model chooses a plan by the first "
             f"prompt. {_LEAVE_OUT}"
         )
-    if ours.kept != ours.slots:
-        skipped = next(i for i, kept in enumerate(ours.kept) if kept != ours.slots[i])
+    if ours.kept != ours.specs:
+        skipped = next(i for i, kept in enumerate(ours.kept) if kept != ours.specs[i])
         raise ValueError(
             f"past_key_values is filled, but the plan stores nothing of layer {skipped}, whose "
             f"attention or mixer prompts skip. {_LEAVE_OUT}"
         )
-    if len(held.layers) > len(ours.slots):
+    if len(held.layers) > len(ours.specs):
         raise ValueError(
-            f"past_key_values has {len(held.layers)} layers, the model {len(ours.slots)}"
+            f"past_key_values has {len(held.layers)} layers, the model {len(ours.specs)}"
         )
-    for index, slot in enumerate(ours.slots):
-        wanted = _wanted(slot, held, ours)
-        got = [_form(tensor) for tensor in held.tensors(index, slot)]
+    for index, spec in enumerate(ours.specs):
+        wanted = _wanted(spec, held, ours)
+        got = [_form(tensor) for tensor in held.tensors(index, spec)]
         if got != wanted:
             a, b = next((a, b) for a, b in zip(got, wanted, strict=True) if a != b)
             raise ValueError(
@@ -181,16 +181,16 @@ def _check(held: _Held, ours: SkipCache) -> None:
             )
 
 
-def _wanted(slot: LayerCacheSpec, held: _Held, ours: SkipCache) -> list[str]:
-    """The forms of a layer's tensors, in the order of `_Held.tensors`."""
+def _wanted(spec: LayerCacheSpec, held: _Held, ours: SkipCache) -> list[str]:
+    """Return the forms of a layer's tensors, in the order of `_Held.tensors`."""
 
     def form(dtype: torch.dtype, *shape: int) -> str:
         return _form(torch.empty(shape, dtype=dtype, device="meta"), ours.device)
 
-    pairs = ((slot.key_heads, slot.key_dim), (slot.value_heads, slot.value_dim))
+    pairs = ((spec.key_heads, spec.key_dim), (spec.value_heads, spec.value_dim))
     return [
         *(form(ours.dtype, held.batch, h, held.tokens, d) if h else "nothing" for h, d in pairs),
-        *(form(state.dtype, held.batch, *state.shape) for state in slot.states),
+        *(form(state.dtype, held.batch, *state.shape) for state in spec.states),
     ]
 
 
@@ -202,15 +202,15 @@ def _form(tensor: torch.Tensor | None, device: torch.device | None = None) -> st
 
 
 def _fill(ours: SkipCache, held: _Held) -> None:
-    """Copy what is held into storage of ours, which is empty and stores the same."""
-    storage = ours.reserve(held.batch, held.tokens)
-    for index, slot in enumerate(ours.slots):
-        keys, values, *states = held.tensors(index, slot)
-        pairs = [(storage.keys[index], keys), (storage.values[index], values)]
+    """Copy what is held into the buffers of `ours`, which is empty and stores the same."""
+    buffers = ours.reserve(held.batch, held.tokens)
+    for index, spec in enumerate(ours.specs):
+        keys, values, *states = held.tensors(index, spec)
+        pairs = [(buffers.keys[index], keys), (buffers.values[index], values)]
         for mine, theirs in pairs:
             if mine is not None and theirs is not None:
                 mine.narrow(2, 0, held.tokens).copy_(theirs)
-        for state, theirs in zip(storage.states[index], states, strict=True):
+        for state, theirs in zip(buffers.states[index], states, strict=True):
             assert theirs is not None
             state.copy_(theirs)
     ours.advance(held.tokens)

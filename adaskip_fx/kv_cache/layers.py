@@ -1,6 +1,6 @@
-"""What ``cache.layers[i]`` is: one layer's part of a request's memory, as transformers names it.
+"""The objects in ``cache.layers``: a layer's part of a request's memory, as transformers names it.
 
-Objects are made when they are asked for, of the classes that transformers looks for, so that what
+They are made when they are asked for, of the classes that transformers looks for, so that what
 its `Cache` says about layers (`has_previous_state`, `get_conv_state`, `is_dummy`) is said by its
 own code. They hold the cache, and with it the buffers; they show the filled part, not a copy.
 """
@@ -14,17 +14,17 @@ from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 if TYPE_CHECKING:
-    from .buffers import LayerCacheSpec, StateKind
     from .cache import SkipCache
+    from .layer_spec import LayerCacheSpec, StateKind
 
 
 def layers_of(cache: SkipCache) -> list[Any]:
-    """One object per layer of the model, whether the request stores anything of it or not."""
-    return [_class_of(slot)(cache, index) for index, slot in enumerate(cache.slots)]
+    """Return one object per layer of the model, whether the request stores any of it or not."""
+    return [_class_of(spec)(cache, index) for index, spec in enumerate(cache.specs)]
 
 
 class _Part:
-    """What all of them have in common.
+    """What all layers have in common.
 
     Attributes:
         dtype, device: of keys and values.
@@ -42,7 +42,7 @@ class _Part:
     _index: int
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Nothing would come of it: the object is made anew when it is asked for."""
+        """Refuse: the object is made at each access, so nothing would come of it."""
         raise NotImplementedError(
             f"a layer of a compiled model's cache has no {name} to be replaced: edit the tensors "
             "in place, or call the cache's own methods"
@@ -50,27 +50,29 @@ class _Part:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of keys and values."""
         return self._cache.dtype
 
     @property
     def device(self) -> torch.device:
+        """The device of the buffers."""
         return self._cache.device
 
     @property
     def is_croppable(self) -> bool:
         """Whether tokens can be taken back; a state cannot forget one."""
-        return not self._cache.slots[self._index].mixes
+        return not self._cache.specs[self._index].mixes
 
     def get_seq_length(self) -> int:
-        """Tokens stored; the same for every layer, whether the request stores any of it or not."""
+        """Return the tokens stored; they are the same for every layer, stored or not."""
         return self._cache.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys after `query_length` more tokens."""
+        """Return length and offset of the keys after `query_length` more tokens."""
         return self._cache.length + query_length, 0
 
     def get_max_length(self) -> int:
-        """-1: storage grows."""
+        """Return -1: the buffers grow."""
         return -1
 
     def __repr__(self) -> str:
@@ -88,7 +90,7 @@ class _Part:
 
 
 class _Keyed:
-    """Keys and values."""
+    """Keys and values of a layer."""
 
     supports_early_init = True
     _cache: SkipCache
@@ -106,7 +108,7 @@ class _Keyed:
 
     @property
     def values(self) -> torch.Tensor | None:
-        """As `keys`."""
+        """[batch, heads, tokens, dim]; None where a skipped attention stores nothing."""
         return self._cache.filled(self._cache.values[self._index])
 
 
@@ -120,7 +122,8 @@ class _Stateful:
 
     @property
     def number_of_states(self) -> int:
-        return len({state.index for state in self._cache.slots[self._index].states})
+        """How many states there are of a kind."""
+        return len({state.index for state in self._cache.specs[self._index].states})
 
     @property
     def conv_states(self) -> dict[int, torch.Tensor | None]:
@@ -129,15 +132,17 @@ class _Stateful:
 
     @property
     def recurrent_states(self) -> dict[int, torch.Tensor | None]:
-        """As `conv_states`."""
+        """Recurrent states, [batch, ...]; None where a skipped mixer keeps none."""
         return self._states("recurrent")
 
     @property
     def is_conv_states_initialized(self) -> dict[int, bool]:
+        """Whether a convolution's state holds anything, by index."""
         return {index: state is not None for index, state in self.conv_states.items()}
 
     @property
     def is_recurrent_states_initialized(self) -> dict[int, bool]:
+        """Whether a recurrent state holds anything, by index."""
         return {index: state is not None for index, state in self.recurrent_states.items()}
 
     @property
@@ -148,7 +153,7 @@ class _Stateful:
     @property
     def conv_kernel_size(self) -> dict[int, int | None]:
         """How many inputs a convolution's state holds."""
-        states = self._cache.slots[self._index].states
+        states = self._cache.specs[self._index].states
         known = {s.index: s.shape[-1] for s in states if s.kind == "conv"}
         return {index: known.get(index) for index in range(self.number_of_states)}
 
@@ -182,7 +187,7 @@ class EmptyPart(_Part, getattr(cache_utils, "DummyLayer", object)):  # type: ign
     keys = values = None
 
 
-def _class_of(slot: LayerCacheSpec) -> type[_Part]:
-    if slot.attends:
-        return MixerAndAttentionPart if slot.mixes else AttentionPart
-    return MixerPart if slot.mixes else EmptyPart
+def _class_of(spec: LayerCacheSpec) -> type[_Part]:
+    if spec.attends:
+        return MixerAndAttentionPart if spec.mixes else AttentionPart
+    return MixerPart if spec.mixes else EmptyPart

@@ -1,4 +1,4 @@
-"""What a model and its outputs call a cache: by model, and since transformers 5.24 another name."""
+"""The name that a model and its outputs have for a cache; transformers 5.24 changed it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CACHE_NAMES = ("cache", "cache_params", "past_key_values")
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """What a model's forward calls its cache."""
+    """Return the name of the cache among the parameters of a model's forward."""
     parameters = inspect.signature(forward).parameters
     return next((n for n in CACHE_NAMES if n in parameters), CACHE_NAMES[-1])
 
 
 def generate_argument(forward: Callable[..., Any]) -> str:
-    """What ``generate`` calls the cache among the arguments that it keeps for `forward`.
+    """Return the name of the cache among the arguments that ``generate`` keeps for `forward`.
 
     Since 5.24 that is ``cache`` for every model, also for one of a user's own whose forward still
     has the old name.
@@ -30,12 +30,12 @@ def generate_argument(forward: Callable[..., Any]) -> str:
 
 
 def output_fields(output: type[Any], cache: Any) -> dict[str, Any]:
-    """The argument that hands a cache to an output class of transformers'."""
+    """Return a cache as the keyword argument that an output class of transformers' has for it."""
     return {_field_of(output): cache}
 
 
 def cache_of(output: Any) -> Any:
-    """The cache that an output of a model or of ``generate`` holds, or None."""
+    """Return the cache that an output of a model or of ``generate`` holds, or None."""
     return getattr(output, _field_of(type(output)))
 
 
@@ -44,19 +44,19 @@ def _field_of(output: type[Any]) -> str:
     return next(n for n in CACHE_NAMES if n in fields)
 
 
-def under_one_name(given: dict[str, Any], name: str) -> dict[str, Any]:
-    """Arguments of forward with the cache under `name`, whichever of the names it was given by.
+def under_one_name(arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return arguments of forward with the cache under `name`, whichever of the names they had.
 
     transformers takes the old name as well, by a decorator that a generated forward has not.
 
     Raises:
         ValueError: two names were given, and two caches.
     """
-    names = [n for n in CACHE_NAMES if n in given]
+    names = [n for n in CACHE_NAMES if n in arguments]
     if names in ([], [name]):
-        return given
-    caches = {n: given[n] for n in names if given[n] is not None}
+        return arguments
+    caches = {n: arguments[n] for n in names if arguments[n] is not None}
     cache = next(iter(caches.values()), None)
     if any(c is not cache for c in caches.values()):
         raise ValueError(f"{' and '.join(caches)} are two names for one cache; give one of them")
-    return {**{k: v for k, v in given.items() if k not in names}, name: cache}
+    return {**{k: v for k, v in arguments.items() if k not in names}, name: cache}

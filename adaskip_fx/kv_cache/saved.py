@@ -1,4 +1,4 @@
-"""A request's memory in a file: a long prefix is computed once, and many processes go on from it.
+"""Save a request's memory to a file: a long prefix is computed once and used by many processes.
 
 The file is one of safetensors: keys, values and states of the filled part, as the request stored
 them, and what they belong to as JSON in its metadata. Keys and values are those of one model under
@@ -48,7 +48,7 @@ def save(cache: SkipCache, path: Path) -> None:
     """
     if not cache.length:
         raise SavedCacheError(f"{path}: this cache is empty; save it after a prompt")
-    tensors = {name: t.contiguous().cpu() for name, t in cache.named_tensors().items()}
+    tensors = {name: t.contiguous().cpu() for name, t in named_tensors(cache).items()}
     about: dict[str, JSON] = {
         "schema": SCHEMA,
         "model": asdict(fingerprint(cache.owner.model)),
@@ -64,13 +64,13 @@ def save(cache: SkipCache, path: Path) -> None:
 
 
 def load_cache(runtime: Runtime, path: str | Path, plan: Decision | None = None) -> SkipCache:
-    """A cache with what `save` wrote to the file `path`, at the beginning of a turn.
+    """Return a cache with what `save` wrote to the file `path`, at the beginning of a turn.
 
     Args:
         runtime: of a compiled model of the same model.
         path: of the file.
-        plan: what the request goes on with, if not the runtime's decision. Its prompts' plan is the
-            one that the file was made with; of a choice among plans, it is one of them.
+        plan: what the request goes on with; the runtime's decision if None. Its plan for prompts
+            must be the one that the file was made with, or a choice among plans that has it.
 
     Raises:
         SavedCacheError: the file is not one of these, is truncated, or belongs to another model or
@@ -84,7 +84,7 @@ def load_cache(runtime: Runtime, path: str | Path, plan: Decision | None = None)
     cache.reserve(about["batch"], about["length"])
     cache.advance(about["length"])
     cache.padded = about["padded"]
-    wanted = cache.named_tensors()
+    wanted = named_tensors(cache)
     forms = [{name: _form(t) for name, t in group.items()} for group in (tensors, wanted)]
     if forms[0] != forms[1]:
         names = sorted({*tensors, *wanted})
@@ -98,8 +98,22 @@ def load_cache(runtime: Runtime, path: str | Path, plan: Decision | None = None)
     return cache
 
 
+def named_tensors(cache: SkipCache) -> dict[str, torch.Tensor]:
+    """Return all that a cache stores, by names such as ``3.keys``: views of its buffers."""
+    buffers = cache.lease.buffers
+    assert buffers is not None
+    found: dict[str, torch.Tensor] = {}
+    for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        if keys is not None and values is not None:
+            found[f"{i}.keys"] = keys.narrow(2, 0, cache.length)
+            found[f"{i}.values"] = values.narrow(2, 0, cache.length)
+        for state, tensor in zip(cache.kept[i].states, buffers.states[i], strict=True):
+            found[f"{i}.{state.kind}.{state.index}"] = tensor
+    return found
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What the file says of itself, checked, and its tensors."""
+    """Return what the file says of itself, checked, and its tensors."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

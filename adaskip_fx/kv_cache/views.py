@@ -1,4 +1,4 @@
-"""What a step's graph sees of a request's memory: views of its filled part, or whole buffers."""
+"""The cache that a step's graph sees: views of the filled part of the buffers, or all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from adaskip_passes.tracing.repeated_layers.match import LayerIndex, layer_index
 
-from .buffers import CacheBuffers, LayerCacheSpec
+from .buffers import CacheBuffers
+from .layer_spec import LayerCacheSpec
 
 _Shaped = Callable[[int, int], torch.Tensor]
 
@@ -27,28 +28,28 @@ class LayerView(LinearAttentionCacheLayerMixin):
 
     def __init__(
         self,
-        slot: LayerCacheSpec,
+        spec: LayerCacheSpec,
         keys: torch.Tensor | None,
         values: torch.Tensor | None,
         states: Sequence[torch.Tensor],
     ) -> None:
         self.keys = keys
         self.values = values
-        held = list(zip(slot.states, states, strict=True))
+        held = list(zip(spec.states, states, strict=True))
         self.conv_states = {s.index: tensor for s, tensor in held if s.kind == "conv"}
         self.recurrent_states = {s.index: tensor for s, tensor in held if s.kind == "recurrent"}
         self.record_past = False
 
     @classmethod
     def shaped(
-        cls, slot: LayerCacheSpec, batch: int, shaped: _Shaped, device: torch.device | str
+        cls, spec: LayerCacheSpec, batch: int, shaped: _Shaped, device: torch.device | str
     ) -> Any:
-        """A layer of tensors that `shaped` makes for so many heads of such a dimension."""
+        """Return a layer of tensors that `shaped` makes for a number of heads and a dimension."""
         return cls(
-            slot,
-            shaped(slot.key_heads, slot.key_dim) if slot.attends else None,
-            shaped(slot.value_heads, slot.value_dim) if slot.attends else None,
-            [s.zeros(batch, device) for s in slot.states],
+            spec,
+            shaped(spec.key_heads, spec.key_dim) if spec.attends else None,
+            shaped(spec.value_heads, spec.value_dim) if spec.attends else None,
+            [s.zeros(batch, device) for s in spec.states],
         )
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,14 +58,14 @@ class LayerView(LinearAttentionCacheLayerMixin):
     lazy_initialization = update_conv_state = update_recurrent_state = _refuse
 
 
-class _SeenByStep(Cache):
-    """What both have in common: plain layers, and no length of their own."""
+class CacheView(Cache):
+    """The base of both views: plain layers, and no length of their own."""
 
     is_compileable = False
     is_sliding: Any = ()
     is_linear: Any = ()
     is_dummy: Any = ()
-    fresh = False
+    prefill = False
 
     def __init__(self, layers: Sequence[LayerView]) -> None:
         super().__init__(layers=list(layers))
@@ -73,25 +74,26 @@ class _SeenByStep(Cache):
         self.first_attending = next(attending, None)
 
     def begin(self, tokens: int) -> None:
-        """Called by a step of `tokens` new tokens before anything else."""
+        """Begin a step of `tokens` new tokens; called before anything else."""
 
     def has_previous_state(self, layer_idx: Any = None, state_idx: int | None = None) -> bool:
-        """Whether states hold anything yet."""
-        return not self.fresh
+        """Return whether states hold anything yet."""
+        return not self.prefill
 
     def get_conv_state(
         self, layer_idx: int | LayerIndex, state_idx: int = 0
     ) -> torch.Tensor | None:
-        """The last inputs of a convolution, or None in a prompt."""
-        return None if self.fresh else self.layers[layer_index(layer_idx)].conv_states[state_idx]
+        """Return the last inputs of a convolution, or None in a prompt."""
+        return None if self.prefill else self.layers[layer_index(layer_idx)].conv_states[state_idx]
 
     def get_recurrent_state(
         self, layer_idx: int | LayerIndex, state_idx: int = 0
     ) -> torch.Tensor | None:
-        """A recurrent state, or None in a prompt."""
-        return (
-            None if self.fresh else self.layers[layer_index(layer_idx)].recurrent_states[state_idx]
-        )
+        """Return a recurrent state, or None in a prompt."""
+        if self.prefill:
+            return None
+        state: torch.Tensor = self.layers[layer_index(layer_idx)].recurrent_states[state_idx]
+        return state
 
     def update_conv_state(
         self,
@@ -102,10 +104,10 @@ class _SeenByStep(Cache):
     ) -> torch.Tensor:
         """Keep the last of a convolution's inputs [B, C, T]; returns all that it sees."""
         held = self.layers[layer_index(layer_idx)].conv_states[state_idx]
-        before = torch.zeros_like(held) if self.fresh else held
+        before = torch.zeros_like(held) if self.prefill else held
         seen = torch.cat((before.to(conv_states.dtype), conv_states), -1)
         held.copy_(seen[..., -held.shape[-1] :])
-        return conv_states if self.fresh else seen
+        return conv_states if self.prefill else seen
 
     def update_recurrent_state(
         self,
@@ -120,28 +122,28 @@ class _SeenByStep(Cache):
         return held
 
 
-class DynamicCacheView(_SeenByStep):
-    """What a step's graph sees of the cache: views of the filled length, new tokens at the end.
+class DynamicCacheView(CacheView):
+    """Views of the filled length of the buffers, new tokens at the end.
 
     Attributes:
-        layers: one StepLayer per decoder layer; of a layer without storage, meta tensors.
+        layers: one `LayerView` per decoder layer; of a layer that stores nothing, meta tensors.
         filled, new: tensors as long as the filled cache and as the new tokens; only their lengths
             are used (an integer attribute would be captured as a constant).
-        fresh: True in prefill, when the new tokens are all there is: attention then reads the
-            fresh keys and values instead of the stored ones.
+        prefill: whether the new tokens are all there is: attention then reads the new keys and
+            values instead of the stored ones.
     """
 
     def __init__(
-        self, layers: Sequence[LayerView], filled: torch.Tensor, new: torch.Tensor, fresh: bool
+        self, layers: Sequence[LayerView], filled: torch.Tensor, new: torch.Tensor, prefill: bool
     ) -> None:
         super().__init__(layers)
         self.filled = filled
         self.new = new
-        self.fresh = fresh
+        self.prefill = prefill
 
     def begin(self, tokens: int) -> None:
         """Tell the tracer that `tokens` are new, and in prefill that no others are filled."""
-        if self.new.shape[0] != tokens or (self.fresh and tokens != self.filled.shape[0]):
+        if self.new.shape[0] != tokens or (self.prefill and tokens != self.filled.shape[0]):
             raise ValueError(f"{tokens} tokens for a step of {self.new.shape[0]}")
 
     def update(
@@ -160,29 +162,29 @@ class DynamicCacheView(_SeenByStep):
         start = total - tokens
         layer.keys.narrow(2, start, tokens).copy_(key_states)
         layer.values.narrow(2, start, tokens).copy_(value_states)
-        if self.fresh:
+        if self.prefill:
             return key_states, value_states
         return layer.keys, layer.values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens stored before the new ones."""
-        return 0 if self.fresh else self.filled.shape[0] - self.new.shape[0]
+        """Return the number of tokens stored before the new ones."""
+        return 0 if self.prefill else self.filled.shape[0] - self.new.shape[0]
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Position of the first query; in prefill a constant, which tells that a mask is causal."""
+        """Return the position of the first query; a constant in prefill: the mask is causal."""
         return self.get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the keys that attention reads."""
+        """Return length and offset of the keys that attention reads."""
         return self.filled.shape[0], 0
 
 
-class StaticCacheView(_SeenByStep):
-    """What a decode step on a static cache sees: whole buffers, and the position on the device.
+class StaticCacheView(CacheView):
+    """Whole buffers, and the position on the device, for a decode step on a static cache.
 
     Attributes:
-        layers: one StepLayer per decoder layer, [batch, heads, capacity, dim]; of a layer without
-            storage, meta tensors.
+        layers: one `LayerView` per decoder layer, [batch, heads, capacity, dim]; of a layer that
+            stores nothing, meta tensors.
         position: where the new token goes, int64 [1].
     """
 
@@ -193,18 +195,18 @@ class StaticCacheView(_SeenByStep):
     @classmethod
     def of(
         cls,
-        storage: CacheBuffers,
-        slots: Sequence[LayerCacheSpec],
+        buffers: CacheBuffers,
+        specs: Sequence[LayerCacheSpec],
         position: torch.Tensor,
         dtype: torch.dtype,
     ) -> StaticCacheView:
-        """All of a storage's buffers; `slots` say what layers have that store nothing in it."""
+        """Return a view of `buffers`; `specs` say what layers have that store nothing in them."""
 
         def absent(heads: int, dim: int) -> torch.Tensor:
-            size = (storage.batch, heads, storage.capacity, dim)
+            size = (buffers.batch, heads, buffers.capacity, dim)
             return torch.empty(size, dtype=dtype, device="meta")
 
-        layers = [LayerView(slot, *storage.layer(i, slot, absent)) for i, slot in enumerate(slots)]
+        layers = [LayerView(spec, *buffers.layer(i, spec, absent)) for i, spec in enumerate(specs)]
         return cls(layers, position)
 
     @property
@@ -231,13 +233,13 @@ class StaticCacheView(_SeenByStep):
         return layer.keys, layer.values
 
     def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
-        """Tokens stored before the new one, on the device, as of a static cache."""
+        """Return how many tokens are stored before the new one, on the device."""
         return self.position
 
     def get_query_offset(self, layer_idx: int = 0) -> torch.Tensor:
-        """Position of the new token, on the device."""
+        """Return the position of the new token, on the device."""
         return self.position
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the keys that attention is handed."""
+        """Return length and offset of the keys that attention reads."""
         return self.capacity, 0

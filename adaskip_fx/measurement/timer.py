@@ -93,7 +93,7 @@ class StepTimer:
         self._held = None  # before another is made
         full = SkipPlan.empty(self.runtime.sublayers)
         # states cannot be taken back: a model that has some goes on for a few rounds
-        stateful = any(slot.mixes for slot in self.runtime.graphs.slots)
+        stateful = any(spec.mixes for spec in self.runtime.graphs.specs)
         room = before + (16 if stateful else 1) * (self.steps + 1)
         cache = self.runtime.new_cache(capacity=room, plan=full, learn=False)
         self.runtime.step(self._tokens(before), None, None, cache, 1)

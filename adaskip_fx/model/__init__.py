@@ -1,4 +1,8 @@
-"""The face that transformers sees: a compiled model, its `generate`, and loading by name.
+"""The compiled model as transformers sees it, its `generate`, and loading a model by name.
+
+- `check_model` refuses what cannot be compiled; `subclass` makes a compiled model, `compiled_model`
+  says what its class adds, `forward` runs a step and `generation` decodes.
+- `load` finds models for the command line.
 
 Imports `runtime` and what lies below it.
 """

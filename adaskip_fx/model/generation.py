@@ -1,13 +1,20 @@
-"""The loop of `generate` around the decode steps, greedy or sampling, without waiting for a GPU.
+"""The loop of ``generate`` around the decode steps, greedy or sampling, without waiting for a GPU.
 
 transformers' loop waits for the device three times a token: sampling reads twice whether the
 probabilities are valid, and the end of the request is read before the next step is begun. Between
 those the GPU is idle. Here the end of a request is read while the next step is running already
-(`ahead`); where that step turns out to be one too many, it is taken back. Tokens are drawn as
+(it runs ahead); where that step turns out to be one too many, it is taken back. Tokens are drawn as
 ``torch.multinomial`` draws them, from the same random numbers, but validity is read with the end.
 
-Everything else is as there, in the same order: what the processors, the criteria and the streamer
-are handed, what is returned, and how many random numbers are used.
+Since 5.23 transformers has the same idea of a stop flag that is read a step late: ``StopCheck`` and
+``DeferredStopCheck`` in ``transformers/generation/utils.py``. ``DeferredStopCheck.is_supported``
+allows it on Apple's GPUs (``mps``) only, and sampling still calls ``torch.multinomial``, which
+waits. So this loop is still needed on CUDA. Where both run, they differ in two things that callers
+see: tokens are streamed there a step later than here, and the step that was one too many is taken
+back in the cache only where ``generate`` returns it or the caller passed it.
+
+Everything else is as there, in the same order: the arguments of processors, criteria and the
+streamer, what is returned, and how many random numbers are used.
 """
 
 from __future__ import annotations
@@ -15,62 +22,56 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..kv_cache.cache import SkipCache
 from ..kv_cache.names import output_fields
+from ..utils.transformers_internals import next_kwargs, pad_token, prefill
+from ..utils.transformers_types import DecodingCall, GenerationConfigLike, Output, Streamer
+
+if TYPE_CHECKING:
+    from .types import CompiledCausalLM
 
 
 def following(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """A model's ``prepare_inputs_for_generation`` that keeps the request when the cache goes.
+    """Return ``prepare_inputs_for_generation`` that keeps the request when the cache goes.
 
     Phi-3's leaves its cache out at the length where another table of positions begins, so that the
     whole text runs again. What runs is still the request: with its own plan and stop tokens. (It
     leaves out an empty one as well, which can as well be filled.)
+
+    Args:
+        prepare: the method of the model's own class.
     """
 
     @functools.wraps(prepare)
     def followed(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = prepare(self, *args, **kwargs)
         name = self._adaskip.generate_argument
-        given = kwargs.get(name)
-        if isinstance(given, SkipCache) and inputs.get(name) is None:
-            inputs[name] = given.anew() if given.length else given
+        cache = kwargs.get(name)
+        if isinstance(cache, SkipCache) and inputs.get(name) is None:
+            inputs[name] = cache.new_request() if cache.length else cache
         return inputs
 
     return followed
 
 
-def serves(config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
-    """Whether this loop can stand in for transformers': one process, with a cache."""
-    alone = not synced_gpus and not config.is_assistant
-    return alone and model_kwargs.get("use_cache") is not False
+def serves(call: DecodingCall) -> bool:
+    """Return whether this loop can stand in for transformers': one process, with a cache."""
+    alone = not call.synced_gpus and not call.config.is_assistant
+    return alone and call.model_kwargs.get("use_cache") is not False
 
 
-def run(
-    model: Any,
-    input_ids: torch.Tensor,
-    logits_processor: Callable[..., torch.Tensor],
-    stopping_criteria: Any,
-    config: Any,
-    streamer: Any,
-    model_kwargs: dict[str, Any],
-    cache: SkipCache,
-) -> Any:
+def run(model: CompiledCausalLM, call: DecodingCall) -> Any:
     """Prefill, then decode until the criteria say stop.
 
     Args:
         model: a compiled model.
-        input_ids: the prompt, int64 [B, T].
-        logits_processor: from tokens so far and scores [B, V] to scores.
-        stopping_criteria: transformers' list; from tokens so far to bool [B].
-        config: the request's prepared generation config.
-        streamer: is handed each token, int64 [B], on the CPU; or None.
-        model_kwargs: for forward.
-        cache: the request's, which is among them. The model may go on with another one.
+        call: what ``generate`` called its loop with. The request's cache is among the arguments of
+            forward; the model may go on with another one.
 
     Returns:
         The tokens, int64 [B, T + new], or a ``GenerateDecoderOnlyOutput`` if the config says so.
@@ -78,78 +79,108 @@ def run(
     Raises:
         RuntimeError: the probabilities of a token are not numbers.
     """
-    kept = _Kept.of(config)
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    longest = stopping_criteria.max_length
-    host = _Host(input_ids, streamer)
-    unfinished = torch.ones(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
-    logits, model_kwargs = _logits(
-        model,
-        model._prefill(input_ids, config, model_kwargs, is_first_iteration=True),
-        model_kwargs,
-        input_ids.device,
-    )
-    name = model._adaskip.generate_argument
+    request = _Request(model, call)
+    longest = call.stopping_criteria.max_length
     while True:
-        cache = model_kwargs[name]
-        scores = logits_processor(input_ids, logits)
-        kept.add(scores, logits)
-        invalid: torch.Tensor | None = None
-        if config.do_sample:
-            tokens, invalid = _draw(scores)
-        else:
-            tokens = scores.argmax(-1)
-        if ends:  # a row that has ended goes on with padding
-            pad = config._pad_token_tensor.to(input_ids.device)
-            tokens = tokens * unfinished + pad * (1 - unfinished)
-        input_ids = torch.cat((input_ids, tokens.unsqueeze(1)), 1)
-        unfinished = unfinished & ~stopping_criteria(input_ids, kept.scores)
-        host.send(tokens, unfinished.max() == 0, invalid)
-        full = longest is not None and input_ids.shape[1] >= longest
+        cache = request.cache
+        request.choose_tokens()
+        full = longest is not None and request.input_ids.shape[1] >= longest
         ahead = not full and model._adaskip.may_run_ahead(cache)
         if ahead:
-            logits, model_kwargs = _next(model, input_ids, model_kwargs)
-        stop, broken = host.receive()
-        if ahead and (stop or broken) and model_kwargs[name] is cache:
+            request.run_step()
+        stop, invalid = request.host.receive()
+        if ahead and (stop or invalid) and request.cache is cache:
             cache.keep_first(cache.length - 1)
-        if broken:
+        if invalid:
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         if stop or full:
             break
         if not ahead:
-            logits, model_kwargs = _next(model, input_ids, model_kwargs)
-    if streamer is not None:
-        streamer.end()
-    if not config.return_dict_in_generate:
-        return input_ids
-    held = output_fields(GenerateDecoderOnlyOutput, cache)
-    return GenerateDecoderOnlyOutput(
-        sequences=input_ids, scores=kept.scores, logits=kept.logits, **held
-    )
+            request.run_step()
+    if call.streamer is not None:
+        call.streamer.end()
+    return request.result(cache)
 
 
-def _next(
-    model: Any, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """One decode step: logits [B, V] in float32 for the token after the last."""
-    inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
-    outputs = model(**inputs, return_dict=True)
-    return _logits(model, outputs, model_kwargs, input_ids.device)
+class _Request:
+    """A request while it is decoded.
 
+    Attributes:
+        input_ids: the tokens so far, int64 [B, T].
+        logits: of the token after them, float32 [B, V].
+        model_kwargs: forward's arguments for the next step.
+        unfinished: which rows go on, int64 [B].
+        recorded: what the caller asked to have of every step.
+        host: what the host has to know of a step.
+    """
 
-def _logits(
-    model: Any, outputs: Any, model_kwargs: dict[str, Any], device: torch.device
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The last token's logits where the caller's tokens are, and arguments of the next step."""
-    # a copy: the logits of a whole prompt are large, and must not be held by a view
-    last = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
-    return last, model._update_model_kwargs_for_generation(outputs, model_kwargs)
+    def __init__(self, model: CompiledCausalLM, call: DecodingCall) -> None:
+        self._model, self._call = model, call
+        self._ends = any(hasattr(rule, "eos_token_id") for rule in call.stopping_criteria)
+        self.input_ids = call.input_ids
+        self.model_kwargs = call.model_kwargs
+        rows, device = call.input_ids.shape[0], call.input_ids.device
+        self.unfinished = torch.ones(rows, dtype=torch.int64, device=device)
+        self.recorded = _Recorded.nothing(call.config)
+        self.host = _Host(call.input_ids, call.streamer)
+        self._take(prefill(model, call.input_ids, call.config, self.model_kwargs))
+
+    @property
+    def cache(self) -> SkipCache:
+        """The cache of the next step."""
+        cache: SkipCache = self.model_kwargs[self._model._adaskip.generate_argument]
+        return cache
+
+    def choose_tokens(self) -> None:
+        """Choose a token of each row by the logits, and send the host whether to stop."""
+        call = self._call
+        scores = call.logits_processor(self.input_ids, self.logits)
+        self.recorded.add(scores, self.logits)
+        invalid: torch.Tensor | None = None
+        if call.config.do_sample:
+            tokens, invalid = _draw(scores)
+        else:
+            tokens = scores.argmax(-1)
+        pad = pad_token(call.config)
+        if self._ends and pad is not None:  # a row that has ended goes on with padding
+            pad = pad.to(self.input_ids.device)
+            tokens = tokens * self.unfinished + pad * (1 - self.unfinished)
+        self.input_ids = torch.cat((self.input_ids, tokens.unsqueeze(1)), 1)
+        ended = call.stopping_criteria(self.input_ids, self.recorded.scores)
+        self.unfinished = self.unfinished & ~ended
+        self.host.send(tokens, self.unfinished.max() == 0, invalid)
+
+    def run_step(self) -> None:
+        """Run one decode step, for the logits of the token after the last."""
+        inputs = self._model.prepare_inputs_for_generation(
+            self.input_ids, next_sequence_length=1, **self.model_kwargs
+        )
+        self._take(self._model(**inputs, return_dict=True))
+
+    def _take(self, outputs: Output) -> None:
+        """Take the last token's logits where the caller's tokens are, and the next arguments."""
+        # a copy: the logits of a whole prompt are large, and must not be held by a view
+        last, device = outputs.logits[:, -1], self.input_ids.device
+        self.logits = last.to(copy=True, dtype=torch.float32, device=device)
+        self.model_kwargs = next_kwargs(self._model, outputs, self.model_kwargs)
+
+    def result(self, cache: SkipCache) -> Any:
+        """Return what ``generate`` returns, with the cache of the last step."""
+        if not self._call.config.return_dict_in_generate:
+            return self.input_ids
+        return GenerateDecoderOnlyOutput(
+            sequences=self.input_ids,
+            scores=self.recorded.scores,
+            logits=self.recorded.logits,
+            **output_fields(GenerateDecoderOnlyOutput, cache),
+        )
 
 
 def _draw(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token of each row of `scores` [B, V] as `torch.multinomial` draws it, and if it cannot.
+    """Return a token of each row of `scores` [B, V], and whether that is impossible.
 
-    Of exponential variables with rates p the least is the i-th with probability p[i].
+    The tokens are those that `torch.multinomial` draws: of exponential variables with rates p, the
+    least is the i-th with probability p[i].
     """
     probabilities = torch.softmax(scores, -1)
     race = torch.empty_like(probabilities).exponential_(1)
@@ -158,14 +189,14 @@ def _draw(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @dataclass
-class _Kept:
-    """What the caller asked to have of every step; None for what was not asked for."""
+class _Recorded:
+    """The scores and logits [B, V] of every step; None where the caller did not ask for them."""
 
     scores: tuple[torch.Tensor, ...] | None
     logits: tuple[torch.Tensor, ...] | None
 
     @classmethod
-    def of(cls, config: Any) -> _Kept:
+    def nothing(cls, config: GenerationConfigLike) -> _Recorded:
         asked = bool(config.return_dict_in_generate)
         return cls(
             () if asked and config.output_scores else None,
@@ -180,29 +211,29 @@ class _Kept:
 
 
 class _Host:
-    """A step's token and whether to stop, on their way to the host while the device goes on."""
+    """A step's tokens and whether to stop, on their way to the host while the device goes on."""
 
-    def __init__(self, like: torch.Tensor, streamer: Any) -> None:
-        on_gpu = like.device.type == "cuda"
+    def __init__(self, input_ids: torch.Tensor, streamer: Streamer | None) -> None:
+        on_gpu = input_ids.device.type == "cuda"
         self._streamer = streamer
         self._flags = torch.zeros(2, dtype=torch.bool, pin_memory=on_gpu, device="cpu")
-        size = like.shape[0]
+        size = input_ids.shape[0]
         self._tokens = torch.zeros(size, dtype=torch.int64, pin_memory=on_gpu, device="cpu")
-        self._there = torch.Event(like.device) if on_gpu else None
+        self._copied = torch.Event(input_ids.device) if on_gpu else None
 
     def send(self, tokens: torch.Tensor, stop: torch.Tensor, invalid: torch.Tensor | None) -> None:
-        """Begin to copy. `invalid` None: that cannot be."""
+        """Begin to copy; `invalid` is None where the tokens cannot be."""
         flags = torch.stack((stop, invalid if invalid is not None else torch.zeros_like(stop)))
         self._flags.copy_(flags, non_blocking=True)
         if self._streamer is not None:
             self._tokens.copy_(tokens, non_blocking=True)
-        if self._there is not None:
-            self._there.record()
+        if self._copied is not None:
+            self._copied.record()
 
     def receive(self) -> tuple[bool, bool]:
-        """Wait for what was sent last, and stream the token; returns (stop, invalid)."""
-        if self._there is not None:
-            self._there.synchronize()
+        """Wait for what was sent last, and stream the tokens; returns (stop, invalid)."""
+        if self._copied is not None:
+            self._copied.synchronize()
         stop, invalid = self._flags.tolist()
         if self._streamer is not None and not invalid:
             self._streamer.put(self._tokens.clone())

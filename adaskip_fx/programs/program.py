@@ -158,7 +158,7 @@ class Program:
 
     def _in_order(self, graph: fx.Graph) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
         """Return what picks a graph's inputs from `(*weights, *step, *surrogates, valid)`."""
-        captured = self.captured.place
+        captured = self.captured.input_index
         added = {name: len(captured) + i for i, name in enumerate([*self.surrogates, VALID])}
         index = {**captured, **added}
         return operator.itemgetter(*(index[n.name] for n in graph.find_nodes(op="placeholder")))
@@ -186,7 +186,7 @@ class Program:
 
         Args:
             arguments: Those of the captured function, by name.
-            weights: What ``captured.fixed`` gave at the beginning of the request.
+            weights: What ``captured.weights`` gave at the beginning of the request.
             valid: Which new tokens count for the statistics, bool [B, T].
         """
         outputs = self.run(arguments, weights, valid)
@@ -205,6 +205,6 @@ class Program:
             surrogates: Other tensors in the place of `self.surrogates`, in the same order.
         """
         tensors = self._tensors if surrogates is None else surrogates
-        values = (*weights, *self.captured.step(arguments), *tensors, valid)
+        values = (*weights, *self.captured.bind_step(arguments), *tensors, valid)
         outputs: tuple[Any, ...] = self._function(*self._take(values))
         return outputs

@@ -16,10 +16,15 @@ from adaskip_passes.tracing.capture import ShapeGuards
 from adaskip_passes.tracing.dynamo import one_at_a_time
 
 from ..capture import phase_graph
-from ..capture.phase_graph import CapturedPhase, Forward, GraphKey, Memory, Surroundings
+from ..capture.arguments import Forward
+from ..capture.check_graph import check_graph
+from ..capture.example_inputs import example_lengths
+from ..capture.graph_key import GraphKey, Surroundings
+from ..capture.phase_graph import CapturedPhase, Memory
 from ..capture.reference import ReferenceRun, positions
-from ..capture.states import Since, State, States
-from ..kv_cache.buffers import LayerCacheSpec
+from ..capture.state import Since, State
+from ..capture.states import States
+from ..kv_cache.layer_spec import LayerCacheSpec
 from ..kv_cache.views import StaticCacheView
 from ..plans.composition import SurrogateTensors
 from ..plans.skip_plan import Action, SkipPlan
@@ -112,9 +117,9 @@ class Graphs:
         return piece_keys(self._all())
 
     @property
-    def slots(self) -> tuple[LayerCacheSpec, ...]:
+    def specs(self) -> tuple[LayerCacheSpec, ...]:
         """What each layer stores, in the state of the last look."""
-        return self.states.current.sample.slots
+        return self.states.current.reference.specs
 
     def stored(self, plan: SkipPlan) -> list[LayerCacheSpec]:
         """What a request of this plan stores of each layer: nothing for what prompts skip."""
@@ -123,8 +128,8 @@ class Graphs:
             if plan.action("prefill", sublayer) is not Action.SKIP:
                 used |= memory
         return [
-            slot.only({kind for kind in ("attention", "mixer") if (i, kind) in used})
-            for i, slot in enumerate(self.slots)
+            spec.only({kind for kind in ("attention", "mixer") if (i, kind) in used})
+            for i, spec in enumerate(self.specs)
         ]
 
     def check_room(self, programs: int) -> None:
@@ -220,13 +225,13 @@ class Graphs:
 
     def _check(self, captured: CapturedPhase, state: State) -> None:
         """Refuse a graph that gives other logits than the model does."""
-        if not state.sampled or state.sample.device != captured.key.device:
-            self.states.sample(state)
+        if not state.has_own_reference or state.reference.device != captured.key.device:
+            self.states.run_reference(state)
         try:
-            state.sample.check(captured, self.model, self.forward)
+            check_graph(state.reference, captured, self.model, self.forward)
         except UnsupportedError:  # weights may have been changed since
-            self.states.sample(state)
-            state.sample.check(captured, self.model, self.forward)
+            self.states.run_reference(state)
+            check_graph(state.reference, captured, self.model, self.forward)
 
     def capture(self, key: GraphKey) -> CapturedPhase:
         """What the model is now, captured for a key."""
@@ -249,8 +254,8 @@ class Graphs:
             self.model,
             self.forward,
             key,
-            state.sample.slots,
-            lengths or phase_graph.example_lengths(key, self.max_length),
+            state.reference.specs,
+            lengths or example_lengths(key, self.max_length),
             self.backend,
         )
         self.counters.captures += 1

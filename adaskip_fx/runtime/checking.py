@@ -19,12 +19,15 @@ import torch
 from adaskip_passes.errors import AdaskipError
 from adaskip_passes.tracing.dynamo import one_at_a_time
 
-from ..capture import attention, reference
-from ..capture.phase_graph import step_inputs
-from ..capture.states import State
+from ..capture import attention
+from ..capture.arguments import step_inputs
+from ..capture.check_graph import relative_error, tolerance
+from ..capture.layer_memory import new_cache
+from ..capture.state import State
 from ..kv_cache.cache import SkipCache
 from ..kv_cache.names import cache_argument
 from ..plans.skip_plan import Action, Phase, SkipPlan
+from ..utils.transformers_internals import attention_name
 from .inputs import Inputs
 
 if TYPE_CHECKING:
@@ -110,10 +113,10 @@ class Checker:
         if tail is not None:
             parts.append(self._logits(plan, "decode", tail, theirs, state))
         expected = torch.cat(parts, 1)[:, -logits.shape[1] :]
-        error = reference.relative_error(logits, expected)
+        error = relative_error(logits, expected)
         self.compared += 1
         self.worst = max(error, self.worst or 0.0)
-        if not error <= reference.tolerance(logits.dtype):
+        if not error <= tolerance(logits.dtype):
             new = inputs.input_ids.shape[1]
             raise CheckError(
                 f"ADASKIP_CHECK: the logits of {new} token(s) after {before} ({phase}, plan "
@@ -123,7 +126,7 @@ class Checker:
     def _of(self, cache: SkipCache, before: int) -> _Beside | None:
         """What has the `before` tokens that a request has stored; None if there is none."""
         if not before:
-            self._beside[cache] = _Beside(reference.new_cache(self._graphs.model))
+            self._beside[cache] = _Beside(new_cache(self._graphs.model))
         beside = self._beside.get(cache)
         if beside is None or beside.length == before:
             return beside
@@ -160,10 +163,10 @@ class Checker:
             if state is states.first:
                 yield states.original
                 return
-            if model.config._attn_implementation != attention.NAME:
+            if attention_name(model) != attention.NAME:
                 yield model
                 return
-            model.set_attn_implementation(state.sample.attention)
+            model.set_attn_implementation(state.reference.attention)
             try:
                 yield model
             finally:

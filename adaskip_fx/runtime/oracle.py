@@ -19,6 +19,7 @@ from torch import nn
 
 from adaskip_fx.kv_cache.names import CACHE_NAMES
 from adaskip_fx.plans.surrogate import EPS, Surrogate
+from adaskip_fx.utils.torch_internals import as_subclass
 
 _ADDS = frozenset(
     [
@@ -155,7 +156,7 @@ class _Branch(torch.Tensor):
         plain = parts[0][1]
         for _, value in parts[1:]:
             plain = plain + value
-        made: _Branch = torch.Tensor._make_subclass(cls, plain)
+        made = as_subclass(cls, plain)
         made.oracle, made.parts, made.plain = oracle, parts, plain
         return made
 

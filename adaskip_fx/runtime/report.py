@@ -153,7 +153,7 @@ def _checked_rows(runtime: Runtime) -> list[tuple[str, str]]:
 def _storage(runtime: Runtime) -> str:
     live = runtime.live_caches()
     full = sum(_full_bytes(cache) for cache in live)
-    layers = len(runtime.graphs.slots)
+    layers = len(runtime.graphs.specs)
     stored = {sum(cache.stored) for cache in live} or {layers}
     some = " or ".join(map(str, sorted(stored)))
     return (
@@ -170,7 +170,7 @@ def _idle(runtime: Runtime) -> str:
 def _full_bytes(cache: SkipCache) -> int:
     """Bytes of a cache with the same room and K/V for every layer."""
     size = cache.dtype.itemsize
-    return sum(slot.nbytes(cache.batch, cache.capacity, size) for slot in cache.slots)
+    return sum(spec.nbytes(cache.batch, cache.capacity, size) for spec in cache.specs)
 
 
 def _count(number: int, what: str) -> str:

@@ -13,7 +13,7 @@ from .window import DecodePlans, Window
 
 if TYPE_CHECKING:
     from ..capture.phase_graph import CapturedPhase
-    from ..capture.states import Since
+    from ..capture.state import Since
     from ..plans.sublayer import Sublayer
     from ..programs.instruments import Instrument
     from .static_step import DecodeBinding

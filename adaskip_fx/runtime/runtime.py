@@ -203,8 +203,8 @@ class Runtime:
             validate_decision(begin, self.graphs, type(self.model).__name__)
             self._valid = begin
         request = Request(begin, stop_tokens, learns=learn, instrument=instrument)
-        slots, kept = self.graphs.slots, self.graphs.stored(request.plan)
-        cache = SkipCache(self, slots, kept, self.model.dtype, self.device, capacity)
+        specs, kept = self.graphs.specs, self.graphs.stored(request.plan)
+        cache = SkipCache(self, specs, kept, self.model.dtype, self.device, capacity)
         cache.request = request
         self.track(cache)
         return cache

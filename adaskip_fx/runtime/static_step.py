@@ -18,8 +18,9 @@ import torch
 
 from adaskip_passes import Recorder
 
-from ..capture.phase_graph import Surroundings
-from ..kv_cache.buffers import CacheBuffers, LayerCacheSpec
+from ..capture.graph_key import Surroundings
+from ..kv_cache.buffers import CacheBuffers
+from ..kv_cache.layer_spec import LayerCacheSpec
 from ..kv_cache.views import StaticCacheView
 from ..plans.skip_plan import SkipPlan, Sublayer
 from ..programs.program import Program
@@ -80,7 +81,7 @@ class StaticDecodeStep:
     def __init__(
         self,
         buffers: CacheBuffers,
-        slots: Sequence[LayerCacheSpec],
+        specs: Sequence[LayerCacheSpec],
         dtype: torch.dtype,
         device: torch.device,
         recorder: Recorder | None,
@@ -91,7 +92,7 @@ class StaticDecodeStep:
             self.positions = torch.zeros(batch, 1, dtype=torch.int64, device=device)
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
             self.valid = torch.ones(batch, 1, dtype=torch.bool, device=device)
-        self.cache = StaticCacheView.of(buffers, slots, self.position, dtype)
+        self.cache = StaticCacheView.of(buffers, specs, self.position, dtype)
         self._recorder = recorder
         self._recordings: weakref.WeakKeyDictionary[Program, _Recording] = (
             weakref.WeakKeyDictionary()

@@ -14,10 +14,11 @@ import torch
 
 from adaskip_passes import Recorder, UnsupportedError
 
-from ..capture import phase_graph
-from ..capture.phase_graph import GraphKey, GraphPhase, Surroundings
-from ..capture.states import ChangedError, Since
-from ..kv_cache.buffers import BufferPool, CacheBuffers
+from ..capture.arguments import bind_arguments, step_inputs
+from ..capture.graph_key import GraphKey, GraphPhase, Surroundings
+from ..capture.state import ChangedError, Since
+from ..kv_cache.buffer_pool import BufferPool
+from ..kv_cache.buffers import CacheBuffers
 from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import SkipPlan, Sublayer
 from ..programs.program import Program
@@ -148,11 +149,9 @@ class Runner:
             surroundings=Surroundings.now(self.device),
         )
         model, forward = self.graphs.model, self.graphs.forward
-        given = phase_graph.step_inputs(
-            forward, inputs.input_ids, positions, mask, key.logits_to_keep
-        )
-        views = cache.step(batch, tokens, phase == "prefill")
-        arguments = phase_graph.bind_arguments(model, forward, views, given)
+        given = step_inputs(forward, inputs.input_ids, positions, mask, key.logits_to_keep)
+        views = cache.step_view(batch, tokens, phase == "prefill")
+        arguments = bind_arguments(model, forward, views, given)
         instrument = request.instrument
         program = self.graphs.program(key, plan, probed, arguments, _since(request), instrument)
         weights = self._weights(request, program, arguments, cache)
@@ -201,7 +200,7 @@ class Runner:
         if weights is None:
             if cache.length:  # at its beginning the model was looked at just now
                 self.graphs.states.require(_since(request))
-            weights = request.weights[captured] = captured.fixed(arguments)
+            weights = request.weights[captured] = captured.weights(arguments)
         return weights
 
     def _static_step(self, buffers: CacheBuffers) -> StaticDecodeStep:
@@ -211,7 +210,7 @@ class Runner:
                 self._recorder = Recorder(self.device)
             dtype = self.graphs.model.dtype
             buffers.decoder = StaticDecodeStep(
-                buffers, self.graphs.slots, dtype, self.device, self._recorder
+                buffers, self.graphs.specs, dtype, self.device, self._recorder
             )
         return buffers.decoder
 
@@ -237,8 +236,8 @@ class Runner:
             surroundings=surroundings,
             static_cache=True,
         )
-        given = phase_graph.step_inputs(graphs.forward, static.tokens, static.positions, None, 1)
-        arguments = phase_graph.bind_arguments(graphs.model, graphs.forward, static.cache, given)
+        given = step_inputs(graphs.forward, static.tokens, static.positions, None, 1)
+        arguments = bind_arguments(graphs.model, graphs.forward, static.cache, given)
         program = graphs.program(key, plan, probed, arguments, _since(request))
         return DecodeBinding(
             buffers, plan, probed, surroundings, program, arguments, graphs.counters.links

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..capture.phase_graph import GraphPhase
-from ..capture.states import Since
+from ..capture.graph_key import GraphPhase
+from ..capture.state import Since
 from ..kv_cache.cache import SkipCache
 from ..plans.decisions import PlanChooser
 from ..programs.program_cache import Graphs
@@ -38,7 +38,7 @@ def begin(cache: SkipCache, graphs: Graphs) -> None:
     if not cache.length:
         device = next(graphs.model.parameters()).device
         stored = graphs.stored(request.plan)
-        cache.renew(state.sample.slots, stored, graphs.model.dtype, device)
+        cache.renew(state.reference.specs, stored, graphs.model.dtype, device)
 
 
 def next_turn(

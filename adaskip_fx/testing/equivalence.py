@@ -1,4 +1,4 @@
-"""Whether a compiled model computes what the eager one does, and if not, where they part."""
+"""Check that a compiled model computes what the eager one does; if not, say where they part."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def assert_equivalent(
     """Check that a model compiled under a plan gives the logits of the eager model under it.
 
     The eager model is run with hooks on the modules that end its branches (:class:`Oracle`); none
-    of the graph passes is used for it. Both are given the prompt and then, one by one, the tokens
-    that the eager model finds likeliest. A model is compiled once and kept for the next call.
+    of the graph passes is used for it. Both read the prompt and then, one by one, the tokens that
+    the eager model finds likeliest. A model is compiled once and kept for the next call.
 
     Args:
         model: a decoder as :func:`adaskip_fx.compile` takes it; it is left as it was.
@@ -77,25 +77,33 @@ def assert_equivalent(
     runtime.plan = plan = plan if plan is not None else SkipPlan.empty(runtime.sublayers)
     oracle = Oracle(pair.eager, modules or runtime.graphs.structure.modules)
     oracle.prefill, oracle.decode = _skips(plan, "prefill"), _skips(plan, "decode")
-    given = dict(inputs) if inputs is not None else {"input_ids": _random_tokens(pair.eager)}
+    prompt = dict(inputs) if inputs is not None else {"input_ids": _random_tokens(pair.eager)}
+    steps = _eager_steps(pair, oracle, prompt, decode_steps)
     allowed = tol if tol is not None else TOLERANCES[pair.eager.dtype]
-    steps = _eager_steps(pair, oracle, given, decode_steps)
-    worst, cache = 0.0, runtime.new_cache()
+    return _compare(pair, steps, allowed, f"{type(model).__name__} under plan {plan.digest[:8]}")
+
+
+def _compare(pair: _Pair, steps: list[_EagerStep], allowed: float, name: str) -> float:
+    """Run the steps on the compiled model; returns the largest difference there was."""
+    worst, cache = 0.0, pair.compiled.adaskip.new_cache()
     for number, step in enumerate(steps):
         error = relative_error(pair.forward(pair.compiled, step.inputs, cache), step.logits)
         if not error <= allowed:
-            where = _first_difference(pair, steps[: number + 1], allowed)
+            difference = _first_difference(pair, steps[: number + 1], allowed)
             raise AssertionError(
-                f"{type(model).__name__} under plan {plan.digest[:8]}: the logits of step {number} "
-                f"({step.name}) differ from the eager model's by {error:.1e}, allowed "
-                f"{allowed:.1e}. {where}"
+                f"{name}: the logits of step {number} ({step.name}) differ from the eager "
+                f"model's by {error:.1e}, allowed {allowed:.1e}. {difference}"
             )
         worst = max(worst, error)
     return worst
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, in units of the largest expected value; infinite for NaN."""
+    """Return the largest difference, in units of the largest expected value; infinite for NaN.
+
+    Raises:
+        AssertionError: the shapes differ.
+    """
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {list(actual.shape)} instead of {list(expected.shape)}")
     wide = expected.double()
@@ -104,18 +112,18 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def compiled_for(model: Any, dtype: torch.dtype | None = None, backend: str = "eager") -> Any:
-    """The compiled form of a model that :func:`assert_equivalent` uses; made once."""
+    """Return the compiled form of a model that :func:`assert_equivalent` uses; it is made once."""
     return _pair(model, dtype, backend).compiled
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One step of the eager model: inputs, logits, and the stream before and after sublayers."""
+class _EagerStep:
+    """One step of the eager model: inputs, logits, and the hidden states around each sublayer."""
 
     name: str
     inputs: dict[str, torch.Tensor]
     logits: torch.Tensor
-    streams: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    hidden: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ class _Pair:
     compiled: Any
 
     def forward(self, model: Any, inputs: dict[str, torch.Tensor], cache: Any) -> torch.Tensor:
-        """Logits [B, T, V] of one step of either."""
+        """Return the logits [B, T, V] of one step of either model."""
         named = {runtime_of(self.compiled).cache_argument: cache}
         with torch.no_grad():
             logits: torch.Tensor = model(**inputs, use_cache=True, **named).logits
@@ -138,21 +146,21 @@ _made: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Any, Any]]] = weakref.Weak
 
 
 def _pair(model: Any, dtype: torch.dtype | None, backend: str) -> _Pair:
-    kept = _made.setdefault(model, {})
+    forms = _made.setdefault(model, {})
     key = (dtype, backend)
-    converted, compiled = kept.get(key, (None, None))
+    converted, compiled = forms.get(key, (None, None))
     source = converted if converted is not None else model
     parameters = zip(source.parameters(), compiled.parameters() if compiled else (), strict=False)
     if compiled is None or not all(a is b for a, b in parameters):
         converted = None if dtype in (None, model.dtype) else copy.deepcopy(model).to(dtype)
         source = converted if converted is not None else model
         compiled = build(source, None, backend=backend, max_variants=64)
-        kept[key] = converted, compiled  # not the model itself, which would keep it alive
+        forms[key] = converted, compiled  # not the model itself, which would keep it alive
     return _Pair(source, compiled)
 
 
 def _skips(plan: SkipPlan, phase: Phase) -> Skips:
-    """What a plan leaves out in a phase, as the oracle is told; `kv_only` adds nothing either."""
+    """Return what a plan leaves out in a phase, for the oracle; `kv_only` adds nothing either."""
     left_out = (s for s in plan.sublayers if plan.action(phase, s) is not Action.RUN)
     return {str(s): plan.surrogates.get(s) for s in left_out}
 
@@ -164,31 +172,31 @@ def _random_tokens(model: Any) -> torch.Tensor:
 
 
 def _eager_steps(
-    pair: _Pair, oracle: Oracle, given: dict[str, torch.Tensor], decode_steps: int
-) -> list[_Step]:
-    """The eager model's prompt, and the tokens that it finds likeliest after it."""
-    has = inspect.signature(type(pair.eager).forward).parameters
-    ids, mask = given["input_ids"], given.get("attention_mask")
+    pair: _Pair, oracle: Oracle, prompt: dict[str, torch.Tensor], decode_steps: int
+) -> list[_EagerStep]:
+    """Run the eager model on a prompt, and on the tokens that it finds likeliest after it."""
+    parameters = inspect.signature(type(pair.eager).forward).parameters
+    ids, mask = prompt["input_ids"], prompt.get("attention_mask")
     valid = mask if mask is not None else torch.ones_like(ids)
-    cache, steps = DynamicCache(config=pair.eager.config.get_text_config()), list[_Step]()
+    cache, steps = DynamicCache(config=pair.eager.config.get_text_config()), list[_EagerStep]()
     with oracle.watching():
         for number in range(1 + decode_steps):
             inputs = {"input_ids": ids}
             if mask is not None:
                 inputs["attention_mask"] = valid
-            if "position_ids" in has:
-                places = (valid.cumsum(-1) - 1).clamp_min(0)
-                inputs["position_ids"] = places[:, -ids.shape[1] :]
+            if "position_ids" in parameters:
+                positions = (valid.cumsum(-1) - 1).clamp_min(0)
+                inputs["position_ids"] = positions[:, -ids.shape[1] :]
             logits = pair.forward(pair.eager, inputs, cache)
             name = f"decode, token {number}" if number else f"prefill, {ids.shape[1]} tokens"
-            steps.append(_Step(name, inputs, logits, oracle.streams))
+            steps.append(_EagerStep(name, inputs, logits, oracle.streams))
             ids = logits[:, -1:].argmax(-1)
             valid = torch.cat((valid, torch.ones_like(ids)), 1)
     return steps
 
 
-def _first_difference(pair: _Pair, steps: list[_Step], allowed: float) -> str:
-    """Run the steps again, watching the stream of the compiled model; what is seen, in words."""
+def _first_difference(pair: _Pair, steps: list[_EagerStep], allowed: float) -> str:
+    """Run the steps again with the compiled model's hidden states recorded; say where they part."""
     runtime: Runtime = runtime_of(pair.compiled)
     modules = runtime.graphs.structure.modules
     recorder = ResidualRecorder()
@@ -197,24 +205,25 @@ def _first_difference(pair: _Pair, steps: list[_Step], allowed: float) -> str:
         logits = pair.forward(pair.compiled, step.inputs, cache)
         begin, *afters = recorder.streams
         for name, before, after in zip(modules, (begin, *afters), afters, strict=False):
-            expected = [t.reshape(after.shape) for t in step.streams[name]]
+            expected = [t.reshape(after.shape) for t in step.hidden[name]]
             where = f"{name} ({', '.join(modules[name])}), step {number} ({step.name})"
             for got, want, side in zip((before, after), expected, _SIDES, strict=True):
                 if not relative_error(got, want) <= allowed:
-                    return f"First difference: the stream {side} {where}: {_worst(got, want)}."
+                    difference = f"the residual stream {side} {where}: {_worst(got, want)}"
+                    return f"First difference: {difference}."
         if not relative_error(logits, step.logits) <= allowed:
-            return "No sublayer's stream differs: the difference is made after the last one."
-    return "Watched, sublayer by sublayer, the model gives the eager model's logits."
+            return "The residual stream is right after each sublayer; what follows differs."
+    return "With its hidden states recorded, the compiled model gives the eager model's logits."
 
 
 _SIDES = ("before", "after")
 
 
 def _worst(got: torch.Tensor, want: torch.Tensor) -> str:
-    """Where two tensors differ most, and by how much."""
+    """Return where two tensors differ most, and by how much."""
     error = relative_error(got, want)
     wide = (got.double() - want.double()).abs()
     at = torch.unravel_index(torch.where(wide.isnan(), torch.inf, wide).argmax(), wide.shape)
-    place = [int(i) for i in at]
-    values = (float(t[tuple(place)]) for t in (got, want))
-    return "relative error {:.1e}, at {} {:.6g} instead of {:.6g}".format(error, place, *values)
+    index = [int(i) for i in at]
+    actual, expected = (float(t[tuple(index)]) for t in (got, want))
+    return f"relative error {error:.1e}, at {index} {actual:.6g} instead of {expected:.6g}"

@@ -34,11 +34,12 @@ _TENSORS = ("diagonal", "low_rank", "linear", "normalized")
 
 
 def plans(model: Any) -> st.SearchStrategy[SkipPlan]:
-    """Any skip plan for a model: what runs, what is skipped in which phase, what stands in for it.
+    """Draw a skip plan for a model: what is skipped in which phase, and its surrogates.
 
     Args:
         model: a decoder as :func:`adaskip_fx.compile` takes it, whose sublayers are looked up; or
-            the sublayers themselves, in the order of the stream, and then only scales stand in.
+            the sublayers themselves, in the order of the residual stream, and then the surrogates
+            are scales alone.
     """
     if isinstance(model, Sequence):
         return _plans(tuple(model), None)
@@ -47,7 +48,7 @@ def plans(model: Any) -> st.SearchStrategy[SkipPlan]:
 
 
 def surrogates(hidden: int | None) -> st.SearchStrategy[Surrogate]:
-    """Surrogates for a stream of width `hidden`; scales alone where that is None."""
+    """Draw a surrogate for hidden states of width `hidden`; a scale where that is None."""
     scales = _FACTORS.map(Surrogate.scale)
     if hidden is None:
         return scales
@@ -56,7 +57,7 @@ def surrogates(hidden: int | None) -> st.SearchStrategy[Surrogate]:
 
 
 def _random_surrogate(kind: Any, rank: int, seed: int, hidden: int) -> Surrogate:
-    """As large as what sublayers add."""
+    """Return a surrogate with entries as large as what sublayers add."""
     draw, sizes = np.random.default_rng(seed), {"H": hidden, "r": rank}
     shapes = {name: [sizes[n] for n in letters] for name, letters in SHAPES[kind].items()}
     return Surrogate(
@@ -84,9 +85,10 @@ def _plans(draw: st.DrawFn, sublayers: tuple[Sublayer, ...], hidden: int | None)
 def prompts(
     draw: st.DrawFn, model: Any, *, max_tokens: int = 17, max_batch: int = 2, padding: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Prompts for a model: ``input_ids`` [B, T] and, where rows are padded, ``attention_mask``.
+    """Draw a prompt for a model: ``input_ids`` [B, T] and, of padded rows, ``attention_mask``.
 
     Args:
+        draw: supplied by hypothesis.
         model: gives the vocabulary and the device.
         max_tokens: T at most; two at least.
         max_batch: B at most.
@@ -99,18 +101,20 @@ def prompts(
     prompt = {"input_ids": ids.to(model.device)}
     if padding and batch > 1 and draw(st.booleans(), label="padded"):
         missing = [draw(st.integers(0, tokens - 1)) for _ in range(batch - 1)] + [0]
-        places = torch.arange(tokens).expand(batch, -1)
-        mask = places >= torch.tensor(missing).unsqueeze(1)
+        positions = torch.arange(tokens).expand(batch, -1)
+        mask = positions >= torch.tensor(missing).unsqueeze(1)
         prompt["attention_mask"] = mask.long().to(model.device)
     return prompt
 
 
 @st.composite
 def tiny_configs(draw: st.DrawFn, family: str) -> Any:
-    """Configurations of a family, so small that a model of it takes milliseconds to make.
+    """Draw a configuration of a family, so small that a model of it takes milliseconds to make.
 
     Args:
-        family: one of `FAMILIES`.
+        draw: supplied by hypothesis.
+        family: ``llama``, ``mistral``, ``qwen3``, ``gemma2``, ``phi3``, ``gpt2``, ``gpt_neox``,
+            ``mixtral``, ``gpt_oss``, ``deepseek_v3``, ``mamba2`` or ``jamba``.
     """
     if family not in FAMILIES:
         raise ValueError(f"no family {family!r}; known: {', '.join(sorted(FAMILIES))}")

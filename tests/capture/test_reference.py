@@ -14,8 +14,8 @@ from adaskip_fx.api import build
 from adaskip_fx.capture import reference
 from adaskip_fx.capture.reference import run_reference
 from adaskip_fx.model.handle import runtime_of
-from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes import UnsupportedError
+from tests.support.families.all import tiny_config, tiny_model
 
 
 def model_of(family: str = "llama") -> Any:
@@ -23,16 +23,16 @@ def model_of(family: str = "llama") -> Any:
 
 
 def of_other_logits(right: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A sample whose steps say that the model gave something else."""
+    """A reference run whose steps say that the model gave something else."""
     steps = {
-        phase: tuple(replace(one, logits=change(one.logits)) for one in group)
+        phase: tuple(replace(step, logits=change(step.logits)) for step in group)
         for phase, group in right.steps.items()
     }
     return replace(right, steps=steps)
 
 
 def be_wrong(patch: pytest.MonkeyPatch, change: float) -> None:
-    """Have every sample say logits that differ by so much of the largest."""
+    """Have every reference run say logits that differ by so much of the largest."""
 
     def changed(*arguments: Any) -> Any:
         right = run_reference(*arguments)
@@ -62,9 +62,9 @@ def test_states_are_stored_as_without_autocast() -> None:
     """A state that is met in a region first is not kept in half precision for all requests."""
     model = model_of("mamba")
     with torch.autocast("cpu", torch.bfloat16):
-        slots = run_reference(model).slots
-    assert slots == run_reference(model).slots
-    assert {state.dtype for slot in slots for state in slot.states} == {torch.float32}
+        specs = run_reference(model).specs
+    assert specs == run_reference(model).specs
+    assert {state.dtype for spec in specs for state in spec.states} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # the companion
         cache = model(torch.tensor([[3, 4, 5]])).cache_params
     assert cache.layers[0].conv_states[0].dtype == torch.bfloat16
@@ -90,39 +90,39 @@ def test_weights_may_change_before_the_next_capture() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_that_has_moved_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sample from another device proves nothing (there is but one here: it is made up)."""
+def test_a_model_that_has_moved_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on another device proves nothing (there is but one here: it is made up)."""
     compiled = build(model_of(), None, backend="eager")
     state = runtime_of(compiled).graphs.states.current
-    state.sample = of_other_logits(state.sample, lambda logits: logits.to("meta"))
+    state.reference = of_other_logits(state.reference, lambda logits: logits.to("meta"))
     be_wrong(monkeypatch, 2e-3)
     with pytest.raises(UnsupportedError, match="captured for decode gives other logits"):
         compiled.generate(torch.arange(9).unsqueeze(0), max_new_tokens=3, do_sample=False)
-    assert state.sample.device.type == "cpu"
+    assert state.reference.device.type == "cpu"
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3", "falcon_h1", "mamba", "qwen3_next"])
 def test_what_layers_store(family: str) -> None:
     """Shapes as of what transformers' own cache holds after the same tokens."""
     model = model_of(family)
-    slots = run_reference(model).slots
+    specs = run_reference(model).specs
     argument = "cache_params" if family == "mamba" else "past_key_values"
     with torch.no_grad():
         cache = model(input_ids=torch.arange(5).unsqueeze(0), use_cache=True)[argument]
-    assert len(slots) == len(cache.layers)
-    for slot, layer in zip(slots, cache.layers, strict=True):
+    assert len(specs) == len(cache.layers)
+    for spec, layer in zip(specs, cache.layers, strict=True):
         keys = getattr(layer, "keys", None)
-        assert slot.attends == (keys is not None)
+        assert spec.attends == (keys is not None)
         if keys is not None:
-            assert (slot.key_heads, slot.key_dim) == (keys.shape[1], keys.shape[3])
-            assert (slot.value_heads, slot.value_dim) == (
+            assert (spec.key_heads, spec.key_dim) == (keys.shape[1], keys.shape[3])
+            assert (spec.value_heads, spec.value_dim) == (
                 layer.values.shape[1],
                 layer.values.shape[3],
             )
         states = [*getattr(layer, "conv_states", {}).values()]
         states += getattr(layer, "recurrent_states", {}).values()
         expected = [(tuple(t.shape[1:]), t.dtype) for t in states if t is not None]
-        assert [(s.shape, s.dtype) for s in slot.states] == expected
+        assert [(s.shape, s.dtype) for s in spec.states] == expected
 
 
 def test_a_cache_that_is_not_understood() -> None:

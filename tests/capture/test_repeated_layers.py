@@ -10,15 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from adaskip_fx.api import build
-from adaskip_fx.capture.phase_graph import (
-    CapturedPhase,
-    GraphKey,
-    Surroundings,
-    capture_phase,
-    example_lengths,
-)
+from adaskip_fx.capture.example_inputs import example_lengths
+from adaskip_fx.capture.graph_key import GraphKey, Surroundings
+from adaskip_fx.capture.phase_graph import CapturedPhase, capture_phase
 from adaskip_fx.capture.reference import run_reference
-from adaskip_fx.model.compiled_model import make_shell
+from adaskip_fx.model.subclass import make_compiled_model
 from adaskip_passes.tracing.repeated_layers.mark import Repeat
 from tests.support.graph_text import inputs, lines
 
@@ -61,8 +57,10 @@ def model_of(kind: str, more: dict[str, Any]) -> Any:
 
 
 def captured(model: Any, key: GraphKey) -> CapturedPhase:
-    slots, lengths = run_reference(model).slots, example_lengths(key, 2048)
-    return capture_phase(make_shell(model), type(model).forward, key, slots, lengths, "eager")
+    specs, lengths = run_reference(model).specs, example_lengths(key, 2048)
+    return capture_phase(
+        make_compiled_model(model), type(model).forward, key, specs, lengths, "eager"
+    )
 
 
 def slow(name: str) -> Any:

@@ -31,6 +31,7 @@ from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.serialization import save_decision
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import AdaSkip
+from adaskip_fx.utils import torch_internals
 from adaskip_fx.utils.progress import Steps
 from tests.support.command_line import (
     HEAD_DIM,
@@ -674,7 +675,7 @@ def test_what_reads_a_gguf_file_is_asked_for(
 def test_the_backend_without_a_compiler(
     monkeypatch: pytest.MonkeyPatch, compiler: str | None, wanted: str, device: str, used: str
 ) -> None:
-    monkeypatch.setattr(load, "find_cpp_compiler", lambda: compiler)
+    monkeypatch.setattr(torch_internals, "find_cpp_compiler", lambda: compiler)
     backend, why = load.usable_backend(wanted, torch.device(device))
     assert backend == used
     assert (why is None) == (backend == wanted)
@@ -685,9 +686,9 @@ def test_the_compiler_is_the_one_that_inductor_would_use() -> None:
     from torch._inductor import config, cpp_builder
 
     with config.patch({"cpp.cxx": (None, "/nowhere/c++")}):
-        assert load.find_cpp_compiler() is None
+        assert torch_internals.find_cpp_compiler() is None
     with config.patch({"cpp.cxx": (None, sys.executable)}):  # anything with --version
-        assert load.find_cpp_compiler() == sys.executable
+        assert torch_internals.find_cpp_compiler() == sys.executable
         assert cpp_builder.get_cpp_compiler() == sys.executable
 
 

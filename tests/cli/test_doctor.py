@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from adaskip_fx.cli import doctor
-from adaskip_fx.testing.families import tiny_config, tiny_model
 from tests.support.command_line import make_tokenizer, refused, run
+from tests.support.families.all import tiny_config, tiny_model
 
 
 @pytest.fixture(autouse=True)
 def _some_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adaskip_fx.model.load.find_cpp_compiler", lambda: "g++")
+    monkeypatch.setattr("adaskip_fx.utils.torch_internals.find_cpp_compiler", lambda: "g++")
 
 
 def test_a_model_that_can_be_used(folder: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_version_that_is_not_supported() -> None:
 
 
 def test_without_a_compiler_it_says_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adaskip_fx.model.load.find_cpp_compiler", lambda: None)
+    monkeypatch.setattr("adaskip_fx.utils.torch_internals.find_cpp_compiler", lambda: None)
     result = run("doctor", "--device", "cpu")
     assert result.exit_code == 1
     assert "NOT compiler" in result.stdout

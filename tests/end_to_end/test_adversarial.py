@@ -18,7 +18,6 @@ from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for
-from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes import UnsupportedError
 from tests.model_support import matrix
 from tests.support.custom_decoders import (
@@ -28,6 +27,7 @@ from tests.support.custom_decoders import (
     SharedLayer,
     own,
 )
+from tests.support.families.all import tiny_config, tiny_model
 
 
 def llama(**changes: Any) -> Any:

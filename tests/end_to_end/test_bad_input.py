@@ -593,9 +593,9 @@ def test_warm_up_longer_than_the_model_allows() -> None:
 def test_inductor_on_cpu_without_a_compiler(
     model: Any, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adaskip_fx.model import load
+    from adaskip_fx.utils import torch_internals
 
-    monkeypatch.setattr(load, "find_cpp_compiler", lambda: None)
+    monkeypatch.setattr(torch_internals, "find_cpp_compiler", lambda: None)
     message = r'needs a C\+\+ compiler on CPU and none was found.*pass backend="eager"'
     refused(
         lambda: adaskip_fx.compile(model, profile, backend="inductor"), RuntimeError, message, model

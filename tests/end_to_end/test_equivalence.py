@@ -219,14 +219,14 @@ def test_a_sublayer_that_runs_though_skipped_is_caught() -> None:
 
 
 def test_a_dropped_kv_write_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = SkipCache.step
+    step_view = SkipCache.step_view
 
     def lossy(self: SkipCache, *args: Any) -> Any:
-        views = step(self, *args)
+        views = step_view(self, *args)
         views.layers[1].values = views.layers[1].values.clone()  # written to, then forgotten
         return views
 
-    monkeypatch.setattr(SkipCache, "step", lossy)
+    monkeypatch.setattr(SkipCache, "step_view", lossy)
     bank = entry("three_layers")
     with bank.using():
         assert "layer 1 values" in failing(bank, bank.plan())
@@ -262,7 +262,7 @@ def test_storage_for_skipped_attention_is_caught(monkeypatch: pytest.MonkeyPatch
     bank = entry("three_layers")
     plan = bank.plan(["1.attention"])
     graphs = bank.runtime.graphs
-    monkeypatch.setattr(graphs, "stored", lambda plan: list(graphs.slots))
+    monkeypatch.setattr(graphs, "stored", lambda plan: list(graphs.specs))
     with bank.using(plan):
         assert "layer 1: storage True" in failing(bank, plan)
 

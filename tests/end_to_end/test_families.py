@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from adaskip_fx.testing import Oracle
-from adaskip_fx.testing.families import FAMILIES
 from tests.model_support import matrix
+from tests.support.families.all import FAMILIES
 
 KNOWN = [name for name, family in FAMILIES.items() if family.known]
 #: Those of `make test`: norms, branches, positions, experts, latent attention, a mixer, refused.

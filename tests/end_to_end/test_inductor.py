@@ -161,6 +161,7 @@ def test_generate() -> None:
 def test_lowered_pieces_compile_and_equal_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: operators of our own inside Inductor's code, on whole buffers."""
     import adaskip_fx.capture.phase_graph as phases
+    from adaskip_fx.capture.graph_key import GraphKey
     from adaskip_passes import FuseProjections
 
     lowered: list[str] = []
@@ -172,7 +173,7 @@ def test_lowered_pieces_compile_and_equal_the_oracle(monkeypatch: pytest.MonkeyP
 
     lower = phases._lowering
 
-    def lowering(key: phases.GraphKey, name: str) -> tuple[Any, ...]:
+    def lowering(key: GraphKey, name: str) -> tuple[Any, ...]:
         return (Watching(),) if key.static_cache else lower(key, name)
 
     monkeypatch.setattr(phases, "_lowering", lowering)

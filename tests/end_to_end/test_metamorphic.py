@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaskip_fx.capture.states import Since
+from adaskip_fx.capture.state import Since
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.surrogates import Surrogates
@@ -25,13 +25,13 @@ from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.runtime.similarity import measure_prompt
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for, relative_error
-from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model
 from adaskip_passes import Replacement, Skip, run_passes
 from adaskip_passes.infra.graph_module import text
 from tests.model_support import matrix
 from tests.support.branch_paths import OTHERWISE, Branches
 from tests.support.compiled_llamas import fewer
 from tests.support.custom_decoders import OwnDecoder, OwnLayer, own
+from tests.support.families.all import FAMILIES, tiny_config, tiny_model
 
 KINDS = {
     "llama": "one after the other",

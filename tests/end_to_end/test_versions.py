@@ -29,9 +29,9 @@ from adaskip_fx.kv_cache import names
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.testing import assert_equivalent
-from adaskip_fx.testing.families import tiny_config, tiny_model
 from tests.support.compiled_llamas import entry, make_model
 from tests.support.custom_decoders import own
+from tests.support.families.all import tiny_config, tiny_model
 from tests.support.generation import counted
 from tests.support.tokenizers import Letters
 
@@ -139,8 +139,8 @@ def test_layers_are_linear_as_in_transformers_own_cache(family: str) -> None:
     model = tiny_model(tiny_config(family))
     with torch.no_grad():
         output = model(input_ids=torch.arange(5).unsqueeze(0), use_cache=True)
-    slots = run_reference(model).slots
-    cache = SkipCache(_Nobody(), slots, slots, torch.float32, torch.device("cpu"))
+    specs = run_reference(model).specs
+    cache = SkipCache(_Nobody(), specs, specs, torch.float32, torch.device("cpu"))
     linear = names.cache_of(output).is_linear
     assert cache.is_linear == linear
     assert any(linear) == (family in ("mamba", "bamba"))

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from adaskip_fx.kv_cache.buffers import BufferPool, CacheBuffers, LayerCacheSpec
+from adaskip_fx.kv_cache.buffer_pool import BufferLease, BufferPool
+from adaskip_fx.kv_cache.buffers import CacheBuffers
+from adaskip_fx.kv_cache.layer_spec import LayerCacheSpec
 
-SLOTS = (LayerCacheSpec(1, 2, 1, 2),)
+SPECS = (LayerCacheSpec(1, 2, 1, 2),)
 CPU = torch.device("cpu")
 
 
 def acquire(pool: BufferPool) -> CacheBuffers:
-    return pool.acquire(SLOTS, 1, 8, torch.float32, CPU)
+    return pool.acquire(SPECS, 1, 8, torch.float32, CPU)
 
 
 class Yielding(BufferPool):
@@ -35,8 +37,8 @@ class Yielding(BufferPool):
 
 
 def two_at_once(pool: BufferPool) -> list[CacheBuffers]:
-    """Two threads lease while one storage is kept."""
-    pool.release(CacheBuffers.zeros(SLOTS, 1, 8, torch.float32, CPU))
+    """Two threads lease while one buffers is kept."""
+    pool.release(CacheBuffers.zeros(SPECS, 1, 8, torch.float32, CPU))
     leased: list[CacheBuffers] = []
     threads = [threading.Thread(target=lambda: leased.append(acquire(pool))) for _ in range(2)]
     for thread in threads:
@@ -72,12 +74,12 @@ def test_many_threads() -> None:
 
     def work() -> None:
         for _ in range(60):
-            storage = acquire(pool)
-            if id(storage) in held:
-                shared.append(id(storage))
-            held.add(id(storage))
-            held.discard(id(storage))
-            pool.release(storage)
+            buffers = acquire(pool)
+            if id(buffers) in held:
+                shared.append(id(buffers))
+            held.add(id(buffers))
+            held.discard(id(buffers))
+            pool.release(buffers)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -103,7 +105,7 @@ def test_a_finalizer_may_give_back_while_a_lease_is_made(monkeypatch: pytest.Mon
     assert acquire(pool) is ended
 
 
-def test_one_storage_is_kept() -> None:
+def test_one_set_of_buffers_is_kept() -> None:
     pool = BufferPool(keep=True)
     a, b = acquire(pool), acquire(pool)
     assert pool.idle is None
@@ -125,11 +127,11 @@ def test_one_storage_is_kept() -> None:
 
 def test_what_was_shown_is_not_kept() -> None:
     pool = BufferPool(keep=True)
-    storage = acquire(pool)
-    storage.shown = True
-    pool.release(storage)
-    assert acquire(pool) is not storage
-    assert not storage.copy().shown
+    buffers = acquire(pool)
+    buffers.shown = True
+    pool.release(buffers)
+    assert acquire(pool) is not buffers
+    assert not buffers.copy().shown
 
 
 def test_a_copy_made_in_inference_mode_can_be_written_outside_of_it() -> None:
@@ -139,3 +141,27 @@ def test_a_copy_made_in_inference_mode_can_be_written_outside_of_it() -> None:
     assert keys is not None
     assert not keys.is_inference()
     keys.fill_(1.0)
+
+
+def test_a_lease_gives_its_buffers_back_when_it_is_gone() -> None:
+    pool = BufferPool(keep=True)
+    lease, buffers = BufferLease(pool), acquire(pool)
+    lease.hold(buffers)
+    assert pool.idle is None
+    del lease
+    assert pool.idle is buffers
+
+
+def test_a_lease_gives_back_what_it_held_before() -> None:
+    pool = BufferPool(keep=True)
+    lease, before, after = BufferLease(pool), acquire(pool), acquire(pool)
+    lease.hold(before)
+    lease.hold(after)
+    assert lease.buffers is after
+    assert pool.idle is before
+    lease.release()
+    assert lease.buffers is None
+    assert pool.idle is after
+    pool.clear()
+    lease.release()
+    assert pool.idle is None, "it gives nothing back twice"

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from adaskip_fx.kv_cache.buffers import BufferPool, LayerCacheSpec, State
+from adaskip_fx.kv_cache.buffer_pool import BufferPool
 from adaskip_fx.kv_cache.cache import REFUSED, SkipCache
+from adaskip_fx.kv_cache.layer_spec import LayerCacheSpec, State
+from adaskip_fx.kv_cache.saved import named_tensors
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.runtime.window import Window
@@ -303,8 +305,8 @@ class Nobody:
 def test_a_layer_of_both_kinds_and_one_of_none() -> None:
     """Which few models have, and cost much to capture."""
     states = (State("conv", 0, (6, 4), torch.float32), State("recurrent", 0, (3,), torch.float32))
-    slots = [LayerCacheSpec(2, 8, 2, 4, states), LayerCacheSpec()]
-    cache = SkipCache(Nobody(), slots, slots, torch.float32, torch.device("cpu"))
+    specs = [LayerCacheSpec(2, 8, 2, 4, states), LayerCacheSpec()]
+    cache = SkipCache(Nobody(), specs, specs, torch.float32, torch.device("cpu"))
     both = cache.layers[0]
     assert both.keys is both.conv_states[0] is both.recurrent_states[0] is None
     cache.reserve(3, 5)
@@ -534,10 +536,10 @@ def test_refusals(case: str) -> None:
     """In words, and the cache is as it was."""
     kind, call, error, words = REFUSALS[case]
     cache, _ = filled(kind)
-    before = {name: tensor.clone() for name, tensor in cache.named_tensors().items()}
+    before = {name: tensor.clone() for name, tensor in named_tensors(cache).items()}
     with pytest.raises(error, match=words):
         call(cache)
-    after = cache.named_tensors()
+    after = named_tensors(cache)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -16,7 +16,7 @@ import torch
 from adaskip_fx.contrib.routing import Choice, Option
 from adaskip_fx.kv_cache import saved
 from adaskip_fx.kv_cache.cache import SkipCache
-from adaskip_fx.kv_cache.saved import SavedCacheError, load_cache
+from adaskip_fx.kv_cache.saved import SavedCacheError, load_cache, named_tensors
 from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.skip_plan import SkipPlan
 from tests.support.compiled_llamas import Entry, entry
@@ -61,8 +61,8 @@ def test_what_is_loaded_goes_on_as_what_was_saved(
     assert loaded in bank.runtime.live_caches()
     assert (loaded.length, loaded.batch, loaded.padded) == (6, 2, False)
     assert loaded.stored == cache.stored
-    before = cache.named_tensors()
-    for name, tensor in loaded.named_tensors().items():
+    before = named_tensors(cache)
+    for name, tensor in named_tensors(loaded).items():
         assert torch.equal(tensor, before[name])
         assert tensor.data_ptr() != before[name].data_ptr()
     assert torch.equal(continued(bank, loaded), continued(bank, cache))

@@ -17,9 +17,9 @@ from adaskip_fx import SkipPlan
 from adaskip_fx.api import build
 from adaskip_fx.kv_cache.names import cache_argument
 from adaskip_fx.model.handle import runtime_of
-from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model
 from tests.machine import edits
 from tests.machine.edits import Edit, Values
+from tests.support.families.all import FAMILIES, tiny_config, tiny_model
 
 _LORA = ("q_proj", "down_proj")
 

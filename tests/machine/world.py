@@ -569,7 +569,7 @@ class World:
         self._anew(request)
         new = tokens(request.rows, count, seed)
         expected = self._expected(request.side, request)
-        if not any(slot.attends for slot in request.ours.slots):
+        if not any(spec.attends for spec in request.ours.specs):
             # transformers does not leave out what such a cache has seen: it is given what is new
             seen, last = request.text[:, : request.stored], request.text[:, request.stored :]
             new = torch.cat((last, new), 1)

@@ -28,8 +28,8 @@ from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.profiles.fingerprint import fingerprint
-from adaskip_fx.testing.families import tiny_config, tiny_model
 from tests.support import compiled_llamas
+from tests.support.families.all import tiny_config, tiny_model
 
 SHAPE = "four_layers"
 PLANTED = {"rest": 3.0, "attention": 0.5, "ffn": 0.25, "scale": 0.0625, "stored": 0.125}

@@ -318,7 +318,7 @@ def test_a_cache_that_the_model_drops_is_followed(
 def test_a_cache_that_is_not_followed_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: the request that begins in the middle has the model's plan."""
     _, compiled = phi3()
-    monkeypatch.setattr(SkipCache, "anew", lambda self: compiled.adaskip.new_cache())
+    monkeypatch.setattr(SkipCache, "new_request", lambda self: compiled.adaskip.new_cache())
     with pytest.raises(AssertionError):
         test_a_cache_that_the_model_drops_is_followed(monkeypatch, "loop")
 

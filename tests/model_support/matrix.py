@@ -27,10 +27,10 @@ from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.runtime.similarity import measure_prompt
 from adaskip_fx.testing import Oracle
-from adaskip_fx.testing.families import FAMILIES, tiny_config, tiny_model
 from adaskip_passes import UnsupportedError
 from tests.support.branch_paths import branches
 from tests.support.eager_reference import assert_close, moments
+from tests.support.families.all import FAMILIES, tiny_config, tiny_model
 
 COLUMNS = (
     "found",
@@ -133,18 +133,18 @@ class Caches:
 
     def assert_equal(self, unused: set[int]) -> None:
         """K/V and states agree, but for layers that store nothing because they are skipped."""
-        assert self.mine._storage is not None
+        assert self.mine.lease.buffers is not None
         held = 0
-        for i, (slot, layer) in enumerate(zip(self.mine.kept, self.theirs.layers, strict=False)):
-            assert not (i in unused and (slot.attends or slot.mixes)), f"layer {i} is stored"
-            if slot.attends:
+        for i, (spec, layer) in enumerate(zip(self.mine.kept, self.theirs.layers, strict=False)):
+            assert not (i in unused and (spec.attends or spec.mixes)), f"layer {i} is stored"
+            if spec.attends:
                 pairs = ((self.mine.keys[i], layer.keys), (self.mine.values[i], layer.values))
                 for kept, expected in pairs:
                     assert kept is not None
                     last = kept[:, :, : self.mine.length][:, :, -expected.shape[2] :]
                     assert_close(last, expected, TOLERANCE, f"layer {i} keys or values")
                     held += kept.nbytes
-            for state, tensor in zip(slot.states, self.mine._storage.states[i], strict=True):
+            for state, tensor in zip(spec.states, self.mine.lease.buffers.states[i], strict=True):
                 group = layer.conv_states if state.kind == "conv" else layer.recurrent_states
                 assert_close(tensor, group[state.index], TOLERANCE, f"layer {i} {state.kind}")
                 held += tensor.nbytes

@@ -28,7 +28,6 @@ from adaskip_fx.plans.surrogates import Surrogate, Surrogates
 from adaskip_fx.runtime.report import runtime_report
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for
-from adaskip_fx.testing.families import tiny_config, tiny_model
 from tests.support.compiled_llamas import (
     SEEDS,
     STEPS,
@@ -41,6 +40,7 @@ from tests.support.compiled_llamas import (
 )
 from tests.support.decisions import EMPTY, NAMES, SHAPE, SUBLAYERS, Reference, check
 from tests.support.eager_reference import assert_close
+from tests.support.families.all import tiny_config, tiny_model
 from tests.support.generation import padded, running_ahead
 
 

@@ -18,7 +18,6 @@ from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import Action
 from adaskip_fx.runtime.window import Window
 from adaskip_fx.testing import plans
-from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes import UnsupportedError
 from tests.support.compiled_llamas import (
     SEEDS,
@@ -32,6 +31,7 @@ from tests.support.compiled_llamas import (
     make_model,
 )
 from tests.support.eager_reference import assert_close, moments
+from tests.support.families.all import tiny_config, tiny_model
 
 
 @fewer(2)

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from adaskip_fx.api import build
-from adaskip_fx.testing.families import tiny_config, tiny_model
+from tests.support.families.all import tiny_config, tiny_model
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -14,12 +15,12 @@ from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.programs import program
-from adaskip_fx.testing import Oracle, assert_equivalent, plans, prompts, tiny_configs
+from adaskip_fx.testing import Oracle, assert_equivalent, families, plans, prompts, tiny_configs
 from adaskip_fx.testing.equivalence import compiled_for
-from adaskip_fx.testing.families import FAMILIES, tiny_model
 from adaskip_passes import UnsupportedError
 from tests.support.compiled_llamas import Entry, entry
 from tests.support.custom_decoders import OwnDecoder, OwnParallelDecoder, SharedLayer, own
+from tests.support.families.all import FAMILIES, tiny_model
 
 MODELS = {"pre-norm": OwnDecoder, "parallel": OwnParallelDecoder}
 
@@ -96,7 +97,10 @@ def test_the_first_difference_is_named(wrong_factors: None) -> None:
     message = str(caught.value)
     assert message.startswith(f"OwnDecoder under plan {plan.digest[:8]}: the logits of step 0 (")
     assert "prefill, 13 tokens) differ from the eager model's by" in message
-    assert "First difference: the stream after 1.ffn (blocks.1.thinking.down), step 0" in message
+    assert (
+        "First difference: the residual stream after 1.ffn (blocks.1.thinking.down), step 0"
+        in message
+    )
     assert "(prefill, 13 tokens): relative error 1.0e+00, at [0, " in message
     assert "instead of" in message
 
@@ -117,7 +121,7 @@ def test_another_dtype_and_tolerance() -> None:
     model = own()
     assert assert_equivalent(model, dtype=torch.bfloat16, decode_steps=2) < 8e-2
     assert model.dtype == torch.float32
-    with pytest.raises(AssertionError, match=r"allowed -1.0e\+00\. First difference: the stream"):
+    with pytest.raises(AssertionError, match=r"allowed -1.0e\+00\. First difference: the residual"):
         assert_equivalent(model, tol=-1, decode_steps=2)
 
 
@@ -190,8 +194,13 @@ def test_tiny_configurations_make_models(family: str, data: st.DataObject) -> No
 
 
 def test_an_unknown_family() -> None:
-    with pytest.raises(ValueError, match="no family 'lama'; known: apertus, arcee, "):
+    with pytest.raises(ValueError, match="no family 'lama'; known: deepseek_v3, gemma2, "):
         find(tiny_configs("lama"), lambda config: True)
+
+
+def test_the_families_of_tiny_configurations_are_documented() -> None:
+    assert set(re.findall(r"``(\w+)``", tiny_configs.__doc__ or "")) == set(families.FAMILIES)
+    assert families.FAMILIES.items() <= FAMILIES.items(), "they are compared as all others"
 
 
 @pytest.mark.slow

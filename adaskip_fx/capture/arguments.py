@@ -1,0 +1,58 @@
+"""The arguments of a step: of the model's forward, and of the function that is captured."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..kv_cache.views import DynamicCacheView, StaticCacheView
+
+Forward = Callable[..., Any]
+
+
+def step_inputs(
+    forward: Forward,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    logits_to_keep: int,
+) -> dict[str, Any]:
+    """Return the arguments of a step that the model's forward has a name for.
+
+    Args:
+        forward: of the model.
+        input_ids: int64 [B, T].
+        position_ids: int64 [B, T].
+        attention_mask: bool [B, stored + T]; None without padding.
+        logits_to_keep: 0 for the logits of all tokens, else of the last n.
+    """
+    has = _parameters(forward)
+    inputs: dict[str, Any] = {"input_ids": input_ids}
+    if "position_ids" in has:
+        inputs["position_ids"] = position_ids
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+    if "logits_to_keep" in has:
+        inputs["logits_to_keep"] = logits_to_keep
+    if "return_dict" in has:  # whatever the config says
+        inputs["return_dict"] = True
+    return inputs
+
+
+@functools.cache
+def _parameters(forward: Forward) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def bind_arguments(
+    model: torch.nn.Module,
+    forward: Forward,
+    cache: DynamicCacheView | StaticCacheView,
+    inputs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the captured function's arguments by name, as bindings and guards look them up."""
+    return {"model": model, "forward": forward, "cache": cache, "inputs": inputs}

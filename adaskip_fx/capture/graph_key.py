@@ -1,0 +1,61 @@
+"""The key of a captured graph: everything that it depends on besides lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+GraphPhase = Literal["prefill", "extend", "decode"]
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """All that a captured graph depends on besides lengths.
+
+    Attributes:
+        phase: which of the three graphs.
+        batch: rows.
+        one_token: a step of one token (a length of one is never symbolic).
+        one_stored: that token is the first one.
+        masked: the step has a 2D attention mask.
+        logits_to_keep: 0 for the logits of all tokens, else of the last n.
+        dtype, device: of the model's floating point parameters.
+        surroundings: torch's defaults and autocast where the model is called.
+        static_cache: K/V are whole buffers and the position is on the device, so
+            that every step works at the same addresses (decode only).
+    """
+
+    phase: GraphPhase
+    batch: int
+    one_token: bool
+    one_stored: bool
+    masked: bool
+    logits_to_keep: int
+    dtype: torch.dtype
+    device: torch.device
+    surroundings: Surroundings
+    static_cache: bool = False
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """State of torch that a model's code runs in, and a captured graph depends on.
+
+    Attributes:
+        autocast: the dtype of an active autocast region; None outside of one.
+        dtype: of floating point tensors that are made without one.
+        device: of tensors that are made without one.
+    """
+
+    autocast: torch.dtype | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def now(cls, device: torch.device) -> Surroundings:
+        """Return torch's state now, for code that runs on a device."""
+        active = torch.is_autocast_enabled(device.type)
+        autocast = torch.get_autocast_dtype(device.type) if active else None
+        return cls(autocast, torch.get_default_dtype(), torch.get_default_device())

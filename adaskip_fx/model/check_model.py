@@ -1,0 +1,65 @@
+"""What a model must be to be compiled: a plain decoder of transformers' in evaluation mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .compiled_model import CompiledModel
+
+#: Outputs of a model besides logits and cache, which no graph is captured with.
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is not a plain transformers decoder in evaluation mode.
+
+    Raises:
+        TypeError: it is no decoder of transformers', or a wrapper of one, or it was changed.
+        ValueError: it is in training mode, or its config asks for outputs that are not captured.
+    """
+    if isinstance(model, CompiledModel):
+        raise TypeError("this model is compiled already; compile the original with another plan")
+    if not isinstance(model, PreTrainedModel):
+        kind = type(model).__name__
+        hint = ""
+        if isinstance(model, nn.Module) and hasattr(model, "get_base_model"):
+            hint = " (a peft model: merge_and_unload() it first)"
+        elif hasattr(model, "_orig_mod"):
+            hint = " (a torch.compile wrapper: pass the model inside it)"
+        raise TypeError(
+            f"expected a transformers PreTrainedModel with a language-model head, got {kind}{hint}"
+        )
+    if model.config.is_encoder_decoder:
+        raise TypeError(
+            f"{type(model).__name__} is an encoder-decoder model; only decoder-only models are "
+            "supported"
+        )
+    if model.get_output_embeddings() is None:
+        raise TypeError(
+            f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
+        )
+    refuse_outputs(model)
+    if "forward" in vars(model):
+        raise TypeError(
+            "the model's forward was replaced on the instance (accelerate hooks do that); load it "
+            "without device_map, or remove the hook"
+        )
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() first")
+
+
+def refuse_outputs(model: Any) -> None:
+    """Refuse a config that asks for outputs which a captured graph does not have.
+
+    Raises:
+        ValueError: it asks for one.
+    """
+    for asked in _OUTPUTS:
+        if getattr(model.config, asked, False):
+            raise ValueError(
+                f"the model's config says {asked}=True, which a compiled model does not return; "
+                "set it to False"
+            )

@@ -1,0 +1,180 @@
+"""The forward of a compiled model: its arguments are checked, and the runtime runs the step."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from ..kv_cache.cache import SkipCache
+from ..kv_cache.foreign import own_cache
+from ..kv_cache.names import CACHE_NAMES, output_fields, under_one_name
+from ..utils.torch_internals import is_transformed
+from ..utils.transformers_types import ModelConfig
+from .check_model import refuse_outputs
+
+if TYPE_CHECKING:
+    from .types import CompiledCausalLM
+
+_STEP_ARGUMENTS = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        *CACHE_NAMES,
+        "use_cache",
+        "logits_to_keep",
+        "return_dict",
+        "cache_position",
+    }
+)
+
+
+@dataclass
+class StatefulOutput(ModelOutput):  # type: ignore[misc]  # transformers is not typed
+    """The output of models that call their cache ``cache_params`` (Mamba).
+
+    Attributes:
+        logits: [B, kept, V].
+        cache_params: the request's cache.
+    """
+
+    logits: torch.Tensor | None = None
+    cache_params: SkipCache | None = None
+
+
+def compiled_forward(base: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of a compiled model, with the signature of the original one, `base`."""
+    signature = inspect.signature(base)
+    named = frozenset(signature.parameters) - {"self", "kwargs"}
+
+    @functools.wraps(base)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args and named.issuperset(kwargs):  # as `generate` calls it; binding takes longer
+            return _run(self, kwargs)
+        bound = signature.bind(self, *args, **kwargs).arguments
+        extra = bound.pop("kwargs", {})
+        bound.pop("self")
+        return _run(self, {**bound, **extra})
+
+    return forward
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator, no-untyped-call]
+    reason="a model compiled by adaskip_fx has graphs of its own"
+)
+def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
+    """Run one forward of the compiled model."""
+    _refuse_unsupported(model, arguments)
+    runtime, config = model._adaskip, model.config
+    arguments = under_one_name(arguments, runtime.cache_argument)
+    input_ids = _checked_ids(runtime.device, arguments.get("input_ids"))
+    cache = arguments.get(runtime.cache_argument)
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    use_cache = _flag(arguments, "use_cache", config)
+    returns_cache = use_cache or cache is not None  # as most models do with a cache that they fill
+    if cache is None:
+        if mask is None and not use_cache:
+            _refuse_packed(positions)
+        cache = runtime.new_cache()
+    cache = own_cache(cache, runtime)
+    logits = runtime.step(
+        input_ids,
+        _checked_mask(mask, input_ids, cache),
+        _checked_positions(positions, input_ids),
+        cache,
+        int(arguments.get("logits_to_keep") or 0),
+    )
+    kept = cache if returns_cache else None
+    if not _flag(arguments, "return_dict", config):
+        return (logits, kept) if kept is not None else (logits,)
+    if runtime.cache_argument == "cache_params":
+        return StatefulOutput(logits=logits, cache_params=kept)
+    return CausalLMOutputWithPast(logits=logits, **output_fields(CausalLMOutputWithPast, kept))
+
+
+def _flag(arguments: Mapping[str, Any], name: str, config: ModelConfig) -> bool:
+    """Return a flag of forward, which the config decides where the caller does not."""
+    value = arguments.get(name)
+    return bool(getattr(config, name, True) if value is None else value)
+
+
+def _refuse_packed(positions: object) -> None:
+    """Refuse positions of several texts in a row, which a model tells apart without a cache."""
+    if isinstance(positions, torch.Tensor) and bool((positions.diff(dim=-1) != 1).any()):
+        raise NotImplementedError(
+            "position_ids begin again within a row: texts that are packed without padding are not "
+            "supported by adaskip_fx yet; pad them, or call the original model"
+        )
+
+
+def _refuse_unsupported(model: CompiledCausalLM, arguments: Mapping[str, Any]) -> None:
+    refuse_outputs(model)
+    if model.training:
+        raise RuntimeError("a compiled model is for inference only; call eval() on it")
+    if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+        raise RuntimeError(
+            "gradients cannot flow through a compiled model; wrap the call in torch.no_grad() or "
+            "torch.inference_mode()"
+        )
+    for name, value in arguments.items():
+        if name not in _STEP_ARGUMENTS and value is not None and value is not False:
+            raise NotImplementedError(
+                f"forward({name}=...) is not supported by adaskip_fx yet; call the original model"
+            )
+    if isinstance(arguments.get("logits_to_keep"), torch.Tensor):
+        raise NotImplementedError("logits_to_keep must be an integer, not a tensor of indices")
+
+
+def _checked_ids(device: torch.device, input_ids: object) -> torch.Tensor:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+        raise ValueError("input_ids must be a tensor [batch, tokens]")
+    if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids is empty: {list(input_ids.shape)}")
+    if is_transformed(input_ids):
+        raise NotImplementedError(
+            "transforms of torch.func (vmap, grad) are not supported by adaskip_fx yet; a captured "
+            "graph cannot be transformed"
+        )
+    if input_ids.device != device:
+        raise ValueError(f"input_ids is on {input_ids.device}, the model on {device}")
+    return input_ids.to(torch.int64).contiguous()
+
+
+def _checked_mask(mask: object, input_ids: torch.Tensor, cache: SkipCache) -> torch.Tensor | None:
+    """Return the mask [batch, stored + new], or None when nothing is padded.
+
+    Models without attention get one of the new tokens alone, as ``generate`` makes it.
+    """
+    past = cache.length
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        raise NotImplementedError(
+            "attention_mask must be a tensor [batch, tokens]; prepared 4D masks are not supported"
+        )
+    expected = (input_ids.shape[0], past + input_ids.shape[1])
+    if mask.shape == input_ids.shape and not any(spec.attends for spec in cache.specs):
+        mask = torch.nn.functional.pad(mask, (past, 0), value=1)
+    if tuple(mask.shape) != expected:
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)}, expected {list(expected)}: "
+            f"{past} stored and {input_ids.shape[1]} new tokens"
+        )
+    return None if bool((mask != 0).all()) else mask.to(input_ids.device)
+
+
+def _checked_positions(positions: object, input_ids: torch.Tensor) -> torch.Tensor | None:
+    if positions is None:
+        return None
+    if not isinstance(positions, torch.Tensor) or positions.dim() != 2:
+        raise NotImplementedError(
+            "position_ids must be a tensor [batch, tokens]; more axes are not supported"
+        )
+    return positions.to(input_ids.device)

@@ -1,0 +1,42 @@
+"""Make a compiled model: an object of a generated subclass that shares the original's tensors.
+
+The module tree is copied with the parameters and buffers in the copy's memo, so both models use
+the same tensors, while configuration, hooks and training flags are each model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..capture import attention
+from ..utils.transformers_internals import can_set_attention
+from .check_model import check_model
+from .compiled_model import CompiledModel
+from .forward import compiled_forward
+from .generation import following
+
+
+def make_compiled_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of a generated subclass that shares the parameters and buffers of `model`.
+
+    It runs once its ``_adaskip`` is a runtime.
+
+    Raises:
+        TypeError, ValueError: `model` is not a decoder of transformers in evaluation mode.
+    """
+    check_model(model)
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    compiled: PreTrainedModel = copy.deepcopy(model, memo)
+    base = type(model)
+    name = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    methods = {
+        "forward": compiled_forward(base.forward),
+        "prepare_inputs_for_generation": following(base.prepare_inputs_for_generation),
+    }
+    compiled.__class__ = type(base.__name__, (CompiledModel, base), {**name, **methods})
+    if can_set_attention(compiled) and not attention.is_own(model):
+        compiled.set_attn_implementation(attention.NAME)
+    return compiled

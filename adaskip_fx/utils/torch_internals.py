@@ -1,0 +1,38 @@
+"""The parts of torch that it does not promise, as adaskip_fx uses them.
+
+No other module of adaskip_fx names one; `docs/explanation/private-interfaces.md` lists them.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+
+Subclass = TypeVar("Subclass", bound=torch.Tensor)
+
+
+def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Have Dynamo take the length of a dimension for a symbol."""
+    torch._dynamo.mark_dynamic(tensor, dim)
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is one that a transform of torch.func (vmap, grad) passes on."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def as_subclass(kind: type[Subclass], tensor: torch.Tensor) -> Subclass:
+    """Return a tensor of the class `kind` with the content of `tensor`."""
+    return torch.Tensor._make_subclass(kind, tensor)
+
+
+def find_cpp_compiler() -> str | None:
+    """Return the C++ compiler that Inductor would use, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return str(get_cpp_compiler())
+    except (InvalidCxxCompiler, OSError, RuntimeError):  # RuntimeError: Windows, without cl
+        return None

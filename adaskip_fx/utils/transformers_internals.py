@@ -1,0 +1,144 @@
+"""The parts of transformers that it does not promise, as adaskip_fx uses them.
+
+No other module of adaskip_fx names one; `docs/explanation/private-interfaces.md` lists them.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from .transformers_types import (
+    DecodingCall,
+    GenerationConfigLike,
+    LogitsProcessor,
+    ModelKwargs,
+    Output,
+    StoppingCriteria,
+    Streamer,
+)
+
+#: Attributes that each of two copies of a model has for itself: the attention of its config, and
+#: what gradient checkpointing put on a module.
+COPIED_APART = (
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_gradient_checkpointing_func",
+)
+
+
+def attention_name(model: Any) -> str | None:
+    """Return the name of a model's attention implementation."""
+    name: str | None = model.config._attn_implementation
+    return name
+
+
+def can_set_attention(model: Any) -> bool:
+    """Return whether a model asks the registry for its attention; a user's own may not."""
+    return bool(type(model)._can_set_attn_implementation())
+
+
+def pad_token(config: GenerationConfigLike) -> torch.Tensor | None:
+    """Return the id that ended rows go on with, of a prepared generation config."""
+    token: torch.Tensor | None = config._pad_token_tensor  # type: ignore[attr-defined]
+    return token
+
+
+def stop_tokens(config: GenerationConfigLike) -> torch.Tensor | None:
+    """Return the ids after which ``generate`` feeds a row with padding only, int64 [n]."""
+    ends: torch.Tensor | None = config._eos_token_tensor  # type: ignore[attr-defined]
+    tokens = [t.reshape(-1) for t in (ends, pad_token(config)) if t is not None]
+    return torch.cat(tokens) if tokens else None
+
+
+def prefill(
+    model: Any, input_ids: torch.Tensor, config: GenerationConfigLike, model_kwargs: ModelKwargs
+) -> Output:
+    """Run a prompt as ``generate`` does, and return what the model's forward returned."""
+    output: Output = model._prefill(input_ids, config, model_kwargs, is_first_iteration=True)
+    return output
+
+
+def next_kwargs(model: Any, outputs: Output, model_kwargs: ModelKwargs) -> ModelKwargs:
+    """Return the arguments of forward that ``generate`` keeps for the step after this one."""
+    updated: ModelKwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+    return updated
+
+
+class GenerateHooks:
+    """The methods of a model that ``generate`` calls, under names of our own.
+
+    A class in front of a model's own class overrides those that begin with ``_adaskip``.
+    """
+
+    def _adaskip_prepare_cache(
+        self, config: GenerationConfigLike, model_kwargs: ModelKwargs, mode: Any, max_length: int
+    ) -> None:
+        """Put the request's cache among the arguments of forward."""
+        raise NotImplementedError
+
+    def _adaskip_prompt(self, model_kwargs: ModelKwargs) -> AbstractContextManager[None]:
+        """Return the context in which a prompt is run."""
+        raise NotImplementedError
+
+    def _adaskip_decode(self, call: DecodingCall) -> Any:
+        """Decode, greedy or sampling; None where transformers' own loop is to do it."""
+        raise NotImplementedError
+
+    def _adaskip_next_kwargs(self, model_kwargs: ModelKwargs) -> ModelKwargs:
+        """Return the arguments of forward for the next step, as transformers made them."""
+        raise NotImplementedError
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfigLike,
+        model_kwargs: ModelKwargs,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        self._adaskip_prepare_cache(
+            generation_config, model_kwargs, generation_mode, max_cache_length
+        )
+
+    def _prefill(
+        self,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfigLike,
+        model_kwargs: ModelKwargs,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        with self._adaskip_prompt(model_kwargs):
+            return super()._prefill(  # type: ignore[misc]
+                input_ids, generation_config, model_kwargs, *args, **kwargs
+            )
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessor,
+        stopping_criteria: StoppingCriteria,
+        generation_config: GenerationConfigLike,
+        synced_gpus: bool = False,
+        streamer: Streamer | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        # (``custom_generate=`` would be the public way, but takes the streamer away)
+        steps = (input_ids, logits_processor, stopping_criteria, generation_config)
+        decoded = self._adaskip_decode(DecodingCall(*steps, synced_gpus, streamer, model_kwargs))
+        if decoded is not None:
+            return decoded
+        return super()._sample(  # type: ignore[misc]
+            *steps, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
+        )
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Output, model_kwargs: ModelKwargs, *args: Any, **kwargs: Any
+    ) -> ModelKwargs:
+        updated: ModelKwargs = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
+            outputs, model_kwargs, *args, **kwargs
+        )
+        return self._adaskip_next_kwargs(updated)
