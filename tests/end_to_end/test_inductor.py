@@ -162,14 +162,15 @@ def test_lowered_pieces_compile_and_equal_the_oracle(monkeypatch: pytest.MonkeyP
     """As on a GPU: operators of our own inside Inductor's code, on whole buffers."""
     import adaskip_fx.capture.phase_graph as phases
     from adaskip_fx.capture.graph_key import GraphKey
-    from adaskip_passes import FuseProjections
+    from adaskip_passes import FuseProjections, PassResult
 
     lowered: list[str] = []
 
     class Watching(FuseProjections):
-        def __call__(self, module: torch.fx.GraphModule) -> None:
-            super().__call__(module)
+        def __call__(self, module: torch.fx.GraphModule) -> PassResult:
+            result = super().__call__(module)
             lowered.extend(str(n.target) for n in module.graph.nodes)
+            return result
 
     lower = phases._lowering
 

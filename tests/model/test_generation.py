@@ -245,6 +245,7 @@ def test_one_number_tells_whether_a_row_is_valid(broken: float) -> None:
 # A cache that the model drops --------------------------------------------------------------------
 
 SWITCH = 12  # tokens after which Phi-3 begins anew, for the sake of another table of positions
+PROMPT = torch.arange(5, 14).unsqueeze(0)
 
 
 @functools.cache
@@ -267,6 +268,9 @@ def phi3() -> tuple[Any, Any]:
     )
     torch.manual_seed(0)
     model = Phi3ForCausalLM(config).eval()
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    if model.generate(PROMPT, **options).past_key_values.get_seq_length() < SWITCH:
+        pytest.skip("this transformers (5.17 does) forgets the text when Phi-3 drops its cache")
     return model, build(model, None, backend="eager")
 
 
@@ -279,9 +283,6 @@ def lengths(compiled: Any) -> Iterator[list[tuple[int, SkipPlan]]]:
         yield steps
     finally:
         runtime_of(compiled).observer = None
-
-
-PROMPT = torch.arange(5, 14).unsqueeze(0)
 
 
 @pytest.mark.parametrize("way", ["loop", "loop, ahead", "transformers' loop"])

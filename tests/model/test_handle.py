@@ -37,7 +37,7 @@ def test_it_is_small() -> None:
 
 def test_what_is_set_is_what_is_there() -> None:
     bank = entry(SHAPE)
-    handle: Handle = runtime_of(bank.compiled)
+    handle: Handle = bank.compiled.adaskip
     before = handle.plan
     try:
         for plan in (SkipPlan.of(SUBLAYERS, ["1.ffn"]), Schedule(((0, EMPTY),))):
@@ -53,7 +53,7 @@ def test_what_is_set_is_what_is_there() -> None:
 
 def test_it_counts_and_explains() -> None:
     bank = entry(SHAPE)
-    handle: Handle = runtime_of(bank.compiled)
+    handle: Handle = bank.compiled.adaskip
     cache = handle.new_cache(capacity=16)
     with torch.no_grad():
         bank.compiled(bank.tokens(1, 5), past_key_values=cache)

@@ -62,9 +62,10 @@ def test_a_pass_is_told_with_the_graph_before_and_after_it(
     caplog.set_level(logging.DEBUG, "adaskip_fx")
     steps: list[pass_manager.Step] = []
     changed = run_passes(outer, (SKIP,), steps.append)
-    assert {r.name for r in caplog.records} == {"adaskip_fx.passes.infra.pass_manager"}
-    assert {r.levelno for r in caplog.records} == {logging.DEBUG}
-    first, *rest = caplog.messages
+    records = [r for r in caplog.records if r.name != TRACE.name]  # torch 2.11 hands it on
+    assert {r.name for r in records} == {"adaskip_fx.passes.infra.pass_manager"}
+    assert {r.levelno for r in records} == {logging.DEBUG}
+    first, *rest = (r.getMessage() for r in records)
     assert re.fullmatch(r"Skip: 1 changes \(\d+\.\d\d ms\)", first)
     assert rest == [
         f"graph before Skip:\n{text(outer)}",
