@@ -15,7 +15,7 @@ from statistics import median_high
 from typing import Literal, get_args
 
 from adaskip_fx.latency.table import LatencyTable
-from adaskip_fx.latency.terms import TableError, low_rank, rank_of
+from adaskip_fx.latency.terms import TableError, low_rank_term, rank_of
 from adaskip_fx.plans.skip_plan import Phase
 from adaskip_fx.plans.sublayer import Sublayer
 
@@ -84,7 +84,7 @@ class LatencyBound:
         if "linear" in parts:
             found[math.inf] = {p: self._cost("linear", p) for p in self._phases}
         for phase in self._phases:
-            seconds = not_decreasing([self._cost(low_rank(rank), phase) for rank in ranks])
+            seconds = not_decreasing([self._cost(low_rank_term(rank), phase) for rank in ranks])
             for rank, took in zip(ranks, seconds, strict=True):
                 found[rank][phase] = took
         return found

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..latency.table import LatencyTable
-from ..latency.terms import Costs, parts
+from ..latency.terms import Costs, cost_terms
 from ..plans.skip_plan import Action, Phase, SkipPlan, Sublayer
 from ..plans.surrogates import Surrogates
 from ..profiles.fingerprint import fingerprint
@@ -76,7 +76,7 @@ def measure(
     costs = []
     for phase in PHASES:
         for context in lengths:
-            counts = [parts(p, phase, runtime.sublayers, classes) for p in plans]
+            counts = [cost_terms(p, phase, runtime.sublayers, classes) for p in plans]
             costs.append(_costs(clock, phase, context, plans, counts, rounds))
             if progress is not None:
                 progress(len(costs), len(PHASES) * len(lengths))

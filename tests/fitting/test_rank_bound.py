@@ -18,7 +18,7 @@ from adaskip_fx.fitting import Fitter, LatencyBound, SecondMoments, SurrogateSpe
 from adaskip_fx.fitting.least_squares import smallest_rank, unexplained
 from adaskip_fx.fitting.rank_bound import not_decreasing
 from adaskip_fx.latency.table import LatencyTable
-from adaskip_fx.latency.terms import Costs, TableError, low_rank, rank_of
+from adaskip_fx.latency.terms import Costs, TableError, low_rank_term, rank_of
 from adaskip_fx.measurement.measure import measure, plans_to_time, sublayer_classes
 from adaskip_fx.measurement.rank_ladder import rank_ladder, ranks_to_time
 from adaskip_fx.plans.composition import compose_surrogates
@@ -37,8 +37,8 @@ ATTENTION, FFN = Sublayer(0, "attention"), Sublayer(0, "ffn")
 SUBLAYERS = tuple(Sublayer(i, kind) for i in range(3) for kind in ("attention", "ffn"))
 PREFILL = {"rest": 1.0, "attention": 32.0, "ffn": 64.0, "linear": 16.0}
 DECODE = {"rest": 1.0, "attention": 16.0, "ffn": 8.0, "linear": 4.0}
-PREFILL |= {low_rank(r): 0.5 * r for r in (1, 2, 4, 8)}
-DECODE |= {low_rank(r): 0.25 * r for r in (1, 2, 4, 8)}
+PREFILL |= {low_rank_term(r): 0.5 * r for r in (1, 2, 4, 8)}
+DECODE |= {low_rank_term(r): 0.25 * r for r in (1, 2, 4, 8)}
 
 
 def table(
@@ -84,7 +84,7 @@ def times(draw: st.DrawFn) -> tuple[dict[str, tuple[int, int]], int]:
     ranks = sorted(draw(st.sets(st.integers(1, 64), min_size=1, max_size=5)))
     number = st.integers(1, 40)
     columns = [sorted(draw(number) for _ in ranks) for _ in range(2)]
-    seconds = dict(zip(map(low_rank, ranks), zip(*columns, strict=True), strict=True))
+    seconds = dict(zip(map(low_rank_term, ranks), zip(*columns, strict=True), strict=True))
     if draw(st.booleans()):
         seconds["linear"] = draw(number), draw(number)
     seconds["ffn"] = draw(st.integers(1, 200)), draw(st.integers(1, 200))
@@ -100,7 +100,7 @@ def test_no_larger_rank_fits(given_: tuple[dict[str, tuple[int, int]], int]) -> 
 
     prefill, decode = ({"rest": 1.0, **{n: t[i] for n, t in seconds.items()}} for i in (0, 1))
     measured = table(prefill, decode, [FFN])
-    fitting = [r for n in seconds if (r := rank_of(n)) is not None and fits(low_rank(r))]
+    fitting = [r for n in seconds if (r := rank_of(n)) is not None and fits(low_rank_term(r))]
     if "linear" in seconds and fits("linear"):
         assert LatencyBound(measured, 100, 1 / parts).rank(FFN) is None
     elif fitting:
@@ -123,7 +123,7 @@ def test_a_larger_rank_that_seems_quicker_is_noise() -> None:
     """By hand, of seconds 0.25, 0.5, 1 and 2, of which one or two are far off."""
 
     def largest(share: float, **noise: float) -> int | None:
-        noisy = DECODE | {low_rank(int(name[1:])): took for name, took in noise.items()}
+        noisy = DECODE | {low_rank_term(int(name[1:])): took for name, took in noise.items()}
         return LatencyBound(table(decode=noisy), 100, share, "decode").rank(FFN)
 
     assert largest(0.125) == 4
@@ -195,7 +195,7 @@ def test_tables_without_ranks_or_of_another_model() -> None:
 
 
 def test_a_part_is_named_by_its_rank() -> None:
-    assert rank_of(low_rank(64)) == 64
+    assert rank_of(low_rank_term(64)) == 64
     assert [rank_of(part) for part in ("linear", "scale", "rest", "attention 2")] == [None] * 4
 
 
@@ -326,7 +326,14 @@ def test_surrogates_that_are_timed_run() -> None:
     table_ = measure(compiled, [20], rounds=1, ranks=True)
     names = {*table_.at("prefill", 20)}
     assert names == {*table_.at("decode", 20)}
-    assert names == {"rest", "attention", "ffn", "scale", "linear", *map(low_rank, (1, 2, 4, 8))}
+    assert names == {
+        "rest",
+        "attention",
+        "ffn",
+        "scale",
+        "linear",
+        *map(low_rank_term, (1, 2, 4, 8)),
+    }
     runtime = compiled.adaskip
     classes = sublayer_classes(runtime)
     for surrogates in rank_ladder(runtime.sublayers, classes, runtime.graphs.width):
@@ -355,7 +362,7 @@ def test_neighbours_would_be_folded() -> None:
     """What naming every sublayer would time."""
     ladder = rank_ladder(SUBLAYERS, ["same"] * 6, 16)
     surrogate = next(iter(ladder[0].by_sublayer.values()))
-    every = dataclasses.replace(ladder[0], surrogates=dict.fromkeys(SUBLAYERS, surrogate))
+    every = dataclasses.replace(ladder[0], by_sublayer=dict.fromkeys(SUBLAYERS, surrogate))
     plan = plans_to_time(SUBLAYERS, tuple(s.kind for s in SUBLAYERS), [every])[-1]
     assert {one.rank for one in compose_surrogates(plan, "decode").values()} == {2}
 
