@@ -1,7 +1,7 @@
 """AdaSkip (arXiv 2501.02336): skip the sublayers that change the residual stream least.
 
 Prefill skips the top of a joint ranking of attention and ffn by offline similarity. Decode learns
-from a window of its own tokens which ffn sublayers to skip on top of that.
+from a window of the request's tokens which further ffn sublayers to skip.
 """
 
 from __future__ import annotations

@@ -82,7 +82,9 @@ def test_a_compiled_model_runs_the_stage_that_is_set() -> None:
     from adaskip_fx.profiles.fingerprint import fingerprint
 
     plain = profile_of(bank, similarity)
-    measured = adaskip_fx.Profile(plain.sublayers, plain.moments, fingerprint(bank.model), {}, {})
+    measured = adaskip_fx.Profile(
+        plain.sublayers, plain.statistics, fingerprint(bank.model), {}, {}
+    )
     fast = adaskip_fx.compile(bank.model, measured, 1.5, policy=LiteStage(stages), backend="eager")
     assert fast.adaskip.stage == "a"
     assert names(fast.adaskip.plan) == {"0.ffn"}
