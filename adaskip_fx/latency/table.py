@@ -167,7 +167,7 @@ class LatencyTable:
         if worst.error <= _LARGE_ERROR:
             return ""
         return (
-            f"measured times do not add up: the sum of parts is off by {worst.error:.1%} in "
+            f"measured times do not add up: the sum of cost terms is off by {worst.error:.1%} in "
             f"{worst.phase} at {worst.context:,} tokens, so that speed-ups may be missed by as "
             "much; measure again while nothing else runs on the device, or with more rounds"
         )

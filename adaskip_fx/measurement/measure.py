@@ -173,7 +173,7 @@ def solve(
     Least squares of relative errors; a cost that would come out negative is 0.
 
     Returns:
-        Seconds by part, and by how much the sum of parts is off at most, relatively.
+        Seconds by cost term, and by how much the sum of cost terms is off at most, relatively.
     """
     took = np.asarray(seconds, dtype=np.float64)
     names = list(dict.fromkeys(name for row in counts for name in row))
