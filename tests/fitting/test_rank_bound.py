@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from adaskip_fx.api import build
 from adaskip_fx.fitting import Fitter, LatencyBound, SecondMoments, SurrogateSpec
-from adaskip_fx.fitting.least_squares import smallest_rank, unexplained
+from adaskip_fx.fitting.least_squares import smallest_rank, unexplained_variance
 from adaskip_fx.fitting.rank_bound import not_decreasing
 from adaskip_fx.latency.table import LatencyTable
 from adaskip_fx.latency.terms import Costs, TableError, low_rank_term, rank_of
@@ -231,13 +231,14 @@ def test_more_rank_explains_no_less() -> None:
     many = folds_of(0.1)
     total = many[0].plus(many[1]).plus(many[2])
     left = [
-        unexplained(total, SurrogateSpec("low_rank", ridge=0.0).fit(many, r)) for r in (1, 2, 3)
+        unexplained_variance(total, SurrogateSpec("low_rank", ridge=0.0).fit(many, r))
+        for r in (1, 2, 3)
     ]
     assert left == sorted(left, reverse=True)
     assert left[0] > 1.2 * left[-1]
 
 
-def test_rungs_with_a_bound_are_checked() -> None:
+def test_specs_with_a_bound_are_checked() -> None:
     bound = LatencyBound(table(), 100, 0.125)
     for kind, rank, got in (("low_rank", 3, "rank 3"), ("linear", None, "linear")):
         message = f"a latency bound is for a low_rank without a rank, got {got}"
@@ -260,12 +261,12 @@ def fitter() -> Fitter:
 def test_each_sublayer_has_a_rank_of_its_own(fitter: Fitter, share: float) -> None:
     """The smaller of what is found without a bound, in the order of the plan, and what fits."""
     bound = LatencyBound(table(), 100, share)
-    rung, free = SurrogateSpec("low_rank", bound=bound), SurrogateSpec("low_rank")
-    plan = fitter.fit(SkipPlan.of(SUBLAYERS, ["0.ffn", "1.attention"]), rung)
+    bounded, free = SurrogateSpec("low_rank", bound=bound), SurrogateSpec("low_rank")
+    plan = fitter.fit(SkipPlan.of(SUBLAYERS, ["0.ffn", "1.attention"]), bounded)
     done: dict[Sublayer, Surrogate] = {}
     asked = []
     for sublayer, surrogate in plan.surrogates.by_sublayer.items():
-        seen = fitter.moments(Surrogates(done), tuple(done), [sublayer], free)[sublayer]
+        seen = fitter.second_moments(Surrogates(done), tuple(done), [sublayer], free)[sublayer]
         asked.append(smallest_rank([m for m in seen if m.tokens], [1, 2, 4, 8, 16])[0])
         most = {FFN: 32 * share, Sublayer(1, "attention"): 64 * share}[sublayer]
         assert surrogate.rank == min(asked[-1], most)
@@ -278,7 +279,8 @@ def test_what_decoding_may_add_is_bounded_too(fitter: Fitter) -> None:
     none = SkipPlan.empty(SUBLAYERS)
     bound = LatencyBound(table(), 100, 0.0625)
     free, bounded = (
-        fitter.beside(none, SurrogateSpec("low_rank", bound=b)).by_sublayer for b in (None, bound)
+        fitter.fit_running(none, SurrogateSpec("low_rank", bound=b)).by_sublayer
+        for b in (None, bound)
     )
     assert [str(s) for s in bounded] == ["0.ffn", "1.ffn", "2.ffn"]
     sizes = [surrogate.rank or 32 for surrogate in free.values()]
@@ -354,7 +356,7 @@ def test_no_surrogate_that_is_timed_is_folded(classes: list[str]) -> None:
     for plan, part in ((one, 1), (two, 2), (four, 4), (linear, 0)):
         put_in = compose_surrogates(plan, "decode").values()
         assert put_in, "timed"
-        assert all(len(fold.parts) == 1 and fold.rank == part for fold in put_in)
+        assert all(len(fold.members) == 1 and fold.rank == part for fold in put_in)
         assert len({fold.key for fold in put_in}) == len(put_in)  # weights of their own
 
 
