@@ -1,4 +1,4 @@
-"""Offline learning: run the instrumented full model over texts and keep what it measured."""
+"""Calibration: run the instrumented full model over texts and keep what it measured."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from ..model.check_model import check_model
 from ..plans.sublayer import Sublayer
 from ..profiles.fingerprint import fingerprint
 from ..profiles.profile import PROBE_STATS, Array, Profile
+from .tokenizer import Tokenizer
 
 _MIN_TOKENS = 16  # of a sample: fewer say nothing about long contexts
 
 
 def calibrate(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     texts: Iterable[str],
     max_length: int = 2048,
     *,
@@ -34,8 +35,8 @@ def calibrate(
     """Measure how much each sublayer changes the residual stream (AdaSkip, eq. 1 to 3).
 
     Each text is one sample; of a longer one the first `max_length` tokens are used. Probes run in
-    float32 on the device, over all tokens of the prompt. A token whose stream is of length zero or
-    not finite does not count for the sublayer there; the profile says how many did not.
+    float32 on the device, over all tokens of the prompt. A token whose stream at a sublayer is zero
+    or not finite does not count for it; the profile says how many did not.
 
     Args:
         model: a transformers decoder in evaluation mode; it is not changed.
@@ -45,6 +46,9 @@ def calibrate(
         backend: inner torch.compile backend; ``"eager"`` needs no compilation.
         progress: called with (samples done, samples in all).
 
+    Returns:
+        The profile of the model.
+
     Raises:
         ValueError: no text, a text of fewer than 16 tokens, such a `max_length`, or a text of
             which less than half counts for some sublayer.
@@ -53,20 +57,20 @@ def calibrate(
     check_model(model)
     samples = tokenize(model, tokenizer, texts, max_length)
     runtime = runtime_of(build(model, None, backend=backend))
-    moments = []
+    readings = []
     for done, ids in enumerate(samples):
         if progress is not None:
             progress(done, len(samples))
         reading = measure_prompt(runtime, ids.to(model.device), layers=True)
-        moments.append(reading[:, 0].double().cpu().numpy())
+        readings.append(reading[:, 0].double().cpu().numpy())
     if progress is not None:
         progress(len(samples), len(samples))
-    measured, layers = np.split(np.stack(moments), [len(runtime.sublayers)], axis=1)
+    statistics, layers = np.split(np.stack(readings), [len(runtime.sublayers)], axis=1)
     return Profile(
         sublayers=runtime.sublayers,
-        moments=measured,
+        statistics=statistics,
         layers=layers,
-        left_out=left_out(runtime.sublayers, measured, [ids.shape[1] for ids in samples]),
+        left_out=left_out_counts(runtime.sublayers, statistics, [ids.shape[1] for ids in samples]),
         fingerprint=fingerprint(model),
         versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
         calibration={
@@ -80,12 +84,23 @@ def calibrate(
 
 
 def tokenize(
-    model: Any, tokenizer: Any, texts: Iterable[str], max_length: int
+    model: Any, tokenizer: Tokenizer, texts: Iterable[str], max_length: int
 ) -> list[torch.Tensor]:
-    """One int64 tensor [1, tokens] per text, without what the tokenizer's mask leaves out.
+    """Return one int64 tensor [1, tokens] per text, without what the tokenizer's mask leaves out.
 
     A masked token is seen by no other one and takes no position, so a text without it is the same
     text.
+
+    Args:
+        model: its configuration says how many positions there are.
+        tokenizer: called on each text.
+        texts: at least one.
+        max_length: tokens of a text at most; further ones are cut off.
+
+    Raises:
+        ValueError: no text, a text of fewer than 16 tokens, or a `max_length` below 16 or above the
+            model's positions.
+        TypeError: one string instead of several texts.
     """
     if isinstance(texts, str):
         raise TypeError("texts must be a sequence of texts, not one string")
@@ -110,26 +125,28 @@ def tokenize(
 
 
 def unmasked(encoded: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The ids [1, tokens] of one encoded text, without those that its mask leaves out."""
+    """Return the ids [1, tokens] of one encoded text, without those that its mask leaves out."""
     ids: torch.Tensor = encoded["input_ids"]
     if "attention_mask" in encoded:
         ids = ids[encoded["attention_mask"].bool()][None]
     return ids
 
 
-def left_out(sublayers: Sequence[Sublayer], moments: Array, tokens: Sequence[int]) -> Array:
-    """How many of each sample's `tokens` the moments leave out, [samples, sublayers].
+def left_out_counts(
+    sublayers: Sequence[Sublayer], statistics: Array, tokens: Sequence[int]
+) -> Array:
+    """Return how many of each sample's tokens the statistics leave out, [samples, sublayers].
 
     Args:
         sublayers: what was measured.
-        moments: [samples, sublayers, 5].
-        tokens: of each sample.
+        statistics: [samples, sublayers, 5], sums of `PROBE_STATS`.
+        tokens: how many each sample has.
 
     Raises:
-        ValueError: more than half of a sample is left out somewhere: the rest does not stand for
-            it. Names the first sublayer where that is so.
+        ValueError: more than half of a sample is left out at a sublayer, so that the rest does not
+            represent it. The message names the first such sublayer.
     """
-    missing = np.asarray(tokens)[:, None] - moments[:, :, PROBE_STATS.index("tokens")]
+    missing = np.asarray(tokens)[:, None] - statistics[:, :, PROBE_STATS.index("tokens")]
     for sample, sublayer in np.argwhere(missing * 2 > np.asarray(tokens)[:, None]):
         raise ValueError(
             f"calibration text {sample}: at {sublayers[sublayer]} the residual stream of "

@@ -1,7 +1,7 @@
-"""Judge candidate plans on calibration data: what searching policies need.
+"""The loss of candidate plans on calibration data, which searching policies need.
 
-One compiled model serves every candidate: a request is begun with the candidate's plan, so a
-candidate costs a link and its steps, never a capture or a compile.
+One compiled model serves every candidate: a request begins with the candidate's plan, so a
+candidate costs a link and its steps, never a capture or a compilation.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..model.compiled_model import CompiledModel
 from ..plans.skip_plan import SkipPlan
 from ..runtime.runtime import Runtime
 from .calibrate import unmasked
+from .tokenizer import Tokenizer
 
 _CHUNK = 256  # tokens whose distributions are compared at once, in float32
 _VARIANTS = 8  # linked programs to keep: a candidate is seldom judged twice
@@ -27,13 +28,13 @@ _VARIANTS = 8  # linked programs to keep: a candidate is seldom judged twice
 class CalibrationLoss:
     """The loss of a plan on texts, on answers to prompts, or on both: an `Evaluator`.
 
-    Of texts: the mean over tokens of KL(full model || plan) of the next token, in nats, as the
-    plan's prefill computes it. Of pairs of a prompt and an answer: the mean over the answer's
-    tokens of their negative log likelihood given the prompt; where the plan's phases differ, the
-    answer is decoded token by token. Each is the mean over its samples, and the loss their
-    weighted sum.
+    The loss of a text is the mean over its tokens of KL(full model || plan) of the next token, in
+    nats, as the plan's prefill computes it. The loss of a pair of a prompt and an answer is the
+    mean over the answer's tokens of their negative log likelihood after the prompt, in nats; where
+    the plan's phases differ, the answer is decoded token by token. The whole loss is the weighted
+    sum of the mean over texts and the mean over pairs.
 
-    A plan is judged once for the same number of samples. A loss that is no number is infinite.
+    A plan is judged once for the same number of samples. A loss that is not a number is infinite.
 
     Attributes:
         runtime: what runs the candidates.
@@ -57,10 +58,11 @@ class CalibrationLoss:
             model: a transformers decoder in evaluation mode, or one that is compiled already.
             texts: int64 [1, T] each, of at least two tokens.
             answers: pairs of a prompt [1, T] and an answer [1, A], int64.
-            text_weight, answer_weight: of the two losses.
+            text_weight: weight of the mean loss of texts.
+            answer_weight: weight of the mean loss of answers.
             backend: inner torch.compile backend, if the model is yet to be compiled.
             memory: bytes on the model's device for the full model's predictions, two for each token
-                and word; what does not fit is computed anew for every candidate.
+                and word; what does not fit is computed again for every candidate.
 
         Raises:
             ValueError: neither texts nor answers, or an empty one.
@@ -68,8 +70,8 @@ class CalibrationLoss:
         if not texts and not answers:
             raise ValueError("a loss needs texts or answers to be measured on, got neither")
         compiled = isinstance(model, CompiledModel)
-        shell = model if compiled else build(model, None, backend=backend, max_variants=_VARIANTS)
-        self.runtime: Runtime = runtime_of(shell)
+        fast = model if compiled else build(model, None, backend=backend, max_variants=_VARIANTS)
+        self.runtime: Runtime = runtime_of(fast)
         self.judged = 0
         device = self.runtime.device
         self._texts = [_checked("text", n, ids, 2).to(device) for n, ids in enumerate(texts)]
@@ -87,27 +89,44 @@ class CalibrationLoss:
     def of(
         cls,
         model: Any,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         texts: Iterable[str] = (),
         answers: Iterable[tuple[str, str]] = (),
         max_length: int = 1024,
         **options: Any,
     ) -> CalibrationLoss:
-        """As the constructor, of text. Prompts and texts are cut after `max_length` tokens."""
+        """Return the loss on texts and answers that are not tokenized yet.
+
+        Args:
+            model: as for the constructor.
+            tokenizer: the model's.
+            texts: each of at least two tokens.
+            answers: pairs of a prompt and an answer.
+            max_length: tokens after which texts, prompts and answers are cut off.
+            options: further arguments of the constructor.
+
+        Raises:
+            ValueError: as for the constructor.
+        """
 
         def ids(text: str, **more: Any) -> torch.Tensor:
-            given = {"truncation": True, "max_length": max_length, "return_tensors": "pt"}
-            return unmasked(tokenizer(text, **given, **more))
+            options = {"truncation": True, "max_length": max_length, "return_tensors": "pt"}
+            return unmasked(tokenizer(text, **options, **more))
 
         pairs = [(ids(prompt), ids(answer, add_special_tokens=False)) for prompt, answer in answers]
         return cls(model, [ids(text) for text in texts], pairs, **options)
 
     def __call__(self, plan: SkipPlan, samples: int | None = None) -> float:
-        """The loss of `plan` on the first `samples` texts and as many answers; None: on all.
+        """Return the loss of `plan`.
+
+        Args:
+            plan: the candidate.
+            samples: judge on the first `samples` texts and as many answers; None for all.
 
         Raises:
             ValueError: `samples` is below 1.
-            PlanError, UnsupportedError: the plan is of another model, or cannot be skipped.
+            PlanError: the plan is of another model.
+            UnsupportedError: the plan skips what cannot be skipped.
         """
         if samples is not None and samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples!r}")
@@ -115,63 +134,69 @@ class CalibrationLoss:
         if key not in self._known:
             self.judged += 1
             losses = self.text_loss(plan, samples), self.answer_loss(plan, samples)
-            loss = sum(w * one for w, one in zip(self._weights, losses, strict=True))
-            self._known[key] = loss if math.isfinite(loss) else math.inf
+            total = sum(w * loss for w, loss in zip(self._weights, losses, strict=True))
+            self._known[key] = total if math.isfinite(total) else math.inf
         return self._known[key]
 
     def text_loss(self, plan: SkipPlan, samples: int | None = None) -> float:
-        """The mean KL to the full model in nats; 0 without texts."""
+        """Return the mean KL to the full model in nats; 0 without texts."""
         count = len(self._texts[:samples])
         return sum(self._divergence(n, plan) for n in range(count)) / max(count, 1)
 
     def answer_loss(self, plan: SkipPlan, samples: int | None = None) -> float:
-        """The mean negative log likelihood of answers in nats; 0 without answers."""
+        """Return the mean negative log likelihood of answers in nats; 0 without answers."""
         pairs = self._answers[:samples]
-        return sum(self._surprise(*pair, plan) for pair in pairs) / max(len(pairs), 1)
+        return sum(self._negative_log_likelihood(*pair, plan) for pair in pairs) / max(
+            len(pairs), 1
+        )
 
     @torch.no_grad()
     def _divergence(self, number: int, plan: SkipPlan) -> float:
         ids = self._texts[number]
-        expected = (
-            self._kept[number] if number < len(self._kept) else self._predicted(ids, self._full)
-        )
-        logits = self._predicted(ids, plan)
+        kept = number < len(self._kept)
+        expected = self._kept[number] if kept else self._logits(ids, self._full)
+        logits = self._logits(ids, plan)
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        for want, got in zip(_parts(expected), _parts(logits), strict=True):
+        for full, skipped in zip(_chunks(expected), _chunks(logits), strict=True):
             # normalised again: what was kept was rounded
-            p, q = want.float().log_softmax(-1), got.float().log_softmax(-1)
+            p, q = full.float().log_softmax(-1), skipped.float().log_softmax(-1)
             total += (p.exp() * (p - q)).sum(dtype=torch.float64)
         return float(total) / ids.shape[1]
 
     @torch.no_grad()
-    def _surprise(self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan) -> float:
-        logits = self._answered(prompt, answer, plan)
+    def _negative_log_likelihood(
+        self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan
+    ) -> float:
+        logits = self._answer_logits(prompt, answer, plan)
         chosen = logits.float().log_softmax(-1).gather(1, answer[0].unsqueeze(1))
         return -float(chosen.mean(dtype=torch.float64))
 
-    def _answered(self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
-        """Logits [A, V] that predict an answer.
+    def _answer_logits(
+        self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan
+    ) -> torch.Tensor:
+        """Return the logits [A, V] that predict an answer.
 
         Where the phases are alike, the answer is a chunk after the prompt. (In one step with it, a
         graph would be needed for every length of an answer, or all of a prompt's logits.)
         """
         cache = self.runtime.new_cache(prompt.shape[1] + answer.shape[1], plan=plan, learn=False)
-        alike = plan.prefill == plan.decode and not plan.last_token_full
+        same_phases = plan.prefill == plan.decode and not plan.last_token_full
         rest = answer[:, :-1]
-        chunks = torch.split(rest, rest.shape[1] if alike else 1, 1) if rest.shape[1] else ()
+        chunks = torch.split(rest, rest.shape[1] if same_phases else 1, 1) if rest.shape[1] else ()
         steps = [self.runtime.step(prompt, None, None, cache, 1)]
         steps += [self.runtime.step(ids, None, None, cache, 0) for ids in chunks]
         return torch.cat(steps, 1)[0]
 
-    def _predicted(self, ids: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
-        """Logits [T, V] for a text."""
+    def _logits(self, ids: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
+        """Return the logits [T, V] of a text [1, T]."""
         cache = self.runtime.new_cache(ids.shape[1], plan=plan, learn=False)
         return self.runtime.step(ids, None, None, cache, 0)[0]
 
     @torch.no_grad()
     def _keep(self, memory: int) -> None:
+        """Keep the full model's predictions of as many texts as `memory` bytes hold."""
         for ids in self._texts:
-            logits = self._predicted(ids, self._full)
+            logits = self._logits(ids, self._full)
             memory -= 2 * logits.numel()
             if memory < 0:
                 return
@@ -179,14 +204,14 @@ class CalibrationLoss:
             self._kept.append(logits.float().log_softmax(-1).half() if wide else logits)
 
 
-def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.split(rows, _CHUNK)
 
 
-def _checked(what: str, number: int, ids: torch.Tensor, least: int) -> torch.Tensor:
+def _checked(name: str, number: int, ids: torch.Tensor, least: int) -> torch.Tensor:
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < least:
         raise ValueError(
-            f"{what} {number} has shape {list(ids.shape)}; expected [1, tokens], at least [1, "
+            f"{name} {number} has shape {list(ids.shape)}; expected [1, tokens], at least [1, "
             f"{least}]"
         )
     return ids

@@ -91,7 +91,7 @@ def calibrate(
         from ..calibration.calibrate import calibrate as measure
         from ..data.reference_text import calibration_samples
         from ..model.load import load
-        from ..profiles.profile import check_target
+        from ..profiles.folder import check_target
         from ..utils.progress import Steps
 
         check_target(out)  # before minutes of work

@@ -1,8 +1,8 @@
-"""Fit what stands in for skipped sublayers, on the same captured graphs that will run."""
+"""Fit the surrogates of skipped sublayers, on the same captured graphs that will run."""
 
-from .distillation import DistillConfig, DistillLog, refine
+from .distillation import DistillConfig, DistillLog, distill
 from .fitter import Fitter
-from .least_squares import solve, unexplained
+from .least_squares import solve, unexplained_variance
 from .rank_bound import LatencyBound
 from .recipe import Recipe, fit
 from .search_fits import SurrogateFitter
@@ -22,8 +22,8 @@ __all__ = [
     "SecondMoments",
     "SurrogateFitter",
     "SurrogateSpec",
+    "distill",
     "fit",
-    "refine",
     "solve",
-    "unexplained",
+    "unexplained_variance",
 ]

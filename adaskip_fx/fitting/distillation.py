@@ -1,12 +1,12 @@
-"""Refine surrogates by gradient descent towards the full model's predictions.
+"""Distil the full model into the surrogates of a plan, by gradient descent.
 
-The closed form makes each surrogate explain its own sublayer; what matters is what the model says
-in the end. All of them are moved together so that KL(full model || plan) of the next token gets
-less. Only surrogates change; the gradients flow through the captured graph itself.
+The closed form makes each surrogate explain its own sublayer; what matters is what the model
+predicts in the end. All surrogates are moved together so that KL(full model || plan) of the next
+token falls. Only surrogates change; the gradients flow through the captured graph itself.
 
-Matrices are moved by Muon (Jordan et al. 2024, with the rate as in Liu et al., "Muon is Scalable
-for LLM Training", 2025), all else by Adam: a linear map has many directions that matter little each
-and much together, and Muon moves along all of them alike.
+Matrices are moved by Muon (Jordan et al. 2024, with the learning rate scaled as in Liu et al.,
+"Muon is Scalable for LLM Training", 2025), all else by Adam: a linear map has many directions that
+matter little each and much together, and Muon moves along all of them alike.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -23,189 +24,211 @@ from adaskip_fx.plans.skip_plan import SkipPlan
 
 from .fitter import Fitter
 from .oom_backoff import OomBackoff
-from .precision import allow_tf32
 from .training import Training
 from .weighted_sample import Sample
 from .whitening import whitenings
 
-_CHUNK, _FUSED = 512, 2048  # tokens whose distributions are compared at once; by fused kernels
-_WORTH = 600  # steps from which on it pays to compile
-_WARM = 0.05  # of the steps, in which the rate rises
+_CHUNK = 512  # tokens whose distributions are compared at once
+_COMPILED_CHUNK = 2048  # likewise, by fused kernels
+_MIN_COMPILED_STEPS = 600  # from here on it pays to compile
+_WARM_UP = 0.05  # of the steps, in which the learning rate rises
 
 
 @dataclass(frozen=True)
 class DistillConfig:
     """How to descend.
 
-    steps: of descent; each takes `batch` samples, drawn from the groups of samples in turn.
-    rate: the highest learning rate; it rises over the first twentieth of the steps and falls to 0
-        along half a cosine.
-    batch: samples of a step; those of one length go through the model together.
-    every: steps after which held-out samples are judged; the best state is kept, the beginning
-        included.
-    seed: draws the samples of each step.
-    compiled: whether Inductor compiles the model's graph, forward and backward, which pays for many
-        steps; None: on a GPU, for 600 steps or more on samples of one length.
+    Attributes:
+        steps: of descent; each takes `batch_size` samples, from the groups of samples in turn.
+        learning_rate: the highest one; it rises over the first twentieth of the steps and falls to
+            0 along half a cosine.
+        batch_size: samples of a step; those of one length go through the model together.
+        eval_interval: steps after which validation samples are judged; the best state is kept, the
+            beginning included.
+        seed: of the choice of samples.
+        compiled: whether Inductor compiles the model's graph, forward and backward, which pays for
+            many steps; None: on a GPU, for 600 steps or more on samples of one length.
 
-    ValueError for a number that is not positive.
+    Raises:
+        ValueError: a number is not positive.
     """
 
     steps: int = 300
-    rate: float = 1e-3
-    batch: int = 4
-    every: int = 50
+    learning_rate: float = 1e-3
+    batch_size: int = 4
+    eval_interval: int = 50
     seed: int = 0
     compiled: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rate", "batch", "every"):
+        for name in ("steps", "learning_rate", "batch_size", "eval_interval"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
 
 
 @dataclass
 class DistillLog:
-    """What a refinement did: KL in nats a token on held-out samples, by step, and the best of them.
+    """What a distillation did.
 
-    losses: by step, the first before any change.
-    step: of the state that was kept.
+    Attributes:
+        losses: KL in nats a token on the validation samples, by step; step 0 is before any change.
+        best_step: the step whose state was kept.
     """
 
     losses: dict[int, float] = field(default_factory=dict)
-    step: int = 0
+    best_step: int = 0
 
 
-def refine(
+@contextmanager
+def allow_tf32() -> Iterator[None]:
+    """Let float32 products be rounded to TF32 within the block, where a GPU has that."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def distill(
     fitter: Fitter,
     plan: SkipPlan,
     groups: Sequence[Sequence[Sample]],
-    held_out: Sequence[Sample],
-    how: DistillConfig | None = None,
+    validation: Sequence[Sample],
+    config: DistillConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[SkipPlan, DistillLog]:
-    """`plan` with its surrogates of skipped sublayers refined.
+    """Return `plan` with its surrogates of skipped sublayers moved towards the full model.
 
     Args:
         fitter: of the model; its texts say along which directions streams lie (see `whitenings`).
         plan: with a surrogate for at least one sublayer that prefill does not run.
         groups: samples to descend on, by kind: steps take from each kind in turn.
-        held_out: others, to choose the best step on.
-        how: see `DistillConfig`.
+        validation: other samples, to choose the best step on.
+        config: see `DistillConfig`.
         progress: called with (steps done, steps in all).
 
     Returns:
         The plan, and what was seen on the way.
 
     Raises:
-        ValueError: no samples, or nothing to refine.
+        ValueError: no samples, or no surrogate to move.
         UnsupportedError: gradients cannot flow through the model's graph.
     """
-    how = how or DistillConfig()
-    if not groups or not all(groups) or not held_out:
-        raise ValueError("refining needs samples to descend on and samples that are held out")
+    config = config or DistillConfig()
+    if not groups or not all(groups) or not validation:
+        raise ValueError("distillation needs samples to descend on and samples for validation")
     if not any(s in plan.surrogates.by_sublayer for s in plan.prefill):
-        raise ValueError("the plan has no surrogate to refine; fit one first")
-    seen = DistillLog()
-    compiled = how.compiled if how.compiled is not None else _worth_compiling(fitter, groups, how)
+        raise ValueError("the plan has no surrogate to distil into; fit one first")
+    log = DistillLog()
+    compiled = config.compiled
+    if compiled is None:
+        compiled = _pays_to_compile(fitter, groups, config)
     whitened = whitenings(fitter, plan)
     training = Training.of(plan, whitened, fitter.runtime.device, compiled)
     with allow_tf32(), warnings.catch_warnings():
         # Dynamo looks at the gradient of every tensor that it is given.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         loss = _Loss(fitter, plan, training)
-        seen.losses[0] = best = loss.mean(held_out)
-        kept = training.surrogates()
-        descent = _Rules(training.parameters, how)
-        draws = _Draws(groups, how.seed)
-        for step in range(how.steps):
+        log.losses[0] = least = loss.mean(validation)
+        best = training.surrogates()
+        optimizer = _Optimizer(training.parameters, config)
+        sampler = _Sampler(groups, config.seed)
+        for step in range(config.steps):
             if progress is not None:
-                progress(step, how.steps)
-            descent.along(step, loss, [next(draws) for _ in range(how.batch)])
-            if (step + 1) % how.every == 0 or step + 1 == how.steps:
-                seen.losses[step + 1] = found = loss.mean(held_out)
-                if found < best:
-                    best, seen.step, kept = found, step + 1, training.surrogates()
+                progress(step, config.steps)
+            optimizer.step(step, loss, [next(sampler) for _ in range(config.batch_size)])
+            done = step + 1
+            if done % config.eval_interval == 0 or done == config.steps:
+                log.losses[done] = found = loss.mean(validation)
+                if found < least:
+                    least, log.best_step, best = found, done, training.surrogates()
     if progress is not None:
-        progress(how.steps, how.steps)
-    return plan.with_surrogates(plan.surrogates.merged(kept)), seen
+        progress(config.steps, config.steps)
+    return plan.with_surrogates(plan.surrogates.merged(best)), log
 
 
-def _worth_compiling(
-    fitter: Fitter, groups: Sequence[Sequence[Sample]], how: DistillConfig
+def _pays_to_compile(
+    fitter: Fitter, groups: Sequence[Sequence[Sample]], config: DistillConfig
 ) -> bool:
     lengths = {sample.ids.shape[1] for group in groups for sample in group}
-    return fitter.runtime.device.type == "cuda" and how.steps >= _WORTH and len(lengths) == 1
+    many = config.steps >= _MIN_COMPILED_STEPS
+    return fitter.runtime.device.type == "cuda" and many and len(lengths) == 1
 
 
-class _Rules:
-    """Steps of Muon for matrices, and of Adam for all else, at a rate that rises and falls."""
+class _Optimizer:
+    """Muon for matrices, and Adam for all else, with a learning rate that rises and falls."""
 
-    def __init__(self, parameters: list[torch.Tensor], how: DistillConfig) -> None:
-        self.how = how
-        self.room = OomBackoff(how.batch)
-        self.parameters = parameters
+    def __init__(self, parameters: Sequence[torch.Tensor], config: DistillConfig) -> None:
+        self.config = config
+        self.backoff = OomBackoff(config.batch_size)
+        self.parameters = list(parameters)
         matrices = [p for p in self.parameters if p.ndim == 2]
         others = [p for p in self.parameters if p.ndim != 2]
-        self.rules: list[torch.optim.Optimizer] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         if matrices:
-            matched = "match_rms_adamw"  # as large as steps of Adam, so that one rate serves both
-            self.rules.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn=matched))
+            # steps as large as those of Adam, so that one learning rate serves both
+            muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            self.optimizers.append(muon)
         if others:
-            self.rules.append(torch.optim.Adam(others, betas=(0.9, 0.98)))
+            self.optimizers.append(torch.optim.Adam(others, betas=(0.9, 0.98)))
 
-    def along(
+    def step(
         self,
         step: int,
         loss: Callable[[Sequence[Sample]], torch.Tensor],
         samples: Sequence[Sample],
     ) -> None:
-        """Step number `step`, down the mean slope of some samples, at once if there is room."""
-        steps = self.how.steps
-        rise = min(1.0, (step + 1) / (_WARM * steps + 1))
-        rate = self.how.rate * rise * (1 + math.cos(math.pi * step / steps)) / 2
-        self.room(lambda together: self._slope(loss, samples, together))
-        for rule in self.rules:
-            for group in rule.param_groups:
-                group["lr"] = rate
-            rule.step()
+        """Take step number `step` along the mean gradient of samples, at once if there is room."""
+        self.backoff(lambda size: self._set_gradients(loss, samples, size))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._learning_rate(step)
+            optimizer.step()
 
-    def _slope(
+    def _learning_rate(self, step: int) -> float:
+        steps = self.config.steps
+        rise = min(1.0, (step + 1) / (_WARM_UP * steps + 1))
+        return self.config.learning_rate * rise * (1 + math.cos(math.pi * step / steps)) / 2
+
+    def _set_gradients(
         self,
         loss: Callable[[Sequence[Sample]], torch.Tensor],
         samples: Sequence[Sample],
-        together: int,
+        size: int,
     ) -> None:
         for parameter in self.parameters:
             parameter.grad = None
-        for some in _alike(samples, together):
-            slopes = torch.autograd.grad(loss(some) / len(samples), self.parameters)
-            for parameter, slope in zip(self.parameters, slopes, strict=True):
-                parameter.grad = slope if parameter.grad is None else parameter.grad + slope
+        for batch in _batches(samples, size):
+            gradients = torch.autograd.grad(loss(batch) / len(samples), self.parameters)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                before = parameter.grad
+                parameter.grad = gradient if before is None else before + gradient
 
 
-def _alike(samples: Sequence[Sample], most: int) -> Iterator[list[Sample]]:
-    """Samples of one length, at most so many at once."""
-    lengths: dict[int, list[Sample]] = {}
+def _batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+    """Yield batches of samples of one length, at most `size` in each."""
+    by_length: dict[int, list[Sample]] = {}
     for sample in samples:
-        lengths.setdefault(sample.ids.shape[1], []).append(sample)
-    for some in lengths.values():
-        yield from (some[i : i + most] for i in range(0, len(some), most))
+        by_length.setdefault(sample.ids.shape[1], []).append(sample)
+    for alike in by_length.values():
+        yield from (alike[i : i + size] for i in range(0, len(alike), size))
 
 
-class _Draws:
-    """Samples of each group in turn; of a group each once before any comes again."""
+class _Sampler:
+    """Yields samples of each group in turn; of a group each once before any comes again."""
 
     def __init__(self, groups: Sequence[Sequence[Sample]], seed: int) -> None:
-        self._groups, self._random = groups, random.Random(seed)
+        self._groups, self._rng = groups, random.Random(seed)
         self._left: list[list[Sample]] = [[] for _ in groups]
         self._turn = 0
 
     def __next__(self) -> Sample:
-        at = self._turn % len(self._groups)
+        group = self._turn % len(self._groups)
         self._turn += 1
-        if not self._left[at]:
-            self._left[at] = self._random.sample(self._groups[at], len(self._groups[at]))
-        return self._left[at].pop()
+        if not self._left[group]:
+            self._left[group] = self._rng.sample(self._groups[group], len(self._groups[group]))
+        return self._left[group].pop()
 
 
 class _Loss:
@@ -215,24 +238,24 @@ class _Loss:
         self._runtime, self._plan, self._training = fitter.runtime, plan, training
         compiled = training.compiled
         self._full = SkipPlan.empty(plan.sublayers)
-        self._chunk = _FUSED if compiled else _CHUNK
+        self._chunk = _COMPILED_CHUNK if compiled else _CHUNK
         self._compare = torch.compile(_divergence, dynamic=False) if compiled else _divergence
 
     def __call__(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """The sum over samples of one length."""
+        """Return the sum over samples of one length."""
         ids = torch.cat([sample.ids for sample in samples])
         wanted = self._logits(ids, self._full).detach()
         shares = torch.cat([sample.shares for sample in samples]).to(wanted.device)
         rows = (wanted, self._logits(ids, self._plan), shares)
-        parts = zip(*(torch.split(t, self._chunk) for t in rows), strict=True)
-        return torch.stack([self._compare(*part) for part in parts]).sum()
+        chunks = zip(*(torch.split(t, self._chunk) for t in rows), strict=True)
+        return torch.stack([self._compare(*chunk) for chunk in chunks]).sum()
 
     def mean(self, samples: Sequence[Sample]) -> float:
-        """Over samples."""
+        """Return the mean over samples."""
         return sum(float(self([sample]).detach()) for sample in samples) / len(samples)
 
     def _logits(self, ids: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
-        """Float [B T, V] of ids [B, T]."""
+        """Return float logits [B T, V] of ids [B, T]."""
         cache = self._runtime.new_cache(
             ids.shape[1], plan=plan, learn=False, instrument=self._training
         )
@@ -240,6 +263,12 @@ class _Loss:
 
 
 def _divergence(wanted: torch.Tensor, found: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """The sum over rows of KL(wanted || found) of logits [n, V] in nats, weighted by shares [n]."""
+    """Return the sum over rows of KL(wanted || found), weighted by shares [n].
+
+    Args:
+        wanted: logits [n, V].
+        found: logits [n, V].
+        shares: weights [n].
+    """
     p, q = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
     return ((p.exp() * (p - q)).sum(-1) * shares).sum()

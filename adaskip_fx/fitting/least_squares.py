@@ -1,8 +1,8 @@
-"""From moments to the surrogate that explains the most of what a sublayer adds.
+"""From second moments to the surrogate that explains the most of what a sublayer adds.
 
-Every rung of the ladder is a least squares fit to the same moments: of `t = y - x`, the weighted
-squared error of `x -> stand_in(x) - x` is least. What it leaves, over the same of no surrogate at
-all, is the share that stays unexplained.
+Every kind of surrogate is a least squares fit to the same moments: of `t = y - x`, the weighted
+squared error of `x -> surrogate(x) - x` is least. The error that remains, relative to that of no
+surrogate at all, is the fraction of unexplained variance (1 - R^2).
 """
 
 from __future__ import annotations
@@ -26,41 +26,47 @@ RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 def solve(
     moments: SecondMoments, kind: SurrogateKind, rank: int = 0, ridge: float = 1e-4
 ) -> Surrogate:
-    """The surrogate of a kind with the least weighted squared error.
+    """Return the surrogate of a kind with the least weighted squared error.
+
+    Closed forms: scale and diagonal are regressions without a constant. Linear is ridge regression,
+    `W = (C_zz + ridge I)^-1 C_zt` (NBL, arXiv 2505.21077), of what the scale leaves: the stronger
+    the ridge, the nearer the map is to that scale (the constant is not regularized). A low-rank map
+    is the best approximation of the ridge regression of all of t in the metric of the inputs
+    (reduced-rank regression: the leading singular vectors of `C_xx^1/2 W`). A normalized map is
+    regularized towards zero.
 
     Args:
-        moments: what it is fitted to; normalized ones for a normalized map.
-        kind: which rung.
-        rank: of a low-rank map; cut to H.
-        ridge: of linear and low-rank maps, in units of the mean diagonal of `moments.inputs`.
+        moments: what it is fitted to; of normalized streams for a normalized map.
+        kind: of the surrogate.
+        rank: of a low-rank map; at most H is used.
+        ridge: of linear, normalized and low-rank maps, in units of the mean diagonal of
+            `moments.inputs`.
 
-    Closed forms: scale and diagonal are regressions without a constant; linear is ridge regression,
-    `W = (C_zz + ridge I)^-1 C_zt` (NBL, arXiv 2505.21077), of what the scale leaves: the more it
-    is held down, the more it is that scale (the constant is not held down). A low-rank map is the
-    best approximation of the ridge regression of all of t in the metric of the inputs (reduced-rank
-    regression: the leading singular vectors of `C_xx^1/2 W`).
-
-    A normalized map is held down to nothing.
-
-    ValueError for a scale that is not positive.
+    Raises:
+        ValueError: moments of normalized streams for another kind or the reverse, or a scale that
+            is not positive.
     """
-    assert moments.normalized == (kind == "normalized")
+    if moments.normalized != (kind == "normalized"):
+        raise ValueError(f"a {kind} surrogate cannot be fitted to these moments")
     if kind == "scale":
-        return Surrogate.scale(float(1 + _own(moments)))
+        return Surrogate.scale(float(1 + _gain(moments)))
     if kind == "diagonal":
-        own = moments.products.diagonal() / moments.inputs.diagonal()[:-1].clamp_min(1e-300)
-        return Surrogate(kind, {"factor": _numpy(1 + own)})
-    held = _held(moments, ridge)
+        gains = moments.products.diagonal() / moments.inputs.diagonal()[:-1].clamp_min(1e-300)
+        return Surrogate(kind, {"factor": _numpy(1 + gains)})
+    inputs = _regularized(moments, ridge)
     if kind == "low_rank":
-        return _reduced(held, torch.linalg.solve(held, moments.products), rank)
-    own = torch.zeros_like(moments.targets) if moments.normalized else _own(moments)
-    full = torch.linalg.solve(held, moments.products - own * moments.inputs[:, :-1])
-    full[:-1].diagonal().add_(own)
+        return _reduced_rank(inputs, torch.linalg.solve(inputs, moments.products), rank)
+    target = torch.zeros_like(moments.targets) if moments.normalized else _gain(moments)
+    full = torch.linalg.solve(inputs, moments.products - target * moments.inputs[:, :-1])
+    full[:-1].diagonal().add_(target)
     return Surrogate(kind, {"weight": _numpy(full[:-1].T), "bias": _numpy(full[-1])})
 
 
-def unexplained(moments: SecondMoments, surrogate: Surrogate) -> float:
-    """The share of the weighted squared target that a surrogate leaves; 1 for passing x through."""
+def unexplained_variance(moments: SecondMoments, surrogate: Surrogate) -> float:
+    """Return the fraction of the weighted squared target that a surrogate leaves unexplained.
+
+    It is 1 for a surrogate that passes x through.
+    """
     if float(moments.targets) == 0.0:
         return 0.0
     map_ = _as_map(surrogate, moments)
@@ -68,11 +74,15 @@ def unexplained(moments: SecondMoments, surrogate: Surrogate) -> float:
     return float(1 - explained / moments.targets)
 
 
-def left_out(folds: Sequence[SecondMoments], kind: SurrogateKind, rank: int, ridge: float) -> float:
-    """The share that stays unexplained of each fold by a fit to the others; the mean over folds."""
+def cross_validation_error(
+    folds: Sequence[SecondMoments], kind: SurrogateKind, rank: int, ridge: float
+) -> float:
+    """Return the unexplained variance of each fold by a fit to the others; the mean over folds."""
     total = functools.reduce(SecondMoments.plus, folds)
-    shares = [unexplained(fold, solve(total.minus(fold), kind, rank, ridge)) for fold in folds]
-    return sum(shares) / len(shares)
+    fractions = [
+        unexplained_variance(fold, solve(total.minus(fold), kind, rank, ridge)) for fold in folds
+    ]
+    return sum(fractions) / len(fractions)
 
 
 def best_ridge(
@@ -81,60 +91,67 @@ def best_ridge(
     rank: int = 0,
     ridges: Iterable[float] = RIDGES,
 ) -> float:
-    """The ridge that leaves the least of folds that the fit has not seen."""
-    return min(ridges, key=lambda ridge: left_out(folds, kind, rank, ridge))
+    """Return the ridge with the least cross-validation error."""
+    return min(ridges, key=lambda ridge: cross_validation_error(folds, kind, rank, ridge))
 
 
 def smallest_rank(
     folds: Sequence[SecondMoments], ranks: Iterable[int], slack: float = 0.01
 ) -> tuple[int, float]:
-    """The smallest of `ranks` that leaves at most `slack` more than the linear map, and its ridge.
+    """Return the smallest rank whose map is nearly as good as the linear map, and its ridge.
 
-    If none does, H, for the linear map itself.
+    Args:
+        folds: second moments of each fold.
+        ranks: from which to choose.
+        slack: by how much its cross-validation error may be above that of the linear map.
+
+    Returns:
+        A rank and a ridge; H and the ridge of the linear map where no rank is good enough.
     """
     ridge = best_ridge(folds)
-    wanted = left_out(folds, "linear", 0, ridge) + slack
+    most = cross_validation_error(folds, "linear", 0, ridge) + slack
     for rank in sorted(ranks):
-        own = best_ridge(folds, "low_rank", rank)
-        if left_out(folds, "low_rank", rank, own) <= wanted:
-            return rank, own
+        of_rank = best_ridge(folds, "low_rank", rank)
+        if cross_validation_error(folds, "low_rank", rank, of_rank) <= most:
+            return rank, of_rank
     return folds[0].hidden, ridge
 
 
-def _own(moments: SecondMoments) -> torch.Tensor:
-    """The regression of t on x alone: what the scale is above 1."""
+def _gain(moments: SecondMoments) -> torch.Tensor:
+    """Return the regression of t on x alone, by one number: the scale less 1."""
     return moments.products.diagonal().sum() / moments.inputs.diagonal()[:-1].sum()
 
 
-def _held(moments: SecondMoments, ridge: float) -> torch.Tensor:
-    held = moments.inputs.clone()
-    diagonal = held.diagonal()[:-1]
+def _regularized(moments: SecondMoments, ridge: float) -> torch.Tensor:
+    """Return C_zz with the ridge on its diagonal, but for the constant."""
+    inputs = moments.inputs.clone()
+    diagonal = inputs.diagonal()[:-1]
     diagonal += ridge * diagonal.mean()
-    return held
+    return inputs
 
 
-def _reduced(held: torch.Tensor, full: torch.Tensor, rank: int) -> Surrogate:
+def _reduced_rank(inputs: torch.Tensor, full: torch.Tensor, rank: int) -> Surrogate:
     hidden = full.shape[1]
-    root = torch.linalg.cholesky(_without_constant(held))
+    root = torch.linalg.cholesky(_without_constant(inputs))
     left, values, right = torch.linalg.svd(root.T @ full[:-1], full_matrices=False)
     kept = min(rank, hidden)
     # half of each singular value on either side: bfloat16 weights are then of one size
     half = values[:kept].clamp_min(0).sqrt()
     down = torch.linalg.solve_triangular(root.T, left[:, :kept] * half, upper=True)
     up = half.unsqueeze(1) * right[:kept]
-    mean = held[-1, :-1] / held[-1, -1]  # the constant that goes with the map that is left
+    mean = inputs[-1, :-1] / inputs[-1, -1]  # the constant that goes with the map that is left
     bias = full[-1] + mean @ (full[:-1] - down @ up)
     return Surrogate("low_rank", {"down": _numpy(down.T), "up": _numpy(up.T), "bias": _numpy(bias)})
 
 
-def _without_constant(held: torch.Tensor) -> torch.Tensor:
-    """Second moments of x about its weighted mean: what is left when the constant is best."""
-    across = held[:-1, -1]
-    return held[:-1, :-1] - torch.outer(across, across) / held[-1, -1]
+def _without_constant(inputs: torch.Tensor) -> torch.Tensor:
+    """Return second moments of x about its weighted mean, for which the best constant is zero."""
+    across = inputs[:-1, -1]
+    return inputs[:-1, :-1] - torch.outer(across, across) / inputs[-1, -1]
 
 
 def _as_map(surrogate: Surrogate, moments: SecondMoments) -> torch.Tensor:
-    """`surrogate(x) - x` as z M: M [H + 1, H], float64."""
+    """Return `surrogate(x) - x` as z M: M [H + 1, H], float64."""
     tensors = {
         name: torch.tensor(value).to(moments.inputs) for name, value in surrogate.tensors.items()
     }

@@ -1,4 +1,4 @@
-"""As many at once as memory has room for."""
+"""Work in groups that memory has room for."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ T = TypeVar("T")
 
 
 class OomBackoff:
-    """How many fit into memory at once: half as many after each time that they did not.
+    """Runs a function with a group size that fits into memory.
 
-    most: at first.
+    The size is halved whenever the device is out of memory, and stays at that.
+
+    Attributes:
+        size: how much to take at once.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, size: int) -> None:
+        self.size = size
 
-    def __call__(self, do: Callable[[int], T]) -> T:
-        """What `do` returns, given how many to take at once; it is begun anew with fewer.
+    def __call__(self, function: Callable[[int], T]) -> T:
+        """Return what `function` returns for the size; it starts again with a smaller one.
 
-        torch.OutOfMemoryError where there is no room for one.
+        Raises:
+            torch.OutOfMemoryError: there is no room for a size of 1.
         """
         while True:
             try:
-                return do(self.most)
+                return function(self.size)
             except torch.OutOfMemoryError:
-                if self.most == 1:
+                if self.size == 1:
                     raise
-            self.most //= 2
+            self.size //= 2

@@ -1,10 +1,11 @@
-"""From texts to a plan that keeps the most: choose, fit, refine, and say what decoding may add."""
+"""From texts to a plan that keeps the most: choose, fit, distil, and say what decoding may add."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from adaskip_fx.calibration.tokenizer import Tokenizer
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip, PlanPolicy
 from adaskip_fx.profiles.profile import Profile
@@ -17,23 +18,26 @@ from .spec import SurrogateSpec
 class Recipe:
     """How a plan is made.
 
-    search: choose sublayers one by one by what is lost (`Greedy`, on texts and on answers to
-        prompts that hide something); without, by the policy that is given.
-    rung: what stands in for them.
-    in_order: fit surrogates in the order of the plan, later ones on what earlier ones have left; if
-        not, each as if it alone were skipped, in a small part of the time (see `Fitter.alone`).
-    own: samples of `tokens` tokens that the model writes itself, besides those that are given.
-    tokens: of a sample at most.
-    steps: of refinement; 0 for none.
-    shortlist: sublayers that a search tries at each step, the most similar; None for all.
-    extras: whether ffn sublayers get surrogates that decoding may add.
-    seed: of all that is drawn.
+    Attributes:
+        search: whether to choose sublayers one by one by what is lost (`Greedy`, on texts and on
+            answers to prompts that hide something); otherwise a policy chooses them.
+        spec: what kind of surrogate to fit.
+        synthetic_samples: samples of `max_length` tokens that the model writes itself, besides the
+            texts.
+        max_length: tokens of a sample at most.
+        steps: of distillation; 0 for none.
+        shortlist: sublayers that a search tries at each step, the most similar; None for all.
+        extras: whether ffn sublayers get surrogates that decoding may add.
+        seed: of all random choices.
+        in_order: whether to fit surrogates in the order of the plan, later ones on what earlier
+            ones have left; otherwise each is fitted as if it alone were skipped, in a small part of
+            the time (see `Fitter.fit_independently`).
     """
 
     search: bool = True
-    rung: SurrogateSpec = field(default_factory=lambda: SurrogateSpec("normalized"))
-    own: int = 64
-    tokens: int = 2048
+    spec: SurrogateSpec = field(default_factory=lambda: SurrogateSpec("normalized"))
+    synthetic_samples: int = 64
+    max_length: int = 2048
     steps: int = 300
     shortlist: int | None = 32
     extras: bool = True
@@ -43,7 +47,7 @@ class Recipe:
 
 def fit(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     texts: Kinds,
     profile: Profile,
     alpha: float,
@@ -53,42 +57,42 @@ def fit(
     backend: str = "eager",
     say: Say = lambda _: None,
 ) -> SkipPlan:
-    """A plan that skips as many sublayers as `alpha` says, with fitted surrogates.
+    """Return a plan that skips as many sublayers as `alpha` says, with fitted surrogates.
 
     Args:
         model: a transformers decoder in evaluation mode; it is not changed.
         tokenizer: the model's.
         texts: by kind (prose, code, ...), each what the model will be used on, or close to it;
-            of each kind every fifth, and at least one of two, is held out to judge by.
+            of each kind every fifth, and at least one of two, is held out for validation.
         profile: of the model.
-        alpha: acceleration ratio, as of `skip_count`.
+        alpha: acceleration ratio, as for `skip_count`.
         recipe: see `Recipe`.
         policy: chooses sublayers where the recipe does not search; AdaSkip if None.
         backend: inner torch.compile backend; ``"eager"`` needs no compilation.
-        say: told what is being done.
+        say: called with a line of text at each stage.
 
     Raises:
         ValueError: no texts, or too few; an alpha that cannot be met.
         UnsupportedError: the model cannot be captured, or gradients cannot flow through its graph.
     """
     recipe = recipe or Recipe()
-    workshop = FittingSession(
+    session = FittingSession(
         model,
         tokenizer,
         texts,
-        own=recipe.own,
-        tokens=recipe.tokens,
+        synthetic_samples=recipe.synthetic_samples,
+        max_length=recipe.max_length,
         seed=recipe.seed,
         backend=backend,
         say=say,
     )
     if recipe.search:
-        plan = workshop.searched(profile, alpha, recipe.rung, recipe.shortlist)[-1]
+        plan = session.search(profile, alpha, recipe.spec, recipe.shortlist)[-1]
     else:
         plan = (policy or AdaSkip()).plan(profile, alpha)
     if not plan.prefill:
         return plan
-    plan = workshop.fitted(plan, recipe.rung, recipe.in_order)
+    plan = session.fit(plan, recipe.spec, recipe.in_order)
     if recipe.steps:
-        plan = workshop.refined(plan, recipe.steps)
-    return workshop.with_extras(plan, recipe.rung) if recipe.extras else plan
+        plan = session.distill(plan, recipe.steps)
+    return session.add_extras(plan, recipe.spec) if recipe.extras else plan

@@ -1,16 +1,17 @@
-"""Prompts that ask for something hidden in a long text: what plain text hardly ever tests.
+"""Prompts that ask for something hidden in a long text, which plain text hardly ever tests.
 
 A plan may keep perplexity and lose retrieval. These prompts, made of calibration texts, let a
-search or a refinement see that; they are worded unlike those that evaluation asks.
+search or a distillation see that; they are worded unlike those that evaluation asks.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+
+from adaskip_fx.calibration.tokenizer import Tokenizer
 
 from .weighted_sample import Sample
 
@@ -31,86 +32,89 @@ _FORMS = (
     ("\n{person} said: my combination is {key}. Write it down: {key}.\n",
      "\nWhich combination did {person} give? It was"),
 )  # fmt: skip
-_HALF = 0.5  # of the weight is on the answers, half on all tokens alike
+_ANSWER_WEIGHT = 0.5  # of a sample; the rest is spread over all its tokens
 
 
 def retrieval_samples(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     texts: Sequence[torch.Tensor],
     count: int,
     tokens: int,
     *,
-    most: int = 4,
+    max_facts: int = 4,
     seed: int = 0,
 ) -> list[Sample]:
-    """Samples of `tokens` tokens, whose answers have half of the weight.
+    """Return samples of `tokens` tokens, whose answers have half of the weight.
 
     Args:
         tokenizer: the model's.
         texts: token ids int64 [1, T] to hide things in.
-        count: of samples.
-        tokens: of each.
-        most: things hidden in one, at most, and as fit into half of it; all are asked for.
-        seed: of all that is drawn.
+        count: how many samples.
+        tokens: of each sample.
+        max_facts: how many facts are hidden in a sample at most; fewer where they would fill more
+            than half of it. All are asked for.
+        seed: of the random choices.
 
     Raises:
         ValueError: no texts, or too few tokens for the questions.
     """
     if not texts:
         raise ValueError("retrieval samples need texts to hide things in")
-    drawn = random.Random(seed)
-    return [_sample(tokenizer, texts, tokens, drawn.randint(1, most), drawn) for _ in range(count)]
+    rng = random.Random(seed)
+    return [_sample(tokenizer, texts, tokens, rng.randint(1, max_facts), rng) for _ in range(count)]
 
 
 def _sample(
-    tokenizer: Any, texts: Sequence[torch.Tensor], tokens: int, hidden: int, drawn: random.Random
+    tokenizer: Tokenizer, texts: Sequence[torch.Tensor], tokens: int, facts: int, rng: random.Random
 ) -> Sample:
-    triples = [_triple(tokenizer, drawn) for _ in range(hidden)]
+    triples = [_triple(tokenizer, rng) for _ in range(facts)]
     while len(triples) > 1 and 2 * _length(triples) > tokens:
         triples.pop()
     room = tokens - _length(triples)
     if room < 1:
         raise ValueError(f"{tokens} tokens are too few for a question; make samples longer")
-    asked = drawn.sample(triples, len(triples))
-    tail = [(ids, part == 1) for _, *rest in asked for part, ids in enumerate(rest)]
-    body = _stretch(texts, room, drawn)
-    places = sorted((drawn.randint(0, room) for _ in triples), reverse=True)
-    for place, (facts, *_) in zip(places, triples, strict=True):
-        body[place:place] = facts
-    answered = [False] * len(body) + [answer for ids, answer in tail for _ in ids]
-    whole = [*body, *(one for ids, _ in tail for one in ids)]
+    asked = rng.sample(triples, len(triples))
+    ids = _stretch(texts, room, rng)
+    positions = sorted((rng.randint(0, room) for _ in triples), reverse=True)
+    for position, (fact, _, _) in zip(positions, triples, strict=True):
+        ids[position:position] = fact
+    is_answer = [False] * len(ids)
+    for _, question, answer in asked:
+        ids += question + answer
+        is_answer += [False] * len(question) + [True] * len(answer)
     # a token's weight is that of what is predicted there: the next one
-    answers = torch.tensor([*answered[1:], False], dtype=torch.float32)
-    weights = _HALF * answers / answers.sum() + (1 - _HALF) / len(whole)
-    return Sample(torch.tensor([whole]).to(texts[0].device), weights)
+    answers = torch.tensor([*is_answer[1:], False], dtype=torch.float32)
+    weights = _ANSWER_WEIGHT * answers / answers.sum() + (1 - _ANSWER_WEIGHT) / len(ids)
+    return Sample(torch.tensor([ids]).to(texts[0].device), weights)
 
 
 def _length(triples: Sequence[tuple[list[int], ...]]) -> int:
     return sum(len(ids) for triple in triples for ids in triple)
 
 
-def _triple(tokenizer: Any, drawn: random.Random) -> tuple[list[int], list[int], list[int]]:
-    fact, question = drawn.choice(_FORMS)
-    key = drawn.choice(_WORDS) if "word of" in fact else str(drawn.randrange(10**3, 10**7))
+def _triple(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[int], list[int]]:
+    """Return the tokens of a fact, of the question for it, and of the answer."""
+    fact, question = rng.choice(_FORMS)
+    key = rng.choice(_WORDS) if "word of" in fact else str(rng.randrange(10**3, 10**7))
     names = {
-        "thing": drawn.choice(_THINGS),
-        "person": drawn.choice(_PEOPLE),
-        "city": drawn.choice(_CITIES),
-        "word": drawn.choice(_WORDS),
+        "thing": rng.choice(_THINGS),
+        "person": rng.choice(_PEOPLE),
+        "city": rng.choice(_CITIES),
+        "word": rng.choice(_WORDS),
         "key": key,
     }
 
     def ids(text: str) -> list[int]:
-        given = {"truncation": True, "max_length": 256, "return_tensors": "pt"}
-        found = tokenizer(text, add_special_tokens=False, **given)["input_ids"]
-        return [int(one) for one in found[0]]
+        options = {"truncation": True, "max_length": 256, "return_tensors": "pt"}
+        encoded = tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+        return [int(token) for token in encoded[0]]
 
     return ids(fact.format(**names)), ids(question.format(**names)), ids(f" {key}")
 
 
-def _stretch(texts: Sequence[torch.Tensor], tokens: int, drawn: random.Random) -> list[int]:
-    """So many tokens of one text from a drawn place on, from its beginning again where it ends."""
-    text = drawn.choice(texts)[0].tolist()
-    start = drawn.randrange(max(1, len(text) - tokens))
+def _stretch(texts: Sequence[torch.Tensor], tokens: int, rng: random.Random) -> list[int]:
+    """Return so many tokens of one text from a random position on; it repeats where it ends."""
+    text = rng.choice(texts)[0].tolist()
+    start = rng.randrange(max(1, len(text) - tokens))
     repeated = text[start:] + text * (tokens // len(text) + 1)
     return repeated[:tokens]

@@ -20,8 +20,8 @@ class SecondMoments:
     Attributes:
         inputs: sum of w z z^T, float64 [H + 1, H + 1], where z is x (or x / rms(x)) and a last 1.
         products: sum of w z t^T, float64 [H + 1, H].
-        targets: sum of w t . t.
-        counted: how many tokens count, int64 on the device.
+        targets: sum of w t . t, float64 [].
+        counted: how many tokens count, int64 [] on the device.
         normalized: whether z is x / rms(x).
     """
 
@@ -33,38 +33,45 @@ class SecondMoments:
 
     @classmethod
     def zeros(cls, hidden: int, device: torch.device, normalized: bool = False) -> SecondMoments:
-        """Of no tokens."""
+        """Return the moments of zero tokens.
+
+        Args:
+            hidden: H, the width of the stream.
+            device: of the sums.
+            normalized: whether z is x / rms(x).
+        """
         shapes = ((hidden + 1, hidden + 1), (hidden + 1, hidden), ())
-        made = (torch.zeros(s, dtype=torch.float64, device=device) for s in shapes)
-        inputs, products, targets = made
+        inputs, products, targets = (
+            torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes
+        )
         counted = torch.zeros((), dtype=torch.int64, device=device)
         return cls(inputs, products, targets, counted, normalized)
 
     @property
     def hidden(self) -> int:
-        """H."""
+        """H, the width of the stream."""
         return self.products.shape[1]
 
     @property
     def tokens(self) -> int:
-        """How many tokens count; waits for the device."""
+        """How many tokens count; reading it waits for the device."""
         return int(self.counted)
 
     def add(self, stream: torch.Tensor, target: torch.Tensor) -> None:
         """Count tokens.
 
         Args:
-            stream: what the surrogate will be given, [..., H].
+            stream: the input of the surrogate, [..., H].
             target: what the stream is to be after it, [..., H].
         """
         x, y = (t.reshape(-1, self.hidden).to(torch.float64) for t in (stream, target))
-        norm, wanted = (t.norm(dim=-1, keepdim=True) for t in (x, y))
+        norm, target_norm = (t.norm(dim=-1, keepdim=True) for t in (x, y))
         # a padding token's embedding may be zero, a stream in float16 infinite
-        counts = (norm > 0) & norm.isfinite() & wanted.isfinite()
+        counts = (norm > 0) & norm.isfinite() & target_norm.isfinite()
         x, y = (torch.where(counts, t, 0.0) for t in (x, y))  # NaN times a weight of 0 is NaN
         weight = torch.where(counts, 1 / norm, 0.0)
-        given = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() if self.normalized else x
-        z = torch.cat((given, torch.ones_like(x[:, :1])), 1) * weight
+        inputs = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() if self.normalized else x
+        z = torch.cat((inputs, torch.ones_like(x[:, :1])), 1) * weight
         t = (y - x) * weight
         self.inputs += z.T @ z
         self.products += z.T @ t
@@ -72,7 +79,7 @@ class SecondMoments:
         self.counted += counts.sum()
 
     def plus(self, other: SecondMoments, times: int = 1) -> SecondMoments:
-        """Of the tokens of both."""
+        """Return the moments of the tokens of both, those of `other` counted `times` times."""
         return SecondMoments(
             self.inputs + times * other.inputs,
             self.products + times * other.products,
@@ -82,5 +89,5 @@ class SecondMoments:
         )
 
     def minus(self, part: SecondMoments) -> SecondMoments:
-        """Without the tokens of a part."""
+        """Return the moments without the tokens of `part`, which were counted before."""
         return self.plus(part, -1)

@@ -1,30 +1,29 @@
-"""What the steps of a recipe share: one compiled model, texts to learn from and to judge by."""
+"""What the steps of a recipe share: one compiled model, and texts for training and validation."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 
 from adaskip_fx.calibration.calibrate import tokenize
 from adaskip_fx.calibration.loss import CalibrationLoss
+from adaskip_fx.calibration.tokenizer import Tokenizer
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import Greedy
 from adaskip_fx.profiles.profile import Profile
 
-from .distillation import DistillConfig, refine
+from .augmentation import pack, vary_layouts
+from .distillation import DistillConfig, allow_tf32, distill
 from .fitter import Fitter
-from .precision import allow_tf32
 from .retrieval_prompts import retrieval_samples
 from .search_fits import SurrogateFitter
 from .spec import SurrogateSpec
-from .synthetic_text import laid_out, pack, write_texts
+from .synthetic_text import write_texts
 from .weighted_sample import Sample
 
 #: texts, or token ids int64 [1, T], of several kinds by name
@@ -32,15 +31,18 @@ Kinds = Mapping[str, Sequence[str | torch.Tensor]]
 Tokens = dict[str, list[torch.Tensor]]
 Say = Callable[[str], None]
 
-OWN = ("own", "own, ends apart")
-_DOCUMENT = 640  # tokens that a model writes in one go: small ones lose the thread
-_SEARCHED = 2  # texts of each kind that a search fits on
-_FITTED = 24  # of each kind that a closed form is fitted on: more would change it little
-_JUDGES = 1  # held-out texts of each kind that a search judges by
-_JUDGED = 2048  # tokens of them
-_ASKED = 2  # answers that it judges by
-_OWN_TURNS = 3  # in a refinement for one of the texts that were given, of each kind of own ones
-_WORSE = math.log(1.04)  # nats a token that all decode extras together may cost
+SYNTHETIC_KINDS = ("synthetic", "synthetic, interleaved")
+_DOCUMENT_TOKENS = 640  # that a model writes in one go: small ones lose the thread
+_GROUP_SIZE = 64  # sublayers whose moments are taken in one pass
+_ROWS, _CPU_ROWS = 512, 16  # documents that are written at once
+_SEARCH_TEXTS = 2  # of each kind, that a search fits on
+_FIT_TEXTS = 24  # of each kind, for a closed form: more would change it little
+_LOSS_TEXTS = 1  # of each kind, that a search judges by
+_LOSS_TOKENS = 2048  # of each of them at most
+_LOSS_ANSWERS = 2  # that a search judges by
+_ANSWER_WEIGHT = 0.1  # against that of texts
+_SYNTHETIC_TURNS = 3  # of each synthetic kind in a distillation, for one of all other texts
+_MAX_EXTRA_LOSS = math.log(1.04)  # nats a token that all decode extras together may cost
 
 
 class FittingSession:
@@ -49,164 +51,200 @@ class FittingSession:
     Args:
         model: a transformers decoder in evaluation mode; it is not changed.
         tokenizer: the model's.
-        texts: by kind; of each every fifth, and at least one of two, is held out.
-        own: samples that the model writes itself.
-        tokens: of a sample at most.
-        seed: of all that is drawn.
+        texts: by kind; of each every fifth, and at least one of two, is held out for validation.
+        synthetic_samples: samples that the model writes itself.
+        max_length: tokens of a sample at most.
+        seed: of all random choices.
         backend: inner torch.compile backend.
-        say: told what is being done.
+        say: called with a line of text at each stage.
 
     Attributes:
-        learned, held_out: token ids int64 [1, T], by kind: to learn from, and to judge by.
-        fitter: on all that there is to learn from.
-        loss: judges plans on what is held out.
+        train: token ids int64 [1, T], by kind, to fit on.
+        validation: token ids int64 [1, T], by kind, to judge by.
+        fitter: on all of `train`.
+        loss: judges plans on `validation`.
 
-    ValueError for no texts, or a kind of which there is but one.
+    Raises:
+        ValueError: no texts, or a kind with one text only.
     """
 
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         texts: Kinds,
         *,
-        own: int = 0,
-        tokens: int = 2048,
+        synthetic_samples: int = 0,
+        max_length: int = 2048,
         seed: int = 0,
         backend: str = "eager",
         say: Say = lambda _: None,
     ) -> None:
-        self.tokenizer, self.tokens, self.seed, self.say = tokenizer, tokens, seed, say
-        given = {
-            kind: [_ids(model, tokenizer, text, tokens) for text in some]
-            for kind, some in texts.items()
-        }
-        if not given or any(len(some) < 2 for some in given.values()):
-            raise ValueError("give at least two texts of each kind: one is held out to judge by")
-        first = {kind: some[:1] for kind, some in given.items()}
-        base = Fitter(model, tokenizer, first, max_length=tokens, backend=backend, together=64)
-        if own:
-            say(f"write {own} samples of {tokens:,} tokens")
-            given |= self._written(base, own)
-        self.learned, self.held_out = _parted(given)
-        self.fitter = base.on(self.learned)
-        judges = [t[:, :_JUDGED] for some in self.held_out.values() for t in some[:_JUDGES]]
-        self.loss = CalibrationLoss(
-            base.runtime.model, judges, self._questions(), answer_weight=0.1
+        self.tokenizer, self.max_length, self.seed, self.say = tokenizer, max_length, seed, say
+        tokens = _tokenized(model, tokenizer, texts, max_length)
+        first = {kind: samples[:1] for kind, samples in tokens.items()}
+        fitter = Fitter(
+            model, tokenizer, first, max_length=max_length, backend=backend, group_size=_GROUP_SIZE
         )
+        if synthetic_samples:
+            tokens |= self._write(fitter, synthetic_samples)
+        self.train, self.validation = _split(tokens)
+        self.fitter = fitter.with_texts(self.train)
+        self.loss = self._validation_loss()
 
-    def searched(
-        self, profile: Profile, alpha: float, rung: SurrogateSpec, shortlist: int | None = None
+    def search(
+        self, profile: Profile, alpha: float, spec: SurrogateSpec, shortlist: int | None = None
     ) -> tuple[SkipPlan, ...]:
-        """The plans of a greedy search, from none skipped to as many as `alpha` says."""
+        """Return the plans of a greedy search, from none skipped to as many as `alpha` says.
+
+        Args:
+            profile: of the model.
+            alpha: acceleration ratio.
+            spec: what kind of surrogate each candidate gets.
+            shortlist: sublayers to try at each step, the most similar; None for all.
+        """
         self.say("search")
-        few = self._few(_SEARCHED)
+        fits = SurrogateFitter(self._fitter_on(_SEARCH_TEXTS), spec)
         never = frozenset(self.fitter.runtime.graphs.structure.unskippable)
-        greedy = Greedy(self.loss, SurrogateFitter(few, rung), never=never, shortlist=shortlist)
+        greedy = Greedy(self.loss, fits, never=never, shortlist=shortlist)
         with allow_tf32():
             return greedy.plans(profile, alpha)
 
-    def fitted(self, plan: SkipPlan, rung: SurrogateSpec, in_order: bool = True) -> SkipPlan:
-        """The plan with surrogates of a rung, fitted in its order, or each as if it were alone."""
-        some = self._few(_FITTED)
-        self.say(f"fit {len(plan.prefill)} surrogates on {some.tokens:,} tokens")
-        bare = plan.with_surrogates(Surrogates())
-        return some.fit(bare, rung) if in_order else some.alone(bare, rung)
+    def fit(self, plan: SkipPlan, spec: SurrogateSpec, in_order: bool = True) -> SkipPlan:
+        """Return the plan with surrogates.
 
-    def refined(self, plan: SkipPlan, steps: int) -> SkipPlan:
-        """Surrogates refined on texts of all kinds and on prompts that hide something."""
-        given = [t for kind, some in self.learned.items() if kind not in OWN for t in some]
-        groups = [given, *(self.learned[kind] for kind in OWN if kind in self.learned)]
-        asked = self._asked(self.learned, max(8, len(self.fitter.samples) // 2), 4, self.seed + 2)
-        held = [Sample(t) for some in self.held_out.values() for t in some[:2]]
-        held += self._asked(self.held_out, 2, 4, self.seed + 3)
-        samples = [[Sample(ids) for ids in some] for some in groups]
-        turns = [samples[0], asked, *samples[1:] * _OWN_TURNS]
-        how = DistillConfig(steps=steps, every=max(1, steps // 10), seed=self.seed)
-        plan, seen = refine(self._few(_FITTED), plan, turns, held, how)
-        best = min(seen.losses.values())
+        Args:
+            plan: what is skipped.
+            spec: what kind of surrogate to fit.
+            in_order: whether to fit them in the order of the plan; otherwise each is fitted as if
+                its sublayer alone were skipped.
+        """
+        fitter = self._fitter_on(_FIT_TEXTS)
+        self.say(f"fit {len(plan.prefill)} surrogates on {fitter.tokens:,} tokens")
+        bare = plan.with_surrogates(Surrogates())
+        return fitter.fit(bare, spec) if in_order else fitter.fit_independently(bare, spec)
+
+    def distill(self, plan: SkipPlan, steps: int) -> SkipPlan:
+        """Return the plan after so many steps of distillation.
+
+        Steps take from texts of all kinds, and from prompts that hide something.
+        """
+        texts = [t for kind, ids in self.train.items() if kind not in SYNTHETIC_KINDS for t in ids]
+        synthetic = [self.train[kind] for kind in SYNTHETIC_KINDS if kind in self.train]
+        count = max(8, len(self.fitter.samples) // 2)
+        retrieval = self._retrieval(self.train, count, self.seed + 2)
+        validation = [Sample(t) for ids in self.validation.values() for t in ids[:2]]
+        validation += self._retrieval(self.validation, 2, self.seed + 3)
+        groups = [[Sample(t) for t in texts], retrieval]
+        groups += [[Sample(t) for t in ids] for ids in synthetic] * _SYNTHETIC_TURNS
+        config = DistillConfig(steps=steps, eval_interval=max(1, steps // 10), seed=self.seed)
+        plan, log = distill(self._fitter_on(_FIT_TEXTS), plan, groups, validation, config)
         self.say(
-            f"refined: KL of held-out samples from {seen.losses[0]:.4f} to {best:.4f} nats a "
-            f"token, at step {seen.step} of {steps}"
+            f"distilled: KL of validation samples from {log.losses[0]:.4f} to "
+            f"{min(log.losses.values()):.4f} nats a token, at step {log.best_step} of {steps}"
         )
         return plan
 
-    def with_extras(self, plan: SkipPlan, rung: SurrogateSpec) -> SkipPlan:
-        """Surrogates for the ffn sublayers that decoding may add without losing much.
+    def add_extras(self, plan: SkipPlan, spec: SurrogateSpec) -> SkipPlan:
+        """Return the plan with surrogates for the ffn sublayers that decoding may add.
 
-        From the one that costs the least, as long as all together cost at most 4% of perplexity.
+        They are taken from the one that costs the least on, as long as all together cost at most 4%
+        of perplexity.
         """
-        beside = self._few(_SEARCHED).beside(plan, rung)
-        most = self.loss.text_loss(plan) + _WORSE
-        alone = {s: self.loss.text_loss(_and(plan, beside, [s])) for s in beside.by_sublayer}
-        allowed: list[Sublayer] = []
+        surrogates = self._fitter_on(_SEARCH_TEXTS).fit_running(plan, spec)
+        most = self.loss.text_loss(plan) + _MAX_EXTRA_LOSS
+        alone = {
+            s: self.loss.text_loss(_with_skipped(plan, surrogates, [s]))
+            for s in surrogates.by_sublayer
+        }
+        extras: list[Sublayer] = []
         for sublayer in sorted(alone, key=lambda s: (alone[s], s)):
-            if self.loss.text_loss(_and(plan, beside, [*allowed, sublayer])) > most:
+            if self.loss.text_loss(_with_skipped(plan, surrogates, [*extras, sublayer])) > most:
                 break
-            allowed.append(sublayer)
-        self.say(f"decoding may add {len(allowed)} ffn sublayers")
-        chosen = Surrogates({s: beside.by_sublayer[s] for s in allowed})
+            extras.append(sublayer)
+        self.say(f"decoding may add {len(extras)} ffn sublayers")
+        chosen = Surrogates({s: surrogates.by_sublayer[s] for s in extras})
         return plan.with_surrogates(plan.surrogates.merged(chosen))
 
-    def _few(self, most: int) -> Fitter:
-        """On at most so many texts of each kind."""
-        return self.fitter.on({kind: some[:most] for kind, some in self.learned.items()})
+    def _fitter_on(self, most: int) -> Fitter:
+        """Return a fitter on at most so many texts of each kind."""
+        return self.fitter.with_texts({kind: ids[:most] for kind, ids in self.train.items()})
 
-    def _written(self, base: Fitter, own: int) -> Tokens:
-        """Samples of texts that the model writes: half in a row, half with their ends apart."""
-        length = min(_DOCUMENT, self.tokens)
-        count = -(-own * self.tokens // length) + 2
-        rows = 512 if base.runtime.device.type == "cuda" else 16
-        texts = write_texts(base.runtime, self.tokenizer, count, length, batch=rows, seed=self.seed)
-        drawn = random.Random(self.seed)
-        texts = [self._laid_out(text, drawn) for text in texts]
+    def _write(self, fitter: Fitter, count: int) -> Tokens:
+        """Return samples of texts that the model writes: half in a row, half interleaved."""
+        self.say(f"write {count} samples of {self.max_length:,} tokens")
+        runtime = fitter.runtime
+        length = min(_DOCUMENT_TOKENS, self.max_length)
+        documents = -(-count * self.max_length // length) + 2
+        rows = _ROWS if runtime.device.type == "cuda" else _CPU_ROWS
+        texts = write_texts(
+            runtime, self.tokenizer, documents, length, batch_size=rows, seed=self.seed
+        )
+        texts = vary_layouts(texts, self.tokenizer, self.seed)
         half = len(texts) // 2
-        plain = pack(texts[:half], self.tokens)
-        apart = pack(texts[half:], self.tokens, interleaved=True, seed=self.seed)
-        return {n: some for n, some in zip(OWN, (plain, apart), strict=True) if len(some) > 1}
+        packed = (
+            pack(texts[:half], self.max_length),
+            pack(texts[half:], self.max_length, interleaved=True, seed=self.seed),
+        )
+        by_kind = zip(SYNTHETIC_KINDS, packed, strict=True)
+        return {kind: samples for kind, samples in by_kind if len(samples) > 1}
 
-    def _laid_out(self, text: torch.Tensor, drawn: random.Random) -> torch.Tensor:
-        if not hasattr(self.tokenizer, "decode"):
-            return text
-        words = laid_out(self.tokenizer.decode(text[0]), drawn)
-        ids = self.tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        return torch.as_tensor(ids).to(text.device)
-
-    def _asked(
-        self, texts: Tokens, count: int, most: int, seed: int, longest: int | None = None
+    def _retrieval(
+        self, texts: Tokens, count: int, seed: int, max_facts: int = 4, limit: int | None = None
     ) -> list[Sample]:
-        sources = [t for some in texts.values() for t in some]
-        tokens = min(longest or self.tokens, self.tokens, max(t.shape[1] for t in sources))
-        return retrieval_samples(self.tokenizer, sources, count, tokens, most=most, seed=seed)
+        """Return prompts of at most `limit` tokens that hide facts in texts and ask for them."""
+        sources = [t for ids in texts.values() for t in ids]
+        longest = max(t.shape[1] for t in sources)
+        tokens = min(limit or self.max_length, self.max_length, longest)
+        return retrieval_samples(
+            self.tokenizer, sources, count, tokens, max_facts=max_facts, seed=seed
+        )
 
-    def _questions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Prompts [1, T] that hide something and ask for it, and the answers [1, A]."""
-        samples = self._asked(self.held_out, _ASKED, 1, self.seed + 1, _JUDGED)
-        places = [_answer_at(sample) for sample in samples]
-        return [(s.ids[:, :at], s.ids[:, at:]) for s, at in zip(samples, places, strict=True)]
-
-
-def _ids(model: Any, tokenizer: Any, text: str | torch.Tensor, longest: int) -> torch.Tensor:
-    if isinstance(text, str):
-        text = tokenize(model, tokenizer, [text], longest)[0]
-    return text[:, :longest].to(model.device)
-
-
-def _parted(texts: Tokens) -> tuple[Tokens, Tokens]:
-    """To learn from, and every fifth to judge by: the last of each five, or of fewer."""
-    held = {k: some[4::5] or some[-1:] for k, some in texts.items()}
-    taken = {id(t) for t in chain(*held.values())}
-    return {k: [t for t in some if id(t) not in taken] for k, some in texts.items()}, held
+    def _validation_loss(self) -> CalibrationLoss:
+        """Return the loss on validation texts, and on answers to prompts made of them."""
+        texts = [t[:, :_LOSS_TOKENS] for ids in self.validation.values() for t in ids[:_LOSS_TEXTS]]
+        samples = self._retrieval(
+            self.validation, _LOSS_ANSWERS, self.seed + 1, max_facts=1, limit=_LOSS_TOKENS
+        )
+        starts = [_answer_start(sample) for sample in samples]
+        answers = [(s.ids[:, :at], s.ids[:, at:]) for s, at in zip(samples, starts, strict=True)]
+        return CalibrationLoss(
+            self.fitter.runtime.model, texts, answers, answer_weight=_ANSWER_WEIGHT
+        )
 
 
-def _answer_at(sample: Sample) -> int:
-    """Where the answer of a sample that asks once begins."""
+def _tokenized(model: Any, tokenizer: Tokenizer, texts: Kinds, max_length: int) -> Tokens:
+    """Return token ids int64 [1, T] on the model's device, by kind."""
+
+    def ids(text: str | torch.Tensor) -> torch.Tensor:
+        if isinstance(text, str):
+            text = tokenize(model, tokenizer, [text], max_length)[0]
+        return text[:, :max_length].to(model.device)
+
+    tokens = {kind: [ids(text) for text in group] for kind, group in texts.items()}
+    if not tokens or any(len(group) < 2 for group in tokens.values()):
+        raise ValueError("give at least two texts of each kind: one is held out for validation")
+    return tokens
+
+
+def _split(tokens: Tokens) -> tuple[Tokens, Tokens]:
+    """Return texts for training and for validation: the last of each five, or of fewer."""
+    train, validation = {}, {}
+    for kind, ids in tokens.items():
+        held_out = range(4, len(ids), 5) if len(ids) > 4 else range(len(ids) - 1, len(ids))
+        train[kind] = [t for i, t in enumerate(ids) if i not in held_out]
+        validation[kind] = [ids[i] for i in held_out]
+    return train, validation
+
+
+def _answer_start(sample: Sample) -> int:
+    """Return where the answer of a sample that asks once begins."""
     shares = sample.shares
     return int((shares > 1.5 * shares.min()).nonzero()[0]) + 1
 
 
-def _and(plan: SkipPlan, beside: Surrogates, more: Sequence[Sublayer]) -> SkipPlan:
-    """The plan with more sublayers skipped, in prefill as well, where they can be judged."""
-    added = Surrogates({s: beside.by_sublayer[s] for s in more})
+def _with_skipped(plan: SkipPlan, surrogates: Surrogates, more: Sequence[Sublayer]) -> SkipPlan:
+    """Return the plan with more sublayers skipped, in prefill as well, where they can be judged."""
+    added = Surrogates({s: surrogates.by_sublayer[s] for s in more})
     skip = (*plan.prefill, *more)
     return SkipPlan.of(plan.sublayers, skip, surrogates=plan.surrogates.merged(added))

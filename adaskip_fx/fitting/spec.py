@@ -13,26 +13,28 @@ from .least_squares import best_ridge, smallest_rank, solve
 from .rank_bound import LatencyBound
 from .second_moments import SecondMoments
 
-_ALONE = 1e-2  # the ridge where there is nothing to choose it by
+_DEFAULT_RIDGE = 1e-2  # where there is one fold, so that nothing chooses it
 
 
 @dataclass(frozen=True)
 class SurrogateSpec:
     """What kind of surrogate to fit.
 
-    kind: of the ladder.
-    rank: of low-rank maps; None: for each sublayer the smallest power of two that leaves at most a
-        hundredth more of unseen texts than the linear map, which is taken itself where its H^2
-        weights are no more than the 2 H r.
-    ridge: in units of the mean square of the inputs; None: what leaves the least of unseen texts.
-    bound: no rank is chosen above the largest that fits this share of a sublayer's time, and a
-        linear map only where it fits.
+    Rank and ridge are chosen by cross-validation: each kind of text is judged by a fit to the other
+    kinds, or, where there is one kind, each fifth by a fit to the others.
 
-    Texts are unseen in turn: each kind of text by a fit to the other kinds, or, where there is but
-    one kind, each fifth by a fit to the others.
+    Attributes:
+        kind: of the surrogate.
+        rank: of low-rank maps; None: for each sublayer the smallest power of two whose unexplained
+            variance is at most a hundredth above that of the linear map, which is taken itself
+            where its H^2 weights are no more than the 2 H r.
+        ridge: in units of the mean square of the inputs; None: the best one.
+        bound: no rank is chosen above the largest that fits this share of a sublayer's time, and a
+            linear map only where it fits.
 
-    ValueError for an unknown kind, a rank below 1 or of another kind, or a bound of another kind or
-    of a rank that is given.
+    Raises:
+        ValueError: an unknown kind; a rank below 1 or of another kind than low_rank; a bound of
+            another kind, or beside a rank.
     """
 
     kind: SurrogateKind = "linear"
@@ -46,19 +48,22 @@ class SurrogateSpec:
         if self.rank is not None and (self.kind != "low_rank" or self.rank < 1):
             raise ValueError(f"rank must be at least 1, and of low_rank, got {self.rank!r}")
         if self.bound is not None and (self.kind != "low_rank" or self.rank is not None):
-            given = self.kind if self.rank is None else f"rank {self.rank}"
-            raise ValueError(f"a latency bound is for a low_rank without a rank, got {given}")
+            got = self.kind if self.rank is None else f"rank {self.rank}"
+            raise ValueError(f"a latency bound is for a low_rank without a rank, got {got}")
 
-    def most(self, sublayer: Sublayer) -> int | None:
-        """The largest rank that the bound allows for `sublayer`; None where any is."""
+    def largest_rank(self, sublayer: Sublayer) -> int | None:
+        """Return the largest rank that the bound allows for `sublayer`; None for no limit."""
         return self.bound.rank(sublayer) if self.bound is not None else None
 
-    def fit(self, folds: Sequence[SecondMoments], most: int | None = None) -> Surrogate:
-        """The surrogate of this rung; folds choose, and then all of them count.
+    def fit(self, folds: Sequence[SecondMoments], largest_rank: int | None = None) -> Surrogate:
+        """Return the surrogate; folds choose rank and ridge, and then all of them count.
 
-        most: the largest rank to choose; None for any, and a linear map.
+        Args:
+            folds: second moments of each fold.
+            largest_rank: the largest rank to choose; None for any, and a linear map.
 
-        ValueError when no token counts.
+        Raises:
+            ValueError: no token counts, or a scale would not be positive.
         """
         folds = [fold for fold in folds if fold.tokens]
         if not folds:
@@ -73,29 +78,26 @@ class SurrogateSpec:
             return solve(total, self.kind, ridge=self._ridge(folds, self.kind))
         rank, ridge = self.rank, self.ridge
         if rank is None:
-            rank, best = _rank(folds, most)
+            rank, best = _best_rank(folds, largest_rank)
             ridge = best if ridge is None else ridge
         if 2 * rank >= total.hidden:
             return solve(total, "linear", ridge=self._ridge(folds, "linear"))
-        return solve(
-            total,
-            "low_rank",
-            rank,
-            self._ridge(folds, "low_rank", rank) if ridge is None else ridge,
-        )
+        if ridge is None:
+            ridge = self._ridge(folds, "low_rank", rank)
+        return solve(total, "low_rank", rank, ridge)
 
     def _ridge(self, folds: Sequence[SecondMoments], kind: SurrogateKind, rank: int = 0) -> float:
         if self.ridge is not None:
             return self.ridge
-        return best_ridge(folds, kind, rank) if len(folds) > 1 else _ALONE
+        return best_ridge(folds, kind, rank) if len(folds) > 1 else _DEFAULT_RIDGE
 
 
-def _rank(folds: Sequence[SecondMoments], most: int | None) -> tuple[int, float]:
-    """The rank that unseen texts ask for, or `most` where that is smaller, and its ridge."""
+def _best_rank(folds: Sequence[SecondMoments], largest: int | None) -> tuple[int, float]:
+    """Return the rank that cross-validation chooses, or `largest` if smaller, and its ridge."""
     hidden = folds[0].hidden
-    most = hidden if most is None else most
+    most = hidden if largest is None else largest
     if len(folds) == 1:
-        return min(max(1, hidden // 8), most), _ALONE
+        return min(max(1, hidden // 8), most), _DEFAULT_RIDGE
     powers = (2**i for i in range(hidden.bit_length() - 1))
     rank, ridge = smallest_rank(folds, [power for power in powers if power < most])
     return (rank, ridge) if rank <= most else (most, best_ridge(folds, "low_rank", most))

@@ -11,8 +11,9 @@ import torch
 class Sample:
     """Tokens and weights.
 
-    ids: int64 [1, T].
-    weights: [T], of what is predicted at each token (the next one); None: all alike.
+    Attributes:
+        ids: int64 [1, T].
+        weights: [T], of what is predicted at each token (the next one); None: all alike.
     """
 
     ids: torch.Tensor
@@ -20,7 +21,7 @@ class Sample:
 
     @property
     def shares(self) -> torch.Tensor:
-        """The weights, float32 [T], of sum 1."""
+        """The weights, float32 [T], scaled to a sum of 1."""
         if self.weights is None:
             count = self.ids.shape[1]
             return torch.full((count,), 1 / count)

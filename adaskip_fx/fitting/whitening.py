@@ -1,4 +1,4 @@
-"""Directions of equal importance, in which gradient descent gets along.
+"""Directions of equal importance, in which gradient descent makes even progress.
 
 A few directions of the residual stream are a hundred times larger than the others, so one learning
 rate is too high for these or too low for those. In coordinates in which the stream's weighted
@@ -7,6 +7,7 @@ second moments are one, a step changes what each direction adds by as much.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,20 +15,23 @@ import torch
 
 from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
+from adaskip_fx.plans.surrogate import SurrogateKind
 
 from .fitter import Fitter
 from .second_moments import SecondMoments
 from .spec import SurrogateSpec
 
 _RIDGE = 1e-2  # of the mean square
+_WHITENED: tuple[SurrogateKind, ...] = ("linear", "normalized")
 
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """What a change of a linear map is made of, `change = size * step @ root`.
+    """The coordinates of a change of a linear map, `change = size * step @ root`.
 
-    root: float32 [H, H], the inverse root of the second moments of what the map is given.
-    size: of what the sublayer adds, in units of the stream's norm.
+    Attributes:
+        root: float32 [H, H], the inverse root of the second moments of the map's inputs.
+        size: of what the sublayer adds, in units of the stream's norm.
     """
 
     root: torch.Tensor
@@ -35,7 +39,7 @@ class Whitening:
 
     @classmethod
     def of(cls, moments: SecondMoments) -> Whitening:
-        """By the moments of a sublayer's tokens."""
+        """Return the whitening of the tokens of `moments`."""
         weight = moments.inputs[-1, -1]
         second = moments.inputs[:-1, :-1] / weight
         second.diagonal().add_(_RIDGE * second.diagonal().mean())
@@ -46,20 +50,21 @@ class Whitening:
 
 
 def whitenings(fitter: Fitter, plan: SkipPlan) -> Mapping[Sublayer, Whitening]:
-    """For each skipped sublayer with a linear map, as the stream is there under the plan."""
-    left_out = [s for s in plan.sublayers if plan.action("prefill", s) is not Action.RUN]
+    """Return a whitening for each skipped sublayer whose surrogate is a linear map.
+
+    Args:
+        fitter: the model and the texts.
+        plan: what is skipped, and the surrogates; they determine the stream at each sublayer.
+    """
+    skipped = [s for s in plan.sublayers if plan.action("prefill", s) is not Action.RUN]
+    known = plan.surrogates.by_sublayer
     found: dict[Sublayer, Whitening] = {}
-    for kind in ("linear", "normalized"):
-        known = plan.surrogates.by_sublayer
-        wanted = [s for s in left_out if s in known and known[s].kind == kind]
+    for kind in _WHITENED:
+        wanted = [s for s in skipped if s in known and known[s].kind == kind]
         if wanted:
-            moments = fitter.moments(plan.surrogates, left_out, wanted, SurrogateSpec(kind))
-            found.update({s: Whitening.of(_total(folds)) for s, folds in moments.items()})
+            moments = fitter.second_moments(plan.surrogates, skipped, wanted, SurrogateSpec(kind))
+            totals = {
+                s: functools.reduce(SecondMoments.plus, folds) for s, folds in moments.items()
+            }
+            found.update({s: Whitening.of(total) for s, total in totals.items()})
     return found
-
-
-def _total(folds: list[SecondMoments]) -> SecondMoments:
-    first, *others = folds
-    for other in others:
-        first = first.plus(other)
-    return first

@@ -1,8 +1,8 @@
-"""The knapsack: the cheapest set of sublayers to lose that saves the time that must be saved.
+"""The knapsack: the set of sublayers of least loss that saves the time that must be saved.
 
-Few sublayers differ in what they save, so only how many of each kind go is open: of a kind those
-that lose least. Kinds are added one after another, and of the partial choices those stay that no
-other beats in loss and in every saving (Nemhauser and Ullmann's lists, 1969): exact, and small.
+Few sublayers differ in what they save, so only how many of each kind are taken is open: of a kind
+those that lose least. Kinds are added one after another, and of the partial choices those stay that
+no other beats in loss and in every saving (Nemhauser and Ullmann's lists, 1969): exact, and small.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ def choose(
     *,
     leave_one: bool = True,
 ) -> list[int]:
-    """Which items to take, so that each sum of savings reaches its need at the least loss.
+    """Choose the items whose savings reach every need at the least loss.
 
     Among equal losses the fewest items win, then the first ones.
 
     Args:
-        losses: of each item; may be negative.
-        savings: [items, needs]; may be negative as well.
-        needs: one or two.
-        leave_one: whether taking all items is no choice.
+        losses: the loss of each item; may be negative.
+        savings: [items, needs], what each item saves; may be negative as well.
+        needs: what is to be saved in sum; one number or two.
+        leave_one: whether at least one item must not be taken.
 
     Returns:
-        Indices in order.
+        Indices of the chosen items in order.
 
     Raises:
         ValueError: no choice reaches the needs.
@@ -64,7 +64,12 @@ class _States:
         return cls(np.zeros(1), np.zeros((1, needs)), np.zeros((1, 0), np.int64), 0)
 
     def extended(self, steps: Array, saving: Array) -> _States:
-        """Every choice with 0, 1, ... items of another kind; `steps` are the sums of losses."""
+        """Return every choice with 0, 1, ... items of another kind.
+
+        Args:
+            steps: [items + 1], the sums of losses of the first items of the kind.
+            saving: [needs], what one item of the kind saves.
+        """
         old, new = len(self.loss), len(steps)
         taken = np.tile(np.arange(new), old)
         loss = np.repeat(self.loss, new) + steps[taken]
@@ -73,8 +78,10 @@ class _States:
         return _States(loss, saved, counts, self.items + new - 1)
 
     def pruned(self) -> _States:
-        """Without choices that another beats. What takes everything beats nothing: it may not
-        be the final choice."""
+        """Return the choices that no other beats.
+
+        The choice that takes everything beats nothing, since it may not be the final one.
+        """
         taken = self.counts.sum(1)
         front = _Front()
         kept = []
@@ -85,7 +92,7 @@ class _States:
         return _States(self.loss[kept], self.saved[kept], self.counts[kept], self.items)
 
     def best(self, needs: Array, most: int) -> list[int]:
-        """Counts of the least loss that reaches the needs with at most so many items."""
+        """Return the counts of least loss that reach the needs with at most `most` items."""
         taken = self.counts.sum(1)
         slack = 1e-12 * np.abs(needs)  # sums of floats in another order
         fits = (self.saved >= needs - slack).all(1) & (taken <= most)
@@ -104,7 +111,7 @@ class _Front:
         self.second: list[float] = []  # falling
 
     def add(self, first: float, second: float) -> bool:
-        """Whether no pair so far is at least (first, second); then it is one of them."""
+        """Add a pair unless one so far is at least (first, second); return whether it was added."""
         at = bisect_left(self.first, first)
         if at < len(self.first) and self.second[at] >= second:
             return False

@@ -1,9 +1,9 @@
 """What each sublayer costs on one device, as a table: measured once, used to predict and to choose.
 
-The time of a prompt or of a decode step is taken to be a sum: one cost for each sublayer that
-runs, one for each kind of surrogate, and the rest (what comes before and
-after the sublayers, and launching it all). Sublayers that run the same code are of one class, and
-have one cost. `adaskip_fx.measurement.measure` measures the table.
+The time of a prompt or of a decode step is taken to be a sum: one cost for each sublayer that runs,
+one for each surrogate, and the overhead (what comes before and after the sublayers, and launching
+it all). Sublayers that run the same code are of one class, and have one cost.
+`adaskip_fx.measurement.measure` measures the table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from adaskip_fx.latency.terms import Costs, TableError, Weights, between, parts, weights_of
+from adaskip_fx.latency.terms import Costs, TableError, Weights, between, cost_terms, weights_of
 from adaskip_fx.plans.skip_plan import Phase, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.profiles.fingerprint import Fingerprint, fingerprint
@@ -32,7 +32,7 @@ from adaskip_fx.utils.files import (
 
 SCHEMA = 1
 _KEYS = ("digest", "fingerprint", "conditions", "sublayers", "classes", "costs")
-_DOUBTFUL = 0.05
+_LARGE_ERROR = 0.05  # relative: from here on a table has a warning
 _REDO = "measure again (adaskip-fx measure)"
 
 
@@ -40,11 +40,16 @@ _REDO = "measure again (adaskip-fx measure)"
 class LatencyTable:
     """Costs of a model's sublayers on one device. Immutable, equal by value.
 
-    fingerprint: the model; conditions: device, dtype, batch, backend and versions.
-    sublayers: all of the model's, in stream order.
-    classes: the class of each of them; sublayers of one class run the same code. Empty for one
-        that cannot be skipped, whose cost is part of the rest.
-    costs: one entry for each phase and context.
+    Attributes:
+        fingerprint: identifies the model.
+        conditions: device, dtype, batch, backend and versions.
+        sublayers: all of the model's, in stream order.
+        classes: the class of each of them; sublayers of one class run the same code. Empty for one
+            that cannot be skipped, whose cost is part of the overhead.
+        costs: one entry for each phase and context.
+
+    Raises:
+        TableError: a sublayer has no class, or a class no cost.
     """
 
     fingerprint: Fingerprint
@@ -69,13 +74,11 @@ class LatencyTable:
         about = (self.fingerprint, dict(self.conditions))
         return LatencyTable, (*about, self.sublayers, self.classes, self.costs)
 
-    # What it says ----------------------------------------------------------------------------
-
     def at(self, phase: Phase, context: int) -> Mapping[str, float]:
-        """Seconds by class, kind of surrogate and `REST` at `context` tokens, interpolated.
+        """Return seconds by cost term at `context` tokens, interpolated.
 
-        In decode a cost grows with the stored tokens in a straight line (KnapSpec,
-        arXiv 2602.20217); in prefill what grows so is a sublayer's cost of one token.
+        In decode a cost grows linearly with the stored tokens (KnapSpec, arXiv 2602.20217); in
+        prefill a sublayer's cost of one token grows linearly with the prompt.
 
         Raises:
             TableError: `context` is outside of what was measured.
@@ -94,69 +97,80 @@ class LatencyTable:
         )
 
     def seconds(self, plan: SkipPlan, phase: Phase, context: int) -> float:
-        """Predicted seconds of a prompt of `context` tokens, or of a decode step after so many.
+        """Return the predicted seconds of a prompt, or of a decode step.
+
+        Args:
+            plan: what runs.
+            phase: prefill or decode.
+            context: tokens of the prompt, or tokens stored at the decode step.
 
         Raises:
             TableError: the plan is of another model, or does what was not measured.
         """
-        counts = parts(plan, phase, self.sublayers, self.classes)
+        counts = cost_terms(plan, phase, self.sublayers, self.classes)
         return sum(count * self.cost(name, phase, context) for name, count in counts.items())
 
-    def cost(self, part: str, phase: Phase, context: int) -> float:
-        """Seconds of one part: a class of sublayers, a kind of surrogate, or `REST`.
+    def cost(self, term: str, phase: Phase, context: int) -> float:
+        """Return the seconds of one cost term: a class of sublayers, a surrogate, or `OVERHEAD`.
 
         Raises:
             TableError: it was not measured.
         """
         costs = self.at(phase, context)
-        if part not in costs:
+        if term not in costs:
             raise TableError(
-                f"the cost of {part!r} was not measured (known: {', '.join(sorted(costs))}); "
+                f"the cost of {term!r} was not measured (known: {', '.join(sorted(costs))}); "
                 f"{_REDO} with it"
             )
-        return costs[part]
+        return costs[term]
 
     def predict(self, plan: SkipPlan, phase: Weights, context: int) -> float:
-        """Predicted speed-up of `plan`: seconds of the full model over seconds of the plan."""
-        full = SkipPlan.empty(self.sublayers)
+        """Return the predicted speed-up: seconds of the full model over seconds of `plan`.
+
+        Args:
+            plan: what runs.
+            phase: one phase, or how often each counts.
+            context: tokens of the prompt, and tokens stored at a decode step.
+
+        Raises:
+            TableError: as for `seconds`.
+            ValueError: an unknown phase, or weights that are negative or all 0.
+        """
         weights = weights_of(phase)
-        before, after = (
-            sum(weight * self.seconds(which, name, context) for name, weight in weights.items())
-            for which in (full, plan)
-        )
-        return before / after
+
+        def seconds(plan: SkipPlan) -> float:
+            return sum(w * self.seconds(plan, name, context) for name, w in weights.items())
+
+        return seconds(SkipPlan.empty(self.sublayers)) / seconds(plan)
 
     def check(self, model: Any) -> None:
         """Refuse a model, a dtype or a device that this table was not measured on.
 
         Raises:
-            TableError: says what differs and what to do.
+            TableError: the message says what differs and what to do.
         """
         found = {"dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model)}
-        own = fingerprint(model)
-        if own.digest != self.fingerprint.digest:
-            raise TableError(f"the table is of the model {self.fingerprint}, not {own}; {_REDO}")
+        actual = fingerprint(model)
+        if actual.digest != self.fingerprint.digest:
+            raise TableError(f"the table is of the model {self.fingerprint}, not {actual}; {_REDO}")
         for name, value in found.items():
             if value != self.conditions.get(name):
                 raise TableError(
                     f"the table was measured with {name} {self.conditions.get(name)}, but the "
-                    f"model has {value}; {_REDO}, or make a plan with it and "
-                    "pass that"
+                    f"model has {value}; {_REDO}, or make a plan with it and pass that"
                 )
 
     @property
     def warning(self) -> str:
-        """What to know before the table is believed: where times did not add up; or nothing."""
+        """Where measured times do not add up, as a sentence; empty where they do."""
         worst = max(self.costs, key=lambda c: c.error)
-        if worst.error <= _DOUBTFUL:
+        if worst.error <= _LARGE_ERROR:
             return ""
         return (
-            f"measured times do not add up: the sum of parts is off by {worst.error:.1%} in "
+            f"measured times do not add up: the sum of cost terms is off by {worst.error:.1%} in "
             f"{worst.phase} at {worst.context:,} tokens, so that speed-ups may be missed by as "
             "much; measure again while nothing else runs on the device, or with more rounds"
         )
-
-    # As a file -------------------------------------------------------------------------------
 
     @property
     def digest(self) -> str:
@@ -170,7 +184,11 @@ class LatencyTable:
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
-        """Read a saved table; TableError says which file, what is wrong and what to do."""
+        """Return a saved table.
+
+        Raises:
+            TableError: the message says which file, what is wrong and what to do.
+        """
         path = Path(path)
         data = read_document(path, SCHEMA, _KEYS, TableError, _REDO)
         try:
@@ -194,15 +212,17 @@ class LatencyTable:
             "classes": list(self.classes),
             "costs": [
                 {
-                    **{"phase": c.phase, "context": c.context},
-                    **{"seconds": dict(c.seconds), "error": c.error},
+                    "phase": c.phase,
+                    "context": c.context,
+                    "seconds": dict(c.seconds),
+                    "error": c.error,
                 }
                 for c in self.costs
             ],
         }
 
     def __str__(self) -> str:
-        """A heading, the conditions, and a row for each phase and context, in milliseconds."""
+        """Return a heading, the conditions, and a row for each phase and context, in ms."""
         counts = Counter(name for name in self.classes if name)
         names = list(dict.fromkeys(name for c in self.costs for name in c.seconds))
         titles = [f"{n} ({counts[n]})" if n in counts else n for n in names]
@@ -218,7 +238,7 @@ class LatencyTable:
 
 
 def is_table(path: Path) -> bool:
-    """Whether the file at `path` looks like a latency table."""
+    """Return whether the file at `path` looks like a latency table."""
     try:
         data = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -227,7 +247,7 @@ def is_table(path: Path) -> bool:
 
 
 def device_name(model: Any) -> str:
-    """The model's device as a person would call it: the GPU's name, or the processor's kind."""
+    """Return the model's device as a person would call it: the GPU's or the processor's name."""
     import torch
 
     if model.device.type == "cuda":

@@ -1,7 +1,7 @@
-"""What a step under a plan consists of: the parts whose costs add up to its time.
+"""The cost terms of a step under a plan, whose seconds add up to its time.
 
-A part is a class of sublayers that run, a kind of surrogate, or `REST`:
-what comes before and after the sublayers, and launching it all.
+A term is a class of sublayers that run, a kind of surrogate, or `OVERHEAD`: what comes before and
+after the sublayers, and launching it all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_passes.errors import AdaskipError
 
-REST = "rest"
+OVERHEAD = "rest"  #: this word is in saved tables
 
 #: One phase, or how often each counts: `{"prefill": 1, "decode": n}` for a request of n tokens.
 Weights = Phase | Mapping[Phase, float]
@@ -31,9 +31,14 @@ class TableError(AdaskipError, ValueError):
 class Costs:
     """What was measured for one phase at one context.
 
-    phase: prefill (a prompt of `context` tokens) or decode (a step at `context` stored ones).
-    seconds: by class of sublayer, by kind of surrogate, and `REST`.
-    error: how far the sum was off at most, relatively, in the plans that were timed.
+    Attributes:
+        phase: prefill (a prompt of `context` tokens) or decode (a step at `context` stored ones).
+        context: tokens.
+        seconds: of each cost term: by class of sublayer, by kind of surrogate, and `OVERHEAD`.
+        error: the largest relative error of the sum, in the plans that were timed.
+
+    Raises:
+        TableError: an unknown phase, a negative cost, or no cost of `OVERHEAD`.
     """
 
     phase: Phase
@@ -44,8 +49,8 @@ class Costs:
     def __post_init__(self) -> None:
         if self.phase not in get_args(Phase):
             raise TableError(f"unknown phase {self.phase!r}: use 'prefill' or 'decode'")
-        if REST not in self.seconds or any(not value >= 0 for value in self.seconds.values()):
-            raise TableError(f"costs must be at least 0 and name {REST!r}, got {self.seconds}")
+        if OVERHEAD not in self.seconds or any(not value >= 0 for value in self.seconds.values()):
+            raise TableError(f"costs must be at least 0 and name {OVERHEAD!r}, got {self.seconds}")
         object.__setattr__(self, "seconds", MappingProxyType(dict(self.seconds)))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -53,10 +58,19 @@ class Costs:
         return Costs, (self.phase, self.context, dict(self.seconds), self.error)
 
 
-def parts(
+def cost_terms(
     plan: SkipPlan, phase: Phase, sublayers: tuple[Sublayer, ...], classes: tuple[str, ...]
 ) -> Counter[str]:
-    """What a step of `plan` consists of, each with how often: keys as of `Costs.seconds`.
+    """Return the cost terms of a step of `plan`, each with how often it occurs.
+
+    Args:
+        plan: what runs.
+        phase: prefill or decode.
+        sublayers: the sublayers of the table, in stream order.
+        classes: the class of each of them; empty for one that cannot be skipped.
+
+    Returns:
+        Counts, whose keys are those of `Costs.seconds`.
 
     Raises:
         TableError: the plan is of other sublayers, or skips one that cannot be skipped.
@@ -66,41 +80,41 @@ def parts(
             f"the plan has {len(plan.sublayers)} sublayers and the table {len(sublayers)}, or "
             "their order differs: they are of different models"
         )
-    counts = Counter({REST: 1})
+    counts = Counter({OVERHEAD: 1})
     for sublayer, name in zip(sublayers, classes, strict=True):
         action = plan.action(phase, sublayer)
         if not name and action is not Action.RUN:
             raise TableError(f"{sublayer} cannot be skipped: later layers read what it computes")
         if action is not Action.SKIP:
-            counts[stored_only(name) if action is Action.KV_ONLY else name] += 1
+            counts[kv_only_term(name) if action is Action.KV_ONLY else name] += 1
     del counts[""]
-    counts.update(surrogate(composed) for composed in compose_surrogates(plan, phase).values())
+    counts.update(map(surrogate_term, compose_surrogates(plan, phase).values()))
     return counts
 
 
-def surrogate(composed: ComposedSurrogate) -> str:
-    """What stands in for skipped sublayers, as a part that costs time: its kind, and its rank."""
-    return low_rank(composed.rank) if composed.rank else composed.kind
+def surrogate_term(composed: ComposedSurrogate) -> str:
+    """Return the cost term of the surrogate of skipped sublayers: its kind, and its rank."""
+    return low_rank_term(composed.rank) if composed.rank else composed.kind
 
 
-def low_rank(rank: int) -> str:
-    """The part that is a low-rank map of a rank."""
+def low_rank_term(rank: int) -> str:
+    """Return the cost term of a low-rank map."""
     return f"low_rank {rank}"
 
 
-def rank_of(part: str) -> int | None:
-    """Inverse of `low_rank`; None for another part."""
-    kind, _, rank = part.partition(" ")
+def rank_of(term: str) -> int | None:
+    """Return the rank that `low_rank_term` wrote into `term`; None for another term."""
+    kind, _, rank = term.partition(" ")
     return int(rank) if kind == "low_rank" else None
 
 
-def stored_only(name: str) -> str:
-    """The part that is left of a sublayer of class `name` of which only K/V are written."""
+def kv_only_term(name: str) -> str:
+    """Return the cost term of a sublayer of class `name` that only writes its K/V."""
     return f"{name}, K/V only"
 
 
 def weights_of(phase: Weights) -> Mapping[Phase, float]:
-    """How often each phase counts.
+    """Return how often each phase counts, without those that do not.
 
     Raises:
         ValueError: an unknown phase, or weights that are negative or all 0.
@@ -116,11 +130,14 @@ def weights_of(phase: Weights) -> Mapping[Phase, float]:
 
 
 def between(low: Costs, high: Costs, context: int) -> Mapping[str, float]:
-    """Seconds by part at a context between two that were measured: see `LatencyTable.at`."""
+    """Return seconds by cost term at a context between two that were measured.
+
+    See `LatencyTable.at` for what is interpolated.
+    """
     share = (context - low.context) / (high.context - low.context)
     found = {}
     for name in low.seconds.keys() & high.seconds.keys():
-        by_token = low.phase == "prefill" and name != REST
+        by_token = low.phase == "prefill" and name != OVERHEAD
         unit = (low.context, high.context, context) if by_token else (1, 1, 1)
         first, last = low.seconds[name] / unit[0], high.seconds[name] / unit[1]
         found[name] = unit[2] * ((1 - share) * first + share * last)

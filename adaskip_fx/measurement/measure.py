@@ -17,7 +17,7 @@ import numpy.typing as npt
 from adaskip_fx.model.handle import runtime_of
 
 from ..latency.table import LatencyTable
-from ..latency.terms import Costs, parts
+from ..latency.terms import Costs, cost_terms
 from ..plans.skip_plan import Action, Phase, SkipPlan, Sublayer
 from ..plans.surrogates import Surrogates
 from ..profiles.fingerprint import fingerprint
@@ -78,7 +78,7 @@ def measure(
     costs = []
     for phase in PHASES:
         for context in lengths:
-            counts = [parts(p, phase, runtime.sublayers, classes) for p in plans]
+            counts = [cost_terms(p, phase, runtime.sublayers, classes) for p in plans]
             costs.append(_costs(clock, phase, context, plans, counts, rounds))
             if progress is not None:
                 progress(len(costs), len(PHASES) * len(lengths))
@@ -175,7 +175,7 @@ def solve(
     Least squares of relative errors; a cost that would come out negative is 0.
 
     Returns:
-        Seconds by part, and by how much the sum of parts is off at most, relatively.
+        Seconds by cost term, and by how much the sum of cost terms is off at most, relatively.
     """
     took = np.asarray(seconds, dtype=np.float64)
     names = list(dict.fromkeys(name for row in counts for name in row))

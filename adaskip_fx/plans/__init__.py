@@ -1,4 +1,4 @@
-"""What is skipped, in which phase, and what stands in for it; as values and as files.
+"""Plans: what is skipped in which phase, and the surrogates of it; as values and as files.
 
-A plan says nothing of a model but which sublayers it has. Imports `utils`; no transformers.
+A plan knows nothing of a model but its sublayers. Imports `utils`; no transformers.
 """

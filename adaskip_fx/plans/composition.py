@@ -28,68 +28,69 @@ Tensors = dict[str, torch.Tensor]
 class ComposedSurrogate:
     """One or more surrogates, applied one after the other.
 
-    kind, rank: of the one surrogate that they are together.
-    parts: the surrogates, in the order of the stream.
+    Attributes:
+        kind: of the one surrogate that they are together.
+        rank: likewise; 0 unless it is a low-rank map.
+        members: the surrogates, in the order of the stream.
     """
 
     kind: SurrogateKind
     rank: int
-    parts: tuple[Surrogate, ...]
+    members: tuple[Surrogate, ...]
 
     @classmethod
     def of(cls, surrogate: Surrogate) -> ComposedSurrogate:
-        """A surrogate alone."""
+        """Return a surrogate alone."""
         return cls(surrogate.kind, surrogate.rank, (surrogate,))
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Identifies the content."""
-        return tuple(part.digest for part in self.parts)
+        """Identifies the content: the digests of the members."""
+        return tuple(member.digest for member in self.members)
 
     def then(self, surrogate: Surrogate) -> ComposedSurrogate | None:
-        """Both as one; None where they have no common form, or one that is no cheaper."""
+        """Return both as one; None where they have no common form, or one that is no cheaper."""
         kinds = {self.kind, surrogate.kind}
-        parts = (*self.parts, surrogate)
+        members = (*self.members, surrogate)
         if kinds == {"low_rank"}:
             rank = self.rank + surrogate.rank
-            return (
-                ComposedSurrogate("low_rank", rank, parts)
-                if rank < (surrogate.width or 0)
-                else None
-            )
+            cheaper = rank < (surrogate.width or 0)
+            return ComposedSurrogate("low_rank", rank, members) if cheaper else None
         if kinds <= {"scale", "diagonal"}:
-            return ComposedSurrogate("scale" if kinds == {"scale"} else "diagonal", 0, parts)
+            return ComposedSurrogate("scale" if kinds == {"scale"} else "diagonal", 0, members)
         composable = "linear" in kinds and "normalized" not in kinds
-        return ComposedSurrogate("linear", 0, parts) if composable else None
+        return ComposedSurrogate("linear", 0, members) if composable else None
 
     def tensors(self, device: torch.device) -> Tensors:
-        """The tensors of the one surrogate, float64 on `device`, by name."""
-        first, *others = (_tensors(part, device) for part in self.parts)
-        kind: SurrogateKind = self.parts[0].kind
-        for part, tensors in zip(self.parts[1:], others, strict=True):
-            first, kind = _composed(kind, first, part.kind, tensors)
-        return first
+        """Return the tensors of the one surrogate, float64 on `device`, by name."""
+        first, *others = self.members
+        tensors, kind = _tensors(first, device), first.kind
+        for member in others:
+            tensors, kind = _composed(kind, tensors, member.kind, _tensors(member, device))
+        return tensors
 
 
 def compose_surrogates(
-    plan: SkipPlan, phase: Phase, together: bool = True
+    plan: SkipPlan, phase: Phase, neighbours: bool = True
 ) -> dict[Sublayer, ComposedSurrogate]:
-    """What is put in for each sublayer that does not run in a phase.
+    """Return what replaces each sublayer that does not run in a phase.
 
     Args:
-        plan, phase: which.
-        together: whether neighbours are folded. The last of them then has the fold, and the others
-            are missing: they hand the stream on.
+        plan: what is skipped, and the surrogates.
+        phase: prefill or decode.
+        neighbours: whether neighbouring surrogates are composed. The last of these sublayers then
+            has the composed surrogate, and the others are missing: they pass the stream on.
     """
     found: dict[Sublayer, ComposedSurrogate] = {}
-    last: Sublayer | None = None  # what the next surrogate may be folded with
+    last: Sublayer | None = None  # its surrogate may be composed with the next one
     for sublayer in plan.sublayers:
         action, surrogate = plan.action(phase, sublayer), plan.surrogates.get(sublayer)
-        if action is not Action.SKIP or not together:
+        if action is not Action.SKIP or not neighbours:
             last = None  # K/V are written from the stream as it is before the sublayer
         if action is Action.RUN or surrogate is None:
             continue
-        composed = found[last].then(surrogate) if last is not None else None
+        before = found.get(last) if last is not None else None
+        composed = before.then(surrogate) if before is not None else None
         if composed is not None and last is not None:
             del found[last]
         found[sublayer] = composed or ComposedSurrogate.of(surrogate)
@@ -98,17 +99,23 @@ def compose_surrogates(
 
 
 class SurrogateTensors:
-    """Tensors of folds on a device, shared for as long as a program uses them."""
+    """Tensors of composed surrogates on a device, shared for as long as a program uses them."""
 
     def __init__(self) -> None:
-        self._known: WeakValueDictionary[tuple[object, ...], _Set] = WeakValueDictionary()
+        self._known: WeakValueDictionary[tuple[object, ...], _Tensors] = WeakValueDictionary()
 
     def get(
         self, sublayer: Sublayer, composed: ComposedSurrogate, like: Mapping[str, torch.Tensor]
-    ) -> _Set:
-        """The tensors of a fold, each of the shape, dtype and device of the example in `like`.
+    ) -> _Tensors:
+        """Return the tensors of a composed surrogate, by name.
 
-        PlanError, naming `sublayer`, where a shape is another: the plan is of another model.
+        Args:
+            sublayer: which it replaces, for the message.
+            composed: the composed surrogate.
+            like: for each tensor an example of its shape, dtype and device.
+
+        Raises:
+            PlanError: names `sublayer` where a shape differs: the plan is of another model.
         """
         example = next(iter(like.values()))
         key = (*composed.key, example.device, *(t.dtype for t in like.values()))
@@ -122,12 +129,12 @@ class SurrogateTensors:
                         f"{list(made[name].shape)}, but the model needs {list(tensor.shape)}; it "
                         "was fitted on another model"
                     )
-            known = _Set({n: made[n].to(t.dtype).contiguous() for n, t in like.items()})
+            known = _Tensors({n: made[n].to(t.dtype).contiguous() for n, t in like.items()})
             self._known[key] = known
         return known
 
 
-class _Set(dict[str, torch.Tensor]):
+class _Tensors(dict[str, torch.Tensor]):
     """Tensors by name; a dictionary that can be referred to weakly."""
 
     __slots__ = ("__weakref__",)
@@ -143,7 +150,7 @@ def _tensors(surrogate: Surrogate, device: torch.device) -> Tensors:
 def _composed(
     kind: SurrogateKind, first: Tensors, second_kind: SurrogateKind, second: Tensors
 ) -> tuple[Tensors, SurrogateKind]:
-    """`first`, then `second`, as one."""
+    """Return `first`, then `second`, as one."""
     kinds = {kind, second_kind}
     if kinds == {"low_rank"}:
         return _low_rank(first, second), "low_rank"
@@ -158,7 +165,7 @@ def _composed(
 
 
 def _affine(tensors: Tensors, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A surrogate as `x M^T + c`: M [H, H] and c [H]."""
+    """Return a surrogate as `x M^T + c`: M [H, H] and c [H]."""
     if "factor" in tensors:
         factor = tensors["factor"].expand(hidden)
         return torch.diag(factor), torch.zeros_like(factor)
@@ -168,7 +175,7 @@ def _affine(tensors: Tensors, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _low_rank(first: Tensors, second: Tensors) -> Tensors:
-    """`(I + U2 D2)(I + U1 D1)` as `I + [U1 U2] [D1; D2 + D2 U1 D1]`."""
+    """Return `(I + U2 D2)(I + U1 D1)` as `I + [U1 U2] [D1; D2 + D2 U1 D1]`."""
     through = second["down"] + (second["down"] @ first["up"]) @ first["down"]
     moved = second["up"] @ (second["down"] @ first["bias"])
     return {

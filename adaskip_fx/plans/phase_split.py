@@ -1,7 +1,7 @@
 """Plans whose phases differ: skip only while decoding, or only in prompts.
 
 Either way the cache stays whole: attention and mixers that a phase leaves out still write their K/V
-or state (`kv_only`); to the stream they are as if they were skipped.
+or state (`kv_only`), while the stream is as if they were skipped.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from adaskip_fx.plans.sublayer import Sublayer
 
 
 def decode_only(plan: SkipPlan) -> SkipPlan:
-    """Run prompts in full, and leave out while decoding what `plan` leaves out there.
+    """Return `plan` with prompts in full; decoding leaves out what it does in `plan`.
 
     K/V then takes as many bytes as the full model's.
     """
-    return replace(plan, prefill={}, decode=_written(plan.decode), last_token_full=False)
+    return replace(plan, prefill={}, decode=_keeping_cache(plan.decode), last_token_full=False)
 
 
 def prefill_only(
     plan: SkipPlan, decode: SkipPlan | None = None, *, last_token_full: bool = True
 ) -> SkipPlan:
-    """Leave out of prompts what `plan` leaves out there, and decode in full (POP, 2602.03295).
+    """Return `plan` with decoding in full (POP, arXiv 2602.03295), or with a smaller decode plan.
 
     Args:
-        plan: what prompts leave out; its surrogates stand in, in both phases.
-        decode: what decoding leaves out, if it is not to run in full: a part of what `plan` does.
+        plan: what prompts leave out; its surrogates hold in both phases.
+        decode: what decoding leaves out, if it is not to run in full; a subset of what `plan` does.
         last_token_full: whether a prompt's last token runs as in decode already, so that the first
             new token is the full model's (the paper's boundary handling).
 
@@ -39,13 +39,13 @@ def prefill_only(
     _check_smaller(plan, smaller)
     return replace(
         plan,
-        prefill=_written(plan.prefill),
-        decode=_written(smaller.decode),
+        prefill=_keeping_cache(plan.prefill),
+        decode=_keeping_cache(smaller.decode),
         last_token_full=last_token_full,
     )
 
 
-def _written(actions: Mapping[Sublayer, Action]) -> dict[Sublayer, Action]:
+def _keeping_cache(actions: Mapping[Sublayer, Action]) -> dict[Sublayer, Action]:
     return {s: Action.SKIP if s.kind == "ffn" else Action.KV_ONLY for s in actions}
 
 
@@ -55,6 +55,6 @@ def _check_smaller(plan: SkipPlan, smaller: SkipPlan) -> None:
     more = [str(s) for s in smaller.decode if s not in plan.prefill]
     if more:
         raise PlanError(
-            f"{more[0]}: left out of decode but not of prompts; the plan for decode is to be a "
-            "part of the other, whose surrogates stand in"
+            f"{more[0]}: left out of decode but not of prompts; the plan for decode must skip a "
+            "subset of what the other skips, whose surrogates it uses"
         )

@@ -13,7 +13,15 @@ _NAME = re.compile(r"(0|[1-9][0-9]*)\.(" + "|".join(get_args(Kind)) + ")")
 
 @dataclass(frozen=True, order=True, slots=True)
 class Sublayer:
-    """One residual branch `x -> x + f(norm(x))` of decoder layer `layer` (counted from 0)."""
+    """One residual branch `x -> x + f(norm(x))` of a decoder layer.
+
+    Attributes:
+        layer: counted from 0.
+        kind: attention, ffn or mixer.
+
+    Raises:
+        ValueError: a negative layer, or an unknown kind.
+    """
 
     layer: int
     kind: Kind
@@ -27,7 +35,11 @@ class Sublayer:
 
     @classmethod
     def parse(cls, text: str) -> Sublayer:
-        """Read `"3.attention"`, the form that `str()` writes; ValueError for anything else."""
+        """Return the sublayer that is written as `"3.attention"`, the form of `str()`.
+
+        Raises:
+            ValueError: any other text.
+        """
         match = _NAME.fullmatch(text)
         if match is None:
             raise ValueError(

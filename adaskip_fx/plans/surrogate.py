@@ -1,12 +1,12 @@
-"""What one skipped sublayer becomes: its surrogate, of a kind, with tensors.
+"""The surrogate of one skipped sublayer: what it becomes, of a kind, with tensors.
 
-From cheap to strong, for a stream `x` of width H:
+The kinds, from cheap to strong, for a stream `x` of width H:
 
 - `"scale"`: `factor * x`, one number (AdaSkip, arXiv 2501.02336, eq. 4);
 - `"diagonal"`: `factor * x`, a number for each channel;
 - `"low_rank"`: `x + (x down^T) up^T + bias`, 2 H r weights;
 - `"linear"`: `x + x weight^T + bias`, H^2 weights (NBL, arXiv 2505.21077);
-- `"normalized"`: `x + (x / rms(x)) weight^T + bias`: like a sublayer, whose norm is its first step,
+- `"normalized"`: `x + (x / rms(x)) weight^T + bias`: like a sublayer, whose first step is its norm,
   it adds the same whatever the size of x.
 """
 
@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from adaskip_fx.utils.files import canonical_digest
+from adaskip_fx.utils.files import JSON, canonical_digest
 
 SurrogateKind = Literal["scale", "diagonal", "low_rank", "linear", "normalized"]
 Array = npt.NDArray[np.floating[Any]]
@@ -44,12 +44,14 @@ SHAPES: Mapping[SurrogateKind, Mapping[str, str]] = MappingProxyType(
 class Surrogate:
     """One sublayer's replacement. Immutable, hashable, equal by value.
 
-    kind: which rung.
-    tensors: by name, as the kind has them; float32, but float64 for the one number of a scale.
-        Copied and read-only.
+    Attributes:
+        kind: which function of the stream it is.
+        tensors: by name, as in `SHAPES`; float32, but float64 for the one number of a scale. Copied
+            and read-only.
 
-    ValueError for an unknown kind, other tensors or shapes than the kind has, a value that is not
-    finite, and a scale that is not positive (a ratio of norms is).
+    Raises:
+        ValueError: an unknown kind, other tensors or shapes than the kind has, a value that is not
+            finite, or a scale that is not positive (a ratio of norms is).
     """
 
     kind: SurrogateKind
@@ -71,8 +73,12 @@ class Surrogate:
 
     @classmethod
     def scale(cls, factor: float) -> Surrogate:
-        """`factor * x`."""
-        return cls("scale", {"factor": np.float64(factor)})  # type: ignore[dict-item]
+        """Return the surrogate `factor * x`.
+
+        Raises:
+            ValueError: `factor` is not finite, or not positive.
+        """
+        return cls("scale", {"factor": np.array(factor, np.float64)})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Surrogate) and self.digest == other.digest
@@ -96,12 +102,12 @@ class Surrogate:
 
     @property
     def rank(self) -> int:
-        """Of a low-rank map; 0 for another kind."""
+        """The rank of a low-rank map; 0 for another kind."""
         return int(self.tensors["down"].shape[0]) if self.kind == "low_rank" else 0
 
     @property
     def width(self) -> int | None:
-        """H, the hidden size that it is for; None where any will do."""
+        """H, the hidden size of the model; None for a scale, which fits any."""
         wide = [n for n, letters in SHAPES[self.kind].items() if letters == "H"]
         return int(self.tensors[wide[0]].shape[0]) if wide else None
 
@@ -111,13 +117,13 @@ class Surrogate:
         return sum(t.size for t in self.tensors.values())
 
     def __str__(self) -> str:
-        """A word for a table: its number, `linear`, or `rank 64`."""
+        """Return a word for a table: the number of a scale, `linear`, or `rank 64`."""
         if self.factor is not None:
             return f"\N{MULTIPLICATION SIGN}{self.factor:.3f}"
         return f"rank {self.rank}" if self.rank else self.kind
 
 
-def _frozen(value: Any) -> Array:
+def _frozen(value: npt.ArrayLike) -> Array:
     array = np.asarray(value)
     frozen: Array = np.array(array, dtype=np.float64 if array.ndim == 0 else np.float32, order="C")
     frozen.flags.writeable = False
@@ -128,11 +134,11 @@ def _check(kind: SurrogateKind, tensors: Mapping[str, Array]) -> None:
     sizes: dict[str, int] = {}
     for name, letters in SHAPES[kind].items():
         shape = tensors[name].shape
-        right = len(shape) == len(letters) and all(
+        fits = len(shape) == len(letters) and all(
             sizes.setdefault(letter, size) == size
             for letter, size in zip(letters, shape, strict=True)
         )
-        if not right or 0 in shape:
+        if not fits or 0 in shape:
             wanted = f"[{', '.join(letters)}]"
             raise ValueError(
                 f"{name} of a {kind} surrogate has shape {list(shape)}, expected {wanted}"
@@ -146,7 +152,7 @@ def _check(kind: SurrogateKind, tensors: Mapping[str, Array]) -> None:
         )
 
 
-def _hashes(tensors: Mapping[str, Array]) -> dict[str, Any]:
+def _hashes(tensors: Mapping[str, Array]) -> dict[str, JSON]:
     return {
         name: float(t)
         if t.ndim == 0

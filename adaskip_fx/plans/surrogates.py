@@ -1,4 +1,4 @@
-"""What is put in place of the skipped sublayers of a plan: a surrogate for each."""
+"""The surrogates of a plan: what its skipped sublayers become, as a value and as a file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogate import SHAPES, Surrogate, SurrogateKind
 from adaskip_fx.utils.files import JSON, canonical_digest, write_atomically
 
-__all__ = ["NONE", "Surrogate", "Surrogates"]
+__all__ = ["NO_SURROGATES", "Surrogate", "Surrogates"]
 
 _FORMAT = "adaskip-compensation-1"
 
-#: Factors outside of this are no sublayer's: one of them would drown or erase the stream.
+#: Least and largest factor of a scale: one outside of it would drown or erase the stream.
 SANE_FACTORS = (1e-4, 1e4)
 
 
@@ -31,7 +31,8 @@ SANE_FACTORS = (1e-4, 1e4)
 class Surrogates:
     """A surrogate for each of some sublayers. Immutable, hashable, equal by value.
 
-    by_sublayer: sublayers without one pass the stream through when they are skipped.
+    Attributes:
+        by_sublayer: the surrogates. A skipped sublayer without one passes the stream through.
     """
 
     by_sublayer: Mapping[Sublayer, Surrogate] = field(default_factory=dict)
@@ -43,7 +44,11 @@ class Surrogates:
 
     @classmethod
     def scale(cls, factors: Mapping[Sublayer, float]) -> Surrogates:
-        """`factor * x` for each (AdaSkip, eq. 4); ValueError, naming it, for one not positive."""
+        """Return the surrogate `factor * x` for each sublayer (AdaSkip, eq. 4).
+
+        Raises:
+            ValueError: names a sublayer whose factor is not in `SANE_FACTORS`.
+        """
         return cls({s: Surrogate.scale(_factor(s, f)) for s, f in factors.items()})
 
     def __hash__(self) -> int:
@@ -63,7 +68,7 @@ class Surrogates:
 
     @cached_property
     def factors(self) -> Mapping[Sublayer, float]:
-        """The numbers of those that are scales."""
+        """The factors of those that are scales."""
         found = ((s, c.factor) for s, c in self.by_sublayer.items())
         return MappingProxyType({s: f for s, f in found if f is not None})
 
@@ -78,37 +83,39 @@ class Surrogates:
         return sum(c.parameters for c in self.by_sublayer.values())
 
     def get(self, sublayer: Sublayer) -> Surrogate | None:
-        """What a skipped `sublayer` becomes; None when the stream passes through unchanged."""
+        """Return the surrogate of `sublayer`; None when the stream passes through unchanged."""
         return self.by_sublayer.get(sublayer)
 
     def factor(self, sublayer: Sublayer) -> float | None:
-        """The scale of a skipped `sublayer`; None where there is none, or a stronger surrogate."""
+        """Return the factor of the scale of `sublayer`; None for no surrogate or another kind."""
         found = self.by_sublayer.get(sublayer)
         return found.factor if found is not None else None
 
     def merged(self, other: Surrogates) -> Surrogates:
-        """Both; where both have a surrogate, that of `other`."""
+        """Return the surrogates of both; where both have one, that of `other`."""
         return Surrogates({**self.by_sublayer, **other.by_sublayer})
 
     def with_factors(self, extra: Mapping[Sublayer, float]) -> Surrogates:
-        """A copy in which the scales `extra` are added and win over what was there."""
+        """Return a copy with the scales `extra` in place of the surrogates that were there."""
         return self.merged(Surrogates.scale(extra)) if extra else self
 
     def to_json(self) -> dict[str, JSON]:
-        """A JSON-compatible form. Scales are whole; of others the kind and the digest."""
-        return {
-            str(s): {"kind": c.kind, **({"factor": c.factor} if c.kind == "scale" else _named(c))}
-            for s, c in self.by_sublayer.items()
-        }
+        """Return the form in JSON: the factor of a scale; the kind and digest of another one."""
+        return {str(s): _entry(c) for s, c in self.by_sublayer.items()}
 
     @classmethod
     def from_json(cls, data: Any, tensors: Surrogates | None = None) -> Surrogates:
-        """Inverse of `to_json`; ValueError for anything that `to_json` does not write.
+        """Return the surrogates that `to_json` wrote.
 
-        tensors: what has the surrogates that are not scales.
+        Args:
+            data: the form in JSON.
+            tensors: holds the surrogates that are not scales.
+
+        Raises:
+            ValueError: `to_json` does not write this, or `tensors` lacks a surrogate.
         """
         if not isinstance(data, Mapping) or not all(isinstance(c, Mapping) for c in data.values()):
-            raise ValueError("surrogates are an object with one for each sublayer")
+            raise ValueError("surrogates must be an object with an object for each sublayer")
         found = {}
         for name, entry in data.items():
             sublayer = Sublayer.parse(name)
@@ -116,8 +123,8 @@ class Surrogates:
                 found[sublayer] = Surrogate.scale(_factor(sublayer, entry.get("factor")))
                 continue
             stored = tensors.get(sublayer) if tensors is not None else None
-            if stored is None or {"kind": stored.kind, **_named(stored)} != dict(entry):
-                raise ValueError(f"the tensors that stand in for {sublayer} are not in its file")
+            if stored is None or _entry(stored) != dict(entry):
+                raise ValueError(f"the tensors of {sublayer}'s surrogate are not in its file")
             found[sublayer] = stored
         return cls(found)
 
@@ -126,7 +133,7 @@ class Surrogates:
         write_atomically(Path(path), self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """The content of such a file."""
+        """Return the content of the file that `save` writes."""
         tensors = {
             f"{s}/{name}": value
             for s, c in self.by_sublayer.items()
@@ -138,7 +145,11 @@ class Surrogates:
 
     @classmethod
     def load(cls, path: str | Path) -> Surrogates:
-        """Read saved surrogates; ValueError says which file, what is wrong and what to do."""
+        """Return saved surrogates.
+
+        Raises:
+            ValueError: the message says which file, what is wrong and what to do.
+        """
         path = Path(path)
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
@@ -163,8 +174,10 @@ class Surrogates:
         return loaded
 
 
-def _named(surrogate: Surrogate) -> dict[str, JSON]:
-    return {"digest": surrogate.digest}
+def _entry(surrogate: Surrogate) -> dict[str, JSON]:
+    if surrogate.factor is not None:
+        return {"kind": surrogate.kind, "factor": surrogate.factor}
+    return {"kind": surrogate.kind, "digest": surrogate.digest}
 
 
 def _surrogate(name: str, kind: str, tensors: Mapping[str, np.ndarray[Any, Any]]) -> Surrogate:
@@ -181,10 +194,10 @@ def _factor(sublayer: Sublayer, value: object) -> float:
     least, most = SANE_FACTORS
     if not least <= number <= most:
         raise ValueError(
-            f"scale factor of {sublayer} is {number:.3g}; none outside of {least:g} to {most:g} "
-            "can stand in for a sublayer"
+            f"scale factor of {sublayer} is {number:.3g}; no sublayer can be replaced by one "
+            f"outside of {least:g} to {most:g}"
         )
     return number
 
 
-NONE = Surrogates()
+NO_SURROGATES = Surrogates()

@@ -1,21 +1,84 @@
-"""Small pieces of text that reports, tables and the command line share."""
+"""Plans and profiles as text, and the pieces of text that reports and the command line share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, get_args
 
-from .skip_plan import TIMES
-from .sublayer import Sublayer
+from .actions import Action
+from .sublayer import Kind, Sublayer
 
-__all__ = ["TIMES", "by_kind", "storage"]
+if TYPE_CHECKING:
+    from .skip_plan import SkipPlan
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+_DOT = "\N{MIDDLE DOT}"
+
+
+def plan_table(plan: SkipPlan) -> str:
+    """Return a heading and one row per layer, plain text."""
+    return f"{_heading(plan)}\n{layer_table(plan.sublayers, lambda s: _cell(plan, s))}"
+
+
+def layer_table(
+    sublayers: Sequence[Sublayer], cell: Callable[[Sublayer], str], unit: str = ""
+) -> str:
+    """Return one row per layer and one column per kind of sublayer.
+
+    Args:
+        sublayers: those that have a cell.
+        cell: returns the text for a sublayer.
+        unit: follows each kind's name in the head of its column.
+    """
+    kinds = [kind for kind in get_args(Kind) if any(s.kind == kind for s in sublayers)]
+    cells = {(s.layer, s.kind): cell(s) for s in sublayers}
+    layers = dict.fromkeys(s.layer for s in sublayers)
+    rows = [["layer", *(f"{kind}{unit}" for kind in kinds)]]
+    rows += [[str(n), *(cells.get((n, kind), "") for kind in kinds)] for n in layers]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        " | ".join([row[0].rjust(widths[0]), *map(str.ljust, row[1:], widths[1:])]) for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def by_kind(sublayers: Iterable[Sublayer]) -> str:
-    """``attention 3 7-9, ffn 12``; empty for no sublayer."""
+    """Return ``attention 3 7-9, ffn 12``; empty for no sublayer."""
     layers: dict[str, list[int]] = {}
     for sublayer in sorted(sublayers):
         layers.setdefault(sublayer.kind, []).append(sublayer.layer)
     return ", ".join(f"{kind} {_ranges(layers[kind])}" for kind in sorted(layers))
+
+
+def storage(count: int) -> str:
+    """Return a number of bytes as text: ``12.3 MiB``."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+def _heading(plan: SkipPlan) -> str:
+    skipped = plan.skipped("prefill")
+    counts = Counter(s.kind for s in skipped)
+    kinds = ", ".join(f"{counts[kind]} {kind}" for kind in get_args(Kind) if counts[kind])
+    total = len(plan.sublayers)
+    return (
+        f"SkipPlan {plan.digest[:8]}: prefill skips {len(skipped)} of {total} sublayers"
+        f"{f' ({kinds})' if kinds else ''}, decode {len(plan.skipped('decode'))} of {total}"
+        f"{'; the last token of a prompt runs as in decode' if plan.last_token_full else ''}"
+    )
+
+
+def _cell(plan: SkipPlan, sublayer: Sublayer) -> str:
+    def text(action: Action) -> str:
+        if action is Action.RUN:
+            return _DOT
+        words, surrogate = action.value.replace("_", " "), plan.surrogates.get(sublayer)
+        return words if surrogate is None else f"{words} {surrogate}"
+
+    prefill, decode = plan.action("prefill", sublayer), plan.action("decode", sublayer)
+    if prefill is decode:
+        return text(prefill)
+    return f"prefill {text(prefill)}, decode {text(decode)}"
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -26,8 +89,3 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return " ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-
-
-def storage(count: int) -> str:
-    """A number of bytes: ``12.3 MiB``."""
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

@@ -1,4 +1,4 @@
-"""One file per system: from what calibration measured and a target speed to a decision.
+"""Policies: from what calibration measured and a target speed to a decision.
 
 A decision is a plan, a schedule of decode plans, or a choice among plans by the prompt. What a
 policy needs besides a profile (such as who judges candidate plans) are fields of it.
@@ -13,19 +13,14 @@ import numpy.typing as npt
 from adaskip_fx.policies.adaskip import AdaSkip
 from adaskip_fx.policies.base import CheckedPolicy
 from adaskip_fx.policies.candidates import Evaluator, FitSurrogates
-from adaskip_fx.policies.d3 import D3
-from adaskip_fx.policies.decode_only import DecodeOnly
-from adaskip_fx.policies.early_exit import EarlyExit
+from adaskip_fx.policies.depth_schedules import D3, SkipDecode
 from adaskip_fx.policies.evolve import Evolve
 from adaskip_fx.policies.fitted import Fitted
 from adaskip_fx.policies.greedy import Greedy
 from adaskip_fx.policies.latency_budget import LatencyBudget
+from adaskip_fx.policies.layer_baselines import EarlyExit, ReverseOrder, ShortGPT, UnifiedSkip
 from adaskip_fx.policies.llm_drop import LLMDrop
-from adaskip_fx.policies.pop import POP
-from adaskip_fx.policies.reverse_order import ReverseOrder
-from adaskip_fx.policies.short_gpt import ShortGPT
-from adaskip_fx.policies.skip_decode import SkipDecode
-from adaskip_fx.policies.unified_skip import UnifiedSkip
+from adaskip_fx.policies.pop import POP, DecodeOnly
 
 if TYPE_CHECKING:
     from adaskip_fx.plans.decisions import Decision
@@ -61,7 +56,10 @@ class Policy(Protocol):
     """A rule that chooses sublayers."""
 
     def plan(self, profile: Profile, alpha: float) -> Decision:
-        """What to do with `profile`'s model at acceleration ratio `alpha` (1.0: skip nothing)."""
+        """Return the decision for `profile`'s model at acceleration ratio `alpha`.
+
+        At 1.0 nothing is skipped.
+        """
         ...
 
 
@@ -69,7 +67,10 @@ class PlanPolicy(Protocol):
     """A policy whose decision is one plan, which other policies may build on."""
 
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
-        """The plan for `profile`'s model at acceleration ratio `alpha` (1.0: skip nothing)."""
+        """Return the plan for `profile`'s model at acceleration ratio `alpha`.
+
+        At 1.0 nothing is skipped.
+        """
         ...
 
 
@@ -78,7 +79,7 @@ class DescribedPolicy(Protocol):
     """A policy that has something to say of a plan; ``print(fast.adaskip)`` shows it."""
 
     def describe(self, plan: SkipPlan) -> str:
-        """One line."""
+        """Return one line of text."""
         ...
 
 
@@ -103,5 +104,12 @@ class OnlinePolicy(PlanPolicy, Protocol):
         window: npt.ArrayLike,
         probed: tuple[Sublayer, ...],
     ) -> SkipPlan:
-        """The plan for the rest of the request, from moments [probed, 5] of its window."""
+        """Return the plan for the rest of the request.
+
+        Args:
+            profile: what calibration measured on the model.
+            plan: the plan so far.
+            window: [len(probed), 5], sums of `PROBE_STATS` over the tokens of the window.
+            probed: the ffn sublayers that were measured.
+        """
         ...

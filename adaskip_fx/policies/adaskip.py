@@ -1,7 +1,7 @@
 """AdaSkip (arXiv 2501.02336): skip the sublayers that change the residual stream least.
 
 Prefill skips the top of a joint ranking of attention and ffn by offline similarity. Decode learns
-from a window of its own tokens which ffn sublayers to skip on top of that.
+from a window of the request's tokens which further ffn sublayers to skip.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from adaskip_fx.profiles.profile import PROBE_STATS, Variant
 if TYPE_CHECKING:
     from adaskip_fx.profiles.profile import Profile
 
+Statistics = npt.NDArray[np.float64]  # [sublayers, 5], sums of `PROBE_STATS`
 _COSINE, _BEFORE, _AFTER, _TOKENS = map(
     PROBE_STATS.index, ("cosine", "before_squared", "after_squared", "tokens")
 )
 
 
 def skip_count(alpha: float, sublayers: int) -> int:
-    """How many of S = `sublayers` to skip at acceleration ratio `alpha`.
+    """Return how many of S = `sublayers` to skip at acceleration ratio `alpha`.
 
     `floor(S (1 - 1/alpha) + 1/2)`: the paper's 2m with m = L - L/alpha (S = 2L in a plain
     transformer), rounded half up. `alpha` is read as the simplest fraction that the float stands
     for, so 4/3 rounds like four thirds and not like the float just below it.
 
-    ValueError when `alpha` is not a number, below 1, or so large that nothing would be left.
+    Raises:
+        ValueError: `alpha` is not a number, below 1, or so large that nothing would be left.
     """
     if sublayers < 1:
         raise ValueError(f"a model has at least 1 sublayer, got {sublayers}")
@@ -54,13 +56,15 @@ def skip_count(alpha: float, sublayers: int) -> int:
 class AdaSkip:
     """The paper's policy.
 
-    window: P, the decoded tokens over which the ffn sublayers that still run are measured.
-    variant: `"paper"` follows the paper's text; `"released"` the authors' code where it differs
-        (equal weight per sample, scale from whole-tensor norms, an extra ffn is scaled by its own
-        window's ratio and added at `>=`).
-    online: whether decode learns extra ffn sublayers at all.
+    Attributes:
+        window: P, the decoded tokens over which the ffn sublayers that still run are measured.
+        variant: `"paper"` follows the paper's text; `"released"` the authors' code where it differs
+            (equal weight per sample, scale from whole-tensor norms, an extra ffn is scaled by the
+            ratio of norms in its window and added at `>=`).
+        online: whether decode learns extra ffn sublayers at all.
 
-    ValueError for a window below 1 or an unknown variant.
+    Raises:
+        ValueError: a window below 1, or an unknown variant.
     """
 
     window: int = 20
@@ -75,10 +79,13 @@ class AdaSkip:
             raise ValueError(f"unknown variant {self.variant!r}: use {known}")
 
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
-        """Skip the `skip_count(alpha, S)` most similar sublayers, ties in stream order.
+        """Return the plan that skips the `skip_count(alpha, S)` most similar sublayers.
 
-        Attention, ffn and mixers are ranked jointly and no layer is protected. ValueError for an
-        `alpha` that `skip_count` refuses.
+        Attention, ffn and mixers are ranked jointly, ties in stream order, and no layer is
+        protected.
+
+        Raises:
+            ValueError: `skip_count` refuses `alpha`.
         """
         sublayers = profile.sublayers
         count = skip_count(alpha, len(sublayers))
@@ -86,19 +93,20 @@ class AdaSkip:
         return self.plan_of(profile, {sublayers[i] for i in ranking[:count]})
 
     def plan_of(self, profile: Profile, skip: Collection[Sublayer]) -> SkipPlan:
-        """The plan that skips just `skip` in prefill, each with its scale (eq. 4)."""
+        """Return the plan that skips just `skip`, in both phases, each with its scale (eq. 4)."""
         if not skip:
             return SkipPlan.empty(profile.sublayers)
         # Every ffn gets its factor now: decode may add any of them, and the plan alone, without
-        # the profile, then says what stands in for it.
+        # the profile, then has its surrogate.
         scale = profile.scales(self.variant).factors
         factors = {s: f for s, f in scale.items() if s in skip or s.kind == "ffn"}
         return SkipPlan.of(profile.sublayers, skip, surrogates=Surrogates.scale(factors))
 
     def threshold(self, profile: Profile, plan: SkipPlan) -> float | None:
-        """beta: the least offline similarity among what prefill skips; None when it skips nothing.
+        """Return beta, the least offline similarity of a skipped sublayer; None if there is none.
 
-        ValueError when the plan and the profile are not of the same sublayers.
+        Raises:
+            ValueError: the plan and the profile are not of the same sublayers.
         """
         if plan.sublayers != profile.sublayers:
             raise ValueError(
@@ -117,45 +125,49 @@ class AdaSkip:
         *,
         least: float = -math.inf,
     ) -> SkipPlan:
-        """`plan`, with every probed ffn whose mean similarity is above beta added to decode.
-
-        window: [len(probed), 5], sums of `PROBE_STATS` over the window's tokens (all rows of the
-            batch together). A sublayer with no tokens, with a sum that is not finite, or with a
-            factor of its own outside of `SANE_FACTORS`, is no evidence and is not added.
-        probed: the ffn sublayers that were measured.
-        least: takes the place of a beta below it.
+        """Return `plan` with every probed ffn whose mean similarity is above beta added to decode.
 
         At least one sublayer keeps running: if beta would leave none, the most similar are added.
-        ValueError when `probed` names anything but ffn sublayers of the plan, each once, or
-        `window` has another shape.
+
+        Args:
+            profile: what calibration measured on the model.
+            plan: the plan so far.
+            window: [len(probed), 5], sums of `PROBE_STATS` over the window's tokens (all rows of
+                the batch together). A sublayer with no tokens, with a sum that is not finite, or
+                (`"released"`) with a ratio of norms outside of `SANE_FACTORS`, is no evidence and
+                is not added.
+            probed: the ffn sublayers that were measured.
+            least: takes the place of a beta below it.
+
+        Raises:
+            ValueError: `probed` names anything but ffn sublayers of the plan, each once, or
+                `window` has another shape.
         """
-        moments = _check_window(plan, window, probed)
+        statistics = _check_window(plan, window, probed)
         beta = self.threshold(profile, plan)
         if beta is None or not self.online:
             return plan
-        chosen = self._above(max(beta, least), moments, probed)
-        if self.variant == "released":
-            own = _window_scale(moments, probed)
-            chosen = [s for s in chosen if SANE_FACTORS[0] <= own[s] <= SANE_FACTORS[1]]
-        running = [s for s in plan.sublayers if plan.action("decode", s) is Action.RUN]
-        fresh = [s for s in chosen if s in running][: len(running) - 1]
-        # What prefill skips keeps what stands in for it there, and so does what was fitted for it.
+        chosen = self._above(max(beta, least), statistics, probed)
+        # What prefill skips keeps its surrogate from there, and a fitted surrogate is kept as well.
         known = plan.surrogates.by_sublayer
         if self.variant == "released":
-            scale = own
+            scale = _window_scale(statistics, probed)
+            chosen = [s for s in chosen if SANE_FACTORS[0] <= scale[s] <= SANE_FACTORS[1]]
             known = {s: c for s, c in known.items() if s in plan.prefill or c.factor is None}
         else:
             scale = profile.scales().factors
-        factors = {s: scale[s] for s in fresh if s not in known and s not in plan.prefill}
-        return plan.with_decode_extra(fresh, factors)
+        running = [s for s in plan.sublayers if plan.action("decode", s) is Action.RUN]
+        extra = [s for s in chosen if s in running][: len(running) - 1]
+        factors = {s: scale[s] for s in extra if s not in known and s not in plan.prefill}
+        return plan.with_decode_extra(extra, factors)
 
     def _above(
-        self, beta: float, moments: npt.NDArray[np.float64], probed: tuple[Sublayer, ...]
+        self, beta: float, statistics: Statistics, probed: tuple[Sublayer, ...]
     ) -> list[Sublayer]:
-        """What passes the threshold, the most similar first."""
+        """Return the sublayers that pass the threshold, the most similar first."""
         similarity: Mapping[Sublayer, float] = {
             s: row[_COSINE] / row[_TOKENS]
-            for s, row in zip(probed, moments, strict=True)
+            for s, row in zip(probed, statistics, strict=True)
             if row[_TOKENS] > 0 and np.isfinite(row).all()
         }
         passing = {
@@ -166,19 +178,17 @@ class AdaSkip:
         return sorted(passing, key=lambda s: (-passing[s], s))
 
 
-def _window_scale(
-    moments: npt.NDArray[np.float64], probed: tuple[Sublayer, ...]
-) -> Mapping[Sublayer, float]:
-    """sqrt(sum |b|^2 / sum |a|^2) over the window, for each probed sublayer."""
+def _window_scale(statistics: Statistics, probed: tuple[Sublayer, ...]) -> Mapping[Sublayer, float]:
+    """Return sqrt(sum |b|^2 / sum |a|^2) over the window, for each probed sublayer."""
     # A factor that is no number is refused, by name, when a surrogate takes it.
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.sqrt(moments[:, _AFTER] / moments[:, _BEFORE])
+        ratio = np.sqrt(statistics[:, _AFTER] / statistics[:, _BEFORE])
     return dict(zip(probed, ratio.tolist(), strict=True))
 
 
 def _check_window(
     plan: SkipPlan, window: npt.ArrayLike, probed: tuple[Sublayer, ...]
-) -> npt.NDArray[np.float64]:
+) -> Statistics:
     for sublayer in probed:
         if sublayer.kind != "ffn":
             raise ValueError(
@@ -188,9 +198,9 @@ def _check_window(
         plan.action("decode", sublayer)  # PlanError when the model has no such sublayer
     if len(set(probed)) != len(probed):
         raise ValueError("a sublayer is listed twice in `probed`")
-    moments = np.asarray(window, dtype=np.float64)
-    if moments.shape != (len(probed), len(PROBE_STATS)):
+    statistics = np.asarray(window, dtype=np.float64)
+    if statistics.shape != (len(probed), len(PROBE_STATS)):
         raise ValueError(
-            f"window must have shape {(len(probed), len(PROBE_STATS))}, got {moments.shape}"
+            f"window must have shape {(len(probed), len(PROBE_STATS))}, got {statistics.shape}"
         )
-    return moments
+    return statistics

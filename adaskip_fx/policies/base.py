@@ -1,4 +1,4 @@
-"""What several policies share: the plan of a choice, and asking whether a model is theirs."""
+"""What several policies share: the plan of a set of sublayers, and the check of a model."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class CheckedPolicy(Protocol):
-    """A policy that is not for every model; `adaskip_fx.compile` asks it first."""
+    """A policy that is not for every model; `adaskip_fx.compile` lets it check the model first."""
 
     def check(self, model: Any) -> None:
-        """Refuse a model, a dtype or a device that it knows nothing of.
+        """Refuse a model, a dtype or a device that the policy knows nothing of.
 
         Raises:
-            ValueError: says what differs and what to do.
+            ValueError: the message says what differs and what to do.
         """
         ...
 
 
 def check_policy(policy: object, model: Any) -> None:
-    """Have a policy refuse a model that is not its; one that does not check is for all of them.
+    """Let `policy` refuse a model that it is not for; a policy without `check` is for all models.
 
     Raises:
-        ValueError: from the policy.
+        ValueError: the policy refuses the model.
     """
     if isinstance(policy, CheckedPolicy):
         policy.check(model)
 
 
 def plan_without(profile: Profile, skip: Collection[Sublayer], scaled: bool) -> SkipPlan:
-    """Skip `skip` in both phases; what is skipped becomes `scale * x` if `scaled`, else `x`.
+    """Return the plan that skips `skip` in both phases.
 
-    The scale is AdaSkip's (arXiv 2501.02336, eq. 4).
+    A skipped sublayer becomes `scale * x` if `scaled`, else `x`. The scale is AdaSkip's
+    (arXiv 2501.02336, eq. 4).
     """
     scale = profile.scales().factors if scaled else {}
     surrogates = Surrogates.scale({s: f for s, f in scale.items() if s in skip})

@@ -1,4 +1,4 @@
-"""What policies share that try plans out: who judges them, and how a candidate is made."""
+"""What searching policies share: the evaluator of a plan, and how a candidate is made."""
 
 from __future__ import annotations
 
@@ -17,17 +17,24 @@ class Evaluator(Protocol):
     """The loss of a plan on calibration data, such as `calibration.loss.CalibrationLoss`."""
 
     def __call__(self, plan: SkipPlan, samples: int | None = None) -> float:
-        """The loss on the first `samples` samples, on all when None; the less the better."""
+        """Return the loss on the first `samples` samples, or on all; lower is better.
+
+        Args:
+            plan: the candidate.
+            samples: how many samples to judge on; None for all.
+        """
         ...
 
 
 class FitSurrogates(Protocol):
-    """Fits what stands in for sublayers, such as `adaskip_fx.fitting.SurrogateFitter`."""
+    """Fits surrogates for a set of sublayers, such as `adaskip_fx.fitting.SurrogateFitter`."""
 
     def __call__(self, skip: tuple[Sublayer, ...], known: tuple[Sublayer, ...] = ()) -> Surrogates:
-        """Surrogates for what is skipped, in stream order.
+        """Return a surrogate for each sublayer of `skip`.
 
-        known: those of `skip` that other candidates have in common; their fits may be kept.
+        Args:
+            skip: the sublayers that are skipped, in stream order.
+            known: those of `skip` that other candidates have in common; their fits may be kept.
         """
         ...
 
@@ -39,9 +46,14 @@ def candidate(
     scaled: bool,
     known: tuple[Sublayer, ...] = (),
 ) -> SkipPlan:
-    """The plan that skips `skip`, with surrogates fitted for it; it shares `known` with another.
+    """Return the plan that skips `skip`, with surrogates fitted for this set.
 
-    Without `fit_surrogates`: AdaSkip's scale if `scaled`, else nothing.
+    Args:
+        profile: what calibration measured on the model.
+        skip: the sublayers to skip, in any order.
+        fit_surrogates: fits the surrogates; None for AdaSkip's scale if `scaled`, else for none.
+        scaled: whether a skipped sublayer becomes `scale * x` where nothing is fitted.
+        known: those of `skip` that other candidates have in common.
     """
     ordered = tuple(s for s in profile.sublayers if s in skip)
     if fit_surrogates is None or not ordered:
@@ -52,11 +64,17 @@ def candidate(
 def skippable(
     profile: Profile, protected: bool, never: Collection[Sublayer], count: int, name: str
 ) -> tuple[Sublayer, ...]:
-    """The sublayers among which a policy called `name` may choose `count`.
+    """Return the sublayers among which a policy may choose `count` to skip, in stream order.
 
-    protected: leaves out the first two layers and the last; never: leaves out these.
+    Args:
+        profile: what calibration measured on the model.
+        protected: whether the first two layers and the last always run.
+        never: other sublayers that always run.
+        count: how many are to be skipped.
+        name: the policy's name, for the message.
 
-    ValueError when they are fewer than `count`.
+    Raises:
+        ValueError: there are fewer than `count`.
     """
     layers = profile.layer_numbers
     always = {*layers[:2], layers[-1]} if protected else set[int]()

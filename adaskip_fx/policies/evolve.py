@@ -24,18 +24,24 @@ class Evolve:
     several steps, on more and more samples; in the last the parent takes part, so the plan never
     gets worse on the samples of that step.
 
-    evaluator: judges candidate plans.
-    start: makes the plan to begin with.
-    generations, offspring: how many, and of each how many.
-    selection: pairs of how many survive a step, and on how many samples they are judged (None:
-        all); one survives the last.
-    switches: sublayers that change places in an offspring, at most; the lesser of two numbers drawn
-        from 1 to this.
-    same_kind: whether attention changes places with attention only, and ffn with ffn.
-    seed: of what is drawn.
-    fit_surrogates, scaled, protected, never: as of `Greedy`; what `start` skips may stay skipped.
+    Attributes:
+        evaluator: judges candidate plans.
+        start: makes the plan to begin with.
+        generations: how many generations there are.
+        offspring: candidates of each generation.
+        selection: one pair for each step of selection: how many candidates survive it, and on how
+            many samples they are judged (None for all). One survives the last.
+        switches: sublayers that change places in an offspring, at most; their number is the lesser
+            of two random numbers from 1 to this.
+        same_kind: whether attention changes places with attention only, and ffn with ffn.
+        seed: of the random numbers.
+        fit_surrogates: fits surrogates for each candidate, as for `Greedy`.
+        scaled: without `fit_surrogates`, whether a skipped sublayer becomes AdaSkip's `scale * x`.
+        protected: whether the first two layers and the last always run, unless `start` skips them.
+        never: other sublayers that always run, unless `start` skips them.
 
-    ValueError for numbers below 1, or a selection that does not end with one survivor.
+    Raises:
+        ValueError: a number is below 1, or the selection does not end with one survivor.
     """
 
     evaluator: Evaluator
@@ -52,23 +58,27 @@ class Evolve:
     never: frozenset[Sublayer] = frozenset()
 
     def __post_init__(self) -> None:
-        for what in ("generations", "offspring", "switches"):
-            if getattr(self, what) < 1:
-                raise ValueError(f"Evolve: {what} must be at least 1, got {getattr(self, what)!r}")
+        for name in ("generations", "offspring", "switches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Evolve: {name} must be at least 1, got {getattr(self, name)!r}")
         if not self.selection or self.selection[-1][0] != 1:
             raise ValueError(
                 f"Evolve: the last step of selection leaves one survivor, got {self.selection!r}"
             )
 
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
-        """The best plan of the last generation; errors as of `start`."""
-        begun = self.start.plan(profile, alpha).skipped("prefill")
+        """Return the best plan of the last generation.
+
+        Raises:
+            ValueError: as `start` does.
+        """
+        first = self.start.plan(profile, alpha).skipped("prefill")
         free = skippable(profile, self.protected, self.never, 0, "Evolve")
-        drawn = random.Random(self.seed)
-        parent = self._candidate(profile, frozenset(begun))
-        for _ in range(self.generations if begun else 0):
+        rng = random.Random(self.seed)
+        parent = self._candidate(profile, frozenset(first))
+        for _ in range(self.generations if first else 0):
             skipped = frozenset(parent.skipped("prefill"))
-            sets = {self._mutated(skipped, free, drawn) for _ in range(self.offspring)} - {skipped}
+            sets = {self._mutated(skipped, free, rng) for _ in range(self.offspring)} - {skipped}
             # in an order that does not depend on how sets are hashed
             pool = [self._candidate(profile, skip) for skip in sorted(sets, key=sorted)]
             parent = self._selected(parent, pool)
@@ -82,16 +92,16 @@ class Evolve:
         return pool[0]
 
     def _mutated(
-        self, skipped: frozenset[Sublayer], free: tuple[Sublayer, ...], drawn: random.Random
+        self, skipped: frozenset[Sublayer], free: tuple[Sublayer, ...], rng: random.Random
     ) -> frozenset[Sublayer]:
-        times = min(drawn.randint(1, self.switches), drawn.randint(1, self.switches))
+        times = min(rng.randint(1, self.switches), rng.randint(1, self.switches))
         for _ in range(times):
-            back = drawn.choice(sorted(skipped))
+            back = rng.choice(sorted(skipped))
             others = [
                 s for s in free if s not in skipped and (s.kind == back.kind or not self.same_kind)
             ]
             if others:
-                skipped = (skipped - {back}) | {drawn.choice(others)}
+                skipped = (skipped - {back}) | {rng.choice(others)}
         return skipped
 
     def _candidate(self, profile: Profile, skip: frozenset[Sublayer]) -> SkipPlan:

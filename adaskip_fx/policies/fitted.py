@@ -1,4 +1,4 @@
-"""A plan that was fitted beforehand, with AdaSkip's online step on top."""
+"""A plan that was fitted beforehand, with AdaSkip's online step besides."""
 
 from __future__ import annotations
 
@@ -21,16 +21,21 @@ if TYPE_CHECKING:
 class Fitted:
     """Skip what `skip_plan` skips; decoding may add the ffn sublayers that it has a surrogate for.
 
-    skip_plan: as :func:`adaskip_fx.fit` or ``adaskip-fx fit`` made it; other policies have been
-        asked already, so `alpha` is not looked at.
-    base: its window and rule say which ffn sublayers are similar enough.
+    Attributes:
+        skip_plan: as :func:`adaskip_fx.fit` or ``adaskip-fx fit`` made it; it was made for one
+            alpha already, so `plan` ignores its `alpha`.
+        base: its window and rule say which ffn sublayers are similar enough.
     """
 
     skip_plan: SkipPlan
     base: AdaSkip = field(default_factory=AdaSkip)
 
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
-        """The plan. ValueError when the profile is of other sublayers."""
+        """Return `skip_plan`, whatever `alpha` is.
+
+        Raises:
+            ValueError: the profile is of other sublayers.
+        """
         self.base.threshold(profile, self.skip_plan)
         return self.skip_plan
 
@@ -57,7 +62,14 @@ class Fitted:
         window: npt.ArrayLike,
         probed: Sequence[Sublayer],
     ) -> SkipPlan:
-        """As :meth:`AdaSkip.online_plan`, of what has a surrogate alone."""
+        """Return what :meth:`AdaSkip.online_plan` does, for sublayers with a surrogate alone.
+
+        Args:
+            profile: what calibration measured on the model.
+            plan: the plan so far.
+            window: [len(probed), 5], sums of `PROBE_STATS` over the tokens of the window.
+            probed: the ffn sublayers that were measured.
+        """
         allowed = [i for i, s in enumerate(probed) if s in self.extras]
         rows = np.asarray(window, dtype=np.float64)[allowed]
         return self.base.online_plan(profile, plan, rows, tuple(probed[i] for i in allowed))

@@ -17,16 +17,20 @@ if TYPE_CHECKING:
 class Greedy:
     """Remove sublayers one by one, each time the one whose removal leaves the least loss.
 
-    evaluator: judges candidate plans.
-    fit_surrogates: fits surrogates for a set of sublayers; called for every candidate, so that
-        each is judged with its own fit.
-    scaled: without `fit_surrogates`, whether AdaSkip's `scale * x` (eq. 4) stands in.
-    protected: whether the first two layers and the last always run.
-    never: other sublayers that always run.
-    shortlist: of those left, try only so many at each step, the most similar; None: all.
-    samples: to judge on; None: all.
+    Attributes:
+        evaluator: judges candidate plans.
+        fit_surrogates: fits surrogates for a set of sublayers; called for every candidate, so that
+            each is judged with surrogates that were fitted for it.
+        scaled: without `fit_surrogates`, whether a skipped sublayer becomes AdaSkip's `scale * x`
+            (eq. 4) instead of `x`.
+        protected: whether the first two layers and the last always run.
+        never: other sublayers that always run.
+        shortlist: how many of the remaining sublayers are tried at each step, the most similar
+            ones; None for all.
+        samples: how many samples the evaluator judges on; None for all.
 
-    ValueError for a shortlist below 1.
+    Raises:
+        ValueError: a shortlist below 1.
     """
 
     evaluator: Evaluator
@@ -42,14 +46,21 @@ class Greedy:
             raise ValueError(f"Greedy: shortlist must be at least 1, got {self.shortlist!r}")
 
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
-        """Skip `skip_count(alpha, S)` sublayers; ties go to the more similar one.
+        """Return a plan that skips `skip_count(alpha, S)` sublayers.
 
-        ValueError for an `alpha` that `skip_count` refuses, or when too few may be skipped.
+        Of two removals with the same loss, that of the more similar sublayer is taken.
+
+        Raises:
+            ValueError: `skip_count` refuses `alpha`, or too few sublayers may be skipped.
         """
         return self.plans(profile, alpha)[-1]
 
     def plans(self, profile: Profile, alpha: float) -> tuple[SkipPlan, ...]:
-        """The plan after each removal, from none to as many as `alpha` says."""
+        """Return the plan after each removal, from none to as many as `alpha` says.
+
+        Raises:
+            ValueError: as for `plan`.
+        """
         count = skip_count(alpha, len(profile.sublayers))
         free = skippable(profile, self.protected, self.never, count, "Greedy")
         similarity = dict(zip(profile.sublayers, profile.similarity().tolist(), strict=True))

@@ -1,7 +1,7 @@
 """AdaSkip with a budget of measured time: meet a speed-up, and lose as little as that allows.
 
-The paper counts sublayers as if all cost the same. Here each saves what it was measured to cost
-less what stands in for it, and a knapsack takes the sublayers whose loss is the least in sum.
+The paper counts sublayers as if all cost the same. Here each saves its measured cost less that of
+its surrogate, and a knapsack takes the sublayers whose summed loss is the least.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from adaskip_fx.latency.knapsack import choose
 from adaskip_fx.latency.table import LatencyTable
-from adaskip_fx.latency.terms import Weights, surrogate, weights_of
+from adaskip_fx.latency.terms import Weights, surrogate_term, weights_of
 from adaskip_fx.plans.composition import compose_surrogates
 from adaskip_fx.plans.skip_plan import Phase, SkipPlan, Sublayer
 from adaskip_fx.policies.adaskip import AdaSkip
@@ -32,17 +32,20 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LatencyBudget:
-    """The sublayers to skip so that the predicted speed-up is at least alpha.
+    """Choose the sublayers to skip so that the predicted speed-up is at least alpha.
 
-    table: what sublayers cost.
-    context: tokens of a prompt, and tokens stored at a decode step, that count.
-    phase: what is to be faster: `"both"` phases, each by alpha; one of them; or the time of
-        whole requests, by how often each phase counts (`{"prefill": 1, "decode": 200}`).
-    losses: what is lost by skipping each sublayer, in any unit; 1 - similarity if None.
-    base: gives the similarities, the scales, and the online step of decode, which comes on top
-        and is not counted.
+    Attributes:
+        table: what sublayers cost.
+        context: tokens of a prompt, and tokens stored at a decode step, for which the speed-up is
+            predicted.
+        phase: what is to be faster: `"both"` phases, each by alpha; one of them; or the time of
+            whole requests, by how often each phase counts (`{"prefill": 1, "decode": 200}`).
+        losses: what is lost by skipping each sublayer, in any unit; 1 - similarity if None.
+        base: gives the similarities, the scales, and the online step of decode, which comes
+            besides and is not counted.
 
-    ValueError for a phase that is none.
+    Raises:
+        ValueError: an unknown phase.
     """
 
     table: LatencyTable
@@ -59,17 +62,17 @@ class LatencyBudget:
     def check(self, model: Any) -> None:
         """Refuse a model, a dtype or a device that the table was not measured on.
 
-        A table of which times did not add up is taken, with a warning.
+        A table whose measured times do not add up is accepted with a warning.
 
         Raises:
-            TableError: says what differs and what to do.
+            TableError: the message says what differs and what to do.
         """
         self.table.check(model)
         if self.table.warning:
-            warnings.warn(self.table.warning, stacklevel=4)  # whoever called `compile`
+            warnings.warn(self.table.warning, stacklevel=4)  # the caller of `compile`
 
     def describe(self, plan: SkipPlan) -> str:
-        """The speed-up that is predicted for a plan, by phase."""
+        """Return a line with the speed-up that is predicted for a plan, by phase."""
         speed_ups = (
             f"{phase} {self.table.predict(plan, phase, self.context):.3g}x"
             for phase in get_args(Phase)
@@ -77,11 +80,11 @@ class LatencyBudget:
         return f"budget: {', '.join(speed_ups)} predicted at {self.context:,} tokens"
 
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
-        """The plan of least summed loss that is `alpha` times as fast, by the table.
+        """Return the plan of least summed loss that is `alpha` times as fast by the table.
 
         Raises:
-            ValueError: alpha is no number of at least 1, cannot be reached, or profile and table
-                are of different models.
+            ValueError: `alpha` is not a number of at least 1, or cannot be reached; or profile and
+                table are of different models.
         """
         if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 1 <= alpha < math.inf:
             raise ValueError(
@@ -119,11 +122,17 @@ class LatencyBudget:
         window: npt.ArrayLike,
         probed: tuple[Sublayer, ...],
     ) -> SkipPlan:
-        """As :meth:`AdaSkip.online_plan`, with a beta that means as much as the paper's.
+        """Return what :meth:`AdaSkip.online_plan` does, with a beta that means as much.
 
-        There no sublayer that runs is more similar offline than one that is skipped. Here some
-        are, because they would have saved too little; that is no reason to skip them after all.
-        So an ffn must be more similar than every probed one was offline.
+        In the paper no sublayer that runs is more similar offline than one that is skipped. Here
+        some are, because they would have saved too little; that is no reason to skip them after
+        all. So an ffn must be more similar than every probed one was offline.
+
+        Args:
+            profile: what calibration measured on the model.
+            plan: the plan so far.
+            window: [len(probed), 5], sums of `PROBE_STATS` over the tokens of the window.
+            probed: the ffn sublayers that were measured.
         """
         similarity = profile.similarity(self.base.variant)
         offline = zip(profile.sublayers, similarity, strict=True)
@@ -131,7 +140,7 @@ class LatencyBudget:
         return self.base.online_plan(profile, plan, window, probed, least=least)
 
     def _constraints(self) -> tuple[Mapping[Phase, float], ...]:
-        """What is to be alpha times as fast, each as how often a phase counts."""
+        """Return what is to be alpha times as fast, each as the weights of phases."""
         if self.phase == "both":
             return tuple({phase: 1.0} for phase in get_args(Phase))
         return (weights_of(self.phase),)
@@ -143,8 +152,10 @@ class LatencyBudget:
         ]
 
     def _savings(self, profile: Profile) -> Array:
-        """Seconds [sublayers, constraints] that skipping each sublayer saves: it costs nothing any
-        more, but what stands in for it may. 0 for one that cannot be skipped."""
+        """Return the seconds [sublayers, constraints] that skipping each sublayer saves.
+
+        A sublayer saves its cost less that of its surrogate. One that cannot be skipped saves 0.
+        """
         pairs = [
             (name, self._surrogate(profile, s)) if name else ("", "")
             for s, name in zip(profile.sublayers, self.table.classes, strict=True)
@@ -152,23 +163,21 @@ class LatencyBudget:
         columns = []
         for weights in self._constraints():
             saved = {("", ""): 0.0}
-            for own, other in set(pairs) - saved.keys():
-                saved[own, other] = sum(
-                    weight * (self._cost(own, phase) - self._cost(other, phase))
+            for sublayer, surrogate in set(pairs) - saved.keys():
+                saved[sublayer, surrogate] = sum(
+                    weight * (self._cost(sublayer, phase) - self._cost(surrogate, phase))
                     for phase, weight in weights.items()
                 )
             columns.append([saved[pair] for pair in pairs])
         return np.array(columns).T
 
     def _surrogate(self, profile: Profile, sublayer: Sublayer) -> str:
-        """The part that takes the place of a sublayer; empty where the stream is handed on."""
-        alone = self.base.plan_of(profile, {sublayer})
-        return next(
-            (surrogate(composed) for composed in compose_surrogates(alone, "prefill").values()), ""
-        )
+        """Return the cost term of a sublayer's surrogate; empty where the stream is passed on."""
+        composed = compose_surrogates(self.base.plan_of(profile, {sublayer}), "prefill")
+        return next(map(surrogate_term, composed.values()), "")
 
-    def _cost(self, part: str, phase: Phase) -> float:
-        return self.table.cost(part, phase, self.context) if part else 0.0
+    def _cost(self, term: str, phase: Phase) -> float:
+        return self.table.cost(term, phase, self.context) if term else 0.0
 
     def _losses(self, profile: Profile) -> list[float]:
         if self.losses is None:

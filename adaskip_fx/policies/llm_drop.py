@@ -21,11 +21,13 @@ Which = Literal["attention", "joint"]
 class LLMDrop:
     """Rank by similarity; nothing is learned while decoding.
 
-    which: rank `"attention"` sublayers alone (the paper's advice), or `"joint"`, attention and ffn
-        in one ranking, which is AdaSkip's offline step.
-    scaled: whether a skipped sublayer becomes AdaSkip's `scale * x` instead of `x`.
+    Attributes:
+        which: rank `"attention"` sublayers alone (the paper's advice), or `"joint"`, attention and
+            ffn in one ranking, which is AdaSkip's offline step.
+        scaled: whether a skipped sublayer becomes AdaSkip's `scale * x` instead of `x`.
 
-    ValueError for another `which`.
+    Raises:
+        ValueError: another `which`.
     """
 
     which: Which = "attention"
@@ -36,9 +38,12 @@ class LLMDrop:
             raise ValueError(f"which must be 'attention' or 'joint', got {self.which!r}")
 
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
-        """Skip the `skip_count(alpha, S)` most similar sublayers, ties in stream order.
+        """Return the plan that skips the `skip_count(alpha, S)` most similar sublayers.
 
-        ValueError for an `alpha` that `skip_count` refuses, or that is more than all attention.
+        Ties are broken in stream order.
+
+        Raises:
+            ValueError: `skip_count` refuses `alpha`, or it asks for more than all attention.
         """
         sublayers, similarity = profile.sublayers, profile.similarity()
         count = skip_count(alpha, len(sublayers))

@@ -1,4 +1,4 @@
-"""What calibration measured on a model, and the fingerprint that says of which model.
+"""Profiles: what calibration measured on a model, and the model's fingerprint.
 
 Imports `plans` and `utils`.
 """

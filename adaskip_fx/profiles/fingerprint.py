@@ -13,18 +13,18 @@ from adaskip_fx.utils.files import JSON, canonical_digest
 
 # Left out of the fingerprint. Two loads of one architecture must agree whatever the dtype, the
 # attention kernel, the folder it came from or the transformers version, and however it is used.
-_NOT_ARCHITECTURE = frozenset(
-    {
-        *("name_or_path", "architectures", "auto_map", "tokenizer_class"),
-        *("dtype", "torch_dtype", "attn_implementation", "quantization_config", "torchscript"),
-        *("use_cache", "return_dict", "use_return_dict", "chunk_size_feed_forward"),
-        *("output_attentions", "output_hidden_states", "output_router_logits", "output_scores"),
-        # Training: what the weights were started from and regularized with.
-        *("initializer_range", "dropout", "finetuning_task", "task_specific_params"),
-        # Labels of a classification head; its size is among the parameters.
-        *("id2label", "label2id", "num_labels", "problem_type"),
-    }
-)
+# fmt: off
+_NOT_ARCHITECTURE = frozenset({
+    "name_or_path", "architectures", "auto_map", "tokenizer_class",
+    "dtype", "torch_dtype", "attn_implementation", "quantization_config", "torchscript",
+    "use_cache", "return_dict", "use_return_dict", "chunk_size_feed_forward",
+    "output_attentions", "output_hidden_states", "output_router_logits", "output_scores",
+    # Training: how weights were initialized and regularized.
+    "initializer_range", "dropout", "finetuning_task", "task_specific_params",
+    # Labels of a classification head; its size is among the parameters.
+    "id2label", "label2id", "num_labels", "problem_type",
+})
+# fmt: on
 _NOT_ARCHITECTURE_SUFFIXES = ("_token_id", "_token_ids", "_dropout", "_pdrop")
 _ROTATED = "partial_rotary_factor"
 _WEIGHT_SAMPLES = 256
@@ -34,11 +34,12 @@ _WEIGHT_SAMPLES = 256
 class Fingerprint:
     """Which model was measured.
 
-    digest: 16 hex characters of the architecture; equal for every dtype and set of weights.
-    model_type: the configuration's name for the architecture, for messages.
-    parameters: number of weights.
-    weights: 16 hex characters of a sample of the weights; information only, never compared (it
-        changes with the dtype).
+    Attributes:
+        digest: 16 hex characters of the architecture; equal for every dtype and set of weights.
+        model_type: the configuration's name for the architecture, for messages.
+        parameters: number of weights.
+        weights: 16 hex characters of a sample of the weights; information only, never compared (it
+            changes with the dtype).
     """
 
     digest: str
@@ -51,7 +52,7 @@ class Fingerprint:
 
 
 def fingerprint(model: Any) -> Fingerprint:
-    """Identify a transformers model by its configuration and its parameters' names and shapes.
+    """Return what identifies a transformers model: its configuration and its parameters' shapes.
 
     Cheap for any size (at most 256 elements of a parameter are read) and free of side effects.
     """

@@ -83,7 +83,7 @@ def _profile_row(path: Path) -> Document:
         profile = Profile.load(path)
     except ProfileError as error:
         raise PlotError(str(error)) from None
-    cosine, tokens = (profile.moments[:, :, PROBE_STATS.index(m)] for m in ("cosine", "tokens"))
+    cosine, tokens = (profile.statistics[:, :, PROBE_STATS.index(m)] for m in ("cosine", "tokens"))
     low, high = np.quantile(cosine / tokens, (0.1, 0.9), axis=0)
     return {
         "name": path.stem,

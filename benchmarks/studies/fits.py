@@ -1,4 +1,4 @@
-"""The surrogates that are compared: AdaSkip's, and the ladder fitted in the plan's order.
+"""The surrogates that are compared: AdaSkip's, and all kinds fitted in the plan's order.
 
 A new one is a line here: a fit gets the subject, the text to fit on and what is left out.
 """
@@ -29,13 +29,13 @@ def scale(subject: Subject, text: Text, skip: Sequence[Sublayer]) -> Surrogates:
     return Surrogates.scale({s: factors[s] for s in skip})
 
 
-def fitted(rung: Callable[[int], SurrogateSpec]) -> Fit:
-    """A rung of the ladder, of the model's hidden size."""
+def fitted(spec: Callable[[int], SurrogateSpec]) -> Fit:
+    """Return a fit of a kind of surrogate, which may depend on the hidden size."""
 
     def fit(subject: Subject, text: Text, skip: Sequence[Sublayer]) -> Surrogates:
         hidden = subject.model.get_input_embeddings().weight.shape[1]
         plan = SkipPlan.of(subject.runtime.sublayers, skip)
-        return fitter(subject, text).fit(plan, rung(hidden)).surrogates
+        return fitter(subject, text).fit(plan, spec(hidden)).surrogates
 
     return fit
 
@@ -68,5 +68,5 @@ def fitter(subject: Subject, text: Text) -> Fitter:
     first = subject.texts[0]
     windows = subject.windows(text, "first")
     if text is not first:
-        return fitter(subject, first).on(windows)
+        return fitter(subject, first).with_texts(windows)
     return Fitter(subject.model, None, windows, max_length=subject.length)

@@ -124,14 +124,14 @@ def _plans(
     windows = {t.name: subject.windows(t, "first") for t in known}
     profile = subject.profile(known[0])
     counts = {skip_count(a, len(profile.sublayers)): a for a in subject.options.alphas}
-    shop = timed(
+    session = timed(
         "write",
         lambda: FittingSession(
             subject.model,
             subject.tokenizer,
             windows,
-            own=size.own,
-            tokens=subject.length,
+            synthetic_samples=size.own,
+            max_length=subject.length,
             seed=subject.options.seed,
             say=say,
         ),
@@ -139,7 +139,7 @@ def _plans(
     normalized = SurrogateSpec("normalized", ridge=1e-4)
     ordered = timed(
         "search",
-        lambda: shop.searched(profile, max(counts.values()), normalized, shortlist=size.shortlist),
+        lambda: session.search(profile, max(counts.values()), normalized, shortlist=size.shortlist),
     )
     plain = Fitter(subject.model, subject.tokenizer, windows, max_length=subject.length)
     least = min(counts)
@@ -152,12 +152,12 @@ def _plans(
         if "AdaSkip" in subject.options.policies:  # its choice with the same surrogates
             begun["AdaSkip"] = similar
         for name, plan in begun.items():
-            fitted = timed("fit", lambda p=plan: shop.fitted(p, normalized))
+            fitted = timed("fit", lambda p=plan: session.fit(p, normalized))
             yield f"{name}, fitted", count, fitted
-            refined = timed("refine", lambda p=fitted, n=steps: shop.refined(p, n))
+            refined = timed("refine", lambda p=fitted, n=steps: session.distill(p, n))
             yield f"{name}, refined", count, refined
             if count == least:
-                extras = timed("extras", lambda p=refined: shop.with_extras(p, normalized))
+                extras = timed("extras", lambda p=refined: session.add_extras(p, normalized))
                 yield f"{name}, refined, extras", count, extras
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from adaskip_fx.api import build
-from adaskip_fx.calibration.calibrate import left_out
+from adaskip_fx.calibration.calibrate import left_out_counts
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.model.load import load, packaged_model
 from adaskip_fx.profiles.fingerprint import fingerprint
@@ -174,7 +174,7 @@ class Subject:
             {"torch": str(torch.__version__), "transformers": transformers.__version__},
             {"text": text.name, "sha256": text.sha256, "half": half, "length": self.length},
             layers=moments[:, count:],
-            left_out=left_out(
+            left_out=left_out_counts(
                 self.runtime.sublayers, moments[:, :count], [ids.numel() for ids in windows]
             ),
         )

@@ -143,7 +143,7 @@ def _by_factors(subject: Subject, text: Text, alpha: float) -> Method:
 def _by_maps(subject: Subject, text: Text, alpha: float) -> Method:
     """Its choice with normalized maps, fitted in one pass; nothing is added online."""
     plan = AdaSkip().plan(subject.profile(text), alpha)
-    fitted = fitter(subject, text).alone(plan, SurrogateSpec("normalized"))
+    fitted = fitter(subject, text).fit_independently(plan, SurrogateSpec("normalized"))
     return Fitted(fitted), fitted
 
 

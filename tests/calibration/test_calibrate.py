@@ -60,9 +60,9 @@ def expected(model: Any) -> np.ndarray[Any, Any]:
 def test_the_sums_are_those_of_plain_hooks(
     profile: Profile, expected: np.ndarray[Any, Any]
 ) -> None:
-    assert profile.moments.shape == (3, 6, 5)
-    np.testing.assert_allclose(profile.moments, expected, rtol=1e-5)
-    np.testing.assert_array_equal(profile.moments[:, :, 4], [[53] * 6, [96] * 6, [16] * 6])
+    assert profile.statistics.shape == (3, 6, 5)
+    np.testing.assert_allclose(profile.statistics, expected, rtol=1e-5)
+    np.testing.assert_array_equal(profile.statistics[:, :, 4], [[53] * 6, [96] * 6, [16] * 6])
     assert profile.tokens == 53 + 96 + 16
 
 
@@ -103,7 +103,7 @@ def test_another_stream_would_be_seen(profile: Profile, expected: np.ndarray[Any
         expected * np.array([1.0001, 1, 1, 1, 1]),
     ):
         with pytest.raises(AssertionError):
-            np.testing.assert_allclose(profile.moments, wrong, rtol=1e-5)
+            np.testing.assert_allclose(profile.statistics, wrong, rtol=1e-5)
 
 
 def test_progress_is_told(profile: Profile, progress: list[tuple[int, int]]) -> None:
@@ -206,7 +206,7 @@ def padless() -> Any:
 def test_masked_padding_is_no_part_of_a_text(padless: Any, side: str) -> None:
     found = adaskip_fx.calibrate(padless, Padding(True, side), SHORT, LIMIT)
     plain = adaskip_fx.calibrate(padless, Letters(), SHORT, LIMIT)
-    np.testing.assert_array_equal(found.moments, plain.moments)
+    np.testing.assert_array_equal(found.statistics, plain.statistics)
     assert found.calibration["tokens_sha256"] == plain.calibration["tokens_sha256"]
     assert found.left_out is None
     assert found.tokens == 55
@@ -219,11 +219,11 @@ def test_padding_that_is_not_masked_decides_nothing(padless: Any) -> None:
     assert found.left_out_tokens == {first: 25}
     assert found.tokens == 80
     plain = adaskip_fx.calibrate(padless, Letters(), SHORT, LIMIT)
-    np.testing.assert_allclose(found.moments[:, 0], plain.moments[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(found.statistics[:, 0], plain.statistics[:, 0], rtol=1e-5)
     assert 0.1 < float(found.scale()[0]) < 10
     adaskip_fx.AdaSkip().plan(found, 1.5)
     # the companion: later sublayers see what attention made of the padding, and it does count
-    assert not np.allclose(found.moments[:, 1], plain.moments[:, 1], rtol=1e-2)
+    assert not np.allclose(found.statistics[:, 1], plain.statistics[:, 1], rtol=1e-2)
     assert np.isfinite(found.layers).all()
     assert found.layers is not None
     assert found.layers[:, 0, 4].tolist() == [30, 25]

@@ -43,7 +43,7 @@ def fitted(folder: Path, profile: Path, book: Path) -> Path:
     result = run("fit", folder, profile, out, *QUICK, "--text", f"prose={book}", "--kind", "linear")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("SkipPlan ")
-    for said in ("write 2 samples", "search", "fit 1 surrogates", "refined:", f"saved to {out}"):
+    for said in ("write 2 samples", "search", "fit 1 surrogates", "distilled:", f"saved to {out}"):
         assert said in result.stderr
     return out
 
@@ -101,7 +101,7 @@ def test_ranks_by_measured_time(folder: Path, profile: Path, tmp_path: Path) -> 
         bound = ("--within", share, "--table", table, "--context", 2048)
         result = run("fit", folder, profile, out, *quick, "--kind", "low_rank", *bound)
         assert result.exit_code == 0, result.stderr
-        assert "measured times do not add up: the sum of parts is off by 25.0%" in result.stderr
+        assert "the sum of cost terms is off by 25.0%" in result.stderr
         plan = SkipPlan.load(out)
         assert [plan.surrogates.by_sublayer[s].rank for s in plan.prefill] == [rank]
     other = table_of(tmp_path, device="Some GPU")

@@ -85,7 +85,9 @@ def test_a_compiled_model_runs_the_stage_that_is_set() -> None:
     from adaskip_fx.profiles.fingerprint import fingerprint
 
     plain = profile_of(bank, similarity)
-    measured = adaskip_fx.Profile(plain.sublayers, plain.moments, fingerprint(bank.model), {}, {})
+    measured = adaskip_fx.Profile(
+        plain.sublayers, plain.statistics, fingerprint(bank.model), {}, {}
+    )
     plans = LiteStage(stages).plans(measured, 1.5)
     fast = adaskip_fx.compile(bank.model, plan=plans["a"], backend="eager")
     assert names(plans["a"]) == {"0.ffn"}

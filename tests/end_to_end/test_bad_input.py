@@ -37,7 +37,7 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def profile(model: Any) -> Profile:
     made = profile_of(entry(SHAPE), {"0.attention": 0.9, "0.ffn": 0.5})
-    return Profile(made.sublayers, made.moments, fingerprint(model), {}, {})
+    return Profile(made.sublayers, made.statistics, fingerprint(model), {}, {})
 
 
 def refused(
@@ -106,7 +106,7 @@ def test_a_crash_while_saving_leaves_the_old_profile(
     import os
 
     profile.save(tmp_path / "p")
-    other = Profile(profile.sublayers, profile.moments * 2, profile.fingerprint, {}, {})
+    other = Profile(profile.sublayers, profile.statistics * 2, profile.fingerprint, {}, {})
 
     def crash(*args: Any) -> Any:
         raise OSError("the disk is full")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adaskip_fx.api import build
-from adaskip_fx.fitting import DistillConfig, Fitter, Sample, SurrogateSpec, refine
+from adaskip_fx.fitting import DistillConfig, Fitter, Sample, SurrogateSpec, distill
 from adaskip_fx.fitting.distillation import _divergence
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
@@ -205,8 +205,10 @@ def test_a_compiled_refinement_goes_as_one_that_is_not(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "compile", watched)
     found = {}
     for inductor in (False, True):
-        how = DistillConfig(steps=4, rate=3e-3, batch=3, every=2, compiled=inductor)
-        found[inductor] = refine(fitter, plan, [samples[:3]], samples[3:], how)
+        how = DistillConfig(
+            steps=4, learning_rate=3e-3, batch_size=3, eval_interval=2, compiled=inductor
+        )
+        found[inductor] = distill(fitter, plan, [samples[:3]], samples[3:], how)
         assert (_divergence in compiled) == inductor
     (eager, slow), (fused, quick) = found[False], found[True]
     assert quick.losses == pytest.approx(slow.losses, rel=1e-4)

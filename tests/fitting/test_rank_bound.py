@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from adaskip_fx.api import build
 from adaskip_fx.fitting import Fitter, LatencyBound, SecondMoments, SurrogateSpec
-from adaskip_fx.fitting.least_squares import smallest_rank, unexplained
+from adaskip_fx.fitting.least_squares import smallest_rank, unexplained_variance
 from adaskip_fx.fitting.rank_bound import not_decreasing
 from adaskip_fx.latency.table import LatencyTable
-from adaskip_fx.latency.terms import Costs, TableError, low_rank, rank_of
+from adaskip_fx.latency.terms import Costs, TableError, low_rank_term, rank_of
 from adaskip_fx.measurement.measure import measure, plans_to_time, sublayer_classes
 from adaskip_fx.measurement.rank_ladder import rank_ladder, ranks_to_time
 from adaskip_fx.model.handle import runtime_of
@@ -38,8 +38,8 @@ ATTENTION, FFN = Sublayer(0, "attention"), Sublayer(0, "ffn")
 SUBLAYERS = tuple(Sublayer(i, kind) for i in range(3) for kind in ("attention", "ffn"))
 PREFILL = {"rest": 1.0, "attention": 32.0, "ffn": 64.0, "linear": 16.0}
 DECODE = {"rest": 1.0, "attention": 16.0, "ffn": 8.0, "linear": 4.0}
-PREFILL |= {low_rank(r): 0.5 * r for r in (1, 2, 4, 8)}
-DECODE |= {low_rank(r): 0.25 * r for r in (1, 2, 4, 8)}
+PREFILL |= {low_rank_term(r): 0.5 * r for r in (1, 2, 4, 8)}
+DECODE |= {low_rank_term(r): 0.25 * r for r in (1, 2, 4, 8)}
 
 
 def table(
@@ -85,7 +85,7 @@ def times(draw: st.DrawFn) -> tuple[dict[str, tuple[int, int]], int]:
     ranks = sorted(draw(st.sets(st.integers(1, 64), min_size=1, max_size=5)))
     number = st.integers(1, 40)
     columns = [sorted(draw(number) for _ in ranks) for _ in range(2)]
-    seconds = dict(zip(map(low_rank, ranks), zip(*columns, strict=True), strict=True))
+    seconds = dict(zip(map(low_rank_term, ranks), zip(*columns, strict=True), strict=True))
     if draw(st.booleans()):
         seconds["linear"] = draw(number), draw(number)
     seconds["ffn"] = draw(st.integers(1, 200)), draw(st.integers(1, 200))
@@ -101,7 +101,7 @@ def test_no_larger_rank_fits(given_: tuple[dict[str, tuple[int, int]], int]) -> 
 
     prefill, decode = ({"rest": 1.0, **{n: t[i] for n, t in seconds.items()}} for i in (0, 1))
     measured = table(prefill, decode, [FFN])
-    fitting = [r for n in seconds if (r := rank_of(n)) is not None and fits(low_rank(r))]
+    fitting = [r for n in seconds if (r := rank_of(n)) is not None and fits(low_rank_term(r))]
     if "linear" in seconds and fits("linear"):
         assert LatencyBound(measured, 100, 1 / parts).rank(FFN) is None
     elif fitting:
@@ -124,7 +124,7 @@ def test_a_larger_rank_that_seems_quicker_is_noise() -> None:
     """By hand, of seconds 0.25, 0.5, 1 and 2, of which one or two are far off."""
 
     def largest(share: float, **noise: float) -> int | None:
-        noisy = DECODE | {low_rank(int(name[1:])): took for name, took in noise.items()}
+        noisy = DECODE | {low_rank_term(int(name[1:])): took for name, took in noise.items()}
         return LatencyBound(table(decode=noisy), 100, share, "decode").rank(FFN)
 
     assert largest(0.125) == 4
@@ -196,7 +196,7 @@ def test_tables_without_ranks_or_of_another_model() -> None:
 
 
 def test_a_part_is_named_by_its_rank() -> None:
-    assert rank_of(low_rank(64)) == 64
+    assert rank_of(low_rank_term(64)) == 64
     assert [rank_of(part) for part in ("linear", "scale", "rest", "attention 2")] == [None] * 4
 
 
@@ -232,13 +232,14 @@ def test_more_rank_explains_no_less() -> None:
     many = folds_of(0.1)
     total = many[0].plus(many[1]).plus(many[2])
     left = [
-        unexplained(total, SurrogateSpec("low_rank", ridge=0.0).fit(many, r)) for r in (1, 2, 3)
+        unexplained_variance(total, SurrogateSpec("low_rank", ridge=0.0).fit(many, r))
+        for r in (1, 2, 3)
     ]
     assert left == sorted(left, reverse=True)
     assert left[0] > 1.2 * left[-1]
 
 
-def test_rungs_with_a_bound_are_checked() -> None:
+def test_specs_with_a_bound_are_checked() -> None:
     bound = LatencyBound(table(), 100, 0.125)
     for kind, rank, got in (("low_rank", 3, "rank 3"), ("linear", None, "linear")):
         message = f"a latency bound is for a low_rank without a rank, got {got}"
@@ -261,12 +262,12 @@ def fitter() -> Fitter:
 def test_each_sublayer_has_a_rank_of_its_own(fitter: Fitter, share: float) -> None:
     """The smaller of what is found without a bound, in the order of the plan, and what fits."""
     bound = LatencyBound(table(), 100, share)
-    rung, free = SurrogateSpec("low_rank", bound=bound), SurrogateSpec("low_rank")
-    plan = fitter.fit(SkipPlan.of(SUBLAYERS, ["0.ffn", "1.attention"]), rung)
+    bounded, free = SurrogateSpec("low_rank", bound=bound), SurrogateSpec("low_rank")
+    plan = fitter.fit(SkipPlan.of(SUBLAYERS, ["0.ffn", "1.attention"]), bounded)
     done: dict[Sublayer, Surrogate] = {}
     asked = []
     for sublayer, surrogate in plan.surrogates.by_sublayer.items():
-        seen = fitter.moments(Surrogates(done), tuple(done), [sublayer], free)[sublayer]
+        seen = fitter.second_moments(Surrogates(done), tuple(done), [sublayer], free)[sublayer]
         asked.append(smallest_rank([m for m in seen if m.tokens], [1, 2, 4, 8, 16])[0])
         most = {FFN: 32 * share, Sublayer(1, "attention"): 64 * share}[sublayer]
         assert surrogate.rank == min(asked[-1], most)
@@ -279,7 +280,8 @@ def test_what_decoding_may_add_is_bounded_too(fitter: Fitter) -> None:
     none = SkipPlan.empty(SUBLAYERS)
     bound = LatencyBound(table(), 100, 0.0625)
     free, bounded = (
-        fitter.beside(none, SurrogateSpec("low_rank", bound=b)).by_sublayer for b in (None, bound)
+        fitter.fit_running(none, SurrogateSpec("low_rank", bound=b)).by_sublayer
+        for b in (None, bound)
     )
     assert [str(s) for s in bounded] == ["0.ffn", "1.ffn", "2.ffn"]
     sizes = [surrogate.rank or 32 for surrogate in free.values()]
@@ -327,7 +329,14 @@ def test_surrogates_that_are_timed_run() -> None:
     table_ = measure(compiled, [20], rounds=1, ranks=True)
     names = {*table_.at("prefill", 20)}
     assert names == {*table_.at("decode", 20)}
-    assert names == {"rest", "attention", "ffn", "scale", "linear", *map(low_rank, (1, 2, 4, 8))}
+    assert names == {
+        "rest",
+        "attention",
+        "ffn",
+        "scale",
+        "linear",
+        *map(low_rank_term, (1, 2, 4, 8)),
+    }
     runtime = runtime_of(compiled)
     classes = sublayer_classes(runtime)
     for surrogates in rank_ladder(runtime.sublayers, classes, runtime.graphs.structure.width):
@@ -348,7 +357,7 @@ def test_no_surrogate_that_is_timed_is_folded(classes: list[str]) -> None:
     for plan, part in ((one, 1), (two, 2), (four, 4), (linear, 0)):
         put_in = compose_surrogates(plan, "decode").values()
         assert put_in, "timed"
-        assert all(len(fold.parts) == 1 and fold.rank == part for fold in put_in)
+        assert all(len(fold.members) == 1 and fold.rank == part for fold in put_in)
         assert len({fold.key for fold in put_in}) == len(put_in)  # weights of their own
 
 

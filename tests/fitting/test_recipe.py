@@ -16,8 +16,7 @@ from adaskip_fx.api import build
 from adaskip_fx.calibration.loss import CalibrationLoss
 from adaskip_fx.fitting import Recipe, SurrogateSpec
 from adaskip_fx.fitting.retrieval_prompts import retrieval_samples
-from adaskip_fx.fitting.seed_prompts import OPENINGS
-from adaskip_fx.fitting.synthetic_text import write_texts
+from adaskip_fx.fitting.synthetic_text import seed_prompts, write_texts
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import AdaSkip, Fitted, OnlinePolicy
@@ -28,7 +27,7 @@ TEXTS = {
     "words": [f"{w} " * 60 for w in ("alpha", "beta", "gamma", "delta", "eta", "theta")],
     "dashes": [f"{w}- " * 60 for w in ("one", "two", "three", "four")],
 }
-QUICK = Recipe(own=3, tokens=360, steps=4, shortlist=None)
+QUICK = Recipe(synthetic_samples=3, max_length=360, steps=4, shortlist=None)
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +64,15 @@ def test_it_says_what_it_does(plan: SkipPlan, said: list[str]) -> None:
     assert said[0] == "write 3 samples of 360 tokens"
     assert said[1] == "search"
     assert said[2].startswith("fit 2 surrogates on ")
-    assert said[3].startswith("refined: KL of held-out samples from ")
+    assert said[3].startswith("distilled: KL of validation samples from ")
     assert said[4].startswith("decoding may add ")
 
 
 @pytest.mark.slow
 def test_without_a_search_a_policy_chooses(model: Any, profile: Profile) -> None:
-    recipe = Recipe(False, SurrogateSpec("linear"), own=0, tokens=200, steps=0, extras=False)
+    recipe = Recipe(
+        False, SurrogateSpec("linear"), synthetic_samples=0, max_length=200, steps=0, extras=False
+    )
     plan = adaskip_fx.fit(model, Letters(), TEXTS, profile, 1.5, recipe)
     wanted = AdaSkip().plan(profile, 1.5)
     assert plan.prefill == wanted.prefill
@@ -138,12 +139,12 @@ def test_only_what_was_fitted_is_added(profile: Profile) -> None:
 def test_a_model_writes_what_it_would_sample(model: Any) -> None:
     runtime = runtime_of(build(model, None, backend="eager"))
     state = torch.random.get_rng_state()
-    texts = write_texts(runtime, Letters(), 5, 24, batch=2, seed=1)
+    texts = write_texts(runtime, Letters(), 5, 24, batch_size=2, seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert [tuple(t.shape) for t in texts] == [(1, 24)] * 5
-    again = write_texts(runtime, Letters(), 5, 24, batch=2, seed=1)
+    again = write_texts(runtime, Letters(), 5, 24, batch_size=2, seed=1)
     assert all(map(torch.equal, texts, again))
-    other = write_texts(runtime, Letters(), 5, 24, batch=2, seed=2)
+    other = write_texts(runtime, Letters(), 5, 24, batch_size=2, seed=2)
     assert not all(map(torch.equal, texts, other))
     likely = [surprise(model, t) for t in texts]
     drawn = torch.randint(0, 61, (5, 1, 24), generator=torch.Generator().manual_seed(0))
@@ -154,8 +155,10 @@ def test_a_model_writes_what_it_would_sample(model: Any) -> None:
 
 def test_rows_of_one_batch_begin_in_their_own_ways(model: Any) -> None:
     runtime = runtime_of(build(model, None, backend="eager"))
-    texts = [text_of(t) for t in write_texts(runtime, Letters(), 24, 40, batch=24, seed=1)]
-    openings = [text_of(Letters()(o)["input_ids"])[:32] for some in OPENINGS.values() for o in some]
+    texts = [text_of(t) for t in write_texts(runtime, Letters(), 24, 40, batch_size=24, seed=1)]
+    openings = [
+        text_of(Letters()(o)["input_ids"])[:32] for some in seed_prompts().values() for o in some
+    ]
 
     def openings_of(row: list[int]) -> set[tuple[int, ...]]:
         return {tuple(o) for o in openings if len(o) > 3 and row[: len(o)] == o}

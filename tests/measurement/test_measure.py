@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from adaskip_fx.api import build
 from adaskip_fx.latency import table
 from adaskip_fx.latency.table import LatencyTable, is_table
-from adaskip_fx.latency.terms import Costs, TableError, parts
+from adaskip_fx.latency.terms import Costs, TableError, cost_terms
 from adaskip_fx.measurement import measure as measurement
 from adaskip_fx.measurement.measure import measure, plans_to_time, solve, steady, sublayer_classes
 from adaskip_fx.measurement.timer import StepTimer
@@ -140,7 +140,7 @@ def test_times_that_do_not_add_up_are_measured_again_and_told() -> None:
     table = measured(clock, [64], rounds=2)
     assert len(clock.timed) == 2 * PLANS * (1 + 3 * 2)
     assert max(c.error for c in table.costs) > 0.05
-    assert table.warning.startswith("measured times do not add up: the sum of parts is off by ")
+    assert table.warning.startswith("measured times do not add up: the sum of cost terms is")
     fair = Clock()
     assert measured(fair, [64], rounds=2).warning == ""
     assert len(fair.timed) == 2 * PLANS * (1 + 2)
@@ -243,7 +243,7 @@ def test_solving_finds_planted_costs(values: list[float]) -> None:
     sublayers = compiled_llamas.entry(SHAPE).sublayers
     classes = tuple(s.kind for s in sublayers)
     plans = plans_to_time(sublayers, classes, [Surrogates.scale(dict.fromkeys(sublayers, 1.0))])
-    counts = [parts(p, "decode", sublayers, classes) for p in plans]
+    counts = [cost_terms(p, "decode", sublayers, classes) for p in plans]
     seconds = [sum(n * costs_of[name] for name, n in row.items()) for row in counts]
     found, error = solve(counts, seconds)
     assert error < 1e-9

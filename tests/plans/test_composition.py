@@ -115,7 +115,7 @@ def plan(skip: dict[str, str], kinds: dict[str, Any]) -> SkipPlan:
 
 
 def names(found: dict[Sublayer, ComposedSurrogate]) -> dict[str, tuple[str, int]]:
-    return {str(s): (f.kind, len(f.parts)) for s, f in found.items()}
+    return {str(s): (f.kind, len(f.members)) for s, f in found.items()}
 
 
 def test_only_what_nothing_runs_between_is_folded() -> None:
@@ -125,7 +125,7 @@ def test_only_what_nothing_runs_between_is_folded() -> None:
         "1.ffn": ("linear", 3),
         "2.ffn": ("linear", 1),
     }
-    apart = compose_surrogates(given, "prefill", together=False)
+    apart = compose_surrogates(given, "prefill", neighbours=False)
     assert names(apart) == dict.fromkeys(skipped, ("linear", 1))
 
 

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaskip_fx.plans.skip_plan import Action, Kind, Phase, PlanError, SkipPlan, Sublayer
-from adaskip_fx.plans.surrogates import NONE, Surrogates
+from adaskip_fx.plans.surrogates import NO_SURROGATES, Surrogates
 
 PROPERTY = settings(deadline=None)  # a shared machine may stall
 
@@ -55,7 +55,7 @@ def plans(draw: st.DrawFn) -> SkipPlan:
     room = len(sublayers) - len(skip) - 1
     extra = draw(st.lists(st.sampled_from(free), unique=True, max_size=room)) if free else []
     factors = draw(st.dictionaries(st.sampled_from(sublayers), FACTORS))
-    surrogates = Surrogates.scale(factors) if factors else NONE
+    surrogates = Surrogates.scale(factors) if factors else NO_SURROGATES
     return SkipPlan.of(sublayers, skip, decode_extra=extra, surrogates=surrogates)
 
 
@@ -101,7 +101,7 @@ def test_compensation_is_a_value() -> None:
     assert one != Surrogates.scale({sub("0.ffn"): 0.5})
     assert one.factor(sub("1.ffn")) == 2.0
     assert one.factor(sub("1.attention")) is None
-    assert NONE.factor(sub("0.ffn")) is None
+    assert NO_SURROGATES.factor(sub("0.ffn")) is None
 
 
 def test_compensation_cannot_be_changed() -> None:
@@ -125,7 +125,7 @@ def test_factor_refused_by_name(bad: Any) -> None:
 def test_a_factor_that_no_sublayer_has(bad: float) -> None:
     """Made by hand or in a file: the plan would drown the stream, or erase it."""
     Surrogates.scale({sub("1.ffn"): 1e-4, sub("3.ffn"): 1e4})
-    words = r"scale factor of 3\.ffn is .*; none outside of 0\.0001 to 10000 can stand in for a"
+    words = r"scale factor of 3\.ffn is .*; no sublayer can be replaced by one outside of"
     with pytest.raises(ValueError, match=words):
         Surrogates.scale({sub("3.ffn"): bad})
 
@@ -136,8 +136,8 @@ def test_with_factors_adds_and_replaces() -> None:
         ffn0=0.5, ffn1=0.7, ffn2=0.8
     )
     assert one == scale(ffn0=0.5, ffn1=0.6)
-    assert NONE.with_factors({}) is NONE
-    assert NONE.with_factors({sub("0.ffn"): 0.5}) == scale(ffn0=0.5)
+    assert NO_SURROGATES.with_factors({}) is NO_SURROGATES
+    assert NO_SURROGATES.with_factors({sub("0.ffn"): 0.5}) == scale(ffn0=0.5)
 
 
 @PROPERTY
@@ -150,13 +150,13 @@ def test_compensation_survives_json_exactly(factors: dict[Sublayer, float]) -> N
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "surrogates are an object"),
-        ([], "surrogates are an object"),
-        ({"0.ffn": 0.5}, "surrogates are an object"),
+        (None, "surrogates must be an object"),
+        ([], "surrogates must be an object"),
+        ({"0.ffn": 0.5}, "surrogates must be an object"),
         ({"0.mlp": {"kind": "scale", "factor": 0.5}}, "'0.mlp' is not a sublayer"),
         ({"0.ffn": {"kind": "scale"}}, "scale factor of 0.ffn must be finite and positive"),
-        ({"0.ffn": {"kind": "linear", "digest": "0" * 16}}, "the tensors that stand in for 0.ffn"),
-        ({"0.ffn": {}}, "the tensors that stand in for 0.ffn are not in its file"),
+        ({"0.ffn": {"kind": "linear", "digest": "0" * 16}}, "the tensors of 0.ffn"),
+        ({"0.ffn": {}}, "the tensors of 0.ffn's surrogate are not in its file"),
     ],
 )
 def test_compensation_json_refused(data: Any, message: str) -> None:
@@ -374,7 +374,7 @@ def test_digest_does_not_depend_on_order(plan: SkipPlan, random: Any) -> None:
         return dict(items)
 
     factors = shuffled(plan.surrogates.factors)
-    surrogates = Surrogates.scale(factors) if factors else NONE
+    surrogates = Surrogates.scale(factors) if factors else NO_SURROGATES
     again = SkipPlan(plan.sublayers, shuffled(plan.prefill), shuffled(plan.decode), surrogates)
     assert again.digest == plan.digest
     assert again == plan
@@ -405,7 +405,7 @@ def test_phase_digest_is_what_a_program_depends_on(
 
 def test_phase_digest_near_misses() -> None:
     def build(*extra: str, **factors: float) -> SkipPlan:
-        surrogates = scale(**factors) if factors else NONE
+        surrogates = scale(**factors) if factors else NO_SURROGATES
         return SkipPlan.of(model(3), ["0.ffn"], decode_extra=extra, surrogates=surrogates)
 
     one = build("1.ffn", ffn0=0.9, ffn1=0.8)
@@ -481,7 +481,7 @@ EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d["compensation"]["0.ffn"].update(factor=0.51), "edited after it was saved"),
     (lambda d: d.update(digest="0" * 16), "edited after it was saved"),
     (lambda d: d["compensation"]["0.ffn"].update(factor=-1), r"not a valid plan \(scale fac"),
-    (lambda d: d["compensation"]["0.ffn"].update(kind="linear"), "the tensors that stand in for 0"),
+    (lambda d: d["compensation"]["0.ffn"].update(kind="linear"), "the tensors of 0"),
     (lambda d: d.update(tensors="../other.safetensors"), "is not the name of a file of surrogates"),
     (lambda d: d["decode"].update({"0.attention": "skip"}), r"not a valid plan \(0\.attention: ru"),
     (lambda d: d["prefill"].update({"0.mlp": "skip"}), r"not a valid plan \('0\.mlp' is not a sub"),
@@ -489,7 +489,7 @@ EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d.update(prefill=["0.ffn"]), "not a valid plan"),
     (lambda d: d.update(sublayers=7), "not a valid plan"),
     (lambda d: d.update(sublayers=[7]), "not a valid plan"),
-    (lambda d: d.update(compensation=None), r"not a valid plan \(surrogates are"),
+    (lambda d: d.update(compensation=None), r"not a valid plan \(surrogates must be"),
 ]
 
 

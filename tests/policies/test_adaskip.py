@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan, Sublayer
-from adaskip_fx.plans.surrogates import NONE
+from adaskip_fx.plans.surrogates import NO_SURROGATES
 from adaskip_fx.policies import AdaSkip, OnlinePolicy, Policy
 from adaskip_fx.policies.adaskip import skip_count
 from adaskip_fx.profiles.profile import Fingerprint, Profile, Variant
@@ -310,7 +310,7 @@ def test_a_factor_of_prefill_is_not_replaced(variant: Variant) -> None:
 
 def test_a_plan_without_factors_gets_them_for_its_extras() -> None:
     measured = profile(TOY)
-    plan = SkipPlan.of(measured.sublayers, ["1.attention"], surrogates=NONE)
+    plan = SkipPlan.of(measured.sublayers, ["1.attention"], surrogates=NO_SURROGATES)
     more = AdaSkip().online_plan(measured, plan, [row(0.99)], (sub("2.ffn"),))
     assert dict(more.surrogates.factors) == {sub("2.ffn"): 0.5 + 5 / 64}
 

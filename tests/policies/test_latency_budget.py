@@ -389,7 +389,7 @@ def test_compile_takes_it() -> None:
 def test_compile_warns_of_times_that_did_not_add_up() -> None:
     first, second = bank_table().costs
     noisy = bank_table(costs=(first, dataclasses.replace(second, error=0.071)))
-    message = "the sum of parts is off by 7.1% in decode at 100 tokens, so that speed-ups may be"
+    message = "the sum of cost terms is off by 7.1% in decode at 100 tokens, so that speed-ups may"
     with pytest.warns(UserWarning, match=message) as caught:
         compiled(policy=LatencyBudget(noisy, 100))
     assert [Path(w.filename).name for w in caught] == ["test_latency_budget.py"]

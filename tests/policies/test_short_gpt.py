@@ -26,7 +26,7 @@ def with_layers(similarity: list[float]) -> Profile:
     """A profile whose layers have these similarities, whatever their sublayers have."""
     plain = profile(len(similarity))
     layers = np.array([[(4 * value, 4.0, 4.0, 4.0, 4.0) for value in similarity]])
-    return Profile(plain.sublayers, plain.moments, plain.fingerprint, {}, {}, layers)
+    return Profile(plain.sublayers, plain.statistics, plain.fingerprint, {}, {}, layers)
 
 
 def test_choices() -> None:
@@ -53,7 +53,7 @@ def test_refusals() -> None:
         (layers * np.nan, "layer 0: not finite, or no tokens, in sample 0"),
     ):
         with pytest.raises(ProfileError, match=text):
-            Profile(plain.sublayers, plain.moments, plain.fingerprint, {}, {}, bad)
+            Profile(plain.sublayers, plain.statistics, plain.fingerprint, {}, {}, bad)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_sublayers_are_measured_as_without_layers(measured: Any) -> None:
     runtime = runtime_of(adaskip_fx.api.build(model, None, backend="eager"))
     for row, text in enumerate(TEXTS):
         alone = measure_prompt(runtime, ids_of(text))[:, 0].double().numpy()
-        np.testing.assert_array_equal(found.moments[row], alone)
+        np.testing.assert_array_equal(found.statistics[row], alone)
         with torch.no_grad():
             assert measure_prompt(runtime, ids_of(text), layers=True).shape == (6 + 3, 1, 5)
 
@@ -93,7 +93,7 @@ def test_saved_and_loaded(measured: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.layers, found.layers)
     assert loaded.digest == found.digest
     about = found.fingerprint, found.versions, found.calibration
-    old = Profile(found.sublayers, found.moments, *about)
+    old = Profile(found.sublayers, found.statistics, *about)
     assert old.digest != found.digest
     old.save(tmp_path / "old")  # as it was written before there were layers
     assert Profile.load(tmp_path / "old").layers is None

@@ -32,8 +32,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import adaskip_fx.plans.skip_plan
 import adaskip_fx.plans.surrogates
+import adaskip_fx.plans.tables
+import adaskip_fx.plans.validation
 import adaskip_fx.policies.adaskip
+import adaskip_fx.profiles.folder
 import adaskip_fx.profiles.profile
+import adaskip_fx.profiles.validation
 from adaskip_fx.plans.skip_plan import Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import AdaSkip
@@ -53,11 +57,11 @@ NAMES = tuple(map(Sublayer.parse, ["0.attention", "0.ffn", "1.attention", "1.ffn
 
 
 def profile(seed: int = 0, samples: int = 2, **changes: Any) -> Profile:
-    moments = np.random.default_rng(seed).uniform(0.5, 1.0, (samples, len(NAMES), 5))
-    moments[:, :, 4] = 7
+    statistics = np.random.default_rng(seed).uniform(0.5, 1.0, (samples, len(NAMES), 5))
+    statistics[:, :, 4] = 7
     fields = {
         "sublayers": NAMES,
-        "moments": moments,
+        "statistics": statistics,
         "fingerprint": TOY,
         "versions": {"torch": "2.13"},
         "calibration": {"texts": 2, "tokenizer": "toy", "nested": {"lengths": [7, 7]}},
@@ -68,7 +72,7 @@ def profile(seed: int = 0, samples: int = 2, **changes: Any) -> Profile:
 def same(one: Profile, two: Profile) -> bool:
     """Every field, bit by bit."""
     about = ("sublayers", "fingerprint", "versions", "calibration")
-    return one.moments.tobytes() == two.moments.tobytes() and all(
+    return one.statistics.tobytes() == two.statistics.tobytes() and all(
         getattr(one, name) == getattr(two, name) for name in about
     )
 
@@ -104,7 +108,7 @@ def measured(streams: list[list[Sample]]) -> Profile:
         ]
         return [sum(column) for column in zip(*per_token, strict=True)]
 
-    return profile(moments=np.array([[sums(tokens) for tokens in sample] for sample in streams]))
+    return profile(statistics=np.array([[sums(tokens) for tokens in sample] for sample in streams]))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -151,9 +155,9 @@ def test_compensation_is_the_scale_of_every_sublayer(variant: Variant) -> None:
 
 
 def test_compensation_refuses_a_dead_stream_by_name() -> None:
-    moments = profile().moments.copy()
-    moments[1, 2, PROBE_STATS.index("before_squared")] = 0
-    broken = profile(moments=moments)
+    statistics = profile().statistics.copy()
+    statistics[1, 2, PROBE_STATS.index("before_squared")] = 0
+    broken = profile(statistics=statistics)
     assert broken.scales("paper").factors  # near miss: the paper needs no |a|^2
     with pytest.raises(ValueError, match=r"scale factor of 1\.attention"):
         broken.scales("released")
@@ -162,15 +166,15 @@ def test_compensation_refuses_a_dead_stream_by_name() -> None:
 @pytest.mark.parametrize(("factor", "shown"), [(7.6e33, "7.6e+33"), (1.1e4, "1.1e+04"), (0.0, "0")])
 def test_a_senseless_factor_is_refused_by_name(factor: float, shown: str) -> None:
     """Where `compile` asks for it; the profile itself can be loaded, looked at and compared."""
-    moments = profile().moments.copy()
-    moments[:, 2, PROBE_STATS.index("ratio")] = factor * 7
-    broken = profile(moments=moments)
+    statistics = profile().statistics.copy()
+    statistics[:, 2, PROBE_STATS.index("ratio")] = factor * 7
+    broken = profile(statistics=statistics)
     assert float(broken.scale()[2]) == pytest.approx(factor)
     with pytest.raises(ProfileError) as caught:
         AdaSkip().plan(broken, 2)
     assert str(caught.value) == (
-        f"scale factor of 1.attention is {shown} in this profile, and none outside of 0.0001 to "
-        "10000 can stand in for a sublayer: the stream of some token was almost zero, or grew "
+        f"scale factor of 1.attention is {shown} in this profile, and no sublayer can be replaced "
+        "by one outside of 0.0001 to 10000: the stream of some token was almost zero, or grew "
         "beyond measure. Calibrate again, on texts without padding or unknown tokens, or in a "
         "wider dtype"
     )
@@ -178,9 +182,9 @@ def test_a_senseless_factor_is_refused_by_name(factor: float, shown: str) -> Non
 
 @pytest.mark.parametrize("factor", SANE_FACTORS)
 def test_factors_at_the_bounds_are_taken(factor: float) -> None:
-    moments = profile().moments.copy()
-    moments[:, 2, PROBE_STATS.index("ratio")] = factor * 7
-    found = profile(moments=moments).scales().factor(NAMES[2])
+    statistics = profile().statistics.copy()
+    statistics[:, 2, PROBE_STATS.index("ratio")] = factor * 7
+    found = profile(statistics=statistics).scales().factor(NAMES[2])
     assert found == pytest.approx(factor)
 
 
@@ -193,15 +197,15 @@ def test_unknown_variant() -> None:
 # Construction ----------------------------------------------------------------------------------
 
 
-def test_moments_are_copied_and_read_only() -> None:
-    moments = np.ones((1, 4, 5))
-    one = profile(moments=moments)
-    moments[:] = 9
-    assert (one.moments == 1).all()
+def test_statistics_are_copied_and_read_only() -> None:
+    statistics = np.ones((1, 4, 5))
+    one = profile(statistics=statistics)
+    statistics[:] = 9
+    assert (one.statistics == 1).all()
     with pytest.raises(ValueError, match="read-only"):
-        one.moments[0, 0, 0] = 2
+        one.statistics[0, 0, 0] = 2
     with pytest.raises(dataclasses.FrozenInstanceError):
-        one.moments = moments  # type: ignore[misc]
+        one.statistics = statistics  # type: ignore[misc]
     with pytest.raises(TypeError):
         one.versions["torch"] = "3"  # type: ignore[index]
 
@@ -217,32 +221,32 @@ def test_a_description_is_copied() -> None:
 
 @pytest.mark.parametrize("shape", [(4, 5), (2, 3, 5), (2, 4, 4), (2, 5, 4), (1, 2, 4, 5)])
 def test_shape_is_checked(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ProfileError, match=r"moments have shape .* expected \[samples, 4 sublayer"):
-        profile(moments=np.ones(shape))
+    with pytest.raises(ProfileError, match=r"statistics have shape .* expected \[samples, 4 sub"):
+        profile(statistics=np.ones(shape))
 
 
 def test_empty_is_refused() -> None:
-    with pytest.raises(ProfileError, match="moments are empty"):
-        profile(moments=np.ones((0, 4, 5)))
-    with pytest.raises(ProfileError, match="moments are empty"):
-        profile(sublayers=(), moments=np.ones((1, 0, 5)))
+    with pytest.raises(ProfileError, match="statistics are empty"):
+        profile(statistics=np.ones((0, 4, 5)))
+    with pytest.raises(ProfileError, match="statistics are empty"):
+        profile(sublayers=(), statistics=np.ones((1, 0, 5)))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("moment", range(5))
-def test_moments_must_be_finite(bad: float, moment: int) -> None:
-    moments = np.ones((3, 4, 5))
-    moments[2, 1, moment] = bad
+@pytest.mark.parametrize("statistic", range(5))
+def test_statistics_must_be_finite(bad: float, statistic: int) -> None:
+    statistics = np.ones((3, 4, 5))
+    statistics[2, 1, statistic] = bad
     with pytest.raises(ProfileError, match=r"^0\.ffn: not finite in sample 2$"):
-        profile(moments=moments)
+        profile(statistics=statistics)
 
 
 @pytest.mark.parametrize("tokens", [0, -1])
 def test_every_sublayer_needs_tokens(tokens: int) -> None:
-    moments = np.ones((3, 4, 5))
-    moments[1, 3, PROBE_STATS.index("tokens")] = tokens
+    statistics = np.ones((3, 4, 5))
+    statistics[1, 3, PROBE_STATS.index("tokens")] = tokens
     with pytest.raises(ProfileError, match=r"^1\.ffn: no tokens in sample 1$"):
-        profile(moments=moments)
+        profile(statistics=statistics)
 
 
 @pytest.mark.parametrize("bad", [{"x": object()}, {"x": math.nan}, 5])
@@ -254,10 +258,10 @@ def test_description_must_be_json(bad: Any) -> None:
 def test_digest_is_the_content() -> None:
     one = profile()
     assert one.digest == profile().digest
-    moments = one.moments.copy()
-    moments[0, 0, 0] = math.nextafter(moments[0, 0, 0], 2)
+    statistics = one.statistics.copy()
+    statistics[0, 0, 0] = math.nextafter(statistics[0, 0, 0], 2)
     for other in (
-        profile(moments=moments),
+        profile(statistics=statistics),
         profile(versions={"torch": "2.14"}),
         profile(calibration={}),
         profile(sublayers=NAMES[::-1]),
@@ -276,11 +280,11 @@ def test_profile_can_be_copied() -> None:
 
 
 def test_profiles_are_equal_by_content() -> None:
-    moments = profile().moments.copy()
-    assert profile() == profile(moments=moments)
-    assert len({profile(), profile(moments=moments)}) == 1
-    moments[0, 0, 0] = math.nextafter(moments[0, 0, 0], 2)
-    for other in (profile(moments=moments), profile(left_out=LEFT_OUT), profile().digest):
+    statistics = profile().statistics.copy()
+    assert profile() == profile(statistics=statistics)
+    assert len({profile(), profile(statistics=statistics)}) == 1
+    statistics[0, 0, 0] = math.nextafter(statistics[0, 0, 0], 2)
+    for other in (profile(statistics=statistics), profile(left_out=LEFT_OUT), profile().digest):
         assert profile() != other
 
 
@@ -325,10 +329,10 @@ def test_what_is_left_out_is_checked(bad: Any, message: str) -> None:
 
 
 def test_table() -> None:
-    moments = np.ones((2, 3, 5)) * [300.0, 330.0, 1.0, 1.0, 600.0]
-    moments[:, 1, 0] = -60
+    statistics = np.ones((2, 3, 5)) * [300.0, 330.0, 1.0, 1.0, 600.0]
+    statistics[:, 1, 0] = -60
     names = tuple(map(Sublayer.parse, ["9.attention", "9.ffn", "10.mixer"]))
-    one = profile(sublayers=names, moments=moments)
+    one = profile(sublayers=names, statistics=statistics)
     assert str(one).splitlines() == [
         f"Profile {one.digest[:8]}: toy, 1,200 tokens in 2 samples",
         "layer | attention similarity | ffn similarity    | mixer similarity",
@@ -349,9 +353,11 @@ TEXTS = st.text(max_size=5)
     st.dictionaries(TEXTS, TEXTS, max_size=3),
     st.dictionaries(TEXTS, FINITE | TEXTS | st.none() | st.lists(st.integers()), max_size=3),
 )
-def test_save_and_load(moments: Any, versions: dict[str, str], calibration: dict[str, Any]) -> None:
-    moments[:, :, 4] = 1
-    one = profile(moments=moments, versions=versions, calibration=calibration)
+def test_save_and_load(
+    statistics: Any, versions: dict[str, str], calibration: dict[str, Any]
+) -> None:
+    statistics[:, :, 4] = 1
+    one = profile(statistics=statistics, versions=versions, calibration=calibration)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "new", "profile")
         one.save(path)
@@ -382,7 +388,7 @@ def test_folder_format(tmp_path: Path) -> None:
     }
     loaded = safetensors.numpy.load(file.read_bytes())["moments"]
     assert loaded.dtype == np.float64
-    assert (loaded == profile().moments).all()
+    assert (loaded == profile().statistics).all()
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:
@@ -452,7 +458,7 @@ EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: (d.pop("tensors"), d.pop("digest")), "missing digest, tensors"),
     (lambda d: d.update(tensors=None), "does not name its tensor file"),
     (lambda d: d["tensors"].update(file="../../secret"), "does not name its tensor file"),
-    (lambda d: d["sublayers"].pop(), "moments have shape .2, 4, 5., expected .samples, 3 sub"),
+    (lambda d: d["sublayers"].pop(), "statistics have shape .2, 4, 5., expected .samples, 3 sub"),
     (lambda d: d.update(sublayers=["x"]), "'x' is not a sublayer"),
     (lambda d: d.update(sublayers=3), "not a valid profile"),
     (lambda d: d.update(calibration=3), "calibration must be an object"),
@@ -739,7 +745,11 @@ def test_plans_and_profiles_need_no_torch() -> None:
     modules = (
         adaskip_fx.plans.surrogates,
         adaskip_fx.plans.skip_plan,
+        adaskip_fx.plans.tables,
+        adaskip_fx.plans.validation,
+        adaskip_fx.profiles.folder,
         adaskip_fx.profiles.profile,
+        adaskip_fx.profiles.validation,
         adaskip_fx.policies,
         adaskip_fx.policies.adaskip,
     )

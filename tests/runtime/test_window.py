@@ -465,7 +465,7 @@ def test_compile_and_generate_learn_online() -> None:
     bank = entry("grouped")
     similarity = {"0.attention": 0.4, "0.ffn": 0.1, "1.attention": 0.2, "1.ffn": 0.3}
     made = profile_of(bank, similarity, {"0.attention": 0.9, "0.ffn": 1.1, "1.ffn": 1.2})
-    profile = Profile(made.sublayers, made.moments, fingerprint(bank.model), {}, {})
+    profile = Profile(made.sublayers, made.statistics, fingerprint(bank.model), {}, {})
     policy = AdaSkip(window=3)
     compiled = adaskip_fx.compile(bank.model, profile, 1.2, policy=policy, backend="eager")
     plan = compiled.adaskip.plan

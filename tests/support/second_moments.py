@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from adaskip_fx.fitting import (
-    SecondMoments,
-)
+from adaskip_fx.fitting import SecondMoments
+from adaskip_fx.plans.surrogate import Surrogate
 
 HIDDEN = 8
 
@@ -31,3 +30,16 @@ def moments_of(x: Array, y: Array, parts: int = 3) -> SecondMoments:
     for a, b in zip(np.array_split(x, parts), np.array_split(y, parts), strict=True):
         moments.add(torch.tensor(a)[None], torch.tensor(b)[None])
     return moments
+
+
+def weighted(x: Array, y: Array) -> tuple[Array, Array, Array]:
+    """Return z, x and t with every token divided by |x|."""
+    size = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.hstack((x, np.ones((len(x), 1)))) / size, x / size, (y - x) / size
+
+
+def as_map(surrogate: Surrogate) -> Array:
+    """Return a linear or low-rank map as M [H + 1, H], the constant last."""
+    t = surrogate.tensors
+    weight = t["weight"] if "weight" in t else t["up"].astype(float) @ t["down"]
+    return np.vstack((weight.T, t["bias"]))

@@ -62,7 +62,9 @@ def run_demo(
         )
     with steps.step("fit linear maps"):
         fitter = Fitter(model, tokenizer, texts.calibration, max_length=options.calibration[1])
-        fitted = fitter.alone(AdaSkip().plan(profile, options.alpha), SurrogateSpec("normalized"))
+        fitted = fitter.fit_independently(
+            AdaSkip().plan(profile, options.alpha), SurrogateSpec("normalized")
+        )
     plans = {"empty_plan": SkipPlan.empty(profile.sublayers), "fitted": fitted}
     models = _warm(model, profile, plans, texts, options, steps)
     runtime = runtime_of(models["skipped"])

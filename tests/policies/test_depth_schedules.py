@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.skip_plan import Action
 from adaskip_fx.policies import D3, SkipDecode
-from adaskip_fx.policies.depth_schedules import DepthSchedule, coarse
+from adaskip_fx.policies.depth_schedules import DepthSchedule, in_levels
 from tests.support.profiles import profile
 
 
@@ -85,9 +85,9 @@ def test_what_every_schedule_keeps_to(
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 8))
-def test_coarse(depths: list[int], levels: int) -> None:
+def test_in_levels(depths: list[int], levels: int) -> None:
     depths.sort(reverse=True)
-    pairs = coarse(depths, levels)
+    pairs = in_levels(depths, levels)
     assert pairs[0][0] == 0
     assert len(pairs) <= levels
     assert all(a < b and m > n for (a, m), (b, n) in pairwise(pairs))
@@ -95,7 +95,7 @@ def test_coarse(depths: list[int], levels: int) -> None:
     spans = [b - a for a, b in pairwise(ends)]
     total = sum(n * depth for n, (_, depth) in zip(spans, pairs, strict=True))
     assert abs(total - sum(depths)) <= len(depths) / 2
-    assert coarse(depths, len(depths))[0] == (0, depths[0])
+    assert in_levels(depths, len(depths))[0] == (0, depths[0])
 
 
 def test_compensation_is_an_option() -> None:

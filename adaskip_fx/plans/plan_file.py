@@ -1,0 +1,90 @@
+"""A plan as a file: JSON, and a file of tensors beside it for surrogates that are not scales."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adaskip_fx.plans.actions import PlanError
+from adaskip_fx.plans.sublayer import Sublayer
+from adaskip_fx.plans.surrogates import Surrogates
+from adaskip_fx.utils.files import JSON, check_digest, read_document, write_atomically
+
+if TYPE_CHECKING:
+    from adaskip_fx.plans.skip_plan import SkipPlan
+
+SCHEMA = 2
+_KEYS = ("digest", "sublayers", "prefill", "decode", "compensation", "tensors")
+_TENSOR_FILE = re.compile(r"compensation-[0-9a-f]{16}\.safetensors")
+_REDO = "build the plan again and save it"
+
+
+def document(plan: SkipPlan) -> dict[str, JSON]:
+    """Return the JSON of a plan; `tensors` names the file beside it, if there is one."""
+    tensors = _with_tensors(plan)
+    return {
+        "schema": SCHEMA,
+        "digest": plan.digest,
+        **actions_json(plan),
+        "compensation": plan.surrogates.to_json(),
+        "tensors": f"compensation-{tensors.digest}.safetensors" if tensors else None,
+    }
+
+
+def actions_json(plan: SkipPlan) -> dict[str, JSON]:
+    """Return the part of the JSON that says what happens to each sublayer."""
+    return {
+        "sublayers": [str(s) for s in plan.sublayers],
+        "prefill": {str(s): action.value for s, action in plan.prefill.items()},
+        "decode": {str(s): action.value for s, action in plan.decode.items()},
+        # Absent where it is off, so that digests of plans from before it existed stay the same.
+        **({"last_token_full": True} if plan.last_token_full else {}),
+    }
+
+
+def save(plan: SkipPlan, path: Path) -> None:
+    """Write `plan` to the file `path`, and its tensors, if it has any, to a file beside it."""
+    data = document(plan)
+    if data["tensors"] is not None:
+        _with_tensors(plan).save(path.parent / str(data["tensors"]))
+    write_atomically(path, json.dumps(data, indent=1).encode())
+
+
+def load(plan_type: type[SkipPlan], path: Path) -> SkipPlan:
+    """Return the plan that was saved to `path`, made by `plan_type`.
+
+    Raises:
+        PlanError: the message says which file, what is wrong and what to do.
+    """
+    data = read_document(path, SCHEMA, _KEYS, PlanError, _REDO)
+    try:
+        plan = plan_type(
+            tuple(map(Sublayer.parse, data["sublayers"])),
+            {Sublayer.parse(name): action for name, action in data["prefill"].items()},
+            {Sublayer.parse(name): action for name, action in data["decode"].items()},
+            Surrogates.from_json(data["compensation"], _load_tensors(path, data["tensors"])),
+            data.get("last_token_full", False) is True,
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise PlanError(f"{path}: not a valid plan ({error}); {_REDO}") from error
+    check_digest(path, data["digest"], plan.digest, PlanError, _REDO)
+    return plan
+
+
+def _with_tensors(plan: SkipPlan) -> Surrogates:
+    """Return the surrogates that JSON does not hold."""
+    by_sublayer = plan.surrogates.by_sublayer
+    return Surrogates({s: c for s, c in by_sublayer.items() if c.factor is None})
+
+
+def _load_tensors(path: Path, name: object) -> Surrogates | None:
+    """Return the surrogates in the file beside the plan's that it names, if it names one."""
+    if name is None:
+        return None
+    if not isinstance(name, str) or not _TENSOR_FILE.fullmatch(name):  # never outside the folder
+        raise ValueError(f"{name!r} is not the name of a file of surrogates")
+    if not (path.parent / name).is_file():
+        raise ValueError(f"{path.parent / name} is missing: copy it along with the plan")
+    return Surrogates.load(path.parent / name)
