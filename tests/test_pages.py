@@ -1,4 +1,4 @@
-"""Paths that pages name in backticks exist."""
+"""Paths that pages name in backticks exist, and the page about the code names every folder."""
 
 from __future__ import annotations
 
@@ -25,3 +25,12 @@ def test_paths_exist(page: Path) -> None:
 def test_a_path_that_is_not_there_is_found() -> None:
     assert missing("see `docs/index.md` and `adaskip_fx/nowhere.py`") == ["adaskip_fx/nowhere.py"]
     assert missing("see `adaskip_fx/nowhere/`") == ["adaskip_fx/nowhere/"]
+
+
+def test_every_folder_is_named() -> None:
+    named = set(_PATH.findall((ROOT / "docs/explanation/code.md").read_text("utf-8")))
+    packages = ROOT / "adaskip_fx", ROOT / "passes/adaskip_passes"
+    inits = (init for package in packages for init in package.glob("*/__init__.py"))
+    folders = {f"{init.parent.relative_to(ROOT).as_posix()}/" for init in inits}
+    assert len(folders) > 20
+    assert not folders - named
