@@ -22,24 +22,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--alpha", type=float, default=1.2)
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--backend", default="inductor")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    model = AutoModelForCausalLM.from_pretrained(given.model).eval()
-    learned = given.learn_from.read_text(encoding="utf-8")
-    profile = adaskip_fx.calibrate(model, tokenizer, [learned], max_length=512)
-    fast = adaskip_fx.compile(model, profile, given.alpha, backend=given.backend)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    calibration_text = options.learn_from.read_text(encoding="utf-8")
+    profile = adaskip_fx.calibrate(model, tokenizer, [calibration_text], max_length=512)
+    fast = adaskip_fx.compile(model, profile, options.alpha, backend=options.backend)
 
     cache = fast.adaskip.new_cache()
     text = torch.empty(1, 0, dtype=torch.int64)
-    for turn in given.turn:
+    for turn in options.turn:
         new = tokenizer(turn, return_tensors="pt").input_ids
-        said = torch.cat([text, new], dim=1)
+        prompt = torch.cat([text, new], dim=1)
         with torch.no_grad():
             text = fast.generate(
-                said, past_key_values=cache, max_new_tokens=given.tokens, do_sample=False
+                prompt, past_key_values=cache, max_new_tokens=options.tokens, do_sample=False
             )
-        answer = tokenizer.decode(text[0, said.shape[1] :], skip_special_tokens=True)
+        answer = tokenizer.decode(text[0, prompt.shape[1] :], skip_special_tokens=True)
         print(f"> {turn}\n{answer.strip()}")
     print(fast.adaskip)
 

@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def sublayers(model: LlamaForCausalLM) -> list[adaskip_fx.Sublayer]:
-    """A Llama's: attention and FFN of every layer."""
+    """Return all sublayers of a Llama: attention and FFN of every layer."""
     layers = range(model.config.num_hidden_layers)
     return [adaskip_fx.Sublayer(i, kind) for i in layers for kind in ("attention", "ffn")]
 

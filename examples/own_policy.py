@@ -6,6 +6,7 @@ python examples/own_policy.py MODEL TEXT
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,6 @@ import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adaskip_fx
-from adaskip_fx.policies.adaskip import skip_count
-from adaskip_fx.policies.base import plan_without
 
 
 @dataclass(frozen=True)
@@ -22,15 +21,16 @@ class Apart:
     """The most similar sublayers, of which no two follow each other in the stream."""
 
     def plan(self, profile: adaskip_fx.Profile, alpha: float) -> adaskip_fx.SkipPlan:
-        """As many as AdaSkip skips at `alpha`, or as many as there are."""
+        """Return a plan that skips as many as AdaSkip does at `alpha`, or as many as there are."""
+        wanted = math.floor(len(profile.sublayers) * (1 - 1 / alpha) + 1 / 2)
         chosen: set[int] = set()
         for i in map(int, np.argsort(-profile.similarity(), kind="stable")):
-            if len(chosen) == skip_count(alpha, len(profile.sublayers)):
+            if len(chosen) == wanted:
                 break
             if not {i - 1, i + 1} & chosen:
                 chosen.add(i)
         skip = [profile.sublayers[i] for i in sorted(chosen)]
-        return plan_without(profile, skip, scaled=True)
+        return adaskip_fx.SkipPlan.of(profile.sublayers, skip, surrogates=profile.scales())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,13 +39,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--alpha", type=float, default=1.3)
     parser.add_argument("--backend", default="inductor")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    model = AutoModelForCausalLM.from_pretrained(given.model).eval()
-    text = given.text.read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    text = options.text.read_text(encoding="utf-8")
     profile = adaskip_fx.calibrate(model, tokenizer, [text], max_length=512)
-    fast = adaskip_fx.compile(model, profile, given.alpha, policy=Apart(), backend=given.backend)
+    fast = adaskip_fx.compile(
+        model, profile, options.alpha, policy=Apart(), backend=options.backend
+    )
     print(fast.adaskip.plan)
 
 

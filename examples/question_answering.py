@@ -16,7 +16,7 @@ import adaskip_fx
 
 
 def answer(model, tokenizer, document: str, question: str, tokens: int) -> tuple[str, float]:
-    """The answer, and how many seconds it took."""
+    """Return the answer, and how many seconds it took."""
     ids = tokenizer(f"{document}\n\nQuestion: {question}\nAnswer:", return_tensors="pt").input_ids
     ids = ids.to(model.device)
     begin = time.perf_counter()
@@ -34,18 +34,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--alpha", type=float, default=1.2)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--backend", default="inductor")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    model = AutoModelForCausalLM.from_pretrained(given.model).eval()
-    document = given.document.read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    document = options.document.read_text(encoding="utf-8")
     half = len(document) // 2  # one half to learn from, all of it to answer about
     profile = adaskip_fx.calibrate(model, tokenizer, [document[:half]], max_length=512)
-    fast = adaskip_fx.compile(model, profile, given.alpha, backend=given.backend)
-    fast.adaskip.warmup(len(tokenizer(document).input_ids) + given.tokens + 64)
+    fast = adaskip_fx.compile(model, profile, options.alpha, backend=options.backend)
+    fast.adaskip.warmup(len(tokenizer(document).input_ids) + options.tokens + 64)
 
-    for name, one in (("as it is", model), ("skipped", fast)):
-        text, seconds = answer(one, tokenizer, document, given.question, given.tokens)
+    for name, compared in (("as it is", model), ("skipped", fast)):
+        text, seconds = answer(compared, tokenizer, document, options.question, options.tokens)
         print(f"{name} ({seconds:.1f} s): {text.strip()}")
     print(fast.adaskip)
 
