@@ -247,7 +247,7 @@ def _show_file(path: Path, alpha: float | None, need_plan: bool) -> SkipPlan | N
 
 
 def _show_graph(plan: SkipPlan, model: str | None) -> None:
-    from .inspect import excerpt, explain, tiny_llama
+    from .graph_text import excerpt, explain, tiny_llama
 
     if model is None:
         layers = len({s.layer for s in plan.sublayers})

@@ -387,7 +387,7 @@ def test_the_graph_of_a_model_and_of_the_wrong_model(folder: Path, tmp_path: Pat
 
 
 def test_an_excerpt_is_where_a_plan_skips_the_most() -> None:
-    from adaskip_fx.cli.inspect import excerpt
+    from adaskip_fx.cli.graph_text import excerpt
 
     sublayers = [adaskip_fx.Sublayer(i, kind) for i in range(5) for kind in ("attention", "ffn")]
     factors = Surrogates.scale({sublayers[6]: 1.5, sublayers[0]: 2.0})
