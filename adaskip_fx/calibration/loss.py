@@ -16,9 +16,9 @@ from ..api import build
 from ..model.compiled_model import CompiledModel
 from ..plans.skip_plan import SkipPlan
 from ..runtime.runtime import Runtime
+from ..utils.token_losses import kl_divergence, negative_log_likelihood
 from .calibrate import unmasked
 
-_CHUNK = 256  # tokens whose distributions are compared at once, in float32
 _VARIANTS = 8  # linked programs to keep: a candidate is seldom judged twice
 
 
@@ -134,18 +134,12 @@ class CalibrationLoss:
             self._kept[number] if number < len(self._kept) else self._predicted(ids, self._full)
         )
         logits = self._predicted(ids, plan)
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        for want, got in zip(_parts(expected), _parts(logits), strict=True):
-            # normalised again: what was kept was rounded
-            p, q = want.float().log_softmax(-1), got.float().log_softmax(-1)
-            total += (p.exp() * (p - q)).sum(dtype=torch.float64)
-        return float(total) / ids.shape[1]
+        return kl_divergence(expected, logits) / ids.shape[1]
 
     @torch.no_grad()
     def _surprise(self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan) -> float:
         logits = self._answered(prompt, answer, plan)
-        chosen = logits.float().log_softmax(-1).gather(1, answer[0].unsqueeze(1))
-        return -float(chosen.mean(dtype=torch.float64))
+        return negative_log_likelihood(logits, answer[0]) / answer.shape[1]
 
     def _answered(self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
         """Logits [A, V] that predict an answer.
@@ -175,10 +169,6 @@ class CalibrationLoss:
                 return
             wide = logits.dtype.itemsize > 2
             self._kept.append(logits.float().log_softmax(-1).half() if wide else logits)
-
-
-def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split(rows, _CHUNK)
 
 
 def _checked(what: str, number: int, ids: torch.Tensor, least: int) -> torch.Tensor:
