@@ -26,7 +26,13 @@ _TINY_LAYERS = 2
 
 @dataclass(frozen=True)
 class Explained:
-    """One phase's outer graph as text, as captured and under a plan."""
+    """One phase's outer graph as text, as captured and under a plan.
+
+    Attributes:
+        phase: of the graph.
+        before: the graph as captured.
+        after: the graph under the plan.
+    """
 
     phase: Phase
     before: str
@@ -34,7 +40,10 @@ class Explained:
 
 
 def explain(model: Any, plan: SkipPlan) -> Iterator[Explained]:
-    """What `plan` does to `model`'s prefill, and to its decode where that is different.
+    """Show what `plan` does to `model`'s prefill, and to its decode where that is different.
+
+    Yields:
+        One phase's graph before and after.
 
     Raises:
         PlanError: the plan is of another model.
@@ -72,7 +81,7 @@ def _key(model: Any, phase: Phase) -> GraphKey:
 
 
 def tiny_llama(layers: int = _TINY_LAYERS) -> Any:
-    """A Llama of `layers` layers with random weights, for pictures of graphs."""
+    """Return a Llama of `layers` layers with random weights, for pictures of graphs."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -88,7 +97,7 @@ def tiny_llama(layers: int = _TINY_LAYERS) -> Any:
 
 
 def excerpt(plan: SkipPlan) -> tuple[SkipPlan, int]:
-    """Two neighbouring layers of a plan, numbered from 0: those where it skips the most.
+    """Return two neighbouring layers of a plan, numbered from 0: those where it skips the most.
 
     Returns:
         The plan of these layers alone, and the number of the first of them in `plan`. A plan of
