@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
+
+from adaskip_fx.measurement.environment import environment
 
 
 def conditions() -> dict[str, Any]:
     """Device, threads and versions of this run."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "device": gpu or f"CPU ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }
+    return environment(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:

@@ -18,10 +18,10 @@ from ..api import build
 from ..model.compiled_model import CompiledModel
 from ..plans.skip_plan import SkipPlan
 from ..runtime.runtime import Runtime
+from ..utils.token_losses import kl_divergence, negative_log_likelihood
 from .calibrate import unmasked
 from .tokenizer import Tokenizer
 
-_CHUNK = 256  # tokens whose distributions are compared at once, in float32
 _VARIANTS = 8  # linked programs to keep: a candidate is seldom judged twice
 
 
@@ -155,21 +155,14 @@ class CalibrationLoss:
         ids = self._texts[number]
         kept = number < len(self._kept)
         expected = self._kept[number] if kept else self._logits(ids, self._full)
-        logits = self._logits(ids, plan)
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        for full, skipped in zip(_chunks(expected), _chunks(logits), strict=True):
-            # normalised again: what was kept was rounded
-            p, q = full.float().log_softmax(-1), skipped.float().log_softmax(-1)
-            total += (p.exp() * (p - q)).sum(dtype=torch.float64)
-        return float(total) / ids.shape[1]
+        return kl_divergence(expected, self._logits(ids, plan)) / ids.shape[1]
 
     @torch.no_grad()
     def _negative_log_likelihood(
         self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan
     ) -> float:
         logits = self._answer_logits(prompt, answer, plan)
-        chosen = logits.float().log_softmax(-1).gather(1, answer[0].unsqueeze(1))
-        return -float(chosen.mean(dtype=torch.float64))
+        return negative_log_likelihood(logits, answer[0]) / answer.shape[1]
 
     def _answer_logits(
         self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan
@@ -202,10 +195,6 @@ class CalibrationLoss:
                 return
             wide = logits.dtype.itemsize > 2
             self._kept.append(logits.float().log_softmax(-1).half() if wide else logits)
-
-
-def _chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split(rows, _CHUNK)
 
 
 def _checked(name: str, number: int, ids: torch.Tensor, least: int) -> torch.Tensor:

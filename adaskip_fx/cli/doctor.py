@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from .options import MODEL, Debug, Device, Dtype, reported
+from .options import MODEL, AsJson, Debug, Device, Dtype
+from .reporting import print_json, reported
 
 _PACKAGE = "adaskip-fx"
 _SHOWN = ("torch", "transformers", "numpy", "safetensors", "triton")
@@ -22,8 +22,8 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        name: what it is.
-        ok: whether it is in nobody's way.
+        name: what was looked at.
+        ok: whether models can be compiled as far as this goes.
         text: what was found, and what to do where it is not ok.
     """
 
@@ -36,14 +36,12 @@ def doctor(
     model: Annotated[str | None, typer.Argument(help=f"A model to try. {MODEL}")] = None,
     dtype: Dtype = None,
     device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Say what is installed, where it would run, and whether a model can be compiled.
 
-    Ends with 0 where all is well and with 1 where something is in the way.
-
-    Example: adaskip-fx doctor HuggingFaceTB/SmolLM2-135M-Instruct
+    The exit status is 0 where all is well and 1 where something is in the way.
     """
     with reported(debug):
         found = [*versions(metadata_of()), *machine(device)]
@@ -51,7 +49,7 @@ def doctor(
             found.append(captured(model, device, dtype))
     if as_json:
         ok = all(finding.ok for finding in found)
-        typer.echo(json.dumps({"ok": ok, "findings": [asdict(f) for f in found]}, indent=1))
+        print_json({"ok": ok, "findings": [asdict(f) for f in found]})
     else:
         width = max(len(finding.name) for finding in found)
         for finding in found:
@@ -62,7 +60,7 @@ def doctor(
 
 
 def metadata_of() -> tuple[str, ...]:
-    """The requirements of this package; none where it is not installed but run from a clone."""
+    """Return the requirements of this package; none where it runs from a clone."""
     try:
         return tuple(metadata.requires(_PACKAGE) or ())
     except metadata.PackageNotFoundError:
@@ -70,7 +68,7 @@ def metadata_of() -> tuple[str, ...]:
 
 
 def versions(requirements: Sequence[str]) -> Iterator[Finding]:
-    """Which versions are installed, and whether they are among those that are supported.
+    """Say which versions are installed, and whether they are among those that are supported.
 
     Args:
         requirements: as in a package's metadata: ``torch<2.15,>=2.11``.
@@ -95,7 +93,7 @@ def versions(requirements: Sequence[str]) -> Iterator[Finding]:
 
 
 def machine(device: str) -> Iterator[Finding]:
-    """Where models would run, and what would compile them.
+    """Say where models would run, and what would compile them.
 
     Raises:
         ValueError: the device is not there.
@@ -118,7 +116,7 @@ def machine(device: str) -> Iterator[Finding]:
 
 
 def captured(name: str, device: str, dtype: str | None) -> Finding:
-    """Whether a model can be captured and cut into sublayers; nothing is compiled for it.
+    """Say whether a model can be captured and cut into sublayers; nothing is compiled for it.
 
     Raises:
         FileNotFoundError, ValueError: it cannot be loaded.

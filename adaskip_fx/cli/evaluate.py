@@ -9,111 +9,127 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adaskip_fx.cli.options import Alpha, Backend, Debug, Device, Dtype, Model, console, reported
+from .options import Alpha, AsJson, Backend, Debug, Device, Dtype, Model, OptionalProfile
+from .reporting import console, print_json, reported
 
 if TYPE_CHECKING:
-    from adaskip_fx.model.load import Loaded
-    from adaskip_fx.utils.progress import Steps
-
+    from ..evaluation.result import Evaluation
     from ..evaluation.task import Task
+    from ..utils.progress import Steps
+
+_TASKS = ("perplexity", "passkey")
+
+
+DecisionPath = Annotated[
+    Path | None,
+    typer.Option(help="A plan's file or a decision's folder, instead of what AdaSkip would skip."),
+]
+TaskNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="A task; may be repeated.", show_default="perplexity and passkey"
+    ),
+]
+TaskFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TASK=PATH",
+        help="A file for a task; TASK.train=PATH for one to learn from. Given twice for a task, "
+        "it is done on both.",
+    ),
+]
+TaskOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="TASK.OPTION=VALUE",
+        help="An option of a task, as JSON: passkey.forced=false.",
+    ),
+]
+Samples = Annotated[
+    int | None, typer.Option(min=1, help="Examples of a task at most.", show_default="4 to 20")
+]
+MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of a prompt at most.")]
+Seed = Annotated[int, typer.Option(help="Seeds all that is drawn.")]
+Compare = Annotated[bool, typer.Option(help="Put the tasks to the model as it is as well.")]
+OutFile = Annotated[Path | None, typer.Option("--out", help="File to write all results to (JSON).")]
 
 
 def evaluate(
     model: Model,
-    profile: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Folder that calibrate wrote; without it and --plan nothing is skipped."
-        ),
-    ] = None,
+    profile: OptionalProfile = None,
     alpha: Alpha = 1.2,
-    plan: Annotated[
-        Path | None,
-        typer.Option(
-            help="A plan's file or a decision's folder, instead of what AdaSkip would skip."
-        ),
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help="A task; may be repeated.", show_default="perplexity and passkey"),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="TASK=PATH: a file for a task; TASK.train=PATH for one to learn from. Given twice "
-            "for a task, it is done on both."
-        ),
-    ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="TASK.OPTION=VALUE, as JSON: passkey.forced=false."),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="Examples of a task at most.", show_default="4 to 20")
-    ] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a prompt at most.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
-    compare: Annotated[
-        bool, typer.Option(help="Put the tasks to the model as it is as well.")
-    ] = True,
-    out: Annotated[Path | None, typer.Option("--json", help="Write all results to it.")] = None,
+    plan: DecisionPath = None,
+    task: TaskNames = None,
+    data: TaskFiles = None,
+    changes: TaskOptions = None,
+    samples: Samples = None,
+    max_length: MaxLength = 2048,
+    seed: Seed = 0,
+    compare: Compare = True,
+    out: OutFile = None,
     backend: Backend = "inductor",
     dtype: Dtype = None,
     device: Device = "auto",
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure what skipping costs, on tasks that need no network, and what was really skipped."""
-    with reported(debug):
-        from adaskip_fx.model.load import load
-        from adaskip_fx.utils.files import write_atomically
-        from adaskip_fx.utils.progress import Steps
+    options: dict[str, Any] = {"length": max_length, "seed": seed}
+    if samples is not None:
+        options["samples"] = samples
+    with reported(debug) as steps:
+        from ..utils.files import write_atomically
 
-        from ..evaluation.evaluate import evaluate as measure
-        from ..evaluation.tables import show
-        from ..evaluation.task_options import tasks_of
-
-        options: dict[str, Any] = {"length": max_length, "seed": seed}
-        if samples is not None:
-            options["samples"] = samples
-        names = task or ["perplexity", "passkey"]
-        tasks: Sequence[Task] = tasks_of(names, data or [], changes or [], options)
-        steps = Steps(console(stderr=True))
-        with steps.step("load the model"):
-            loaded = load(model, device, dtype)
-        subject = _subject(loaded, profile, alpha, plan, backend, steps)
-        skips = subject is not loaded.model
-        with steps.step("evaluate") as advance:
-            found = measure(
-                subject,
-                loaded.tokenizer,
-                tasks,
-                reference=loaded.model if compare and skips else None,
-                about={"name": loaded.name, "alpha": alpha if skips and plan is None else None},
-                progress=advance,
-            )
-        show(found, console())
+        tasks = _tasks(task or list(_TASKS), data or [], changes or [], options)
+        subject = (model, device, dtype, backend)
+        found = _evaluated(subject, profile, alpha, plan, tasks, compare, steps)
         if out is not None:
             write_atomically(out, json.dumps(found.to_json(), indent=1).encode())
+            steps.say(f"saved to {out}")
+        if as_json:
+            print_json(found.to_json())
+        else:
+            from ..evaluation.tables import show
+
+            show(found, console())
 
 
-def _subject(
-    loaded: Loaded,
+def _tasks(
+    names: list[str], data: list[str], changes: list[str], options: dict[str, Any]
+) -> Sequence[Task]:
+    """Return the tasks that the options name; what is wrong with them is a usage error."""
+    from ..evaluation.task_options import tasks_of
+
+    try:
+        return tasks_of(names, data, changes, options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _evaluated(
+    subject: tuple[str, str, str | None, str],
     profile: Path | None,
     alpha: float,
     plan: Path | None,
-    backend: str,
+    tasks: Sequence[Task],
+    compare: bool,
     steps: Steps,
-) -> Any:
-    """The model to evaluate: compiled if anything says what to skip."""
-    from adaskip_fx.api import compile
-    from adaskip_fx.model.load import usable_backend
-    from adaskip_fx.plans.serialization import load_decision
+) -> Evaluation:
+    """Load the model, given by name, device, dtype and backend, and put the tasks to it."""
+    from ..evaluation.evaluate import evaluate as measure
+    from .subject import loaded_model, skipping_model
 
-    if profile is None and plan is None:
-        return loaded.model
-    usable, why = usable_backend(backend, loaded.model.device)
-    if why is not None:
-        steps.say(why)
-    chosen = None if plan is None else load_decision(plan)
-    with steps.step("compile"):
-        return compile(loaded.model, profile, alpha, plan=chosen, backend=usable)
+    name, device, dtype, backend = subject
+    loaded = loaded_model(name, device, dtype, steps)
+    model = skipping_model(loaded, profile, alpha, plan, backend, steps)
+    skips = model is not loaded.model
+    with steps.step("evaluate") as advance:
+        return measure(
+            model,
+            loaded.tokenizer,
+            tasks,
+            reference=loaded.model if compare and skips else None,
+            about={"name": loaded.name, "alpha": alpha if skips and plan is None else None},
+            progress=advance,
+        )

@@ -1,22 +1,98 @@
-"""Answer one prompt from the command line, token by token."""
+"""``adaskip-fx generate``: answer one prompt, token by token."""
 
 from __future__ import annotations
 
+import sys
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from transformers import TextStreamer
+import typer
 
-from .. import api
-from ..data.reference_text import prompt_ids
-from ..model.load import Loaded
-from ..plans.skip_plan import SkipPlan
-from ..policies import Fitted
-from ..profiles.profile import Profile
+from .options import Alpha, AsJson, Backend, Debug, Device, Dtype, Model, PlanFile, ProfileFolder
+from .reporting import print_json, reported
+
+if TYPE_CHECKING:
+    from ..model.load import Loaded
+    from ..profiles.profile import Profile
 
 
-def stream(
+def generate(
+    model: Model,
+    profile: ProfileFolder,
+    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read the prompt from this file; - is standard input.")
+    ] = None,
+    alpha: Alpha = 1.2,
+    plan: PlanFile = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 64,
+    chat: Annotated[
+        bool, typer.Option(help="Put the prompt into the tokenizer's chat template, if any.")
+    ] = True,
+    backend: Backend = "inductor",
+    dtype: Dtype = None,
+    device: Device = "auto",
+    stats: Annotated[bool, typer.Option("--stats", help="Print what it did to stderr.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a prompt greedily with sublayers skipped, token by token.
+
+    With --json the answer is printed when it is complete.
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise typer.BadParameter("give a prompt, either as argument or with --prompt-file")
+    with reported(debug) as steps:
+        from ..model.load import load, usable_backend
+        from ..profiles.profile import Profile
+
+        words = prompt if prompt is not None else _read(prompt_file)
+        measured = Profile.load(profile)
+        with steps.step("load the model"):
+            loaded = load(model, device, dtype)
+        usable, reason = usable_backend(backend, loaded.model.device)
+        if reason is not None:
+            steps.say(reason)
+        options: dict[str, Any] = {"alpha": alpha, "limit": max_new_tokens, "plan": plan}
+        options |= {"backend": usable, "chat": chat, "stream": not as_json}
+        answer, report = answer_prompt(loaded, measured, words, **options)
+        if as_json:
+            print_json(asdict(answer))
+        if stats:
+            steps.say(report)
+
+
+def _read(path: Path | None) -> str:
+    from ..utils.files import read_text
+
+    assert path is not None
+    return sys.stdin.read() if str(path) == "-" else read_text(path)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a prompt.
+
+    Attributes:
+        model: the name that the model was asked for by.
+        plan: digest of the plan that the request began with.
+        text: what was generated.
+        prompt_tokens: tokens of the prompt, those of a chat template included.
+        new_tokens: tokens that were generated.
+        seconds: time of ``generate``, with what it had to compile.
+    """
+
+    model: str
+    plan: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+
+def answer_prompt(
     loaded: Loaded,
     profile: Profile,
     prompt: str,
@@ -26,34 +102,50 @@ def stream(
     backend: str,
     chat: bool,
     plan: Path | None = None,
-) -> tuple[Any, Any]:
-    """Print a greedy answer to stdout as it comes.
+    stream: bool = True,
+) -> tuple[Answer, str]:
+    """Answer a prompt greedily.
 
     Args:
-        loaded, profile: the model, its tokenizer and its profile.
+        loaded: the model and its tokenizer.
+        profile: the model's.
         prompt: what to answer.
         alpha: acceleration ratio.
         limit: new tokens at most.
         backend: inner torch.compile backend.
         chat: use the tokenizer's chat template if it has one.
-        plan: of a fitted plan's file; `alpha` is not looked at then.
+        plan: a fitted plan's file; `alpha` is not looked at then.
+        stream: print the answer to stdout as it comes.
 
     Returns:
-        The compiled model and what its ``generate`` returned, with the request's cache.
+        The answer, and a report of what the compiled model did.
+
+    Raises:
+        ValueError: the prompt is empty, or the profile, `alpha` or the plan cannot be used.
     """
+    import torch
+    from transformers import TextStreamer
+
+    from .. import api
+    from ..data.reference_text import prompt_ids
+    from ..plans.skip_plan import SkipPlan
+    from ..policies import Fitted
+
     tokenizer = loaded.tokenizer
     policy = Fitted(SkipPlan.load(plan)) if plan is not None else None
-    fast = api.compile(loaded.model, profile, alpha, policy=policy, backend=backend)
+    fast: Any = api.compile(loaded.model, profile, alpha, policy=policy, backend=backend)
     tokens = prompt_ids(tokenizer, prompt) if chat else tokenizer(prompt)["input_ids"]
     if not tokens:
         raise ValueError("the prompt is empty")
     ids = torch.tensor([tokens], device=loaded.model.device)
-    output = fast.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=limit,
-        do_sample=False,
-        return_dict_in_generate=True,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    return fast, output
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    options: dict[str, Any] = {"max_new_tokens": limit, "streamer": streamer if stream else None}
+    options |= {"do_sample": False, "return_dict_in_generate": True}  # the request stays alive
+    start = time.perf_counter()
+    output = fast.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    seconds = time.perf_counter() - start
+    new = output.sequences[0, len(tokens) :].tolist()
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    digest = fast.adaskip.plan.digest
+    answer = Answer(loaded.name, digest, text, len(tokens), len(new), seconds)
+    return answer, str(fast.adaskip)

@@ -1,120 +1,127 @@
-"""Show what a plan does to the outer graph of a model: before and after."""
+"""``adaskip-fx inspect``: show a file that another command wrote."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, get_args
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch import fx
+import typer
 
-from adaskip_passes.infra.graph_module import text
+from .options import MODEL, AsJson, Debug
+from .reporting import print_json, reported
 
-from ..capture.graph_key import GraphKey, Surroundings
-from ..capture.reference import run_reference
-from ..model.subclass import make_compiled_model
-from ..plans.skip_plan import Phase, PlanError, SkipPlan
-from ..plans.sublayer import Sublayer
-from ..plans.surrogates import Surrogates
-from ..programs.program import rewrite
-from ..programs.program_cache import Graphs
+if TYPE_CHECKING:
+    from ..plans.skip_plan import SkipPlan
+    from ..profiles.profile import Profile
+    from .graph_text import Explained
 
-_TINY_LAYERS = 2
+_ALPHA = 1.2
 
 
-@dataclass(frozen=True)
-class Explained:
-    """One phase's outer graph as text, as captured and under a plan."""
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A profile's or decision's folder, or the file of a plan or a latency table."
+        ),
+    ],
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Show what a profile would skip at this ratio.", show_default="1.2"
+        ),
+    ] = None,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Show the outer graph before and after.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help=MODEL, show_default="two layers of a tiny Llama")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show a profile, a decision or a latency table, and what a plan does to a graph."""
+    if path.is_file() and alpha is not None:
+        raise typer.BadParameter("a plan is made for one alpha already; --alpha is for profiles")
+    with reported(debug):
+        lines, fields, plan = _read(path, alpha, need_plan=graph)
+        graphs: list[Explained] = []
+        if graph and plan is not None:
+            note, graphs = _graphs(plan, model)
+            lines += [note] if note else []
+            lines += [text for shown in graphs for text in _graph_lines(shown)]
+        if as_json:
+            described = [{"phase": g.phase, "before": g.before, "after": g.after} for g in graphs]
+            print_json({**fields, **({"graphs": described} if graph else {})})
+        else:
+            typer.echo("\n".join(lines))
 
-    phase: Phase
-    before: str
-    after: str
+
+def _read(
+    path: Path, alpha: float | None, need_plan: bool
+) -> tuple[list[str], dict[str, Any], SkipPlan | None]:
+    """Read what is at `path`: as text, as JSON, and the plan that it holds or leads to."""
+    from ..latency.table import LatencyTable, is_table
+    from ..plans.serialization import DOCUMENT, load_decision
+    from ..plans.skip_plan import SkipPlan
+    from ..profiles.profile import Profile
+    from .json_views import decision_json
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if (path / DOCUMENT).is_file():
+        if alpha is not None or need_plan:
+            raise ValueError(f"{path}: holds several plans; name one of its plan files instead")
+        decision = load_decision(path)
+        return [str(decision)], decision_json(decision), None
+    if is_table(path):
+        if need_plan:
+            raise ValueError(f"{path}: a latency table has no graph; --graph is for plans")
+        table = LatencyTable.load(path)
+        return [str(table)], {"kind": "latency table", **json.loads(path.read_text("utf-8"))}, None
+    if path.is_file():
+        plan = SkipPlan.load(path)
+        return [str(plan)], decision_json(plan), plan
+    return _read_profile(Profile.load(path), alpha, need_plan)
 
 
-def explain(model: Any, plan: SkipPlan) -> Iterator[Explained]:
-    """What `plan` does to `model`'s prefill, and to its decode where that is different.
+def _read_profile(
+    profile: Profile, alpha: float | None, need_plan: bool
+) -> tuple[list[str], dict[str, Any], SkipPlan | None]:
+    from ..policies import AdaSkip
+    from .json_views import decision_json, profile_json
 
-    Raises:
-        PlanError: the plan is of another model.
-        UnsupportedError: the model's sublayers cannot be captured or proven.
-    """
-    graphs = Graphs(
-        make_compiled_model(model), model, run_reference(model), "eager", "pieces", max_variants=1
+    measured = {**profile.calibration, **profile.versions}
+    described = ", ".join(f"{key} {value}" for key, value in measured.items())
+    lines = [str(profile), f"model: {profile.fingerprint}", f"measured: {described}"]
+    fields = profile_json(profile)
+    if alpha is None and not need_plan:
+        return lines, fields, None
+    ratio = _ALPHA if alpha is None else alpha
+    plan = AdaSkip().plan(profile, ratio)
+    lines.append(f"\nalpha {ratio:g}: {plan}")
+    return lines, {**fields, "alpha": ratio, "plan": decision_json(plan)}, plan
+
+
+def _graphs(plan: SkipPlan, model: str | None) -> tuple[str, list[Explained]]:
+    """Return a note on what is shown, if it is an excerpt, and each phase's graph."""
+    from .graph_text import excerpt, explain, tiny_llama
+
+    if model is not None:
+        from ..model.load import load
+
+        return "", list(explain(load(model, "cpu").model, plan))
+    layers = len({s.layer for s in plan.sublayers})
+    short, first = excerpt(plan)
+    note = ""
+    if short is not plan:
+        note = f"\nlayers {first} and {first + 1} of the plan, on a Llama of two layers:"
+    return note, list(explain(tiny_llama(min(layers, 2)), short))
+
+
+def _graph_lines(shown: Explained) -> tuple[str, str]:
+    return (
+        f"\n{shown.phase}, before:\n\n{shown.before}",
+        f"\n{shown.phase}, after:\n\n{shown.after}",
     )
-    for phase in get_args(Phase):
-        if phase == "decode" and plan.decode == plan.prefill:
-            return
-        captured = graphs.capture(_key(model, phase))
-        if captured.sublayers != plan.sublayers:
-            raise PlanError(
-                f"the plan is for {len(plan.sublayers)} sublayers, but {type(model).__name__} has "
-                f"{len(captured.sublayers)}, or others; name the plan's model with --model"
-            )
-        outer: fx.GraphModule = captured.outer
-        after = rewrite(outer, captured.sublayers, plan, phase)
-        yield Explained(phase, text(outer), text(after))
-
-
-def _key(model: Any, phase: Phase) -> GraphKey:
-    return GraphKey(
-        phase,
-        batch=1,
-        one_token=phase == "decode",
-        one_stored=False,
-        masked=False,
-        logits_to_keep=1,
-        dtype=model.dtype,
-        device=model.device,
-        surroundings=Surroundings.now(model.device),
-    )
-
-
-def tiny_llama(layers: int = _TINY_LAYERS) -> Any:
-    """A Llama of `layers` layers with random weights, for pictures of graphs."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    with torch.random.fork_rng():
-        return LlamaForCausalLM(config).eval()
-
-
-def excerpt(plan: SkipPlan) -> tuple[SkipPlan, int]:
-    """Two neighbouring layers of a plan, numbered from 0: those where it skips the most.
-
-    Returns:
-        The plan of these layers alone, and the number of the first of them in `plan`. A plan of
-        at most two layers is returned as it is.
-
-    Raises:
-        PlanError: the plan is of no plain transformer, or skips all of the two layers.
-    """
-    by_layer: dict[int, list[Sublayer]] = {}
-    for sublayer in plan.sublayers:
-        by_layer.setdefault(sublayer.layer, []).append(sublayer)
-    if any([s.kind for s in group] != ["attention", "ffn"] for group in by_layer.values()):
-        raise PlanError("the plan is not of a plain transformer; name its model with --model")
-    layers = sorted(by_layer)
-    if len(layers) <= _TINY_LAYERS:
-        return plan, layers[0]
-    pairs = list(pairwise(layers))
-    skips = {pair: [s for n in pair for s in by_layer[n] if s in plan.decode] for pair in pairs}
-    partial = [pair for pair in pairs if len(skips[pair]) < len(by_layer[pair[0]]) * 2]
-    first, second = max(partial, key=lambda pair: len(skips[pair]))
-    new = {s: Sublayer(i, s.kind) for i, n in enumerate((first, second)) for s in by_layer[n]}
-    kept = {new[s]: c for s, c in plan.surrogates.by_sublayer.items() if s in new}
-    short = SkipPlan(
-        tuple(new.values()),
-        {new[s]: action for s, action in plan.prefill.items() if s in new},
-        {new[s]: action for s, action in plan.decode.items() if s in new},
-        Surrogates(kept),
-    )
-    return short, first

@@ -1,52 +1,57 @@
-"""Measure a latency table from the command line."""
+"""``adaskip-fx measure``: what each sublayer costs on this device, as a table in a file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
+from typing import Annotated
 
-from .. import api
-from ..latency.table import LatencyTable
-from ..measurement.measure import measure
-from ..model.load import load, usable_backend
-from ..utils.progress import Steps
+import typer
+
+from .options import AsJson, Backend, Debug, Device, Dtype, Model
+from .reporting import print_json, reported
 
 
-def measure_table(
-    model: str,
-    out: Path,
-    contexts: Sequence[int],
-    batch: int,
-    rounds: int,
-    ranks: bool,
-    backend: str,
-    dtype: str | None,
-    device: str,
-    steps: Steps,
-) -> LatencyTable:
-    """Load a model, measure its sublayers and save the table to `out`.
+def measure(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="File to write the table to.")],
+    context: Annotated[
+        list[int], typer.Option(metavar="TOKENS", help="At which to measure; may be repeated.")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each plan is timed.")] = 5,
+    ranks: Annotated[
+        bool, typer.Option("--ranks", help="Measure low-rank surrogates too, for fit --within.")
+    ] = False,
+    backend: Backend = "inductor",
+    dtype: Dtype = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what each sublayer costs on this device, for budgets of time, and save the table."""
+    with reported(debug) as steps:
+        from ..measurement.measure import measure as measure_table
+        from ..utils.files import check_file_target
+        from .subject import compiled_model
 
-    Args:
-        model: a folder, a ``.gguf`` file, or a name on the Hugging Face hub.
-        contexts, batch, rounds, ranks: see :func:`adaskip_fx.measurement.measure.measure`.
-        backend, dtype, device: how the model runs.
-        steps: shows what is going on.
-
-    Raises:
-        ValueError: `out` cannot be a file, or contexts that cannot be measured.
-    """
-    if out.is_dir() or not out.parent.is_dir():  # before minutes of work
-        raise ValueError(f"{out}: a table is a file in a folder that exists; choose another path")
-    with steps.step("load the model"):
-        loaded = load(model, device, dtype)
-    usable, why = usable_backend(backend, loaded.model.device)
-    if why is not None:
-        steps.say(why)
-    with steps.step("capture and compile"):
-        compiled = api.build(loaded.model, None, backend=usable)
-    with steps.step("measure") as advance:
-        table = measure(
-            compiled, contexts, batch=batch, rounds=rounds, ranks=ranks, progress=advance
-        )
-    table.save(out)
-    return table
+        check_file_target(out, "a table")  # before minutes of work
+        _, compiled = compiled_model(model, device, dtype, backend, steps)
+        with steps.step("measure") as advance:
+            table = measure_table(
+                compiled, context, batch=batch, rounds=rounds, ranks=ranks, progress=advance
+            )
+        table.save(out)
+        if as_json:
+            print_json(
+                {
+                    "kind": "latency table",
+                    "saved_to": str(out),
+                    **json.loads(out.read_text("utf-8")),
+                }
+            )
+        else:
+            typer.echo(str(table))
+        if table.warning:
+            steps.say(table.warning)
+        steps.say(f"saved to {out}")

@@ -1,4 +1,4 @@
-"""What the demo reads: the Python reference that every CPython carries, cut in two.
+"""The Python reference that every CPython carries, cut in two: what the demo reads.
 
 One half of its topics is for calibration; passkey texts and held-out text come from the other.
 """
@@ -25,7 +25,7 @@ class Passkey:
     """One long prompt with a pass key hidden in it.
 
     Attributes:
-        ids: its tokens, as the model gets them.
+        ids: tokens, as the model gets them.
         key: what must appear in the answer.
         depth: where it is hidden, from 0 (at the beginning) to 1.
     """
@@ -40,7 +40,7 @@ class Texts:
     """All texts of one demo.
 
     Attributes:
-        calibration: one text a sample.
+        calibration: texts, one a sample.
         passkeys: long prompts.
         held_out: windows of tokens for perplexity and agreement.
     """
@@ -51,7 +51,7 @@ class Texts:
 
 
 def halves() -> tuple[list[str], list[str]]:
-    """The paragraphs of ``pydoc_data.topics``: for calibration, and held out.
+    """Return the paragraphs of ``pydoc_data.topics`` for calibration, and those held out.
 
     Topics go to the two halves in turn. A paragraph that several topics share counts once, so
     the halves have none in common.
@@ -72,7 +72,7 @@ def halves() -> tuple[list[str], list[str]]:
 def calibration_samples(
     texts: Sequence[str] | None, max_length: int, count: int | None
 ) -> list[str]:
-    """Texts of about `max_length` tokens or more, one a sample.
+    """Return texts of about `max_length` tokens or more, one a sample.
 
     Args:
         texts: long texts to cut up; None for the calibration half of ``pydoc_data.topics``.
@@ -104,15 +104,20 @@ def demo_texts(
 
     Args:
         tokenizer: the model's.
-        calibration, held_out: (samples, tokens of each).
-        prompts, prompt_tokens: how many passkey texts, and the least number of tokens of each.
+        calibration: samples, and tokens of each.
+        prompts: how many passkey texts.
+        prompt_tokens: the least number of tokens of each.
+        held_out: windows, and tokens of each.
         seed: draws the pass keys, and which paragraphs each text has.
+
+    Raises:
+        ValueError: there is not enough text.
     """
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     samples, sample_tokens = calibration
     windows, window_tokens = held_out
     paragraphs = [p for p in halves()[1] if len(p) <= _LONGEST]
-    start = chance.randrange(len(paragraphs))
+    start = rng.randrange(len(paragraphs))
     supply = iter(paragraphs[start:] + paragraphs[:start])
     count = _counter(tokenizer)
     texts = tuple(
@@ -123,7 +128,7 @@ def demo_texts(
         _passkey(
             tokenizer,
             _take(supply, prompt_tokens, count),
-            key=str(chance.randrange(10_000, 100_000)),
+            key=str(rng.randrange(10_000, 100_000)),
             depth=(2 * i + 1) / (2 * prompts),
         )
         for i in range(prompts)
@@ -140,7 +145,7 @@ def _counter(tokenizer: Any) -> Callable[[str], int]:
 
 
 def _take(supply: Iterator[str], tokens: int, count: Callable[[str], int]) -> list[str]:
-    """The next paragraphs, until they have `tokens` tokens."""
+    """Return the next paragraphs, until they have `tokens` tokens."""
     taken, total = [], 0
     while total < tokens:
         paragraph = next(supply, None)
@@ -163,7 +168,7 @@ def _passkey(tokenizer: Any, paragraphs: list[str], key: str, depth: float) -> P
 
 
 def prompt_ids(tokenizer: Any, text: str, opening: str = "") -> list[int]:
-    """Tokens of a user's message, by the tokenizer's chat template if it has one.
+    """Return tokens of a user's message, by the tokenizer's chat template if it has one.
 
     Args:
         tokenizer: the model's.

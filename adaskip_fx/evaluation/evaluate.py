@@ -1,27 +1,22 @@
-"""`evaluate`: put tasks to a model, compiled or not."""
+"""`evaluate` puts tasks to a model, compiled or not."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-import transformers
-
-import adaskip_fx
+from adaskip_fx.measurement.environment import environment
 from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.utils.files import JSON
 
 from . import scoring
-from .decided import decision_json
 from .examples import Example, Generate, Predict, to_json
 from .execution_check import watched
-from .result import Evaluation, Scores, TaskResult
+from .result import Evaluation, Scores, TaskResult, decision_json
 from .task import Task, files_of, options_of
 from .token_metrics import Bucket, by_position
 
@@ -39,8 +34,8 @@ def evaluate(
 ) -> Evaluation:
     """Put tasks to a model and say how it did.
 
-    Of a compiled model every step is watched: that the sublayers which its plan skips were left
-    out is checked, and how much was is recorded.
+    Every step of a compiled model is watched: that the sublayers which its plan skips were left
+    out is checked, and how much was left out is recorded.
 
     Args:
         model: a transformers decoder, plain or compiled by :func:`adaskip_fx.compile`.
@@ -63,35 +58,30 @@ def evaluate(
     prepared = [(task, _examples(task, tokenizer, alone)) for task in tasks]  # before minutes
     counter = _Counter(progress, sum(len(examples) for _, examples in prepared))
     results = tuple(
-        _one(model, tokenizer, task, examples, reference, counter) for task, examples in prepared
+        _run_task(model, tokenizer, task, examples, reference, counter)
+        for task, examples in prepared
     )
     return Evaluation({**conditions(model), **(about or {})}, results)
 
 
 def conditions(model: Any) -> dict[str, JSON]:
-    """Model, plan, device and versions."""
+    """Return model, plan, device and versions."""
     runtime = getattr(model, "_adaskip", None)
     compiled = runtime if isinstance(runtime, Runtime) else None
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
     return {
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device,
-        "threads": torch.get_num_threads(),
         "plan": decision_json(compiled.plan) if compiled else None,
         "policy": repr(compiled.policy) if compiled and compiled.policy else None,
         "backend": compiled.graphs.backend if compiled else None,
-        "adaskip_fx": adaskip_fx.__version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        **environment(model),
     }
 
 
 @dataclass
 class _Counter:
-    """Tells whoever waits how far it is."""
+    """Reports progress, one example after the other."""
 
     report: Progress | None
     total: int
@@ -117,7 +107,7 @@ def _examples(task: Task, tokenizer: Any, alone: bool) -> Sequence[Example]:
 
 @dataclass
 class _Found:
-    """What has been found of one task so far."""
+    """What one task has found so far."""
 
     scores: list[float] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)
@@ -126,7 +116,7 @@ class _Found:
     seconds: float = 0.0
 
 
-def _one(
+def _run_task(
     model: Any,
     tokenizer: Any,
     task: Task,
@@ -148,7 +138,7 @@ def _one(
         options=options_of(task),
         scores=scores,
         reference=compared,
-        buckets=_together(found.windows),
+        buckets=_summed_buckets(found.windows),
         answers=tuple(found.answers),
         ran=None if watch is None else watch.read(),
         seconds=found.seconds,
@@ -183,7 +173,7 @@ def _put(
 
 
 def _scores(found: _Found, compared: bool) -> tuple[Scores, Scores | None]:
-    """The model's, and the reference's."""
+    """Return the model's scores, and the reference's."""
     if not found.windows:
         return Scores.of(found.scores), Scores.of(found.reference) if compared else None
     tokens = [sum(b.tokens for b in window) for window in found.windows]
@@ -194,8 +184,8 @@ def _scores(found: _Found, compared: bool) -> tuple[Scores, Scores | None]:
     return scores, other
 
 
-def _together(windows: Sequence[Sequence[Bucket]]) -> tuple[Bucket, ...]:
-    """Each bucket, over all windows."""
+def _summed_buckets(windows: Sequence[Sequence[Bucket]]) -> tuple[Bucket, ...]:
+    """Return each bucket, summed over all windows."""
     sums: dict[int, Bucket] = {}
     for bucket in (b for window in windows for b in window):
         known = sums.get(bucket.first)
@@ -204,7 +194,7 @@ def _together(windows: Sequence[Sequence[Bucket]]) -> tuple[Bucket, ...]:
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """The sha256 of all that examples ask, in hexadecimal."""
+    """Return the sha256 of all that examples ask, in hexadecimal."""
     joined = hashlib.sha256()
     for example in examples:
         joined.update(json.dumps(to_json(example), sort_keys=True).encode())

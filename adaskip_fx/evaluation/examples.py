@@ -1,4 +1,4 @@
-"""What a task asks of a model: four kinds of questions, as tokens."""
+"""What a task asks a model: four kinds of questions, as tokens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Generate:
 
     Attributes:
         prompt: tokens, special ones included.
-        answers: what is right; none: what the reference model says.
+        answers: what is right; empty for what the reference model says.
         metric: one of :data:`adaskip_fx.evaluation.text_metrics.METRICS`.
         limit: new tokens at most.
-        stop: the answer ends before this text; empty for nothing.
+        stop: the text before which the answer ends; empty for none.
     """
 
     prompt: Tokens
@@ -33,7 +33,11 @@ class Generate:
 class Recall:
     """Is every token of the answer the most likely one, given those before it?
 
-    One pass over prompt and answer: what greedy generation would give, without its steps.
+    One pass over prompt and answer gives what greedy generation would, without its steps.
+
+    Attributes:
+        prompt: tokens, special ones included.
+        answer: the tokens that should follow.
     """
 
     prompt: Tokens
@@ -45,8 +49,9 @@ class Choose:
     """Which of the options is the most likely continuation of the prompt?
 
     Attributes:
-        options: tokens of each.
-        right: index of the right one.
+        prompt: tokens, special ones included.
+        options: the tokens of each option.
+        right: the index of the right one.
     """
 
     prompt: Tokens
@@ -59,6 +64,7 @@ class Predict:
     """How well is every token predicted from those before it?
 
     Attributes:
+        tokens: the text, special tokens included.
         steps: 0 for one pass over all tokens; else only so many last tokens are predicted, each
             by a decode step of its own, after a prompt of the others.
     """
@@ -71,5 +77,5 @@ Example: TypeAlias = Generate | Recall | Choose | Predict
 
 
 def to_json(example: Example) -> dict[str, JSON]:
-    """All of an example, as digests take it."""
+    """Return all of an example, as digests take it."""
     return {"kind": type(example).__name__, **asdict(example)}

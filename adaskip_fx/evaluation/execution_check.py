@@ -50,7 +50,7 @@ class PhaseRan:
 
     @property
     def fraction(self) -> float | None:
-        """Share of all sublayers, over all tokens, that was left out; None without a token.
+        """The share of all sublayers, over all tokens, that was left out; None without a token.
 
         A sublayer of which only K/V is written counts as left out.
         """
@@ -60,7 +60,7 @@ class PhaseRan:
         return (every - sum(self.ran.values())) / every
 
     def to_json(self) -> dict[str, JSON]:
-        """Counts, the fraction, and how often each sublayer that was ever left out was."""
+        """Return counts, the fraction, and how often each sublayer was left out."""
         left_out = {str(s): self.tokens - n for s, n in self.ran.items() if n < self.tokens}
         return {
             "steps": self.steps,
@@ -75,8 +75,9 @@ class Ran:
     """What ran in an evaluation of a compiled model.
 
     Attributes:
-        prefill: over prompts, those that continue a request as well.
-        decode: over steps of one token; the last one of a prompt that runs as in decode as well.
+        prefill: what ran in prompts, those that continue a request as well.
+        decode: what ran in steps of one token; the last token of a prompt that runs as in decode
+            counts as one.
         plans: digests of the plans in force, in the order in which they came up.
     """
 
@@ -85,14 +86,18 @@ class Ran:
     plans: tuple[str, ...]
 
     def to_json(self) -> dict[str, JSON]:
-        """Both phases, and the plans."""
+        """Return both phases, and the plans."""
         phases = {"prefill": self.prefill.to_json(), "decode": self.decode.to_json()}
         return {**phases, "plans": list(self.plans)}
 
 
 @dataclass
 class Watch:
-    """Counts the steps of one compiled model and refuses those that do not follow the plan."""
+    """Counts the steps of one compiled model and refuses those that do not follow the plan.
+
+    Attributes:
+        runtime: the compiled model's.
+    """
 
     runtime: Runtime
     _steps: Counter[Phase] = field(default_factory=Counter)
@@ -103,7 +108,7 @@ class Watch:
     _plans: dict[str, SkipPlan] = field(default_factory=dict)
 
     def __call__(self, program: Program, plan: SkipPlan, tokens: int) -> None:
-        """One step; see `Runtime.observer`.
+        """Count one step; see `Runtime.observer`.
 
         Raises:
             SkipPathError: the program does not call the sublayers that the plan says.
@@ -115,11 +120,16 @@ class Watch:
         self._ran[phase].update(dict.fromkeys(program.runs, tokens))
         self._plans[plan.digest] = plan
 
+    @property
+    def plans(self) -> tuple[SkipPlan, ...]:
+        """The plans that were in force, in the order in which they came up."""
+        return tuple(self._plans.values())
+
     def read(self) -> Ran:
-        """What has run so far.
+        """Return what has run so far.
 
         Raises:
-            SkipPathError: nothing has.
+            SkipPathError: nothing has run.
         """
         if not self._steps:
             raise SkipPathError(
@@ -131,7 +141,7 @@ class Watch:
     def check_measured(self, what: str) -> None:
         """Refuse what ran if it was the full model, though the plan leaves out something.
 
-        Of a choice among plans those count that were chosen; the others are what it is about.
+        In a choice among plans only those count that were chosen.
 
         Args:
             what: what was asked, for the message.
@@ -146,7 +156,9 @@ class Watch:
         decision = self.runtime.plan
         plans = self._plans.values() if isinstance(decision, PlanChooser) else plans_of(decision)
         meant = {phase: _left_out(plans, phase) for phase in phases}
-        parts = [f"{', '.join(map(str, some))} in {phase}" for phase, some in meant.items() if some]
+        parts = [
+            f"{', '.join(map(str, skips))} in {phase}" for phase, skips in meant.items() if skips
+        ]
         if parts:
             prompts, steps = (ran[phase].steps for phase in phases)
             raise NotMeasuredError(
@@ -162,13 +174,18 @@ class Watch:
 
 
 def _left_out(plans: Iterable[SkipPlan], phase: Phase) -> list[Sublayer]:
-    """What any of these plans does not run in `phase`."""
+    """Return what any of these plans does not run in `phase`."""
     found = (getattr(plan, phase) for plan in plans)
     return sorted({sublayer for actions in found for sublayer in actions})
 
 
 def check_followed(plan: SkipPlan, phase: Phase, runs: frozenset[Sublayer]) -> None:
     """Refuse a program of `phase` that calls `runs` under `plan`, unless these are its sublayers.
+
+    Args:
+        plan: what should have run.
+        phase: of the program.
+        runs: the sublayers that the program calls.
 
     Raises:
         SkipPathError: names what ran and should not have, or the other way round.
@@ -191,9 +208,15 @@ def check_followed(plan: SkipPlan, phase: Phase, runs: frozenset[Sublayer]) -> N
 
 @contextmanager
 def watched(model: Any) -> Iterator[Watch | None]:
-    """Watch a compiled model's steps inside of the block; None for a model that is not compiled.
+    """Watch a compiled model's steps inside of the block.
 
-    Who watches already goes on watching.
+    A watch that is in place already goes on.
+
+    Args:
+        model: compiled or not.
+
+    Yields:
+        The watch; None for a model that is not compiled.
     """
     runtime = getattr(model, "_adaskip", None)
     if not isinstance(runtime, Runtime):

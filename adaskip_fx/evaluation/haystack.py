@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adaskip_fx.data.reference_text import halves
+from adaskip_fx.utils.files import read_text
 
 _LONGEST = 800  # characters of a paragraph
 
 
 @functools.lru_cache(maxsize=4)
 def paragraphs(path: Path | None) -> tuple[str, ...]:
-    """The paragraphs of a UTF-8 text, those that are longer than 800 characters cut.
+    """Return the paragraphs of a UTF-8 text, those that are longer than 800 characters cut.
 
     Args:
         path: None for the half of ``pydoc_data.topics`` that calibration does not see.
@@ -36,48 +37,39 @@ def paragraphs(path: Path | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """A text file; ValueError says where it is no text."""
-    try:
-        return path.read_text(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not {encoding} text ({error.reason} at byte {error.start})"
-        ) from error
-
-
 def _cut(paragraph: str) -> list[str]:
     if len(paragraph) <= _LONGEST:
         return [paragraph]
     return textwrap.wrap(paragraph, _LONGEST)
 
 
-def filling(path: Path | None, chance: random.Random) -> list[str]:
-    """All paragraphs, in order from a drawn one on, around the end."""
+def shuffled_filler(path: Path | None, rng: random.Random) -> list[str]:
+    """Return all paragraphs, in order from one that is drawn, around the end."""
     known = paragraphs(path)
-    start = chance.randrange(len(known))
+    start = rng.randrange(len(known))
     return [*known[start:], *known[:start]]
 
 
 @functools.lru_cache(maxsize=4)
 def words(path: Path | None) -> tuple[str, ...]:
-    """Words of 4 to 8 small letters that occur in the paragraphs more than once, sorted."""
+    """Return words of 4 to 8 small letters that occur in the paragraphs more than once, sorted."""
     counts = Counter(w for p in paragraphs(path) for w in re.findall(r"\b[a-z]{4,8}\b", p))
     return tuple(sorted(word for word, count in counts.items() if count > 1))
 
 
-def hide(filling: Sequence[str], hidden: Sequence[str], depths: Sequence[float]) -> str:
-    """Paragraphs with each of `hidden` between those that are nearest to its depth.
+def hide(filler: Sequence[str], hidden: Sequence[str], depths: Sequence[float]) -> str:
+    """Return paragraphs with each of `hidden` between those that are nearest to its depth.
 
     Args:
-        filling: the paragraphs.
+        filler: the paragraphs.
         hidden: what to put between them.
-        depths: of each of `hidden`: 0 at the beginning, 1 at the end, counted in characters.
+        depths: where each of `hidden` goes: 0 at the beginning, 1 at the end, counted in
+            characters.
     """
-    starts = [0, *itertools.accumulate(map(len, filling))]
+    starts = [0, *itertools.accumulate(map(len, filler))]
     parts, done = list[str](), 0
     for depth, text in sorted(zip(depths, hidden, strict=True)):
         at = min(range(len(starts)), key=lambda i: abs(starts[i] - depth * starts[-1]))
-        parts += [*filling[done:at], text]
+        parts += [*filler[done:at], text]
         done = at
-    return "\n\n".join([*parts, *filling[done:]])
+    return "\n\n".join([*parts, *filler[done:]])

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All objects of a ``.json`` list, or of a ``.jsonl`` file; either may end in ``.gz``.
+    """Return all objects of a ``.json`` list, or of a ``.jsonl`` file; either may end in ``.gz``.
 
     Raises:
         ValueError: says which line is not what it should be.
@@ -42,23 +42,31 @@ def _parsed(path: Path, text: str, lines: bool) -> list[Any]:
     return records
 
 
-def wrong(path: Path, number: int, what: str) -> ValueError:
-    """The error of a record that is not what it should be."""
+def invalid_record(path: Path, number: int, what: str) -> ValueError:
+    """Return the error of a record that is not what it should be."""
     return ValueError(f"{path}: record {number} should have {what}")
 
 
 def answers_of(path: Path, number: int, record: dict[str, Any], key: str) -> tuple[str, ...]:
-    """The texts under `key`, which may be one text."""
+    """Return the texts under `key`, which may be one text.
+
+    Raises:
+        ValueError: there is none.
+    """
     value = record.get(key)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-        raise wrong(path, number, f"a text, or a list of texts, under {key!r}")
+        raise invalid_record(path, number, f"a text, or a list of texts, under {key!r}")
     return tuple(texts)
 
 
 def text_of(path: Path, number: int, record: dict[str, Any], key: str) -> str:
-    """The text under `key`."""
+    """Return the text under `key`.
+
+    Raises:
+        ValueError: there is none.
+    """
     value = record.get(key)
     if not isinstance(value, str):
-        raise wrong(path, number, f"a text under {key!r}")
+        raise invalid_record(path, number, f"a text under {key!r}")
     return value

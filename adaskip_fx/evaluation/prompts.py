@@ -1,4 +1,4 @@
-"""Prompts of a length: as much filling as fits."""
+"""Prompts of a given length, with as much filler text as fits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from adaskip_fx.data.reference_text import prompt_ids
 from .examples import Example, Generate, Recall, Tokens
 
 
-def fit(build: Callable[[int], Tokens], most: int, length: int, task: str) -> tuple[int, Tokens]:
-    """The most filling with which a prompt has at most `length` tokens.
+def longest_prompt(
+    build: Callable[[int], Tokens], most: int, length: int, task: str
+) -> tuple[int, Tokens]:
+    """Find the most filler with which a prompt has at most `length` tokens.
 
     Args:
-        build: the prompt with that many units of filling; more filling never makes it shorter.
+        build: the prompt with that many units of filler; more filler never makes it shorter.
         most: units that there are.
         length: tokens of the prompt at most.
         task: for the message.
@@ -45,22 +47,22 @@ def fit(build: Callable[[int], Tokens], most: int, length: int, task: str) -> tu
 
 
 def message(tokenizer: Any, text: str, opening: str = "") -> Tokens:
-    """Tokens of a user's message and of how the answer begins; see `prompt_ids`."""
+    """Return the tokens of a user's message and of how the answer begins; see `prompt_ids`."""
     return tuple(prompt_ids(tokenizer, text, opening))
 
 
 def plain(tokenizer: Any, text: str) -> Tokens:
-    """Tokens of a text that a model is to continue, without a chat template."""
+    """Return the tokens of a text that a model is to continue, without a chat template."""
     return tuple(tokenizer(text, verbose=False)["input_ids"])
 
 
 def continuation(tokenizer: Any, whole: Tokens, prompt: Tokens, text: str) -> Tokens:
-    """Tokens of an answer after its prompt.
+    """Return the tokens of an answer after its prompt.
 
     Args:
         tokenizer: the model's.
         whole: prompt and answer, tokenized at once.
-        prompt: of which it is the continuation.
+        prompt: what the answer continues.
         text: the answer alone, for tokenizers that would merge it with the prompt's last token.
     """
     if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
@@ -71,7 +73,7 @@ def continuation(tokenizer: Any, whole: Tokens, prompt: Tokens, text: str) -> To
 def ask(
     tokenizer: Any, prompt: Tokens, text: str, opening: str, answer: str, forced: bool
 ) -> Example:
-    """The question for one exact answer after `opening`.
+    """Return the question for one exact answer after `opening`.
 
     Args:
         tokenizer: the model's.
@@ -79,7 +81,7 @@ def ask(
         text: the message.
         opening: how the answer begins.
         answer: what is to follow.
-        forced: given the answer's own tokens (`Recall`), rather than generated.
+        forced: whether the model is given the answer's own tokens (`Recall`), or generates.
     """
     whole = message(tokenizer, text, f"{opening} {answer}")
     tokens = continuation(tokenizer, whole, prompt, f" {answer}")

@@ -24,7 +24,7 @@ class Outcome:
 
     Attributes:
         score: in [0, 1].
-        text: what it generated, if it did.
+        text: what it generated; None where nothing was.
     """
 
     score: float
@@ -32,7 +32,7 @@ class Outcome:
 
 
 def score(model: Any, tokenizer: Any, example: Generate | Recall | Choose) -> Outcome:
-    """One example's outcome."""
+    """Return one example's outcome."""
     match example:
         case Generate():
             text = generated(model, tokenizer, example)
@@ -46,7 +46,7 @@ def score(model: Any, tokenizer: Any, example: Generate | Recall | Choose) -> Ou
 
 
 def generated(model: Any, tokenizer: Any, example: Generate) -> str:
-    """The greedy answer's text, up to where it stops."""
+    """Return the greedy answer's text, up to where it stops."""
     ids = _row(model, example.prompt)
     output = model.generate(
         input_ids=ids,
@@ -60,14 +60,14 @@ def generated(model: Any, tokenizer: Any, example: Generate) -> str:
 
 
 def recalled(model: Any, example: Recall) -> float:
-    """1 if each token of the answer is the likeliest after the prompt and those before it."""
+    """Return 1 if each token of the answer is the likeliest one, given those before it."""
     logits = _logits_before(model, example.prompt, example.answer)
     right = torch.tensor(example.answer, device=logits.device)
     return float((logits.argmax(-1) == right).all())
 
 
 def chosen(model: Any, example: Choose) -> int:
-    """The option with the greatest likelihood (not normalized by its length)."""
+    """Return the index of the likeliest option (not normalized by its length)."""
     options = example.options
     passes = {o[:-1]: o for o in options if len(o) > 1} or {(): options[0]}
     logits = {before: _logits_before(model, example.prompt, o) for before, o in passes.items()}
@@ -84,21 +84,21 @@ def _likelihood(logits: torch.Tensor, option: Tokens) -> float:
 
 
 def _logits_before(model: Any, prompt: Tokens, answer: Tokens) -> torch.Tensor:
-    """Logits [answer, V] that predict each token of `answer`, given the prompt and those before."""
+    """Return the logits [answer, V] that predict each token of `answer` from those before it."""
     tokens = (*prompt, *answer[:-1])
     keep = _kept(len(answer), len(tokens))
     return logits_of(model, tokens, keep)[-len(answer) :]
 
 
 def _kept(needed: int, total: int) -> int:
-    """How many logits to ask for; 0 for all."""
+    """Return how many logits to ask for; 0 for all."""
     keep = max(_LEAST_KEPT, 1 << (needed - 1).bit_length())
     return keep if keep < total else 0
 
 
 @torch.no_grad()
 def logits_of(model: Any, tokens: Sequence[int], keep: int = 0) -> torch.Tensor:
-    """Logits [kept, V] of one sequence: of its last `keep` tokens, or of all (0)."""
+    """Return the logits [kept, V] of a sequence: of its last `keep` tokens, or of all (0)."""
     more = {"logits_to_keep": keep} if _can_keep(model) else {}
     output = model(input_ids=_row(model, tokens), use_cache=False, **more)
     logits: torch.Tensor = output.logits[0]
@@ -107,7 +107,7 @@ def logits_of(model: Any, tokens: Sequence[int], keep: int = 0) -> torch.Tensor:
 
 @torch.no_grad()
 def stepped_logits(model: Any, tokens: Sequence[int], steps: int) -> torch.Tensor:
-    """Logits [steps, V] that predict the last `steps` tokens, one decode step for each.
+    """Return the logits [steps, V] that predict the last `steps` tokens, one decode step for each.
 
     The right token is fed at every step, whatever the model would have said.
     """
@@ -123,7 +123,7 @@ def stepped_logits(model: Any, tokens: Sequence[int], steps: int) -> torch.Tenso
 
 
 def predictions(model: Any, example: Predict) -> tuple[Tokens, torch.Tensor]:
-    """Tokens, and the logits that predict all of them but the first."""
+    """Return tokens, and the logits that predict all of them but the first."""
     if not example.steps:
         return example.tokens, logits_of(model, example.tokens)[:-1]
     logits = stepped_logits(model, example.tokens, example.steps)

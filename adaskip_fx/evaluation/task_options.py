@@ -20,7 +20,7 @@ def tasks_of(
     changes: Sequence[str],
     options: Mapping[str, Any],
 ) -> list[Task]:
-    """The tasks of these names; one that has several files comes up once for each.
+    """Make the tasks of these names; one that has several files comes up once for each.
 
     Args:
         names: of :data:`adaskip_fx.evaluation.tasks.TASKS`.
@@ -36,33 +36,35 @@ def tasks_of(
         if name not in TASKS:
             raise ValueError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
     files: dict[str, Files] = {name: {} for name in names}
-    own: dict[str, dict[str, Any]] = {name: {} for name in names}
+    changed: dict[str, dict[str, Any]] = {name: {} for name in names}
     for item in data:
         name, option, text = _parsed(f"--data {item}", item, "TASK=PATH", names, paths=True)
         files[name].setdefault(option, []).append(_file(text))
     for item in changes:
-        given = f"--set {item}"
-        name, option, text = _parsed(given, item, "TASK.OPTION=VALUE", names, paths=False)
-        own[name][option] = _value(given, text)
-    return [task for name in files for task in _made(name, files[name], {**options, **own[name]})]
+        source = f"--set {item}"
+        name, option, text = _parsed(source, item, "TASK.OPTION=VALUE", names, paths=False)
+        changed[name][option] = _value(source, text)
+    return [
+        task for name in files for task in _made(name, files[name], {**options, **changed[name]})
+    ]
 
 
 def _parsed(
-    given: str, item: str, form: str, names: Sequence[str], paths: bool
+    source: str, item: str, form: str, names: Sequence[str], paths: bool
 ) -> tuple[str, str, str]:
-    """The task, its option, and the text after it."""
+    """Return the task, its option, and the text after it."""
     target, equals, text = item.partition("=")
     name, _, option = target.partition(".")
     option = option or ("path" if paths else "")
     if not equals or not text or not option or name not in TASKS:
-        raise ValueError(f"{given}: not {form} with a TASK of {', '.join(TASKS)}")
+        raise ValueError(f"{source}: not {form} with a TASK of {', '.join(TASKS)}")
     fields = dataclasses.fields(TASKS[name])
     known = [f.name for f in fields if ("Path" in str(f.type)) == paths]
     if option not in known:
         what = "file" if paths else "option"
-        raise ValueError(f"{given}: {name} has no {what} {option!r}; it has {_listed(known)}")
+        raise ValueError(f"{source}: {name} has no {what} {option!r}; it has {_listed(known)}")
     if name not in names:
-        raise ValueError(f"{given}: the task {name} is not asked for; add --task {name}")
+        raise ValueError(f"{source}: the task {name} is not asked for; add --task {name}")
     return name, option, text
 
 
@@ -77,17 +79,17 @@ def _file(text: str) -> Path:
     return path
 
 
-def _value(given: str, text: str) -> Any:
+def _value(source: str, text: str) -> Any:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{given}: not JSON; write a text in double quotes") from error
+        raise ValueError(f"{source}: not JSON; write a text in double quotes") from error
     return tuple(value) if isinstance(value, list) else value
 
 
 def _made(name: str, files: Files, options: Mapping[str, Any]) -> list[Task]:
-    given: dict[str, Any] = {option: paths[-1] for option, paths in files.items()}
+    chosen: dict[str, Any] = {option: paths[-1] for option, paths in files.items()}
     paths = files.get("path", [])
-    each = [{**options, **given, "path": path} for path in paths] or [{**options, **given}]
-    made: list[Any] = [TASKS[name](**one) for one in each]
+    each = [{**options, **chosen, "path": path} for path in paths] or [{**options, **chosen}]
+    made: list[Any] = [TASKS[name](**fields) for fields in each]
     return made

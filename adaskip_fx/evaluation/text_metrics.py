@@ -15,16 +15,16 @@ Metric = Callable[[str, Sequence[str]], float]
 
 
 def normalized(text: str) -> str:
-    """Lower case, without punctuation and articles, words one space apart.
+    """Return a text in lower case, without punctuation and articles, words one space apart.
 
-    As SQuAD does before it compares (Rajpurkar et al., arXiv 1606.05250, section 6.1).
+    SQuAD does so before it compares (Rajpurkar et al., arXiv 1606.05250, section 6.1).
     """
     bare = text.lower().translate(_NO_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", bare).split())
 
 
 def f1(text: str, answers: Sequence[str]) -> float:
-    """The best F1 of words against any of `answers` (SQuAD), after `normalized`."""
+    """Return the best F1 of words against any of `answers` (SQuAD), after `normalized`."""
     return max(_f1(normalized(text).split(), normalized(a).split()) for a in answers)
 
 
@@ -39,22 +39,22 @@ def _f1(said: list[str], right: list[str]) -> float:
 
 
 def exact(text: str, answers: Sequence[str]) -> float:
-    """1 if the text is one of `answers`, after `normalized`."""
+    """Return 1 if the text is one of `answers`, after `normalized`."""
     return float(normalized(text) in {normalized(a) for a in answers})
 
 
 def contains(text: str, answers: Sequence[str]) -> float:
-    """1 if any of `answers` occurs in the text, case aside."""
+    """Return 1 if any of `answers` occurs in the text, case aside."""
     return float(any(a.lower() in text.lower() for a in answers))
 
 
 def contains_all(text: str, answers: Sequence[str]) -> float:
-    """The share of `answers` that occur in the text, case aside (RULER, arXiv 2404.06654)."""
+    """Return the share of `answers` in the text, case aside (RULER, arXiv 2404.06654)."""
     return sum(a.lower() in text.lower() for a in answers) / len(answers)
 
 
 def rouge_l(text: str, answers: Sequence[str]) -> float:
-    """The best ROUGE-L F-measure against any of `answers`, by the package rouge-score.
+    """Return the best ROUGE-L F-measure against any of `answers`, by the package rouge-score.
 
     Raises:
         ValueError: the package is not installed.

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from adaskip_fx.utils.files import JSON
-
-_CHUNK = 256  # positions at a time: log-probabilities of a vocabulary are large
+from adaskip_fx.utils.token_losses import (
+    agreement,
+    kl_divergence,
+    negative_log_likelihood,
+    perplexity,
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Bucket:
         first, last: positions; `last` None for no end.
         tokens: how many were predicted.
         nll: negative log-likelihood, nats.
-        reference_nll: likewise of the reference model.
+        reference_nll: that of the reference model.
         kl: Kullback-Leibler divergence of the model's predictions from the reference's, nats.
         agreed: how often both find the same token the likeliest.
     """
@@ -49,7 +51,7 @@ class Bucket:
         )
 
     def to_json(self) -> dict[str, JSON]:
-        """Means over the tokens, and perplexities."""
+        """Return means over the tokens, and perplexities."""
         n = self.tokens
         shown: dict[str, JSON] = {
             "first": self.first,
@@ -64,16 +66,8 @@ class Bucket:
         return shown
 
 
-def _sum(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one + other
-
-
-def perplexity(nll: float, tokens: int) -> float:
-    """The exponential of the mean; infinite where a float cannot hold it."""
-    try:
-        return math.exp(nll / tokens)
-    except OverflowError:
-        return math.inf
+def _sum(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first + second
 
 
 def by_position(
@@ -82,47 +76,30 @@ def by_position(
     others: torch.Tensor | None,
     edges: Sequence[int],
 ) -> list[Bucket]:
-    """One window's sums, for each bucket that has predicted tokens in it.
+    """Return one window's sums, for each bucket that has predicted tokens in it.
 
     Args:
-        tokens: of the window; the first is predicted by nothing.
-        logits: the model's that predict the others, [tokens - 1, V].
-        others: the reference model's.
+        tokens: the window; the first token is predicted by nothing.
+        logits: the model's logits that predict the others, [tokens - 1, V].
+        others: those of the reference model; None for none.
         edges: where buckets end; the last one has no end.
     """
     ids = torch.tensor(tokens, device=logits.device)
     found = []
     for first, last in pairwise([0, *edges, None]):
         assert first is not None
-        end = len(ids) if last is None else min(last, len(ids))
-        total = Bucket(first, last)
+        begin, end = max(first, 1), len(ids) if last is None else min(last, len(ids))
+        if begin >= end:
+            continue
+        rows, right = logits[begin - 1 : end - 1], ids[begin:end]
+        bucket = Bucket(first, last, len(right), negative_log_likelihood(rows, right))
         if others is not None:
-            total = replace(total, reference_nll=0.0, kl=0.0, agreed=0)
-        for begin in range(max(first, 1), end, _CHUNK):
-            stop = min(begin + _CHUNK, end)
-            before = slice(begin - 1, stop - 1)
-            theirs = None if others is None else others[before]
-            total = total + _summed(total, ids[begin:stop], logits[before], theirs)
-        if total.tokens:
-            found.append(total)
+            theirs = others[begin - 1 : end - 1].to(logits.device)
+            bucket = replace(
+                bucket,
+                reference_nll=negative_log_likelihood(theirs, right),
+                kl=kl_divergence(theirs, rows),
+                agreed=agreement(rows, theirs),
+            )
+        found.append(bucket)
     return found
-
-
-def _summed(
-    bucket: Bucket, ids: torch.Tensor, logits: torch.Tensor, others: torch.Tensor | None
-) -> Bucket:
-    """`bucket` of these tokens [T] and of the logits [T, V] that predict them."""
-    logits = logits.float()
-    nll = float(cross_entropy(logits, ids, reduction="sum"))
-    if others is None:
-        return replace(bucket, tokens=len(ids), nll=nll)
-    others = others.float().to(logits.device)
-    ours, theirs = log_softmax(logits, -1), log_softmax(others, -1)
-    return replace(
-        bucket,
-        tokens=len(ids),
-        nll=nll,
-        reference_nll=float(cross_entropy(others, ids, reduction="sum")),
-        kl=float(kl_div(ours, theirs, reduction="sum", log_target=True)),
-        agreed=int((logits.argmax(-1) == others.argmax(-1)).sum()),
-    )

@@ -44,7 +44,7 @@ def measure(
     time_step: TimeStep | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyTable:
-    """What each sublayer of a compiled model costs in prefill and in decode on its device.
+    """Measure what each sublayer of a compiled model costs on its device, in prefill and decode.
 
     Args:
         model: what ``adaskip_fx.compile`` returned; its plan does not matter.
@@ -53,9 +53,9 @@ def measure(
         batch: rows.
         rounds: how often each plan is timed, after once that does not count; up to three times as
             often where times do not add up within 4%, as on a device that others use as well.
-        surrogates: of each kind to measure, one that names every sublayer; the scale if None.
-        kv_only: measure as well what sublayers cost of which only K/V are written.
-        ranks: measure as well what low-rank maps of a few ranks, and linear maps, cost.
+        surrogates: for each kind to measure, surrogates of every sublayer; scales if None.
+        kv_only: also measure what sublayers cost of which only K/V are written.
+        ranks: also measure what low-rank maps of a few ranks, and linear maps, cost.
         time_step: the clock: seconds of one prompt or step, from (phase, context, plan).
         progress: called with (timed, to be timed).
 
@@ -64,7 +64,7 @@ def measure(
             fewer linked programs than are timed in turn.
     """
     runtime: Runtime = runtime_of(model)
-    lengths = _checked(runtime, contexts, rounds)
+    lengths = check_contexts(runtime, contexts, rounds)
     runtime.warmup(min(lengths), batch)
     classes = sublayer_classes(runtime)
     if surrogates is None:
@@ -88,9 +88,9 @@ def measure(
 
 
 def sublayer_classes(runtime: Runtime) -> tuple[str, ...]:
-    """The class of each sublayer: its kind, with a number where those of a kind differ.
+    """Return the class of each sublayer: its kind, with a number where those of a kind differ.
 
-    Empty for one that cannot be skipped.
+    The class of a sublayer that cannot be skipped is empty.
     """
     keys = runtime.graphs.keys
     skippable = [s for s in runtime.sublayers if s not in runtime.graphs.structure.unskippable]
@@ -108,11 +108,11 @@ def plans_to_time(
     surrogates: Sequence[Surrogates] = (),
     kv_only: bool = False,
 ) -> list[SkipPlan]:
-    """The plans whose times say what each part costs: the full model, half of each class left
-    out, half of all, and half of all with each kind of surrogate.
+    """Return the plans whose times say what each part costs.
 
-    Half, because that is about as far as plans go, and more would be measured worse: the rest
-    of a step does not shrink.
+    They are the full model, half of each class left out, half of all, and half of all with each
+    kind of surrogate. Half, because that is about as far as plans go, and more would be measured
+    worse: the rest of a step does not shrink.
 
     Raises:
         ValueError: fewer than two sublayers, or none that can be skipped.
@@ -142,22 +142,26 @@ def plans_to_time(
 def measure_plans(
     clock: TimeStep, phase: Phase, context: int, plans: Sequence[SkipPlan], rounds: int
 ) -> Array:
-    """Seconds of each plan [plans], which take turns; every other round goes backwards.
+    """Return the seconds of each plan [plans], which take turns; every other round goes backwards.
 
     Args:
         clock: see `time_step` of :func:`measure`.
-        phase, context, plans: what to time.
-        rounds: after one that does not count, because it compiles and links.
+        phase: whether to time prompts or decode steps.
+        context: tokens of the prompt, or tokens stored after the step.
+        plans: what to time.
+        rounds: how often each is timed, after one that does not count, because it compiles and
+            links.
     """
     _rounds(clock, phase, context, plans, 1)
     return steady(_rounds(clock, phase, context, plans, rounds))
 
 
 def steady(samples: Array) -> Array:
-    """Seconds of each plan [plans] from samples [plans, rounds], freed of what rounds differ in.
+    """Return the seconds of each plan [plans], from samples [plans, rounds].
 
-    Tukey's median polish of their logarithms: a sample is the plan's time, times how slow its
-    round was, times noise of which single samples may be far off.
+    What rounds differ in is taken out by Tukey's median polish of their logarithms: a sample is
+    the plan's time, times how slow its round was, times noise of which single samples may be far
+    off.
     """
     logs = np.log(samples)
     plan = np.median(logs, axis=1)
@@ -170,9 +174,13 @@ def steady(samples: Array) -> Array:
 def solve(
     counts: Sequence[Mapping[str, int]], seconds: npt.ArrayLike
 ) -> tuple[dict[str, float], float]:
-    """What each part costs, from steps that consist of `counts` of them and took `seconds`.
+    """Return what each part costs, from steps that consist of `counts` of them.
 
-    Least squares of relative errors; a cost that would come out negative is 0.
+    It minimizes the squares of relative errors; a cost that would come out negative is 0.
+
+    Args:
+        counts: for each step how many there are of each part.
+        seconds: what each step took.
 
     Returns:
         Seconds by cost term, and by how much the sum of cost terms is off at most, relatively.
@@ -186,7 +194,7 @@ def solve(
 
 
 def _not_negative(rows: Array, target: Array) -> Array:
-    """Least squares over the columns that do not come out negative; the others are 0."""
+    """Solve by least squares over the columns that do not come out negative; others are 0."""
     kept = list(range(rows.shape[1]))
     while True:
         found = np.linalg.lstsq(rows[:, kept], target, rcond=None)[0]
@@ -219,7 +227,7 @@ def _costs(
 def _rounds(
     clock: TimeStep, phase: Phase, context: int, plans: Sequence[SkipPlan], rounds: int
 ) -> Array:
-    """Samples [plans, rounds]."""
+    """Return samples [plans, rounds]."""
     samples = np.zeros((len(plans), rounds))
     for turn in range(rounds):
         order = reversed(range(len(plans))) if turn % 2 else range(len(plans))
@@ -228,7 +236,13 @@ def _rounds(
     return samples
 
 
-def _checked(runtime: Runtime, contexts: Iterable[int], rounds: int) -> list[int]:
+def check_contexts(runtime: Runtime, contexts: Iterable[int], rounds: int) -> list[int]:
+    """Return the contexts in order, each once.
+
+    Raises:
+        ValueError: none, one of fewer than 16 tokens or of more than the model takes, or fewer
+            than one round.
+    """
     lengths = sorted(set(contexts))
     if not lengths or lengths[0] < _SHORTEST:
         raise ValueError(f"contexts must be lengths of at least {_SHORTEST} tokens, got {lengths}")

@@ -1,7 +1,7 @@
 """Low-rank maps of a few ranks, and the linear map, to be timed as surrogates.
 
 They stand in for every other sublayer of one class. None of these has another as its neighbour, so
-none is folded with another into one of a higher rank, which would be timed in its place. Each has
+none is composed with another into one of a higher rank, which would be timed in its place. Each has
 weights of its own: on a device that keeps what it has just read, shared ones would be too quick.
 """
 
@@ -23,11 +23,12 @@ _SMALL = 1e-4  # of the weights: the stream stays what it was
 def rank_ladder(
     sublayers: Sequence[Sublayer], classes: Sequence[str], hidden: int
 ) -> tuple[Surrogates, ...]:
-    """Surrogates of each rank, and one of linear maps, for half of the largest class.
+    """Return surrogates of each rank, and linear maps, for half of the largest class.
 
     Args:
-        sublayers, classes: as of a latency table.
-        hidden: H, the width of the stream.
+        sublayers: the model's.
+        classes: the class of each, as in a latency table.
+        hidden: H, the width of the residual stream.
     """
     counts = Counter(filter(None, classes))
     if not counts:
@@ -42,12 +43,12 @@ def rank_ladder(
 
 
 def ranks_to_time(hidden: int) -> tuple[int, ...]:
-    """The largest powers of two at which a low-rank map has fewer weights than the linear map."""
+    """Return the largest powers of two at which a low-rank map is smaller than a linear map."""
     return tuple(2**i for i in range(hidden.bit_length()) if 2 * 2**i < hidden)[-_RANKS:]
 
 
 def _drawn(kind: SurrogateKind, rank: int, hidden: int, seed: int) -> Surrogate:
-    """Of weights drawn at random."""
+    """Return a surrogate of weights that are drawn at random."""
     draw, size = np.random.default_rng(seed), {"H": hidden, "r": rank}
     shapes = {name: [size[letter] for letter in letters] for name, letters in SHAPES[kind].items()}
     return Surrogate(

@@ -15,9 +15,10 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 
 
 def canonical_digest(value: JSON) -> str:
-    """16 hex characters of the sha256 of `value`, the same for equal values on every machine.
+    """Return 16 hex characters of the sha256 of `value`.
 
-    Key order does not count. Floats enter by `float.hex`: no rounding, no formatting rules.
+    They are the same for equal values on every machine. Key order does not count. Floats enter by
+    `float.hex`: no rounding, no formatting rules.
     """
     text = json.dumps(_exact(value), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -34,7 +35,7 @@ def _exact(value: JSON) -> JSON:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path`: whoever reads it, at any time, gets all of the old or of the new."""
+    """Write `data` to `path`, so that a reader at any time gets all of the old or of the new."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -48,8 +49,39 @@ def write_atomically(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def check_file_target(path: Path, content: str) -> None:
+    """Refuse a path that no file can be written to.
+
+    Args:
+        path: where the file is to be.
+        content: what it will be, for the message: ``a plan``.
+
+    Raises:
+        ValueError: the path is a folder, or in a folder that does not exist.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(
+            f"{path}: {content} is a file in a folder that exists; choose another path"
+        )
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Return the content of a text file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not text in that encoding; says at which byte.
+    """
+    try:
+        return path.read_text(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not {encoding.upper()} text ({error.reason} at byte {error.start})"
+        ) from error
+
+
 def _sync_folder(folder: Path) -> None:
-    """Have the new name on disk before anything that relies on it follows."""
+    """Flush the new name to disk before anything that relies on it follows."""
     with contextlib.suppress(OSError):  # not every system can; the content is in place anyway
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -61,7 +93,18 @@ def _sync_folder(folder: Path) -> None:
 def read_document(
     path: Path, schema: int, keys: Sequence[str], error: type[ValueError], redo: str
 ) -> dict[str, Any]:
-    """The JSON object in the file `path`, if it has `keys` and is of `schema`; else `error`."""
+    """Return the JSON object in a file.
+
+    Args:
+        path: the file.
+        schema: the number of the schema that it must have.
+        keys: what it must hold.
+        error: the class of what is raised where it does not.
+        redo: what to do then, for the message.
+
+    Raises:
+        ValueError: an `error` that says what is wrong with which file and what to do.
+    """
     try:
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as cause:

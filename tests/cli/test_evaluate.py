@@ -6,28 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from adaskip_fx.calibration.calibrate import calibrate
-from adaskip_fx.cli.app import app
 from adaskip_fx.evaluation.task_options import tasks_of
 from adaskip_fx.evaluation.tasks import Passkey, Perplexity, Trec
 from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.serialization import save_decision
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
+from tests.support.command_line import misused, refused, run
 from tests.support.toy_models import SUBLAYERS, tiny_llama, tokenizer
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def refused(result: Result) -> str:
-    assert result.exit_code == 1, result.output
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    return last
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +30,7 @@ def test_eval_prints_a_table_and_writes_a_file(folder: Path, tmp_path: Path) -> 
     plan, out = tmp_path / "plan.json", tmp_path / "out.json"
     SkipPlan.of(SUBLAYERS, ["0.attention"]).save(plan)
     result = run(
-        *("eval", folder, "--plan", plan, "--backend", "eager", "--json", out),
+        *("eval", folder, "--plan", plan, "--backend", "eager", "--out", out),
         *("--samples", 2, "--max-length", 400, "--seed", 3),
     )
     assert result.exit_code == 0, result.output
@@ -64,7 +52,8 @@ def test_eval_prints_a_table_and_writes_a_file(folder: Path, tmp_path: Path) -> 
     assert "perplexity, by position" in result.stdout
     assert "0-255" in result.stdout
     assert max(map(len, lines)) <= 100
-    assert "  3 of 4\n" in result.stderr
+    assert "evaluate ...\n" in result.stderr
+    assert result.stderr.endswith(f"saved to {out}\n")
 
 
 def test_eval_of_a_schedule(folder: Path, tmp_path: Path) -> None:
@@ -72,7 +61,7 @@ def test_eval_of_a_schedule(folder: Path, tmp_path: Path) -> None:
     plans = (SkipPlan.empty(SUBLAYERS), SkipPlan.of(SUBLAYERS, [], decode_extra=["0.ffn"]))
     save_decision(Schedule(((0, plans[0]), (3, plans[1]))), tmp_path / "schedule")
     result = run(
-        *("eval", folder, "--plan", tmp_path / "schedule", "--backend", "eager", "--json", out),
+        *("eval", folder, "--plan", tmp_path / "schedule", "--backend", "eager", "--out", out),
         *("--task", "decode_perplexity", "--set", "decode_perplexity.steps=6"),
         *("--samples", 1, "--max-length", 40),
     )
@@ -87,7 +76,7 @@ def test_eval_of_a_schedule(folder: Path, tmp_path: Path) -> None:
     # as many steps as it takes the schedule to leave something out, less one
     out.unlink()
     result = run(
-        *("eval", folder, "--plan", tmp_path / "schedule", "--backend", "eager", "--json", out),
+        *("eval", folder, "--plan", tmp_path / "schedule", "--backend", "eager", "--out", out),
         *("--task", "decode_perplexity", "--set", "decode_perplexity.steps=3"),
         *("--samples", 1, "--max-length", 40),
     )
@@ -97,12 +86,23 @@ def test_eval_of_a_schedule(folder: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_eval_as_json(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ("--task", "passkey", "--samples", 1, "--max-length", 300, "--out", out, "--json")
+    result = run("eval", folder, *options)
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said == json.loads(out.read_text())
+    assert [r["task"] for r in said["results"]] == ["passkey"]
+    assert {"device", "processor", "threads", "cores", "python", "torch"} <= set(said["conditions"])
+
+
 def test_eval_with_a_profile(folder: Path, tmp_path: Path) -> None:
     learned, out = tmp_path / "learned", tmp_path / "out.json"
     profile = calibrate(tiny_llama(), tokenizer(), ["a text to learn from, and more of it"])
     profile.save(learned)
     result = run(
-        *("eval", folder, learned, "--alpha", 1.5, "--backend", "eager", "--json", out),
+        *("eval", folder, learned, "--alpha", 1.5, "--backend", "eager", "--out", out),
         *("--task", "passkey", "--samples", 1, "--max-length", 300, "--no-compare"),
     )
     assert result.exit_code == 0, result.output
@@ -147,28 +147,28 @@ def test_eval_refuses(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")
     base = ("eval", folder)
-    assert "unknown task 'x'; there are perplexity, " in refused(run(*base, "--task", "x"))
+    assert "unknown task 'x'; there are perplexity, " in misused(run(*base, "--task", "x"))
     missing = refused(run(*base, "--data", f"passkey={tmp_path / 'absent'}"))
     assert missing.endswith("absent: no such file")
-    unasked = refused(run(*base, "--data", f"trec={file}"))
+    unasked = misused(run(*base, "--data", f"trec={file}"))
     assert f"--data trec={file}: the task trec is not asked for; add --task trec" in unasked
     for wrong in ("passkey", "passkey=", f"x={file}"):
-        assert f"--data {wrong}: not TASK=PATH" in refused(run(*base, "--data", wrong))
-    other = refused(run(*base, "--data", f"passkey.train={file}"))
+        assert f"--data {wrong}: not TASK=PATH" in misused(run(*base, "--data", wrong))
+    other = misused(run(*base, "--data", f"passkey.train={file}"))
     assert "passkey has no file 'train'; it has path" in other
-    assert "frequent_words has no file 'path'; it has none" in refused(
+    assert "frequent_words has no file 'path'; it has none" in misused(
         run(*base, "--task", "frequent_words", "--data", f"frequent_words={file}")
     )
-    assert "--set passkey.x=1: passkey has no option 'x'; it has samples, " in refused(
+    assert "--set passkey.x=1: passkey has no option 'x'; it has samples, " in misused(
         run(*base, "--set", "passkey.x=1")
     )
-    assert "--set passkey.path=1: passkey has no option 'path'" in refused(
+    assert "--set passkey.path=1: passkey has no option 'path'" in misused(
         run(*base, "--set", "passkey.path=1")
     )
-    assert "--set passkey.seed=a: not JSON; write a text in double quotes" in refused(
+    assert "--set passkey.seed=a: not JSON; write a text in double quotes" in misused(
         run(*base, "--set", "passkey.seed=a")
     )
-    assert "--set passkey=1: not TASK.OPTION=VALUE" in refused(run(*base, "--set", "passkey=1"))
+    assert "--set passkey=1: not TASK.OPTION=VALUE" in misused(run(*base, "--set", "passkey=1"))
     assert "summary reads a file" in refused(run(*base, "--task", "summary"))
     assert "raise length (--max-length)" in refused(run(*base, "--max-length", 20))
     assert "no such file" in refused(run(*base, "--plan", tmp_path / "absent"))

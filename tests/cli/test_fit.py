@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +14,15 @@ from adaskip_fx import SkipPlan
 from adaskip_fx.latency.table import LatencyTable, device_name
 from adaskip_fx.latency.terms import Costs
 from adaskip_fx.profiles.fingerprint import fingerprint
-from tests.support.command_line import SUBLAYERS, make_model, make_tokenizer, refused, run, save
+from tests.support.command_line import (
+    SUBLAYERS,
+    make_model,
+    make_tokenizer,
+    misused,
+    refused,
+    run,
+    save,
+)
 
 QUICK = ("--max-length", 160, "--samples", 4, "--own", 2, "--steps", 2, "--alpha", 1.5)
 
@@ -66,6 +75,16 @@ def test_the_plan_is_saved_and_can_be_run(folder: Path, profile: Path, fitted: P
     assert result.stdout == text + "\n"
 
 
+def test_fit_as_json(folder: Path, profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    quick = ("--max-length", 128, "--samples", 3, "--own", 0, "--steps", 0, "--no-search")
+    result = run("fit", folder, profile, out, *quick, "--kind", "scale", "--json")
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert (said.pop("saved_to"), said.pop("kind")) == (str(out), "plan")
+    assert said == SkipPlan.load(out).to_json()
+
+
 def test_without_texts_or_a_search(folder: Path, profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     quick = ("--max-length", 128, "--samples", 3, "--own", 0, "--steps", 0, "--no-search")
@@ -111,13 +130,16 @@ def test_ranks_by_measured_time(folder: Path, profile: Path, tmp_path: Path) -> 
 
 
 BOUND = ("--table", "{table}", "--context", 2048)
-BAD = [
+MISUSED = [
     (("--text", "book.txt"), "--text book.txt: write NAME=PATH, for example --text prose=book.txt"),
     (("--text", "a={book}", "--text", "a={book}"), "a was given before; name each kind once"),
-    (("--kind", "linear", "--rank", 3), "rank must be at least 1, and of low_rank, got 3"),
     (("--within", 0.1), "--within, --table and --context go together: a share of a sublayer's"),
     (("--context", 2048), "and the tokens of a typical request"),
     (("--phase", "decode"), "the file that adaskip-fx measure --ranks wrote, and"),
+    (("--kind", "cubic"), "Invalid value for '--kind'"),
+]
+REFUSED = [
+    (("--kind", "linear", "--rank", 3), "rank must be at least 1, and of low_rank, got 3"),
     ((*BOUND, "--within", 0.1), "a latency bound is for a low_rank without a rank, got normalized"),
     ((*BOUND, "--within", 2), "share must be above 0 and at most 1, of a sublayer's time; got 2.0"),
     (
@@ -127,19 +149,19 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD)
+@pytest.mark.parametrize("arguments", [*MISUSED, *REFUSED])
 def test_bad_options_are_refused_at_once(
     folder: Path,
     profile: Path,
     book: Path,
     tmp_path: Path,
-    arguments: tuple[str, ...],
-    message: str,
+    arguments: tuple[tuple[object, ...], str],
 ) -> None:
+    options, message = arguments
     paths = {"{book}": str(book), "{table}": str(table_of(tmp_path))}
-    given = [re.sub(r"{\w+}", lambda found: paths[found[0]], str(a)) for a in arguments]
-    line = refused(run("fit", folder, profile, tmp_path / "plan.json", *given))
-    assert re.search(re.escape(message), line)
+    filled = [re.sub(r"{\w+}", lambda found: paths[found[0]], str(o)) for o in options]
+    result = run("fit", folder, profile, tmp_path / "plan.json", *filled)
+    assert message in (misused if arguments in MISUSED else refused)(result)
 
 
 def test_a_place_that_is_no_file_is_refused(folder: Path, profile: Path, tmp_path: Path) -> None:

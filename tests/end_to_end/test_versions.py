@@ -22,11 +22,12 @@ from transformers.utils import generic
 import adaskip_fx
 from adaskip_fx.api import build
 from adaskip_fx.capture.reference import run_reference
-from adaskip_fx.cli.demo import measure
-from adaskip_fx.data.reference_text import Passkey
-from adaskip_fx.evaluation.scoring import stepped_logits
+from adaskip_fx.evaluation.examples import Generate
+from adaskip_fx.evaluation.scoring import generated, stepped_logits
 from adaskip_fx.kv_cache import names
 from adaskip_fx.kv_cache.cache import SkipCache
+from adaskip_fx.measurement.timer import EagerTimer, StepTimer
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.testing import assert_equivalent
 from tests.support.compiled_llamas import entry, make_model
@@ -79,10 +80,9 @@ def test_only_this_versions_names_are_used(nothing_old: None) -> None:
     assert len(two_turns(skipped)[0]) == 17
     rows = stepped_logits(skipped, range(3, 12), 3)
     assert rows.shape[0] == 3
-    answer, plan = measure.ask(skipped, _Decoder(), Passkey((1, 2, 3), "3", 0.5), 2)
-    assert answer.cache_bytes > 0
-    assert plan is not None
-    assert plan.decode
+    assert generated(skipped, _Decoder(), Generate((1, 2, 3), ("3",), "contains", 2))
+    assert StepTimer(runtime_of(skipped))("decode", 16, skipped.adaskip.plan) > 0
+    assert EagerTimer(model)("decode", 16) > 0
     with entry().using():
         assert two_turns(entry().compiled)[0] == two_turns(entry().model)[0]
     assert_equivalent(model, decode_steps=1)

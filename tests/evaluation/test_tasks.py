@@ -14,7 +14,7 @@ from adaskip_fx.data.reference_text import halves
 from adaskip_fx.evaluation.evaluate import digest
 from adaskip_fx.evaluation.examples import Example, Generate, Predict, Recall
 from adaskip_fx.evaluation.haystack import hide, paragraphs, words
-from adaskip_fx.evaluation.prompts import continuation, fit
+from adaskip_fx.evaluation.prompts import continuation, longest_prompt
 from adaskip_fx.evaluation.tasks import (
     CommonWords,
     DecodePerplexity,
@@ -200,7 +200,7 @@ def test_a_text_of_ones_own(tmp_path: Path) -> None:
     assert "long long" in text_of(example)
     file.write_bytes(b"caf\xe9")
     paragraphs.cache_clear()
-    with pytest.raises(ValueError, match="not utf-8 text"):
+    with pytest.raises(ValueError, match="not UTF-8 text"):
         paragraphs(file)
     file.write_text("\n\n")
     with pytest.raises(ValueError, match="no text in it"):
@@ -216,12 +216,12 @@ def test_fit_takes_as_much_as_fits() -> None:
                 asked.append(count)
                 return (0,) * (3 + 2 * count)
 
-            count, prompt = fit(build, most, length, "x")
+            count, prompt = longest_prompt(build, most, length, "x")
             assert count == min(most, (length - 3) // 2)
             assert len(prompt) == 3 + 2 * count
             assert max(asked) <= most
     with pytest.raises(ValueError, match="the task x has at least 3 tokens, more than the 2"):
-        fit(lambda count: (0,) * 3, 5, 2, "x")
+        longest_prompt(lambda count: (0,) * 3, 5, 2, "x")
 
 
 def test_hide_keeps_order_at_its_depths() -> None:

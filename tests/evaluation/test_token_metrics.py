@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from adaskip_fx.evaluation.result import Scores, standard_error
-from adaskip_fx.evaluation.token_metrics import Bucket, by_position, perplexity
+from adaskip_fx.evaluation.token_metrics import Bucket, by_position
+from adaskip_fx.utils.token_losses import perplexity
 
 
 def _logits(tokens: int, seed: int) -> torch.Tensor:

@@ -71,3 +71,13 @@ def save(folder: Path, layers: int = LAYERS, template: str | None = None) -> Pat
     make_model(layers).save_pretrained(folder)
     make_tokenizer(template).save_pretrained(folder)
     return folder
+
+
+def misused(result: Result) -> str:
+    """The message of a command line that is wrong: exit code 2, and nothing on stdout."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    usage, *_, last = result.stderr.strip().splitlines()
+    assert usage.startswith("Usage: ")
+    assert last.startswith("Error: ")
+    return last

@@ -1,191 +1,198 @@
-"""The demo itself: calibrate, compile, ask, compare. It prints nothing but its progress."""
+"""The demo itself: calibrate, fit, compile, ask, time. It prints nothing but its progress."""
 
 from __future__ import annotations
 
-import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import transformers
-
-import adaskip_fx
-from adaskip_fx.fitting import Fitter, SurrogateSpec
 from adaskip_fx.model.handle import runtime_of
-from adaskip_fx.plans.decisions import plans_of
-from adaskip_fx.plans.skip_plan import SkipPlan
-from adaskip_fx.policies import AdaSkip
-from adaskip_fx.profiles.profile import Profile
-from adaskip_fx.utils.progress import Steps
 
-from ...data.reference_text import Texts, demo_texts
-from .measure import ask, compare, counts, link_new_plans
-from .result import CONTENDERS, Answer, Contender, DemoResult, Options
+from ... import api
+from ...calibration.calibrate import calibrate
+from ...data.reference_text import Passkey, Texts, demo_texts
+from ...evaluation.evaluate import evaluate
+from ...evaluation.examples import Generate, Predict
+from ...evaluation.execution_check import watched
+from ...evaluation.result import TaskResult
+from ...evaluation.task import FixedTask
+from ...fitting import Fitter, SurrogateSpec
+from ...measurement.bench import StepTimes, plan_clocks, time_links, time_steps
+from ...plans.decisions import plans_of
+from ...plans.skip_plan import SkipPlan
+from ...policies import AdaSkip
+from ...profiles.profile import Profile
+from ...runtime.runtime import Runtime
+from ...utils.progress import Steps
+from ..bench import conditions
+from ..json_views import profile_json
 
-_WINDOW = AdaSkip().window
+_CALIBRATION = (6, 1024)  # samples, and tokens of each
+_HELD_OUT = (2, 768)  # windows, and tokens of each
+_PROMPTS, _PROMPT_TOKENS = 5, 2000  # texts with a pass key, and the least number of tokens of each
+_NEW_TOKENS = 32  # more than the decode window
+_ROUNDS = 3  # of timing
+_SEED = 0  # of the texts; nothing else is drawn
+_LINKS = 5  # new plans to link when timing that
 
 
-def make_texts(tokenizer: Any, options: Options) -> Texts:
-    """The texts that `options` ask for."""
-    return demo_texts(
-        tokenizer,
-        calibration=options.calibration,
-        prompts=options.prompts,
-        prompt_tokens=options.prompt_tokens,
-        held_out=options.held_out,
-        seed=options.seed,
-    )
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything that a demo measured.
+
+    Attributes:
+        conditions: model, machine, versions and options.
+        seconds: of each step of the demo.
+        profile: what calibration measured.
+        plan: what prefill skips.
+        learned: the distinct decode plans that requests learned in their windows.
+        passkeys: what was asked for.
+        results: of the model `as_is`, `skipped` and `fitted`: the task passkey, and of the latter
+            two perplexity, compared with the model as it is.
+        times: of prompts and decode steps.
+        counts: captures, pieces compiled and programs linked by the skipped model, in the end.
+        link_seconds: for each of several new plans.
+        pieces_for_new_plans: compiled while linking them.
+    """
+
+    conditions: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    profile: Profile
+    plan: SkipPlan
+    learned: tuple[SkipPlan, ...]
+    passkeys: tuple[Passkey, ...]
+    results: Mapping[str, Mapping[str, TaskResult]]
+    times: tuple[StepTimes, ...]
+    counts: Mapping[str, int]
+    link_seconds: tuple[float, ...]
+    pieces_for_new_plans: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return one JSON-compatible object; times in seconds, storage in bytes."""
+        return {
+            "conditions": dict(self.conditions),
+            "seconds": dict(self.seconds),
+            "profile": profile_json(self.profile),
+            "plan": self.plan.to_json(),
+            "learned": [plan.to_json() for plan in self.learned],
+            "passkeys": [{"key": p.key, "depth": p.depth} for p in self.passkeys],
+            "results": {
+                name: {task: result.to_json() for task, result in found.items()}
+                for name, found in self.results.items()
+            },
+            "times": [time.to_json() for time in self.times],
+            "counts": dict(self.counts),
+            "new_plans": {
+                "link_seconds": list(self.link_seconds),
+                "pieces_compiled": self.pieces_for_new_plans,
+            },
+        }
 
 
 def run_demo(
-    model: Any, tokenizer: Any, texts: Texts, options: Options, steps: Steps, name: str = ""
+    model: Any,
+    tokenizer: Any,
+    steps: Steps,
+    *,
+    alpha: float = 1.2,
+    backend: str = "inductor",
+    name: str = "",
 ) -> DemoResult:
-    """Measure a model as it is, in the pipeline with an empty plan, and with AdaSkip's plan.
+    """Measure a model as it is and with AdaSkip's plan, quality and times.
 
-    The latter twice: with AdaSkip's factors and FFN sublayers added online, and with linear maps of
-    the normalized stream that are fitted on the calibration texts, without.
+    The plan is run twice: with AdaSkip's factors and FFN sublayers added online, and with linear
+    maps of the normalized stream that are fitted on the calibration texts, without.
 
     Args:
         model: a transformers decoder in evaluation mode; it is not changed.
         tokenizer: the model's.
-        texts: see `make_texts`.
-        options: how much to measure.
         steps: shows and times what is being done.
+        alpha: acceleration ratio.
+        backend: inner torch.compile backend.
         name: of the model, for the result.
-
-    Raises:
-        ValueError: `new_tokens` is too small for the decode window to close, or alpha is wrong.
     """
-    _check(options)
+    texts = _texts(tokenizer)
     with steps.step("calibrate") as advance:
-        profile = adaskip_fx.calibrate(
-            model, tokenizer, texts.calibration, options.calibration[1], progress=advance
-        )
+        profile = calibrate(model, tokenizer, texts.calibration, _CALIBRATION[1], progress=advance)
     with steps.step("fit linear maps"):
-        fitter = Fitter(model, tokenizer, texts.calibration, max_length=options.calibration[1])
+        fitter = Fitter(model, tokenizer, texts.calibration, max_length=_CALIBRATION[1])
         fitted = fitter.fit_independently(
-            AdaSkip().plan(profile, options.alpha), SurrogateSpec("normalized")
+            AdaSkip().plan(profile, alpha), SurrogateSpec("normalized")
         )
-    plans = {"empty_plan": SkipPlan.empty(profile.sublayers), "fitted": fitted}
-    models = _warm(model, profile, plans, texts, options, steps)
-    runtime = runtime_of(models["skipped"])
-    after_warmup = counts(runtime)
-    contenders, learned = _ask_all(models, tokenizer, texts, options, steps)
-    after_answers = counts(runtime)
-    with steps.step("compare on held-out text"):
-        quality = {n: compare(model, models[n], texts.held_out) for n in ("skipped", "fitted")}
+    models = {"as_is": model}
+    for key, plan in (("skipped", None), ("fitted", fitted)):
+        with steps.step(f"compile: {key}"):
+            models[key] = api.compile(model, profile, alpha, plan=plan, backend=backend)
+            models[key].adaskip.warmup(max(len(p.ids) for p in texts.passkeys) + _NEW_TOKENS)
+    runtime: Runtime = runtime_of(models["skipped"])
+    skipping = plans_of(runtime.plan)[0]
+    with watched(models["skipped"]) as watch:
+        results = {key: _evaluated(key, models, tokenizer, texts, steps) for key in models}
+    assert watch is not None
+    with steps.step("time prompts and decode steps") as advance:
+        plans = {"nothing skipped": SkipPlan.empty(profile.sublayers), "skipped": skipping}
+        clocks = plan_clocks(models["skipped"], plans, eager=model)
+        clocks |= plan_clocks(models["fitted"], {"fitted": fitted})
+        times = time_steps(clocks, [_PROMPT_TOKENS], _ROUNDS, advance)
     with steps.step("link new plans"):
-        link_seconds, new_pieces = link_new_plans(runtime, options.link_repeats)
+        links, pieces = time_links(runtime, _LINKS)
+    about = conditions(models["skipped"], name, 1, _ROUNDS)
     return DemoResult(
-        conditions=conditions(model, texts, options, name),
+        conditions={**about, "alpha": alpha, **_sizes(texts)},
         seconds=dict(steps.seconds),
         profile=profile,
-        plan=plans_of(runtime.plan)[0],
-        learned=learned,
-        contenders=contenders,
-        quality=quality,
-        after_warmup=after_warmup,
-        after_answers=after_answers,
-        at_end=counts(runtime),
-        link_seconds=link_seconds,
-        pieces_for_new_plans=new_pieces,
+        plan=skipping,
+        learned=tuple(p for p in watch.plans if p != skipping),
+        passkeys=texts.passkeys,
+        results=results,
+        times=times,
+        counts=_counts(runtime),
+        link_seconds=links,
+        pieces_for_new_plans=pieces,
     )
 
 
-def _check(options: Options) -> None:
-    if options.new_tokens < _WINDOW + 4:
-        raise ValueError(
-            f"{options.new_tokens} new tokens are too few: the decode window takes {_WINDOW}, "
-            "and some must follow"
-        )
+def _texts(tokenizer: Any) -> Texts:
+    return demo_texts(
+        tokenizer,
+        calibration=_CALIBRATION,
+        prompts=_PROMPTS,
+        prompt_tokens=_PROMPT_TOKENS,
+        held_out=_HELD_OUT,
+        seed=_SEED,
+    )
 
 
-def _warm(
-    model: Any,
-    profile: Profile,
-    plans: dict[str, SkipPlan],
-    texts: Texts,
-    options: Options,
-    steps: Steps,
-) -> dict[str, Any]:
-    """The contenders, ready to answer without anything left to capture or compile."""
-    longest = max(len(p.ids) for p in texts.passkeys) + options.new_tokens
-    found = {"as_is": model}
-    with steps.step("compile with skipping, and warm up"):
-        found["skipped"] = adaskip_fx.compile(
-            model, profile, options.alpha, backend=options.backend
-        )
-        found["skipped"].adaskip.warmup(longest)
-    for name, plan in plans.items():
-        with steps.step(f"compile with the {name.removesuffix('_plan')} plan, and warm up"):
-            found[name] = adaskip_fx.compile(model, profile, plan=plan, backend=options.backend)
-            found[name].adaskip.warmup(longest)
-    with steps.step("warm up the model as is"):
-        ids = torch.tensor([texts.passkeys[0].ids[:64]], device=model.device)
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=3,
-            min_new_tokens=3,
-            do_sample=False,
-        )
-    return {name: found[name] for name in CONTENDERS}
+def _evaluated(
+    name: str, models: Mapping[str, Any], tokenizer: Any, texts: Texts, steps: Steps
+) -> dict[str, TaskResult]:
+    """Ask one of the models for the pass keys; one that skips predicts held-out text as well."""
+    asked = [Generate(p.ids, (p.key,), "contains", _NEW_TOKENS) for p in texts.passkeys]
+    windows = [Predict(window) for window in texts.held_out]
+    tasks = [(FixedTask("passkey", "contains", asked), None)]
+    if name != "as_is":
+        tasks.append((FixedTask("perplexity", "perplexity", windows), models["as_is"]))
+    found = {}
+    for task, full in tasks:
+        with steps.step(f"evaluate: {name.replace('_', ' ')}, {task.name}") as advance:
+            done = evaluate(models[name], tokenizer, [task], reference=full, progress=advance)
+        found[task.name] = done.results[0]
+    return found
 
 
-def _ask_all(
-    models: dict[str, Any], tokenizer: Any, texts: Texts, options: Options, steps: Steps
-) -> tuple[dict[str, Contender], tuple[SkipPlan, ...]]:
-    """Every contender's answer to every text, and the plans that the skipped model learned."""
-    names = list(models)
-    answers: dict[str, list[Answer]] = {name: [] for name in names}
-    learned: list[SkipPlan] = []
-    total = len(names) * len(texts.passkeys)
-    with steps.step(f"ask for {len(texts.passkeys)} pass keys, four ways") as advance:
-        for number, passkey in enumerate(texts.passkeys):
-            # Each goes first in turn, so that none has the warmer machine.
-            for i in range(len(names)):
-                name = names[(number + i) % len(names)]
-                advance(number * len(names) + i, total)
-                answer, plan = ask(models[name], tokenizer, passkey, options.new_tokens)
-                answers[name].append(answer)
-                if name == "skipped" and plan is not None:
-                    learned.append(plan)
-        advance(total, total)
-    return {n: Contender(tuple(answers[n]), _WINDOW) for n in names}, tuple(learned)
+def _counts(runtime: Runtime) -> dict[str, int]:
+    counters, pieces = runtime.counters, runtime.pieces_compiled
+    return {"captures": counters.captures, "pieces": pieces, "links": counters.links}
 
 
-def conditions(model: Any, texts: Texts, options: Options, name: str) -> dict[str, Any]:
-    """What the numbers depend on, JSON-compatible."""
-    device = model.device
-    cuda = device.type == "cuda"
+def _sizes(texts: Texts) -> dict[str, Any]:
+    """Return how much was measured, for the conditions."""
     return {
-        "model": name or type(model).__name__,
-        "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
-        "device_type": device.type,
-        "threads": torch.get_num_threads(),
-        "backend": options.backend,
-        "alpha": options.alpha,
-        "seed": options.seed,
+        "seed": _SEED,
         "prompt_tokens": [len(p.ids) for p in texts.passkeys],
-        "new_tokens": options.new_tokens,
+        "new_tokens": _NEW_TOKENS,
         "calibration_samples": len(texts.calibration),
-        "calibration_tokens": options.calibration[1],
+        "calibration_tokens": _CALIBRATION[1],
         "held_out_tokens": [len(w) for w in texts.held_out],
-        "batch_size": 1,
         "decoding": "greedy",
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": str(transformers.__version__),
-        "adaskip_fx": adaskip_fx.__version__,
     }
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            names = [line.split(":", 1)[1].strip() for line in info if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

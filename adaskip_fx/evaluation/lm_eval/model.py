@@ -1,6 +1,6 @@
-"""A model of EleutherAI's lm-evaluation-harness that skips sublayers.
+r"""A model of EleutherAI's lm-evaluation-harness that skips sublayers.
 
-    adaskip-lm-eval --model adaskip \\
+    adaskip-lm-eval --model adaskip \
         --model_args pretrained=MODEL,profile=PROFILE,alpha=1.2 --tasks lambada_openai
 
 The harness finds models in a registry that its own package fills, so the command of this package
@@ -10,7 +10,7 @@ is enough to import this module.
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +26,10 @@ from adaskip_fx.model.load import usable_backend
 from adaskip_fx.plans.decisions import Decision
 from adaskip_fx.plans.serialization import load_decision
 
-from ..decided import decision_json
 from ..execution_check import Watch, watched
+from ..result import decision_json
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @register_model("adaskip")
@@ -76,9 +78,9 @@ class AdaSkipLM(HFLM):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         super().__init__(pretrained, device=device, **options)
         chosen = load_decision(Path(plan)) if isinstance(plan, str | Path) else plan
-        usable, why = usable_backend(inner_backend, self._model.device)
-        if why is not None:
-            print(why, file=sys.stderr)
+        usable, reason = usable_backend(inner_backend, self._model.device)
+        if reason is not None:
+            _LOGGER.warning(reason)
         self._model: Any = compile(self._model, profile, float(alpha), plan=chosen, backend=usable)
         self._watch = Watch(runtime_of(self._model))
         runtime_of(self._model).observer = self._watch
@@ -86,19 +88,19 @@ class AdaSkipLM(HFLM):
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """The harness's, of the plan."""
+        """Return what the harness computes, under the plan."""
         with self._measured("loglikelihood"):
             found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The harness's, of the plan."""
+        """Return what the harness computes, under the plan."""
         with self._measured("loglikelihood_rolling"):
             found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
         return found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The harness's, of the plan."""
+        """Return what the harness computes, under the plan."""
         with self._measured("generate_until"):
             found: list[str] = super().generate_until(requests, disable_tqdm)
         return found
@@ -112,7 +114,7 @@ class AdaSkipLM(HFLM):
             watch.check_measured(f"the harness's {kind} requests")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness records of a model, with the plan and what ran of it.
+        """Return what the harness records of a model, with the plan and what ran of it.
 
         Raises:
             SkipPathError: no step was run.

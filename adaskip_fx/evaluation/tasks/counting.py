@@ -1,4 +1,4 @@
-"""Which words are there most often? (RULER's aggregation tasks, arXiv 2404.06654.)"""
+"""Which words are there most often? RULER's aggregation tasks (arXiv 2404.06654)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from adaskip_fx.evaluation.examples import Generate, Tokens
 from adaskip_fx.evaluation.haystack import words
-from adaskip_fx.evaluation.prompts import fit, message
+from adaskip_fx.evaluation.prompts import longest_prompt, message
 from adaskip_fx.evaluation.task import TaskOptions
 
 
@@ -43,17 +43,17 @@ class CommonWords(TaskOptions):
             )
 
     def examples(self, tokenizer: Any) -> Sequence[Generate]:
-        """One list each."""
+        """Return one question each about a list."""
         return [self._example(tokenizer, number) for number in range(self.samples)]
 
     def _example(self, tokenizer: Any, number: int) -> Generate:
-        chance = self.chance(number)
+        rng = self.rng(number)
         known = list(words(self.path))
-        chance.shuffle(known)
+        rng.shuffle(known)
         common, others = known[: self.common], known[self.common :]
         # A place of its own for every time, so that a longer list keeps the order of a shorter.
-        times = {w: [chance.random() for _ in range(self.often)] for w in common}
-        times |= {w: [chance.random() for _ in range(self.seldom)] for w in others}
+        times = {w: [rng.random() for _ in range(self.often)] for w in common}
+        times |= {w: [rng.random() for _ in range(self.seldom)] for w in others}
         question = f"\n\nWhich {self.common} words come up most often in the list?"
 
         def build(count: int) -> Tokens:
@@ -63,7 +63,7 @@ class CommonWords(TaskOptions):
             text = "Below is a list of words.\n\n" + " ".join(numbered) + question
             return message(tokenizer, text, "The most frequent words are:")
 
-        _, prompt = fit(build, len(others), self.length, self.name)
+        _, prompt = longest_prompt(build, len(others), self.length, self.name)
         return Generate(prompt, tuple(common), "contains_all", _limit(tokenizer, common))
 
 
@@ -75,7 +75,7 @@ class FrequentWords(TaskOptions):
     noise). Scored by the share of the three that the answer names.
 
     Attributes:
-        exponent: of the law.
+        exponent: the exponent of the law.
         vocabulary: made-up words.
     """
 
@@ -93,13 +93,13 @@ class FrequentWords(TaskOptions):
             )
 
     def examples(self, tokenizer: Any) -> Sequence[Generate]:
-        """One text each."""
+        """Return one question each about a text."""
         return [self._example(tokenizer, number) for number in range(self.samples)]
 
     def _example(self, tokenizer: Any, number: int) -> Generate:
-        chance = self.chance(number)
-        coded = _coded(chance, self.vocabulary)
-        mixing = chance.random()
+        rng = self.rng(number)
+        coded = _coded(rng, self.vocabulary)
+        mixing = rng.random()
 
         def build(count: int) -> Tokens:
             text = (
@@ -109,11 +109,11 @@ class FrequentWords(TaskOptions):
             )
             return message(tokenizer, text, "The three most frequent coded words are:")
 
-        _, prompt = fit(build, self.length, self.length, self.name)
+        _, prompt = longest_prompt(build, self.length, self.length, self.name)
         return Generate(prompt, tuple(coded[:3]), "contains_all", _limit(tokenizer, coded[:3]))
 
     def _text(self, coded: Sequence[str], count: int, mixing: float) -> list[str]:
-        """About `count` words, mixed; the first three are ahead of all others in any case."""
+        """Return about `count` words, mixed; the first three always come up the most often."""
         law = [(k + 2) ** -self.exponent for k in range(len(coded))]
         times = [int(count * share) for share in law]
         fourth = max(times[3:])
@@ -126,15 +126,15 @@ class FrequentWords(TaskOptions):
         return text
 
 
-def _coded(chance: random.Random, count: int) -> list[str]:
-    """Distinct words of six letters that are none."""
+def _coded(rng: random.Random, count: int) -> list[str]:
+    """Return distinct words of six letters that no language has."""
     made: dict[str, None] = {}
     while len(made) < count:
-        made["".join(chance.choices(string.ascii_lowercase, k=6))] = None
+        made["".join(rng.choices(string.ascii_lowercase, k=6))] = None
     return list(made)
 
 
 def _limit(tokenizer: Any, answers: Sequence[str]) -> int:
-    """Room for a numbered list of the answers, and some more."""
+    """Return the tokens of a numbered list of the answers, and some more."""
     listed = " ".join(f"{i}. {a}" for i, a in enumerate(answers, 1))
     return 16 + len(tokenizer(listed, add_special_tokens=False)["input_ids"])

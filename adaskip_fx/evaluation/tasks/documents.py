@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from adaskip_fx.evaluation.examples import Generate, Tokens
-from adaskip_fx.evaluation.json_records import answers_of, read_records, text_of, wrong
-from adaskip_fx.evaluation.prompts import fit, message
-from adaskip_fx.evaluation.task import TaskOptions, needed
+from adaskip_fx.evaluation.json_records import answers_of, invalid_record, read_records, text_of
+from adaskip_fx.evaluation.prompts import longest_prompt, message
+from adaskip_fx.evaluation.task import TaskOptions, required_file
 
 _WHAT = "JSON lines with `question`, `answers` and `ctxs`, the first of which answers it"
 Document: TypeAlias = tuple[str, str]
@@ -45,21 +45,21 @@ class MultiDocumentQA(TaskOptions):
 
     @property
     def metric(self) -> str:
-        """What `score` says."""
+        """The score that `score` names."""
         return self.score
 
     def examples(self, tokenizer: Any) -> Sequence[Generate]:
-        """One question each, its document deeper from example to example."""
-        path = needed(self.path, self.name, _WHAT)
+        """Return one question each, its document deeper from example to example."""
+        path = required_file(self.path, self.name, _WHAT)
         asked = [_asked(path, i, r) for i, r in enumerate(read_records(path), 1)]
-        order = self.chance(-1).sample(asked, min(self.samples, len(asked)))
+        order = self.rng(-1).sample(asked, min(self.samples, len(asked)))
         return [self._example(tokenizer, i, one, asked) for i, one in enumerate(order)]
 
     def _example(
         self, tokenizer: Any, number: int, one: _Asked, asked: Sequence[_Asked]
     ) -> Generate:
         others = list(dict.fromkeys(a.document for a in asked if a.document != one.document))
-        self.chance(number).shuffle(others)
+        self.rng(number).shuffle(others)
 
         def build(count: int) -> Tokens:
             at = round(self.depth(number) * count)
@@ -72,14 +72,14 @@ class MultiDocumentQA(TaskOptions):
             )
             return message(tokenizer, asking, "Answer:")
 
-        _, prompt = fit(build, len(others), self.length, self.name)
+        _, prompt = longest_prompt(build, len(others), self.length, self.name)
         return Generate(prompt, one.answers, self.score, self.limit, stop="\n")
 
 
 def _asked(path: Path, number: int, record: dict[str, Any]) -> _Asked:
     documents = record.get("ctxs")
     if not isinstance(documents, list) or not documents or not isinstance(documents[0], dict):
-        raise wrong(path, number, "documents under 'ctxs', the first of which answers it")
+        raise invalid_record(path, number, "documents under 'ctxs', the first of which answers it")
     title, text = (text_of(path, number, documents[0], key) for key in ("title", "text"))
     question = text_of(path, number, record, "question").rstrip("?")
     return _Asked(question, answers_of(path, number, record, "answers"), (title, text))

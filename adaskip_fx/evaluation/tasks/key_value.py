@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from adaskip_fx.evaluation.examples import Example, Tokens
-from adaskip_fx.evaluation.json_records import read_records, wrong
-from adaskip_fx.evaluation.prompts import ask, fit, message
+from adaskip_fx.evaluation.json_records import invalid_record, read_records
+from adaskip_fx.evaluation.prompts import ask, longest_prompt, message
 from adaskip_fx.evaluation.task import TaskOptions
 
 Pair: TypeAlias = tuple[str, str]
@@ -37,9 +37,9 @@ class KeyValue(TaskOptions):
     forced: bool = False
 
     def examples(self, tokenizer: Any) -> Sequence[Example]:
-        """One object each; where the pair is goes deeper from example to example."""
+        """Return one object each; where the pair is goes deeper from example to example."""
         if self.path is None:
-            drawn = [_drawn(self.chance(i)) for i in range(self.samples)]
+            drawn = [_drawn(self.rng(i)) for i in range(self.samples)]
         else:
             records = read_records(self.path)[: self.samples]
             drawn = [_recorded(self.path, number, r) for number, r in enumerate(records, 1)]
@@ -60,13 +60,13 @@ class KeyValue(TaskOptions):
         def build(count: int) -> Tokens:
             return message(tokenizer, text(count), opening)
 
-        count, prompt = fit(build, len(others), self.length, self.name)
+        count, prompt = longest_prompt(build, len(others), self.length, self.name)
         return ask(tokenizer, prompt, text(count), opening, f'"{value}"', self.forced)
 
 
-def _drawn(chance: random.Random) -> tuple[Pair, list[Pair]]:
+def _drawn(rng: random.Random) -> tuple[Pair, list[Pair]]:
     def random_uuid() -> str:
-        return str(uuid.UUID(int=chance.getrandbits(128), version=4))
+        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
     first, *others = ((random_uuid(), random_uuid()) for _ in range(_MOST))
     return first, others
@@ -77,7 +77,7 @@ def _recorded(path: Path, number: int, record: dict[str, Any]) -> tuple[Pair, li
         pairs = [(str(k), str(v)) for k, v in record["ordered_kv_records"]]
         wanted = (str(record["key"]), str(record["value"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise wrong(path, number, "ordered_kv_records, key and value") from error
+        raise invalid_record(path, number, "ordered_kv_records, key and value") from error
     if wanted not in pairs:
-        raise wrong(path, number, "its key and value among its pairs")
+        raise invalid_record(path, number, "its key and value among its pairs")
     return wanted, [p for p in pairs if p != wanted]

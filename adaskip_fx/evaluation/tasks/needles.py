@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adaskip_fx.evaluation.examples import Example, Tokens
-from adaskip_fx.evaluation.haystack import filling, hide, words
-from adaskip_fx.evaluation.prompts import ask, fit, message
+from adaskip_fx.evaluation.haystack import hide, shuffled_filler, words
+from adaskip_fx.evaluation.prompts import ask, longest_prompt, message
 from adaskip_fx.evaluation.task import TaskOptions
 
 _NEEDLE = "The locker number of {word} is {number}."
@@ -33,7 +33,7 @@ class Needle(TaskOptions):
     forced: bool = False
 
     def examples(self, tokenizer: Any) -> Sequence[Example]:
-        """One needle that is asked for each, deeper from example to example."""
+        """Return one question each for a needle, deeper from example to example."""
         return [self._example(tokenizer, number) for number in range(self.samples)]
 
     @property
@@ -41,22 +41,22 @@ class Needle(TaskOptions):
         return 1
 
     def _example(self, tokenizer: Any, number: int) -> Example:
-        chance = self.chance(number)
-        keys = chance.sample(words(self.path), self._count)
-        values = [str(n) for n in chance.sample(range(1_000_000, 10_000_000), self._count)]
+        rng = self.rng(number)
+        keys = rng.sample(words(self.path), self._count)
+        values = [str(n) for n in rng.sample(range(1_000_000, 10_000_000), self._count)]
         needles = [_NEEDLE.format(word=w, number=v) for w, v in zip(keys, values, strict=True)]
-        depths = [self.depth(number), *(chance.random() for _ in needles[1:])]
-        straw = filling(self.path, chance)
+        depths = [self.depth(number), *(rng.random() for _ in needles[1:])]
+        filler = shuffled_filler(self.path, rng)
         opening = _OPENING.format(word=keys[0])
 
         def text(count: int) -> str:
-            hidden = hide(straw[:count], needles, depths)
+            hidden = hide(filler[:count], needles, depths)
             return _INSTRUCTION + hidden + _QUESTION.format(word=keys[0])
 
         def build(count: int) -> Tokens:
             return message(tokenizer, text(count), opening)
 
-        count, prompt = fit(build, len(straw), self.length, self.name)
+        count, prompt = longest_prompt(build, len(filler), self.length, self.name)
         return ask(tokenizer, prompt, text(count), opening, values[0], self.forced)
 
 

@@ -1,4 +1,4 @@
-"""Does a model still say of a text what the full model says of it? (ROUGE-L between the two.)"""
+"""ROUGE-L between what a model and the full model say of a text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adaskip_fx.evaluation.examples import Generate, Tokens
-from adaskip_fx.evaluation.haystack import filling
-from adaskip_fx.evaluation.prompts import fit, message
+from adaskip_fx.evaluation.haystack import shuffled_filler
+from adaskip_fx.evaluation.prompts import longest_prompt, message
 from adaskip_fx.evaluation.task import TaskOptions
 
 INSTRUCTION = "Summarize the text above."
@@ -30,14 +30,14 @@ class OwnSummary(TaskOptions):
     limit: int = 128
 
     def examples(self, tokenizer: Any) -> Sequence[Generate]:
-        """Texts without an answer: the reference model is to give it."""
+        """Return texts without an answer: the reference model is to give it."""
         return [self._example(tokenizer, number) for number in range(self.samples)]
 
     def _example(self, tokenizer: Any, number: int) -> Generate:
-        parts = filling(self.path, self.chance(number))
+        parts = shuffled_filler(self.path, self.rng(number))
 
         def build(count: int) -> Tokens:
             return message(tokenizer, "\n\n".join([*parts[:count], INSTRUCTION]))
 
-        _, prompt = fit(build, len(parts), self.length, self.name)
+        _, prompt = longest_prompt(build, len(parts), self.length, self.name)
         return Generate(prompt, (), "rouge_l", self.limit)

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from adaskip_fx.data.reference_text import INSTRUCTION, NEEDLE, OPENING, QUESTION
 from adaskip_fx.evaluation.examples import Example, Tokens
-from adaskip_fx.evaluation.haystack import filling, hide
-from adaskip_fx.evaluation.prompts import ask, fit, message
+from adaskip_fx.evaluation.haystack import hide, shuffled_filler
+from adaskip_fx.evaluation.prompts import ask, longest_prompt, message
 from adaskip_fx.evaluation.task import TaskOptions
 
 
@@ -29,20 +29,20 @@ class Passkey(TaskOptions):
     forced: bool = True
 
     def examples(self, tokenizer: Any) -> Sequence[Example]:
-        """One number each, deeper from example to example."""
+        """Return one question each for a number, deeper from example to example."""
         return [self._example(tokenizer, number) for number in range(self.samples)]
 
     def _example(self, tokenizer: Any, number: int) -> Example:
-        chance = self.chance(number)
-        key = str(chance.randrange(10_000, 100_000))
-        straw = filling(self.path, chance)
+        rng = self.rng(number)
+        key = str(rng.randrange(10_000, 100_000))
+        filler = shuffled_filler(self.path, rng)
 
         def text(count: int) -> str:
-            hidden = hide(straw[:count], [NEEDLE.format(key=key)], [self.depth(number)])
+            hidden = hide(filler[:count], [NEEDLE.format(key=key)], [self.depth(number)])
             return INSTRUCTION + hidden + QUESTION
 
         def build(count: int) -> Tokens:
             return message(tokenizer, text(count), OPENING)
 
-        count, prompt = fit(build, len(straw), self.length, self.name)
+        count, prompt = longest_prompt(build, len(filler), self.length, self.name)
         return ask(tokenizer, prompt, text(count), OPENING, key, self.forced)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adaskip_fx.evaluation.examples import Predict
-from adaskip_fx.evaluation.haystack import paragraphs, read_text
+from adaskip_fx.evaluation.haystack import paragraphs
 from adaskip_fx.evaluation.task import TaskOptions
+from adaskip_fx.utils.files import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Perplexity(TaskOptions):
             raise ValueError(f"{self.name}: length must be at least 2, a token and the next")
 
     def examples(self, tokenizer: Any) -> Sequence[Predict]:
-        """Windows of `length` tokens, the tokenizer's first special tokens included.
+        """Return windows of `length` tokens, the tokenizer's first special tokens included.
 
         Raises:
             ValueError: the text is too short for one window.
@@ -82,5 +83,5 @@ class DecodePerplexity(Perplexity):
             )
 
     def examples(self, tokenizer: Any) -> Sequence[Predict]:
-        """As of `Perplexity`, in steps."""
+        """Return the windows of `Perplexity`, to be predicted in steps."""
         return [replace(e, steps=self.steps) for e in super().examples(tokenizer)]

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from adaskip_fx.evaluation.examples import Generate, Tokens
 from adaskip_fx.evaluation.json_records import answers_of, read_records, text_of
-from adaskip_fx.evaluation.prompts import fit, message
-from adaskip_fx.evaluation.task import TaskOptions, needed
+from adaskip_fx.evaluation.prompts import longest_prompt, message
+from adaskip_fx.evaluation.task import TaskOptions, required_file
 
 from .own_summary import INSTRUCTION
 
@@ -32,8 +32,8 @@ class Summary(TaskOptions):
     limit: int = 128
 
     def examples(self, tokenizer: Any) -> Sequence[Generate]:
-        """The file's first `samples` texts."""
-        path = needed(self.path, self.name, _WHAT)
+        """Return a question each about the file's first `samples` texts."""
+        path = required_file(self.path, self.name, _WHAT)
         records = read_records(path)[: self.samples]
         return [self._example(tokenizer, path, i, r) for i, r in enumerate(records, 1)]
 
@@ -44,6 +44,6 @@ class Summary(TaskOptions):
         def build(count: int) -> Tokens:
             return message(tokenizer, f"{' '.join(words[:count])}\n\n{INSTRUCTION}")
 
-        _, prompt = fit(build, len(words), self.length, self.name)
+        _, prompt = longest_prompt(build, len(words), self.length, self.name)
         answers = answers_of(path, number, record, "summary")
         return Generate(prompt, answers, "rouge_l", self.limit)

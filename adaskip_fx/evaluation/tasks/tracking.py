@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adaskip_fx.evaluation.examples import Generate, Tokens
-from adaskip_fx.evaluation.haystack import filling, hide
-from adaskip_fx.evaluation.prompts import fit, message
+from adaskip_fx.evaluation.haystack import hide, shuffled_filler
+from adaskip_fx.evaluation.prompts import longest_prompt, message
 from adaskip_fx.evaluation.task import TaskOptions
 
 _INSTRUCTION = "Assignments of variables are hidden in the text below. Follow them.\n\n"
@@ -27,7 +27,7 @@ class VariableTracking(TaskOptions):
 
     Attributes:
         path: a UTF-8 text to hide them in; None for the held-out half of ``pydoc_data.topics``.
-        chains: of which one is asked for.
+        chains: how many chains there are; the first is asked for.
         hops: assignments of a variable to another in each chain.
     """
 
@@ -46,38 +46,38 @@ class VariableTracking(TaskOptions):
             )
 
     def examples(self, tokenizer: Any) -> Sequence[Generate]:
-        """One text each."""
+        """Return one question each about a text."""
         return [self._example(tokenizer, number) for number in range(self.samples)]
 
     def _example(self, tokenizer: Any, number: int) -> Generate:
-        chance = self.chance(number)
+        rng = self.rng(number)
         size = self.hops + 1
-        names = _names(chance, self.chains * size)
-        values = [str(n) for n in chance.sample(range(10_000, 100_000), self.chains)]
+        names = _names(rng, self.chains * size)
+        values = [str(n) for n in rng.sample(range(10_000, 100_000), self.chains)]
         chains = [names[i * size : (i + 1) * size] for i in range(self.chains)]
         lines, depths = list[str](), list[float]()
         for chain, value in zip(chains, values, strict=True):
             lines += _assignments(chain, value)
-            depths += sorted(chance.random() for _ in chain)  # in the order of the chain
-        straw = filling(self.path, chance)
+            depths += sorted(rng.random() for _ in chain)  # in the order of the chain
+        filler = shuffled_filler(self.path, rng)
         question = _QUESTION.format(count=size, value=values[0])
         opening = _OPENING.format(value=values[0])
 
         def build(count: int) -> Tokens:
-            text = _INSTRUCTION + hide(straw[:count], lines, depths) + question
+            text = _INSTRUCTION + hide(filler[:count], lines, depths) + question
             return message(tokenizer, text, opening)
 
-        _, prompt = fit(build, len(straw), self.length, self.name)
+        _, prompt = longest_prompt(build, len(filler), self.length, self.name)
         answers = tuple(chains[0])
         limit = len(tokenizer(" ".join(answers), add_special_tokens=False)["input_ids"]) + 16
         return Generate(prompt, answers, "contains_all", limit)
 
 
-def _names(chance: random.Random, count: int) -> list[str]:
-    """Distinct names of five capital letters."""
+def _names(rng: random.Random, count: int) -> list[str]:
+    """Return distinct names of five capital letters."""
     names: dict[str, None] = {}
     while len(names) < count:
-        names["".join(chance.choices(string.ascii_uppercase, k=5))] = None
+        names["".join(rng.choices(string.ascii_uppercase, k=5))] = None
     return list(names)
 
 

@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
 from adaskip_fx.evaluation.examples import Choose, Tokens
-from adaskip_fx.evaluation.haystack import read_text
-from adaskip_fx.evaluation.prompts import continuation, fit, plain
-from adaskip_fx.evaluation.task import TaskOptions, needed
+from adaskip_fx.evaluation.prompts import continuation, longest_prompt, plain
+from adaskip_fx.evaluation.task import TaskOptions, required_file
+from adaskip_fx.utils.files import read_text
 
 _WHAT = "questions as lines `COARSE:fine question` (latin-1)"
 #: What the coarse types are called in a prompt.
@@ -43,15 +43,15 @@ class Trec(TaskOptions):
     train: Path | None = None
 
     def examples(self, tokenizer: Any) -> Sequence[Choose]:
-        """One question each, drawn without replacement."""
-        asked = read_labels(needed(self.path, self.name, _WHAT))
+        """Return one question each, drawn without replacement."""
+        asked = read_labels(required_file(self.path, self.name, _WHAT))
         shown = asked if self.train is None else read_labels(self.train)
-        order = self.chance(-1).sample(asked, min(self.samples, len(asked)))
+        order = self.rng(-1).sample(asked, min(self.samples, len(asked)))
         return [self._example(tokenizer, i, one, shown) for i, one in enumerate(order)]
 
     def _example(self, tokenizer: Any, number: int, asked: Asked, shown: Sequence[Asked]) -> Choose:
         others = [one for one in shown if one[1] != asked[1]]
-        self.chance(number).shuffle(others)
+        self.rng(number).shuffle(others)
         end = f"Question: {asked[1]}\nType:"
 
         def text(count: int) -> str:
@@ -60,7 +60,7 @@ class Trec(TaskOptions):
         def build(count: int) -> Tokens:
             return plain(tokenizer, text(count))
 
-        count, prompt = fit(build, len(others), self.length, self.name)
+        count, prompt = longest_prompt(build, len(others), self.length, self.name)
         labels = [f" {label}" for label in LABELS.values()]
         options = tuple(
             continuation(tokenizer, plain(tokenizer, text(count) + label), prompt, label)
@@ -70,7 +70,7 @@ class Trec(TaskOptions):
 
 
 def read_labels(path: Path) -> list[Asked]:
-    """Coarse type and question of every line of a ``.label`` file.
+    """Return the coarse type and the question of every line of a ``.label`` file.
 
     Raises:
         ValueError: says which line is not one.

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, TypeAlias
 
 from adaskip_fx.evaluation.examples import Generate, Tokens
 from adaskip_fx.evaluation.json_records import answers_of, read_records, text_of
-from adaskip_fx.evaluation.prompts import fit, plain
-from adaskip_fx.evaluation.task import TaskOptions, needed
+from adaskip_fx.evaluation.prompts import longest_prompt, plain
+from adaskip_fx.evaluation.task import TaskOptions, required_file
 
 _WHAT = (
     "a JSON list, or JSON lines, of objects with `input` (passage, question, `Answer:`) and "
@@ -34,12 +34,12 @@ class TriviaQA(TaskOptions):
     limit: int = 24
 
     def examples(self, tokenizer: Any) -> Sequence[Generate]:
-        """One question each, drawn from those whose passage fits.
+        """Return one question each, drawn from those whose passage fits.
 
         Raises:
             ValueError: no passage is short enough.
         """
-        path = needed(self.path, self.name, _WHAT)
+        path = required_file(self.path, self.name, _WHAT)
         asked = [
             (text_of(path, i, r, "input"), answers_of(path, i, r, "answers"))
             for i, r in enumerate(read_records(path), 1)
@@ -50,7 +50,7 @@ class TriviaQA(TaskOptions):
             raise ValueError(
                 f"{path}: no passage has at most {self.length} tokens; raise length (--max-length)"
             )
-        self.chance(-1).shuffle(order)
+        self.rng(-1).shuffle(order)
         return [self._example(tokenizer, i, asked, sizes) for i in order[: self.samples]]
 
     def _example(
@@ -58,18 +58,18 @@ class TriviaQA(TaskOptions):
     ) -> Generate:
         text, answers = asked[number]
         others = [i for i in range(len(asked)) if i != number]
-        self.chance(number).shuffle(others)
+        self.rng(number).shuffle(others)
         fitting = [asked[i] for i in _within(others, sizes, self.length - sizes[number])]
 
         def build(count: int) -> Tokens:
             return plain(tokenizer, "".join(map(_shown, fitting[:count])) + text.rstrip())
 
-        _, prompt = fit(build, len(fitting), self.length, self.name)
+        _, prompt = longest_prompt(build, len(fitting), self.length, self.name)
         return Generate(prompt, answers, "f1", self.limit, stop="\n")
 
 
 def _shown(one: Asked) -> str:
-    """A question with its first answer."""
+    """Return a question with its first answer."""
     return f"{one[0].rstrip()} {one[1][0]}\n\n"
 
 
@@ -78,7 +78,7 @@ def _asking(tokenizer: Any, one: Asked) -> Tokens:
 
 
 def _within(order: Sequence[int], sizes: Sequence[int], room: int) -> Iterator[int]:
-    """Of those in order each that there is room for when it comes up."""
+    """Yield each question, in order, that there is still room for when it comes up."""
     for i in order:
         if sizes[i] <= room:
             room -= sizes[i]
