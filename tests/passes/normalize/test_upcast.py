@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from adaskip_passes import Replacement, Skip, UnsupportedError, find_sublayers, 
 from adaskip_passes.normalize.upcast import widen
 from tests.support.fx_decoders import (
     Block,
+    Cut,
     Decoder,
     Shape,
     Slot,
@@ -80,11 +82,16 @@ def test_the_stream_is_wide_from_the_start(block: type[nn.Module], dtype: torch.
     assert not widen(graph)
 
 
+@functools.cache
+def cut_of(block: type[nn.Module]) -> Cut:
+    shape = Shape(dtype=torch.bfloat16)
+    return cut(model_of(block, shape), shape)
+
+
 @pytest.mark.parametrize("block", [Wide, BranchFirst, NarrowAgain])
 @pytest.mark.parametrize("skipped", [None, 0, 1, 2])
 def test_it_computes_the_same(block: type[Wide], skipped: int | None) -> None:
-    shape = Shape(dtype=torch.bfloat16)
-    got = cut(model_of(block, shape), shape)
+    got = cut_of(block)
     without = {skipped: Replacement("nothing", None)} if skipped is not None else {}
     outer = run_passes(got.outer, (Skip(without),))
     args, again = (arguments(got.model, got.shape) for _ in range(2))
