@@ -1,6 +1,7 @@
 """Hypothesis profiles, and one thread.
 
-HYPOTHESIS_PROFILE=soak draws many more examples, and new ones each time.
+HYPOTHESIS_PROFILE=all, of `make test-all`, draws twice as many examples, and from more models;
+HYPOTHESIS_PROFILE=soak draws many more, and new ones each time.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=_SLOW,
 )
+settings.register_profile("all", settings.get_profile("ci"), max_examples=40)
 settings.register_profile(
     "soak", max_examples=2000, deadline=None, print_blob=True, suppress_health_check=_SLOW
 )

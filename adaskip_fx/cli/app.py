@@ -76,7 +76,7 @@ COMMANDS: dict[str, Command] = {
         generate,
         "Answer a prompt with sublayers skipped.",
         (
-            'adaskip-fx generate ./llama runtime_of(llama) "Why is the sky blue?" --stats',
+            'adaskip-fx generate ./llama llama.adaskip "Why is the sky blue?" --stats',
             "adaskip-fx generate ./llama llama.adaskip --plan plan.json --prompt-file - < long.txt",
         ),
     ),

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adaskip_fx.model.handle import runtime_of
-
 from .options import Alpha, AsJson, Backend, Debug, Device, Dtype, Model, OptionalProfile, PlanFile
 from .reporting import console, plain_table, print_json, reported
 
@@ -106,6 +104,7 @@ def _plan(profile: Path | None, alpha: float, plan: Path | None) -> SkipPlan | N
 def conditions(compiled: Any, name: str, batch: int, rounds: int) -> dict[str, Any]:
     """Return what times of a compiled model depend on besides the plan, JSON-compatible."""
     from ..measurement.environment import environment
+    from ..model.handle import runtime_of
 
     return {
         "name": name,

@@ -113,7 +113,11 @@ def request(
     return worst
 
 
-@pytest.mark.parametrize("skip", PLANS, ids=str)
+@pytest.mark.parametrize(
+    "skip",
+    [plan if plan == PLANS[1] else pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS],
+    ids=str,
+)
 def test_a_request_equals_the_oracle(model: LlamaForCausalLM, skip: list[str]) -> None:
     """Logits of every step; skipped attention writes no K/V, and its length is counted."""
     cache = static_cache(model)
@@ -134,6 +138,7 @@ def test_a_wrong_factor_is_seen(model: LlamaForCausalLM) -> None:
     assert request(model, fast, static_cache(model), ["1.ffn"], factor=1.1) > 1e-3
 
 
+@pytest.mark.slow
 def test_two_requests_after_each_other(model: LlamaForCausalLM) -> None:
     fast, cache = compiled(model, plan=plan_of(["0.attention"])), static_cache(model)
     for _ in range(2):

@@ -107,7 +107,10 @@ def lines(axes: Any) -> Iterator[tuple[str, list[float], list[float]]]:
 # All kinds -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in ("matrix", "plans") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+)
 def test_both_files_are_written_and_are_the_same_again(kind: str, tmp_path: Path) -> None:
     source = written(tmp_path, DATA[kind])
     first, second = (plot(kind, [source], tmp_path / name) for name in ("one", "two"))

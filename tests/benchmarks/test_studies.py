@@ -340,7 +340,7 @@ def planted(parallel: bool) -> Subject:
     return subject_of("planted", model, None, [text("one", 1)], options, timed=False)
 
 
-@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("parallel", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_planted_errors_add_up(parallel: bool) -> None:
     """In one direction to their sum, in unrelated ones to the root of the sum of squares."""
     made = planted(parallel)
@@ -361,6 +361,7 @@ def test_planted_errors_add_up(parallel: bool) -> None:
         )
 
 
+@pytest.mark.slow
 def test_errors_of_every_compensation(subject: Subject, tmp_path: Path) -> None:
     result = errors.errors(subject)
     assert [(r["compensation"], r["skipped"]) for r in result["rows"]] == [

@@ -33,6 +33,16 @@ RAN: list[str] = []
 @pytest.fixture
 def pair() -> tuple[Any, Any]:
     """A model and the same compiled; each test's own."""
+    return _made()
+
+
+@pytest.fixture(scope="module")
+def kept() -> tuple[Any, Any]:
+    """One for all tests that take back what they change and count no captures."""
+    return _made()
+
+
+def _made() -> tuple[Any, Any]:
     model = make_model("one_layer").requires_grad_(False)
     return model, build(model, None, backend="eager")
 
@@ -141,10 +151,10 @@ def test_what_nothing_reads_costs_nothing(pair: tuple[Any, Any]) -> None:
 
 
 def test_a_class_that_is_given_another_forward(
-    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    kept: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As libraries do that exchange kernels; both models are of that class."""
-    model, compiled = pair
+    model, compiled = kept
     kind = type(model.model.norm)
     plain = logits(model)
     forward = kind.forward
@@ -159,7 +169,7 @@ def test_a_class_that_is_given_another_forward(
     assert_close(logits(compiled), plain, 1e-5)
 
 
-def test_weights_that_were_tied(pair: tuple[Any, Any]) -> None:
+def test_weights_that_were_tied() -> None:
     model = make_model("tied").requires_grad_(False)
     compiled = build(model, None, backend="eager")
     reference = copy.deepcopy(model)
@@ -170,8 +180,8 @@ def test_weights_that_were_tied(pair: tuple[Any, Any]) -> None:
         assert_close(logits(compiled), logits(model), 1e-5)
 
 
-def test_effects_are_refused_before_they_happen(pair: tuple[Any, Any]) -> None:
-    _, compiled = pair
+def test_effects_are_refused_before_they_happen(kept: tuple[Any, Any]) -> None:
+    _, compiled = kept
     handle = compiled.model.layers[0].mlp.register_forward_hook(recording)
     RAN.clear()
     with pytest.raises(
@@ -221,7 +231,14 @@ def _frequencies(model: Any) -> None:
     rotary.inv_freq = rotary.inv_freq * 0.5
 
 
-@pytest.mark.parametrize("change", [_assign, _frequencies, lambda m: m.to(torch.bfloat16)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _assign,
+        pytest.param(_frequencies, marks=pytest.mark.slow),
+        lambda m: m.to(torch.bfloat16),
+    ],
+)
 def test_tensors_replaced_on_the_original_are_followed(
     pair: tuple[Any, Any], change: Callable[[Any], Any]
 ) -> None:
@@ -262,9 +279,9 @@ def test_weights_that_nobody_has_any_more_are_freed(pair: tuple[Any, Any]) -> No
     ],
 )
 def test_python_changed_on_the_original_alone_is_refused(
-    pair: tuple[Any, Any], change: Callable[[Any], Any], path: str
+    kept: tuple[Any, Any], change: Callable[[Any], Any], path: str
 ) -> None:
-    model, compiled = pair
+    model, compiled = kept
     with change(model), pytest.raises(UnsupportedError) as caught:
         logits(compiled)
     assert f"{path} of the original model was changed after LlamaForCausalLM was" in str(
@@ -294,6 +311,7 @@ def test_modules_of_a_class_that_hold_other_values_are_no_change_of_both(
         logits(pair[1])
 
 
+@pytest.mark.slow
 def test_modules_that_refer_back_to_whoever_holds_them_are_compared(pair: tuple[Any, Any]) -> None:
     for each in pair:
         each.model.layers[0].mlp.act_fn = nn.Hardtanh(-0.1, 0.2)
@@ -318,6 +336,7 @@ def test_a_branch_exchanged_for_one_of_its_class_is_a_change(pair: tuple[Any, An
         logits(compiled)
 
 
+@pytest.mark.slow
 def test_what_counts_is_how_the_original_was_compiled(pair: tuple[Any, Any]) -> None:
     """Not what both were in between: either may go back first, whether a request came or not."""
     model, compiled = pair
@@ -350,9 +369,9 @@ def test_what_each_model_has_for_itself(pair: tuple[Any, Any]) -> None:
 
 @torch.no_grad()
 def test_decoding_does_not_look_and_a_further_prompt_refuses(
-    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    kept: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, compiled = pair
+    model, compiled = kept
     reference = copy.deepcopy(model)
     cache = compiled(IDS).past_key_values
     theirs = reference(IDS).past_key_values
@@ -429,8 +448,8 @@ def test_defaults_of_torch_are_part_of_a_graph(pair: tuple[Any, Any]) -> None:
     assert captures(compiled) == before + 2
 
 
-def test_torch_compile_leaves_a_compiled_model_alone(pair: tuple[Any, Any]) -> None:
-    model, compiled = pair
+def test_torch_compile_leaves_a_compiled_model_alone(kept: tuple[Any, Any]) -> None:
+    model, compiled = kept
     around = torch.compile(compiled, backend="eager")
     two = torch.cat([IDS, IDS])
     assert_close(logits(around), logits(model), 1e-5)

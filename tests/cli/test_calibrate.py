@@ -18,7 +18,7 @@ def test_calibrate_saves_and_prints_the_profile(calibrated: tuple[Path, Result])
     assert result.exit_code == 0
     assert result.stdout == f"{saved}\n"
     assert saved.sublayers == SUBLAYERS
-    assert saved.moments.shape[0] == 3
+    assert saved.statistics.shape[0] == 3
     assert saved.tokens == 3 * 64
     assert "calibrate ...\n" in result.stderr
     assert "\x1b" not in result.stderr
@@ -33,7 +33,7 @@ def test_calibrate_reads_files(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     files = ("--text", long, "--text", short)
     assert run("calibrate", folder, out, *files, "--max-length", 64).exit_code == 0
-    tokens = adaskip_fx.Profile.load(out).moments[:, 0, -1]
+    tokens = adaskip_fx.Profile.load(out).statistics[:, 0, -1]
     assert tokens.tolist() == [64, 64, len(short.read_text())]
 
 

@@ -5,6 +5,7 @@ Each is compared with its own eager run; what is refused says why.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -135,7 +136,16 @@ EXACT: dict[str, Callable[[], Any]] = {
 
 
 #: those that `make test` leaves to `make test-all`: near relatives of others
-EXACT_IN_ALL = {"a hook on inputs", "adapters by hand", "one weight in two layers", "a tied head"}
+EXACT_IN_ALL = {
+    *("a hook on inputs", "adapters by peft", "one weight in two layers", "a tied head"),
+    "deep supervision",
+}
+
+
+@functools.cache
+def made(case: str) -> Any:
+    """The model of a case, which is compiled once for all tests of it."""
+    return EXACT[case]()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # of what peft calls
@@ -143,7 +153,7 @@ EXACT_IN_ALL = {"a hook on inputs", "adapters by hand", "one weight in two layer
     "case", [c if c not in EXACT_IN_ALL else pytest.param(c, marks=pytest.mark.slow) for c in EXACT]
 )
 def test_exact(case: str) -> None:
-    model = EXACT[case]()
+    model = made(case)
     errors = [
         assert_equivalent(model, plan_of(model, *names), decode_steps=3)
         for names in ((), ("1.attention",), ("1.ffn",), ("0.attention", "2.ffn"))
@@ -160,10 +170,13 @@ def test_gradient_checkpointing() -> None:
         assert assert_equivalent(model, plan_of(model, "1.ffn"), decode_steps=3) < 1e-5
 
 
-@pytest.mark.parametrize("make", [with_hook, with_adapters, lambda: own(DeepSupervision)])
-def test_the_unusual_is_in_the_result(make: Callable[[], Any]) -> None:
+@pytest.mark.parametrize(
+    "case",
+    ["a hook", "adapters by hand", pytest.param("deep supervision", marks=pytest.mark.slow)],
+)
+def test_the_unusual_is_in_the_result(case: str) -> None:
     """The companion: without it, logits are others, so that it was not left out of both."""
-    model = make()
+    model = made(case)
     ids = torch.arange(1, 9).unsqueeze(0)
     with torch.no_grad():
         logits = compiled_for(model)(input_ids=ids).logits
@@ -175,17 +188,21 @@ def test_quantized_weights() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     model = llama(hidden_size=64, intermediate_size=64)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    for names in ((), ("1.attention", "0.ffn")):
-        assert_equivalent(model, plan_of(model, *names), decode_steps=2)
+    assert_equivalent(model, plan_of(model, "1.attention", "0.ffn"), decode_steps=2)
 
 
 # Refused -----------------------------------------------------------------------------------------
 
 
-def test_a_branch_that_feeds_two_layers_cannot_be_skipped() -> None:
+@pytest.mark.slow
+def test_what_may_be_skipped_beside_a_branch_that_feeds_two_layers() -> None:
     model = own(FeedsTwoLayers)
     for names in ((), ("0.attention",), ("1.ffn", "2.attention")):
         assert_equivalent(model, plan_of(model, *names), decode_steps=3)
+
+
+def test_a_branch_that_feeds_two_layers_cannot_be_skipped() -> None:
+    model = own(FeedsTwoLayers)
     plan = plan_of(model, "0.ffn", "1.attention")
     message = (
         "the plan skips 1.attention, but what is computed there is read by later layers besides "
@@ -220,7 +237,7 @@ def test_a_config_that_asks_for_more_outputs(asked: str) -> None:
 
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
 def test_a_call_that_asks_for_more_outputs(asked: str) -> None:
-    compiled = compiled_for(own())
+    compiled = compiled_for(made("an early exit"))
     with torch.no_grad(), pytest.raises(NotImplementedError, match=f"forward\\({asked}=...\\) is"):
         compiled(input_ids=torch.arange(5).unsqueeze(0), **{asked: True})
 

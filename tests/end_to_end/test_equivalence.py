@@ -18,6 +18,8 @@ from adaskip_passes import Replacement, Skip, fuse, run_passes
 from adaskip_passes.infra.graph_module import text
 from tests.support.compiled_llamas import (
     CELLS,
+    DRAWN,
+    OFTEN,
     SEEDS,
     STEPS,
     Cell,
@@ -35,7 +37,7 @@ COSINE, TOKENS = 0, 4  # columns of moments
 
 
 @settings(parent=fewer(2))
-@given(st.data(), st.sampled_from(CELLS), STEPS, SEEDS)
+@given(st.data(), st.sampled_from(DRAWN), STEPS, SEEDS)
 def test_a_request_equals_the_oracle(
     data: st.DataObject, cell: Cell, steps: tuple[int, ...], seed: int
 ) -> None:
@@ -90,7 +92,7 @@ def test_prompts_around_the_limits_of_lengths(prompt: int) -> None:
 
 def test_past_the_models_positions() -> None:
     """A prompt must fit; decoding may go on, as it does in transformers."""
-    bank = entry("one_layer")
+    bank = entry("grouped")
     with bank.using():
         check_request(bank, bank.plan(), (599, 1, 1, 1))
 
@@ -139,10 +141,10 @@ def test_positions_of_the_callers(shared: bool) -> None:
                 assert_close(bank.compiled(ids).logits, expected, 1e-5)
 
 
-@pytest.mark.parametrize("keep", [2, 5])
+@pytest.mark.parametrize("keep", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_logits_to_keep(keep: int) -> None:
     """More than there are tokens as well."""
-    bank = entry("one_layer")
+    bank = entry("grouped")
     for tokens in (1, 2, 3, 9):
         ids = bank.tokens(1, tokens)
         with torch.no_grad():
@@ -178,7 +180,7 @@ def test_kv_only_stores_keys_and_adds_nothing(phases: tuple[str, str]) -> None:
 
 def test_kv_only_ignores_a_factor() -> None:
     """`kv_only` adds nothing to the stream, and so no factor either, which no key contains."""
-    bank = entry("equal_heads")
+    bank = entry("grouped")
     plan = kv_only_with_factor(bank, "0.attention", 0.5)
     with bank.using(plan):
         check_request(bank, plan, (6, 1, 3, 1))
@@ -297,7 +299,15 @@ def code(graph_module: torch.fx.GraphModule) -> str:
     return graph_module.graph.python_code("self").src
 
 
-@pytest.mark.parametrize("cell", [c for c in CELLS if c.batch == 1], ids=str)
+@pytest.mark.parametrize(
+    "cell",
+    [
+        cell if cell in OFTEN else pytest.param(cell, marks=pytest.mark.slow)
+        for cell in CELLS
+        if cell.batch == 1
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "phase", [pytest.param(p, marks=pytest.mark.slow) if p == "extend" else p for p in PHASES]
 )
@@ -390,7 +400,7 @@ def probed_run(
     return without, with_probes, readings[-1]
 
 
-@given(st.data(), st.sampled_from(CELLS), st.sampled_from([(6,), (6, 4), (6, 1)]), SEEDS)
+@given(st.data(), st.sampled_from(DRAWN), st.sampled_from([(6,), (6, 4), (6, 1)]), SEEDS)
 def test_probes_measure_and_change_nothing(
     data: st.DataObject, cell: Cell, steps: tuple[int, ...], seed: int
 ) -> None:

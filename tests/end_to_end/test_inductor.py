@@ -44,9 +44,14 @@ def compiled(link: Link, dtype: torch.dtype = torch.float32) -> Inductor:
     return Inductor(model, build(model, None, backend="inductor", link=link), Oracle(model))
 
 
+@pytest.fixture(scope="module")
+def pieces() -> Inductor:
+    return compiled("pieces")
+
+
 @pytest.fixture(scope="module", params=["pieces", pytest.param("fused", marks=pytest.mark.slow)])
-def bank(request: pytest.FixtureRequest) -> Inductor:
-    return compiled(request.param)
+def bank(request: pytest.FixtureRequest, pieces: Inductor) -> Inductor:
+    return pieces if request.param == "pieces" else compiled(request.param)
 
 
 def a_plan(bank: Entry) -> SkipPlan:
@@ -108,8 +113,8 @@ def test_probes(bank: Inductor) -> None:
             assert_close(reading.double(), moments(*stream), bank.tolerance)
 
 
-def test_a_second_plan_compiles_no_piece() -> None:
-    bank = compiled("pieces")
+def test_a_second_plan_compiles_no_piece(pieces: Inductor) -> None:
+    bank = pieces
     request(bank, a_plan(bank), (9, 1))
     before = counts(bank)
     for skip in (["1.attention"], ["0.ffn", "1.ffn"], ["0.attention", "0.ffn", "1.ffn"]):
@@ -150,8 +155,8 @@ def test_half_precision() -> None:
     request(bank, a_plan(bank), (7, 1, 1))
 
 
-def test_generate() -> None:
-    bank = compiled("pieces")
+def test_generate(pieces: Inductor) -> None:
+    bank = pieces
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
     with bank.using(a_plan(bank)):
         mine = bank.compiled.generate(bank.tokens(1, 9), **options)

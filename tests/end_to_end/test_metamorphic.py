@@ -52,9 +52,18 @@ NAMES = [n for n in FAMILIES if FAMILIES[n].known and _is_supported(n)]
 SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
 if not SOAK:
     NAMES = [n for n in NAMES if n in KINDS]
+#: Kinds of `make test`; those left out are in `test_families.py` there.
+OFTEN = ("llama", "mamba", "lfm2")
 TOLERANCE = 2e-5
 
-families = pytest.mark.parametrize("family", NAMES)
+
+def _marked(names: list[str]) -> list[Any]:
+    return [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+families = pytest.mark.parametrize("family", _marked(NAMES))
+#: What property tests draw from; more of them take captures, not only examples.
+DRAWN = NAMES if settings().max_examples > 20 else [n for n in NAMES if n in OFTEN]
 
 
 @functools.cache
@@ -151,7 +160,7 @@ def without_layer(model: Any, path: str, index: int) -> Any:
 NOT_REMOVABLE = {"zamba2", "jamba", "bamba", "nemotron_h", "gpt_neo", "kimi_linear", "llama4"}
 
 
-@pytest.mark.parametrize("family", [n for n in NAMES if n not in NOT_REMOVABLE])
+@pytest.mark.parametrize("family", _marked([n for n in NAMES if n not in NOT_REMOVABLE]))
 def test_a_skipped_layer_is_one_that_the_source_does_not_have(family: str) -> None:
     model, runtime = model_of(family), runtime_for(family)
     path = OTHERWISE.get(family, Branches()).layers
@@ -235,7 +244,7 @@ RESTARTING = {"mamba", "falcon_mamba", "jamba"}
 @settings(parent=fewer(2))
 @given(st.data())
 def test_a_prompt_in_pieces_is_the_prompt(data: st.DataObject) -> None:
-    family = data.draw(st.sampled_from([n for n in NAMES if n not in RESTARTING]), "family")
+    family = data.draw(st.sampled_from([n for n in DRAWN if n not in RESTARTING]), "family")
     runtime, ids = runtime_for(family), tokens(family, 1, 14)
     plan = data.draw(st.sampled_from([SkipPlan.empty(runtime.sublayers), two(runtime)]), "plan")
     cuts = data.draw(st.sets(st.integers(2, 13)), "cuts")

@@ -46,7 +46,10 @@ def counts(phase: PhaseRan) -> dict[str, int]:
     return {str(s): n for s, n in phase.ran.items()}
 
 
-@pytest.mark.parametrize("options", [{}, {"link": "fused"}, {"static_cache": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"link": "fused"}, marks=pytest.mark.slow), {"static_cache": True}],
+)
 def test_prompts_and_decode_steps_are_counted_apart(options: dict[str, Any]) -> None:
     subject = compiled(**options)
     with subject.using("0.attention", decode_extra=["1.ffn"]) as fast:

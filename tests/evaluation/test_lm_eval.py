@@ -117,6 +117,7 @@ def test_likelihoods_under_a_plan_for_decoding_are_refused() -> None:
     assert model.get_model_info()["adaskip"]["ran"]["decode"]["skipped_fraction"] == 0.25
 
 
+@pytest.mark.slow
 def test_another_plan_gives_other_answers(own: Any) -> None:
     full = adaskip(SkipPlan.empty(SUBLAYERS))
     assert ask(full, "multiple_choice") != ask(own, "multiple_choice")

@@ -43,6 +43,8 @@ from tests.machine.world import (
 T = TypeVar("T")
 #: Whether there is time for captures of all states, batch sizes and surroundings.
 SOAK = settings().max_examples > 100
+#: Structures of `make test`: edits of every kind, both kinds of cache, a plan for decoding, states.
+OFTEN = ("llama", "tied llama", "qwen3, decode plan", "mamba")
 SEEDS = st.integers(0, 5)
 #: Tokens of a prompt: some are longer than any window, and than what positions round to.
 LENGTHS = st.sampled_from((2, 3, 5, 8, 9, 40))
@@ -271,7 +273,14 @@ class Machine(RuleBasedStateMachine):
             self.world.take_back(side, edit)
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+def _marked(value: T, structure: str) -> Any:
+    return value if structure in OFTEN else pytest.param(value, marks=pytest.mark.slow)
+
+
+structures = pytest.mark.parametrize("name", [_marked(name, name) for name in STRUCTURES])
+
+
+@structures
 def test_any_sequence_of_calls_gives_what_the_eager_model_gives(name: str) -> None:
     run_state_machine_as_test(_machine(name), settings=_settings())
 
@@ -296,7 +305,7 @@ def _settings() -> settings:
     )
 
 
-@pytest.mark.parametrize("sequence", SEQUENCES, ids=str)
+@pytest.mark.parametrize("sequence", [_marked(s, s.structure) for s in SEQUENCES], ids=str)
 def test_sequences_that_once_went_wrong(sequence: Sequence) -> None:
     if sequence.captures and not SOAK:
         pytest.skip("captures for this alone: HYPOTHESIS_PROFILE=soak")
@@ -409,7 +418,7 @@ def test_a_hook_that_does_not_run_is_a_difference(
 # The edits --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@structures
 def test_edits_change_the_eager_model_and_are_taken_back_exactly(name: str) -> None:
     structure = STRUCTURES[name]
     model = structure.model()

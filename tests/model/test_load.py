@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from adaskip_fx.model import load
+from adaskip_fx.utils import torch_internals
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ from adaskip_fx.model import load
 def test_the_backend_without_a_compiler(
     monkeypatch: pytest.MonkeyPatch, compiler: str | None, wanted: str, device: str, used: str
 ) -> None:
-    monkeypatch.setattr(load, "find_cpp_compiler", lambda: compiler)
+    monkeypatch.setattr(torch_internals, "find_cpp_compiler", lambda: compiler)
     backend, why = load.usable_backend(wanted, torch.device(device))
     assert backend == used
     assert (why is None) == (backend == wanted)
@@ -33,9 +34,9 @@ def test_the_compiler_is_the_one_that_inductor_would_use() -> None:
     from torch._inductor import config, cpp_builder
 
     with config.patch({"cpp.cxx": (None, "/nowhere/c++")}):
-        assert load.find_cpp_compiler() is None
+        assert torch_internals.find_cpp_compiler() is None
     with config.patch({"cpp.cxx": (None, sys.executable)}):  # anything with --version
-        assert load.find_cpp_compiler() == sys.executable
+        assert torch_internals.find_cpp_compiler() == sys.executable
         assert cpp_builder.get_cpp_compiler() == sys.executable
 
 

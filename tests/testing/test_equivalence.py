@@ -33,10 +33,11 @@ def model_of(kind: str) -> Any:
 # A user's own model: the five lines of the documentation ----------------------------------------
 
 pre_norm = model_of("pre-norm")
+PLANS = st.deferred(lambda: plans(pre_norm))  # it is compiled for the first test, not the import
 
 
 @settings(max_examples=15)
-@given(plans(pre_norm), prompts(pre_norm, padding=False))
+@given(PLANS, prompts(pre_norm, padding=False))
 def test_a_users_own_model(plan: SkipPlan, prompt: dict[str, torch.Tensor]) -> None:
     assert_equivalent(pre_norm, plan, inputs=prompt, decode_steps=3)
 
@@ -156,7 +157,7 @@ def test_a_failing_plan_shrinks_to_the_fewest_sublayers() -> None:
     assert not anything.decode
 
 
-@given(plans(pre_norm))
+@given(PLANS)
 def test_every_plan_leaves_something_to_run(plan: SkipPlan) -> None:
     for actions in (plan.prefill, plan.decode):
         assert len(actions) < len(plan.sublayers)

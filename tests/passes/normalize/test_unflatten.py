@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from adaskip_passes import Replacement, Skip, find_sublayers, link, run_passes
 from adaskip_passes.normalize.unflatten import Unflatten
 from tests.support.fx_decoders import (
     Block,
+    Cut,
     Decoder,
     Shape,
     Slot,
@@ -85,11 +87,16 @@ def test_adds_are_written_over_the_stream(block: type[nn.Module]) -> None:
     assert Unflatten()(module).changes == 0
 
 
+@functools.cache
+def cut_of(block: type[nn.Module], batch: int) -> Cut:
+    return cut_block(block, batch=batch)
+
+
 @pytest.mark.parametrize("block", [Flat, FlatFirst])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("skipped", [None, 1, 3])
 def test_it_computes_the_same(block: type[nn.Module], batch: int, skipped: int | None) -> None:
-    got = cut_block(block, batch=batch)
+    got = cut_of(block, batch)
     without = {skipped: Replacement("nothing", None)} if skipped is not None else {}
     outer = run_passes(got.outer, (Skip(without),))
     args, again = (arguments(got.model, got.shape, tokens=5) for _ in range(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from adaskip_passes import (
 from adaskip_passes.normalize.upcast import Upcast
 from tests.support.fx_decoders import (
     Block,
+    Cut,
     Decoder,
     Shape,
     Slot,
@@ -88,11 +90,16 @@ def test_the_stream_is_wide_from_the_start(block: type[nn.Module], dtype: torch.
     assert Upcast()(module).changes == 0
 
 
+@functools.cache
+def cut_of(block: type[nn.Module]) -> Cut:
+    shape = Shape(dtype=torch.bfloat16)
+    return cut(model_of(block, shape), shape)
+
+
 @pytest.mark.parametrize("block", [Wide, BranchFirst, NarrowAgain])
 @pytest.mark.parametrize("skipped", [None, 0, 1, 2])
 def test_it_computes_the_same(block: type[Wide], skipped: int | None) -> None:
-    shape = Shape(dtype=torch.bfloat16)
-    got = cut(model_of(block, shape), shape)
+    got = cut_of(block)
     without = {skipped: Replacement("nothing", None)} if skipped is not None else {}
     outer = run_passes(got.outer, (Skip(without),))
     args, again = (arguments(got.model, got.shape) for _ in range(2))

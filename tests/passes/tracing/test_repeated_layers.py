@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -61,7 +61,12 @@ def both(model: nn.Module, shape: Shape = SHAPE, tokens: int = 7, filled: int = 
 # The graph is the same --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+def _marked(names: Iterable[str], often: set[str]) -> list[Any]:
+    """Names, of which `make test` runs those that come often."""
+    return [n if n in often else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("block", _marked(BLOCKS, {"Block", "BranchInPlace", "PostNorm", "Routed"}))
 def test_a_prompt(block: str) -> None:
     shape = replace(SHAPE, block=block)
     got = both(Decoder(shape), shape)
@@ -323,8 +328,15 @@ FULL: dict[str, tuple[type[Variant], type[Block], str]] = {
 }
 
 
-@pytest.mark.parametrize(("model", "block", "reason"), FULL.values(), ids=FULL)
-def test_every_module_is_traced(model: type[Variant], block: type[Block], reason: str) -> None:
+FULL_OFTEN = {
+    *("arithmetic with its place", "another result", "a number for each", "called twice"),
+    "one argument in two places",
+}
+
+
+@pytest.mark.parametrize("case", _marked(FULL, FULL_OFTEN))
+def test_every_module_is_traced(case: str) -> None:
+    model, block, reason = FULL[case]
     got = both(model(block), SHAPE, 2, 2)
     assert got.copied == 0
     assert got.why_traced
@@ -408,10 +420,9 @@ HIDDEN: dict[str, tuple[type[Variant], type[Block], str]] = {
 }
 
 
-@pytest.mark.parametrize(("model", "block", "reason"), HIDDEN.values(), ids=HIDDEN)
-def test_what_shows_in_the_second_trace(
-    model: type[Variant], block: type[Block], reason: str
-) -> None:
+@pytest.mark.parametrize("case", _marked(HIDDEN, {"a container", "its place's type", "a global"}))
+def test_what_shows_in_the_second_trace(case: str) -> None:
+    model, block, reason = HIDDEN[case]
     COUNT[0] = 0
     args, again = arguments(model(block), SHAPE, 2, 2), arguments(model(block), SHAPE, 2, 2)
     got = repeated(args)
