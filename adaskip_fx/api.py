@@ -9,8 +9,8 @@ from .capture.reference import run_reference
 from .model.check_model import check_model
 from .model.load import usable_backend
 from .model.subclass import make_compiled_model
+from .plans.decision_files import load_decision
 from .plans.decisions import Decision
-from .plans.serialization import load_decision
 from .policies import AdaSkip, OnlinePolicy, Policy
 from .policies.base import check_policy
 from .profiles.profile import Profile
@@ -67,34 +67,30 @@ def compile(
         UnsupportedError: The architecture's sublayers cannot be captured or proven.
     """
     check_model(model)
-    _check_options(backend, link)
-    _check_compiler(backend, model)
+    _check_options(backend, link, model)
     measured = Profile.load(profile) if isinstance(profile, str | Path) else profile
     if measured is not None:
         measured.check(model)
-    options = {"backend": backend, "link": link, "max_variants": max_variants}
+    options: dict[str, Any] = {"backend": backend, "link": link, "max_variants": max_variants}
     if plan is not None:
         decision = load_decision(Path(plan)) if isinstance(plan, str | Path) else plan
-        return build(model, decision, profile=measured, **options)  # type: ignore[no-any-return]
+        return build(model, decision, profile=measured, **options)
     if measured is None:
         raise ValueError("compile needs a profile, or an explicit plan")
     chosen = policy if policy is not None else AdaSkip()
     check_policy(chosen, model)
-    online = chosen if isinstance(chosen, OnlinePolicy) else None
-    decision = chosen.plan(measured, alpha)
-    return build(  # type: ignore[no-any-return]
-        model, decision, profile=measured, policy=online, **options
-    )
+    options["policy"] = chosen if isinstance(chosen, OnlinePolicy) else None
+    return build(model, chosen.plan(measured, alpha), profile=measured, **options)
 
 
-def build(model: Any, plan: Decision | None, **options: Any) -> Any:
+def build(model: Any, plan: Decision | None, **options: Any) -> CompiledModel:
     """Return a compiled model with an explicit plan; None for the empty one; see `Runtime`."""
-    shell = make_compiled_model(model)
-    shell._adaskip = Runtime(shell, model, run_reference(model), plan, **options)
-    return shell
+    compiled: Any = make_compiled_model(model)
+    compiled._adaskip = Runtime(compiled, model, run_reference(model), plan, **options)
+    return compiled  # type: ignore[no-any-return]
 
 
-def _check_options(backend: str, link: str) -> None:
+def _check_options(backend: str, link: str, model: Any) -> None:
     import torch
 
     if link not in ("pieces", "fused"):
@@ -102,9 +98,6 @@ def _check_options(backend: str, link: str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if not isinstance(backend, str) or backend not in known:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(sorted(known))}")
-
-
-def _check_compiler(backend: str, model: Any) -> None:
     if usable_backend(backend, model.device)[0] != backend:
         raise RuntimeError(
             "Inductor needs a C++ compiler on CPU and none was found; install one (g++, or name it "

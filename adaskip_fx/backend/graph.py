@@ -21,11 +21,11 @@ from adaskip_passes import (
 from adaskip_passes.analysis.effects import written
 from adaskip_passes.tracing.capture import Capture, describe
 
-from ..plans.composition import SurrogateTensors, compose_surrogates
+from ..plans.compose_surrogates import SurrogateTensors, compose_surrogates
 from ..plans.decisions import plans_of
 from ..plans.skip_plan import Phase, SkipPlan
 from ..plans.sublayer import Sublayer
-from ..programs.program import rewrite, surrogate_tensors
+from ..programs.rewrite import rewrite, surrogate_tensors
 from .requests import BackendRequest, Requests, is_empty
 
 _CACHE_LAYER = re.compile(r"\.layers\[(\d+)\]\.")  # in the source of a cache's tensor

@@ -18,8 +18,8 @@ import torch
 
 from adaskip_passes import UnsupportedError
 
+from ..kv_cache.argument_names import cache_argument
 from ..kv_cache.layer_spec import LayerCacheSpec
-from ..kv_cache.names import cache_argument
 from ..utils.transformers_internals import attention_name
 from ..utils.transformers_types import CausalLM
 from . import attention

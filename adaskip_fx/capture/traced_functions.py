@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kv_cache.names import cache_argument
+from ..kv_cache.argument_names import cache_argument
 from ..kv_cache.views import CacheView
 from .arguments import Forward
 

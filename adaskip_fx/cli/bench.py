@@ -88,7 +88,7 @@ def bench(
 
 def _plan(profile: Path | None, alpha: float, plan: Path | None) -> SkipPlan | None:
     """Return the plan of a file, or what AdaSkip chooses by a profile; None without either."""
-    from ..plans.serialization import load_decision
+    from ..plans.decision_files import load_decision
     from ..plans.skip_plan import SkipPlan
     from ..policies import AdaSkip
     from ..profiles.profile import Profile

@@ -18,8 +18,8 @@ from ..model.subclass import make_compiled_model
 from ..plans.skip_plan import Phase, PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
 from ..plans.surrogates import Surrogates
-from ..programs.program import rewrite
 from ..programs.program_cache import Graphs
+from ..programs.rewrite import rewrite
 
 _TINY_LAYERS = 2
 

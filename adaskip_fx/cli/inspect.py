@@ -63,7 +63,7 @@ def _read(
 ) -> tuple[list[str], dict[str, Any], SkipPlan | None]:
     """Read what is at `path`: as text, as JSON, and the plan that it holds or leads to."""
     from ..latency.table import LatencyTable, is_table
-    from ..plans.serialization import DOCUMENT, load_decision
+    from ..plans.decision_files import DOCUMENT, load_decision
     from ..plans.skip_plan import SkipPlan
     from ..profiles.profile import Profile
     from .json_views import decision_json

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import api
 from ..model.load import Loaded, load, usable_backend
+from ..plans.decision_files import load_decision
 from ..plans.decisions import Decision
-from ..plans.serialization import load_decision
 
 if TYPE_CHECKING:
     from ..utils.progress import Steps

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from ..calibration.calibrate import calibrate, unmasked
+from ..plans.decision_files import register_kind
 from ..plans.decisions import PlanChooser, check_same_model, left_out
-from ..plans.serialization import register_kind
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..policies.adaskip import AdaSkip
 from ..policies.base import check_policy

@@ -17,7 +17,8 @@ from typing import Any, get_args
 from adaskip_fx.plans.decisions import PlanChooser, plans_of
 from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
-from adaskip_fx.programs.program import Program, plan_phase
+from adaskip_fx.programs.program import Program
+from adaskip_fx.programs.rewrite import plan_phase
 from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.utils.files import JSON
 from adaskip_passes.errors import AdaskipError

@@ -9,7 +9,7 @@ from typing import Any, assert_never
 
 import torch
 
-from ..kv_cache.names import cache_argument
+from ..kv_cache.argument_names import cache_argument
 from .examples import Choose, Generate, Predict, Recall, Tokens
 from .text_metrics import METRICS
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, get_args
 
-from adaskip_fx.plans.composition import ComposedSurrogate, compose_surrogates
+from adaskip_fx.plans.compose_surrogates import ComposedSurrogate, compose_surrogates
 from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_passes.errors import AdaskipError

@@ -15,8 +15,8 @@ import torch
 
 from adaskip_fx.model.handle import runtime_of
 
+from ..kv_cache.argument_names import cache_argument
 from ..kv_cache.cache import SkipCache
-from ..kv_cache.names import cache_argument
 from ..plans.skip_plan import Phase, SkipPlan
 from ..runtime.runtime import Runtime
 from .environment import environment

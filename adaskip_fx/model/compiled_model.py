@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from transformers.generation import GenerationMode
 
+from ..kv_cache.adopt_cache import own_cache
 from ..kv_cache.cache import SkipCache
-from ..kv_cache.foreign import own_cache
 from ..runtime.runtime import Runtime
 from ..utils.transformers_internals import GenerateHooks, stop_tokens
 from ..utils.transformers_types import DecodingCall, GenerationConfigLike, ModelKwargs

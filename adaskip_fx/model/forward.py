@@ -12,9 +12,9 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from ..kv_cache.adopt_cache import own_cache
+from ..kv_cache.argument_names import CACHE_NAMES, output_fields, under_one_name
 from ..kv_cache.cache import SkipCache
-from ..kv_cache.foreign import own_cache
-from ..kv_cache.names import CACHE_NAMES, output_fields, under_one_name
 from ..utils.torch_internals import is_transformed
 from ..utils.transformers_types import ModelConfig
 from .check_model import refuse_outputs

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from ..kv_cache.argument_names import output_fields
 from ..kv_cache.cache import SkipCache
-from ..kv_cache.names import output_fields
 from ..utils.transformers_internals import next_kwargs, pad_token, prefill
 from ..utils.transformers_types import DecodingCall, GenerationConfigLike, Output, Streamer
 

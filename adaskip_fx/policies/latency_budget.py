@@ -20,7 +20,7 @@ import numpy.typing as npt
 from adaskip_fx.latency.knapsack import choose
 from adaskip_fx.latency.table import LatencyTable
 from adaskip_fx.latency.terms import Weights, surrogate_term, weights_of
-from adaskip_fx.plans.composition import compose_surrogates
+from adaskip_fx.plans.compose_surrogates import compose_surrogates
 from adaskip_fx.plans.skip_plan import Phase, SkipPlan, Sublayer
 from adaskip_fx.policies.adaskip import AdaSkip
 

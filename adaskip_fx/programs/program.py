@@ -8,94 +8,25 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from adaskip_passes import Probe, Replacement, Skip, fuse, link, run_passes
-from adaskip_passes.infra.pass_base import Pass
+from adaskip_passes import fuse, link
 from adaskip_passes.partition.outer import sublayer_calls
 from adaskip_passes.transforms.probe import VALID
-from adaskip_passes.transforms.residue import Keep
 from adaskip_passes.transforms.skip import surrogate_inputs
 
 from ..capture.phase_graph import CapturedPhase
-from ..plans.composition import ComposedSurrogate, SurrogateTensors, compose_surrogates
-from ..plans.skip_plan import Action, Phase, SkipPlan, Sublayer
+from ..plans.compose_surrogates import SurrogateTensors, compose_surrogates
+from ..plans.skip_plan import SkipPlan
+from ..plans.sublayer import Sublayer
 from .instruments import Instrument
+from .rewrite import plan_phase, rewrite, surrogate_tensors
 
 Link = Literal["pieces", "fused"]
-
-
-def plan_phase(graph_phase: str) -> Phase:
-    """The phase of a plan that a captured phase runs."""
-    return "decode" if graph_phase == "decode" else "prefill"
-
-
-def rewrite(
-    outer: fx.GraphModule,
-    sublayers: tuple[Sublayer, ...],
-    plan: SkipPlan,
-    phase: Phase,
-    probed: tuple[Sublayer, ...] = (),
-    *,
-    keep: Keep = "nothing",
-    probe_together: bool = False,
-    first: Sequence[Pass] = (),
-    surrogates: Mapping[Sublayer, ComposedSurrogate] | None = None,
-) -> fx.GraphModule:
-    """An outer graph under one phase of a plan.
-
-    Args:
-        outer: as captured; it is not changed.
-        sublayers: what its calls are, in stream order.
-        plan, phase: what to skip.
-        probed: sublayers to measure.
-        keep: which effects of a skipped sublayer stay; see `adaskip_passes.Replacement`.
-        probe_together: see `adaskip_passes.Probe`.
-        first: passes that run before the others.
-        surrogates: what is put in for sublayers that do not run; by `compose_surrogates` if None.
-    """
-    put_in = compose_surrogates(plan, phase) if surrogates is None else surrogates
-    position = {s: i for i, s in enumerate(sublayers)}
-    replacements = {}
-    for sublayer in sublayers:
-        action = plan.action(phase, sublayer)
-        if action is not Action.RUN:
-            composed = put_in.get(sublayer)
-            replacements[position[sublayer]] = Replacement(
-                keep="everything" if action is Action.KV_ONLY else keep,
-                surrogate=composed.kind if composed is not None else None,
-                rank=composed.rank if composed is not None else 0,
-            )
-    probe = Probe(tuple(sorted(position[s] for s in probed)), probe_together)
-    return run_passes(outer, (*first, Skip(replacements), probe))
-
-
-def surrogate_tensors(
-    outer: fx.GraphModule,
-    sublayers: tuple[Sublayer, ...],
-    surrogates: Mapping[Sublayer, ComposedSurrogate],
-    placed: SurrogateTensors,
-) -> dict[str, torch.Tensor]:
-    """The tensors of surrogates that a rewritten graph takes, by input name.
-
-    PlanError where one does not fit the model.
-    """
-    inputs: dict[int, dict[str, str]] = {}
-    for name, (index, tensor) in surrogate_inputs(outer.graph).items():
-        inputs.setdefault(index, {})[tensor] = name
-    nodes = outer.graph.find_nodes(op="placeholder")
-    examples = {n.name: n.meta.get("example_value") for n in nodes}
-    found = {}
-    for index, names in inputs.items():
-        like = {tensor: examples[name] for tensor, name in names.items()}
-        sublayer = sublayers[index]
-        tensors = placed.get(sublayer, surrogates[sublayer], like)
-        found.update({name: tensors[tensor] for tensor, name in names.items()})
-    return found
 
 
 class Program:
@@ -199,9 +130,12 @@ class Program:
         valid: torch.Tensor | None,
         surrogates: tuple[torch.Tensor, ...] | None = None,
     ) -> tuple[Any, ...]:
-        """Return all that the graph returns; other arguments are those of a call.
+        """Return all that the graph returns.
 
         Args:
+            arguments: Those of the captured function, by name.
+            weights: What ``captured.weights`` gave at the beginning of the request.
+            valid: Which new tokens count for the statistics, bool [B, T].
             surrogates: Other tensors in the place of `self.surrogates`, in the same order.
         """
         tensors = self._tensors if surrogates is None else surrogates

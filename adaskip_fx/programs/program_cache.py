@@ -26,11 +26,12 @@ from ..capture.state import Since, State
 from ..capture.states import States
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..kv_cache.views import StaticCacheView
-from ..plans.composition import SurrogateTensors
+from ..plans.compose_surrogates import SurrogateTensors
 from ..plans.skip_plan import Action, SkipPlan
 from ..plans.sublayer import Sublayer
 from .instruments import Instrument
-from .program import Link, Program, plan_phase
+from .program import Link, Program
+from .rewrite import plan_phase
 from .structure import ModelStructure, piece_keys
 from .variants import Counters, VariantCache
 

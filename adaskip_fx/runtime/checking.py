@@ -24,8 +24,8 @@ from ..capture.arguments import step_inputs
 from ..capture.check_graph import relative_error, tolerance
 from ..capture.layer_memory import new_cache
 from ..capture.state import State
+from ..kv_cache.argument_names import cache_argument
 from ..kv_cache.cache import SkipCache
-from ..kv_cache.names import cache_argument
 from ..plans.skip_plan import Action, Phase, SkipPlan
 from ..utils.transformers_internals import attention_name
 from .inputs import Inputs

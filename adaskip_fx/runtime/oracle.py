@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaskip_fx.kv_cache.names import CACHE_NAMES
+from adaskip_fx.kv_cache.argument_names import CACHE_NAMES
 from adaskip_fx.plans.surrogate import EPS, Surrogate
 from adaskip_fx.utils.torch_internals import as_subclass
 

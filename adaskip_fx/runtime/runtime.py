@@ -14,20 +14,21 @@ import torch
 
 from ..capture.reference import ReferenceRun
 from ..kv_cache import saved
+from ..kv_cache.argument_names import cache_argument, generate_argument
 from ..kv_cache.cache import SkipCache
-from ..kv_cache.names import cache_argument, generate_argument
 from ..plans.decisions import Decision, PlanChooser
 from ..plans.skip_plan import SkipPlan
 from ..programs.instruments import Instrument
-from ..programs.program import Link, Program, plan_phase
+from ..programs.program import Link, Program
 from ..programs.program_cache import Graphs
+from ..programs.rewrite import plan_phase
 from ..programs.variants import Counters
 from . import turns
 from .checking import Checker, checks
 from .inputs import Inputs
 from .request import Request
 from .step import Runner
-from .validate import validate_decision
+from .validate_decision import validate_decision
 from .warmup import warm_up
 from .window import Learner
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from adaskip_fx.plans.serialization import load_decision
+from adaskip_fx.plans.decision_files import load_decision
 from adaskip_fx.plans.skip_plan import SkipPlan
 
 from .choices import Choice, chosen_policies, left_out, plans_in

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import adaskip_fx
+from adaskip_fx.plans.decision_files import save_decision
 from adaskip_fx.plans.decisions import Schedule
-from adaskip_fx.plans.serialization import save_decision
 from adaskip_fx.policies import AdaSkip
 from tests.support.command_line import SUBLAYERS, refused, run
 

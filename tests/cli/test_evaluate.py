@@ -10,8 +10,8 @@ import pytest
 from adaskip_fx.calibration.calibrate import calibrate
 from adaskip_fx.evaluation.task_options import tasks_of
 from adaskip_fx.evaluation.tasks import Passkey, Perplexity, Trec
+from adaskip_fx.plans.decision_files import save_decision
 from adaskip_fx.plans.decisions import Schedule
-from adaskip_fx.plans.serialization import save_decision
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from tests.support.command_line import misused, refused, run

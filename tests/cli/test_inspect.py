@@ -7,8 +7,8 @@ from pathlib import Path
 
 import adaskip_fx
 from adaskip_fx.cli.graph_text import excerpt
+from adaskip_fx.plans.decision_files import save_decision
 from adaskip_fx.plans.decisions import Schedule
-from adaskip_fx.plans.serialization import save_decision
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.policies import AdaSkip
 from tests.support.command_line import SUBLAYERS, misused, refused, run

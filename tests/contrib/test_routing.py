@@ -11,14 +11,7 @@ import pytest
 import torch
 
 import adaskip_fx
-from adaskip_fx.contrib.routing import (
-    Choice,
-    Option,
-    Route,
-    Router,
-    learn_routes,
-    mean_embedding,
-)
+from adaskip_fx.contrib.routing import Choice, Option, Route, Router, learn_routes, mean_embedding
 from adaskip_fx.plans.skip_plan import PlanError, SkipPlan
 from adaskip_fx.policies import AdaSkip, LLMDrop
 from adaskip_fx.profiles.profile import Profile

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
-from adaskip_fx.programs.program import rewrite
+from adaskip_fx.programs.rewrite import rewrite
 from adaskip_fx.runtime.similarity import measure_prompt
 from adaskip_fx.testing import plans
 from adaskip_passes import Replacement, Skip, fuse, run_passes

@@ -16,7 +16,7 @@ _ROOT = DOCUMENT.parents[1]
 _CALLED = (
     *("model/compiled_model", "model/generation", "capture/states"),
     *("runtime/runtime", "runtime/step", "runtime/inputs"),
-    *("kv_cache/cache", "kv_cache/layers", "kv_cache/foreign", "kv_cache/saved"),
+    *("kv_cache/cache", "kv_cache/layers", "kv_cache/adopt_cache", "kv_cache/saved"),
 )
 _REFUSALS = (
     *("UnsupportedError", "ChangedError", "SavedCacheError"),

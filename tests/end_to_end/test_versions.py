@@ -24,7 +24,7 @@ from adaskip_fx.api import build
 from adaskip_fx.capture.reference import run_reference
 from adaskip_fx.evaluation.examples import Generate
 from adaskip_fx.evaluation.scoring import generated, stepped_logits
-from adaskip_fx.kv_cache import names
+from adaskip_fx.kv_cache import argument_names
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.measurement.timer import EagerTimer, StepTimer
 from adaskip_fx.model.handle import runtime_of
@@ -141,7 +141,7 @@ def test_layers_are_linear_as_in_transformers_own_cache(family: str) -> None:
         output = model(input_ids=torch.arange(5).unsqueeze(0), use_cache=True)
     specs = run_reference(model).specs
     cache = SkipCache(_Nobody(), specs, specs, torch.float32, torch.device("cpu"))
-    linear = names.cache_of(output).is_linear
+    linear = argument_names.cache_of(output).is_linear
     assert cache.is_linear == linear
     assert any(linear) == (family in ("mamba", "bamba"))
 
@@ -229,7 +229,7 @@ def test_a_forward_of_ones_own_that_kept_the_old_name() -> None:
     said = torch.cat((first.sequences, ids[:, 3:6]), 1)
     second = fast.generate(said[:, 11:], **{NAME: cache}, **options)
     assert torch.equal(second.sequences, greedy(model, said, 3)[:, 11:])
-    assert names.cache_of(first) is names.cache_of(second) is cache
+    assert argument_names.cache_of(first) is argument_names.cache_of(second) is cache
     assert cache.get_seq_length() == 17
 
 
@@ -241,16 +241,16 @@ def test_the_name_of_a_forward(name: str) -> None:
     scope: dict[str, Any] = {}
     exec(f"def forward(self, input_ids, {name}=None, **kwargs): pass", scope)
     forward = scope["forward"]
-    assert names.cache_argument(forward) == name
-    assert names.generate_argument(forward) == ("cache" if RENAMED else name)
+    assert argument_names.cache_argument(forward) == name
+    assert argument_names.generate_argument(forward) == ("cache" if RENAMED else name)
 
 
 def test_outputs_are_made_and_read_by_their_own_name(nothing_old: None) -> None:
     held = DynamicCache()
-    output = CausalLMOutputWithPast(**names.output_fields(CausalLMOutputWithPast, held))
-    assert names.cache_of(output) is held
+    output = CausalLMOutputWithPast(**argument_names.output_fields(CausalLMOutputWithPast, held))
+    assert argument_names.cache_of(output) is held
     assert list(output) == [NAME]
-    assert names.cache_of(CausalLMOutputWithPast()) is None
+    assert argument_names.cache_of(CausalLMOutputWithPast()) is None
 
 
 # Profiles --------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from adaskip_fx.latency.terms import Costs, TableError, low_rank_term, rank_of
 from adaskip_fx.measurement.measure import measure, plans_to_time, sublayer_classes
 from adaskip_fx.measurement.rank_ladder import rank_ladder, ranks_to_time
 from adaskip_fx.model.handle import runtime_of
-from adaskip_fx.plans.composition import compose_surrogates
+from adaskip_fx.plans.compose_surrogates import compose_surrogates
 from adaskip_fx.plans.skip_plan import Phase, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogate import Surrogate

@@ -15,7 +15,7 @@ from torch import nn
 
 from adaskip_fx import SkipPlan
 from adaskip_fx.api import build
-from adaskip_fx.kv_cache.names import cache_argument
+from adaskip_fx.kv_cache.argument_names import cache_argument
 from adaskip_fx.model.handle import runtime_of
 from tests.machine import edits
 from tests.machine.edits import Edit, Values

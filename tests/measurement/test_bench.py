@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaskip_fx.kv_cache.names import cache_of
+from adaskip_fx.kv_cache.argument_names import cache_of
 from adaskip_fx.measurement import timer
 from adaskip_fx.measurement.bench import StepTimes, time_steps
 from adaskip_fx.measurement.environment import environment

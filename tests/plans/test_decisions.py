@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from adaskip_fx.contrib.routing import Choice, Option
 from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.plans.decision_files import load_decision, save_decision
 from adaskip_fx.plans.decisions import Decision, PlanSet, Schedule, map_plans
 from adaskip_fx.plans.phase_split import decode_only, prefill_only
-from adaskip_fx.plans.serialization import load_decision, save_decision
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Surrogate, Surrogates
 from adaskip_fx.runtime.report import runtime_report

@@ -780,6 +780,6 @@ def test_a_plan_is_imported_without_torch() -> None:
             check=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         ).stdout.strip()
-        for module in ("adaskip_fx.plans.skip_plan", "adaskip_fx.plans.composition")
+        for module in ("adaskip_fx.plans.skip_plan", "adaskip_fx.plans.compose_surrogates")
     ]
     assert printed == ["False", "True"]

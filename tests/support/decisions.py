@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from adaskip_fx.plans.decisions import (
-    Decision,
-)
+from adaskip_fx.plans.decisions import Decision
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from tests.support.compiled_llamas import (
     Entry,

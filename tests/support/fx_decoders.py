@@ -17,13 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from adaskip_passes import (
-    PieceCompiler,
-    canonicalize,
-    capture,
-    find_sublayers,
-    outline,
-)
+from adaskip_passes import PieceCompiler, canonicalize, capture, find_sublayers, outline
 from adaskip_passes.analysis.residual_branches import ResidualBranch
 from adaskip_passes.tracing.capture import Capture
 

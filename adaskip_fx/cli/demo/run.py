@@ -115,10 +115,7 @@ def run_demo(
     with steps.step("calibrate") as advance:
         profile = calibrate(model, tokenizer, texts.calibration, _CALIBRATION[1], progress=advance)
     with steps.step("fit linear maps"):
-        fitter = Fitter(model, tokenizer, texts.calibration, max_length=_CALIBRATION[1])
-        fitted = fitter.fit_independently(
-            AdaSkip().plan(profile, alpha), SurrogateSpec("normalized")
-        )
+        fitted = _fit(model, tokenizer, texts, AdaSkip().plan(profile, alpha))
     models = {"as_is": model}
     for key, plan in (("skipped", None), ("fitted", fitted)):
         with steps.step(f"compile: {key}"):
@@ -150,6 +147,11 @@ def run_demo(
         link_seconds=links,
         pieces_for_new_plans=pieces,
     )
+
+
+def _fit(model: Any, tokenizer: Any, texts: Texts, plan: SkipPlan) -> SkipPlan:
+    fitter = Fitter(model, tokenizer, texts.calibration, max_length=_CALIBRATION[1])
+    return fitter.fit_independently(plan, SurrogateSpec("normalized"))
 
 
 def _texts(tokenizer: Any) -> Texts:

@@ -23,8 +23,8 @@ from lm_eval.models.huggingface import HFLM
 from adaskip_fx.api import compile
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.model.load import usable_backend
+from adaskip_fx.plans.decision_files import load_decision
 from adaskip_fx.plans.decisions import Decision
-from adaskip_fx.plans.serialization import load_decision
 
 from ..execution_check import Watch, watched
 from ..result import decision_json

@@ -12,15 +12,7 @@ import torch
 from torch import Tensor, fx
 
 import adaskip_passes
-from adaskip_passes import (
-    Probe,
-    Replacement,
-    Skip,
-    Tap,
-    UnsupportedError,
-    link,
-    run_passes,
-)
+from adaskip_passes import Probe, Replacement, Skip, Tap, UnsupportedError, link, run_passes
 from adaskip_passes.infra import pass_manager as pipeline_module
 from adaskip_passes.infra.graph_module import text
 from adaskip_passes.infra.pass_base import Pass, PassResult

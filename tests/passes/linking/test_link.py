@@ -15,15 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from adaskip_passes import (
-    PieceCompiler,
-    Probe,
-    Replacement,
-    Skip,
-    fuse,
-    link,
-    run_passes,
-)
+from adaskip_passes import PieceCompiler, Probe, Replacement, Skip, fuse, link, run_passes
 from adaskip_passes.partition.outer import Piece, piece_of
 from adaskip_passes.transforms.probe import VALID
 from tests.support.fx_decoders import (

@@ -9,14 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from adaskip_passes import (
-    Replacement,
-    Skip,
-    UnsupportedError,
-    find_sublayers,
-    link,
-    run_passes,
-)
+from adaskip_passes import Replacement, Skip, UnsupportedError, find_sublayers, link, run_passes
 from adaskip_passes.normalize.upcast import Upcast
 from tests.support.fx_decoders import (
     Block,

@@ -12,15 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from adaskip_passes import (
-    Probe,
-    Replacement,
-    Skip,
-    UnsupportedError,
-    fuse,
-    link,
-    run_passes,
-)
+from adaskip_passes import Probe, Replacement, Skip, UnsupportedError, fuse, link, run_passes
 from adaskip_passes.infra.graph_module import text
 from adaskip_passes.partition.outer import piece_of
 from adaskip_passes.transforms.probe import PROBE_STATS, VALID, measure_together, probe_piece

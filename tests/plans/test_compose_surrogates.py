@@ -11,7 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaskip_fx.plans.composition import ComposedSurrogate, SurrogateTensors, compose_surrogates
+from adaskip_fx.plans.compose_surrogates import (
+    ComposedSurrogate,
+    SurrogateTensors,
+    compose_surrogates,
+)
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogate import SHAPES, Surrogate

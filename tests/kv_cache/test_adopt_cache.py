@@ -13,7 +13,7 @@ import transformers
 from transformers import DynamicCache
 
 from adaskip_fx.contrib.routing import Choice, Option
-from adaskip_fx.kv_cache import foreign
+from adaskip_fx.kv_cache import adopt_cache
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.model.handle import runtime_of
 from tests.support.compiled_llamas import Entry, entry
@@ -158,7 +158,7 @@ def test_a_filled_one_that_is_not_taken_in_shows(
         ours.reserve(held.batch, held.tokens)
         ours.advance(held.tokens)
 
-    monkeypatch.setattr(foreign, "_fill", only_length)
+    monkeypatch.setattr(adopt_cache, "_fill", only_length)
     with pytest.raises(AssertionError, match="relative error"):
         test_a_filled_one_is_taken_in(bank, "with config")
 
