@@ -92,8 +92,9 @@ class Pair:
             self.theirs = self.bank.reference_cache()
         elif name == "crop":  # at least two tokens stay, or none: one is a graph of its own
             forgotten = given if self.length - given >= 2 else self.length + 1
-            for cache in (self.mine, self.theirs):
-                cache.crop(-forgotten)
+            self.mine.crop(-forgotten)
+            if self.length:  # (transformers 5.17 cannot crop an empty one)
+                self.theirs.crop(-forgotten)
         elif name == "repeat":
             times = given if self.rows == 1 and self.length else 1
             for cache in (self.mine, self.theirs):
