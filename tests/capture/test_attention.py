@@ -65,7 +65,7 @@ def compare(model: Any, reference: Any, static_cache: bool, batch: int = 1) -> N
 
 
 @pytest.mark.parametrize(
-    "family", ["gemma2", pytest.param("gemma3", marks=pytest.mark.slow), "mistral"]
+    "family", ["gemma2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gemma3", "mistral"))]
 )
 @pytest.mark.parametrize("static_cache", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_windows_and_soft_caps(family: str, static_cache: bool) -> None:

@@ -89,7 +89,7 @@ def check(family: str, phase: str) -> CapturedPhase:
 @pytest.mark.parametrize("phase", ["prefill", slow("static cache")])
 @pytest.mark.parametrize(
     "family",
-    [name if name in ("llama", "sinks", "learned positions") else slow(name) for name in FAMILIES],
+    [name if name in ("llama", "learned positions") else slow(name) for name in FAMILIES],
 )
 def test_the_graph_of_a_family(family: str, phase: str) -> None:
     check(family, phase)

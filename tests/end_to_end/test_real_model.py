@@ -87,6 +87,7 @@ def test_measured_similarities_are_those_of_the_plain_model(
         np.testing.assert_allclose(profile.similarity(), np.roll(similarity, 1), atol=2e-5)
 
 
+@pytest.mark.slow  # to read the file alone takes 20 seconds
 def test_compile_and_generate(real: tuple[Any, Any], profile: Profile) -> None:
     """alpha 1.2 skips 10 of 60; the tokens, online plan included, are the eager oracle's."""
     model, tokenizer = real

@@ -101,6 +101,7 @@ def test_both_kinds_of_requests(own: Any) -> None:
     assert about["ran"]["decode"]["skipped_fraction"] == 0.5
 
 
+@pytest.mark.slow
 def test_likelihoods_under_a_plan_for_decoding_are_refused() -> None:
     """By kind of request, whatever the others of the same evaluation do."""
     model = adaskip(SkipPlan.of(SUBLAYERS, [], decode_extra=["1.ffn"]))

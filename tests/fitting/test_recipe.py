@@ -93,6 +93,7 @@ def test_too_few_texts_are_refused(model: Any, profile: Profile) -> None:
         adaskip_fx.fit(model, Letters(), {"one": TEXTS["words"][:1]}, profile, 1.5, QUICK)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_takes_the_plan(
     model: Any, profile: Profile, plan: SkipPlan, tmp_path: Path
 ) -> None:
@@ -153,6 +154,7 @@ def test_a_model_writes_what_it_would_sample(model: Any) -> None:
         write_texts(runtime, Letters(), 0, 24)
 
 
+@pytest.mark.slow
 def test_rows_of_one_batch_begin_in_their_own_ways(model: Any) -> None:
     runtime = runtime_of(build(model, None, backend="eager"))
     texts = [text_of(t) for t in write_texts(runtime, Letters(), 24, 40, batch_size=24, seed=1)]

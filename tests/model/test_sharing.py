@@ -140,7 +140,7 @@ def test_a_replaced_parameter_is_used_by_the_next_request(pair: tuple[Any, Any])
     assert_close(run(compiled), before, 1e-5)
 
 
-@pytest.mark.parametrize("second", [3, 1])
+@pytest.mark.parametrize("second", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_parameter_replaced_in_mid_request_is_refused_by_the_next_prompt(second: int) -> None:
     """A chunk or the next turn: what is stored was computed with another one. Decoding goes on."""
     model = make_model("one_layer")
