@@ -35,6 +35,7 @@ WORKLOADS = {
     "cold": "cold",
     "budget": "budget",
     "states": "states",
+    "imports": "imports",
 }
 RESULTS = Path(__file__).parent / "results"
 

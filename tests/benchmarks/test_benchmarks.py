@@ -242,7 +242,7 @@ def _more(value: float) -> float:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(1, marks=pytest.mark.slow), 2],
+    params=[pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)],
     ids=["batch1", "batch2"],
 )
 def measured_speed(request: pytest.FixtureRequest) -> Document:
@@ -335,7 +335,7 @@ MEASURE: dict[str, Callable[[], Document]] = {
     "states": lambda: states.measure(repeats=3),
 }
 #: Measured in `make test`, besides those that the command line runs below.
-OFTEN = {"window", "states"}
+OFTEN: set[str] = set()
 
 
 CHECKS: dict[str, Callable[[Document], set[str]]] = {
@@ -534,7 +534,7 @@ def test_unknown_workload_is_refused_before_anything_runs(
 def test_every_workload_has_its_module() -> None:
     assert list(WORKLOADS) == [
         *("link", "speed", "speed_batch8", "plans", "window", "generate"),
-        *("peers", "peers_whole_graph", "cold", "budget", "states"),
+        *("peers", "peers_whole_graph", "cold", "budget", "states", "imports"),
     ]
     for module in WORKLOADS.values():
         assert (RESULTS.parent / f"{module}.py").is_file()

@@ -180,6 +180,7 @@ def test_streams_under_a_plan(subject: Subject) -> None:
     )
 
 
+@pytest.mark.slow
 def test_costs_of_prompts(subject: Subject) -> None:
     windows = subject.windows(subject.texts[1], "second")
     empty, plan = SkipPlan.empty(subject.runtime.sublayers), scaled(subject, "1.attention", "2.ffn")
@@ -206,6 +207,7 @@ def test_costs_of_prompts(subject: Subject) -> None:
     assert found["agreement"] == agreed / tokens
 
 
+@pytest.mark.slow
 def test_decoding_costs_what_the_same_prompt_does(subject: Subject) -> None:
     """The plan skips the same in both phases, so token by token the logits are the prompt's."""
     (ids, *_) = subject.windows(subject.texts[0], "second")
@@ -340,7 +342,8 @@ def planted(parallel: bool) -> Subject:
     return subject_of("planted", model, None, [text("one", 1)], options, timed=False)
 
 
-@pytest.mark.parametrize("parallel", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [True, False])
 def test_planted_errors_add_up(parallel: bool) -> None:
     """In one direction to their sum, in unrelated ones to the root of the sum of squares."""
     made = planted(parallel)
@@ -401,6 +404,7 @@ def test_a_window_against_the_rest_by_hand() -> None:
     assert decoded.top(late, 2) == {probed[1], probed[2]}
 
 
+@pytest.mark.slow
 def test_what_the_window_says_is_what_the_policy_learns(subject: Subject) -> None:
     """A request of its own with the real window, on the same sampled tokens."""
     profile = subject.profile(subject.texts[0])
@@ -422,6 +426,7 @@ def test_what_the_window_says_is_what_the_policy_learns(subject: Subject) -> Non
     assert subject.runtime.policy is None
 
 
+@pytest.mark.slow
 def test_windows_of_all_texts(subject: Subject, tmp_path: Path) -> None:
     result = window.windows(subject, (2, 4), 3)
     assert [(r["text"], r["window"]) for r in result["rows"]] == [
@@ -436,6 +441,7 @@ def test_windows_of_all_texts(subject: Subject, tmp_path: Path) -> None:
 # Policies against speed ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_candidates_are_published_then_ours(subject: Subject) -> None:
     refused: list[dict[str, Any]] = []
     unified = next(p for p in choices.POLICIES if p.name == "UnifiedSkip")
@@ -449,6 +455,7 @@ def test_candidates_are_published_then_ours(subject: Subject) -> None:
     assert shown == [("scale", True), ("none", False), ("linear", False)] * 2
 
 
+@pytest.mark.slow
 def test_pareto_points(subject: Subject, tmp_path: Path) -> None:
     result = pareto.pareto(subject, choices.POLICIES[:1])
     for point in result["points"]:
@@ -460,6 +467,7 @@ def test_pareto_points(subject: Subject, tmp_path: Path) -> None:
     assert pareto.summary(result).count("\n") == 5
 
 
+@pytest.mark.slow
 def test_a_schedule_is_shown_at_its_ends(subject: Subject) -> None:
     """Anything that has plans and a digest may stand in for one plan."""
     ends = [SkipPlan.empty(_six()), SkipPlan.of(_six(), [], decode_extra=["1.ffn", "2.ffn"])]
@@ -470,6 +478,7 @@ def test_a_schedule_is_shown_at_its_ends(subject: Subject) -> None:
     assert [p["name"] for p in pareto.named_plans(about, plan)] == ["S, 2 at first", "S, 2 at last"]
 
 
+@pytest.mark.slow
 def test_speedups_are_ratios_of_medians(subject: Subject) -> None:
     full, fast = timing.Times([1.0, 2.0, 9.0], [0.4]), timing.Times([1.0, 0.5, 1.5], [0.1])
     assert fast.speedup(full) == {"prefill": 2.0, "decode": 4.0}
@@ -502,6 +511,7 @@ def test_unknown_names() -> None:
         choices.chosen_policies(("Magic",))
 
 
+@pytest.mark.slow
 def test_a_linear_fit_leaves_less_than_a_scale(subject: Subject) -> None:
     """On the very windows that it was fitted on."""
     learned, skip = subject.texts[0], [Sublayer.parse("2.ffn")]
@@ -579,6 +589,7 @@ def test_rouge_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 SMALL = families.Size(layers=2, hidden=16, heads=2, steps=40, batch=4, context=32)
 
 
+@pytest.mark.slow
 def test_training_learns_and_is_the_same_again() -> None:
     content = torch.tensor([list(b"abcdefgh" * 100)]).flatten()
     config, learned = families._configs(SMALL)["qwen3"], Text("t", "", content)
@@ -622,6 +633,7 @@ def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["run", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
+@pytest.mark.slow
 def test_a_study_from_the_command_line(tmp_path: Path) -> None:
     model = save(tmp_path / "model")
     (tmp_path / "texts").mkdir()
@@ -698,6 +710,7 @@ def test_every_policy_gives_points(tmp_path: Path) -> None:
     assert draws(pareto.PICTURES, result, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_saved_plan_is_a_point_too(subject: Subject, tmp_path: Path) -> None:
     plan = scaled(subject, "1.ffn")
     plan.save(tmp_path / "plan.json")
