@@ -351,6 +351,7 @@ def test_a_prompt_of_one_token_is_a_prompt(model: LlamaForCausalLM) -> None:
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_made_anew_in_every_step_is_refused(model: LlamaForCausalLM) -> None:
     fast = compiled(model, plan=stepped())
     cache = DynamicCache(config=model.config)

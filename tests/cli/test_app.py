@@ -88,6 +88,7 @@ def test_help_imports_nothing_that_takes_long(arguments: tuple[str, ...]) -> Non
     assert imported(*arguments) == set()
 
 
+@pytest.mark.slow
 def test_an_import_that_takes_long_would_be_seen() -> None:
     """The companion: a command that runs does import torch."""
     assert "torch" in imported("doctor", "--device", "cpu")

@@ -56,6 +56,7 @@ def test_eval_prints_a_table_and_writes_a_file(folder: Path, tmp_path: Path) -> 
     assert result.stderr.endswith(f"saved to {out}\n")
 
 
+@pytest.mark.slow
 def test_eval_of_a_schedule(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     plans = (SkipPlan.empty(SUBLAYERS), SkipPlan.of(SUBLAYERS, [], decode_extra=["0.ffn"]))
@@ -97,6 +98,7 @@ def test_eval_as_json(folder: Path, tmp_path: Path) -> None:
     assert {"device", "processor", "threads", "cores", "python", "torch"} <= set(said["conditions"])
 
 
+@pytest.mark.slow
 def test_eval_with_a_profile(folder: Path, tmp_path: Path) -> None:
     learned, out = tmp_path / "learned", tmp_path / "out.json"
     profile = calibrate(tiny_llama(), tokenizer(), ["a text to learn from, and more of it"])

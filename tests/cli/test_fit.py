@@ -85,6 +85,7 @@ def test_fit_as_json(folder: Path, profile: Path, tmp_path: Path) -> None:
     assert said == SkipPlan.load(out).to_json()
 
 
+@pytest.mark.slow
 def test_without_texts_or_a_search(folder: Path, profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     quick = ("--max-length", 128, "--samples", 3, "--own", 0, "--steps", 0, "--no-search")

@@ -63,6 +63,7 @@ def test_generate_reads_a_file_or_standard_input(
     assert len(seen) == 2
 
 
+@pytest.mark.slow
 def test_generate_as_json(folder: Path, profile: Path) -> None:
     start = ("generate", folder, profile, "A prompt", "--backend", "eager", "--alpha", 1.5)
     told = run(*start, "--max-new-tokens", 4)

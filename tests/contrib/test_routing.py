@@ -127,7 +127,7 @@ def choice_of(bank: Entry, *prompts: torch.Tensor) -> Choice:
     return Choice(tuple(Option(n, SkipPlan.of(SUBLAYERS, s), c) for n, s, c in options))
 
 
-@pytest.mark.parametrize("bank", [entry, fixed])
+@pytest.mark.parametrize("bank", [entry, pytest.param(fixed, marks=pytest.mark.slow)])
 def test_a_request_takes_the_plan_of_its_first_prompt(bank: Any) -> None:
     model = bank(SHAPE)
     first, second = model.tokens(1, 6, 0), model.tokens(1, 6, 50)

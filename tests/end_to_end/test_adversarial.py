@@ -138,7 +138,7 @@ EXACT: dict[str, Callable[[], Any]] = {
 #: those that `make test` leaves to `make test-all`: near relatives of others
 EXACT_IN_ALL = {
     *("a hook on inputs", "adapters by peft", "one weight in two layers", "a tied head"),
-    "deep supervision",
+    *("deep supervision", "one FFN in two layers"),
 }
 
 
@@ -184,6 +184,7 @@ def test_the_unusual_is_in_the_result(case: str) -> None:
         assert not torch.allclose(logits, plain(input_ids=ids).logits, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_quantized_weights() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     model = llama(hidden_size=64, intermediate_size=64)

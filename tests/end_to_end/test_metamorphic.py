@@ -53,7 +53,7 @@ SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
 if not SOAK:
     NAMES = [n for n in NAMES if n in KINDS]
 #: Kinds of `make test`; those left out are in `test_families.py` there.
-OFTEN = ("llama", "mamba", "lfm2")
+OFTEN = ("llama", "mamba")
 TOLERANCE = 2e-5
 
 

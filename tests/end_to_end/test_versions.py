@@ -215,6 +215,7 @@ def greedy(model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
     return ids
 
 
+@pytest.mark.slow
 def test_a_forward_of_ones_own_that_kept_the_old_name() -> None:
     """5.24's ``generate`` says ``cache`` to it all the same (the eager model then forgets its own).
 

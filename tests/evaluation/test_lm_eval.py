@@ -89,6 +89,7 @@ def adaskip(plan: SkipPlan = PLAN, **options: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_both_kinds_of_requests(own: Any) -> None:
     model = adaskip()
     for kind, decoded in (("multiple_choice", 0), ("generate_until", 12)):

@@ -258,6 +258,7 @@ def fitter() -> Fitter:
     return Fitter(compiled_llamas.make_model("three_layers"), Letters(), texts, max_length=80)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [pytest.param(0.0625, marks=pytest.mark.slow), 0.125])
 def test_each_sublayer_has_a_rank_of_its_own(fitter: Fitter, share: float) -> None:
     """The smaller of what is found without a bound, in the order of the plan, and what fits."""

@@ -44,7 +44,7 @@ T = TypeVar("T")
 #: Whether there is time for captures of all states, batch sizes and surroundings.
 SOAK = settings().max_examples > 100
 #: Structures of `make test`: edits of every kind, both kinds of cache, a plan for decoding, states.
-OFTEN = ("llama", "tied llama", "qwen3, decode plan", "mamba")
+OFTEN = ("llama", "mamba")
 SEEDS = st.integers(0, 5)
 #: Tokens of a prompt: some are longer than any window, and than what positions round to.
 LENGTHS = st.sampled_from((2, 3, 5, 8, 9, 40))

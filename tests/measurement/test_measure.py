@@ -291,7 +291,9 @@ def test_what_cannot_be_skipped_is_of_no_class() -> None:
 # The clock. ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [SHAPE, "static cache", "mamba"])
+@pytest.mark.parametrize(
+    "shape", [SHAPE, "static cache", pytest.param("mamba", marks=pytest.mark.slow)]
+)
 def test_the_clock_runs_what_it_says(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens stored, plan and number of steps of each sample; no time is asserted."""
     if shape == "static cache":  # as on a GPU

@@ -225,7 +225,10 @@ def test_last_token_full_survives_its_file(tmp_path: Path) -> None:
 LONG = (6, *[1] * 8, 4, *[1] * 6)  # two turns: the schedule begins again
 
 
-@pytest.mark.parametrize(("bank", "batch"), [(entry, 1), (entry, 2), (fixed, 1)])
+@pytest.mark.parametrize(
+    ("bank", "batch"),
+    [(entry, 2), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((entry, 1), (fixed, 1)))],
+)
 def test_a_schedule_switches_as_the_oracle_does(bank: Any, batch: int) -> None:
     check(bank(SHAPE), SCHEDULE, SCHEDULE.at, LONG, batch=batch)
 
@@ -338,6 +341,7 @@ def test_prompts_of_one_token_run_in_full(bank: Any) -> None:
         check(bank(SHAPE), other, lambda step: POP, (1,))
 
 
+@pytest.mark.slow
 def test_a_mixers_state_is_written_where_only_a_phase_leaves_it_out() -> None:
     """A schedule on a model that keeps states, which cannot be taken back, warmed up as well."""
     model = tiny_model(tiny_config("jamba"))

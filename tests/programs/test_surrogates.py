@@ -66,8 +66,7 @@ def test_each_kind_in_each_dtype(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("diagonal", "linear")),
-        "low_rank",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("diagonal", "linear", "low_rank")),
         "normalized",
     ],
 )

@@ -348,6 +348,7 @@ def test_a_sliding_window_is_seen_on_whole_buffers() -> None:
             assert_close(logits, expected, 1e-5, f"step {step}")
 
 
+@pytest.mark.slow
 def test_kept_buffers_are_not_used_for_another_dtype() -> None:
     """The next request after a model has moved needs buffers of its own."""
     model = tiny_model(tiny_config("llama"))

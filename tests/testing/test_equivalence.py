@@ -118,6 +118,7 @@ def test_without_the_defect_there_is_no_difference() -> None:
     assert_equivalent(model, scaled(model, prefill="1.ffn"), decode_steps=1)
 
 
+@pytest.mark.slow
 def test_another_dtype_and_tolerance() -> None:
     model = own()
     assert assert_equivalent(model, dtype=torch.bfloat16, decode_steps=2) < 8e-2

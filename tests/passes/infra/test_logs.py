@@ -136,6 +136,7 @@ def test_no_text_is_made_where_it_is_not_shown(
     assert made == ["made", "made"]
 
 
+@pytest.mark.slow
 def test_torch_logs_takes_the_name_of_the_package() -> None:
     """And the loggers of the passes lie below it."""
     source = (
