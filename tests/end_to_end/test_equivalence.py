@@ -220,6 +220,7 @@ def test_a_sublayer_that_runs_though_skipped_is_caught() -> None:
             assert "step 0" in failing(bank, bank.plan())
 
 
+@pytest.mark.breaks
 def test_a_dropped_kv_write_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     step_view = SkipCache.step_view
 
@@ -234,6 +235,7 @@ def test_a_dropped_kv_write_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "layer 1 values" in failing(bank, bank.plan())
 
 
+@pytest.mark.breaks
 def test_a_lost_position_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = entry("three_layers")
     with bank.using():
@@ -249,6 +251,7 @@ def _shifted(arange: Any) -> Any:
     return shifted
 
 
+@pytest.mark.breaks
 def test_a_stale_key_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that is reused for another plan gives wrong answers."""
     bank = entry("three_layers")
@@ -260,6 +263,7 @@ def test_a_stale_key_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "step 0" in failing(bank, second)
 
 
+@pytest.mark.breaks
 def test_storage_for_skipped_attention_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = entry("three_layers")
     plan = bank.plan(["1.attention"])

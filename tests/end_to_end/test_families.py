@@ -52,6 +52,7 @@ def test_versions_are_named_as_shortly_as_they_differ() -> None:
     assert f"| yes | {said} | yes |" in shown
 
 
+@pytest.mark.breaks
 def test_a_wrong_model_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: what is measured can fail."""
     right = Oracle.join

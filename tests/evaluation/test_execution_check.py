@@ -174,6 +174,7 @@ def _linking(monkeypatch: pytest.MonkeyPatch, plan: SkipPlan) -> None:
     monkeypatch.setattr(program, "rewrite", rewrite)
 
 
+@pytest.mark.breaks
 def test_programs_that_run_everything_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     subject: Compiled = compiled()
     _linking(monkeypatch, SkipPlan.empty(SUBLAYERS))
@@ -185,6 +186,7 @@ def test_programs_that_run_everything_are_refused(monkeypatch: pytest.MonkeyPatc
     _forget(subject)
 
 
+@pytest.mark.breaks
 def test_a_nearly_right_program_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     subject: Compiled = compiled()
     _linking(monkeypatch, SkipPlan.of(SUBLAYERS, ["0.ffn", "1.ffn"]))

@@ -66,6 +66,7 @@ def test_the_object_that_was_passed_is_filled(bank: Entry, kind: str, skip: list
             assert_close(step(bank.compiled, cache, ids), expected, 1e-5)
 
 
+@pytest.mark.breaks
 def test_an_object_that_stays_empty_shows(bank: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: what comes of it when ours only stands in for it."""
     monkeypatch.setattr(SkipCache, "become", lambda self, other: self)
@@ -149,6 +150,7 @@ def test_a_filled_one_in_generate(bank: Entry) -> None:
     assert torch.equal(*texts)
 
 
+@pytest.mark.breaks
 def test_a_filled_one_that_is_not_taken_in_shows(
     bank: Entry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,7 @@ def test_growth_token_by_token() -> None:
     assert cache.capacity == 512
 
 
+@pytest.mark.breaks
 def test_lost_growth_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: new storage without the old content."""
     monkeypatch.setattr(CacheBuffers, "take", lambda self, old, tokens: None)
@@ -210,6 +211,7 @@ def test_a_copy_is_a_request_of_its_own() -> None:
         assert second.stored == first.stored == (True, False)
 
 
+@pytest.mark.breaks
 def test_a_copy_that_shares_storage_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion."""
     bank = entry(SHAPE)

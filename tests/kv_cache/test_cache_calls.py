@@ -170,6 +170,7 @@ def no_rows(self: SkipCache, rows: torch.Tensor) -> None:
     pass
 
 
+@pytest.mark.breaks
 @pytest.mark.parametrize(("name", "wrong"), [("keep_first", one_less), ("keep_rows", no_rows)])
 def test_a_wrong_one_shows(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Any) -> None:
     """The companion."""

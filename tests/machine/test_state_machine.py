@@ -338,6 +338,7 @@ def _without_an_ffn(side: Side) -> Iterator[None]:
         runtime.plan = before
 
 
+@pytest.mark.breaks
 def test_a_machine_on_a_wrong_compiled_model_fails() -> None:
     class Wrong(Machine):
         def __init__(self) -> None:
@@ -395,6 +396,7 @@ def test_an_answer_where_a_refusal_is_due_is_a_difference(
         world.begin(world.pair.sides[0], 5)
 
 
+@pytest.mark.breaks
 def test_a_cache_of_another_length_is_a_difference(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,6 +407,7 @@ def test_a_cache_of_another_length_is_a_difference(
         world.crop(request, -2)
 
 
+@pytest.mark.breaks
 def test_a_hook_that_does_not_run_is_a_difference(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
