@@ -134,6 +134,7 @@ def test_the_fused_graph_equals_the_oracle(model: LlamaForCausalLM) -> None:
     assert request(model, fast, static_cache(model), PLANS[1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_wrong_factor_is_seen(model: LlamaForCausalLM) -> None:
     fast = compiled(model, plan=plan_of(["1.ffn"], factor=1.2))
     assert request(model, fast, static_cache(model), ["1.ffn"], factor=1.1) > 1e-3
@@ -206,6 +207,7 @@ def schedule() -> Schedule:
     return Schedule(((0, empty), (2, SkipPlan(SUBLAYERS, {}, late))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 9))])
 def test_a_schedule_equals_the_oracle(model: LlamaForCausalLM, after: int) -> None:
     """Two requests of two tokens in full, then two with less; other switches are other logits."""
@@ -425,6 +427,7 @@ def test_nothing_is_kept_of_what_is_gone(model: LlamaForCausalLM) -> None:
     assert len(module._models) == 1
 
 
+@pytest.mark.slow
 def test_decisions_that_need_a_request_are_refused(model: LlamaForCausalLM) -> None:
     plan = SkipPlan.empty(SUBLAYERS)
     for decision, what in (

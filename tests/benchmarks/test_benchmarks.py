@@ -292,6 +292,7 @@ def test_speed_near_miss(
     assert claim in broken_speed(wrong, models.pair()[0])
 
 
+@pytest.mark.slow
 def test_floors_of_the_tiny_model_as_numbers() -> None:
     """Written out: width 64, 4 heads of 16, 2 K/V heads, 128 in the FFN, 256 words, 8 layers."""
     attention = 64 * 64 + 2 * 64 * 32 + 64 * 64

@@ -143,6 +143,7 @@ def test_refusals() -> None:
         loss(SkipPlan.empty(BANK.sublayers[:2]))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_compiled_is() -> None:
     loss = CalibrationLoss(BANK.model, TEXTS[:1], backend="eager")
     expected = CalibrationLoss(BANK.compiled, TEXTS[:1])

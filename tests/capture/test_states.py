@@ -119,6 +119,7 @@ def test_a_hook_that_is_registered_again_is_the_same_state(pair: tuple[Any, Any]
     assert cache.get_seq_length() == 2 * IDS.shape[1]
 
 
+@pytest.mark.slow
 def test_states_that_were_used_longest_ago_are_let_go(
     pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_class_that_is_given_another_forward(
     assert_close(logits(compiled), plain, 1e-5)
 
 
+@pytest.mark.slow
 def test_weights_that_were_tied() -> None:
     model = make_model("tied").requires_grad_(False)
     compiled = build(model, None, backend="eager")
@@ -193,6 +195,7 @@ def test_effects_are_refused_before_they_happen(kept: tuple[Any, Any]) -> None:
     logits(compiled)
 
 
+@pytest.mark.slow
 def test_layers_that_are_put_back_are_known_again_with_other_code() -> None:
     """`del` gives a list of layers another dictionary, and it is given one again."""
     model = make_model("grouped").requires_grad_(False)
@@ -208,6 +211,7 @@ def test_layers_that_are_put_back_are_known_again_with_other_code() -> None:
     assert_close(logits(compiled), logits(reference), 1e-5)
 
 
+@pytest.mark.slow
 def test_fewer_layers_are_another_model() -> None:
     model = make_model("grouped").requires_grad_(False)
     compiled = build(model, None, backend="eager")
@@ -259,6 +263,7 @@ def test_a_tensor_that_is_the_compiled_models_own_is_kept(pair: tuple[Any, Any])
     assert compiled.lm_head.weight is mine
 
 
+@pytest.mark.slow
 def test_weights_that_nobody_has_any_more_are_freed(pair: tuple[Any, Any]) -> None:
     model, compiled = pair
     compiled.model.norm.variance_epsilon = 1.0  # two states
@@ -291,6 +296,7 @@ def test_python_changed_on_the_original_alone_is_refused(
     assert_close(logits(compiled), logits(model), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_change_of_both_is_one_of_the_compiled_model(pair: tuple[Any, Any]) -> None:
     model, compiled = pair
     before = logits(model)
@@ -319,6 +325,7 @@ def test_modules_that_refer_back_to_whoever_holds_them_are_compared(pair: tuple[
     assert_close(logits(pair[1]), logits(pair[0]), 1e-5)
 
 
+@pytest.mark.slow
 def test_branches_exchanged_on_both_may_have_weights_of_their_own(pair: tuple[Any, Any]) -> None:
     model, compiled = pair
     for each in (model, compiled):
@@ -409,6 +416,7 @@ def test_a_graph_that_is_needed_first_after_a_change_is_refused(pair: tuple[Any,
     assert cache.get_seq_length() == IDS.shape[1] + 1
 
 
+@pytest.mark.slow
 def test_a_cache_that_was_made_before_a_change(pair: tuple[Any, Any]) -> None:
     """A request begins with its first call, not when its cache is made."""
     model, compiled = pair
@@ -435,6 +443,7 @@ def test_threads_on_a_cold_model_capture_each_graph_once() -> None:
     assert captures(compiled) == before + 1
 
 
+@pytest.mark.slow
 def test_defaults_of_torch_are_part_of_a_graph(pair: tuple[Any, Any]) -> None:
     model, compiled = pair
     want, before = logits(model), captures(compiled)

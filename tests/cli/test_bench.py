@@ -34,6 +34,7 @@ def test_the_table(folder: Path, plan: Path) -> None:
         assert len(re.findall(r"\d m?s \(\d+\.\d\dx\)", row)) == 2
 
 
+@pytest.mark.slow
 def test_as_json(folder: Path, profile: Path) -> None:
     result = run("bench", folder, profile, "--alpha", 1.5, *QUICK, "--json")
     assert result.exit_code == 0, result.stderr
@@ -48,6 +49,7 @@ def test_as_json(folder: Path, profile: Path) -> None:
         assert time["min"] <= time["median"] <= time["max"]
 
 
+@pytest.mark.slow
 def test_without_a_plan_the_full_model_is_timed(folder: Path) -> None:
     result = run("bench", folder, *QUICK, "--json")
     assert result.exit_code == 0, result.stderr
@@ -56,6 +58,7 @@ def test_without_a_plan_the_full_model_is_timed(folder: Path) -> None:
     assert {t["contender"] for t in said["times"]} == {"nothing skipped"}
 
 
+@pytest.mark.slow
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     full = adaskip_fx.SkipPlan.empty(SUBLAYERS)
     schedule = Schedule(

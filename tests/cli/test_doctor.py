@@ -27,6 +27,7 @@ def test_a_model_that_can_be_used(folder: Path) -> None:
     assert "LlamaForCausalLM, 4 sublayers: attention 0-1, ffn 0-1" in rows[folder.name]
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot(tmp_path: Path) -> None:
     model = tiny_model(tiny_config("doge"))
     model.save_pretrained(tmp_path / "doge")

@@ -57,6 +57,7 @@ def fitted(folder: Path, profile: Path, book: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_plan_is_saved_and_can_be_run(folder: Path, profile: Path, fitted: Path) -> None:
     plan = SkipPlan.load(fitted)
     assert len(plan.skipped("prefill")) == 1
@@ -75,6 +76,7 @@ def test_the_plan_is_saved_and_can_be_run(folder: Path, profile: Path, fitted: P
     assert result.stdout == text + "\n"
 
 
+@pytest.mark.slow
 def test_fit_as_json(folder: Path, profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     quick = ("--max-length", 128, "--samples", 3, "--own", 0, "--steps", 0, "--no-search")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 import adaskip_fx
 from adaskip_fx.cli.graph_text import excerpt
 from adaskip_fx.plans.decision_files import save_decision
@@ -96,6 +98,7 @@ def test_the_outer_graph_before_and_after(plan: Path) -> None:
     assert result.stdout == f"{adaskip_fx.SkipPlan.load(plan)}\n{GRAPH}"
 
 
+@pytest.mark.slow
 def test_the_graph_of_a_model_and_of_the_wrong_model(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     adaskip_fx.SkipPlan.of(SUBLAYERS, ["1.ffn"]).save(file)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.command_line import misused, refused, run
 
 
@@ -28,6 +30,7 @@ def test_measure_writes_a_table_that_inspect_shows(folder: Path, tmp_path: Path)
     assert "edited after it was saved" in refused(run("inspect", out))
 
 
+@pytest.mark.slow
 def test_measure_times_ranks_if_asked(folder: Path, tmp_path: Path) -> None:
     options = ("--context", 32, "--rounds", 1, "--backend", "eager", "--ranks")
     result = run("measure", folder, tmp_path / "table.json", *options)
@@ -50,6 +53,7 @@ def test_measure_refuses_before_it_works(folder: Path, tmp_path: Path) -> None:
     assert not file.exists()
 
 
+@pytest.mark.slow
 def test_measure_as_json(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "table.json"
     options = ("--context", 32, "--rounds", 1, "--backend", "eager", "--json")

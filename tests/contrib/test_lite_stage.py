@@ -97,6 +97,7 @@ def test_a_compiled_model_runs_the_stage_that_is_set() -> None:
     assert fast.adaskip.new_cache().stored == (True, False, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [False, True])
 def test_generation_ends_when_confidence_falls(ahead: bool) -> None:
     """The same tokens as without, up to where the mean of three falls below the threshold."""

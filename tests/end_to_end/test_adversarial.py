@@ -138,7 +138,7 @@ EXACT: dict[str, Callable[[], Any]] = {
 #: those that `make test` leaves to `make test-all`: near relatives of others
 EXACT_IN_ALL = {
     *("a hook on inputs", "adapters by peft", "one weight in two layers", "a tied head"),
-    *("deep supervision", "one FFN in two layers"),
+    *("deep supervision", "one FFN in two layers", "a hook", "an early exit"),
 }
 
 
@@ -220,6 +220,7 @@ def test_a_branch_that_feeds_two_layers_cannot_be_skipped() -> None:
     assert str(caught.value) == message
 
 
+@pytest.mark.slow
 def test_a_layer_that_runs_twice() -> None:
     """A plan could not say which of the two is meant."""
     with pytest.raises(

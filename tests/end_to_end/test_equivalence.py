@@ -141,6 +141,7 @@ def test_positions_of_the_callers(shared: bool) -> None:
                 assert_close(bank.compiled(ids).logits, expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_logits_to_keep(keep: int) -> None:
     """More than there are tokens as well."""
@@ -235,6 +236,7 @@ def test_a_dropped_kv_write_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "layer 1 values" in failing(bank, bank.plan())
 
 
+@pytest.mark.slow
 @pytest.mark.breaks
 def test_a_lost_position_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = entry("three_layers")

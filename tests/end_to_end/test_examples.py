@@ -48,6 +48,7 @@ def test_chat(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "tokens stored" in said
 
 
+@pytest.mark.slow
 def test_own_policy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = str(folder.parent / "text.txt")
     load("own_policy").main([str(folder), text, "--alpha", "1.6", "--backend", "eager"])

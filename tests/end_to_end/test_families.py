@@ -11,9 +11,9 @@ from tests.model_support import matrix
 from tests.support.families.all import FAMILIES
 
 KNOWN = [name for name, family in FAMILIES.items() if family.known]
-#: Those of `make test`: parallel branches, experts, a mixer, refused. Further ones are
+#: Those of `make test`: experts, a mixer, refused. Further ones are
 #: in `test_metamorphic.py` and, with windows and soft caps, in `tests/capture/test_attention.py`.
-OFTEN = frozenset({"gpt_neox", "mixtral", "mamba", "xlstm"})
+OFTEN = frozenset({"mixtral", "mamba", "xlstm"})
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
 if not SOAK:
     NAMES = [n for n in NAMES if n in KINDS]
 #: Kinds of `make test`; those left out are in `test_families.py` there.
-OFTEN = ("llama", "mamba")
+OFTEN = ("llama",)
 TOLERANCE = 2e-5
 
 

@@ -277,6 +277,7 @@ def test_each_sublayer_has_a_rank_of_its_own(fitter: Fitter, share: float) -> No
     assert_equivalent(compiled_llamas.make_model("three_layers"), plan)
 
 
+@pytest.mark.slow
 def test_what_decoding_may_add_is_bounded_too(fitter: Fitter) -> None:
     none = SkipPlan.empty(SUBLAYERS)
     bound = LatencyBound(table(), 100, 0.0625)
@@ -306,6 +307,7 @@ def planted(phase: Phase, context: int, plan: SkipPlan) -> float:
     return took
 
 
+@pytest.mark.slow
 def test_planted_times_of_ranks_come_back() -> None:
     compiled = compiled_llamas.entry("four_layers").compiled  # of width 16
     measured = measure(compiled, [64], ranks=True, surrogates=(), time_step=planted)

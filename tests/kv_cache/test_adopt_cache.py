@@ -165,6 +165,7 @@ def test_a_filled_one_that_is_not_taken_in_shows(
         test_a_filled_one_is_taken_in(bank, "with config")
 
 
+@pytest.mark.slow
 def test_states_are_taken_in() -> None:
     model, compiled = hybrid()
     caches = [DynamicCache(config=model.config) for _ in range(2)]

@@ -116,12 +116,14 @@ def first_request() -> list[SkipCache]:
     return left
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_collector")
 def test_tracing_leaves_nothing_of_a_request() -> None:
     assert not first_request()
     assert not gc.isenabled()  # as it was
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_collector")
 def test_without_sweeping_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: what Dynamo leaves are cycles, which hold the frames of whoever called."""

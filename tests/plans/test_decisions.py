@@ -328,7 +328,13 @@ def test_a_copied_request_goes_on_with_the_schedule() -> None:
 POP = plan_of({}, {"1.attention": "kv_only", "2.ffn": "skip"}, last_token_full=True)
 
 
-@pytest.mark.parametrize(("bank", "keep"), [(entry, 0), (entry, 1), (entry, 3), (fixed, 1)])
+@pytest.mark.parametrize(
+    ("bank", "keep"),
+    [
+        (entry, 1),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in ((entry, 0), (entry, 3), (fixed, 1))),
+    ],
+)
 def test_the_last_token_of_a_prompt_runs_in_full(bank: Any, keep: int) -> None:
     check(bank(SHAPE), POP, lambda step: POP, (7, 1, 1, 4, 1, 2, 1), keep=keep)
 
@@ -373,6 +379,7 @@ def test_an_oracle_whose_last_token_is_like_the_others_differs() -> None:
         check(entry(SHAPE), other, lambda step: POP, (7, 1))
 
 
+@pytest.mark.slow
 def test_the_last_token_of_padded_rows() -> None:
     """Each row as it is alone; the logits that are asked for have the shape of one step's."""
     bank = entry(SHAPE)
@@ -429,6 +436,7 @@ def test_generate_on_a_cache_made_for_a_plan() -> None:
     assert torch.equal(got, expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_says_what_was_decided() -> None:
     from adaskip_fx.api import build
 

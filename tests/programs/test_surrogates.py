@@ -43,7 +43,13 @@ def _small(given: Surrogate) -> Surrogate:
     return Surrogate(given.kind, {n: t / 10 for n, t in given.tensors.items()})
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        k if k in ("scale", "normalized") else pytest.param(k, marks=pytest.mark.slow)
+        for k in SHAPES
+    ],
+)
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 )
@@ -63,6 +69,7 @@ def test_each_kind_in_each_dtype(kind: str, dtype: torch.dtype) -> None:
     assert not torch.allclose(one, two, rtol=1e-3)  # companion: the tensors matter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

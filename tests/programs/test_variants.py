@@ -188,6 +188,7 @@ def test_what_a_graph_depends_on_is_in_its_key() -> None:
     assert captures(input_ids=ids, logits_to_keep=1, attention_mask=torch.ones(1, 5)) == 0
 
 
+@pytest.mark.slow
 def test_four_models_capture_four_times() -> None:
     """Equal configurations, one process: nothing is left of the one before, no limit is hit."""
     from adaskip_fx.programs import program_cache

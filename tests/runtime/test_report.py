@@ -153,6 +153,7 @@ def test_counts(runtime: Runtime) -> None:
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_learned_under_a_plan_that_was_given(model: Any) -> None:
     plan = adaskip_fx.SkipPlan(SUBLAYERS, {SUBLAYERS[2]: "kv_only"}, {SUBLAYERS[2]: "kv_only"})  # type: ignore[dict-item]
     fast = adaskip_fx.compile(model, None, plan=plan, backend="eager")

@@ -36,6 +36,7 @@ pre_norm = model_of("pre-norm")
 PLANS = st.deferred(lambda: plans(pre_norm))  # it is compiled for the first test, not the import
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(PLANS, prompts(pre_norm, padding=False))
 def test_a_users_own_model(plan: SkipPlan, prompt: dict[str, torch.Tensor]) -> None:
@@ -59,6 +60,7 @@ def test_names_of_a_users_own_are_found(kind: str) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_model_whose_masks_are_its_own_is_not_run_at_static_cache() -> None:
     """It would attend to what is not filled; the compiled model notices before it is used."""
     model = own()
@@ -127,6 +129,7 @@ def test_another_dtype_and_tolerance() -> None:
         assert_equivalent(model, tol=-1, decode_steps=2)
 
 
+@pytest.mark.slow
 def test_weights_that_were_replaced_are_compiled_again() -> None:
     model = own()
     first = compiled_for(model)

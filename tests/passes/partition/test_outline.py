@@ -191,6 +191,7 @@ def test_two_inputs_with_one_short_name() -> None:
 # Keys ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_number_of_keys_does_not_depend_on_depth() -> None:
     """Prologue, attention, FFN, epilogue: what is compiled for one layer serves all."""
     counts = {}

@@ -157,6 +157,7 @@ def test_a_place_may_say_which_memory() -> None:
     assert (got.copied, got.why_traced) == (2, "")
 
 
+@pytest.mark.slow
 def test_arguments_by_name_and_in_containers() -> None:
     class Named(SurrogateTensors):
         def forward(self, x: Tensor, *, both: Any, **more: Any) -> Tensor:
@@ -173,6 +174,7 @@ def test_arguments_by_name_and_in_containers() -> None:
     assert (got.copied, got.why_traced) == (2, "")
 
 
+@pytest.mark.slow
 def test_a_tensor_for_each_module() -> None:
     class Gated(SurrogateTensors):
         def forward(  # type: ignore[override]
@@ -195,6 +197,7 @@ def test_a_tensor_for_each_module() -> None:
     assert (got.copied, got.why_traced) == (2, "")
 
 
+@pytest.mark.slow
 def test_a_weight_that_modules_share() -> None:
     model = Decoder(SHAPE)
     layers: Any = model.layers
@@ -474,6 +477,7 @@ def test_objects_that_nobody_named() -> None:
     assert lines(got) == lines(trace(step, **args))
 
 
+@pytest.mark.slow
 def test_another_modules_own_object() -> None:
     """Slots in the wrong order: layer 0 is called with the last one."""
 
