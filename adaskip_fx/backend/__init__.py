@@ -6,10 +6,10 @@ calls measure, decide and switch plans as :func:`adaskip_fx.compile` does, also 
 except that padding and rows that have ended count in the window like any other: the backend cannot
 see them.
 
-What is measured and decided belongs to a request, and a request is told by its cache (`_Requests`):
-several may be decoded in turn, one cache may serve one after the other, and prefill may run
-elsewhere, as where transformers' ``CompileConfig`` compiles decode alone. A prompt is a call of
-several tokens, or of one on an empty cache.
+What is measured and decided belongs to a request, and a request is told by its cache
+(`requests.Requests`): several may be decoded in turn, one cache may serve one after the other, and
+prefill may run elsewhere, as where transformers' ``CompileConfig`` compiles decode alone. A prompt
+is a call of several tokens, or of one on an empty cache.
 """
 
 from __future__ import annotations

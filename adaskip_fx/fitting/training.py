@@ -62,6 +62,8 @@ class Learned:
 class Training(Instrument):
     """Programs of prompts whose surrogates are learned, and whose logits have gradients.
 
+    It measures nothing: its requests learn nothing while decoding.
+
     Attributes:
         learned: What is learned, by sublayer; several graphs of one model have it in common.
         compiled: Whether Inductor compiles the graphs, forward and backward.
@@ -100,8 +102,8 @@ class Training(Instrument):
 
     @property
     def key(self) -> Hashable:
-        """Itself: whether it compiles makes another program."""
-        return self
+        """Whether it compiles; what is learned is handed to a program at each run."""
+        return type(self), self.compiled
 
     def link(self, program: Program, outer: fx.GraphModule) -> Callable[..., Any]:
         """Return the whole graph without its cache writes, as autograd can go through it."""

@@ -58,7 +58,8 @@ class Handle:
     def plan(self) -> Decision:
         """What requests begin with: a plan, a schedule, or a choice by the first prompt.
 
-        Setting another one links it in milliseconds; running requests keep theirs.
+        Of another one that is set, the next request links a program, in milliseconds; running
+        requests keep theirs.
 
         Raises:
             PlanError: (when set) The plan is for another model.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from adaskip_fx.plans.decisions import Decision, PlanChooser, Schedule
+from adaskip_fx.plans.decisions import Decision, PlanChooser, PlanSet, Schedule
 from adaskip_fx.plans.skip_plan import PlanError, SkipPlan
 from adaskip_fx.utils.files import JSON, check_digest, read_document, write_atomically
 
@@ -53,11 +54,10 @@ def save_decision(decision: Decision, path: str | Path) -> None:
 
 #: The kinds of folders that can be loaded.
 _KINDS: dict[str, type[Schedule | PlanChooser]] = {Schedule.kind: Schedule}
-#: What knows other kinds, for messages.
-_ELSEWHERE = {
-    "choice": "import adaskip_fx.contrib.routing first",
-    "plan per stage": "load the plan of each stage, plan-*.json in the folder, by itself",
-}
+#: The modules that register kinds of their own; they are imported where a folder needs them.
+_HOMES = {"choice": "adaskip_fx.contrib.routing"}
+#: What was saved by a version that had these kinds.
+_GONE = {"plan per stage": "load the plan of each stage, plan-*.json in the folder, by itself"}
 
 
 def register_kind(kind: type[PlanChooser]) -> None:
@@ -65,7 +65,12 @@ def register_kind(kind: type[PlanChooser]) -> None:
 
     Args:
         kind: A class with a `kind` of its own that can be made from entries.
+
+    Raises:
+        ValueError: It has no `kind` of its own.
     """
+    if kind.kind == PlanSet.kind or _KINDS.get(kind.kind, kind).__name__ != kind.__name__:
+        raise ValueError(f"{kind.__name__} needs a kind of its own, and says {kind.kind!r}")
     _KINDS[kind.kind] = kind
 
 
@@ -82,8 +87,10 @@ def load_decision(path: str | Path) -> Decision:
 def _load(folder: Path) -> Decision:
     path = folder / DOCUMENT
     data = read_document(path, SCHEMA, _KEYS, PlanError, _REDO)
+    if data["kind"] not in _KINDS and data["kind"] in _HOMES:
+        importlib.import_module(_HOMES[data["kind"]])
     if data["kind"] not in _KINDS:
-        todo = _ELSEWHERE.get(data["kind"], _REDO)
+        todo = _GONE.get(data["kind"], _REDO)
         raise PlanError(f"{path}: unknown kind {data['kind']!r}; {todo}")
     try:
         decision = _KINDS[data["kind"]].from_entries(

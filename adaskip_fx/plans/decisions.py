@@ -155,8 +155,10 @@ class Schedule(PlanSet):
 class PlanChooser(PlanSet):
     """Several plans, of which a request takes one by its first prompt and keeps it.
 
-    This is the hook for routers: whatever has these methods can be compiled (`plan=`), set
-    (``fast.adaskip.plan = ...``) and returned by a policy. `adaskip_fx.contrib.routing` has one.
+    This is the hook for routers: a subclass with `plans` and `choose` can be compiled (`plan=`),
+    set (``fast.adaskip.plan = ...``) and returned by a policy. `with_plans` makes it fit for `POP`;
+    a `kind` of its own, `to_entries`, `from_entries` and
+    `adaskip_fx.plans.decision_files.register_kind` for files. `adaskip_fx.contrib.routing` has one.
     """
 
     @abstractmethod

@@ -80,7 +80,10 @@ class ResidualRecorder(Instrument):
 
 
 class LayerProbe(Instrument):
-    """Measures whole decoder layers besides the sublayers that the full model's program probes."""
+    """Measures whole decoder layers besides the sublayers that the full model's program probes.
+
+    It is for steps that probe at least one sublayer.
+    """
 
     passes = (ProbeLayers(),)
 

@@ -90,9 +90,11 @@ class Request:
         return replace(self, chosen=chosen)
 
     def decode_with(self, plan: SkipPlan) -> None:
-        """Have decode steps of this turn run with `plan` from now on, and learn nothing from them.
+        """Have decode steps of this turn run with `plan` from now on; this request learns no more.
 
-        This is for whoever times, warms up or compares plans on one request.
+        This is for whoever times, warms up or compares plans on one request. Tokens decoded under a
+        plan that skips attention which the request stores leave holes in its K/V: crop them before
+        another plan, or another turn, reads them.
 
         Args:
             plan: It runs nothing whose K/V or state the request's own plan does not store.

@@ -193,7 +193,7 @@ class Runtime:
             stop_tokens: Ids after which a row has ended.
             plan: What the request begins with, if not `self.plan`.
             learn: Whether decoding may learn a plan of its own, as the policy says.
-            instrument: What the request's programs do besides.
+            instrument: What the request's programs do besides; such a request learns nothing.
 
         Raises:
             PlanError: The plan is for another model.
@@ -203,7 +203,9 @@ class Runtime:
         if begin is not self._valid:
             validate_decision(begin, self.graphs, type(self.model).__name__)
             self._valid = begin
-        request = Request(begin, stop_tokens, learns=learn, instrument=instrument)
+        request = Request(
+            begin, stop_tokens, learns=learn and instrument is None, instrument=instrument
+        )
         specs, kept = self.graphs.specs, self.graphs.stored(request.plan)
         cache = SkipCache(self, specs, kept, self.model.dtype, self.device, capacity)
         cache.request = request

@@ -13,6 +13,7 @@ from ..capture.graph_key import GraphPhase
 from ..capture.state import Since
 from ..kv_cache.cache import SkipCache
 from ..plans.decisions import PlanChooser
+from ..plans.skip_plan import PlanError
 from ..programs.program_cache import Graphs
 from .inputs import Inputs
 from .request import Request
@@ -65,11 +66,17 @@ def choose_plan(cache: SkipCache, inputs: Inputs, graphs: Graphs) -> Request:
     """Return the cache's request with the plan that is chosen for its first prompt.
 
     The cache stores what that plan needs from now on.
+
+    Raises:
+        PlanError: A plan was chosen that is none of the decision's, and so was never validated.
     """
     request: Request = cache.request
     if not isinstance(request.decision, PlanChooser):
         raise ValueError("this request has nothing to choose from")
     chosen = request.decision.choose(graphs.model, inputs.input_ids, inputs.attention_mask)
+    if chosen not in request.decision.plans:
+        kind, digest = request.decision.kind, chosen.digest[:8]
+        raise PlanError(f"a {kind} chose plan {digest}, which is none of its plans")
     cache.keep(graphs.stored(chosen))
     begun = request.new_request(chosen)
     begun.since = request.since

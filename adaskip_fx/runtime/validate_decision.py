@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from adaskip_passes import UnsupportedError
 
-from ..plans.decisions import Decision, plans_of
-from ..plans.skip_plan import PlanError
+from ..plans.decisions import Decision, PlanChooser, Schedule, plans_of
+from ..plans.skip_plan import PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
 from ..programs.program_cache import Graphs
 
@@ -24,6 +24,11 @@ def validate_decision(decision: Decision, graphs: Graphs, model: str) -> None:
         PlanError: other sublayers, or surrogates of another width.
         UnsupportedError: a skipped sublayer hands on more than the residual stream.
     """
+    if not isinstance(decision, SkipPlan | Schedule | PlanChooser):
+        raise TypeError(
+            "a plan is a SkipPlan, a Schedule or a subclass of PlanChooser, got "
+            f"{type(decision).__name__}"
+        )
     if decision.sublayers != graphs.sublayers:
         raise PlanError(
             f"the plan is for {_summary(decision.sublayers)}, but {model} has "

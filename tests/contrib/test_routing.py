@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,8 @@ import torch
 
 import adaskip_fx
 from adaskip_fx.contrib.routing import Choice, Option, Route, Router, learn_routes, mean_embedding
+from adaskip_fx.plans.decision_files import register_kind, save_decision
+from adaskip_fx.plans.decisions import PlanChooser
 from adaskip_fx.plans.skip_plan import PlanError, SkipPlan
 from adaskip_fx.policies import AdaSkip, LLMDrop
 from adaskip_fx.profiles.profile import Profile
@@ -167,3 +173,58 @@ def test_a_batch_takes_one_plan() -> None:
         bank.compiled(rows, past_key_values=cache)
     assert choice.nearest(mean_by_hand(bank.model, rows)).name == "b"
     assert cache.request.plan is choice.plans[1]
+
+
+class Elsewhere(PlanChooser):
+    """A chooser whose choice is none of its plans."""
+
+    kind = "elsewhere"
+    plans = (EMPTY,)
+
+    def choose(self, model: Any, input_ids: Any, attention_mask: Any) -> SkipPlan:
+        return LESS
+
+
+def test_a_plan_that_is_none_of_the_choosers_is_refused() -> None:
+    bank = entry(SHAPE)
+    cache = bank.runtime.new_cache(plan=Elsewhere())
+    words = f"a elsewhere chose plan {LESS.digest[:8]}, which is none of its plans"
+    with torch.no_grad(), pytest.raises(PlanError, match=words):
+        bank.compiled(bank.tokens(1, 5), past_key_values=cache)
+
+
+def test_what_only_looks_like_a_chooser_is_refused() -> None:
+    class Alike:
+        plans = (EMPTY,)
+        sublayers = SUBLAYERS
+        choose = Elsewhere.choose
+
+    with pytest.raises(TypeError, match="a Schedule or a subclass of PlanChooser, got Alike"):
+        entry(SHAPE).runtime.new_cache(plan=Alike())  # type: ignore[arg-type]
+
+
+def test_kinds_of_files_have_names_of_their_own() -> None:
+    class Nameless(Elsewhere):
+        kind = "set of plans"
+
+    class Other(Elsewhere):
+        kind = "choice"
+
+    for kind in (Nameless, Other):
+        with pytest.raises(ValueError, match=f"{kind.__name__} needs a kind of its own"):
+            register_kind(kind)
+
+
+@pytest.mark.slow
+def test_a_choice_is_loaded_by_whoever_knows_nothing_of_it(tmp_path: Path) -> None:
+    choice = Choice((Option("a", EMPTY, (0.1, -3.0)), Option("b", LESS, (1e-7, 2.0))))
+    save_decision(choice, tmp_path / "choice")
+    done = subprocess.run(
+        [sys.executable, "-m", "adaskip_fx", "inspect", str(tmp_path / "choice")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(choice) in done.stdout
