@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..utils.progress import Steps
 
 _LOGGER = logging.getLogger("adaskip_fx")
+#: What is captured, compiled and linked is told with --debug alone (and by TORCH_LOGS).
+_DETAILS = ("adaskip_fx.passes", "adaskip_fx.programs")
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -52,7 +54,8 @@ def reported(debug: bool) -> Iterator[Steps]:
     an error becomes one line on stderr and exit code 1; any other one is raised as it is.
 
     Args:
-        debug: raise every error as it is, so that its traceback is seen.
+        debug: raise every error as it is, so that its traceback is seen; show each graph that is
+            captured and each program that is linked.
 
     Yields:
         Shows steps and their progress on stderr.
@@ -61,6 +64,11 @@ def reported(debug: bool) -> Iterator[Steps]:
 
     steps = Steps(console(stderr=True))
     handler, level = LogLines(steps.console), _LOGGER.level
+    handler.addFilter(
+        lambda record: (
+            debug or record.levelno >= logging.WARNING or not record.name.startswith(_DETAILS)
+        )
+    )
     _LOGGER.addHandler(handler)
     _LOGGER.setLevel(logging.INFO)
     try:

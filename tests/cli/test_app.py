@@ -185,6 +185,19 @@ def test_what_the_package_logs_is_shown_while_a_command_runs(
     assert not any(isinstance(handler, LogLines) for handler in package.handlers)
 
 
+def test_what_is_compiled_is_told_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_path: object) -> None:
+        for name in ("passes.linking.link", "programs.variants"):
+            logging.getLogger(f"adaskip_fx.{name}").info("linked something")
+            logging.getLogger(f"adaskip_fx.{name}").warning("look at this")
+        raise ValueError("enough")
+
+    monkeypatch.setattr(adaskip_fx.Profile, "load", load)
+    assert run("inspect", tmp_path).stderr == "look at this\nlook at this\nerror: enough\n"
+    told = run("inspect", tmp_path, "--debug").stderr
+    assert told.startswith("linked something\nlook at this\nlinked something\nlook at this\n")
+
+
 # Progress --------------------------------------------------------------------------------------
 
 
