@@ -47,7 +47,12 @@ class Instrument:
         valid: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run a program; arguments and result are those of `Program.__call__`."""
-        outputs = program.run(arguments, weights, valid)
+        return self.read(program, program.run(arguments, weights, valid))
+
+    def read(
+        self, program: Program, outputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return logits and statistics, of all that a program's graph returned."""
         return outputs[0], outputs[1] if program.probed else None
 
 
@@ -65,15 +70,10 @@ class ResidualRecorder(Instrument):
     def __init__(self) -> None:
         self.streams: tuple[torch.Tensor, ...] = ()
 
-    def run(
-        self,
-        program: Program,
-        arguments: Mapping[str, Any],
-        weights: tuple[Any, ...],
-        valid: torch.Tensor | None,
+    def read(
+        self, program: Program, outputs: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run a program and keep what it records."""
-        outputs = program.run(arguments, weights, valid)
+        """Keep the residual stream; return logits and statistics."""
         end = 2 + len(program.captured.sublayers)
         self.streams = outputs[1:end]
         return outputs[0], outputs[end] if program.probed else None
@@ -87,13 +87,9 @@ class LayerProbe(Instrument):
 
     passes = (ProbeLayers(),)
 
-    def run(
-        self,
-        program: Program,
-        arguments: Mapping[str, Any],
-        weights: tuple[Any, ...],
-        valid: torch.Tensor | None,
+    def read(
+        self, program: Program, outputs: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run a program; return its logits and the statistics [probed + layers, B, 5]."""
-        logits, layers, statistics = program.run(arguments, weights, valid)
+        """Return logits and the statistics [probed + layers, B, 5]."""
+        logits, layers, statistics = outputs
         return logits, torch.cat((statistics, layers))

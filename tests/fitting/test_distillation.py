@@ -10,6 +10,7 @@ import torch
 
 from adaskip_fx.fitting import DistillConfig, Fitter, Sample, SurrogateSpec, distill
 from adaskip_fx.fitting.distillation import _Loss
+from adaskip_fx.fitting.training import Training
 from adaskip_fx.fitting.whitening import whitenings
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.runtime.oracle import Oracle
@@ -173,3 +174,25 @@ def test_what_cannot_be_distilled(fitter: Fitter) -> None:
         distill(fitter, plan, [known], [])
     with pytest.raises(ValueError, match="learning_rate must be positive, got 0"):
         DistillConfig(learning_rate=0)
+
+
+def test_trainings_share_programs_and_nothing_that_they_learn(fitter: Fitter) -> None:
+    runtime, ids = fitter.runtime, fitter.samples[0][:, :12]
+    plan = fitter.fit(SkipPlan.of(runtime.sublayers, SKIPPED), SurrogateSpec("diagonal"))
+    trainings = [Training.of(plan, {}, runtime.device) for _ in range(2)]
+
+    def logits(training: Training) -> torch.Tensor:
+        cache = runtime.new_cache(plan=plan, learn=False, instrument=training)
+        return runtime.step(ids, None, None, cache, 0).detach()
+
+    first = logits(trainings[0])
+    links = runtime.counters.links
+    for change in trainings[1].parameters:
+        change.data.add_(0.05)
+    other = logits(trainings[1])
+    assert runtime.counters.links == links, "the same program"
+    assert not torch.allclose(other, first, rtol=1e-3)
+    assert torch.equal(logits(trainings[0]), first)
+    assert trainings[0].surrogates() == plan.surrogates
+    assert trainings[1].surrogates() != plan.surrogates
+    assert Training({}, compiled=True).key != trainings[0].key

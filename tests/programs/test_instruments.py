@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.programs.instruments import Instrument, ResidualRecorder
 from tests.support.compiled_llamas import Entry, entry
 from tests.support.eager_reference import assert_close
@@ -54,6 +55,8 @@ def test_an_instrument_stays_with_its_request() -> None:
         bank.compiled(bank.tokens(1, 5), past_key_values=cache)
     assert_close(recorder.streams[-1], first[-1], 0.0)
     assert cache.request.instrument is recorder
+    assert not cache.request.learns, "what it measures is not what the policy asked for"
+    assert bank.runtime.new_cache().request.learns
 
 
 def test_one_that_does_nothing_changes_nothing() -> None:
@@ -66,3 +69,34 @@ def test_one_that_does_nothing_changes_nothing() -> None:
         logits = bank.compiled(ids, past_key_values=cache).logits
     assert torch.equal(plain, logits)
     assert bank.runtime.counters.links == links
+
+
+def recorded(bank: Entry, plan: SkipPlan, instrument: ResidualRecorder) -> list[torch.Tensor]:
+    cache = bank.runtime.new_cache(plan=plan, instrument=instrument)
+    with torch.no_grad():
+        bank.compiled(bank.tokens(1, 6), past_key_values=cache)
+    return list(instrument.streams)
+
+
+def test_programs_of_an_instrument_are_told_apart_by_their_plan() -> None:
+    bank, recorder = entry(SHAPE), ResidualRecorder()
+    full, skipping = recorded(bank, bank.plan(), recorder), bank.plan(["1.ffn"])
+    less = recorded(bank, skipping, recorder)
+    assert torch.equal(less[3], full[3])
+    assert torch.equal(less[4], less[3]), "1.ffn is skipped"
+    assert not torch.equal(full[4], full[3])
+
+
+def test_an_instrument_under_another_ones_key_gets_the_wrong_program() -> None:
+    """The near miss: with the key of one that does nothing it records nothing."""
+
+    class Mistaken(ResidualRecorder):
+        key = Instrument().key
+
+    bank = entry(SHAPE)
+    plan = bank.plan(["2.attention"])
+    cache = bank.runtime.new_cache(plan=plan, instrument=Instrument())
+    with torch.no_grad():
+        bank.compiled(bank.tokens(1, 6), past_key_values=cache)
+    assert recorded(bank, plan, Mistaken()) == []
+    assert len(recorded(bank, plan, ResidualRecorder())) == 7
