@@ -40,13 +40,13 @@ def measure(batch: int = 1, contexts: tuple[int, ...] | None = None) -> dict[str
     plans = {0: SkipPlan.empty(sublayers), **plans}
     rows = []
     for context in contexts:
-        prompts, rate = _prompts(compiled, plans, batch, context, products)
+        took, rate = prompts(compiled, plans, batch, context, products)
         copied = copy_rate(device)
         rates = {"matrix_flop_per_s": rate, "copy_bytes_per_s": copied}
         full: dict[str, Any] = {}
         for skipped, plan in plans.items():
             row = {"context": context, "skipped": skipped, **rates}
-            row |= {"prefill": spread(prompts[skipped]), **_steps(compiled, plan, batch, context)}
+            row |= {"prefill": spread(took[skipped]), **steps(compiled, plan, batch, context)}
             row["prefill_floor"] = prefill_flop(model, plan, context, batch) / rate
             row["decode_floor"] = decode_bytes(model, plan, context, batch) / copied
             full = full or row
@@ -78,7 +78,7 @@ def _ratios(row: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, float]
 
 
 @torch.inference_mode()
-def _prompts(
+def prompts(
     compiled: Any, plans: Mapping[int, SkipPlan], batch: int, context: int, products: MatrixRate
 ) -> tuple[dict[int, list[float]], float]:
     """Seconds of a prompt for each plan, round by round, and the matrix rate in these rounds."""
@@ -111,7 +111,7 @@ def _prompt(
 
 
 @torch.inference_mode()
-def _steps(compiled: Any, plan: SkipPlan, batch: int, context: int) -> dict[str, Any]:
+def steps(compiled: Any, plan: SkipPlan, batch: int, context: int) -> dict[str, Any]:
     """Seconds of a decode step, and what the request stores."""
     device, ids, held = compiled.device, models.tokens(batch, context), list[Any]()
     _prompt(compiled, plan, ids, held)()
