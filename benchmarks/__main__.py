@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from . import report as reports
+from . import report_pictures
 from .plots import KINDS, PlotError, plot
 from .studies import STUDIES
 
@@ -36,6 +37,7 @@ WORKLOADS = {
     "budget": "budget",
     "states": "states",
     "imports": "imports",
+    "situations": "situations",
 }
 RESULTS = Path(__file__).parent / "results"
 
@@ -60,7 +62,7 @@ def run(
         list[str] | None, typer.Option(metavar="NAME=PATH", help="another text for studies")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="folder: each *.txt is a text")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="texts to use, of all")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="texts, or situations; all")] = None,
     calibrate: Annotated[
         list[str] | None, typer.Option(help="texts that study_recipe calibrates on; two of all")
     ] = None,
@@ -89,6 +91,7 @@ def run(
     for name in workloads:
         if name not in known:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(sorted(known))}")
+    _check_situations(workloads, only or ())
     texts = [(path.stem, path) for path in sorted(data.glob("*.txt"))] if data else []
     texts += _files("--text", text or ())
     if keep is not None:
@@ -113,6 +116,17 @@ def run(
         typer.echo(f"{name}:\n{module.summary(result)}" if hasattr(module, "summary") else text_)
         if name in STUDIES:
             _draw(file, module, out)
+
+
+def _check_situations(workloads: Sequence[str], only: Sequence[str]) -> None:
+    """What `--only` names must be there, before minutes go by without it."""
+    if "situations" not in workloads:
+        return
+    from .situations import SITUATIONS
+
+    for name in only:
+        if name not in SITUATIONS:
+            raise typer.BadParameter(f"--only {name!r} is none of {', '.join(SITUATIONS)}")
 
 
 def _files(option: str, named: Sequence[str]) -> tuple[tuple[str, Path], ...]:
@@ -181,7 +195,7 @@ def report(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     try:
-        drawn = reports.draw(documents, out or results)
+        drawn = report_pictures.draw(documents, out or results)
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
@@ -238,6 +252,8 @@ def _measure(name: str, module: Any, given: dict[str, Any]) -> dict[str, Any]:
         result = module.measure(batch=8, contexts=(8192,) if on_gpu else None)
     elif name == "peers_whole_graph":
         result = module.measure(whole_graph=True)
+    elif name == "situations":
+        result = module.measure(only=given["only"])
     else:
         result = module.measure()
     return result

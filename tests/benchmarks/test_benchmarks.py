@@ -536,9 +536,11 @@ def test_every_workload_has_its_module() -> None:
     assert list(WORKLOADS) == [
         *("link", "speed", "speed_batch8", "plans", "window", "generate"),
         *("peers", "peers_whole_graph", "cold", "budget", "states", "imports"),
+        "situations",
     ]
     for module in WORKLOADS.values():
-        assert (RESULTS.parent / f"{module}.py").is_file()
+        files = f"{module}.py", f"{module}/__init__.py"
+        assert any((RESULTS.parent / file).is_file() for file in files)
 
 
 # The report.
@@ -552,6 +554,17 @@ UNDER = "Some GPU, 3 threads on 4 cores, Python 3.11.7, torch 2.11.0, transforme
 
 def _took(seconds: float) -> Document:
     return {"median": seconds, "min": seconds, "max": seconds, "repeats": 1}
+
+
+def _situations() -> list[Document]:
+    row = {
+        **{"situation": "growth", "what": "slowest step", "unit": "ms", "measured": 6.5},
+        **{"reference": 4.0, "ratio": 1.625, "of": "difference", "value": 2.5, "target": 5},
+        **{"at_least": False, "met": True, "eager_error": None},
+    }
+    slow = {"of": "ratio", "value": 0.9, "target": 0.95, "at_least": True, "met": False}
+    alone = {"of": "measured", "reference": None, "ratio": None, "target": None, "met": None}
+    return [row, {**row, **slow}, {**row, **alone}]
 
 
 def _documents() -> dict[str, Document]:
@@ -604,6 +617,11 @@ def _documents() -> dict[str, Document]:
             **{"model": {"layers": 4, "hidden": 64}, "dtype": "torch.bfloat16", "worst": 0.0225},
             "rows": [planned],
         },
+        "situations": {
+            **{"model": {"layers": 4, "hidden": 64}, "dtype": "torch.bfloat16"},
+            "rows": [*_situations(), {"situation": "turn", "failed": "ValueError: a|b\nsecond"}],
+            "seconds": {"growth": 1.0, "turn": 2.0},
+        },
     }
     return {
         name: {"workload": name, **result, "conditions": CONDITIONS}
@@ -638,9 +656,9 @@ def test_report_shows_every_number(folder: Path, monkeypatch: pytest.MonkeyPatch
     heads = [line for line in result.stdout.splitlines() if line.startswith("#")]
     assert heads == [
         *("## Speed, batch 1", "## Peers", "## Speed-up, predicted and measured"),
-        "## Single figures",
+        *("## Situations", "## Single figures"),
     ]
-    assert result.stdout.count(UNDER) == 4
+    assert result.stdout.count(UNDER) == 5
     assert "4 layers, hidden size 64, torch.bfloat16" in result.stdout
     assert "2000 GB/s and 500 TFLOP/s" in result.stdout
     assert "the prediction is off by at most 2.2%" in result.stdout
@@ -656,6 +674,14 @@ def test_report_shows_every_number(folder: Path, monkeypatch: pytest.MonkeyPatch
         "128 static - 20.000 -",
     ):
         assert expected.split() in rows
+    step = ["growth", "slowest step", "6.500"]
+    for cells in (
+        [*step, "4.000", "ms", "1.625", "2.500", "5.00", "yes"],
+        [*step, "4.000", "ms", "1.625", "0.900", ">= 0.95", "no"],
+        [*step, "-", "ms", "-", "2.500", "-", "-"],
+        ["turn", "failed: ValueError: a/b", *["-"] * 7],
+    ):
+        assert cells in rows
     assert [row for row in rows if len(row) == 2][1:] == [
         ["generate, greedy: share of the step rate (context 64)", "0.990"],
         ["generate, sampling: share of the step rate (context 64)", "0.960"],
@@ -676,7 +702,7 @@ def test_report_leaves_out_what_was_not_measured(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_matplotlib(monkeypatch)
-    for name in ("speed", "peers", "cold", "window", "plans", "budget"):
+    for name in ("speed", "peers", "cold", "window", "plans", "budget", "situations"):
         (folder / f"{name}.json").unlink()
     result = invoke("report", "--results", folder)
     assert result.exit_code == 0, result.output

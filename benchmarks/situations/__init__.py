@@ -1,0 +1,80 @@
+"""Situations that users meet, each as a few ratios with what is aimed at, in one process.
+
+``python -m benchmarks run situations`` measures all of them, and with ``--only NAME`` (which may be
+repeated) some. A floor is what must be read or multiplied, over what the card was measured to do in
+the same minute; other references are measured beside. Before something is timed a short version of
+it is compared with the eager model. A situation that fails is a row of its own, and those after it
+go on; rows are printed as they come.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import decoding, prompts, road
+from .bench import TOLERANCE, Bench
+from .rows import Row, line, table
+
+Situation = Callable[[Bench], Iterator[Row]]
+
+SITUATIONS: Mapping[str, Situation] = {
+    "padded_decode": decoding.padded_decode,
+    "unpadded_decode": decoding.unpadded_decode,
+    "padded_prompt": prompts.padded_prompt,
+    "new_length": prompts.new_length,
+    "growth": decoding.growth,
+    "turn": prompts.turn,
+    "chunks": prompts.chunks,
+    "verify": prompts.verify,
+    "logits_to_keep": prompts.logits_to_keep,
+    "generate_padded": decoding.generate_padded,
+    "main_road": road.main_road,
+}
+
+
+def measure(only: Sequence[str] = ()) -> dict[str, Any]:
+    """Rows of all situations, or of some.
+
+    Args:
+        only: names of `SITUATIONS`; all when empty.
+    """
+    bench, rows, took = Bench(), list[dict[str, Any]](), dict[str, float]()
+    for name, situation in SITUATIONS.items():
+        if only and name not in only:
+            continue
+        start = time.perf_counter()
+        for row in _rows(bench, name, situation):
+            rows.append(row)
+            print(line(row), file=sys.stderr, flush=True)
+        took[name] = time.perf_counter() - start
+    bench.begin()
+    config = bench.model.config
+    return {
+        "model": {"layers": config.num_hidden_layers, "hidden": config.hidden_size},
+        "dtype": str(bench.model.dtype),
+        "rows": rows,
+        "seconds": took,
+    }
+
+
+@torch.inference_mode()
+def _rows(bench: Bench, name: str, situation: Situation) -> Iterator[dict[str, Any]]:
+    """The rows of one situation, and one that says why if it failed."""
+    tolerance = TOLERANCE[bench.model.dtype]
+    try:
+        bench.begin()
+        for row in situation(bench):
+            yield {"situation": name, **row.document(tolerance)}
+    except Exception as error:
+        yield {"situation": name, "failed": f"{type(error).__name__}: {error}"}
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The rows as a short table, and what each situation took."""
+    took = ", ".join(f"{name} {seconds:.0f}" for name, seconds in result["seconds"].items())
+    return f"{table(result['rows'])}\nseconds: {took}"
