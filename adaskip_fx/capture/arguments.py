@@ -19,7 +19,7 @@ def step_inputs(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    logits_to_keep: int,
+    logits_to_keep: int | torch.Tensor,
 ) -> dict[str, Any]:
     """Return the arguments of a step that the model's forward has a name for.
 
@@ -28,7 +28,8 @@ def step_inputs(
         input_ids: int64 [B, T].
         position_ids: int64 [B, T].
         attention_mask: bool [B, stored + T]; None without padding.
-        logits_to_keep: 0 for the logits of all tokens, else of the last n.
+        logits_to_keep: 0 for the logits of all tokens, 1 for those of the last; or the indices of
+            some, int64 [K], in whose place a forward that takes none is asked for all.
     """
     has = _parameters(forward)
     inputs: dict[str, Any] = {"input_ids": input_ids}
@@ -37,15 +38,28 @@ def step_inputs(
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
     if "logits_to_keep" in has:
-        inputs["logits_to_keep"] = logits_to_keep
+        by_index = isinstance(logits_to_keep, torch.Tensor)
+        inputs["logits_to_keep"] = 0 if by_index and not takes_indices(forward) else logits_to_keep
     if "return_dict" in has:  # whatever the config says
         inputs["return_dict"] = True
     return inputs
 
 
+def takes_logits_to_keep(forward: Forward) -> bool:
+    """Return whether a forward can be asked for the logits of some tokens alone."""
+    return "logits_to_keep" in _parameters(forward)
+
+
 @functools.cache
-def _parameters(forward: Forward) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
+def takes_indices(forward: Forward) -> bool:
+    """Return whether a forward's `logits_to_keep` may be a tensor, going by its annotation."""
+    parameter = _parameters(forward).get("logits_to_keep")
+    return parameter is not None and "Tensor" in str(parameter.annotation)
+
+
+@functools.cache
+def _parameters(forward: Forward) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(forward).parameters
 
 
 def bind_arguments(

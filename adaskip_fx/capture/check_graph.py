@@ -68,7 +68,8 @@ def _compare(
             return
         logits = _run(captured, arguments, name)
         kept = min(logits.shape[1], step.logits.shape[1])
-        expected = step.logits[rows][:, -kept:]
+        backwards = isinstance(arguments["inputs"].get("logits_to_keep"), torch.Tensor)
+        expected = (step.logits.flip(1) if backwards else step.logits)[rows][:, -kept:]
         errors.append(relative_error(logits[:, -kept:], expected, median=step.long))
         if errors[-1] <= tolerance(reference.dtype):
             return
@@ -110,6 +111,8 @@ def _arguments(
 ) -> dict[str, Any]:
     new = step.ids.shape[1]
     total = step.past + new
+    # From the last token to the first, so that a graph that takes no heed of it is found out.
+    backwards = torch.arange(new - step.logits.shape[1], new, device=key.device).flip(0)
     positions = torch.arange(step.past, total, device=key.device).expand(key.batch, new)
     mask = torch.ones(key.batch, total, dtype=torch.bool, device=key.device)
     inputs = step_inputs(
@@ -117,7 +120,7 @@ def _arguments(
         step.ids[rows].contiguous(),
         positions.contiguous(),
         mask if key.masked else None,
-        key.logits_to_keep,
+        1 if key.last_logits else backwards,
     )
     return bind_arguments(model, forward, cache, inputs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,10 +16,26 @@ from .graph_key import GraphKey
 # Example lengths while capturing. Odd primes, so that no length is a multiple of another by
 # accident; about as long as real prompts, because compilers tune for them.
 _TOKENS, _TOTAL = 509, 1021
+# How many logits are kept, of few tokens as well: fewer than there are, wherever there are three.
+_KEPT = (251, 127, 31, 7, 3, 2)
 
 
-def example_lengths(key: GraphKey, max_length: int | None) -> tuple[int, int]:
-    """Return how many new and stored tokens to capture with.
+class Lengths(NamedTuple):
+    """The numbers that a graph is captured with, though it holds for others.
+
+    Attributes:
+        tokens: new ones.
+        total: those stored, the new ones included.
+        kept: logits that are asked for; of no meaning to a graph of the last token's alone.
+    """
+
+    tokens: int
+    total: int
+    kept: int = 2
+
+
+def example_lengths(key: GraphKey, max_length: int | None) -> Lengths:
+    """Return how many new and stored tokens to capture with, and how many logits to keep.
 
     Args:
         key: of the graph.
@@ -29,9 +45,10 @@ def example_lengths(key: GraphKey, max_length: int | None) -> tuple[int, int]:
     longest = max(2, max_length - 3) if max_length else 4 * _TOTAL
     total = 1 if key.one_stored else min(_TOTAL, longest)
     if key.one_token:
-        return 1, total
+        return Lengths(1, total)
     tokens = min(_TOKENS, total - 1)
-    return tokens, tokens if key.phase == "prefill" else total
+    kept = next((n for n in _KEPT if n < tokens), _KEPT[-1])
+    return Lengths(tokens, tokens if key.phase == "prefill" else total, kept)
 
 
 def example_arguments(
@@ -39,21 +56,21 @@ def example_arguments(
     forward: Forward,
     key: GraphKey,
     specs: Sequence[LayerCacheSpec],
-    lengths: tuple[int, int],
+    lengths: Lengths,
 ) -> dict[str, Any]:
     """Return the captured function's arguments, made of examples; as `capture_phase` takes them."""
-    tokens, total = lengths
+    tokens, total, kept = lengths
     ids = torch.zeros(key.batch, tokens, dtype=torch.int64, device=key.device)
     inputs = step_inputs(
         forward,
         ids,
         torch.zeros_like(ids),
         torch.ones(key.batch, total, dtype=torch.bool, device=key.device) if key.masked else None,
-        key.logits_to_keep,
+        1 if key.last_logits else torch.zeros(kept, dtype=torch.int64, device=key.device),
     )
-    for name in ("input_ids", "position_ids", "attention_mask"):
-        if name in inputs:
-            _mark_length(inputs[name], 1)
+    for name in ("input_ids", "position_ids", "attention_mask", "logits_to_keep"):
+        if isinstance(example := inputs.get(name), torch.Tensor):
+            _mark_length(example, example.dim() - 1)
     return {
         "model": model,
         "forward": forward,

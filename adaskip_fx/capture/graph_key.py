@@ -20,7 +20,8 @@ class GraphKey:
         one_token: a step of one token (a length of one is never symbolic).
         one_stored: that token is the first one.
         masked: the step has a 2D attention mask.
-        logits_to_keep: 0 for the logits of all tokens, else of the last n.
+        last_logits: forward gives the logits of the last token alone, or has no say in it; if not,
+            of the tokens that an index tensor names (of all where forward takes no tensor).
         dtype, device: of the model's floating point parameters.
         surroundings: torch's defaults and autocast where the model is called.
         static_cache: K/V are whole buffers and the position is on the device, so
@@ -32,7 +33,7 @@ class GraphKey:
     one_token: bool
     one_stored: bool
     masked: bool
-    logits_to_keep: int
+    last_logits: bool
     dtype: torch.dtype
     device: torch.device
     surroundings: Surroundings

@@ -35,7 +35,7 @@ from ..kv_cache.layer_spec import LayerCacheSpec
 from ..plans.sublayer import Sublayer
 from . import attention
 from .arguments import Forward
-from .example_inputs import example_arguments
+from .example_inputs import Lengths, example_arguments
 from .graph_key import GraphKey
 from .traced_functions import traced_function
 
@@ -109,7 +109,7 @@ def capture_phase(
     forward: Forward,
     key: GraphKey,
     specs: Sequence[LayerCacheSpec],
-    lengths: tuple[int, int],
+    lengths: Lengths,
     backend: str,
 ) -> CapturedPhase:
     """Capture one phase of `model` and cut it into pieces; nothing is run or compiled.
@@ -119,7 +119,7 @@ def capture_phase(
         forward: the function to trace, called as ``forward(model, input_ids=..., ...)``.
         key: the phase, and what else the graph may depend on.
         specs: what each layer stores.
-        lengths: example numbers of new and of stored tokens (see `example_lengths`).
+        lengths: example numbers of tokens and of logits (see `example_lengths`).
         backend: inner torch.compile backend, by name.
 
     Raises:

@@ -73,7 +73,7 @@ def _key(model: Any, phase: Phase) -> GraphKey:
         one_token=phase == "decode",
         one_stored=False,
         masked=False,
-        logits_to_keep=1,
+        last_logits=True,
         dtype=model.dtype,
         device=model.device,
         surroundings=Surroundings.now(model.device),

@@ -13,10 +13,6 @@ from ..kv_cache.argument_names import cache_argument
 from .examples import Choose, Generate, Predict, Recall, Tokens
 from .text_metrics import METRICS
 
-# The logits of how many last tokens a compiled model is asked for is part of its graph's key, so
-# few such numbers are used: powers of two, from this one on.
-_LEAST_KEPT = 16
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -85,15 +81,7 @@ def _likelihood(logits: torch.Tensor, option: Tokens) -> float:
 
 def _logits_before(model: Any, prompt: Tokens, answer: Tokens) -> torch.Tensor:
     """Return the logits [answer, V] that predict each token of `answer` from those before it."""
-    tokens = (*prompt, *answer[:-1])
-    keep = _kept(len(answer), len(tokens))
-    return logits_of(model, tokens, keep)[-len(answer) :]
-
-
-def _kept(needed: int, total: int) -> int:
-    """Return how many logits to ask for; 0 for all."""
-    keep = max(_LEAST_KEPT, 1 << (needed - 1).bit_length())
-    return keep if keep < total else 0
+    return logits_of(model, (*prompt, *answer[:-1]), len(answer))[-len(answer) :]
 
 
 @torch.no_grad()

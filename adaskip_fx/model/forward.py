@@ -12,6 +12,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from ..capture.arguments import Forward, takes_logits_to_keep
 from ..kv_cache.adopt_cache import own_cache
 from ..kv_cache.argument_names import CACHE_NAMES, output_fields, under_one_name
 from ..kv_cache.cache import SkipCache
@@ -89,7 +90,7 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
         _checked_mask(mask, input_ids, cache),
         _checked_positions(positions, input_ids),
         cache,
-        int(arguments.get("logits_to_keep") or 0),
+        _checked_keep(arguments.get("logits_to_keep"), input_ids, runtime.graphs.forward),
     )
     kept = cache if returns_cache else None
     if not _flag(arguments, "return_dict", config):
@@ -128,8 +129,6 @@ def _refuse_unsupported(model: CompiledCausalLM, arguments: Mapping[str, Any]) -
             raise NotImplementedError(
                 f"forward({name}=...) is not supported by adaskip_fx yet; call the original model"
             )
-    if isinstance(arguments.get("logits_to_keep"), torch.Tensor):
-        raise NotImplementedError("logits_to_keep must be an integer, not a tensor of indices")
 
 
 def _checked_ids(device: torch.device, input_ids: object) -> torch.Tensor:
@@ -178,3 +177,30 @@ def _checked_positions(positions: object, input_ids: torch.Tensor) -> torch.Tens
             "position_ids must be a tensor [batch, tokens]; more axes are not supported"
         )
     return positions.to(input_ids.device)
+
+
+def _checked_keep(keep: Any, input_ids: torch.Tensor, forward: Forward) -> int | torch.Tensor:
+    """Return how many last tokens' logits are wanted, 0 for all; or whose, int64 [K]."""
+    tokens, device = input_ids.shape[1], input_ids.device
+    if not isinstance(keep, torch.Tensor):
+        count = int(keep or 0)  # below zero: without so many of the first, as in the eager model
+        return count if count >= 0 else torch.arange(min(-count, tokens), tokens, device=device)
+    if not takes_logits_to_keep(forward):
+        return 0
+    indices: torch.Tensor = keep
+    if keep.dim() != 1 or keep.dtype not in (torch.int64, torch.int32, torch.bool):
+        raise NotImplementedError(
+            "logits_to_keep must be an integer, indices [kept] or a bool mask [tokens], not "
+            f"{str(keep.dtype).removeprefix('torch.')} {list(keep.shape)}; call the original model"
+        )
+    if keep.dtype == torch.bool:
+        if keep.shape[0] != tokens:
+            raise IndexError(
+                f"logits_to_keep is a mask of {keep.shape[0]} token(s), but {tokens} are new"
+            )
+        indices = keep.nonzero().flatten()
+    elif keep.device.type == "cpu" and bool(((keep < -tokens) | (keep >= tokens)).any()):
+        raise IndexError(
+            f"logits_to_keep names a token beyond the {tokens} new one(s): {keep.tolist()}"
+        )
+    return indices.to(device, torch.int64)

@@ -18,7 +18,7 @@ from adaskip_passes.tracing.dynamo import one_at_a_time
 from ..capture import phase_graph
 from ..capture.arguments import Forward
 from ..capture.check_graph import check_graph
-from ..capture.example_inputs import example_lengths
+from ..capture.example_inputs import Lengths, example_lengths
 from ..capture.graph_key import GraphKey, Surroundings
 from ..capture.phase_graph import CapturedPhase, Memory
 from ..capture.reference import ReferenceRun, positions
@@ -150,7 +150,7 @@ class Graphs:
             one_token=False,
             one_stored=False,
             masked=False,
-            logits_to_keep=1,
+            last_logits=True,
             dtype=self.model.dtype,
             device=device,
             surroundings=Surroundings.now(device),
@@ -240,7 +240,7 @@ class Graphs:
             return self._captured(key, Since.of(self.states.look()))
 
     def _captured(
-        self, key: GraphKey, since: Since, lengths: tuple[int, int] | None = None
+        self, key: GraphKey, since: Since, lengths: Lengths | None = None
     ) -> CapturedPhase:
         state = since.state
         self.states.require(since)
@@ -286,8 +286,9 @@ def _program_key(
     return instrument.key, captured, digest, probed
 
 
-def _lengths(arguments: dict[str, Any]) -> tuple[int, int]:
-    cache = arguments["cache"]
+def _lengths(arguments: dict[str, Any]) -> Lengths:
+    cache, keep = arguments["cache"], arguments["inputs"].get("logits_to_keep")
     if isinstance(cache, StaticCacheView):
-        return 1, cache.capacity
-    return cache.new.shape[0], cache.filled.shape[0]
+        return Lengths(1, cache.capacity)
+    kept = {"kept": keep.shape[0]} if isinstance(keep, torch.Tensor) else {}
+    return Lengths(cache.new.shape[0], cache.filled.shape[0], **kept)

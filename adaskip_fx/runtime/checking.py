@@ -86,6 +86,7 @@ class Checker:
         cache: SkipCache,
         state: State,
         logits: torch.Tensor,
+        keep: int | torch.Tensor,
     ) -> None:
         """Compare one step, which is counted in `cache` already.
 
@@ -99,6 +100,7 @@ class Checker:
             cache: the request's.
             state: what it began with.
             logits: [B, kept, V].
+            keep: what was asked for, as of `Runner.run`.
 
         Raises:
             CheckError: they are others than the model's.
@@ -112,8 +114,10 @@ class Checker:
         parts = [self._logits(plan, phase, head, theirs, state)] if head is not None else []
         if tail is not None:
             parts.append(self._logits(plan, "decode", tail, theirs, state))
-        expected = torch.cat(parts, 1)[:, -logits.shape[1] :]
-        error = relative_error(logits, expected)
+        expected = torch.cat(parts, 1)
+        last = slice(-logits.shape[1], None)
+        expected = expected[:, keep if isinstance(keep, torch.Tensor) else last]
+        error = relative_error(logits, expected) if expected.shape[1] else 0.0
         self.compared += 1
         self.worst = max(error, self.worst or 0.0)
         if not error <= tolerance(logits.dtype):

@@ -238,7 +238,7 @@ class Runtime:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: SkipCache,
-        logits_to_keep: int,
+        keep: int | torch.Tensor,
     ) -> torch.Tensor:
         """Run the model on new tokens of a request; return logits [B, kept, V].
 
@@ -247,7 +247,7 @@ class Runtime:
             attention_mask: [B, stored + T], 0 at padding; None when there is none.
             position_ids: int64 [B or 1, T]; counted on from the cache when None.
             cache: the request's; the new tokens are added to it.
-            logits_to_keep: 0 for the logits of all new tokens, else of the last n.
+            keep: 0 for the logits of all new tokens, n for those of the last n; or int64 [K].
         """
         phase = turns.phase_of(input_ids, cache)
         if phase != "decode":
@@ -263,13 +263,13 @@ class Runtime:
         plan, statistics = request.plan, None
         if phase == "decode":
             plan, probed = request.plan_at(cache.length), request.decode.probed
-            logits, statistics = self.runner.run(phase, request, plan, probed, inputs, cache, 1)
+            logits, statistics = self.runner.run(phase, request, plan, probed, inputs, cache, keep)
         else:
-            logits = self.runner.run_prompt(phase, request, inputs, cache, logits_to_keep)
+            logits = self.runner.run_prompt(phase, request, inputs, cache, keep)
         cache.request = request  # only now: a step that was refused has changed nothing
         if checks():
             state = request.since.state if request.since is not None else self.graphs.states.current
-            self.checker.compare(plan, plan_phase(phase), inputs, cache, state, logits)
+            self.checker.compare(plan, plan_phase(phase), inputs, cache, state, logits, keep)
         if statistics is not None:
             request.decode.learn(statistics)
         return logits

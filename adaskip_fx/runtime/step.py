@@ -24,6 +24,7 @@ from ..plans.skip_plan import SkipPlan, Sublayer
 from ..programs.program import Program
 from ..programs.program_cache import Graphs
 from .inputs import Inputs
+from .kept_logits import KeptLogits, kept_logits
 from .request import Request
 from .static_step import DecodeBinding, StaticDecodeStep
 
@@ -66,7 +67,7 @@ class Runner:
         probed: tuple[Sublayer, ...],
         inputs: Inputs,
         cache: SkipCache,
-        logits_to_keep: int,
+        logits_to_keep: int | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run new tokens of a request, which are added to its cache.
 
@@ -77,23 +78,25 @@ class Runner:
             probed: sublayers to measure.
             inputs: the new tokens.
             cache: the request's.
-            logits_to_keep: 0 for the logits of all new tokens, else of the last n.
+            logits_to_keep: 0 for the logits of all new tokens, n for those of the last n; or the
+                indices of some, int64 [K] on the model's device.
 
         Returns:
             Logits [B, kept, V], and the statistics [probed, B, 5] if anything is probed.
         """
         ran, masked = None, inputs.attention_mask is not None
         plain = request.instrument is None and not masked
+        kept = kept_logits(self.graphs.forward, logits_to_keep, inputs.input_ids)
         if self.static_cache and phase == "decode" and plain:
             ran = self._on_static_cache(request, plan, probed, inputs, cache)
         if ran is None:
-            ran = self._on_views(phase, request, plan, probed, inputs, cache, logits_to_keep)
+            ran = self._on_views(phase, request, plan, probed, inputs, cache, kept)
         program, logits, statistics = ran
         if self.observer is not None:
             self.observer(program, plan, inputs.input_ids.numel())
         cache.advance(inputs.input_ids.shape[1])
         cache.padded |= masked
-        return logits, statistics
+        return kept.of(logits), statistics
 
     def run_prompt(
         self,
@@ -101,7 +104,7 @@ class Runner:
         request: Request,
         inputs: Inputs,
         cache: SkipCache,
-        logits_to_keep: int,
+        logits_to_keep: int | torch.Tensor,
     ) -> torch.Tensor:
         """Run a prompt with the request's plan; arguments and logits as of `run`.
 
@@ -111,6 +114,8 @@ class Runner:
         plan = request.plan
         if not plan.last_token_full:
             return self.run(phase, request, plan, (), inputs, cache, logits_to_keep)[0]
+        if isinstance(logits_to_keep, torch.Tensor):
+            return self.run_prompt(phase, request, inputs, cache, 0)[:, logits_to_keep]
         inputs.check_positions()
         head, tail = inputs.cut_last_token()
         before, parts = cache.length, list[torch.Tensor]()
@@ -133,7 +138,7 @@ class Runner:
         probed: tuple[Sublayer, ...],
         inputs: Inputs,
         cache: SkipCache,
-        logits_to_keep: int,
+        kept: KeptLogits,
     ) -> _Ran:
         batch, tokens = inputs.input_ids.shape
         mask, positions = inputs.normal(cache.length)
@@ -143,13 +148,13 @@ class Runner:
             one_token=tokens == 1,
             one_stored=cache.length + tokens == 1,
             masked=mask is not None,
-            logits_to_keep=1 if tokens == 1 else logits_to_keep,
+            last_logits=kept.last,
             dtype=self.graphs.model.dtype,
             device=self.device,
             surroundings=Surroundings.now(self.device),
         )
         model, forward = self.graphs.model, self.graphs.forward
-        given = step_inputs(forward, inputs.input_ids, positions, mask, key.logits_to_keep)
+        given = step_inputs(forward, inputs.input_ids, positions, mask, kept.argument)
         views = cache.step_view(batch, tokens, phase == "prefill")
         arguments = bind_arguments(model, forward, views, given)
         instrument = request.instrument
@@ -230,7 +235,7 @@ class Runner:
             one_token=True,
             one_stored=False,
             masked=False,
-            logits_to_keep=1,
+            last_logits=True,
             dtype=graphs.model.dtype,
             device=self.device,
             surroundings=surroundings,

@@ -71,7 +71,7 @@ def check(family: str, phase: str) -> CapturedPhase:
     kind, more, copied = FAMILIES[family]
     model = model_of(kind, more)
     name, options = KEYS[phase]
-    fixed: dict[str, Any] = {"batch": 1, "one_stored": False, "logits_to_keep": 1}
+    fixed: dict[str, Any] = {"batch": 1, "one_stored": False, "last_logits": True}
     fixed |= {"masked": False, "one_token": False, "dtype": torch.float32}
     fixed["surroundings"] = Surroundings.now(device := torch.device("cpu"))
     key = GraphKey(name, device=device, **{**fixed, **options})  # type: ignore[arg-type]

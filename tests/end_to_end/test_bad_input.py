@@ -338,10 +338,31 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"attention_mask has shape \[2, 5\], expected \[1, 5\]",
     ),
-    "indices to keep": (
-        {"logits_to_keep": torch.tensor([1])},
+    "indices to keep by row": (
+        {"logits_to_keep": torch.tensor([[1]])},
         NotImplementedError,
-        "logits_to_keep must be an integer, not a tensor of indices",
+        r"logits_to_keep must be an integer, indices \[kept\] or a bool mask \[tokens\], not "
+        r"int64 \[1, 1\]; call the original model",
+    ),
+    "no index to keep": (
+        {"logits_to_keep": torch.tensor([1.0])},
+        NotImplementedError,
+        r"logits_to_keep must be an integer, .*, not float32 \[1\]",
+    ),
+    "an index too far": (
+        {"logits_to_keep": torch.tensor([-1, 5])},
+        IndexError,
+        r"logits_to_keep names a token beyond the 5 new one\(s\): \[-1, 5\]",
+    ),
+    "an index too far back": (
+        {"logits_to_keep": torch.tensor([-6])},
+        IndexError,
+        r"logits_to_keep names a token beyond the 5 new one\(s\): \[-6\]",
+    ),
+    "a mask of what to keep, too short": (
+        {"logits_to_keep": torch.ones(4, dtype=torch.bool)},
+        IndexError,
+        r"logits_to_keep is a mask of 4 token\(s\), but 5 are new",
     ),
     "positions": (
         {"position_ids": torch.arange(4).unsqueeze(0)},

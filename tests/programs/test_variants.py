@@ -165,7 +165,7 @@ def test_linking_makes_no_text_and_compiles_nothing(
 
 
 def test_what_a_graph_depends_on_is_in_its_key() -> None:
-    """Batch, mask, kept logits and autocast: each other value is another graph."""
+    """Batch, mask, more than the last token's logits, autocast: another value, another graph."""
     bank = entry("equal_heads")
     compiled = build(make_model("equal_heads"), None, backend="eager")  # nothing captured before
     runtime = runtime_of(compiled)
@@ -181,6 +181,7 @@ def test_what_a_graph_depends_on_is_in_its_key() -> None:
     assert captures(input_ids=ids, logits_to_keep=1) == 0
     assert captures(input_ids=ids[:, :4], logits_to_keep=1) == 0  # a length is no key
     assert captures(input_ids=ids, logits_to_keep=2) == 1
+    assert captures(input_ids=ids, logits_to_keep=0) == 0  # nor is how many
     assert captures(input_ids=ids, logits_to_keep=1, attention_mask=masked) == 1
     assert captures(input_ids=ids.repeat(4, 1), logits_to_keep=1) == 1
     with torch.autocast("cpu", torch.bfloat16):
