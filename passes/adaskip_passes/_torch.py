@@ -195,3 +195,29 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
             payload_fn=payload,
             expect_trace_id=False,  # linking happens outside of a trace
         )
+
+
+# Fused attention ---------------------------------------------------------------------------------
+
+
+def cudnn_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return attention [B, H, T, D] by cuDNN, and the logarithm of its masses, [B, H, T(, 1)].
+
+    Causal attention begins with the first key.
+    """
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    output, masses, *_ = attend(query, key, value, None, True, 0.0, causal, scale=scale)
+    return output, masses
+
+
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Return causal attention [B, T, H, D], contiguous, whose queries are the last of the keys."""
+    inputs = (t.transpose(1, 2) for t in (query, key, value))
+    attend = torch.ops.aten._flash_attention_forward
+    sizes = (None, None, query.shape[2], key.shape[2])
+    output: torch.Tensor = attend(*inputs, *sizes, 0.0, True, False, scale=scale)[0]
+    return output.contiguous()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adaskip_passes.decode.ops import attend, project
+from adaskip_passes.decode.ops import EVERY, project
 from tests.support.eager_reference import relative_error
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -49,7 +49,7 @@ def reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("rows", [1, 3, 16, 32])
 @pytest.mark.parametrize(("width", "outs", "norm", "bias"), SHAPES)
 def test_projections(
     dtype: torch.dtype, rows: int, width: int, outs: tuple[int, ...], norm: bool, bias: bool
@@ -84,37 +84,6 @@ def test_another_weight_is_noticed() -> None:
     assert relative_error(got.double(), expected) > DTYPES[torch.bfloat16]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("batch", "heads", "kv_heads", "dim"),
-    [(1, 32, 8, 128), (1, 9, 3, 64), (2, 4, 1, 20), (8, 32, 8, 128), (1, 2, 2, 16), (1, 71, 1, 64)],
-)
-def test_attention_over_the_filled_part(
-    dtype: torch.dtype, batch: int, heads: int, kv_heads: int, dim: int
-) -> None:
-    torch.manual_seed(dim)
-    capacity = 1500
-    query = random(batch, heads, 1, dim, dtype=dtype)
-    keys, values = (random(batch, kv_heads, capacity, dim, dtype=dtype) for _ in range(2))
-    for length in (1, 2, 63, 64, 129, 1024, 1499):
-        filled = torch.tensor([[[[length]]]], device="cuda")
-        dirty_keys, dirty_values = keys.clone(), values.clone()
-        dirty_keys[:, :, length:] = float("nan")  # what is not filled is never used
-        dirty_values[:, :, length:] = float("nan")
-        got = attend(query, dirty_keys, dirty_values, filled, dim**-0.5)
-        expected = torch.nn.functional.scaled_dot_product_attention(
-            query.double(),
-            keys[:, :, :length].double(),
-            values[:, :, :length].double(),
-            enable_gqa=True,
-        ).transpose(1, 2)
-        assert got.shape == (batch, 1, heads, dim)
-        assert relative_error(got.double(), expected) < DTYPES[dtype], length
-        wrong = attend(query, keys, values, filled + 1, dim**-0.5)
-        if length < 64:  # the companion: one key more is another result
-            assert relative_error(wrong.double(), expected) > DTYPES[dtype]
-
-
 @pytest.mark.parametrize("rows", [1, 4])
 def test_kernels_compiled_ahead_are_those_that_run(rows: int) -> None:
     """Nothing is left to compile for calls like those in the graph."""
@@ -122,16 +91,16 @@ def test_kernels_compiled_ahead_are_those_that_run(rows: int) -> None:
     from adaskip_passes.decode.triton_kernels import decode_attention, projections
 
     class Calls(torch.nn.Module):
-        def forward(self, x: Tensor, w: Tensor, q: Tensor, kv: Tensor, filled: Tensor) -> Any:
+        def forward(self, x: Tensor, w: Tensor, q: Tensor, kv: Tensor, bounds: Tensor) -> Any:
             y = torch.ops.adaskip.project.default(x, [w, w], [], None, 0.0, "silu", None)
-            return y, torch.ops.adaskip.attend.default(q, kv, kv, filled, 0.125)
+            return y, torch.ops.adaskip.attend.default(q, kv, kv, bounds, 0.125, 0.0, None)
 
     inputs = (
         random(rows, 1, 320, dtype=torch.bfloat16),
         random(112, 320, dtype=torch.bfloat16),
         random(rows, 4, 1, 32, dtype=torch.bfloat16),
         random(rows, 2, 100, 32, dtype=torch.bfloat16),
-        torch.tensor([7], device="cuda"),
+        torch.tensor([[[[0, 0, EVERY, 7, 0]]]] * rows, device="cuda"),
     )
     traced = torch.fx.symbolic_trace(Calls())
     with FakeTensorMode() as mode:

@@ -31,7 +31,12 @@ from .residual_adds import (
 )
 from .stream import stream_levels
 
-ATTENTION_OPERATIONS = frozenset({"scaled_dot_product_attention", "flex_attention"})
+ATTENTION_OPERATIONS = frozenset(
+    {
+        *("scaled_dot_product_attention", "flex_attention"),
+        *("attend.default", "attend_causal.default", "attend_packed.default"),
+    }
+)
 
 #: What a module's name says about the kind of sublayer it belongs to; first match counts.
 KIND_BY_NAME: Mapping[str, re.Pattern[str]] = MappingProxyType(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
-from .ops import attend, project
+from .ops import attend, project, store_and_attend
 
 _counters: ContextVar[torch.Tensor | None] = ContextVar("counters", default=None)
 _COUNTERS = 4096  # K/V heads times rows that attention may count splits for
@@ -34,16 +35,40 @@ def _(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    filled: torch.Tensor,
+    bounds: torch.Tensor,
     scale: float,
+    softcap: float,
+    sink_scores: torch.Tensor | None,
+) -> torch.Tensor:
+    return _attend(query, keys, values, None, None, bounds, scale, softcap, sink_scores)
+
+
+@store_and_attend.register_kernel("cuda")
+def _(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    bounds: torch.Tensor,
+    scale: float,
+    softcap: float,
+    sink_scores: torch.Tensor | None,
+) -> torch.Tensor:
+    new = new_keys, new_values
+    return _attend(query, keys, values, *new, bounds, scale, softcap, sink_scores)
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
     from . import triton_kernels
 
-    needed = keys.shape[0] * keys.shape[1]
+    needed = keys.shape[0] * query.shape[1]  # at least one for each group of queries
     counters = _counters.get()
     if counters is None or counters.numel() < needed:
         counters = torch.zeros(needed, dtype=torch.int32, device=query.device)
-    return triton_kernels.attend(query, keys, values, filled, scale, counters)
+    return triton_kernels.attend(query, keys, values, *rest, counters)
 
 
 @contextlib.contextmanager

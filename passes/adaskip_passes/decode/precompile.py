@@ -16,6 +16,7 @@ _WORKERS = 8
 _pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="adaskip-triton")
 
 _PROJECT, _ATTEND = torch.ops.adaskip.project.default, torch.ops.adaskip.attend.default
+_STORE_AND_ATTEND = torch.ops.adaskip.store_and_attend.default
 
 
 def compile_ahead(module: fx.GraphModule) -> list[Future[None]]:
@@ -27,24 +28,25 @@ def compile_ahead(module: fx.GraphModule) -> list[Future[None]]:
     Returns:
         What to wait for before the piece runs.
     """
-    calls = [
-        n for n in module.graph.nodes if n.op == "call_function" and n.target in (_PROJECT, _ATTEND)
-    ]
-    return [f for node in calls if (f := _begin(node)) is not None]
+    ours = (_PROJECT, _ATTEND, _STORE_AND_ATTEND)
+    calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target in ours]
+    return [future for node in calls for future in _begin(node)]
 
 
-def _begin(node: fx.Node) -> Future[None] | None:
+def _begin(node: fx.Node) -> list[Future[None]]:
     if node.kwargs or any("example_value" not in n.meta for n in node.all_input_nodes):
-        return None
+        return []
     values: Any = fx.map_arg(node.args, lambda n: n.meta["example_value"])
     first = values[0]
     if first.device.type != "cuda":
-        return None
+        return []
     from . import triton_kernels
 
     if node.target is _PROJECT:
-        call = triton_kernels.projection(*values)
+        calls = [triton_kernels.projection(*values)]
     else:
         counters = first.new_empty(1, dtype=torch.int32)
-        call = triton_kernels.attention(*(*values, counters))
-    return _pool.submit(call.compile, first.device)
+        if node.target is _ATTEND:
+            values = (*values[:3], None, None, *values[3:])
+        calls = triton_kernels.attention(*(*values, counters))
+    return [_pool.submit(call.compile, first.device) for call in calls]

@@ -211,6 +211,7 @@ def test_every_rewrite_has_the_one_interface() -> None:
         "DropCacheWrites",
         "EliminateDeadCode",
         "Expand",
+        "FuseAttention",
         "FuseProjections",
         "Probe",
         "ProbeLayers",

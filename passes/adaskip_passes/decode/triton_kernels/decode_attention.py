@@ -1,4 +1,7 @@
-"""Attention of one query per row over the filled part of a cache: ``ops.attend``."""
+"""Attention of a few queries per row over what a table of bounds lets them see: ``ops.attend``.
+
+The keys and values of the queries' own tokens may be stored at once: ``ops.store_and_attend``.
+"""
 
 from __future__ import annotations
 
@@ -11,161 +14,341 @@ import triton.language as tl
 from .launch import Launch, has_pdl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_PROGRAMS = 128
+_MOST_QUERIES = 128  # of one program
 
 
 @triton.jit
 def _combine(
-    output, partial, weight, head, b, h, d,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr,
-    GB: tl.constexpr, SPLITS: tl.constexpr,
+    output, partial, weight, sinks, group, used, b, h, first, T,
+    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GP: tl.constexpr,
+    GB: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Write the result of a K/V head: the shares of the cache, weighted by their masses."""
-    s = tl.arange(0, SPLITS)
-    for first in range(0, G, GB):  # so many query heads at a time as registers hold
-        c = first + tl.arange(0, GB)
-        slots = (head * SPLITS + s)[:, None] * GP + c[None, :]
-        there = (c < G)[None, :] & (s >= 0)[:, None]
-        bests = tl.load(weight + slots * 2, mask=there, other=0.0, cache_modifier=".cg")
-        masses = tl.load(weight + slots * 2 + 1, mask=there, other=1.0, cache_modifier=".cg")
-        parts = tl.load(
-            partial + slots[:, :, None] * DP + d[None, None, :],
-            mask=there[:, :, None] & (d < D)[None, None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        factor = tl.exp2(bests - tl.max(bests, 0)[None, :])  # 0 for a share without keys
-        result = tl.sum(parts * factor[:, :, None], 0) / tl.sum(masses * factor, 0)[:, None]
-        tl.store(
-            output + (b * H + h * G + c)[:, None] * D + d[None, :],
-            result.to(output.dtype.element_ty),
-            mask=(c < G)[:, None] & (d < D)[None, :],
-        )
+    """Write the results of GB queries of a K/V head: the shares' ones, weighted by their masses.
+
+    `group` is which of the groups of GP queries they are of, `first` the first of them in it.
+    """
+    s, dv = tl.arange(0, SPLITS), tl.arange(0, DVP)
+    c = first + tl.arange(0, GB)
+    slots = (group * SPLITS + s)[:, None] * GP + c[None, :]
+    query = (group % tl.cdiv(T * G, GP)) * GP + c  # of the head's T * G ones
+    real = (query < T * G) & (c < GP)
+    there = real[None, :] & (s < used)[:, None]
+    bests = tl.load(weight + slots * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+    masses = tl.load(weight + slots * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+    parts = tl.load(
+        partial + slots[:, :, None] * DVP + dv[None, None, :],
+        mask=there[:, :, None] & (dv < DV)[None, None, :], other=0.0, cache_modifier=".cg",
+    )  # fmt: skip
+    best = tl.max(bests, 0)
+    best = tl.where(best == float("-inf"), 0.0, best)  # of what is no query
+    if SINKS:
+        sink = tl.load(sinks + h * G + query % G, mask=real, other=0.0).to(tl.float32) * _LOG2_E
+        best = tl.maximum(best, sink)
+    factor = tl.exp2(bests - best[None, :])  # 0 for a share without keys
+    mass = tl.sum(masses * factor, 0)
+    if SINKS:
+        mass += tl.exp2(sink - best)
+    result = tl.sum(parts * factor[:, :, None], 0) / mass[:, None]
+    place = (b * T + query // G) * H + h * G + query % G
+    tl.store(
+        output + place[:, None] * DV + dv[None, :],
+        result.to(output.dtype.element_ty),
+        mask=real[:, None] & (dv < DV)[None, :],
+    )
+
+
+@triton.jit
+def _combine_apart(
+    output, partial, weight, sinks, shares, T,
+    H: tl.constexpr, HK: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GP: tl.constexpr,
+    GB: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program GB queries: where there are many of them, one program a head would take long."""
+    G: tl.constexpr = H // HK
+    group = tl.program_id(0)
+    head = group // tl.cdiv(T * G, GP)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    used = tl.load(shares + group)
+    _combine(
+        output, partial, weight, sinks, group, used, head // HK, head % HK,
+        tl.program_id(1) * GB, T, H, G, DV, DVP, GP, GB, SPLITS, SINKS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _part(bounds, T):
+    """Return what a row and K/V head see: the first key, sinks' end, window's begin, how many."""
+    first = tl.load(bounds).to(tl.int32)
+    end = tl.load(bounds + 3).to(tl.int32)
+    begin = tl.maximum(first, end - tl.load(bounds + 2).to(tl.int32))  # of the first query
+    sinks = tl.minimum(first + tl.load(bounds + 1).to(tl.int32), begin) - first
+    return first, sinks, begin, sinks + end + T - 1 - begin
+
+
+@triton.jit
+def _share(
+    bounds, bounds_b, bounds_h, mine, T,
+    B: tl.constexpr, HK: tl.constexpr, HB: tl.constexpr, EP: tl.constexpr,
+    PROGRAMS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Return how many keys a program takes: as many in short rows as in long ones.
+
+    `mine` are the keys of this row and head. The longest row is shared by as many programs as it
+    can be, with no more than `PROGRAMS` for all rows, which run at once.
+    """
+    most = tl.cdiv(mine, BN)
+    if B * HB == 1:
+        return tl.maximum(tl.cdiv(most, SPLITS), 1) * BN
+    e = tl.arange(0, EP)
+    there = e < B * HB
+    entry = bounds + (e // HB) * bounds_b + (e % HB) * bounds_h
+    first = tl.load(entry, mask=there, other=0).to(tl.int32)
+    end = tl.load(entry + 3, mask=there, other=0).to(tl.int32)
+    begin = tl.maximum(first, end - tl.load(entry + 2, mask=there, other=0).to(tl.int32))
+    sinks = tl.load(entry + 1, mask=there, other=0).to(tl.int32)
+    sinks = tl.minimum(first + sinks, begin) - first
+    blocks = tl.where(there, tl.cdiv(sinks + end + T - 1 - begin, BN), 0)
+    most = tl.max(blocks, 0)
+    shares = tl.minimum(PROGRAMS * most // (tl.sum(blocks, 0) * (HK // HB)), SPLITS)
+    share = tl.cdiv(most, tl.maximum(shares, 1))
+    while (shares > 1) & (tl.sum(tl.cdiv(blocks, share), 0) * (HK // HB) > PROGRAMS):
+        shares -= 1
+        share = tl.cdiv(most, shares)
+    return share * BN
 
 
 @triton.jit
 def _attend(
-    query, keys, values, output, partial, weight, counters, filled, scale,
-    stride_b, stride_h, stride_n,
-    H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr,
-    GB: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, PRECISION: tl.constexpr,
+    query, keys, values, output, partial, weight, counters, shares_used, bounds, sinks, scale,
+    softcap, new_keys, new_values, new_key_b, new_key_h, new_key_t, new_value_b, new_value_h,
+    new_value_t, query_b, query_h, query_t, key_b, key_h, key_n, value_b, value_h, value_n,
+    bounds_b, bounds_h, T,
+    B: tl.constexpr, H: tl.constexpr, HK: tl.constexpr, HB: tl.constexpr, EP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GP: tl.constexpr,
+    GB: tl.constexpr, PROGRAMS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PLAIN: tl.constexpr,
+    APART: tl.constexpr, STORE: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Flash decoding: a program a K/V head and share of the cache; the last of a head combines."""
-    head, split = tl.program_id(0), tl.program_id(1)
-    b, h = head // HK, head % HK
+    """Flash decoding: a program GP queries of a K/V head and a share of what they see.
+
+    The last one of them combines the shares, unless that is done apart.
+    """
     G: tl.constexpr = H // HK
+    group, split = tl.program_id(0), tl.program_id(1)
+    groups = tl.cdiv(T * G, GP)
+    head = group // groups
+    b, h = head // HK, head % HK
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    length = tl.load(filled).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, BN), SPLITS) * BN
-    low = split * share
-    high = tl.minimum(low + share, length)
-    g, d = tl.arange(0, GP), tl.arange(0, DP)
-    real = (g < G)[:, None] & (d < D)[None, :]
-    q = tl.load(query + (b * H + h * G + g)[:, None] * D + d[None, :], mask=real, other=0.0)
-    base = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-    best = tl.full([GP], float("-inf"), tl.float32)
-    mass = tl.zeros([GP], tl.float32)
-    total = tl.zeros([GP, DP], tl.float32)
-    for start in tl.range(low, high, BN, num_stages=STAGES):
-        at = start + tl.arange(0, BN)
-        there = (at < high)[:, None] & (d < D)[None, :]
-        place = base + at.to(tl.int64)[:, None] * stride_n + d[None, :]
-        k = tl.load(keys + place, mask=there, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2_E)
-        scores = tl.where((at < high)[None, :], scores, float("-inf"))
-        higher = tl.maximum(best, tl.max(scores, 1))
-        shares = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(best - higher)
-        v = tl.load(values + place, mask=there, other=0.0)
-        total = tl.dot(shares.to(v.dtype), v, total * shrink[:, None], input_precision=PRECISION)
-        mass = mass * shrink + tl.sum(shares, 1)
-        best = higher
-    slot = (head * SPLITS + split) * GP + g
-    tl.store(partial + slot[:, None] * DP + d[None, :], total, mask=real)
-    tl.store(weight + slot * 2, best, mask=g < G)
-    tl.store(weight + slot * 2 + 1, mass, mask=g < G)
-    tl.debug_barrier()
-    if tl.atomic_add(counters + head, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
-        tl.debug_barrier()
-        _combine(output, partial, weight, head, b, h, d, H, G, D, DP, GP, GB, SPLITS)
-        tl.store(counters + head, 0)
+    mine = bounds + b * bounds_b + (h % HB) * bounds_h
+    first, kept, begin, count = _part(mine, T)
+    share = _share(bounds, bounds_b, bounds_h, count, T, B, HK, HB, EP, PROGRAMS, SPLITS, BN)
+    used = tl.cdiv(count, share)
+    if APART:  # a program without a share writes it too: the same number
+        tl.store(shares_used + group, used)
+    if split < used:
+        shift, end = tl.load(mine + 4).to(tl.int32), tl.load(mine + 3).to(tl.int32)
+        low = split * share
+        high = tl.minimum(low + share, count)
+        c, d, dv = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, DVP)
+        mine_of_head = (group % groups) * GP + c
+        t = mine_of_head // G
+        asks = b * query_b + (h * G + mine_of_head % G) * query_h + t * query_t
+        q = tl.load(
+            query + asks[:, None] + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0
+        )
+        key_base = keys + b.to(tl.int64) * key_b + h.to(tl.int64) * key_h
+        value_base = values + b.to(tl.int64) * value_b + h.to(tl.int64) * value_h
+        if STORE:  # whoever sees a new token stores it, and sees what it stored
+            for t_new in range(tl.maximum(low - (count - T), 0), high - (count - T)):
+                place = shift + end - 1 + t_new
+                if WIDE:
+                    place = place.to(tl.int64)
+                k = tl.load(
+                    new_keys + b * new_key_b + h * new_key_h + t_new * new_key_t + d, mask=d < D
+                )
+                tl.store(key_base + place * key_n + d, k, mask=d < D)
+                v = tl.load(
+                    new_values + b * new_value_b + h * new_value_h + t_new * new_value_t + dv,
+                    mask=dv < DV,
+                )
+                tl.store(value_base + place * value_n + dv, v, mask=dv < DV)
+            tl.debug_barrier()
+        best = tl.full([GP], float("-inf"), tl.float32)
+        mass = tl.zeros([GP], tl.float32)
+        total = tl.zeros([GP, DVP], tl.float32)
+        for start in tl.range(low, high, BN, num_stages=STAGES):
+            i = start + tl.arange(0, BN)
+            at = tl.where(i < kept, first + i, begin + i - kept)
+            slot = (shift + at)[:, None]
+            if WIDE:
+                slot = slot.to(tl.int64)
+            k = tl.load(
+                key_base + slot * key_n + d[None, :],
+                mask=(i < high)[:, None] & (d < D)[None, :], other=0.0,
+            )  # fmt: skip
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            if SOFTCAP:
+                scores = softcap * (1 - 2 / (1 + tl.exp(2 * scores / softcap)))
+            seen = (i < high)[None, :]
+            if not PLAIN:
+                own = (end - 1 + t)[:, None]
+                window, sink = tl.load(mine + 2).to(tl.int32), tl.load(mine + 1).to(tl.int32)
+                near = (at[None, :] > own - window) | (at < first + sink)[None, :]
+                seen = seen & (at[None, :] <= own) & near
+            scores = tl.where(seen, scores * _LOG2_E, float("-inf"))
+            higher = tl.maximum(best, tl.max(scores, 1))
+            known = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen until here
+            shares = tl.exp2(scores - known[:, None])
+            shrink = tl.exp2(best - known)
+            v = tl.load(
+                value_base + slot * value_n + dv[None, :],
+                mask=(i < high)[:, None] & (dv < DV)[None, :], other=0.0,
+            )  # fmt: skip
+            total = total * shrink[:, None]
+            total = tl.dot(shares.to(v.dtype), v, total, input_precision=PRECISION)
+            mass = mass * shrink + tl.sum(shares, 1)
+            best = higher
+        slots = (group * SPLITS + split) * GP + c
+        real = t < T
+        part = partial + slots[:, None] * DVP + dv[None, :]
+        tl.store(part, total, mask=real[:, None] & (dv < DV)[None, :])
+        tl.store(weight + slots * 2, best, mask=real)
+        tl.store(weight + slots * 2 + 1, mass, mask=real)
+        if not APART:
+            tl.debug_barrier()
+            if tl.atomic_add(counters + group, 1, sem="acq_rel", scope="gpu") == used - 1:
+                tl.debug_barrier()
+                queries = tl.minimum(T * G - (group % groups) * GP, GP)
+                for some in range(0, queries, GB):  # so many at a time as registers hold
+                    _combine(
+                        output, partial, weight, sinks, group, used, b, h, some, T,
+                        H, G, DV, DVP, GP, GB, SPLITS, SINKS,
+                    )  # fmt: skip
+                tl.store(counters + group, 0)
 
 
 def attend(*inputs: Any) -> torch.Tensor:
     """Compute :func:`ops.attend`, which describes the inputs; `counters` come last."""
-    return attention(*inputs).run()[0]
+    launches = attention(*inputs)
+    for launch in launches:
+        launch.run()
+    return launches[-1].outputs[0]
 
 
 def attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    filled: torch.Tensor,
+    new_keys: torch.Tensor | None,
+    new_values: torch.Tensor | None,
+    bounds: torch.Tensor,
     scale: float,
+    softcap: float,
+    sink_scores: torch.Tensor | None,
     counters: torch.Tensor,
-) -> Launch:
-    """Return the launch of :func:`ops.attend`, which describes the other inputs.
+) -> list[Launch]:
+    """Return the launches of :func:`ops.attend`, which describes the other inputs.
 
     Args:
         query: The queries.
         keys: The keys.
         values: The values.
-        filled: How many of them count.
+        new_keys: Keys of the queries' own tokens, to be stored; None if they are.
+        new_values: Likewise.
+        bounds: Which of them count.
         scale: Of the scores.
+        softcap: Their bound; 0 for none.
+        sink_scores: Of each head, or None.
         counters: int32, one for each row and K/V head; they are zero before and after.
 
     """
     batch, heads, tokens, dim = query.shape
-    kv_heads = keys.shape[1]
-    output = query.new_empty((batch, tokens, heads, dim))
-    padded = max(16, triton.next_power_of_2(dim))
-    group = max(16, triton.next_power_of_2(heads // kv_heads))
-    splits, block, stages = _shares(batch * kv_heads)
-    slots = batch * kv_heads * splits * group
-    partial = query.new_empty(slots * padded, dtype=torch.float32)
-    weight = query.new_empty(slots * 2, dtype=torch.float32)
+    kv_heads, value_dim = keys.shape[1], values.shape[3]
+    output = query.new_empty((batch, tokens, heads, value_dim))
+    padded, padded_values = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
+    queries = tokens * (heads // kv_heads)
+    group = min(_MOST_QUERIES, max(16, triton.next_power_of_2(queries)))
+    groups = batch * kv_heads * triton.cdiv(queries, group)
+    programs, splits, block, stages, warps = _blocks(groups, group, tokens)
+    apart = tokens > 1
+    partial = query.new_empty(groups * splits * group * padded_values, dtype=torch.float32)
+    weight = query.new_empty(groups * splits * group * 2, dtype=torch.float32)
+    used = query.new_empty(groups if apart else 1, dtype=torch.int32)
+    sinks = query if sink_scores is None else sink_scores
     pdl = has_pdl(query.device)
+    asked = _strided(query, query)
+    new = *_strided(new_keys, query), *_strided(new_values, query)
     arguments = (
-        query.contiguous(),
-        keys,
-        values,
-        output,
-        partial,
-        weight,
-        counters,
-        filled,
-        scale,
-        keys.stride(0),
-        keys.stride(1),
-        keys.stride(2),
+        *(asked[0], keys, values, output, partial, weight, counters, used, bounds),
+        *(sinks, scale, softcap, new[0], new[4], *new[1:4], *new[5:], *asked[1:]),
+        *(keys.stride(0), keys.stride(1), keys.stride(2)),
+        *(values.stride(0), values.stride(1), values.stride(2)),
+        *(bounds.stride(0), bounds.stride(1), tokens),
     )
-    flags = {
-        "H": heads,
-        "HK": kv_heads,
-        "D": dim,
-        "DP": padded,
-        "GP": group,
-        "GB": max(1, min(triton.next_power_of_2(heads // kv_heads), 16384 // (splits * padded))),
-        "SPLITS": splits,
-        "BN": max(16, min(block, 32768 // (padded * keys.element_size()))),
-        "STAGES": stages,
-        "PDL": pdl,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-        "num_warps": 4,
+    wide = max(padded, padded_values) * keys.element_size()
+    some = max(1, min(triton.next_power_of_2(queries), 16384 // (splits * padded_values)))
+    form = {
+        **{"H": heads, "HK": kv_heads, "DV": value_dim, "DVP": padded_values, "GP": group},
+        **{"SPLITS": splits, "SINKS": sink_scores is not None, "PDL": pdl, "num_warps": warps},
         **({"launch_pdl": True} if pdl else {}),
     }
-    return Launch(_attend, (batch * kv_heads, splits), arguments, flags, [output])
+    flags = {
+        **form,
+        **{"B": batch, "HB": bounds.shape[1], "D": dim, "DP": padded, "PROGRAMS": programs},
+        "EP": triton.next_power_of_2(batch * bounds.shape[1]),
+        "GB": min(some, group),
+        "BN": max(16, min(block, 32768 // wide)),
+        "STORE": new_keys is not None,
+        "WIDE": max(_numel(keys), _numel(values)) >= 2**31,
+        **{"STAGES": stages, "SOFTCAP": softcap != 0.0, "PLAIN": tokens == 1, "APART": apart},
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+    }
+    launches = [Launch(_attend, (groups, splits), arguments, flags, [output])]
+    if apart:
+        flags = {**form, "GB": 1, "num_warps": 2}
+        rest = (output, partial, weight, sinks, used, tokens)
+        launches.append(Launch(_combine_apart, (groups, group), rest, flags, [output]))
+    return launches
 
 
-def _shares(heads: int) -> tuple[int, int, int]:
-    """Return the shares (a power of two) of the cache, the keys at a time, and the stages.
+def _numel(tensor: torch.Tensor) -> int:
+    """Return a tensor's numbers; of one with symbolic sizes those of the example."""
+    count = tensor.numel()
+    return count.node.hint if isinstance(count, torch.SymInt) else count
 
-    With few heads, small programs, two on a multiprocessor, that leave room for the next kernel's
-    to begin; with many, fewer and larger ones.
+
+def _strided(tokens: torch.Tensor | None, instead: torch.Tensor) -> tuple[Any, ...]:
+    """Return a tensor [B, H, T, D] without gaps in its last dimension, and its strides."""
+    if tokens is None:
+        return instead, 0, 0, 0
+    whole = tokens if tokens.stride(3) == 1 else tokens.contiguous()
+    return whole, *whole.stride()[:3]
+
+
+def _blocks(groups: int, group: int, tokens: int) -> tuple[int, int, int, int, int]:
+    """Return into how many programs the work is cut, and how each of them does it.
+
+    They were chosen on an H200. With few groups, small programs, two on a multiprocessor, that
+    leave room for the next kernel's to begin: alone they are slower, in a step they are faster.
+    Else a program a multiprocessor, with room for three blocks of keys.
 
     Args:
-        heads: K/V heads of all rows together.
+        groups: Groups of queries, of all rows and K/V heads.
+        group: Queries in one of them, padded.
+        tokens: Queries of each row and head.
+
+    Returns:
+        Programs for all; at most, for one group (a power of two); keys at a time; stages; warps.
 
     """
-    programs, block, stages = (256, 64, 2) if heads <= 32 else (128, 128, 3)
-    return max(1, 1 << max(0, (programs // heads).bit_length() - 1)), block, stages
+    if groups <= 8 and tokens == 1:
+        return 256, max(1, 1 << ((256 // groups).bit_length() - 1)), 64, 2, 4
+    even = max(1, 1 << max(0, (_PROGRAMS // groups).bit_length() - 1))
+    block = 128 if group <= 32 else 64
+    return _PROGRAMS, even if groups <= 8 else min(4 * even, 64), block, 3, 4

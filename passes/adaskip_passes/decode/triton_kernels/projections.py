@@ -164,7 +164,7 @@ def projection(
     if rows == 1:
         bn, bk, warps, stages = _row_blocks(width, sum(sizes), gated)
     else:
-        bn, bk, warps, stages = _rows_blocks(gated)
+        bn, bk, warps, stages = _rows_blocks(sum(sizes), gated, rows)
     programs = sum(triton.cdiv(w.shape[0], bn) for w in kept)
     arguments = (
         x.contiguous(),
@@ -192,7 +192,7 @@ def projection(
     }
     if rows == 1:
         return Launch(_project_row, (programs,), arguments, flags, outputs)
-    flags |= {"M": MAX_ROWS, "STAGES": stages}
+    flags |= {"M": 16 if rows <= 16 else MAX_ROWS, "STAGES": stages}
     return Launch(_project_rows, (programs,), (*arguments, rows), flags, outputs)
 
 
@@ -218,6 +218,12 @@ def _row_blocks(width: int, outputs: int, gated: bool) -> tuple[int, int, int, i
     return bn, min(bk, triton.next_power_of_2(width)), warps, 1
 
 
-def _rows_blocks(gated: bool) -> tuple[int, int, int, int]:
+def _rows_blocks(outputs: int, gated: bool, rows: int) -> tuple[int, int, int, int]:
     """Return the same for several rows."""
-    return (32, 256, 4, 3) if gated else (16, 512, 2, 3)
+    if gated:
+        return 32, 256, 4, 3
+    if outputs > 32768:
+        return 32, 256, 2, 3
+    if outputs > 4096:
+        return 16, 512, 2, 3
+    return 32, 512, 4, 4 if rows <= 16 else 3

@@ -1,0 +1,96 @@
+"""Attention's kernels against attention key by key in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from adaskip_passes.attention.ops import attend_causal, causal_by_mask
+from adaskip_passes.decode.ops import EVERY, Bounds, attend
+from tests.support import attention_oracle as oracle
+from tests.support.eager_reference import relative_error
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", oracle.CASES)
+def test_what_is_seen(name: str, dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {**oracle.CASES[name], "dtype": dtype, "device": "cuda"}
+    for seed in range(3 if dtype == torch.float32 else 1):
+        case = oracle.make(seed, **options)
+        got = attend(*case.arguments())
+        assert relative_error(got.double().cpu(), oracle.expected(case)) < DTYPES[dtype]
+
+
+@pytest.mark.breaks
+@pytest.mark.parametrize(
+    ("column", "change"), [("FIRST", 1), ("SINKS", 3), ("WINDOW", -2), ("END", -1), ("BASE", 1)]
+)
+def test_each_column_matters(column: str, change: int) -> None:
+    """The companion."""
+    case = oracle.make(3, windows=(12,), sinks=(4,), lengths=(60,), device="cuda")
+    expected = oracle.expected(case)
+    case.keys.nan_to_num_(0.5)
+    case.values.nan_to_num_(0.5)
+    bounds = case.bounds
+    bounds[..., Bounds[column]] += change
+    query, keys, values, _, *rest = case.arguments()
+    wrong: Any = attend(query, keys, values, bounds, *rest)
+    assert relative_error(wrong.double().cpu(), expected) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "dim"),
+    [(1, 32, 8, 128), (1, 9, 3, 64), (2, 4, 1, 20), (8, 32, 8, 128), (1, 71, 1, 64)],
+)
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_long_rows(
+    dtype: torch.dtype, batch: int, heads: int, kv_heads: int, dim: int, tokens: int
+) -> None:
+    """Of every length around the kernel's blocks, each row of another one."""
+    torch.manual_seed(dim)
+    room, margin = 9000, DTYPES[dtype]
+    query = torch.randn(batch, heads, tokens, dim, device="cuda").to(dtype)
+    shape = (room, batch, kv_heads, dim)
+    keys, values = (
+        torch.randn(shape, device="cuda").to(dtype).permute(1, 2, 0, 3) for _ in range(2)
+    )
+    for length in (1, 63, 64, 129, 1024, 8900):
+        ends = [max(1, length - 40 * row) for row in range(batch)]
+        table = [[(0, 0, EVERY, end, 0)] for end in ends]
+        bounds = torch.tensor(table, device="cuda").unsqueeze(2)
+        got = attend(query, keys, values, bounds, dim**-0.5, 0.0, None)
+        for row, end in enumerate(ends):
+            last = end + tokens - 1
+            seen = torch.ones(tokens, last, dtype=torch.bool, device="cuda").tril(last - tokens)
+            one, k, v = (t[row : row + 1].double() for t in (query, keys, values))
+            k, v = k[:, :, :last], v[:, :, :last]
+            want = scaled_dot_product_attention(one, k, v, attn_mask=seen, enable_gqa=True)
+            assert relative_error(got[row : row + 1].double(), want.transpose(1, 2)) < margin
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "stored"), [(2, 900), (300, 1000), (129, 130), (700, 1500)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(8, 2, 128), (4, 4, 64), (2, 1, 20), (2, 2, 256)]
+)
+def test_the_last_queries_are_causal(
+    dtype: torch.dtype, tokens: int, stored: int, heads: int, kv_heads: int, dim: int
+) -> None:
+    torch.manual_seed(tokens)
+    query = torch.randn(2, heads, tokens, dim, device="cuda").to(dtype)
+    shape = (stored + 9, 2, kv_heads, dim)
+    key, value = (
+        torch.randn(shape, device="cuda").to(dtype).permute(1, 2, 0, 3)[:, :, :stored]
+        for _ in range(2)
+    )
+    got = attend_causal(query, key, value, dim**-0.5)
+    want = causal_by_mask(query.double(), key.double(), value.double(), dim**-0.5)
+    assert relative_error(got.double(), want) < DTYPES[dtype]
+    wrong = attend_causal(query, key.flip(2), value, dim**-0.5)
+    assert relative_error(wrong.double(), want) > DTYPES[dtype]

@@ -1,0 +1,81 @@
+"""`attend` in plain torch against attention key by key; `tests/gpu` has its kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from adaskip_passes.attention.ops import attend_causal, attend_packed
+from adaskip_passes.decode.ops import EVERY, Bounds, attend
+from tests.support import attention_oracle as oracle
+from tests.support.eager_reference import relative_error
+
+
+@pytest.mark.parametrize("name", oracle.CASES)
+def test_what_is_seen(name: str) -> None:
+    case = oracle.make(1, **oracle.CASES[name])  # type: ignore[arg-type]
+    got = attend(*case.arguments())
+    assert relative_error(got.double(), oracle.expected(case)) < 1e-5
+
+
+@pytest.mark.breaks
+@pytest.mark.parametrize(
+    ("column", "change"), [("FIRST", 1), ("SINKS", 3), ("WINDOW", -2), ("END", -1), ("BASE", 1)]
+)
+def test_each_column_matters(column: str, change: int) -> None:
+    """The companion."""
+    case = oracle.make(3, windows=(12,), sinks=(4,), lengths=(60,))
+    expected = oracle.expected(case)
+    case.keys.nan_to_num_(0.5)
+    case.values.nan_to_num_(0.5)
+    bounds = case.bounds
+    bounds[..., Bounds[column]] += change
+    query, keys, values, _, *rest = case.arguments()
+    wrong: Any = attend(query, keys, values, bounds, *rest)
+    assert relative_error(wrong.double(), expected) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["ragged", "everything", "by head"])
+def test_it_is_a_proper_operator(name: str) -> None:
+    case = oracle.make(1, **oracle.CASES[name])  # type: ignore[arg-type]
+    torch.library.opcheck(torch.ops.adaskip.attend.default, case.arguments())
+
+
+def test_the_others_are_proper_operators() -> None:
+    query, kv = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+    short = query[:, :, :3].contiguous()
+    torch.library.opcheck(torch.ops.adaskip.attend_causal.default, (short, kv, kv, 0.3))
+    torch.library.opcheck(torch.ops.adaskip.attend_packed.default, (query, kv, kv, offsets, 0.3))
+
+
+def test_the_table_is_as_documented() -> None:
+    assert [column.name for column in Bounds] == ["FIRST", "SINKS", "WINDOW", "END", "BASE"]
+    assert EVERY == oracle.EVERY
+
+
+@pytest.mark.parametrize(("tokens", "stored"), [(2, 9), (5, 6), (7, 7), (1, 4)])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_the_last_queries_are_causal(tokens: int, stored: int, heads: int) -> None:
+    """It is `attend` with the first query at the first new token."""
+    case = oracle.make(tokens, heads=heads, tokens=tokens, lengths=(stored - tokens + 1,))
+    case.table = [[(0, 0, EVERY, stored - tokens + 1, 0)]]
+    keys, values = (torch.randn(1, 2, stored, 16) for _ in range(2))
+    case.keys, case.values = keys, values
+    got = attend_causal(case.query, keys, values, case.scale)
+    assert relative_error(got.double(), oracle.expected(case)) < 1e-5
+
+
+def test_packed_texts_do_not_see_each_other() -> None:
+    torch.manual_seed(0)
+    lengths, heads = (5, 1, 9), 4
+    query, keys, values = (torch.randn(1, h, 15, 8) for h in (heads, 2, 2))
+    offsets = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
+    got = attend_packed(query, keys, values, offsets, 0.3)
+    for begin, length in zip(offsets.tolist(), lengths, strict=False):
+        text = [t[:, :, begin : begin + length] for t in (query, keys, values)]
+        case = oracle.Case(*text, [[(0, 0, EVERY, 1, 0)]], 0.3, 0.0, None)
+        expected = oracle.expected(case)
+        assert relative_error(got[:, begin : begin + length].double(), expected) < 1e-5
