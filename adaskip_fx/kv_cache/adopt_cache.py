@@ -30,17 +30,12 @@ if TYPE_CHECKING:
 _LEAVE_OUT = "Leave past_key_values out, and continue with the one that comes back"
 
 
-def own_cache(
-    cache: Any,
-    runtime: Runtime,
-    capacity: int = 0,
-) -> SkipCache:
+def own_cache(cache: Any, runtime: Runtime) -> SkipCache:
     """Return the cache that a caller passed as one of this compiled model's: it, or what it became.
 
     Args:
         cache: what was passed.
         runtime: of the compiled model that is to use it.
-        capacity: tokens that a cache which becomes ours should have room for.
 
     Raises:
         TypeError, ValueError: it cannot be used; the message says why, and it is as it was.
@@ -55,7 +50,7 @@ def own_cache(
     if refusal:
         raise TypeError(f"past_key_values {refusal}. {_LEAVE_OUT}")
     held = _held(cache)
-    ours = runtime.new_cache(capacity)
+    ours = runtime.new_cache()
     if held is not None:
         _check(held, ours)
         _fill(ours, held)

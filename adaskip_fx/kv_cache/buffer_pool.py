@@ -16,6 +16,8 @@ import torch
 from .buffers import CacheBuffers
 from .layer_spec import LayerCacheSpec
 
+_LONGEST = 2**20  # tokens, of a model without a limit
+
 
 class BufferPool:
     """Makes buffers, and keeps the last ones that came back if `keep` says so.
@@ -30,10 +32,14 @@ class BufferPool:
 
     Attributes:
         keep: whether buffers are kept for the next request.
+        longest: tokens that buffers may grow to in place, where a device can.
+        whole: whether steps read all of a buffer, filled or not.
     """
 
-    def __init__(self, keep: bool) -> None:
+    def __init__(self, keep: bool, longest: int | None = None) -> None:
         self.keep = keep
+        self.longest = longest or _LONGEST
+        self.whole = False
         self._kept: deque[CacheBuffers] = deque(maxlen=1)
 
     @property
@@ -58,19 +64,20 @@ class BufferPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> CacheBuffers:
-        """Return buffers for at least `capacity` tokens, all zeros; nobody else has them."""
+        """Return buffers with memory for `capacity` tokens or more; nobody else has them."""
         idle = self._taken()
         if (
             idle is not None
-            and (idle.batch, idle.dtype, idle.device, idle.specs)
-            == (batch, dtype, device, tuple(specs))
-            and capacity <= idle.capacity <= 2 * capacity
+            and (idle.batch, idle.dtype, idle.device, idle.specs, idle.whole)
+            == (batch, dtype, device, tuple(specs), self.whole)
+            and idle.fit_anew(capacity)
         ):
             idle.use_here()
             idle.clear()
             return idle
         del idle  # before the new ones are made
-        made = CacheBuffers.zeros(specs, batch, capacity, dtype, device)
+        form = specs, batch, capacity, dtype, device
+        made = CacheBuffers.new(*form, self.longest, self.whole)
         made.use_here()
         return made
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from . import growing_memory
+from .growing_memory import GrowingMemory
 from .layer_spec import LayerCacheSpec
+from .token_layout import Pair, by_head, empty, widths
 
 if TYPE_CHECKING:
-    from ..runtime.static_step import StaticDecodeStep
+    from ..runtime.static_step import StaticStep
+
+#: Numbers that a region may have, so that kernels count them in 32 bits.
+_COUNTABLE = 2**31 - 1
+#: Ranges of memory that are extended between two tokens; each takes 0.05 to 0.1 ms.
+_AT_A_TIME = 8
 
 
 @dataclass(eq=False)
@@ -21,13 +29,18 @@ class CacheBuffers:
 
     Attributes:
         batch: rows.
-        capacity: tokens.
+        capacity: tokens that there is memory for.
         dtype, device: of keys and values.
         specs: what is stored of each layer.
-        keys, values: [batch, heads, capacity, dim] by layer; None where nothing is stored.
+        regions: of keys and values [room, batch, width] by layer (see :mod:`.token_layout`); None
+            where nothing is stored. There are addresses for all `room` tokens, and memory for
+            `capacity`.
         states: by layer, in the order of the spec's states.
-        lengths: a tensor on the CPU of which only lengths are used.
-        decoder: the decode steps that run on these buffers on a static cache, once there are any.
+        memory: what the regions are in, if they can grow in place.
+        whole: whether all of them may be read, filled or not.
+        lengths: a tensor on the CPU of which only lengths are used, int8 [room].
+        keys, values: [batch, heads, room, dim] by layer: views of the regions.
+        steps: those that run on these buffers on a static cache, by their number of new tokens.
         stream: the CUDA stream that the steps of the request run on, on a GPU.
         shown: whether somebody has a view of a buffer, and may hold it for longer than the
             request lives: nothing that it shows is overwritten, and no other request gets it.
@@ -38,87 +51,173 @@ class CacheBuffers:
     dtype: torch.dtype
     device: torch.device
     specs: tuple[LayerCacheSpec, ...]
-    keys: list[torch.Tensor | None]
-    values: list[torch.Tensor | None]
+    regions: list[Pair | None]
     states: list[tuple[torch.Tensor, ...]]
-    lengths: torch.Tensor
-    decoder: StaticDecodeStep | None = field(default=None, repr=False)
-    stream: torch.cuda.Stream | None = field(default=None, repr=False)
-    shown: bool = False
+    memory: GrowingMemory | None
+    whole: bool = False
+    lengths: torch.Tensor = field(init=False)
+    keys: list[torch.Tensor | None] = field(init=False)
+    values: list[torch.Tensor | None] = field(init=False)
+    steps: dict[int, StaticStep] = field(init=False, default_factory=dict, repr=False)
+    stream: torch.cuda.Stream | None = field(init=False, default=None, repr=False)
+    shown: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        pairs = [
+            (None, None) if regions is None else by_head(regions, spec)
+            for regions, spec in zip(self.regions, self.specs, strict=True)
+        ]
+        self.keys, self.values = [k for k, _ in pairs], [v for _, v in pairs]
+        self.lengths = torch.empty(self.room, dtype=torch.int8, device="cpu")
 
     @classmethod
-    def zeros(
+    def new(
         cls,
         specs: Sequence[LayerCacheSpec],
         batch: int,
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        longest: int | None = None,
+        whole: bool = False,
     ) -> CacheBuffers:
-        """Return buffers with nothing in them.
+        """Return buffers with nothing in them: states are zeros, keys and values are anything.
 
-        They are zeros, because a masked attention reads what was never written, and NaN times 0 is
-        NaN.
+        Nothing reads a token that was not written, but what reads whole buffers with a mask. (NaN
+        times 0 is NaN.)
+
+        Args:
+            specs: what to store of each layer.
+            batch: rows.
+            capacity: tokens to have memory for.
+            dtype: of keys and values.
+            device: where.
+            longest: tokens that the buffers are to grow to in place, where the device can.
+            whole: whether keys and values are zeros, and are moved to grow, since all is read.
         """
-
-        def buffer(heads: int, dim: int) -> torch.Tensor | None:
-            size = (batch, heads, capacity, dim)
-            return torch.zeros(size, dtype=dtype, device=device) if heads else None
-
+        memory = None
         # not inference tensors: they may be written outside inference mode later
         with torch.inference_mode(False):
-            return cls(
-                batch,
-                capacity,
-                dtype,
-                device,
-                tuple(specs),
-                keys=[buffer(s.key_heads, s.key_dim) for s in specs],
-                values=[buffer(s.value_heads, s.value_dim) for s in specs],
-                states=[tuple(state.zeros(batch, device) for state in s.states) for s in specs],
-                lengths=torch.empty(capacity, dtype=torch.int8, device="cpu"),
-            )
+            sizes = [width * batch for s in specs if s.attends for width in widths(s)]
+            if longest and not whole and sizes and growing_memory.is_available(device):
+                room = max(capacity, min(longest, _COUNTABLE // max(sizes)))
+                memory = GrowingMemory(device, [room * n * dtype.itemsize for n in sizes])
+                memory.fit([capacity * n * dtype.itemsize for n in sizes])
+                ranges = map(memory.tensor, range(len(sizes)))
+                regions = [_regions(ranges, s, room, batch, dtype) for s in specs]
+            else:
+                regions = [
+                    empty(s, capacity, batch, dtype, device) if s.attends else None for s in specs
+                ]
+            states = [tuple(state.zeros(batch, device) for state in s.states) for s in specs]
+        made = cls(batch, capacity, dtype, device, tuple(specs), regions, states, memory, whole)
+        made.clear()
+        if memory is not None:
+            made._count(memory)
+        return made
+
+    @property
+    def room(self) -> int:
+        """Tokens that there are addresses for."""
+        return next((r.keys.shape[0] for r in self.regions if r is not None), self.capacity)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(t.nbytes for t in self._tensors())
+        """Bytes of memory of all buffers."""
+        stored = (
+            sum(r.nbytes for r in self._regions()) if self.memory is None else self.memory.nbytes
+        )
+        return stored + sum(t.nbytes for t in self._states())
 
-    def _tensors(self) -> list[torch.Tensor]:
-        return [*self._kv(), *self._states()]
+    def fit(self, capacity: int) -> bool:
+        """Have memory for `capacity` tokens where they are; returns whether that can be."""
+        if self.memory is not None and self.capacity < capacity <= self.room:
+            self.memory.fit(self._sizes(capacity))
+            self._count(self.memory)
+        return self.capacity >= capacity
 
-    def _kv(self) -> list[torch.Tensor]:
-        return [t for t in (*self.keys, *self.values) if t is not None]
+    def grow_ahead(self, capacity: int) -> None:
+        """Come nearer to memory for `capacity` tokens, if these buffers grow where they are.
+
+        A few calls do it all: one alone would be seen as a pause between two tokens.
+        """
+        if self.memory is not None:
+            self.memory.fit(self._sizes(min(capacity, self.room)), most=_AT_A_TIME)
+            self._count(self.memory)
+
+    def fit_anew(self, capacity: int) -> bool:
+        """Do what `fit` does for another request: content is lost, and so is memory to spare."""
+        if self.memory is None:
+            return capacity <= self.capacity <= 2 * capacity
+        needed = self._sizes(capacity)
+        if self.memory.spares(needed):
+            self.memory.trim(needed)
+            self._count(self.memory)
+        return self.fit(capacity)
+
+    def _sizes(self, tokens: int) -> list[int]:
+        """Return the bytes of so many tokens, by region."""
+        return [r.stride(0) * r.itemsize * tokens for r in self._regions()]
+
+    def _count(self, memory: GrowingMemory) -> None:
+        """Count the tokens that there is memory for now: it comes in blocks."""
+        pairs = zip(memory.filled, self._sizes(1), strict=True)
+        self.capacity = min(self.room, *(filled // size for filled, size in pairs))
+
+    def _regions(self) -> list[torch.Tensor]:
+        return [region for pair in self.regions if pair is not None for region in pair]
 
     def _states(self) -> list[torch.Tensor]:
         return [*itertools.chain.from_iterable(self.states)]
 
+    def _stored(self, tokens: int) -> list[torch.Tensor]:
+        """Return the first `tokens` tokens of each region."""
+        return [r.narrow(0, 0, tokens) for r in self._regions()]
+
     def layer(
-        self, index: int, spec: LayerCacheSpec, absent: Callable[[int, int], torch.Tensor]
+        self, index: int, spec: LayerCacheSpec, tokens: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[torch.Tensor, ...]]:
-        """Return a layer's keys, values and states, or empty tensors where it stores none.
+        """Return a layer's keys and values of the first tokens, and its states.
+
+        What it does not store are tensors that have no memory, in the same form.
 
         Args:
             index: of the layer.
             spec: what the layer has.
-            absent: called with a number of heads and a dimension, makes the tensor for keys or
-                values that are not stored; it has no memory.
+            tokens: how many.
         """
         keys, values, states = self.keys[index], self.values[index], self.states[index]
-        if spec.attends and keys is None:
-            keys = absent(spec.key_heads, spec.key_dim)
-            values = absent(spec.value_heads, spec.value_dim)
+        if spec.attends:
+            if keys is None or values is None:
+                keys, values = by_head(empty(spec, tokens, self.batch, self.dtype, "meta"), spec)
+            else:
+                keys, values = keys.narrow(2, 0, tokens), values.narrow(2, 0, tokens)
         if spec.mixes and not states:
             states = tuple(state.zeros(self.batch, "meta") for state in spec.states)
         return keys, values, states
 
+    def flat_layer(
+        self, index: int, spec: LayerCacheSpec, tokens: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return what `layer` does, as one row [1, heads, tokens * batch, dim], without states."""
+        if not spec.attends:
+            return None, None
+        regions, slots = self.regions[index], tokens * self.batch
+        if regions is None:
+            return by_head(empty(spec, slots, 1, self.dtype, "meta"), spec)
+        return by_head(Pair(*(r.narrow(0, 0, tokens).view(slots, 1, -1) for r in regions)), spec)
+
+    def zero_first(self, tokens: int) -> None:
+        """Write zeros as the first tokens of all rows: attention with a mask may read them."""
+        for region in self._stored(tokens):
+            region.zero_()
+
     def take(self, other: CacheBuffers, tokens: int) -> None:
         """Copy states, and the first `tokens` tokens, of `other`, which stores the same."""
-        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
-            if mine.shape == theirs.shape:
-                mine.copy_(theirs)
-            else:
-                mine.narrow(2, 0, tokens).copy_(theirs.narrow(2, 0, tokens))
+        for mine, theirs in zip(self._stored(tokens), other._stored(tokens), strict=True):
+            mine.copy_(theirs)
+        for mine, theirs in zip(self._states(), other._states(), strict=True):
+            mine.copy_(theirs)
 
     def take_rows(self, other: CacheBuffers, rows: torch.Tensor, tokens: int) -> None:
         """Copy states, and the first `tokens` tokens, of some rows of `other`.
@@ -129,8 +228,8 @@ class CacheBuffers:
             tokens: of each row.
         """
         index = rows.to(self.device)
-        for mine, theirs in zip(self._kv(), other._kv(), strict=True):
-            mine.narrow(2, 0, tokens).copy_(theirs.narrow(2, 0, tokens).index_select(0, index))
+        for mine, theirs in zip(self._stored(tokens), other._stored(tokens), strict=True):
+            mine.copy_(theirs.index_select(1, index))
         for mine, theirs in zip(self._states(), other._states(), strict=True):
             mine.copy_(theirs.index_select(0, index))
 
@@ -141,22 +240,29 @@ class CacheBuffers:
         current = torch.cuda.current_stream(self.device)
         if self.stream is not None and self.stream != current:
             current.wait_stream(self.stream)
-            for tensor in self._tensors():  # freed only when this stream is through as well
-                tensor.record_stream(current)
+            for tensor in (*self._stored(self.capacity), *self._states()):
+                tensor.record_stream(current)  # freed only when this stream is through as well
         self.stream = current
 
     def clear(self) -> None:
-        """Forget what an earlier request left."""
-        for tensor in self._tensors():
+        """Forget the states of an earlier request, and its keys and values if all is read."""
+        for tensor in (*self._states(), *(self._regions() if self.whole else ())):
             tensor.zero_()
 
-    def copy(self) -> CacheBuffers:
-        """Return new buffers with the same content."""
-        # not inference tensors, as in `zeros`
-        with torch.inference_mode(False):
-            keys, values = (
-                [None if t is None else t.clone() for t in group]
-                for group in (self.keys, self.values)
-            )
-            states = [tuple(t.clone() for t in group) for group in self.states]
-        return replace(self, keys=keys, values=values, states=states, decoder=None, shown=False)
+
+def _regions(
+    ranges: Iterator[torch.Tensor],
+    spec: LayerCacheSpec,
+    room: int,
+    batch: int,
+    dtype: torch.dtype,
+) -> Pair | None:
+    """Return the next two ranges of memory as regions of a layer that attends."""
+    if not spec.attends:
+        return None
+
+    def region(width: int) -> torch.Tensor:
+        size = room * batch * width * dtype.itemsize
+        return next(ranges).narrow(0, 0, size).view(dtype).view(room, batch, width)
+
+    return Pair(*(region(width) for width in widths(spec)))

@@ -91,7 +91,10 @@ class SkipCache(RequestMemory, Cache):
         return other
 
     def _empty(self) -> SkipCache:
-        return SkipCache(self.owner, self.specs, self.kept, self.dtype, self.device, self._wanted)
+        form = self.owner, self.specs, self.kept, self.dtype, self.device, self._at_once
+        other = SkipCache(*form)
+        other.expected = self.expected
+        return other
 
     # Layers ----------------------------------------------------------------------------------
 
@@ -226,8 +229,7 @@ class SkipCache(RequestMemory, Cache):
         """Return a second request with the same past (prefix caching); the buffers are copied."""
         twin = self._empty()
         twin.length, twin.padded = self.length, self.padded
-        if self.lease.buffers is not None:
-            twin._hold(self.lease.buffers.copy())
+        twin.copy_buffers(self)
         twin.request = self.request.copy()
         memo[id(self)] = twin
         self.owner.track(twin)
@@ -252,7 +254,7 @@ class SkipCache(RequestMemory, Cache):
         """
         other.__dict__ = dict(vars(self))
         other.__class__ = SkipCache
-        self.lease, self._staged = BufferLease(self.owner.buffer_pool), []
+        self.lease = BufferLease(self.owner.buffer_pool)
         mine: SkipCache = other
         self.owner.track(mine)
         return mine

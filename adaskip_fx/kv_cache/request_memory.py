@@ -1,13 +1,12 @@
 """What one request stores: its length, its rows, and buffers for attention and mixers that run.
 
-Buffers are [batch, heads, capacity, dim]; a step gets views of the filled length, new tokens
-included, so that it attends to nothing that is not there. Lengths are kept here, on the host,
+A step gets views of the filled length of its buffers, new tokens included, so that it attends to
+nothing that is not there. Lengths are kept here, on the host,
 never in a layer: layer 0's attention may be skipped, or all of it.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +16,11 @@ from .buffer_pool import BufferLease
 from .buffers import CacheBuffers
 from .layer_spec import LayerCacheSpec, StateKind
 from .owner import Owner
+from .padding import Padding
 from .views import DynamicCacheView, LayerView
 
 _BLOCK = 256  # capacity grows in steps of this many tokens at least
+_AHEAD = 64  # decoded tokens before it is reached, it begins to grow
 
 
 class RequestMemory:
@@ -32,6 +33,7 @@ class RequestMemory:
         dtype, device: of keys and values.
         length: tokens stored so far.
         batch: rows of the buffers.
+        expected: tokens that the request may come to, if somebody knows.
         padded: whether any token stored is padding, or was masked for another reason.
         request: the owner's state of this request (its plan and decode window).
         lease: the request's buffers.
@@ -56,8 +58,10 @@ class RequestMemory:
         self.padded = False
         self.request: Any = None
         self.lease = BufferLease(owner.buffer_pool)
-        self._wanted = capacity
-        self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.expected = 0
+        # a mask that need not be read, the width of the last one, what both say
+        self._mask: tuple[torch.Tensor | None, int, Padding | None] | None = None
+        self._at_once = capacity
 
     @property
     def stored(self) -> tuple[bool, ...]:
@@ -83,13 +87,13 @@ class RequestMemory:
 
     @property
     def keys(self) -> list[torch.Tensor | None]:
-        """Key buffers [batch, heads, capacity, dim] by layer; None where nothing is stored."""
+        """Key buffers [batch, heads, room, dim] by layer; None where nothing is stored."""
         buffers = self.lease.buffers
         return buffers.keys if buffers is not None else [None] * len(self.specs)
 
     @property
     def values(self) -> list[torch.Tensor | None]:
-        """Value buffers [batch, heads, capacity, dim] by layer; None where nothing is stored."""
+        """Value buffers [batch, heads, room, dim] by layer; None where nothing is stored."""
         buffers = self.lease.buffers
         return buffers.values if buffers is not None else [None] * len(self.specs)
 
@@ -129,26 +133,45 @@ class RequestMemory:
                 f"past_key_values holds a batch of {self.batch}, the new input has {batch} rows"
             )
         buffers, total = self.lease.buffers, self.length + tokens
-        if buffers is None or batch != self.batch or total >= buffers.capacity:
-            buffers = self._grow(batch, total)
+        if buffers is None or batch != self.batch or total > buffers.capacity:
+            return self._grow(batch, total)
+        if buffers.whole != self.owner.buffer_pool.whole:  # since the last step
+            return self._move(buffers, buffers.capacity)
+        if tokens == 1 and total + _AHEAD > buffers.capacity and total > _BLOCK:
+            soon, more = total + _AHEAD, buffers.capacity * 3 // 2
+            buffers.grow_ahead(_blocks(min(self.expected, more) if self.expected > soon else more))
         return buffers
 
     def _grow(self, batch: int, total: int) -> CacheBuffers:
-        old = self.lease.buffers
-        grown = max(total, self._wanted, self.capacity * 3 // 2 if self.length else 0) + 1
-        # one token more than is ever filled: a full buffer would be contiguous, which the
-        # captured graphs exclude
-        capacity = -(-grown // _BLOCK) * _BLOCK
-        if old is not None and not self.length:  # nothing to copy: let it be used again
-            self.lease.release()
-        new = self._acquire(batch, capacity)
+        """Return buffers for `total` tokens and some that are expected, at most twice as many."""
+        old = self.lease.buffers if batch == self.batch else None
+        more = max(self.expected, total * 3 // 2 if self.length else 0)
+        capacity = _blocks(max(total, min(more, 2 * total), self._at_once))
+        if old is not None and (old.fit(capacity) if self.length else old.fit_anew(capacity)):
+            return old
         if old is not None and self.length:
-            new.take(old, self.length)
+            return self._move(old, capacity)
+        self.lease.release()  # nothing to copy: let it be used again
+        new = self._acquire(batch, capacity)
+        self._hold(new)
+        return new
+
+    def _move(self, old: CacheBuffers, capacity: int) -> CacheBuffers:
+        new = self._acquire(old.batch, capacity)
+        new.take(old, self.length)
         self._hold(new)
         return new
 
     def _acquire(self, batch: int, capacity: int) -> CacheBuffers:
         return self.owner.buffer_pool.acquire(self.kept, batch, capacity, self.dtype, self.device)
+
+    def copy_buffers(self, other: RequestMemory) -> None:
+        """Work on a copy of what another request of the same plan stores."""
+        if other.lease.buffers is None or not other.length:
+            return
+        new = self._acquire(other.batch, _blocks(other.length + 1))
+        new.take(other.lease.buffers, other.length)
+        self._hold(new)
 
     def _hold(self, buffers: CacheBuffers) -> None:
         """Work on `buffers` from now on; those from before go back."""
@@ -164,46 +187,30 @@ class RequestMemory:
             ValueError: the cache was filled with another batch size.
         """
         buffers, total = self.reserve(batch, tokens), self.length + tokens
-        self._staged.clear()  # of a step that failed
-        absent = functools.partial(self._absent, batch=batch, total=total)
-        layers = []
-        for i, spec in enumerate(self.specs):
-            keys, values, states = buffers.layer(i, spec, absent)
-            if self.kept[i].attends:
-                assert keys is not None
-                assert values is not None
-                keys, values = self._view(keys, total), self._view(values, total)
-            layers.append(LayerView(spec, keys, values, states))
+        layers = [LayerView(s, *buffers.layer(i, s, total)) for i, s in enumerate(self.specs)]
         filled, new = buffers.lengths.narrow(0, 0, total), buffers.lengths.narrow(0, 0, tokens)
         return DynamicCacheView(layers, filled, new, prefill)
 
     def advance(self, tokens: int) -> None:
         """Count a step's tokens as stored."""
         self.length += tokens
-        for stored, staged in self._staged:
-            stored.copy_(staged)
-        self._staged.clear()
 
-    def _view(self, buffer: torch.Tensor, total: int) -> torch.Tensor:
-        """Return the filled part of a buffer.
+    def padding_of(self, mask: torch.Tensor) -> Padding | None:
+        """Return what a mask [batch, tokens] says, as `Padding.of` does: the host reads it.
 
-        A length of one is not symbolic, and then neither are strides: the buffer's capacity would
-        become a constant of the graph. The first token is therefore stored by way of a tensor of
-        its own.
+        Not if it goes on from the last one that was read (`mask_goes_on`).
         """
-        view = buffer.narrow(2, 0, total)
-        if total > 1:
-            return view
-        staged = torch.empty_like(view, memory_format=torch.contiguous_format)
-        self._staged.append((view, staged))
-        return staged
+        trusted, _, padding = self._mask or (None, 0, None)
+        if trusted is not mask:
+            if padding is None or not padding.says(mask):
+                padding = Padding.of(mask)
+            self._mask = None, mask.shape[1], padding
+        return padding
 
-    def _absent(self, heads: int, dim: int, batch: int, total: int) -> torch.Tensor:
-        """Return shape and strides of keys or values without a buffer, for the guards."""
-        room = self.capacity if total > 1 else 1
-        strides = (heads * room * dim, room * dim, dim, 1)
-        size = (batch, heads, total, dim)
-        return torch.empty_strided(size, strides, dtype=self.dtype, device="meta")
+    def mask_goes_on(self, mask: torch.Tensor | None) -> None:
+        """Say that `mask` is the last one, with ones for tokens that are new."""
+        if self._mask is not None and mask is not None and mask.shape[1] > self._mask[1]:
+            self._mask = mask, mask.shape[1], self._mask[2]
 
     # Rows and lengths ------------------------------------------------------------------------
 
@@ -222,7 +229,7 @@ class RequestMemory:
                 "this cache cannot be cropped: a recurrent mixer's state cannot forget a token"
             )
         self._unshare(tokens)
-        self.length = tokens
+        self.length, self._mask = tokens, None
         self.padded = self.padded and tokens > 0
 
     def keep_rows(self, rows: torch.Tensor) -> None:
@@ -244,10 +251,10 @@ class RequestMemory:
         old = self.lease.buffers
         if not self.length or old is None:  # as in transformers: there are no rows yet
             return
-        request = self.request.of_rows(rows)
+        request, self._mask = self.request.of_rows(rows), None
         new, batch = old, rows.numel()
         if old.shown or batch != self.batch:
-            new = self._acquire(batch, old.capacity)
+            new = self._acquire(batch, _blocks(self.length + 1))
         new.take_rows(old, rows, self.length)
         if new is not old:
             self._hold(new)
@@ -261,9 +268,8 @@ class RequestMemory:
         if not tokens:
             self.lease.release()
             return
-        new = self._acquire(old.batch, old.capacity)
-        new.take(old, tokens)
-        self._hold(new)
+        self.length = tokens
+        self._move(old, _blocks(tokens + 1))
 
     # What it shows ---------------------------------------------------------------------------
 
@@ -284,3 +290,8 @@ class RequestMemory:
         found = {state.index: tensor for state, tensor in pairs if state.kind == kind}
         buffers.shown |= bool(found)
         return found
+
+
+def _blocks(tokens: int) -> int:
+    """Return `tokens`, rounded up to whole blocks."""
+    return -(-tokens // _BLOCK) * _BLOCK

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
+from adaskip_passes.decode.ops import store
 from adaskip_passes.tracing.repeated_layers.match import LayerIndex, layer_index
 
 from .buffers import CacheBuffers
 from .layer_spec import LayerCacheSpec
-
-_Shaped = Callable[[int, int], torch.Tensor]
+from .token_layout import by_head, empty
 
 
 class LayerView(LinearAttentionCacheLayerMixin):
@@ -41,16 +41,19 @@ class LayerView(LinearAttentionCacheLayerMixin):
         self.record_past = False
 
     @classmethod
-    def shaped(
-        cls, spec: LayerCacheSpec, batch: int, shaped: _Shaped, device: torch.device | str
-    ) -> Any:
-        """Return a layer of tensors that `shaped` makes for a number of heads and a dimension."""
-        return cls(
-            spec,
-            shaped(spec.key_heads, spec.key_dim) if spec.attends else None,
-            shaped(spec.value_heads, spec.value_dim) if spec.attends else None,
-            [s.zeros(batch, device) for s in spec.states],
-        )
+    def example(
+        cls,
+        spec: LayerCacheSpec,
+        batch: int,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> LayerView:
+        """Return a layer of `tokens` tokens in the form in which buffers are."""
+        keys = values = None
+        if spec.attends:
+            keys, values = by_head(empty(spec, tokens, batch, dtype, device), spec)
+        return cls(spec, keys, values, [s.zeros(batch, device) for s in spec.states])
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a step's memory is written through its cache")
@@ -180,17 +183,31 @@ class DynamicCacheView(CacheView):
 
 
 class StaticCacheView(CacheView):
-    """Whole buffers, and the position on the device, for a decode step on a static cache.
+    """Whole buffers, and the positions on the device, for steps on a static cache.
+
+    What attention may read of a buffer is said by a table of bounds, also on the device: nothing
+    else of a buffer need have memory behind it.
 
     Attributes:
-        layers: one `LayerView` per decoder layer, [batch, heads, capacity, dim]; of a layer that
+        layers: one `LayerView` per decoder layer, [batch, heads, room, dim]; of a layer that
             stores nothing, meta tensors.
-        position: where the new token goes, int64 [1].
+        position: where each row's first new token goes, int64 [B].
+        first: each row's first token that is not padding, int64 [B].
+        whole: whether a graph may read all of a buffer instead, as code does that makes masks of
+            its own; there must be memory with numbers in it then, and no padding.
     """
 
-    def __init__(self, layers: Sequence[LayerView], position: torch.Tensor) -> None:
+    def __init__(
+        self,
+        layers: Sequence[LayerView],
+        position: torch.Tensor,
+        first: torch.Tensor,
+        whole: bool = False,
+    ) -> None:
         super().__init__(layers)
         self.position = position
+        self.first = first
+        self.whole = whole
 
     @classmethod
     def of(
@@ -198,20 +215,17 @@ class StaticCacheView(CacheView):
         buffers: CacheBuffers,
         specs: Sequence[LayerCacheSpec],
         position: torch.Tensor,
-        dtype: torch.dtype,
+        first: torch.Tensor,
+        whole: bool = False,
     ) -> StaticCacheView:
         """Return a view of `buffers`; `specs` say what layers have that store nothing in them."""
-
-        def absent(heads: int, dim: int) -> torch.Tensor:
-            size = (buffers.batch, heads, buffers.capacity, dim)
-            return torch.empty(size, dtype=dtype, device="meta")
-
-        layers = [LayerView(spec, *buffers.layer(i, spec, absent)) for i, spec in enumerate(specs)]
-        return cls(layers, position)
+        room = buffers.room
+        layers = [LayerView(spec, *buffers.layer(i, spec, room)) for i, spec in enumerate(specs)]
+        return cls(layers, position, first, whole)
 
     @property
     def capacity(self) -> int:
-        """Tokens that the buffers hold; 1 if there are none."""
+        """Tokens that there are addresses for; 1 if nothing is stored."""
         first = self.first_attending
         room: int = self.layers[first].keys.shape[2] if first is not None else 1
         return room
@@ -224,22 +238,22 @@ class StaticCacheView(CacheView):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store one token's keys and values [B, H, 1, D]; returns the whole buffers."""
+        """Store new keys and values [B, H, T, D], each row's in its place; returns all buffers."""
         layer, capacity = self.layers[layer_index(layer_idx)], self.capacity
         if layer.keys.shape[2] != capacity or layer.values.shape[2] != capacity:
             raise ValueError("layers of one cache have different capacities")
-        layer.keys.index_copy_(2, self.position, key_states)
-        layer.values.index_copy_(2, self.position, value_states)
+        store(layer.keys, key_states, self.position)
+        store(layer.values, value_states, self.position)
         return layer.keys, layer.values
 
     def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
-        """Return how many tokens are stored before the new one, on the device."""
-        return self.position
+        """Return how many tokens are stored before the new ones, on the device."""
+        return self.position[:1]
 
     def get_query_offset(self, layer_idx: int = 0) -> torch.Tensor:
-        """Return the position of the new token, on the device."""
-        return self.position
+        """Return the position of each row's first new token, or of all rows', on the device."""
+        return self.position[:1] if self.whole else self.position
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Return length and offset of the keys that attention reads."""
-        return self.capacity, 0
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, torch.Tensor | int]:
+        """Return how many keys attention reads at most, and which key of each row is the first."""
+        return self.capacity, 0 if self.whole else self.first

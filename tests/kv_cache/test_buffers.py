@@ -12,9 +12,9 @@ import torch
 
 from adaskip_fx.kv_cache.buffer_pool import BufferLease, BufferPool
 from adaskip_fx.kv_cache.buffers import CacheBuffers
-from adaskip_fx.kv_cache.layer_spec import LayerCacheSpec
+from adaskip_fx.kv_cache.layer_spec import LayerCacheSpec, State
 
-SPECS = (LayerCacheSpec(1, 2, 1, 2),)
+SPECS = (LayerCacheSpec(1, 2, 1, 2, (State("conv", 0, (3,), torch.float32),)),)
 CPU = torch.device("cpu")
 
 
@@ -38,7 +38,7 @@ class Yielding(BufferPool):
 
 def two_at_once(pool: BufferPool) -> list[CacheBuffers]:
     """Two threads lease while one buffers is kept."""
-    pool.release(CacheBuffers.zeros(SPECS, 1, 8, torch.float32, CPU))
+    pool.release(CacheBuffers.new(SPECS, 1, 8, torch.float32, CPU))
     leased: list[CacheBuffers] = []
     threads = [threading.Thread(target=lambda: leased.append(acquire(pool))) for _ in range(2)]
     for thread in threads:
@@ -93,13 +93,13 @@ def test_a_finalizer_may_give_back_while_a_lease_is_made(monkeypatch: pytest.Mon
     """As a collection of garbage does in the middle of an allocation; a lock would wait here."""
     pool = BufferPool(keep=True)
     ended = acquire(pool)
-    zeros = CacheBuffers.zeros
+    new = CacheBuffers.new
 
     def collecting(*args: Any) -> CacheBuffers:
         pool.release(ended)
-        return zeros(*args)
+        return new(*args)
 
-    monkeypatch.setattr(CacheBuffers, "zeros", collecting)
+    monkeypatch.setattr(CacheBuffers, "new", collecting)
     made = acquire(pool)
     assert made is not ended
     assert acquire(pool) is ended
@@ -114,11 +114,9 @@ def test_one_set_of_buffers_is_kept() -> None:
     pool.release(b)
     assert pool.idle is b
     assert pool.idle_bytes == b.nbytes
-    keys = b.keys[0]
-    assert keys is not None
-    keys.fill_(1.0)
+    b.states[0][0].fill_(1.0)
     assert acquire(pool) is b
-    assert not keys.any(), "it is clean"
+    assert not b.states[0][0].any(), "it is clean"
     pool.release(b)
     pool.clear()
     assert not pool.idle_bytes
@@ -131,12 +129,11 @@ def test_what_was_shown_is_not_kept() -> None:
     buffers.shown = True
     pool.release(buffers)
     assert acquire(pool) is not buffers
-    assert not buffers.copy().shown
 
 
-def test_a_copy_made_in_inference_mode_can_be_written_outside_of_it() -> None:
+def test_buffers_made_in_inference_mode_can_be_written_outside_of_it() -> None:
     with torch.inference_mode():
-        twin = acquire(BufferPool(keep=False)).copy()
+        twin = acquire(BufferPool(keep=False))
     keys = twin.keys[0]
     assert keys is not None
     assert not keys.is_inference()

@@ -162,6 +162,17 @@ def test_growth_token_by_token() -> None:
     assert cache.capacity == 512
 
 
+@pytest.mark.parametrize("expected", [0, 300, 100_000])
+def test_never_twice_as_much_as_is_filled_and_a_block(expected: int) -> None:
+    bank = entry("one_layer")
+    with bank.using():
+        cache = bank.runtime.new_cache()
+        cache.expected = expected
+        for tokens in (3, 250, 1, 200, 1, 1, 120):
+            fill(bank, cache, bank.tokens(1, tokens))
+            assert cache.length <= cache.capacity <= 2 * cache.length + 256
+
+
 @pytest.mark.breaks
 def test_lost_growth_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: new storage without the old content."""
@@ -188,7 +199,9 @@ def test_generate_sizes_the_cache_from_its_limits() -> None:
         result = bank.compiled.generate(
             bank.tokens(1, 4), max_new_tokens=400, max_time=0.0, return_dict_in_generate=True
         )
-    assert result.past_key_values.capacity == 512
+    cache = result.past_key_values
+    assert cache.expected == 403
+    assert cache.capacity <= 2 * cache.length + 256
 
 
 # Copies and forgetting --------------------------------------------------------------------------

@@ -1,0 +1,47 @@
+"""Rows that begin with padding: how much of each, which is all that attention has to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Padding:
+    """Rows of which the first tokens are padding, and no others.
+
+    Attributes:
+        first: each row's first token that is not, int64 [B], on the device.
+        counts: the same numbers, on the host.
+    """
+
+    first: torch.Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mask: torch.Tensor) -> Padding | None:
+        """Return what a mask [B, S] says; None where it is 0 anywhere else than at the left.
+
+        The host reads it, once. Every row must have a token that is not padding.
+        """
+        kept = mask != 0
+        first = kept.shape[1] - kept.sum(1)
+        columns = torch.arange(kept.shape[1], device=mask.device)
+        left = (kept == (columns >= first.unsqueeze(1))).all()
+        *counts, regular = torch.cat((first, left.view(1).to(first.dtype))).tolist()
+        if not regular or max(counts) == kept.shape[1]:
+            return None
+        return cls(first, tuple(counts))
+
+    def says(self, mask: torch.Tensor) -> bool:
+        """Return whether a mask [B, S] says the same; the host reads the answer."""
+        if mask.shape[0] != len(self.counts) or mask.shape[1] <= max(self.counts):
+            return False
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        return bool(((mask != 0) == (columns >= self.first.unsqueeze(1))).all())
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is padding at all."""
+        return any(self.counts)

@@ -1,0 +1,200 @@
+"""What is asked of the driver for memory that grows in place; `tests/gpu` has a real one."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaskip_fx.kv_cache import growing_memory
+from adaskip_fx.kv_cache.growing_memory import GrowingMemory
+
+BLOCK = 64
+DEVICE = torch.device("cuda", 0)
+
+
+class Driver:
+    """A driver that keeps books, and refuses what a real one would."""
+
+    def __init__(self, room: int = 10**9) -> None:
+        self.room, self.handles, self.mapped, self.next = room, dict[int, int](), {}, 1
+        self.usable = set[int]()
+        self.reserved = dict[int, int]()
+        self.CUresult = SimpleNamespace(CUDA_SUCCESS=0, CUDA_ERROR_OUT_OF_MEMORY=2)
+        for name in ("CUmemAllocationProp", "CUmemLocation", "CUmemAccessDesc"):
+            setattr(self, name, SimpleNamespace)
+        for name in (
+            *("CUmemAllocationType", "CUmemLocationType", "CUmemAccess_flags"),
+            *("CUmemAllocationGranularity_flags", "CUdevice_attribute"),
+        ):
+            setattr(self, name, Names())
+
+    def cuDeviceGetAttribute(self, attribute: str, device: int) -> tuple[int, int]:
+        return 0, 1
+
+    def cuMemGetAllocationGranularity(self, properties: Any, kind: Any) -> tuple[int, int]:
+        assert properties.location.id == 0
+        return 0, BLOCK
+
+    def cuMemAddressReserve(self, size: int, *rest: int) -> tuple[int, int]:
+        base = 1000 * BLOCK * (1 + len(self.reserved))
+        self.reserved[base] = size
+        return 0, base
+
+    def cuMemCreate(self, size: int, properties: Any, flags: int) -> tuple[int, int]:
+        assert size % BLOCK == 0
+        if sum(self.handles.values()) + size > self.room:
+            return 2, 0
+        self.next += 1
+        self.handles[self.next] = size
+        return 0, self.next
+
+    def cuMemMap(self, at: int, size: int, offset: int, handle: int, flags: int) -> tuple[int]:
+        assert self.handles[handle] == size
+        assert not offset
+        assert any(base <= at and at + size <= base + n for base, n in self.reserved.items())
+        assert all(at + size <= a or a + n <= at for a, (n, _) in self.mapped.items())
+        self.mapped[at] = size, handle
+        return (0,)
+
+    def cuMemSetAccess(self, at: int, size: int, access: list[Any], count: int) -> tuple[int]:
+        assert self.mapped[at][0] == size
+        assert count == len(access) == 1
+        self.usable.add(at)
+        return (0,)
+
+    def cuMemUnmap(self, at: int, size: int) -> tuple[int]:
+        assert self.mapped.pop(at)[0] == size
+        self.usable.discard(at)
+        return (0,)
+
+    def cuMemRelease(self, handle: int) -> tuple[int]:
+        assert handle not in {h for _, h in self.mapped.values()}
+        del self.handles[handle]
+        return (0,)
+
+    def cuMemAddressFree(self, base: int, size: int) -> tuple[int]:
+        assert self.reserved.pop(base) == size
+        assert not any(base <= at < base + size for at in self.mapped)
+        return (0,)
+
+    def behind(self, base: int) -> int:
+        """Bytes that can be used from `base` on, without a gap."""
+        at = base
+        while at in self.usable:
+            at += self.mapped[at][0]
+        return at - base
+
+
+class Names:
+    def __getattr__(self, name: str) -> str:
+        return name
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test made goes while its driver is there."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    return install(monkeypatch, Driver())
+
+
+def install(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Driver:
+    monkeypatch.setattr(growing_memory, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return driver
+
+
+SIZES = st.lists(st.integers(0, 900), min_size=3, max_size=3)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["fit", "some", "trim"]), SIZES), max_size=8))
+def test_memory_is_behind_the_beginning_of_each_range(steps: list[tuple[str, list[int]]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        driver = install(patch, Driver())
+        memory = GrowingMemory(DEVICE, [1000, 1000, 1000])  # never full: ranges touch
+        wanted = [0, 0, 0]
+        for kind, needed in steps:
+            if kind == "trim":
+                memory.trim(needed)
+                wanted = list(needed)
+            else:
+                if kind == "some":
+                    memory.fit(needed, most=1)
+                memory.fit(needed)
+                wanted = [max(pair) for pair in zip(wanted, needed, strict=True)]
+            rounded = [-(-n // BLOCK) * BLOCK for n in wanted]
+            assert memory.filled == rounded
+            assert [driver.behind(memory.address(i)) for i in range(3)] == rounded
+            assert memory.nbytes == sum(driver.handles.values()) == sum(rounded)
+        del memory
+        gc.collect()
+        assert not driver.handles
+        assert not driver.reserved
+
+
+def test_some_ranges_at_a_time(driver: Driver) -> None:
+    memory = GrowingMemory(DEVICE, [640] * 5)
+    held = []
+    for _ in range(3):
+        memory.fit([100] * 5, most=2)
+        held.append(memory.nbytes // (2 * BLOCK))
+    assert held == [2, 4, 5]
+
+
+def test_no_room_is_an_error_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = install(monkeypatch, Driver(room=5 * BLOCK))
+    memory = GrowingMemory(DEVICE, [10 * BLOCK])
+    memory.fit([4 * BLOCK])
+    with pytest.raises(torch.OutOfMemoryError, match="no room for more keys and values"):
+        memory.fit([7 * BLOCK])
+    assert driver.behind(memory.address(0)) == 4 * BLOCK, "what there was is there"
+
+
+def test_memory_of_others_comes_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody can reach waits while a graph is captured; it is there when it is needed."""
+    driver = install(monkeypatch, Driver(room=5 * BLOCK))
+    other = GrowingMemory(DEVICE, [4 * BLOCK])
+    other.fit([4 * BLOCK])
+    memory = GrowingMemory(DEVICE, [4 * BLOCK])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    del other
+    gc.collect()
+    assert len(driver.reserved) == 2
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    memory.fit([4 * BLOCK])
+    assert len(driver.reserved) == 1
+
+
+def test_where_it_is_available(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, maps, expected in (("13.0", 1, True), ("13.0", 0, False), (None, 1, False)):
+        growing_memory.is_available.cache_clear()
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(driver, "cuDeviceGetAttribute", lambda *_, maps=maps: (0, maps))
+        assert growing_memory.is_available(DEVICE) is expected
+    growing_memory.is_available.cache_clear()
+    assert not growing_memory.is_available(torch.device("cpu"))
+    monkeypatch.setattr(growing_memory, "_driver", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert not growing_memory.is_available(DEVICE)
+    growing_memory.is_available.cache_clear()
+
+
+def test_other_errors_are_named(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "cuMemMap", lambda *_: (801,))
+    with pytest.raises(RuntimeError, match="cuMemMap failed: 801"):
+        GrowingMemory(DEVICE, [BLOCK]).fit([BLOCK])
