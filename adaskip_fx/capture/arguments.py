@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from ..kv_cache.packed_view import PackedCacheView
 from ..kv_cache.views import DynamicCacheView, StaticCacheView
 
 Forward = Callable[..., Any]
+AnyCacheView: TypeAlias = DynamicCacheView | StaticCacheView | PackedCacheView
 
 
 def step_inputs(
@@ -31,7 +33,7 @@ def step_inputs(
         logits_to_keep: 0 for the logits of all tokens, 1 for those of the last; or the indices of
             some, int64 [K], in whose place a forward that takes none is asked for all.
     """
-    has = _parameters(forward)
+    has = forward_names(forward)
     inputs: dict[str, Any] = {"input_ids": input_ids}
     if "position_ids" in has:
         inputs["position_ids"] = position_ids
@@ -57,6 +59,11 @@ def takes_indices(forward: Forward) -> bool:
     return parameter is not None and "Tensor" in str(parameter.annotation)
 
 
+def forward_names(forward: Forward) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a forward by name."""
+    return _parameters(forward)
+
+
 @functools.cache
 def _parameters(forward: Forward) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(forward).parameters
@@ -65,7 +72,7 @@ def _parameters(forward: Forward) -> Mapping[str, inspect.Parameter]:
 def bind_arguments(
     model: torch.nn.Module,
     forward: Forward,
-    cache: DynamicCacheView | StaticCacheView,
+    cache: AnyCacheView,
     inputs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the captured function's arguments by name, as bindings and guards look them up."""

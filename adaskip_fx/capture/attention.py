@@ -2,11 +2,12 @@
 
 transformers' sdpa path builds a boolean mask at every decode step of a static cache, and a mask
 makes it repeat every K/V head. Captured under the name ``adaskip`` instead, a prompt without
-padding runs ``is_causal=True``, a decoded token attends to the filled cache without a mask, and
-heads stay grouped. Everything else (padding, chunks on a filled cache, sliding windows) gets the
-mask that transformers' own mask functions make. Soft caps on the scores (Gemma 2) and attention
-sinks (GPT-OSS) have no place in PyTorch's fused kernels: there attention is written out, which
-takes memory for all scores of a prompt.
+padding runs ``is_causal=True``, more tokens on a filled cache attend to it by `attend_causal`, and
+heads stay grouped. On a static cache a mask is a table of bounds, for :func:`attend`: padding,
+sliding windows, soft caps on the scores (Gemma 2) and attention sinks (GPT-OSS) are its inputs.
+Everything else gets the mask that transformers' own mask functions make; soft caps and sinks have
+no place in PyTorch's fused kernels, and there attention is written out, which takes memory for all
+scores of a prompt.
 
 Importing this module adds the one name to transformers' two registries; no config is touched.
 """
@@ -25,7 +26,8 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from adaskip_passes.decode.ops import attend
+from adaskip_passes.attention.ops import attend_causal, attend_packed
+from adaskip_passes.decode.ops import EVERY, attend
 
 from ..utils.transformers_internals import attention_name, can_set_attention
 from ..utils.transformers_types import CausalLM
@@ -47,21 +49,27 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Return attention of `query` [B, H, T, D] over `key`, `value` [B, H_kv, S, D], heads grouped.
 
-    Without a mask: causal when T > 1 (then S = T), all of S when T = 1. An integer for a mask says
-    how many of the keys count (see :func:`mask`). `softcap` bounds the scores; `s_aux` [H] are
-    scores of a sink, which takes attention and gives nothing.
+    Without a mask, the queries are the last T of the S tokens, and causal. A mask of integers is a
+    table of bounds, or offsets of packed rows (see :func:`mask`). `softcap` bounds the scores;
+    `s_aux` [H] are scores of a sink, which takes attention and gives nothing.
 
     Returns:
         The output [B, T, H, D], and None for the attention weights.
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        if softcap is not None or s_aux is not None:
+            raise NotImplementedError("soft caps or sinks in a packed prompt")
+        return attend_packed(query, key, value, attention_mask, scale), None
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        return attend(query, key, value, attention_mask, scale, softcap or 0.0, s_aux), None
     if softcap is not None or s_aux is not None:
         written = _written_out(query, key, value, attention_mask, scale, softcap, s_aux)
         return written, None
-    if attention_mask is not None and attention_mask.dtype == torch.int64:
-        return attend(query, key, value, attention_mask, scale), None
     causal = False
     if attention_mask is None and query.shape[2] > 1:  # a symbolic bool is not accepted below
+        if query.shape[2] != key.shape[2]:
+            return attend_causal(query, key, value, scale), None
         causal = True
     grouped = query.shape[1] != key.shape[1]
     output = scaled_dot_product_attention(
@@ -114,9 +122,7 @@ def _written_out(
     seen: torch.Tensor | None = None  # broadcast to [B, H_kv, G, T, S]
     if attention_mask is None:
         if tokens > 1:
-            seen = position <= position[:tokens].unsqueeze(1)
-    elif attention_mask.dtype == torch.int64:
-        seen = position < attention_mask.unsqueeze(2)
+            seen = position <= position[stored - tokens :].unsqueeze(1)
     else:
         seen = attention_mask.unsqueeze(2)
     if seen is not None:  # not infinity: a padding token sees nothing, and must not become NaN
@@ -131,34 +137,70 @@ def _written_out(
 
 def mask(
     *,
+    batch_size: int,
     q_length: int,
     q_offset: int | torch.Tensor = 0,
+    kv_offset: int | torch.Tensor = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    config: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Return the mask for :func:`attention`: None where it needs none, else bool [B, 1, T, S].
 
-    None is right for plain causal attention without padding when the queries begin the sequence
-    (``q_offset == 0``) or there is one query, which sees all that is stored. Where the position is
-    on the device (a tensor), the one query sees the part of the buffers that is filled: the mask
-    is that many keys, int64 [1, 1, 1, 1].
+    None is right for plain causal attention without padding. Where positions are on the device (a
+    tensor), whole buffers are read by bounds: the mask is a table of them, int64 [B, 1, 1, 5] (see
+    `adaskip_passes.decode.ops.Bounds`); `kv_offset` are the rows' first tokens then. Of packed rows
+    it is where each begins, which is their `kv_offset`, int32 [rows + 1].
+
+    Raises:
+        NotImplementedError: bounds or offsets cannot say what the mask says.
     """
     plain = mask_function is causal_mask_function and attention_mask is None
-    if isinstance(q_offset, torch.Tensor) and plain and q_length == 1:
-        return (q_offset + 1).view(1, 1, 1, 1)
-    if plain and (q_length == 1 or q_offset == 0):
+    bounded = plain or isinstance(kv_offset, torch.Tensor)  # else a mask over whole buffers will do
+    if isinstance(q_offset, torch.Tensor) and bounded:
+        window: int | torch.Tensor = EVERY
+        if not plain:
+            if attention_mask is not None or use_vmap or local_size is None:
+                raise NotImplementedError("attention that a table of bounds cannot describe")
+            window = local_size
+            if getattr(config, "attention_chunk_size", None) == local_size:  # what is in its chunk
+                if q_length > 1:
+                    raise NotImplementedError("several queries at the end of a chunk")
+                window = (q_offset - kv_offset) % local_size + 1
+        return _bounds(q_offset, kv_offset, window).expand(batch_size, -1, -1, -1)
+    if isinstance(kv_offset, torch.Tensor):
+        if not plain:
+            raise NotImplementedError("a packed prompt with more than causal attention")
+        return kv_offset
+    if plain and not isinstance(q_offset, torch.Tensor):
         return None
     result: torch.Tensor | None = sdpa_mask(
+        batch_size=batch_size,
         q_length=q_length,
         q_offset=q_offset,
+        kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
         allow_is_causal_skip=False,
+        local_size=local_size,
+        use_vmap=use_vmap,
+        config=config,
         **kwargs,
     )
     return result
+
+
+def _bounds(
+    position: torch.Tensor, first: int | torch.Tensor, window: int | torch.Tensor
+) -> torch.Tensor:
+    """Return the table for queries from `position` [B] on; see `Bounds` for its columns."""
+    zeros = torch.zeros_like(position)
+    columns = (zeros + first, zeros, zeros + window, position + 1, zeros)
+    return torch.stack(columns, -1).view(-1, 1, 1, len(columns))
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention)

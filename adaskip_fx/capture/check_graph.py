@@ -11,8 +11,9 @@ from adaskip_passes import UnsupportedError
 
 from ..kv_cache.buffers import CacheBuffers
 from ..kv_cache.layer_spec import LayerCacheSpec
+from ..kv_cache.packed_view import PackedCacheView
 from ..kv_cache.views import DynamicCacheView, LayerView, StaticCacheView
-from .arguments import Forward, bind_arguments, step_inputs
+from .arguments import AnyCacheView, Forward, bind_arguments, forward_names, step_inputs
 from .graph_key import GraphKey
 from .phase_graph import CapturedPhase
 from .reference import ReferenceRun, ReferenceStep
@@ -23,6 +24,10 @@ _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
 _HALF = 0.2
 #: Tokens that buffers have room for beyond those of a step, as they do while serving.
 _ROOM = 9
+#: Tokens of padding that a graph is tried with.
+_PADDING = 3
+#: Tokens that the second of two packed rows has less.
+_PACKED_LESS = 2
 
 
 @torch.no_grad()
@@ -45,9 +50,42 @@ def check_graph(
     key = captured.key
     if key.surroundings.autocast or key.one_stored or key.dtype != reference.dtype:
         return
-    for step in reference.steps["decode" if key.one_token else key.phase]:
+    compare = _compare_packed if key.packed else _compare
+    for step in _steps(reference, key):
         if step.logits.device == key.device and step.usable:
-            _compare(reference, step, captured, model, forward)
+            compare(reference, step, captured, model, forward)
+
+
+def is_right_for_padding(
+    reference: ReferenceRun, captured: CapturedPhase, model: Any, forward: Forward
+) -> bool:
+    """Return whether a graph for a static cache gives the same logits after padding.
+
+    Args:
+        reference: what the user's model gave, without padding.
+        captured: a phase of the compiled model, on a static cache.
+        model: the compiled model.
+        forward: the function that was traced.
+    """
+    key = captured.key
+    usable = [s for s in _steps(reference, key) if s.logits.device == key.device and s.usable]
+    if (
+        key.whole
+        or not usable
+        or key.dtype != reference.dtype
+        or "position_ids" not in forward_names(forward)
+    ):
+        return False
+    try:
+        for step in usable:
+            _compare(reference, step, captured, model, forward, padding=_PADDING)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def _steps(reference: ReferenceRun, key: GraphKey) -> tuple[ReferenceStep, ...]:
+    return reference.steps["decode" if key.one_token else key.phase]
 
 
 def _compare(
@@ -56,17 +94,20 @@ def _compare(
     captured: CapturedPhase,
     model: Any,
     forward: Forward,
+    padding: int = 0,
 ) -> None:
     key, available = captured.key, step.ids.shape[0]
     name = f"{key.phase} on a static cache" if key.static_cache else key.phase
     errors = []
     for first in range(available):
         rows = torch.arange(first, first + key.batch, device=key.device) % available
-        cache = _cache_after(step, reference.specs, rows, key)
+        cache = _cache_after(step, reference.specs, rows, key, padding)
         arguments = _arguments(key, model, forward, step, rows, cache)
         if not captured.guards().hold(arguments):
             return
         logits = _run(captured, arguments, name)
+        if key.static_tokens:  # the rest is no token
+            logits = logits[:, : step.ids.shape[1]]
         kept = min(logits.shape[1], step.logits.shape[1])
         backwards = isinstance(arguments["inputs"].get("logits_to_keep"), torch.Tensor)
         expected = (step.logits.flip(1) if backwards else step.logits)[rows][:, -kept:]
@@ -81,24 +122,74 @@ def _compare(
     )
 
 
+def _compare_packed(
+    reference: ReferenceRun,
+    step: ReferenceStep,
+    captured: CapturedPhase,
+    model: Any,
+    forward: Forward,
+) -> None:
+    """Compare a packed prompt of one row and the beginning of another, from back to front."""
+    key, device = captured.key, captured.key.device
+    rows, tokens = step.ids.shape
+    if rows < 2 or step.logits.shape[1] < tokens:
+        return
+    short = tokens - _PACKED_LESS
+    slots = [2 * t for t in range(tokens)] + [2 * (t + _PACKED_LESS) + 1 for t in range(short)]
+    buffers = CacheBuffers.new(reference.specs, 2, tokens, key.dtype, device)
+    offsets = torch.tensor([0, tokens, tokens + short], dtype=torch.int32, device="cpu")
+    places = torch.tensor(slots, device=device)
+    cache = PackedCacheView.of(buffers, reference.specs, tokens, places, offsets)
+    order = torch.arange(tokens, device=device)
+    inputs = step_inputs(
+        forward,
+        torch.cat((step.ids[0], step.ids[1, :short])).unsqueeze(0),
+        torch.cat((order, order[:short])).unsqueeze(0),
+        None,
+        1 if key.last_logits else torch.arange(tokens + short, device=device).flip(0),
+    )
+    arguments = bind_arguments(model, forward, cache, inputs)
+    if not captured.guards().hold(arguments):
+        return
+    expected = torch.cat((step.logits[0], step.logits[1, :short])).flip(0).unsqueeze(0)
+    if key.last_logits:
+        expected = expected[:, :1]
+    error = relative_error(_run(captured, arguments, "packed prompts"), expected)
+    if error > tolerance(reference.dtype):
+        raise UnsupportedError(
+            f"the graph captured for packed prompts gives other logits than the model: they differ "
+            f"by {error:.1e} of the largest. The model's code does not tell packed rows apart."
+        )
+
+
 def _cache_after(
-    step: ReferenceStep, specs: tuple[LayerCacheSpec, ...], rows: torch.Tensor, key: GraphKey
+    step: ReferenceStep,
+    specs: tuple[LayerCacheSpec, ...],
+    rows: torch.Tensor,
+    key: GraphKey,
+    padding: int,
 ) -> DynamicCacheView | StaticCacheView:
-    """Return a cache with what was stored before a step, of some rows, as the graph sees it."""
-    new = step.ids.shape[1]
+    """Return a cache with what was stored before a step, of some rows, as the graph sees it.
+
+    On a static cache rows begin with `padding` tokens that are none.
+    """
+    new = max(step.ids.shape[1], key.static_tokens)
     total, dtype = step.past + new, key.dtype
-    buffers = CacheBuffers.zeros(specs, key.batch, total + _ROOM, dtype, key.device)
+    room = total + padding + _ROOM
+    buffers = CacheBuffers.new(specs, key.batch, room, dtype, key.device, whole=key.whole)
     for i, (keys, values, states) in enumerate(step.memory):
         pairs = [(buffers.keys[i], keys), (buffers.values[i], values)]
         for mine, theirs in pairs:
             if mine is not None and theirs is not None:
-                mine[:, :, : step.past] = theirs[rows]
+                mine[:, :, padding : padding + step.past] = theirs[rows]
         for mine, theirs in zip(buffers.states[i], states, strict=False):
             mine.copy_(theirs[rows])
     if key.static_cache:
-        position = torch.full((1,), step.past, dtype=torch.int64, device=key.device)
-        return StaticCacheView.of(buffers, specs, position, dtype)
-    return _views(buffers, specs, total, new, prefill=key.phase == "prefill")
+        first = torch.full((key.batch,), padding, dtype=torch.int64, device=key.device)
+        return StaticCacheView.of(buffers, specs, first + step.past, first, key.whole)
+    layers = [LayerView(spec, *buffers.layer(i, spec, total)) for i, spec in enumerate(specs)]
+    filled, new_tokens = (buffers.lengths.narrow(0, 0, n) for n in (total, new))
+    return DynamicCacheView(layers, filled, new_tokens, key.phase == "prefill")
 
 
 def _arguments(
@@ -107,36 +198,23 @@ def _arguments(
     forward: Forward,
     step: ReferenceStep,
     rows: torch.Tensor,
-    cache: DynamicCacheView | StaticCacheView,
+    cache: AnyCacheView,
 ) -> dict[str, Any]:
-    new = step.ids.shape[1]
+    new = max(step.ids.shape[1], key.static_tokens)
     total = step.past + new
     # From the last token to the first, so that a graph that takes no heed of it is found out.
     backwards = torch.arange(new - step.logits.shape[1], new, device=key.device).flip(0)
     positions = torch.arange(step.past, total, device=key.device).expand(key.batch, new)
     mask = torch.ones(key.batch, total, dtype=torch.bool, device=key.device)
+    ids = torch.nn.functional.pad(step.ids[rows], (0, new - step.ids.shape[1]))
     inputs = step_inputs(
         forward,
-        step.ids[rows].contiguous(),
+        ids.contiguous(),
         positions.contiguous(),
         mask if key.masked else None,
-        1 if key.last_logits else backwards,
+        int(key.last_logits) if key.last_logits or key.static_tokens else backwards,
     )
     return bind_arguments(model, forward, cache, inputs)
-
-
-def _views(
-    buffers: CacheBuffers, specs: tuple[LayerCacheSpec, ...], total: int, new: int, prefill: bool
-) -> DynamicCacheView:
-    layers = []
-    for i, spec in enumerate(specs):
-        keys, values = (
-            t.narrow(2, 0, total) if t is not None else None
-            for t in (buffers.keys[i], buffers.values[i])
-        )
-        layers.append(LayerView(spec, keys, values, buffers.states[i]))
-    filled, new_tokens = (buffers.lengths.narrow(0, 0, n) for n in (total, new))
-    return DynamicCacheView(layers, filled, new_tokens, prefill)
 
 
 def _run(captured: CapturedPhase, arguments: dict[str, Any], name: str) -> torch.Tensor:

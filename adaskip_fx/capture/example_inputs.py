@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ..kv_cache.layer_spec import LayerCacheSpec
+from ..kv_cache.packed_view import PackedCacheView
 from ..kv_cache.views import DynamicCacheView, LayerView, StaticCacheView
 from ..utils.torch_internals import mark_dynamic
-from .arguments import Forward, step_inputs
+from .arguments import AnyCacheView, Forward, step_inputs
 from .graph_key import GraphKey
 
 # Example lengths while capturing. Odd primes, so that no length is a multiple of another by
 # accident; about as long as real prompts, because compilers tune for them.
 _TOKENS, _TOTAL = 509, 1021
+_ROWS = 7  # of a packed prompt
 # How many logits are kept, of few tokens as well: fewer than there are, wherever there are three.
 _KEPT = (251, 127, 31, 7, 3, 2)
 
@@ -44,11 +46,12 @@ def example_lengths(key: GraphKey, max_length: int | None) -> Lengths:
     # less than the longest: at a boundary a length would be a constant
     longest = max(2, max_length - 3) if max_length else 4 * _TOTAL
     total = 1 if key.one_stored else min(_TOTAL, longest)
-    if key.one_token:
-        return Lengths(1, total)
+    if key.one_token or key.static_tokens:
+        return Lengths(max(1, key.static_tokens), total)
     tokens = min(_TOKENS, total - 1)
     kept = next((n for n in _KEPT if n < tokens), _KEPT[-1])
-    return Lengths(tokens, tokens if key.phase == "prefill" else total, kept)
+    alone = key.phase == "prefill" and not key.packed
+    return Lengths(tokens, tokens if alone else total, kept)
 
 
 def example_arguments(
@@ -61,54 +64,69 @@ def example_arguments(
     """Return the captured function's arguments, made of examples; as `capture_phase` takes them."""
     tokens, total, kept = lengths
     ids = torch.zeros(key.batch, tokens, dtype=torch.int64, device=key.device)
+    keep: int | torch.Tensor = int(key.last_logits)
+    if not key.last_logits and not key.static_tokens:
+        keep = torch.zeros(kept, dtype=torch.int64, device=key.device)
     inputs = step_inputs(
         forward,
         ids,
         torch.zeros_like(ids),
         torch.ones(key.batch, total, dtype=torch.bool, device=key.device) if key.masked else None,
-        1 if key.last_logits else torch.zeros(kept, dtype=torch.int64, device=key.device),
+        keep,
     )
     for name in ("input_ids", "position_ids", "attention_mask", "logits_to_keep"):
-        if isinstance(example := inputs.get(name), torch.Tensor):
+        example = inputs.get(name)
+        if isinstance(example, torch.Tensor) and not key.static_tokens:
             _mark_length(example, example.dim() - 1)
     return {
         "model": model,
         "forward": forward,
-        "cache": _example_static_cache(key, specs, total)
-        if key.static_cache
-        else _example_cache(key, specs, tokens, total),
+        "cache": _example_cache(key, specs, tokens, total),
         "inputs": inputs,
     }
 
 
 def _example_cache(
     key: GraphKey, specs: Sequence[LayerCacheSpec], tokens: int, total: int
-) -> DynamicCacheView:
-    def shaped(heads: int, dim: int) -> torch.Tensor:
-        room = total + 3 if total > 1 else 1  # strides of a buffer that is not full
-        size, stride = (key.batch, heads, total, dim), (heads * room * dim, room * dim, dim, 1)
-        part = torch.empty_strided(size, stride, dtype=key.dtype, device=key.device)
-        return _mark_length(part, 2)
-
-    layers = [LayerView.shaped(s, key.batch, shaped, key.device) for s in specs]
+) -> AnyCacheView:
+    layers = _layers(key, specs, total)
+    if key.static_tokens:
+        position, first = (
+            torch.zeros(key.batch, dtype=torch.int64, device=key.device) for _ in range(2)
+        )
+        return StaticCacheView(layers, position, first, key.whole)
+    if key.packed:
+        slots = torch.zeros(tokens, dtype=torch.int64, device=key.device)
+        offsets = torch.zeros(_ROWS + 1, dtype=torch.int32, device="cpu")
+        return PackedCacheView(layers, _mark_length(slots, 0), _mark_length(offsets, 0))
     filled, new = (
         _mark_length(torch.empty(n, dtype=torch.int8, device="cpu"), 0) for n in (total, tokens)
     )
     return DynamicCacheView(layers, filled, new, prefill=key.phase == "prefill")
 
 
-def _example_static_cache(
-    key: GraphKey, specs: Sequence[LayerCacheSpec], capacity: int
-) -> StaticCacheView:
-    def shaped(heads: int, dim: int) -> torch.Tensor:
-        size = (key.batch, heads, capacity, dim)
-        return _mark_length(torch.empty(size, dtype=key.dtype, device=key.device), 2)
-
-    layers = [LayerView.shaped(s, key.batch, shaped, key.device) for s in specs]
-    return StaticCacheView(layers, torch.zeros(1, dtype=torch.int64, device=key.device))
+def _layers(key: GraphKey, specs: Sequence[LayerCacheSpec], tokens: int) -> list[LayerView]:
+    layers = [LayerView.example(s, key.batch, tokens, key.dtype, key.device) for s in specs]
+    for layer in layers:
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None:
+                _mark_length(tensor, 2)
+    return layers
 
 
 def _mark_length(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     if tensor.shape[dim] > 1:
         mark_dynamic(tensor, dim)
     return tensor
+
+
+def lengths_of(arguments: Mapping[str, Any]) -> Lengths:
+    """Return the lengths of a captured function's arguments, to capture another graph with."""
+    cache, keep = arguments["cache"], arguments["inputs"].get("logits_to_keep")
+    if isinstance(cache, StaticCacheView):
+        return Lengths(arguments["inputs"]["input_ids"].shape[1], cache.capacity)
+    if isinstance(cache, PackedCacheView):
+        stored = next((v.keys.shape[2] for v in cache.layers if v.keys is not None), 2)
+        return Lengths(cache.slots.shape[0], stored, keep.shape[0] if torch.is_tensor(keep) else 0)
+    kept = {"kept": keep.shape[0]} if isinstance(keep, torch.Tensor) else {}
+    return Lengths(cache.new.shape[0], cache.filled.shape[0], **kept)

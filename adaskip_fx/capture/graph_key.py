@@ -24,8 +24,10 @@ class GraphKey:
             of the tokens that an index tensor names (of all where forward takes no tensor).
         dtype, device: of the model's floating point parameters.
         surroundings: torch's defaults and autocast where the model is called.
-        static_cache: K/V are whole buffers and the position is on the device, so
-            that every step works at the same addresses (decode only).
+        static_tokens: new tokens of each row where K/V are whole buffers and positions are on the
+            device, so that every step works at the same addresses; 0 for views of what is filled.
+        whole: on a static cache, whether the graph may read all of a buffer, filled or not.
+        packed: a prompt's rows without padding, one after the other in one (so `batch` is 1).
     """
 
     phase: GraphPhase
@@ -37,7 +39,14 @@ class GraphKey:
     dtype: torch.dtype
     device: torch.device
     surroundings: Surroundings
-    static_cache: bool = False
+    static_tokens: int = 0
+    whole: bool = False
+    packed: bool = False
+
+    @property
+    def static_cache(self) -> bool:
+        """Whether K/V are whole buffers."""
+        return self.static_tokens > 0
 
 
 @dataclass(frozen=True)

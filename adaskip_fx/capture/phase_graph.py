@@ -26,6 +26,8 @@ from adaskip_passes import (
     find_sublayers,
     outline,
 )
+from adaskip_passes.analysis.effects import accesses, is_mutation, operation
+from adaskip_passes.decode.fuse_attention import FuseAttention
 from adaskip_passes.partition.outer import sublayer_calls
 from adaskip_passes.tracing.capture import Binder, Capture, ShapeGuards
 from adaskip_passes.tracing.reads import readable
@@ -43,6 +45,8 @@ from .traced_functions import traced_function
 Memory: TypeAlias = tuple[int, str]
 #: Shape, strides, dtype and device of a tensor; of another value the name of its type.
 Layout: TypeAlias = tuple[object, ...]
+#: Operators that read of a buffer what a table of bounds says.
+_BY_BOUNDS = ("attend.default", "attend")
 _STORED = re.compile(
     r"L\['cache'\]\.layers\[(\d+)\]\.(keys|values|(?:conv|recurrent)_states\[\d+\])"
 )
@@ -141,8 +145,25 @@ def capture_phase(
                 f"{type(model).__name__}.forward changes {changed} while it runs; a captured graph "
                 "cannot repeat that"
             )
+        if key.static_cache and not key.whole:
+            _refuse_whole_reads(captured)
         with captured.reopened():  # what the cutting finds out of shapes is guarded as well
             return _cut(captured, key, backend)
+
+
+def _refuse_whole_reads(captured: Capture) -> None:
+    """Refuse a graph that reads whole buffers: there is memory behind what is filled alone."""
+    placeholders = captured.graph.graph.find_nodes(op="placeholder")
+    for node, source in zip(placeholders, captured.sources, strict=True):
+        found = _STORED.fullmatch(source)
+        if found is None or found[2] not in ("keys", "values"):
+            continue
+        for user in accesses(captured.graph.graph.nodes, node):
+            if not is_mutation(user) and operation(user) not in (*_BY_BOUNDS, "size"):
+                raise UnsupportedError(
+                    f"layer {found[1]} reads all of a buffer of {found[2]} by {operation(user)}, "
+                    "filled or not"
+                )
 
 
 def _cut(captured: Capture, key: GraphKey, backend: str) -> CapturedPhase:
@@ -182,9 +203,9 @@ def _memory(captured: Capture, outer: fx.GraphModule) -> tuple[frozenset[Memory]
 
 
 def _lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:
-    """Return inner passes for the pieces: fused projections for a GPU's decode steps."""
+    """Return inner passes for the pieces: fused operators for a GPU's steps of a few tokens."""
     fused = key.static_cache and key.device.type == "cuda" and backend == "inductor"
-    return (FuseProjections(),) if fused else ()
+    return (FuseProjections(), FuseAttention()) if fused else ()
 
 
 def _layout(value: object) -> Layout:

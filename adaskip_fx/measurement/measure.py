@@ -22,6 +22,7 @@ from ..plans.skip_plan import Action, Phase, SkipPlan, Sublayer
 from ..plans.surrogates import Surrogates
 from ..profiles.fingerprint import fingerprint
 from ..runtime.runtime import Runtime
+from ..runtime.turns import check_length
 from .rank_ladder import rank_ladder
 from .timer import StepTimer, conditions
 
@@ -246,7 +247,7 @@ def check_contexts(runtime: Runtime, contexts: Iterable[int], rounds: int) -> li
     lengths = sorted(set(contexts))
     if not lengths or lengths[0] < _SHORTEST:
         raise ValueError(f"contexts must be lengths of at least {_SHORTEST} tokens, got {lengths}")
-    runtime.check_length(lengths[-1])
+    check_length(runtime.graphs, lengths[-1])
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     return lengths

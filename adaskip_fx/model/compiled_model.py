@@ -40,7 +40,7 @@ class CompiledModel(GenerateHooks):
         mode: GenerationMode,
         max_length: int,
     ) -> None:
-        """Put the request's cache among the arguments of forward, sized from the request's limits.
+        """Put the request's cache among the arguments of forward, and tell it the request's limit.
 
         Raises:
             NotImplementedError: what is asked for needs another loop or another cache.
@@ -60,11 +60,12 @@ class CompiledModel(GenerateHooks):
         name = self._adaskip.generate_argument
         cache = model_kwargs.get(name)
         if cache is not None:
-            cache = own_cache(cache, self._adaskip, max_length)
+            cache = model_kwargs[name] = own_cache(cache, self._adaskip)
             cache.request.stop_tokens = ends
-            model_kwargs[name] = cache
         elif config.use_cache is not False:
-            model_kwargs[name] = self._adaskip.new_cache(max_length, ends)
+            cache = model_kwargs[name] = self._adaskip.new_cache(stop_tokens=ends)
+        if isinstance(cache, SkipCache):
+            cache.expected = max_length
 
     def _adaskip_prompt(self, model_kwargs: ModelKwargs) -> AbstractContextManager[None]:
         """Return the context for what is new of a prompt, which may be a single token."""
@@ -79,14 +80,17 @@ class CompiledModel(GenerateHooks):
         return None
 
     def _adaskip_next_kwargs(self, model_kwargs: ModelKwargs) -> ModelKwargs:
-        """Leave out a mask that says nothing.
+        """Leave out a mask that says nothing, and tell the cache that one says nothing new.
 
-        Without padding a mask is all ones, and to know it a step would have to read it, which means
-        waiting for the device at every step.
+        To know what a mask says a step has to read it, which means waiting for the device. Without
+        padding it is all ones; else it is the last one and ones for the new tokens.
         """
         cache = model_kwargs.get(self._adaskip.generate_argument)
-        if isinstance(cache, SkipCache) and not cache.padded:
-            model_kwargs.pop("attention_mask", None)
+        if isinstance(cache, SkipCache):
+            if cache.padded:
+                cache.mask_goes_on(model_kwargs.get("attention_mask"))
+            else:
+                model_kwargs.pop("attention_mask", None)
         return model_kwargs
 
     def _refuse_batching(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,15 @@ from ..capture.arguments import Forward, takes_logits_to_keep
 from ..kv_cache.adopt_cache import own_cache
 from ..kv_cache.argument_names import CACHE_NAMES, output_fields, under_one_name
 from ..kv_cache.cache import SkipCache
+from ..kv_cache.padding import Padding
 from ..utils.torch_internals import is_transformed
 from ..utils.transformers_types import ModelConfig
 from .check_model import refuse_outputs
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
+
+logger = logging.getLogger(__name__)
 
 _STEP_ARGUMENTS = frozenset(
     {
@@ -85,12 +89,14 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
             _refuse_packed(positions)
         cache = runtime.new_cache()
     cache = own_cache(cache, runtime)
+    mask, padding = _checked_mask(mask, input_ids, cache)
     logits = runtime.step(
         input_ids,
-        _checked_mask(mask, input_ids, cache),
+        mask,
         _checked_positions(positions, input_ids),
         cache,
         _checked_keep(arguments.get("logits_to_keep"), input_ids, runtime.graphs.forward),
+        padding,
     )
     kept = cache if returns_cache else None
     if not _flag(arguments, "return_dict", config):
@@ -146,14 +152,16 @@ def _checked_ids(device: torch.device, input_ids: object) -> torch.Tensor:
     return input_ids.to(torch.int64).contiguous()
 
 
-def _checked_mask(mask: object, input_ids: torch.Tensor, cache: SkipCache) -> torch.Tensor | None:
-    """Return the mask [batch, stored + new], or None when nothing is padded.
+def _checked_mask(
+    mask: object, input_ids: torch.Tensor, cache: SkipCache
+) -> tuple[torch.Tensor | None, Padding | None]:
+    """Return the mask [batch, stored + new], or None when nothing is padded, and what it says.
 
     Models without attention get one of the new tokens alone, as ``generate`` makes it.
     """
     past = cache.length
     if mask is None:
-        return None
+        return None, None
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         raise NotImplementedError(
             "attention_mask must be a tensor [batch, tokens]; prepared 4D masks are not supported"
@@ -166,7 +174,21 @@ def _checked_mask(mask: object, input_ids: torch.Tensor, cache: SkipCache) -> to
             f"attention_mask has shape {list(mask.shape)}, expected {list(expected)}: "
             f"{past} stored and {input_ids.shape[1]} new tokens"
         )
-    return None if bool((mask != 0).all()) else mask.to(input_ids.device)
+    mask = mask.to(input_ids.device)
+    padding = cache.padding_of(mask)
+    if padding is None:
+        _say_once()
+    elif not padding.any:
+        return None, None
+    return mask, padding
+
+
+@functools.cache
+def _say_once() -> None:
+    logger.warning(
+        "rows of this batch are padded on the right, or have holes; they run with a mask, which is "
+        "slower than padding on the left"
+    )
 
 
 def _checked_positions(positions: object, input_ids: torch.Tensor) -> torch.Tensor | None:

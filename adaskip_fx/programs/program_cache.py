@@ -17,15 +17,14 @@ from adaskip_passes.tracing.dynamo import one_at_a_time
 
 from ..capture import phase_graph
 from ..capture.arguments import Forward
-from ..capture.check_graph import check_graph
-from ..capture.example_inputs import Lengths, example_lengths
+from ..capture.check_graph import check_graph, is_right_for_padding
+from ..capture.example_inputs import Lengths, example_lengths, lengths_of
 from ..capture.graph_key import GraphKey, Surroundings
 from ..capture.phase_graph import CapturedPhase, Memory
 from ..capture.reference import ReferenceRun, positions
 from ..capture.state import Since, State
 from ..capture.states import States
 from ..kv_cache.layer_spec import LayerCacheSpec
-from ..kv_cache.views import StaticCacheView
 from ..plans.compose_surrogates import SurrogateTensors
 from ..plans.skip_plan import Action, SkipPlan
 from ..plans.sublayer import Sublayer
@@ -76,9 +75,16 @@ class Graphs:
         self._programs = VariantCache(max_variants, self.counters)
         self._first: CapturedPhase | None = None
         self._structure: ModelStructure | None = None
+        self._padding: WeakKeyDictionary[CapturedPhase, bool] = WeakKeyDictionary()
         self._guards: WeakKeyDictionary[CapturedPhase, tuple[int, ShapeGuards]] = (
             WeakKeyDictionary()
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are now."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def forward(self) -> Forward:
@@ -203,7 +209,7 @@ class Graphs:
             program = self._linked(captured, wanted)
             if self._guards_of(captured).hold(arguments):
                 return program
-        captured = self._captured(key, since, _lengths(arguments))
+        captured = self._captured(key, since, lengths_of(arguments))
         program = self._linked(captured, wanted)
         if not self._guards_of(captured).hold(arguments):
             broken = "; ".join(self._guards_of(captured).broken(arguments))
@@ -223,6 +229,14 @@ class Graphs:
         if known is None or known[0] != captured.compiler.compiled:
             known = self._guards[captured] = (captured.compiler.compiled, captured.guards())
         return known[1]
+
+    def takes_padding(self, captured: CapturedPhase) -> bool:
+        """Return whether a graph for a static cache is right for padding; that is tried once."""
+        if captured not in self._padding:
+            self._padding[captured] = is_right_for_padding(
+                self.states.current.reference, captured, self.model, self.forward
+            )
+        return self._padding[captured]
 
     def _check(self, captured: CapturedPhase, state: State) -> None:
         """Refuse a graph that gives other logits than the model does."""
@@ -284,11 +298,3 @@ def _program_key(
 ) -> Hashable:
     digest = plan.phase_digest(plan_phase(captured.key.phase))
     return instrument.key, captured, digest, probed
-
-
-def _lengths(arguments: dict[str, Any]) -> Lengths:
-    cache, keep = arguments["cache"], arguments["inputs"].get("logits_to_keep")
-    if isinstance(cache, StaticCacheView):
-        return Lengths(1, cache.capacity)
-    kept = {"kept": keep.shape[0]} if isinstance(keep, torch.Tensor) else {}
-    return Lengths(cache.new.shape[0], cache.filled.shape[0], **kept)

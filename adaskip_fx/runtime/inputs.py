@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..kv_cache.padding import Padding
+
 
 class Inputs(NamedTuple):
     """New tokens of a request.
@@ -14,11 +16,13 @@ class Inputs(NamedTuple):
         input_ids: int64 [B, T].
         attention_mask: [B, stored + T], 0 at padding; None when there is none.
         position_ids: int64 [B or 1, T]; None for the tokens after the last.
+        padding: what the mask says, if it is that rows begin with padding and no more.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
+    padding: Padding | None = None
 
     def check_positions(self) -> None:
         """ValueError for positions of another number of tokens."""
@@ -51,14 +55,15 @@ class Inputs(NamedTuple):
         Of padded rows the last column is cut off: rows are padded on the left, as ``generate``
         needs them, so it holds every row's last token.
         """
-        ids, mask, positions = self
+        ids, mask, positions, padding = self
         last_position = None if positions is None else positions[:, -1:]
-        tail = Inputs(ids[:, -1:].contiguous(), mask, last_position)
+        tail = Inputs(ids[:, -1:].contiguous(), mask, last_position, padding)
         if ids.shape[1] == 1:
             return None, tail
         head = Inputs(
             ids[:, :-1].contiguous(),
             None if mask is None else mask[:, :-1],
             None if positions is None else positions[:, :-1],
+            padding,
         )
         return head, tail

@@ -60,3 +60,10 @@ def kept_logits(
     if count < 2:  # a length below two is never symbolic
         return KeptLogits(torch.nn.functional.pad(wanted, (0, 2 - count)), slice(count))
     return KeptLogits(wanted)
+
+
+def cut(logits: torch.Tensor, wanted: int | torch.Tensor) -> torch.Tensor:
+    """Return the logits that are wanted, as of `kept_logits`, of those of all new tokens."""
+    if isinstance(wanted, int):
+        return logits[:, -wanted:] if 0 < wanted < logits.shape[1] else logits
+    return logits[:, wanted]

@@ -14,9 +14,11 @@ from .window import DecodePlans, Window
 if TYPE_CHECKING:
     from ..capture.phase_graph import CapturedPhase
     from ..capture.state import Since
+    from ..capture.states import States
     from ..plans.sublayer import Sublayer
     from ..programs.instruments import Instrument
-    from .static_step import DecodeBinding
+    from ..programs.program import Program
+    from .static_step import StaticBinding
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Request:
         decoding: Whether the current turn has begun to decode.
         decoding_from: How many tokens were stored then.
         finished: Rows, bool [B], that have ended; they count for nothing in the window.
-        binding: What the decode steps of the turn repeat.
+        bindings: What the turn's steps on a static cache repeat, by their number of tokens.
         since: The state of the model that the request began with; None before its first prompt.
         weights: The inputs that stay the same during the request, by captured graph.
     """
@@ -49,7 +51,7 @@ class Request:
     decoding: bool = field(init=False, default=False)
     decoding_from: int = field(init=False, default=0)
     finished: torch.Tensor | None = field(init=False, default=None)
-    binding: DecodeBinding | None = field(init=False, default=None, repr=False)
+    bindings: dict[int, StaticBinding] = field(init=False, default_factory=dict, repr=False)
     since: Since | None = field(init=False, default=None, repr=False)
     weights: dict[CapturedPhase, tuple[Any, ...]] = field(
         init=False, default_factory=dict, repr=False
@@ -59,6 +61,30 @@ class Request:
         self.plan = self.chosen or plans_of(self.decision)[0]
         schedule = self.decision if isinstance(self.decision, Schedule) else None
         self.decode = DecodePlans(schedule or self.plan)
+
+    @property
+    def begun(self) -> Since:
+        """The state of the model that the request began with."""
+        assert self.since is not None, "a request begins with a prompt"
+        return self.since
+
+    def weights_of(
+        self, program: Program, arguments: dict[str, Any], length: int, states: States
+    ) -> tuple[Any, ...]:
+        """Return the inputs that stay the same, looked up at the first step of a captured graph.
+
+        Args:
+            program: It is about to run.
+            arguments: Those of the captured function.
+            length: Tokens stored.
+            states: Of the model.
+        """
+        weights = self.weights.get(program.captured)
+        if weights is None:
+            if length:  # at its beginning the model was looked at just now
+                states.require(self.begun)
+            weights = self.weights[program.captured] = program.captured.weights(arguments)
+        return weights
 
     @property
     def undecided(self) -> bool:

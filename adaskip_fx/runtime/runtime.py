@@ -16,6 +16,7 @@ from ..capture.reference import ReferenceRun
 from ..kv_cache import saved
 from ..kv_cache.argument_names import cache_argument, generate_argument
 from ..kv_cache.cache import SkipCache
+from ..kv_cache.padding import Padding
 from ..plans.decisions import Decision, PlanChooser
 from ..plans.skip_plan import SkipPlan
 from ..programs.instruments import Instrument
@@ -90,7 +91,7 @@ class Runtime:
     @property
     def device(self) -> torch.device:
         """Where the parameters are now."""
-        return self.runner.device
+        return self.graphs.device
 
     def set_plan(self, plan: Decision) -> None:
         """Have requests begin with `plan` from now on; running ones keep theirs.
@@ -104,20 +105,20 @@ class Runtime:
 
     @property
     def static_cache(self) -> bool:
-        """Whether decode steps without padding work on whole buffers that stay where they are.
+        """Whether steps of a few tokens work on whole buffers that stay where they are.
 
-        On CUDA that makes them one graph (`StaticDecodeStep`); it is the default there.
+        On CUDA that makes each one graph (`StaticStep`); it is the default there.
         """
-        return self.runner.static_cache
+        return self.runner.static.enabled
 
     @static_cache.setter
     def static_cache(self, fixed: bool) -> None:
-        self.runner.static_cache = fixed
+        self.runner.static.enabled = fixed
 
     @property
     def why_no_static_cache(self) -> str | None:
         """Why the model could not be captured that way; None if it could."""
-        return self.runner.why_no_static_cache
+        return self.runner.static.why_not
 
     @property
     def observer(self) -> Callable[[Program, SkipPlan, int], None] | None:
@@ -160,7 +161,7 @@ class Runtime:
             max_length: tokens of the longest request to come.
             batch_size: rows of the requests to come.
         """
-        self.check_length(max_length)
+        turns.check_length(self.graphs, max_length)
         begins = self.plan.plans if isinstance(self.plan, PlanChooser) else (self.plan,)
         for begin in begins:
             warm_up(self, begin, max_length, batch_size)
@@ -239,6 +240,7 @@ class Runtime:
         position_ids: torch.Tensor | None,
         cache: SkipCache,
         keep: int | torch.Tensor,
+        padding: Padding | None = None,
     ) -> torch.Tensor:
         """Run the model on new tokens of a request; return logits [B, kept, V].
 
@@ -248,16 +250,17 @@ class Runtime:
             position_ids: int64 [B or 1, T]; counted on from the cache when None.
             cache: the request's; the new tokens are added to it.
             keep: 0 for the logits of all new tokens, n for those of the last n; or int64 [K].
+            padding: what the mask says, if it is that rows begin with padding and no more.
         """
         phase = turns.phase_of(input_ids, cache)
         if phase != "decode":
-            self.check_length(cache.length + input_ids.shape[1])
+            turns.check_length(self.graphs, cache.length + input_ids.shape[1])
         if not cache.length or cache.request.since is None:  # of a file, or another's cache
             turns.begin(cache, self.graphs)
         elif phase != "decode" or checks():
             self.graphs.states.require(cache.request.since)
         request = turns.next_turn(cache, phase, self._learner)
-        inputs = Inputs(input_ids, attention_mask, position_ids)
+        inputs = Inputs(input_ids, attention_mask, position_ids, padding)
         if request.undecided:
             request = turns.choose_plan(cache, inputs, self.graphs)
         plan, statistics = request.plan, None
@@ -283,16 +286,6 @@ class Runtime:
         request: Request = cache.request
         learning = request.decode.learning
         return self.ahead and request.decoding and not learning and not cache.stateful
-
-    def check_length(self, total: int) -> None:
-        """Refuse a prompt that is longer than the model's positions."""
-        longest = self.graphs.max_length
-        if longest is not None and total > longest:
-            raise ValueError(
-                f"the prompt would make a sequence of {total} tokens, but "
-                f"{type(self.model).__name__} has positions for {longest} "
-                "(max_position_embeddings); shorten it"
-            )
 
     def _learner(self) -> Learner | None:
         if self.policy is None or self.profile is None:

@@ -29,7 +29,7 @@ def measure_prompt(
     Raises:
         ValueError: The prompt is longer than the model's positions.
     """
-    runtime.check_length(input_ids.shape[1])
+    turns.check_length(runtime.graphs, input_ids.shape[1])
     full = SkipPlan.empty(runtime.sublayers)
     instrument = LayerProbe() if layers else None
     cache = runtime.new_cache(input_ids.shape[1], plan=full, learn=False, instrument=instrument)

@@ -1,7 +1,8 @@
-"""Decode steps on a static cache: one program after the other on one request's buffers.
+"""Steps on a static cache: one program after the other on one request's buffers.
 
-Token, position and outputs are buffers that stay; the position is counted on the device. So a
-step needs nothing from the host but the token, and on CUDA it is recorded once as a graph and then
+A step has one token of each row (decoding), or a few (drafts to be verified). Tokens,
+position and outputs are buffers that stay; the position is counted on the device. So a
+step needs nothing from the host but the tokens, and on CUDA it is recorded once as a graph and then
 replayed. A piece that runs for the first time sets up what its kernels need, which cannot be
 recorded: the first step with a program that calls such a piece runs kernel by kernel, and is
 recorded right after. A plan that is linked from pieces that have run is recorded at once.
@@ -21,6 +22,7 @@ from adaskip_passes import Recorder
 from ..capture.graph_key import Surroundings
 from ..kv_cache.buffers import CacheBuffers
 from ..kv_cache.layer_spec import LayerCacheSpec
+from ..kv_cache.padding import Padding
 from ..kv_cache.views import StaticCacheView
 from ..plans.skip_plan import SkipPlan, Sublayer
 from ..programs.program import Program
@@ -28,8 +30,8 @@ from ..programs.variants import Counters
 
 
 @dataclass(frozen=True)
-class DecodeBinding:
-    """What the decode steps of a request repeat, so that it is looked up once.
+class StaticBinding:
+    """What the static steps of a request repeat, so that it is looked up once.
 
     links: of the counters when it was looked up: linking another program may drop this one.
     """
@@ -69,36 +71,40 @@ class _Recording:
     addresses: tuple[int, ...]
 
 
-class StaticDecodeStep:
-    """The decode steps of one buffers.
+class StaticStep:
+    """The steps of one buffers that have the same number of new tokens.
 
     Attributes:
         cache: what a captured step sees of the buffers.
-        tokens, positions: inputs of a step, int64 [B, 1].
-        valid: which rows count for the probes, bool [B, 1].
+        tokens, positions: inputs of a step, int64 [B, T].
+        valid: which new tokens count for the probes, bool [B, T].
     """
 
     def __init__(
         self,
         buffers: CacheBuffers,
         specs: Sequence[LayerCacheSpec],
-        dtype: torch.dtype,
+        tokens: int,
         device: torch.device,
         recorder: Recorder | None,
     ) -> None:
-        batch = buffers.batch
+        """Make the inputs of steps of `tokens` new tokens a row."""
+        size = buffers.batch, tokens
         with torch.inference_mode(False):
-            self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-            self.positions = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-            self.position = torch.zeros(1, dtype=torch.int64, device=device)
-            self.valid = torch.ones(batch, 1, dtype=torch.bool, device=device)
-        self.cache = StaticCacheView.of(buffers, specs, self.position, dtype)
+            self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
+            self.positions = torch.zeros(size, dtype=torch.int64, device=device)
+            self.position = torch.zeros(buffers.batch, dtype=torch.int64, device=device)
+            self.first = torch.zeros(buffers.batch, dtype=torch.int64, device=device)
+            self.valid = torch.ones(size, dtype=torch.bool, device=device)
+            self._order = torch.arange(tokens, device=device)
+        self.cache = StaticCacheView.of(buffers, specs, self.position, self.first, buffers.whole)
         self._recorder = recorder
         self._recordings: weakref.WeakKeyDictionary[Program, _Recording] = (
             weakref.WeakKeyDictionary()
         )
         self._position_at: int | None = None  # what `position` holds, if that is known
         self._positions_at: int | None = None  # likewise `positions`
+        self._padding: Padding | None = None  # what `first` holds
         self._all_valid = True  # what `valid` holds
         self._ran: set[Callable[..., Any]] = set()  # pieces, with the weights that are at
         self._ran_with: tuple[int, ...] = ()  # these addresses
@@ -113,24 +119,30 @@ class StaticDecodeStep:
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None,
         length: int,
+        padding: Padding | None,
         valid: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One step; returns logits [B, 1, V] and the statistics [probed, B, 5] of what is probed.
+        """One step; returns logits [B, T, V] and the statistics [probed, B, 5] of what is probed.
 
         Args:
             program: linked for a step on a static cache.
             arguments: of the captured function: this decoder's buffers.
             weights: the weights.
-            input_ids: int64 [B, 1].
-            position_ids: [B or 1, 1]; None for the token after the last.
-            length: tokens stored before this one.
+            input_ids: int64 [B, T], or fewer: what comes after them is anything, and so are its
+                logits.
+            position_ids: [B or 1, T] or fewer; None for the tokens after the last.
+            length: tokens stored before these.
+            padding: of the rows; None where there is none.
             valid: which rows count for the probes, bool [B, 1]; None: all.
         """
         self._write(input_ids, position_ids, length, valid)
+        if padding is not self._padding:
+            self.first.copy_(padding.first) if padding is not None else self.first.zero_()
+            self._padding = padding
         self._position_at = self._positions_at = None  # until the step is through
         self._run(program, arguments, weights)
-        self._position_at = length + 1
-        self._positions_at = length + 1 if position_ids is None else None
+        self._position_at = length + self.tokens.shape[1]
+        self._positions_at = self._position_at if position_ids is None else None
         assert self._logits is not None
         statistics = self._statistics[len(program.probed)].clone() if program.probed else None
         return self._logits.clone(), statistics
@@ -142,13 +154,13 @@ class StaticDecodeStep:
         length: int,
         valid: torch.Tensor | None,
     ) -> None:
-        self.tokens.copy_(input_ids)
+        self._new(self.tokens, input_ids).copy_(input_ids)
         if self._position_at != length:
             self.position.fill_(length)
         if position_ids is not None:
-            self.positions.copy_(position_ids)
+            self._new(self.positions, input_ids).copy_(position_ids)
         elif self._positions_at != length:
-            self.positions.fill_(length)
+            self.positions.copy_(self._order + length)
         if valid is not None:
             self.valid.copy_(valid)
             self._all_valid = False
@@ -156,11 +168,17 @@ class StaticDecodeStep:
             self.valid.fill_(True)
             self._all_valid = True
 
+    @staticmethod
+    def _new(buffer: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """Return the part of a step's input that is given."""
+        new = given.shape[1]
+        return buffer if new == buffer.shape[1] else buffer[:, :new]
+
     def _run(self, program: Program, arguments: dict[str, Any], weights: tuple[Any, ...]) -> None:
         def body() -> None:
             self._keep(*program(arguments, weights, self.valid))
-            self.position.add_(1)
-            self.positions.add_(1)
+            self.position.add_(self.tokens.shape[1])
+            self.positions.add_(self.tokens.shape[1])
 
         if self._recorder is None:
             body()

@@ -1,35 +1,27 @@
 """One step with a plan that is given: the graph that its inputs need, the program, and its run.
 
-A step is handed views of the filled cache. A decode step may work on whole buffers instead, at
-addresses that stay: it needs no padding and no autocast region, and a model that can be captured
-that way (`static_step`).
+A step is handed views of the filled cache. One of a few tokens may work on whole buffers instead,
+at addresses that stay (`static_runner`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
 
 import torch
 
-from adaskip_passes import Recorder, UnsupportedError
-
 from ..capture.arguments import bind_arguments, step_inputs
 from ..capture.graph_key import GraphKey, GraphPhase, Surroundings
-from ..capture.state import ChangedError, Since
 from ..kv_cache.buffer_pool import BufferPool
-from ..kv_cache.buffers import CacheBuffers
 from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import SkipPlan, Sublayer
 from ..programs.program import Program
 from ..programs.program_cache import Graphs
 from .inputs import Inputs
-from .kept_logits import KeptLogits, kept_logits
+from .kept_logits import cut, kept_logits
+from .packed import PackedRunner
 from .request import Request
-from .static_step import DecodeBinding, StaticDecodeStep
-
-#: What ran, its logits [B, kept, V], and the statistics [probed, B, 5] if anything was probed.
-_Ran: TypeAlias = tuple[Program, torch.Tensor, torch.Tensor | None]
+from .static_runner import Ran, StaticRunner
 
 
 class Runner:
@@ -38,25 +30,19 @@ class Runner:
     Attributes:
         graphs: what has been captured, compiled and linked.
         buffer_pool: K/V buffers between requests.
-        static_cache: whether decode steps work on a static cache; see `Runtime`.
-        why_no_static_cache: why the model could not be captured that way; None if it could.
+        static: runs steps on a static cache.
+        packed: runs prompts of padded rows.
         observer: is told of every step; see `Runtime`.
     """
 
     def __init__(self, graphs: Graphs, static_cache: bool | None) -> None:
         self.graphs = graphs
-        on_gpu = self.device.type == "cuda"
-        self.static_cache = on_gpu if static_cache is None else static_cache
-        self.why_no_static_cache: str | None = None
-        self.buffer_pool = BufferPool(keep=self.static_cache)
+        on_gpu = graphs.device.type == "cuda"
+        wanted = on_gpu if static_cache is None else static_cache
+        self.buffer_pool = BufferPool(keep=wanted, longest=graphs.max_length)
+        self.static = StaticRunner(graphs, self.buffer_pool, wanted)
+        self.packed = PackedRunner(graphs)
         self.observer: Callable[[Program, SkipPlan, int], None] | None = None
-        self._recorder: Recorder | None = None  # on a GPU, at the first decode step
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are now (`PreTrainedModel.device` looks at all modules for that)."""
-        device: torch.device = next(self.graphs.model.parameters()).device
-        return device
 
     @torch.no_grad()
     def run(
@@ -84,19 +70,17 @@ class Runner:
         Returns:
             Logits [B, kept, V], and the statistics [probed, B, 5] if anything is probed.
         """
-        ran, masked = None, inputs.attention_mask is not None
-        plain = request.instrument is None and not masked
-        kept = kept_logits(self.graphs.forward, logits_to_keep, inputs.input_ids)
-        if self.static_cache and phase == "decode" and plain:
-            ran = self._on_static_cache(request, plan, probed, inputs, cache)
-        if ran is None:
-            ran = self._on_views(phase, request, plan, probed, inputs, cache, kept)
-        program, logits, statistics = ran
+        masked = inputs.attention_mask is not None
+        program, logits, statistics = (
+            self._without_mask(phase, request, plan, probed, inputs, cache, logits_to_keep)
+            if request.instrument is None and (not masked or inputs.padding is not None)
+            else None
+        ) or self._on_views(phase, request, plan, probed, inputs, cache, logits_to_keep)
         if self.observer is not None:
             self.observer(program, plan, inputs.input_ids.numel())
         cache.advance(inputs.input_ids.shape[1])
         cache.padded |= masked
-        return kept.of(logits), statistics
+        return logits, statistics
 
     def run_prompt(
         self,
@@ -130,6 +114,31 @@ class Runner:
             raise
         return parts[-1] if logits_to_keep == 1 else torch.cat(parts, 1)
 
+    def _without_mask(
+        self,
+        phase: GraphPhase,
+        request: Request,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        inputs: Inputs,
+        cache: SkipCache,
+        logits_to_keep: int | torch.Tensor,
+    ) -> Ran | None:
+        """Run a step on a static cache, or a packed prompt; None where neither is possible.
+
+        A turn of which the last token's logits alone are wanted is a prompt: its length may be
+        anything, and one graph serves all. Where those of several are, tokens are to be verified.
+        """
+        if phase == "prefill" and not probed:
+            return self.packed.run(request, plan, inputs, cache, logits_to_keep)
+        if phase == "extend" and isinstance(logits_to_keep, int) and logits_to_keep == 1:
+            return None
+        ran = self.static.run(phase, request, plan, probed, inputs, cache)
+        if ran is None:
+            return None
+        program, logits, statistics = ran
+        return program, cut(logits, logits_to_keep), statistics
+
     def _on_views(
         self,
         phase: GraphPhase,
@@ -138,9 +147,10 @@ class Runner:
         probed: tuple[Sublayer, ...],
         inputs: Inputs,
         cache: SkipCache,
-        kept: KeptLogits,
-    ) -> _Ran:
+        logits_to_keep: int | torch.Tensor,
+    ) -> Ran:
         batch, tokens = inputs.input_ids.shape
+        kept = kept_logits(self.graphs.forward, logits_to_keep, inputs.input_ids)
         mask, positions = inputs.normal(cache.length)
         key = GraphKey(
             phase,
@@ -150,114 +160,22 @@ class Runner:
             masked=mask is not None,
             last_logits=kept.last,
             dtype=self.graphs.model.dtype,
-            device=self.device,
-            surroundings=Surroundings.now(self.device),
+            device=self.graphs.device,
+            surroundings=Surroundings.now(self.graphs.device),
         )
         model, forward = self.graphs.model, self.graphs.forward
         given = step_inputs(forward, inputs.input_ids, positions, mask, kept.argument)
         views = cache.step_view(batch, tokens, phase == "prefill")
         arguments = bind_arguments(model, forward, views, given)
         instrument = request.instrument
-        program = self.graphs.program(key, plan, probed, arguments, _since(request), instrument)
-        weights = self._weights(request, program, arguments, cache)
+        program = self.graphs.program(key, plan, probed, arguments, request.begun, instrument)
+        weights = request.weights_of(program, arguments, cache.length, self.graphs.states)
         valid = _valid(request, phase, inputs.input_ids, mask) if probed else None
         if instrument is not None:
-            return program, *instrument.run(program, arguments, weights, valid)
-        return program, *program(arguments, weights, valid)
-
-    def _on_static_cache(
-        self,
-        request: Request,
-        plan: SkipPlan,
-        probed: tuple[Sublayer, ...],
-        inputs: Inputs,
-        cache: SkipCache,
-    ) -> _Ran | None:
-        """A decode step; None in an autocast region, and where the model cannot be captured so."""
-        surroundings = Surroundings.now(self.device)
-        if surroundings.autocast:
-            return None
-        inputs.check_positions()
-        ids, _, positions = inputs
-        buffers = cache.reserve(ids.shape[0], 1)
-        static = self._static_step(buffers)
-        binding, wanted = request.binding, (buffers, plan, probed, surroundings)
-        if binding is None or not binding.serves(*wanted, self.graphs.counters):
-            try:
-                binding = request.binding = self._bind(static, *wanted, request)
-            except ChangedError:
-                raise
-            except UnsupportedError as error:
-                self._give_up_static_cache(error)
-                return None
-        program, arguments = binding.program, binding.arguments
-        weights = self._weights(request, program, arguments, cache)
-        valid = request.valid_rows(ids) if probed else None
-        outputs = static.run(program, arguments, weights, ids, positions, cache.length, valid)
-        return program, *outputs
-
-    def _weights(
-        self, request: Request, program: Program, arguments: dict[str, Any], cache: SkipCache
-    ) -> tuple[Any, ...]:
-        """The inputs that stay the same during a request, looked up at the graph's first step."""
-        captured = program.captured
-        weights = request.weights.get(captured)
-        if weights is None:
-            if cache.length:  # at its beginning the model was looked at just now
-                self.graphs.states.require(_since(request))
-            weights = request.weights[captured] = captured.weights(arguments)
-        return weights
-
-    def _static_step(self, buffers: CacheBuffers) -> StaticDecodeStep:
-        """The steps that work on these buffers."""
-        if buffers.decoder is None:
-            if self._recorder is None and self.device.type == "cuda":
-                self._recorder = Recorder(self.device)
-            dtype = self.graphs.model.dtype
-            buffers.decoder = StaticDecodeStep(
-                buffers, self.graphs.specs, dtype, self.device, self._recorder
-            )
-        return buffers.decoder
-
-    def _bind(
-        self,
-        static: StaticDecodeStep,
-        buffers: CacheBuffers,
-        plan: SkipPlan,
-        probed: tuple[Sublayer, ...],
-        surroundings: Surroundings,
-        request: Request,
-    ) -> DecodeBinding:
-        graphs = self.graphs
-        key = GraphKey(
-            "decode",
-            buffers.batch,
-            one_token=True,
-            one_stored=False,
-            masked=False,
-            last_logits=True,
-            dtype=graphs.model.dtype,
-            device=self.device,
-            surroundings=surroundings,
-            static_cache=True,
-        )
-        given = step_inputs(graphs.forward, static.tokens, static.positions, None, 1)
-        arguments = bind_arguments(graphs.model, graphs.forward, static.cache, given)
-        program = graphs.program(key, plan, probed, arguments, _since(request))
-        return DecodeBinding(
-            buffers, plan, probed, surroundings, program, arguments, graphs.counters.links
-        )
-
-    def _give_up_static_cache(self, error: UnsupportedError) -> None:
-        """Decode on views of the filled cache from now on, as on a CPU; `report` says why."""
-        self.static_cache = self.buffer_pool.keep = False
-        self.why_no_static_cache = str(error)
-        self.buffer_pool.clear()
-
-
-def _since(request: Request) -> Since:
-    assert request.since is not None, "a request begins with a prompt"
-    return request.since
+            logits, statistics = instrument.run(program, arguments, weights, valid)
+        else:
+            logits, statistics = program(arguments, weights, valid)
+        return program, kept.of(logits), statistics
 
 
 def _valid(

@@ -35,7 +35,7 @@ def begin(cache: SkipCache, graphs: Graphs) -> None:
     state, request = graphs.states.look(), cache.request
     request.since = Since.of(state)
     request.weights.clear()
-    request.binding = None
+    request.bindings.clear()
     if not cache.length:
         device = next(graphs.model.parameters()).device
         stored = graphs.stored(request.plan)
@@ -81,3 +81,18 @@ def choose_plan(cache: SkipCache, inputs: Inputs, graphs: Graphs) -> Request:
     begun = request.new_request(chosen)
     begun.since = request.since
     return begun
+
+
+def check_length(graphs: Graphs, total: int) -> None:
+    """Refuse a prompt that makes a text of `total` tokens, more than the model has positions for.
+
+    Raises:
+        ValueError: It does.
+    """
+    longest = graphs.max_length
+    if longest is not None and total > longest:
+        raise ValueError(
+            f"the prompt would make a sequence of {total} tokens, but "
+            f"{type(graphs.model).__name__} has positions for {longest} "
+            "(max_position_embeddings); shorten it"
+        )

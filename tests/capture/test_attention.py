@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaskip_fx.api import build
 from adaskip_fx.capture.attention import attention
+from adaskip_passes.decode.ops import EVERY
 from tests.support.eager_reference import assert_close, relative_error
 
 SHAPE = {
@@ -109,12 +110,13 @@ def eager(
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("form", ["causal", "one", "bool", "filled"])
+@pytest.mark.parametrize("form", ["causal", "one", "bool", "filled", "last"])
 def test_soft_caps_and_sinks_under_every_mask(
     softcap: float | None, with_sinks: bool, form: str
 ) -> None:
     torch.manual_seed(0)
-    tokens, stored = {"causal": (7, 7), "one": (1, 7), "bool": (3, 7), "filled": (1, 7)}[form]
+    tokens, stored = {"causal": (7, 7), "one": (1, 7), "bool": (3, 7)}.get(form, (1, 7))
+    tokens = 4 if form == "last" else tokens
     query = torch.randn(2, 4, tokens, 8)
     key, value = torch.randn(2, 2, stored, 8), torch.randn(2, 2, stored, 8)
     sinks = torch.randn(4) if with_sinks else None
@@ -127,8 +129,11 @@ def test_soft_caps_and_sinks_under_every_mask(
         mask[..., 0] = True
         seen = mask[:, 0].double()
     elif form == "filled":
-        mask = torch.full((1, 1, 1, 1), 5)
+        mask = torch.tensor([[[[1, 0, EVERY, 5, 0]]], [[[0, 0, EVERY, 5, 0]]]])
         seen[..., 5:] = 0
+        seen[0, :, 0] = 0
+    elif form == "last":
+        seen = seen.tril(stored - tokens)
     got, _ = attention(
         torch.nn.Module(), query, key, value, mask, scaling=0.3, softcap=softcap, s_aux=sinks
     )

@@ -54,9 +54,9 @@ GRAPH = """
 prefill, before:
 
 inputs_embeds, cos_2, sin_2 = prologue(+5 inputs)
-x_1 = layers_0_attention(inputs_embeds, cos_2, sin_2, +9 inputs)
+x_1 = layers_0_attention(inputs_embeds, cos_2, sin_2, +8 inputs)
 x_2 = layers_0_ffn(x_1, +5 inputs)
-x_3 = layers_1_attention(x_2, cos_2, sin_2, +9 inputs)
+x_3 = layers_1_attention(x_2, cos_2, sin_2, +8 inputs)
 x_4 = layers_1_ffn(x_3, +5 inputs)
 epilogue = epilogue(x_4, +3 inputs)
 return (epilogue,)
@@ -66,7 +66,7 @@ prefill, after:
 inputs_embeds, cos_2, sin_2 = prologue(+5 inputs)
 scale_0 = scale(inputs_embeds, factor_0, +1 inputs)
 x_2 = layers_0_ffn(scale_0, +5 inputs)
-x_3 = layers_1_attention(x_2, cos_2, sin_2, +9 inputs)
+x_3 = layers_1_attention(x_2, cos_2, sin_2, +8 inputs)
 x_4 = layers_1_ffn(x_3, +5 inputs)
 epilogue = epilogue(x_4, +3 inputs)
 return (epilogue,)
@@ -74,9 +74,9 @@ return (epilogue,)
 decode, before:
 
 inputs_embeds, sub, cos_2, sin_2 = prologue(+5 inputs)
-x_1 = layers_0_attention(inputs_embeds, cos_2, sin_2, sub, +9 inputs)
+x_1 = layers_0_attention(inputs_embeds, cos_2, sin_2, sub, +8 inputs)
 x_2 = layers_0_ffn(x_1, +4 inputs)
-x_3 = layers_1_attention(x_2, cos_2, sin_2, sub, +9 inputs)
+x_3 = layers_1_attention(x_2, cos_2, sin_2, sub, +8 inputs)
 x_4 = layers_1_ffn(x_3, +4 inputs)
 epilogue = epilogue(x_4, +2 inputs)
 return (epilogue,)
@@ -86,7 +86,7 @@ decode, after:
 inputs_embeds, sub, cos_2, sin_2 = prologue(+5 inputs)
 scale_0 = scale(inputs_embeds, factor_0)
 x_2 = layers_0_ffn(scale_0, +4 inputs)
-x_3 = layers_1_attention(x_2, cos_2, sin_2, sub, +9 inputs)
+x_3 = layers_1_attention(x_2, cos_2, sin_2, sub, +8 inputs)
 epilogue = epilogue(x_3, +2 inputs)
 return (epilogue,)
 """

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from adaskip_fx.api import build
+from adaskip_fx.kv_cache import growing_memory
 from tests.support.compiled_llamas import Entry, check_request, make_model
 from tests.support.eager_reference import Oracle, assert_close
 from tests.support.on_gpu import OnGpu, on_gpu
@@ -46,7 +47,23 @@ def test_fused_projections(dtype: torch.dtype, batch: int) -> None:
             check_request(bank, plan, (5, *(1,) * 6), batch=batch, keep=1)
 
 
-def test_growth_records_again() -> None:
+def test_growth_and_other_lengths_record_nothing_again() -> None:
+    bank = on_gpu()
+    with bank.using():
+        cache = check_request(bank, bank.plan(), (250, *(1,) * 12), keep=1)
+        assert cache.capacity > cache.length
+        del cache
+        gc.collect()
+        for length in (9, 400, 31):
+            check_request(bank, bank.plan(), (length, 1, 1), keep=1)
+    assert bank.recorded == 1
+
+
+def test_buffers_that_are_moved_to_grow_are_recorded_on_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a device cannot map memory."""
+    monkeypatch.setattr(growing_memory, "is_available", lambda device: False)
     bank = on_gpu()
     with bank.using():
         cache = check_request(bank, bank.plan(), (250, *(1,) * 12), keep=1)
@@ -125,8 +142,7 @@ def test_dropped_programs_take_their_recordings_along() -> None:
     gc.collect()
     storage = bank.runtime.buffer_pool.idle
     assert storage is not None
-    assert storage.decoder is not None
-    assert len(storage.decoder._recordings) <= 2
+    assert len(storage.steps[1]._recordings) <= 2
 
 
 def test_positions_given_by_the_caller_are_used() -> None:

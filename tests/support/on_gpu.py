@@ -24,7 +24,7 @@ class OnGpu(Entry):
 
     @property
     def recorded(self) -> int:
-        recorder = self.runtime.runner._recorder
+        recorder = self.runtime.runner.static._recorder
         assert recorder is not None
         return recorder.recorded
 

@@ -1,0 +1,181 @@
+"""Steps of a few tokens on whole buffers, at addresses that stay: on a GPU one recorded graph each.
+
+Decoding is a step of one token of each row. Drafts that are to be verified are steps of a few:
+there are some sizes of them (`SIZES`), and what is shorter runs as the next size.
+What comes after its tokens is written where the next step writes, so it is never seen.
+
+Rows may begin with padding, as attention is told by the first token of each. A step needs no
+autocast region, and a model that can be captured that way.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TypeAlias
+
+import torch
+
+from adaskip_passes import Recorder, UnsupportedError
+
+from ..capture.arguments import bind_arguments, step_inputs
+from ..capture.graph_key import GraphKey, GraphPhase, Surroundings
+from ..capture.state import ChangedError
+from ..kv_cache.buffer_pool import BufferPool
+from ..kv_cache.buffers import CacheBuffers
+from ..kv_cache.cache import SkipCache
+from ..plans.skip_plan import SkipPlan, Sublayer
+from ..programs.program import Program
+from ..programs.program_cache import Graphs
+from .inputs import Inputs
+from .request import Request
+from .static_step import StaticBinding, StaticStep
+
+logger = logging.getLogger(__name__)
+
+#: What ran, its logits [B, kept, V], and the statistics [probed, B, 5] if anything was probed.
+Ran: TypeAlias = tuple[Program, torch.Tensor, torch.Tensor | None]
+
+#: New tokens of steps that are not decoding: drafts of 3, 7, 16 and 31 tokens, and the one before.
+SIZES = (4, 8, 17, 32)
+
+
+class StaticRunner:
+    """Runs the steps on a static cache of all requests of one compiled model.
+
+    Attributes:
+        enabled: whether there are any; see `Runtime.static_cache`.
+        why_not: why the model could not be captured that way; None if it could.
+    """
+
+    def __init__(self, graphs: Graphs, buffer_pool: BufferPool, enabled: bool) -> None:
+        self.enabled = enabled
+        self.why_not: str | None = None
+        self._graphs = graphs
+        self._buffer_pool = buffer_pool
+        self._recorder: Recorder | None = None  # on a GPU, at the first step
+        self._refused: set[GraphPhase] = set()  # that cannot be captured so
+
+    def run(
+        self,
+        phase: GraphPhase,
+        request: Request,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        inputs: Inputs,
+        cache: SkipCache,
+    ) -> Ran | None:
+        """Run a step as `Runner.run` does, logits of all new tokens; None where it cannot be."""
+        size = self._size(phase, inputs.input_ids.shape[1], cache)
+        device = self._graphs.device
+        surroundings = Surroundings.now(device)
+        if size is None or surroundings.autocast:
+            return None
+        inputs.check_positions()
+        ids, _, positions, padding = inputs
+        binding, step = self._bound(phase, request, plan, probed, surroundings, cache, ids, size)
+        if binding is None:
+            return None
+        program, arguments = binding.program, binding.arguments
+        if padding is not None and not self._graphs.takes_padding(program.captured):
+            return None
+        weights = request.weights_of(program, arguments, cache.length, self._graphs.states)
+        valid = request.valid_rows(ids) if probed else None
+        logits, statistics = step.run(
+            program, arguments, weights, ids, positions, cache.length, padding, valid
+        )
+        return program, logits[:, : ids.shape[1]], statistics
+
+    def _bound(
+        self,
+        phase: GraphPhase,
+        request: Request,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        surroundings: Surroundings,
+        cache: SkipCache,
+        ids: torch.Tensor,
+        size: int,
+    ) -> tuple[StaticBinding | None, StaticStep]:
+        """Return the step of the request's buffers and what it repeats; None if it cannot be."""
+        while True:
+            buffers = cache.reserve(ids.shape[0], size)
+            step = self._step(buffers, size)
+            binding, wanted = request.bindings.get(size), (buffers, plan, probed, surroundings)
+            if binding is not None and binding.serves(*wanted, self._graphs.counters):
+                return binding, step
+            try:
+                binding = self._bind(phase, step, *wanted, request)
+            except ChangedError:
+                raise
+            except UnsupportedError as error:
+                if phase == "decode" and not self._buffer_pool.whole:
+                    self._buffer_pool.whole = True  # code that makes masks of its own may do so
+                    continue
+                self._give_up(phase, error)
+                return None, step
+            request.bindings[size] = binding
+            return binding, step
+
+    def _size(self, phase: GraphPhase, tokens: int, cache: SkipCache) -> int | None:
+        """Return the tokens of the step that runs `tokens` new ones; None for views of them."""
+        if not self.enabled or phase in self._refused or phase == "prefill":
+            return None
+        if phase == "decode":
+            return 1
+        if cache.stateful or tokens > SIZES[-1]:  # a state cannot forget what is no token
+            return None
+        size = next(size for size in SIZES if size >= tokens)
+        longest = self._graphs.max_length
+        return size if longest is None or cache.length + size <= longest else None
+
+    def _step(self, buffers: CacheBuffers, tokens: int) -> StaticStep:
+        """Return the steps of so many tokens that work on these buffers."""
+        step = buffers.steps.get(tokens)
+        if step is None:
+            device = self._graphs.device
+            if self._recorder is None and device.type == "cuda":
+                self._recorder = Recorder(device)
+            step = StaticStep(buffers, self._graphs.specs, tokens, device, self._recorder)
+            buffers.steps[tokens] = step
+        return step
+
+    def _bind(
+        self,
+        phase: GraphPhase,
+        step: StaticStep,
+        buffers: CacheBuffers,
+        plan: SkipPlan,
+        probed: tuple[Sublayer, ...],
+        surroundings: Surroundings,
+        request: Request,
+    ) -> StaticBinding:
+        graphs, tokens = self._graphs, step.tokens.shape[1]
+        key = GraphKey(
+            phase,
+            buffers.batch,
+            one_token=tokens == 1,
+            one_stored=False,
+            masked=False,
+            last_logits=tokens == 1,
+            dtype=graphs.model.dtype,
+            device=graphs.device,
+            surroundings=surroundings,
+            static_tokens=tokens,
+            whole=buffers.whole,
+        )
+        keep = int(key.last_logits)
+        given = step_inputs(graphs.forward, step.tokens, step.positions, None, keep)
+        arguments = bind_arguments(graphs.model, graphs.forward, step.cache, given)
+        program = graphs.program(key, plan, probed, arguments, request.begun)
+        return StaticBinding(
+            buffers, plan, probed, surroundings, program, arguments, graphs.counters.links
+        )
+
+    def _give_up(self, phase: GraphPhase, error: UnsupportedError) -> None:
+        """Run steps of this phase on views of the filled cache from now on; `report` says why."""
+        logger.info("no static cache for %s: %s", phase, error)
+        self._refused.add(phase)
+        if phase == "decode":
+            self.enabled = self._buffer_pool.keep = self._buffer_pool.whole = False
+            self.why_not = str(error)
+            self._buffer_pool.clear()
