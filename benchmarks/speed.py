@@ -129,8 +129,8 @@ def steps(compiled: Any, plan: SkipPlan, batch: int, context: int) -> dict[str, 
         "kv_share": stored / len(cache.stored),
     }
     if device.type == "cuda":
-        step = cache.lease.buffers.decoder
-        graph = step._recordings[cache.request.binding.program].graph
+        step = cache.lease.buffers.steps[1]
+        graph = step._recordings[cache.request.bindings[1].program].graph
         position = step.position
         position.fill_(context)
 
@@ -138,7 +138,7 @@ def steps(compiled: Any, plan: SkipPlan, batch: int, context: int) -> dict[str, 
             graph.replay()
 
         result["decode_replay"] = spread(seconds(replay, device, repeats=20, warmup=3))
-        cache.lease.buffers.decoder._position_at = None
+        step._position_at = None
     return result
 
 

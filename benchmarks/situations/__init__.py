@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from . import decoding, prompts, road
-from .bench import TOLERANCE, Bench
+from .bench import Bench
 from .rows import Row, line, table
 
 Situation = Callable[[Bench], Iterator[Row]]
 
 SITUATIONS: Mapping[str, Situation] = {
+    "main_road": road.main_road,
     "padded_decode": decoding.padded_decode,
     "unpadded_decode": decoding.unpadded_decode,
     "padded_prompt": prompts.padded_prompt,
@@ -33,7 +34,6 @@ SITUATIONS: Mapping[str, Situation] = {
     "verify": prompts.verify,
     "logits_to_keep": prompts.logits_to_keep,
     "generate_padded": decoding.generate_padded,
-    "main_road": road.main_road,
 }
 
 
@@ -57,6 +57,7 @@ def measure(only: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "model": {"layers": config.num_hidden_layers, "hidden": config.hidden_size},
         "dtype": str(bench.model.dtype),
+        "tolerance": bench.tolerance,
         "rows": rows,
         "seconds": took,
     }
@@ -65,11 +66,10 @@ def measure(only: Sequence[str] = ()) -> dict[str, Any]:
 @torch.inference_mode()
 def _rows(bench: Bench, name: str, situation: Situation) -> Iterator[dict[str, Any]]:
     """The rows of one situation, and one that says why if it failed."""
-    tolerance = TOLERANCE[bench.model.dtype]
     try:
         bench.begin()
         for row in situation(bench):
-            yield {"situation": name, **row.document(tolerance)}
+            yield {"situation": name, **row.document(bench.tolerance)}
     except Exception as error:
         yield {"situation": name, "failed": f"{type(error).__name__}: {error}"}
 

@@ -92,13 +92,8 @@ def growth(bench: Bench) -> Iterator[Row]:
 
 
 def _spare_room(bench: Bench, ids: torch.Tensor) -> Iterator[Row]:
-    """The memory of requests that may have many tokens and have few."""
+    """The memory of a request that may have many tokens and has few."""
     sizes, fast = bench.sizes, bench.fast
-    bench.begin()
-    cache = fast.adaskip.new_cache(capacity=sizes.room)
-    fast(input_ids=ids, past_key_values=cache, logits_to_keep=1)
-    yield _memory(bench, f"K/V of new_cache(capacity={sizes.room})", cache)
-    del cache
     bench.begin()
     output = fast.generate(
         input_ids=ids,
