@@ -49,7 +49,9 @@ def follow(model: Any, compiled: Any, counts: tuple[int, ...], steps: tuple[int,
     return cache
 
 
-@pytest.mark.parametrize("name", ["grouped", "gemma2", "mistral"])
+@pytest.mark.parametrize(
+    "name", ["grouped", "gemma2", pytest.param("mistral", marks=pytest.mark.slow)]
+)
 def test_padded_rows_are_as_in_eager(name: str) -> None:
     model = model_of(name)
     compiled = build(model_of(name), None, backend="eager", static_cache=True)
@@ -154,8 +156,8 @@ def test_packed_rows_that_see_each_other_are_noticed(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("tokens", [2, 3, 4, 5, 8, 16, 17, 31, 32, 33])
 def test_drafts_are_taken_back(tokens: int) -> None:
     """A step of any few tokens, taken back in part, is as if only the rest had been there."""
-    model = make_model("grouped")
-    compiled = build(make_model("grouped"), None, backend="eager", static_cache=True)
+    model, _ = packing()
+    compiled = COMPILED[0]
     generator = torch.Generator().manual_seed(tokens)
     cache, text = compiled.adaskip.new_cache(), torch.randint(0, 61, (1, 6), generator=generator)
     with torch.no_grad():
