@@ -3,9 +3,9 @@
 A recorded CUDA graph holds addresses, and a buffer that is moved to grow is copied. Here a range
 of virtual addresses is reserved for as many tokens as a model can have, which costs nothing, and
 physical memory is put behind it as tokens come (CUDA's virtual memory management: Prabhu et al.,
-"vAttention", ASPLOS 2025). A mapping takes some 50 microseconds, however large it is, and a copy
-of 32,768 tokens of an 8B model 2 milliseconds; a block table would cost every kernel that reads
-the cache an indirection, and PyTorch's own kernels could not read it.
+"vAttention", ASPLOS 2025). A mapping takes tens of microseconds, however large it is, where a copy
+takes longer the more there is; a block table would cost every kernel that reads the cache an
+indirection, and PyTorch's own kernels could not read it.
 
 The driver's calls are those of NVIDIA's ``cuda-bindings``, which PyTorch's CUDA builds install.
 """

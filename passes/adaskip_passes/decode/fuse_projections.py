@@ -11,8 +11,7 @@ and likewise ``silu(gate) * up``, and the residual add after the last projection
 where they are: the operator takes several of them. Legal because the same values are computed from
 the same operands; they are rounded less often (the norm's result and the gate stay in float32),
 so the pass preserves results to rounding, not to the bit.
-For more than one row the norm stays outside: on the matrix units every program would repeat it,
-which was measured to take twice the time of all projections.
+For more than one row the norm stays outside: on the matrix units every program would repeat it.
 
 A projection is left alone where its weight is not an input of the piece, its input has more than
 `MAX_ROWS` rows or another dtype, or something writes to its input in place. A norm, gate or add

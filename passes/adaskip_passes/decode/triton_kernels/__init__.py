@@ -6,7 +6,7 @@ kernel starts while the one before it ends, loads its first weights, which nobod
 then waits for its input.
 """
 
-from .decode_attention import attend, attention
+from .attention_launch import attend, attention
 from .projections import project, projection
 
 __all__ = ["attend", "attention", "project", "projection"]
