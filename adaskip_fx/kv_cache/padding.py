@@ -8,6 +8,36 @@ import torch
 
 
 @dataclass(frozen=True, eq=False)
+class Answer:
+    """A yes or no that the device will have found; the host need not wait for it at once.
+
+    Attributes:
+        value: a bool on the host, once it is there.
+        there: the event; None if it is there.
+    """
+
+    value: torch.Tensor
+    there: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, value: torch.Tensor) -> Answer:
+        """Have a bool tensor [] brought to the host, after what the device has to do before."""
+        if value.device.type != "cuda":
+            return cls(value, None)
+        held = torch.empty((), dtype=torch.bool, pin_memory=True)
+        held.copy_(value, non_blocking=True)
+        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        there.record(torch.cuda.current_stream(value.device))
+        return cls(held, there)
+
+    def __bool__(self) -> bool:
+        """Wait for it."""
+        if self.there is not None:
+            self.there.synchronize()
+        return bool(self.value)
+
+
+@dataclass(frozen=True, eq=False)
 class Padding:
     """Rows of which the first tokens are padding, and no others.
 
@@ -34,12 +64,12 @@ class Padding:
             return None
         return cls(first, tuple(counts))
 
-    def says(self, mask: torch.Tensor) -> bool:
-        """Return whether a mask [B, S] says the same; the host reads the answer."""
+    def says(self, mask: torch.Tensor) -> Answer:
+        """Return whether a mask [B, S] says the same."""
         if mask.shape[0] != len(self.counts) or mask.shape[1] <= max(self.counts):
-            return False
+            return Answer(torch.tensor(False), None)
         columns = torch.arange(mask.shape[1], device=mask.device)
-        return bool(((mask != 0) == (columns >= self.first.unsqueeze(1))).all())
+        return Answer.of(((mask != 0) == (columns >= self.first.unsqueeze(1))).all())
 
     @property
     def any(self) -> bool:

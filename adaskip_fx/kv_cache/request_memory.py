@@ -16,7 +16,7 @@ from .buffer_pool import BufferLease
 from .buffers import CacheBuffers
 from .layer_spec import LayerCacheSpec, StateKind
 from .owner import Owner
-from .padding import Padding
+from .padding import Answer, Padding
 from .views import DynamicCacheView, LayerView
 
 _BLOCK = 256  # capacity grows in steps of this many tokens at least
@@ -195,17 +195,23 @@ class RequestMemory:
         """Count a step's tokens as stored."""
         self.length += tokens
 
-    def padding_of(self, mask: torch.Tensor) -> Padding | None:
+    def padding_of(self, mask: torch.Tensor, suppose: bool) -> tuple[Padding | None, Answer | None]:
         """Return what a mask [batch, tokens] says, as `Padding.of` does: the host reads it.
 
         Not if it goes on from the last one that was read (`mask_goes_on`).
+
+        Args:
+            mask: of all tokens, those that are new included.
+            suppose: return at once what the last mask said, and whether this one says the same.
         """
         trusted, _, padding = self._mask or (None, 0, None)
+        same = None
         if trusted is not mask:
-            if padding is None or not padding.says(mask):
-                padding = Padding.of(mask)
+            same = padding.says(mask) if padding is not None else None
+            if same is None or not (suppose or same):
+                padding, same = Padding.of(mask), None
             self._mask = None, mask.shape[1], padding
-        return padding
+        return padding, same if suppose else None
 
     def mask_goes_on(self, mask: torch.Tensor | None) -> None:
         """Say that `mask` is the last one, with ones for tokens that are new."""

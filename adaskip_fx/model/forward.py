@@ -17,7 +17,7 @@ from ..capture.arguments import Forward, takes_logits_to_keep
 from ..kv_cache.adopt_cache import own_cache
 from ..kv_cache.argument_names import CACHE_NAMES, output_fields, under_one_name
 from ..kv_cache.cache import SkipCache
-from ..kv_cache.padding import Padding
+from ..kv_cache.padding import Answer, Padding
 from ..utils.torch_internals import is_transformed
 from ..utils.transformers_types import ModelConfig
 from .check_model import refuse_outputs
@@ -89,15 +89,16 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
             _refuse_packed(positions)
         cache = runtime.new_cache()
     cache = own_cache(cache, runtime)
-    mask, padding = _checked_mask(mask, input_ids, cache)
-    logits = runtime.step(
-        input_ids,
-        mask,
-        _checked_positions(positions, input_ids),
-        cache,
-        _checked_keep(arguments.get("logits_to_keep"), input_ids, runtime.graphs.forward),
-        padding,
-    )
+    positions = _checked_positions(positions, input_ids)
+    keep = _checked_keep(arguments.get("logits_to_keep"), input_ids, runtime.graphs.forward)
+    one = input_ids.shape[1] == 1
+    before, ahead = cache.length, one and mask is not None and runtime.may_run_ahead(cache)
+    read, padding, supposed = _checked_mask(mask, input_ids, cache, ahead)
+    logits = runtime.step(input_ids, read, positions, cache, keep, padding)
+    if supposed is not None and not supposed:  # found while the step was on its way
+        cache.keep_first(before)
+        read, padding, _ = _checked_mask(mask, input_ids, cache, False)
+        logits = runtime.step(input_ids, read, positions, cache, keep, padding)
     kept = cache if returns_cache else None
     if not _flag(arguments, "return_dict", config):
         return (logits, kept) if kept is not None else (logits,)
@@ -153,15 +154,16 @@ def _checked_ids(device: torch.device, input_ids: object) -> torch.Tensor:
 
 
 def _checked_mask(
-    mask: object, input_ids: torch.Tensor, cache: SkipCache
-) -> tuple[torch.Tensor | None, Padding | None]:
+    mask: object, input_ids: torch.Tensor, cache: SkipCache, ahead: bool
+) -> tuple[torch.Tensor | None, Padding | None, Answer | None]:
     """Return the mask [batch, stored + new], or None when nothing is padded, and what it says.
 
-    Models without attention get one of the new tokens alone, as ``generate`` makes it.
+    Models without attention get one of the new tokens alone, as ``generate`` makes it. If a step
+    may be begun `ahead`, that is what the last mask said, and the third is whether it is right.
     """
     past = cache.length
     if mask is None:
-        return None, None
+        return None, None, None
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         raise NotImplementedError(
             "attention_mask must be a tensor [batch, tokens]; prepared 4D masks are not supported"
@@ -175,12 +177,12 @@ def _checked_mask(
             f"{past} stored and {input_ids.shape[1]} new tokens"
         )
     mask = mask.to(input_ids.device)
-    padding = cache.padding_of(mask)
+    padding, same = cache.padding_of(mask, suppose=ahead)
     if padding is None:
         _say_once()
     elif not padding.any:
-        return None, None
-    return mask, padding
+        return None, None, same
+    return mask, padding, same
 
 
 @functools.cache

@@ -252,12 +252,12 @@ class Runtime:
             keep: 0 for the logits of all new tokens, n for those of the last n; or int64 [K].
             padding: what the mask says, if it is that rows begin with padding and no more.
         """
-        phase = turns.phase_of(input_ids, cache)
+        phase, checked = turns.phase_of(input_ids, cache), checks()
         if phase != "decode":
             turns.check_length(self.graphs, cache.length + input_ids.shape[1])
         if not cache.length or cache.request.since is None:  # of a file, or another's cache
             turns.begin(cache, self.graphs)
-        elif phase != "decode" or checks():
+        elif phase != "decode" or checked:
             self.graphs.states.require(cache.request.since)
         request = turns.next_turn(cache, phase, self._learner)
         inputs = Inputs(input_ids, attention_mask, position_ids, padding)
@@ -270,7 +270,7 @@ class Runtime:
         else:
             logits = self.runner.run_prompt(phase, request, inputs, cache, keep)
         cache.request = request  # only now: a step that was refused has changed nothing
-        if checks():
+        if checked:
             state = request.since.state if request.since is not None else self.graphs.states.current
             self.checker.compare(plan, plan_phase(phase), inputs, cache, state, logits, keep)
         if statistics is not None:

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 #: What ran, its logits [B, kept, V], and the statistics [probed, B, 5] if anything was probed.
 Ran: TypeAlias = tuple[Program, torch.Tensor, torch.Tensor | None]
 
-#: New tokens of steps that are not decoding: drafts of 3, 7, 16 and 31 tokens, and the one before.
-SIZES = (4, 8, 17, 32)
+#: New tokens of steps that are not decoding: the last token and drafts of 3, 7, 15, 16 and 31.
+SIZES = (4, 8, 16, 17, 32)
 
 
 class StaticRunner:
@@ -66,8 +66,7 @@ class StaticRunner:
     ) -> Ran | None:
         """Run a step as `Runner.run` does, logits of all new tokens; None where it cannot be."""
         size = self._size(phase, inputs.input_ids.shape[1], cache)
-        device = self._graphs.device
-        surroundings = Surroundings.now(device)
+        surroundings = Surroundings.now(inputs.input_ids.device)
         if size is None or surroundings.autocast:
             return None
         inputs.check_positions()

@@ -58,7 +58,7 @@ def test_padded_rows_are_as_in_eager(name: str) -> None:
     cache = follow(model, compiled, COUNTS, STEPS)
     runtime = runtime_of(compiled)
     assert runtime.why_no_static_cache is None
-    assert set(cache.lease.buffers.steps) == {1, 4, 8, 17}
+    assert set(cache.lease.buffers.steps) == {1, 4, 8, 16}
     masked = {key.phase for key in _keys(runtime) if key.masked}
     packed = name == "grouped"  # the others have windows or soft caps
     assert masked == (set() if packed else {"prefill"})
@@ -288,6 +288,45 @@ def test_masks_in_a_loop_of_ones_own_are_read(monkeypatch: pytest.MonkeyPatch) -
             for compiled, past in ((COMPILED[0], cache), (model, theirs))
         )
     assert_close(got, want, 1e-4)
+
+
+def follow_changes(model: Any, compiled: Any) -> None:
+    """A loop of one's own whose mask is another at the fourth step, and as before at the sixth."""
+    ids = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(9))
+    cache, theirs = compiled.adaskip.new_cache(), DynamicCache()
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    first = torch.tensor([[2], [0]])
+    with torch.no_grad():
+        for step in range(9):
+            new = ids[:, :5] if not step else ids[:, 4 + step : 5 + step]
+            stored = 5 + step
+            whole = torch.cat((mask, torch.ones(2, step, dtype=torch.int64)), 1)
+            if step in (4, 5):
+                whole[1, 3] = 0
+            order = torch.arange(stored - new.shape[1], stored)
+            inputs = {"attention_mask": whole, "position_ids": (order - first).clamp_min(0)}
+            got, want = (
+                one(new, past_key_values=past, **inputs).logits[:, -1]
+                for one, past in ((compiled, cache), (model, theirs))
+            )
+            assert_close(got, want, 1e-4, f"step {step}")
+
+
+def test_a_mask_is_read_while_its_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the last one said is supposed; a step on a wrong supposition is done again."""
+    model, _ = packing()
+    monkeypatch.setattr(runtime_of(COMPILED[0]), "ahead", True)
+    follow_changes(model, COMPILED[0])
+
+
+@pytest.mark.breaks
+def test_a_wrong_supposition_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companion."""
+    model, _ = packing()
+    monkeypatch.setattr(runtime_of(COMPILED[0]), "ahead", True)
+    monkeypatch.setattr("adaskip_fx.kv_cache.padding.Answer.__bool__", lambda _: True)
+    with pytest.raises(AssertionError, match="step 4"):
+        follow_changes(model, COMPILED[0])
 
 
 def test_holes_are_said_to_be_slow_once(caplog: pytest.LogCaptureFixture) -> None:
