@@ -16,7 +16,7 @@ from .ceilings import MatrixRate, copy_rate, seconds
 from .conditions import spread
 from .floors import decode_bytes, prefill_flop
 
-_ROUNDS, _WARMUP = 5, 2
+_ROUNDS, _WARMUP = 5, 5  # attention of a shape is planned when it has come a few times
 
 
 def measure(batch: int = 1, contexts: tuple[int, ...] | None = None) -> dict[str, Any]:

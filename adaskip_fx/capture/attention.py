@@ -68,7 +68,7 @@ def attention(
         return written, None
     causal = False
     if attention_mask is None and query.shape[2] > 1:  # a symbolic bool is not accepted below
-        if query.shape[2] != key.shape[2]:
+        if query.device.type == "cuda" or query.shape[2] != key.shape[2]:
             return attend_causal(query, key, value, scale), None
         causal = True
     grouped = query.shape[1] != key.shape[1]

@@ -140,7 +140,7 @@ class Bench:
     # Times ---------------------------------------------------------------------------------------
 
     def times(
-        self, runs: Mapping[str, Callable[[], Any]], warmup: int = 0
+        self, runs: Mapping[str, Callable[[], Any]], warmup: int = 0, settle: int = 0
     ) -> tuple[dict[str, float], float]:
         """Return the median seconds of each of `runs`, which take turns with matrix products.
 
@@ -149,12 +149,17 @@ class Bench:
         Args:
             runs: By name; each runs once before all that is timed.
             warmup: How often each runs before it is timed, in every round.
+            settle: How often each runs before all of it: attention of a shape is planned when the
+                shape has come often enough.
 
         Returns:
             The seconds by name, and the rate of the products in operations a second.
         """
         took: dict[str, list[float]] = {name: [] for name in runs}
         rates = []
+        for run in runs.values():
+            for _ in range(settle):
+                run()
         for turn in range(1 + self.sizes.rounds):
             rate = self.products.sustained()
             rates += [rate] if turn else []

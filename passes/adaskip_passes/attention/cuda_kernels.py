@@ -1,8 +1,9 @@
 """The operators of :mod:`ops` on CUDA, by PyTorch's fused kernels.
 
-cuDNN's attention is nearly twice as fast as flash attention 2 on Hopper, but its causal mask
-begins with the first key. Attention of a chunk is therefore computed in two parts: to what was
-stored before it, without a mask, and to itself; the two are weighted by their masses.
+cuDNN's attention is nearly twice as fast as flash attention 2 on Hopper, but it makes a plan for
+every new shape (:mod:`.cudnn_plans`), and its causal mask begins with the first key. Attention of a
+chunk is therefore computed in two parts: to what was stored before it, without a mask, and to
+itself; the two are weighted by their masses.
 """
 
 from __future__ import annotations
@@ -11,22 +12,38 @@ import torch
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 
 from .._torch import cudnn_attention, flash_attention
-from .ops import attend_causal, causal_by_mask
+from .cudnn_plans import CudnnPlans
+from .ops import causal, causal_by_mask
 
 _FEW_QUERIES = 128  # up to so many, flash attention splits the keys, and is as fast
+_plans = CudnnPlans()
 
 
-@attend_causal.register_kernel("cuda")
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    tokens = query.shape[2]
-    past = key.shape[2] - tokens
-    grouped = query.shape[1] != key.shape[1]
-    params = SDPAParams(query, key, value, None, 0.0, False, grouped)
-    if past and tokens > _FEW_QUERIES and can_use_cudnn_attention(params):
-        return _in_two_parts(query, key, value, past, scale)
-    if past and can_use_flash_attention(params) and query.shape[3] % 8 == 0:
+def _attend_causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    past = key.shape[2] - query.shape[2]
+    params = SDPAParams(query, key, value, None, 0.0, not past, query.shape[1] != key.shape[1])
+    flash = can_use_flash_attention(params) and query.shape[3] % 8 == 0
+    if flash and not (can_use_cudnn_attention(params) and _is_worth_a_plan(query, key, past)):
         return flash_attention(query, key, value, scale)
+    if not past:
+        return causal(query, key, value, scale)
+    if can_use_cudnn_attention(params):
+        return _in_two_parts(query, key, value, past, scale)
     return causal_by_mask(query, key, value, scale)
+
+
+torch.library.impl("adaskip::attend_causal", "cuda", _attend_causal)
+
+
+def _is_worth_a_plan(query: torch.Tensor, key: torch.Tensor, past: int) -> bool:
+    batch, heads, tokens, dim = query.shape
+    if past and tokens <= _FEW_QUERIES:
+        return False
+    shape = query.shape, query.stride(), key.shape, key.stride(), query.dtype, query.device
+    operations = 4.0 * batch * heads * dim * tokens * (past + tokens / 2)
+    return _plans.pay(shape, operations, 2 if past else 1)
 
 
 def _in_two_parts(

@@ -12,8 +12,12 @@ import itertools
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+# (An operator of `torch.library.custom_op` takes longer to call, at every layer of a prompt.)
+torch.library.define(
+    "adaskip::attend_causal", "(Tensor query, Tensor key, Tensor value, float scale) -> Tensor"
+)
 
-@torch.library.custom_op("adaskip::attend_causal", mutates_args=())
+
 def attend_causal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> torch.Tensor:
@@ -32,7 +36,33 @@ def attend_causal(
         [B, T, H, D_v], contiguous.
 
     """
-    return causal_by_mask(query, key, value, scale)
+    output: torch.Tensor = torch.ops.adaskip.attend_causal.default(query, key, value, scale)
+    return output
+
+
+def causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Return what `attend_causal` does where the queries are all tokens, by PyTorch's choice."""
+    output = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=True,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+def _on_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    all_of_them = query.shape[2] == key.shape[2]
+    return (causal if all_of_them else causal_by_mask)(query, key, value, scale)
+
+
+torch.library.impl("adaskip::attend_causal", "cpu", _on_cpu)
 
 
 def causal_by_mask(
@@ -52,10 +82,14 @@ def causal_by_mask(
     return output.transpose(1, 2).contiguous()
 
 
-@attend_causal.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+def _shaped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, value.shape[3]))
+
+
+torch.library.register_fake("adaskip::attend_causal", _shaped)
 
 
 @torch.library.custom_op("adaskip::attend_packed", mutates_args=())
@@ -83,10 +117,7 @@ def attend_packed(
     output = query.new_empty((1, tokens, heads, value.shape[3]))
     for begin, end in itertools.pairwise(offsets.tolist()):
         q, k, v = (t.narrow(2, begin, end - begin) for t in (query, key, value))
-        text = scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=heads != key.shape[1]
-        )
-        output[:, begin:end] = text.transpose(1, 2)
+        output[:, begin:end] = attend_causal(q, k, v, scale)
     return output
 
 
