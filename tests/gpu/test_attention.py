@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaskip_passes.attention.ops import attend_causal, causal_by_mask
-from adaskip_passes.decode.ops import EVERY, Bounds, attend
+from adaskip_passes.decode.ops import EVERY, Bounds, attend, store_and_attend
 from tests.support import attention_oracle as oracle
 from tests.support.eager_reference import relative_error
 
@@ -24,6 +24,18 @@ def test_what_is_seen(name: str, dtype: torch.dtype) -> None:
         case = oracle.make(seed, **options)
         got = attend(*case.arguments())
         assert relative_error(got.double().cpu(), oracle.expected(case)) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("name", oracle.CASES)
+def test_own_tokens_are_stored_and_seen(name: str, rotary: bool, dtype: torch.dtype) -> None:
+    case = oracle.make(4, **{**oracle.CASES[name], "dtype": dtype, "device": "cuda"})
+    step = oracle.step(case, rotary, by_row=name == "ragged")
+    got: Any = store_and_attend(*step.arguments())
+    assert relative_error(got.double().cpu(), oracle.expected(case)) < DTYPES[dtype]
+    for buffer, stored in zip((step.keys, step.values), step.stored(), strict=True):
+        assert relative_error(buffer.nan_to_num().double(), stored.double()) < DTYPES[dtype]
 
 
 @pytest.mark.breaks

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adaskip_passes.decode.ops import EVERY, project
+from adaskip_passes.decode.ops import EVERY, normalize, project
 from tests.support.eager_reference import relative_error
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -73,6 +73,16 @@ def test_projections(
     (got_one,) = project(x, pair, biases[:1] * 2, scale, 1e-5, "silu", None)
     (expected,) = reference(x, pair, biases[:1] * 2, scale, True, None)
     assert relative_error(got_one.double(), expected) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(2, 96), (17, 4096), (8, 5120)])
+def test_norms(dtype: torch.dtype, rows: int, width: int) -> None:
+    x, weight = random(rows, 1, width, dtype=dtype), random(width, dtype=dtype)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    assert relative_error(normalize(x, weight, 1e-5).double(), expected) < DTYPES[dtype]
+    assert relative_error(normalize(x, weight, 0.5).double(), expected) > DTYPES[dtype]
 
 
 def test_another_weight_is_noticed() -> None:

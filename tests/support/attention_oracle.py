@@ -123,6 +123,68 @@ def expected(case: Case) -> torch.Tensor:
     return output
 
 
+@dataclass
+class Step:
+    """Inputs of `store_and_attend`: a case whose queries' own tokens are not stored yet.
+
+    Attributes:
+        case: What is to come out; its queries and keys are rotated.
+        query, new_keys: Before they are rotated.
+        keys, values: The buffers, NaN where the own tokens belong.
+        cosines, sines: Of the angles, or None.
+    """
+
+    case: Case
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    new_keys: torch.Tensor
+    new_values: torch.Tensor
+    cosines: torch.Tensor | None
+    sines: torch.Tensor | None
+
+    def arguments(self) -> tuple[object, ...]:
+        new = self.new_keys, self.new_values, self.cosines, self.sines
+        return (self.query, self.keys, self.values, *new, *self.case.arguments()[3:])
+
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both buffers as they must be after the step, 0 where there is nothing."""
+        return self.case.keys.nan_to_num(), self.case.values.nan_to_num()
+
+
+def step(case: Case, rotary: bool, by_row: bool = False) -> Step:
+    """A step that gives `case`; with angles of each row, or the same for all of them."""
+    batch, tokens, dim = case.query.shape[0], case.query.shape[2], case.query.shape[3]
+    keys, values = case.keys.clone(), case.values.clone()
+    new_keys, new_values = (
+        torch.empty(batch, tokens, t.shape[1], t.shape[3], device=t.device, dtype=t.dtype)
+        for t in (keys, values)
+    )
+    for row in range(batch):
+        for head in range(keys.shape[1]):
+            line = case.table[row]
+            entry = line[head if len(line) > 1 else 0]
+            slots = [entry[4] + entry[3] - 1 + t for t in range(tokens)]
+            for buffer, new in ((keys, new_keys), (values, new_values)):
+                new[row, :, head] = buffer[row, head, slots]
+                buffer[row, head, slots] = math.nan
+    keys_by_head, values_by_head = new_keys.transpose(1, 2), new_values.transpose(1, 2)
+    if not rotary:
+        return Step(case, case.query, keys, values, keys_by_head, values_by_head, None, None)
+    angles = torch.rand(batch if by_row else 1, 1, tokens, dim // 2, dtype=torch.float64) * 6
+    angles = angles.to(case.query.device)
+    query, unrotated = (_turned_back(x, angles) for x in (case.query, keys_by_head))
+    cosines, sines = (torch.cat((f(angles),) * 2, -1).float() for f in (torch.cos, torch.sin))
+    return Step(case, query, keys, values, unrotated, values_by_head, cosines, sines)
+
+
+def _turned_back(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """What is x when it is turned by the angles: halves of a head as complex numbers."""
+    real, imaginary = x.double().chunk(2, -1)
+    turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), -angles)
+    return torch.cat((turned.real, turned.imag), -1).to(x.dtype)
+
+
 #: Rows of other lengths, padding, windows with and without sinks, by row and by head, soft caps,
 #: sink scores, several queries, values of another dimension.
 CASES = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .ops import attend, project, store_and_attend
+from .ops import attend, normalize, project, store_and_attend
 
 _counters: ContextVar[torch.Tensor | None] = ContextVar("counters", default=None)
 _COUNTERS = 4096  # K/V heads times rows that attention may count splits for
@@ -30,6 +30,13 @@ def _(
     return triton_kernels.project(x, weights, biases, norm, eps, activation, residual)
 
 
+@normalize.register_kernel("cuda")
+def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    from . import triton_kernels
+
+    return triton_kernels.normalize(x, weight, eps)
+
+
 @attend.register_kernel("cuda")
 def _(
     query: torch.Tensor,
@@ -40,7 +47,8 @@ def _(
     softcap: float,
     sink_scores: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _attend(query, keys, values, None, None, bounds, scale, softcap, sink_scores)
+    nothing_new = None, None, None, None
+    return _attend(query, keys, values, *nothing_new, bounds, scale, softcap, sink_scores)
 
 
 @store_and_attend.register_kernel("cuda")
@@ -50,12 +58,14 @@ def _(
     values: torch.Tensor,
     new_keys: torch.Tensor,
     new_values: torch.Tensor,
+    cosines: torch.Tensor | None,
+    sines: torch.Tensor | None,
     bounds: torch.Tensor,
     scale: float,
     softcap: float,
     sink_scores: torch.Tensor | None,
 ) -> torch.Tensor:
-    new = new_keys, new_values
+    new = new_keys, new_values, cosines, sines
     return _attend(query, keys, values, *new, bounds, scale, softcap, sink_scores)
 
 

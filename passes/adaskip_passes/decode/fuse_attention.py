@@ -39,7 +39,7 @@ class FuseAttention(Pass):
                     continue
                 new = [store.args[1] for store in stores if store is not None]
                 node.target = torch.ops.adaskip.store_and_attend.default
-                node.args = (query, keys, values, *new, *rest)
+                node.args = (query, keys, values, *new, None, None, *rest)
                 for store in stores:
                     if store is not None:
                         graph.erase_node(store)

@@ -11,7 +11,8 @@ and likewise ``silu(gate) * up``, and the residual add after the last projection
 where they are: the operator takes several of them. Legal because the same values are computed from
 the same operands; they are rounded less often (the norm's result and the gate stay in float32),
 so the pass preserves results to rounding, not to the bit.
-For more than one row the norm stays outside: on the matrix units every program would repeat it.
+For more than one row the norm is an operator of its own, `normalize`: on the matrix units every
+program of the projections would repeat it.
 
 A projection is left alone where its weight is not an input of the piece, its input has more than
 `MAX_ROWS` rows or another dtype, or something writes to its input in place. A norm, gate or add
@@ -27,9 +28,19 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..analysis.effects import is_mutation, operation, storage_root
+from ..analysis.effects import operation
 from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
+from .matching import (
+    argument,
+    calls,
+    dtype_of,
+    example,
+    find_overwritten,
+    only_user,
+    operands,
+    shape_of,
+)
 from .ops import MAX_ROWS
 
 _TOGETHER = 3  # weights that one operator takes
@@ -45,8 +56,7 @@ class FuseProjections(Pass):
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Fuse the projections; see :class:`Pass`."""
         graph = graph_module.graph
-        written_to = {storage_root(n) for n in graph.nodes if is_mutation(n)}
-        overwritten = {n for n in graph.nodes if storage_root(n) in written_to}
+        overwritten = find_overwritten(graph)
         groups = _groups(graph, overwritten)
         for group in groups:
             _fuse(graph, group, overwritten)
@@ -58,7 +68,7 @@ def _groups(graph: fx.Graph, overwritten: set[fx.Node]) -> list[list[fx.Node]]:
     """Return the projections of one input, in program order, at most `_TOGETHER` in a group."""
     by_input: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
     for node in graph.nodes:
-        if _calls(node, "linear") and _fits(node, overwritten):
+        if calls(node, "linear") and _fits(node, overwritten):
             by_input.setdefault((_source(node), _bias(node) is not None), []).append(node)
     return [
         nodes[i : i + _TOGETHER]
@@ -71,8 +81,8 @@ def _fits(node: fx.Node, overwritten: set[fx.Node]) -> bool:
     if len(node.args) < 2:
         return False
     parameters = [a for a in (node.args[1], _bias(node)) if isinstance(a, fx.Node)]
-    source, x, weight = node.args[0], _tensor(node.args[0]), _tensor(node.args[1])
-    bias = _tensor(_bias(node))
+    source, x, weight = node.args[0], example(node.args[0]), example(node.args[1])
+    bias = example(_bias(node))
     if not isinstance(source, fx.Node) or x is None or weight is None:
         return False
     if any(isinstance(size, torch.SymInt) for size in (*x.shape, *weight.shape)):
@@ -100,12 +110,16 @@ def _fuse(graph: fx.Graph, group: list[fx.Node], overwritten: set[fx.Node]) -> N
     elif len(group) == 1 and (added := _residual(group[0], overwritten)) is not None:
         at, residual = added
         results = [at]
-    shape = _shape(source)
-    one_row = shape is not None and shape.numel() == shape[-1]
-    norm = _rms_norm(source) if one_row else None
+    shape = shape_of(source)
+    norm = _rms_norm(source)
     if norm is not None and not overwritten.isdisjoint(_between(source, norm[:2])):
         norm = None
     x, weight, eps = norm if norm is not None else (source, None, 0.0)
+    if norm is not None and (shape is None or shape.numel() != shape[-1]):
+        with graph.inserting_before(at):
+            x = graph.call_function(torch.ops.adaskip.normalize.default, norm)
+        x.meta["example_value"] = source.meta["example_value"]
+        weight, eps = None, 0.0
     if activation:  # the one that goes through the activation is first
         group = sorted(group, key=lambda n: operation(next(iter(n.users))) != "silu")
     biases = [b for n in group if isinstance(b := _bias(n), fx.Node)]
@@ -118,10 +132,6 @@ def _fuse(graph: fx.Graph, group: list[fx.Node], overwritten: set[fx.Node]) -> N
     for item, result in zip(items, results, strict=True):
         item.meta["example_value"] = result.meta.get("example_value")
         result.replace_all_uses_with(item)
-
-
-def _calls(node: fx.Node, *names: str) -> bool:
-    return node.op in ("call_function", "call_method") and operation(node) in names
 
 
 def _between(result: fx.Node, ends: Iterable[fx.Node]) -> set[fx.Node]:
@@ -139,18 +149,17 @@ def _bias(node: fx.Node) -> object:
     return node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
 
 
-def _tensor(node: object) -> torch.Tensor | None:
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, torch.Tensor) else None
-
-
 def _source(linear: fx.Node) -> fx.Node:
     """Return what a projection reads, seen through slices that take everything."""
     node = linear.args[0]
     assert isinstance(node, fx.Node)
-    while _calls(node, "getitem"):
+    while calls(node, "getitem"):
         base = node.args[0]
-        if not isinstance(base, fx.Node) or _shape(base) is None or _shape(base) != _shape(node):
+        if (
+            not isinstance(base, fx.Node)
+            or shape_of(base) is None
+            or shape_of(base) != shape_of(node)
+        ):
             break
         if not all(isinstance(i, slice) for i in _items(node.args[1])):
             break
@@ -162,21 +171,16 @@ def _items(index: object) -> Iterable[object]:
     return index if isinstance(index, tuple | list) else (index,)
 
 
-def _shape(node: fx.Node) -> torch.Size | None:
-    value = _tensor(node)
-    return value.shape if value is not None else None
-
-
 def _gated(group: list[fx.Node], overwritten: set[fx.Node]) -> fx.Node | None:
     """Return the product ``silu(a) * b`` of two projections, if nothing else reads them."""
-    if len(group) != 2 or _shape(group[0]) != _shape(group[1]):
+    if len(group) != 2 or shape_of(group[0]) != shape_of(group[1]):
         return None
     for gate, up in (group, group[::-1]):
-        activated = _only_user(gate)
-        if activated is None or not _calls(activated, "silu"):
+        activated = only_user(gate)
+        if activated is None or not calls(activated, "silu"):
             continue
-        product = _only_user(activated)
-        if product is None or not _calls(product, "mul") or _only_user(up) is not product:
+        product = only_user(activated)
+        if product is None or not calls(product, "mul") or only_user(up) is not product:
             continue
         if overwritten.isdisjoint((activated, product)):
             return product
@@ -185,13 +189,13 @@ def _gated(group: list[fx.Node], overwritten: set[fx.Node]) -> fx.Node | None:
 
 def _residual(linear: fx.Node, overwritten: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
     """Return the add after a projection, and what it adds of the same shape and dtype."""
-    add = _only_user(linear)
-    if add is None or not _calls(add, "add") or len(add.args) != 2 or add.kwargs:
+    add = only_user(linear)
+    if add is None or not calls(add, "add") or len(add.args) != 2 or add.kwargs:
         return None
     other = add.args[1] if add.args[0] is linear else add.args[0]
     if not isinstance(other, fx.Node) or other is linear:
         return None
-    mine, theirs = _tensor(linear), _tensor(other)
+    mine, theirs = example(linear), example(other)
     if mine is None or theirs is None:
         return None
     if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
@@ -199,73 +203,49 @@ def _residual(linear: fx.Node, overwritten: set[fx.Node]) -> tuple[fx.Node, fx.N
     return (add, other) if overwritten.isdisjoint((add, other)) else None
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 # ``weight * (x32 * rsqrt(mean(x32 ** 2) + eps)).to(dtype)``: an RMS norm in transformers ----------
 
 
 def _rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
     """Return input, weight and eps of the RMS norm that made `node`; None if none did."""
-    for weight, inner in _operands(node, "mul"):
+    for weight, inner in operands(node, "mul"):
         if weight.op != "placeholder" or not _is_vector(weight, node):
             continue
-        narrow = _argument(inner, "to", "type_as")
-        for wide, factor in _operands(narrow if narrow is not None else inner, "mul"):
+        narrow = argument(inner, "to", "type_as")
+        for wide, factor in operands(narrow if narrow is not None else inner, "mul"):
             found = _normalized(wide, factor)
-            if found is not None and _dtype(found[0]) == _dtype(weight) == _dtype(node):
+            if found is not None and dtype_of(found[0]) == dtype_of(weight) == dtype_of(node):
                 return found[0], weight, found[1]
     return None
 
 
 def _normalized(wide: fx.Node, factor: fx.Node) -> tuple[fx.Node, float] | None:
     """Return x and eps of ``x32 * rsqrt(mean(x32 ** 2) + eps)``; None if it is something else."""
-    inner = _argument(factor, "rsqrt")
-    if inner is None or not _calls(inner, "add") or len(inner.args) != 2 or inner.kwargs:
+    inner = argument(factor, "rsqrt")
+    if inner is None or not calls(inner, "add") or len(inner.args) != 2 or inner.kwargs:
         return None
     mean, eps = inner.args
     if not isinstance(mean, fx.Node) or not isinstance(eps, float) or not _mean_of_last(mean):
         return None
     power = mean.args[0]
-    if not isinstance(power, fx.Node) or not _calls(power, "pow") or power.args[1:] != (2,):
+    if not isinstance(power, fx.Node) or not calls(power, "pow") or power.args[1:] != (2,):
         return None
-    if power.kwargs or power.args[0] is not wide or _dtype(wide) != torch.float32:
+    if power.kwargs or power.args[0] is not wide or dtype_of(wide) != torch.float32:
         return None
-    source = _argument(wide, "to", "float")
+    source = argument(wide, "to", "float")
     return (source if source is not None else wide), eps
 
 
 def _mean_of_last(node: fx.Node) -> bool:
     arguments = {**dict(zip(("input", "dim", "keepdim"), node.args, strict=False)), **node.kwargs}
     return (
-        _calls(node, "mean")
+        calls(node, "mean")
         and arguments.keys() <= {"input", "dim", "keepdim"}
         and arguments.get("dim") in (-1, (-1,), [-1])
         and arguments.get("keepdim") is True
     )
 
 
-def _operands(node: fx.Node, name: str) -> list[tuple[fx.Node, fx.Node]]:
-    """Return both operands of a binary operation, in both orders; empty when it is another one."""
-    if not _calls(node, name) or len(node.args) != 2 or node.kwargs:
-        return []
-    a, b = node.args
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
-        return []
-    return [(a, b), (b, a)]
-
-
-def _argument(node: fx.Node, *names: str) -> fx.Node | None:
-    first = node.args[0] if node.args else None
-    return first if _calls(node, *names) and isinstance(first, fx.Node) else None
-
-
 def _is_vector(weight: fx.Node, like: fx.Node) -> bool:
-    shape, whole = _shape(weight), _shape(like)
+    shape, whole = shape_of(weight), shape_of(like)
     return shape is not None and whole is not None and tuple(shape) == (whole[-1],)
-
-
-def _dtype(node: fx.Node) -> torch.dtype | None:
-    value = _tensor(node)
-    return value.dtype if value is not None else None

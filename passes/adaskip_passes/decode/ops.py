@@ -38,9 +38,7 @@ def project(
         residual: added to the one result; None: nothing.
     """
     if norm is not None:
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        x = norm * (wide * scale).to(x.dtype)
+        x = normalize(x, norm, eps)
     outputs = [linear(x, w, biases[i] if biases else None) for i, w in enumerate(weights)]
     if activation:
         outputs = [silu(outputs[0]) * outputs[1]]
@@ -59,6 +57,26 @@ def _(
 ) -> list[torch.Tensor]:
     kept = weights[:1] if activation else weights
     return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in kept]
+
+
+@torch.library.custom_op("adaskip::normalize", mutates_args=())
+def normalize(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Compute an RMS norm (Zhang and Sennrich, "Root Mean Square Layer Normalization", eq. 4).
+
+    Args:
+        x: [..., K]; the mean of its squares is taken in float32.
+        weight: [K], of x's dtype.
+        eps: Added to that mean.
+
+    """
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype)
+
+
+@normalize.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x.new_empty(x.shape)
 
 
 class Bounds(IntEnum):
@@ -172,6 +190,8 @@ def store_and_attend(
     values: torch.Tensor,
     new_keys: torch.Tensor,
     new_values: torch.Tensor,
+    cosines: torch.Tensor | None,
+    sines: torch.Tensor | None,
     bounds: torch.Tensor,
     scale: float,
     softcap: float,
@@ -179,12 +199,17 @@ def store_and_attend(
 ) -> torch.Tensor:
     """Store the keys and values of the queries' own tokens where they belong, and `attend`.
 
+    Queries and new keys may be rotated before (Su et al., "RoFormer: Enhanced Transformer with
+    Rotary Position Embedding", eq. 34, a head's halves as pairs), in float32.
+
     Args:
         query: [B, H, T, D].
         keys: Like `attend`'s; query t's own key is written at its position, ``END - 1 + t``.
         values: Likewise.
         new_keys: [B, H_kv, T, D].
         new_values: [B, H_kv, T, D_v].
+        cosines: Of the angles, [B or 1, 1, T, D]; None: nothing is rotated.
+        sines: Likewise.
         bounds: As of `attend`.
         scale: Of the scores.
         softcap: Their bound; 0 for none.
@@ -194,6 +219,8 @@ def store_and_attend(
         [B, T, H, D_v], contiguous.
 
     """
+    if cosines is not None and sines is not None:
+        query, new_keys = (_rotated(x, cosines, sines) for x in (query, new_keys))
     for head in range(keys.shape[1]):
         entry = bounds[:, min(head, bounds.shape[1] - 1), 0]
         slots = entry[:, Bounds.END] - 1 + entry[:, Bounds.BASE]
@@ -203,6 +230,12 @@ def store_and_attend(
     return output
 
 
+def _rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    first, second = x.float().chunk(2, -1)
+    pairs = torch.cat((-second, first), -1)
+    return (x.float() * cosines.float() + pairs * sines.float()).to(x.dtype)
+
+
 @store_and_attend.register_fake
 def _(
     query: torch.Tensor,
@@ -210,6 +243,8 @@ def _(
     values: torch.Tensor,
     new_keys: torch.Tensor,
     new_values: torch.Tensor,
+    cosines: torch.Tensor | None,
+    sines: torch.Tensor | None,
     bounds: torch.Tensor,
     scale: float,
     softcap: float,

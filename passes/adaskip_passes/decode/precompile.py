@@ -16,11 +16,12 @@ _WORKERS = 8
 _pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="adaskip-triton")
 
 _PROJECT, _ATTEND = torch.ops.adaskip.project.default, torch.ops.adaskip.attend.default
+_NORMALIZE = torch.ops.adaskip.normalize.default
 _STORE_AND_ATTEND = torch.ops.adaskip.store_and_attend.default
 
 
 def compile_ahead(module: fx.GraphModule) -> list[Future[None]]:
-    """Begin to compile the kernels of `attend` and `project` calls; nothing without a GPU.
+    """Begin to compile the kernels of a piece's own operators; nothing without a GPU.
 
     Args:
         module: a piece whose nodes carry their example values.
@@ -28,7 +29,7 @@ def compile_ahead(module: fx.GraphModule) -> list[Future[None]]:
     Returns:
         What to wait for before the piece runs.
     """
-    ours = (_PROJECT, _ATTEND, _STORE_AND_ATTEND)
+    ours = (_PROJECT, _NORMALIZE, _ATTEND, _STORE_AND_ATTEND)
     calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target in ours]
     return [future for node in calls for future in _begin(node)]
 
@@ -44,9 +45,11 @@ def _begin(node: fx.Node) -> list[Future[None]]:
 
     if node.target is _PROJECT:
         calls = [triton_kernels.projection(*values)]
+    elif node.target is _NORMALIZE:
+        calls = [triton_kernels.normalization(*values)]
     else:
         counters = first.new_empty(1, dtype=torch.int32)
         if node.target is _ATTEND:
-            values = (*values[:3], None, None, *values[3:])
+            values = (*values[:3], None, None, None, None, *values[3:])
         calls = triton_kernels.attention(*(*values, counters))
     return [_pool.submit(call.compile, first.device) for call in calls]

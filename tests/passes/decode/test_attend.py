@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adaskip_passes.attention.ops import attend_causal, attend_packed
-from adaskip_passes.decode.ops import EVERY, Bounds, attend
+from adaskip_passes.decode.ops import EVERY, Bounds, attend, store_and_attend
 from tests.support import attention_oracle as oracle
 from tests.support.eager_reference import relative_error
 
@@ -18,6 +18,28 @@ def test_what_is_seen(name: str) -> None:
     case = oracle.make(1, **oracle.CASES[name])  # type: ignore[arg-type]
     got = attend(*case.arguments())
     assert relative_error(got.double(), oracle.expected(case)) < 1e-5
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("name", oracle.CASES)
+def test_own_tokens_are_stored_and_seen(name: str, rotary: bool) -> None:
+    case = oracle.make(2, **oracle.CASES[name])  # type: ignore[arg-type]
+    step = oracle.step(case, rotary, by_row=name == "ragged")
+    got: Any = store_and_attend(*step.arguments())
+    assert relative_error(got.double(), oracle.expected(case)) < 1e-5
+    for buffer, stored in zip((step.keys, step.values), step.stored(), strict=True):
+        assert relative_error(buffer.nan_to_num(), stored) < 1e-6
+
+
+@pytest.mark.breaks
+def test_angles_matter() -> None:
+    """The companion."""
+    case = oracle.make(2, tokens=3)
+    step = oracle.step(case, rotary=True)
+    assert step.sines is not None
+    step.sines = -step.sines
+    wrong: Any = store_and_attend(*step.arguments())
+    assert relative_error(wrong.double(), oracle.expected(case)) > 1e-2
 
 
 @pytest.mark.breaks
@@ -41,6 +63,9 @@ def test_each_column_matters(column: str, change: int) -> None:
 def test_it_is_a_proper_operator(name: str) -> None:
     case = oracle.make(1, **oracle.CASES[name])  # type: ignore[arg-type]
     torch.library.opcheck(torch.ops.adaskip.attend.default, case.arguments())
+    for rotary in (False, True):
+        step = oracle.step(case, rotary)
+        torch.library.opcheck(torch.ops.adaskip.store_and_attend.default, step.arguments())
 
 
 def test_the_others_are_proper_operators() -> None:

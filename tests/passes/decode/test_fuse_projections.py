@@ -19,6 +19,7 @@ from adaskip_passes.decode.ops import project
 from adaskip_passes.decode.precompile import compile_ahead
 
 PROJECT = torch.ops.adaskip.project.default
+NORMALIZE = torch.ops.adaskip.normalize.default
 EPS = 1e-5
 WIDTH = 16
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -485,13 +486,16 @@ def test_a_norm_that_is_read_by_others_too_stays_for_them() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [2, 16, 32])
-def test_more_rows_leave_the_norm_outside(rows: int, dtype: torch.dtype) -> None:
+def test_the_norm_of_more_rows_is_a_call_of_its_own(rows: int, dtype: torch.dtype) -> None:
     inputs = stream(rows, dtype), scale(dtype), *weights(12, 8, 8, dtype=dtype)
     module = fused(qkv, *inputs)
     (call,) = calls(module)
     assert arguments(call)["norm"] is None
     assert len(arguments(call)["weights"]) == 3
-    assert "rsqrt" in rest(module)
+    normed = arguments(call)["x"]
+    assert normed.target is NORMALIZE
+    assert (*map(str, normed.args[:2]), normed.args[2]) == ("x", "n", EPS)
+    assert rest(module) == {operation(normed)}
 
 
 def test_rows_are_counted_over_all_dimensions() -> None:
@@ -683,6 +687,16 @@ def test_project_computes_what_it_says(
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == dtype
         assert error(one, other) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalize_computes_what_it_says(dtype: torch.dtype) -> None:
+    x, weight = stream(3, dtype), scale(dtype)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+    assert error(NORMALIZE(x, weight, EPS), expected) < TOLERANCE[dtype]
+    assert error(NORMALIZE(x, weight, 0.1), expected) > 1e-2
+    torch.library.opcheck(NORMALIZE, (x, weight, EPS))
 
 
 @pytest.mark.parametrize("change", ["norm", "eps", "activation", "residual", "biases"])

@@ -1,12 +1,13 @@
 """Triton kernels for `ops`, on CUDA.
 
-Both are bound by reading memory: every weight, key and value is read once, in 16-byte accesses,
-and nothing intermediate is written. Kernels are launched with programmatic dependence (PDL): a
-kernel starts while the one before it ends, loads its first weights, which nobody writes, and only
-then waits for its input.
+They are bound by reading memory: every weight, key and value is read once, in 16-byte accesses,
+and nothing intermediate is written but the norms of several rows. Kernels are launched with
+programmatic dependence (PDL): a kernel starts while the one before it ends, loads its first
+weights, which nobody writes, and only then waits for its input.
 """
 
 from .attention_launch import attend, attention
+from .norms import normalization, normalize
 from .projections import project, projection
 
-__all__ = ["attend", "attention", "project", "projection"]
+__all__ = ["attend", "attention", "normalization", "normalize", "project", "projection"]

@@ -28,13 +28,15 @@ def attention(
     values: torch.Tensor,
     new_keys: torch.Tensor | None,
     new_values: torch.Tensor | None,
+    cosines: torch.Tensor | None,
+    sines: torch.Tensor | None,
     bounds: torch.Tensor,
     scale: float,
     softcap: float,
     sink_scores: torch.Tensor | None,
     counters: torch.Tensor,
 ) -> list[Launch]:
-    """Return the launches of :func:`ops.attend`, which describes the other inputs.
+    """Return the launches of :func:`ops.store_and_attend`, which describes the other inputs.
 
     Args:
         query: The queries.
@@ -42,6 +44,8 @@ def attention(
         values: The values.
         new_keys: Keys of the queries' own tokens, to be stored; None if they are.
         new_values: Likewise.
+        cosines: Of the angles by which queries and new keys are rotated; None if they are.
+        sines: Likewise.
         bounds: Which of them count.
         scale: Of the scores.
         softcap: Their bound; 0 for none.
@@ -56,43 +60,44 @@ def attention(
     queries = tokens * (heads // kv_heads)
     group = min(_MOST_QUERIES, max(16, triton.next_power_of_2(queries)))
     groups = batch * kv_heads * triton.cdiv(queries, group)
-    programs, splits, block, stages, warps = _blocks(groups, group, tokens)
+    splits, block, stages, warps = _blocks(groups, group)
     apart = tokens > 1
     partial = query.new_empty(groups * splits * group * padded_values, dtype=torch.float32)
     weight = query.new_empty(groups * splits * group * 2, dtype=torch.float32)
     used = query.new_empty(groups if apart else 1, dtype=torch.int32)
-    sinks = query if sink_scores is None else sink_scores
-    pdl = has_pdl(query.device)
-    asked = _strided(query, query)
-    new = *_strided(new_keys, query), *_strided(new_values, query)
+    query, *query_strides = _strided(query)
+    new_keys, *new_key_strides = _strided(new_keys)
+    new_values, *new_value_strides = _strided(new_values)
+    cosines, *angle_strides = _strided(cosines, batch)
+    sines, *_ = _strided(sines, batch)
     arguments = (
-        *(asked[0], keys, values, output, partial, weight, counters, used, bounds),
-        *(sinks, scale, softcap, new[0], new[4], *new[1:4], *new[5:], *asked[1:]),
-        *(keys.stride(0), keys.stride(1), keys.stride(2)),
-        *(values.stride(0), values.stride(1), values.stride(2)),
+        *(query, keys, values, output, partial, weight, counters, used, bounds, sink_scores),
+        *(scale, softcap, new_keys, new_values, cosines, sines),
+        *(*new_key_strides, *new_value_strides, angle_strides[0], angle_strides[2]),
+        *(*query_strides, *keys.stride()[:3], *values.stride()[:3]),
         *(bounds.stride(0), bounds.stride(1), tokens),
     )
     wide = max(padded, padded_values) * keys.element_size()
     some = max(1, min(triton.next_power_of_2(queries), 16384 // (splits * padded_values)))
+    pdl = has_pdl(query.device)
     form = {
         **{"H": heads, "HK": kv_heads, "DV": value_dim, "DVP": padded_values, "GP": group},
-        **{"SPLITS": splits, "SINKS": sink_scores is not None, "PDL": pdl, "num_warps": warps},
+        **{"SPLITS": splits, "PDL": pdl, "num_warps": warps},
         **({"launch_pdl": True} if pdl else {}),
     }
     flags = {
         **form,
-        **{"B": batch, "HB": bounds.shape[1], "D": dim, "DP": padded, "PROGRAMS": programs},
+        **{"B": batch, "HB": bounds.shape[1], "D": dim, "DP": padded, "PROGRAMS": _PROGRAMS},
         "EP": triton.next_power_of_2(batch * bounds.shape[1]),
-        "GB": min(some, group),
+        **{"GB": min(some, group), "TP": max(16, triton.next_power_of_2(tokens))},
         "BN": max(16, min(block, 32768 // wide)),
-        "STORE": new_keys is not None,
         "WIDE": max(_numel(keys), _numel(values)) >= 2**31,
         **{"STAGES": stages, "SOFTCAP": softcap != 0.0, "PLAIN": tokens == 1, "APART": apart},
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
     launches = [Launch(_attend, (groups, splits), arguments, flags, [output])]
     if apart:
-        rest = (output, partial, weight, sinks, used, tokens)
+        rest = (output, partial, weight, sink_scores, used, tokens)
         alone = {**form, "GB": 1, "num_warps": 2}
         launches.append(Launch(_combine_apart, (groups, group), rest, alone, [output]))
     return launches
@@ -104,32 +109,36 @@ def _numel(tensor: torch.Tensor) -> int:
     return count.node.hint if isinstance(count, torch.SymInt) else count
 
 
-def _strided(tokens: torch.Tensor | None, instead: torch.Tensor) -> tuple[Any, ...]:
-    """Return a tensor [B, H, T, D] without gaps in its last dimension, and its strides."""
+def _strided(tokens: torch.Tensor | None, batch: int | None = None) -> tuple[Any, ...]:
+    """Return a tensor [B, H, T, D] without gaps in its last dimension, and its strides.
+
+    Args:
+        tokens: The tensor, or None.
+        batch: Rows that a whole tensor is repeated for, if it has one for all.
+
+    """
     if tokens is None:
-        return instead, 0, 0, 0
-    whole = tokens if tokens.stride(3) == 1 else tokens.contiguous()
+        return None, 0, 0, 0
+    if batch is not None:
+        whole = tokens.contiguous().expand(batch, -1, -1, -1)
+    else:
+        whole = tokens if tokens.stride(3) == 1 else tokens.contiguous()
     return whole, *whole.stride()[:3]
 
 
-def _blocks(groups: int, group: int, tokens: int) -> tuple[int, int, int, int, int]:
+def _blocks(groups: int, group: int) -> tuple[int, int, int, int]:
     """Return into how many programs the work is cut, and how each of them does it.
 
-    They were chosen on an H200. With few groups, small programs, two on a multiprocessor, that
-    leave room for the next kernel's to begin: alone they are slower, in a step they are faster.
-    Else a program a multiprocessor, with room for three blocks of keys.
+    They were chosen on an H200: a program a multiprocessor, with room for three blocks of keys.
 
     Args:
         groups: Groups of queries, of all rows and K/V heads.
         group: Queries in one of them, padded.
-        tokens: Queries of each row and head.
 
     Returns:
-        Programs for all; at most, for one group (a power of two); keys at a time; stages; warps.
+        Programs for one group at most (a power of two); keys at a time; stages; warps.
 
     """
-    if groups <= 8 and tokens == 1:
-        return 256, max(1, 1 << ((256 // groups).bit_length() - 1)), 64, 2, 4
     even = max(1, 1 << max(0, (_PROGRAMS // groups).bit_length() - 1))
-    block = 128 if group <= 32 else 64
-    return _PROGRAMS, even if groups <= 8 else min(4 * even, 64), block, 3, 4
+    splits = even if groups <= 8 else min(4 * even, 64)
+    return splits, 128 if group <= 32 else 64, 3, 4 if group <= 64 else 8

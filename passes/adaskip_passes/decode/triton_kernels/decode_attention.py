@@ -15,7 +15,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 def _combine(
     output, partial, weight, sinks, group, used, b, h, first, T,
     H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GP: tl.constexpr,
-    GB: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr,
+    GB: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Write the results of GB queries of a K/V head: the shares' ones, weighted by their masses.
 
@@ -35,12 +35,12 @@ def _combine(
     )  # fmt: skip
     best = tl.max(bests, 0)
     best = tl.where(best == float("-inf"), 0.0, best)  # of what is no query
-    if SINKS:
+    if sinks is not None:
         sink = tl.load(sinks + h * G + query % G, mask=real, other=0.0).to(tl.float32) * _LOG2_E
         best = tl.maximum(best, sink)
     factor = tl.exp2(bests - best[None, :])  # 0 for a share without keys
     mass = tl.sum(masses * factor, 0)
-    if SINKS:
+    if sinks is not None:
         mass += tl.exp2(sink - best)
     result = tl.sum(parts * factor[:, :, None], 0) / mass[:, None]
     place = (b * T + query // G) * H + h * G + query % G
@@ -55,7 +55,7 @@ def _combine(
 def _combine_apart(
     output, partial, weight, sinks, shares, T,
     H: tl.constexpr, HK: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GP: tl.constexpr,
-    GB: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
+    GB: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program GB queries: where there are many of them, one program a head would take long."""
     G: tl.constexpr = H // HK
@@ -67,7 +67,7 @@ def _combine_apart(
     used = tl.load(shares + group)
     _combine(
         output, partial, weight, sinks, group, used, head // HK, head % HK,
-        tl.program_id(1) * GB, T, H, G, DV, DVP, GP, GB, SPLITS, SINKS,
+        tl.program_id(1) * GB, T, H, G, DV, DVP, GP, GB, SPLITS,
     )  # fmt: skip
 
 
@@ -114,23 +114,106 @@ def _share(
 
 
 @triton.jit
+def _rotated(x, cosines, sines, rows, at, d, D: tl.constexpr, mask):
+    """Load what `rows` of x point to, rotated by the angles at `at` if there are cosines.
+
+    Rotary position embeddings (Su et al., "RoFormer", eq. 34), halves of a head as pairs.
+    """
+    value = tl.load(x + rows[:, None] + d[None, :], mask=mask, other=0.0)
+    if cosines is not None:
+        other = tl.where(d < D // 2, d + D // 2, d - D // 2)
+        sign = tl.where(d < D // 2, -1.0, 1.0)
+        pair = tl.load(x + rows[:, None] + other[None, :], mask=mask, other=0.0)
+        cosine = tl.load(cosines + at[:, None] + d[None, :], mask=mask, other=0.0)
+        sine = tl.load(sines + at[:, None] + d[None, :], mask=mask, other=0.0)
+        turned = value.to(tl.float32) * cosine + sign[None, :] * pair.to(tl.float32) * sine
+        value = turned.to(value.dtype)
+    return value
+
+
+@triton.jit
+def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if SOFTCAP:
+        scores = softcap * (1 - 2 / (1 + tl.exp(2 * scores / softcap)))
+    return scores * _LOG2_E
+
+
+@triton.jit
+def _add(best, mass, total, scores, v, PRECISION: tl.constexpr):
+    """Add values by the scores of their keys to the softmax so far: its best score and mass."""
+    higher = tl.maximum(best, tl.max(scores, 1))
+    known = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen until here
+    shares = tl.exp2(scores - known[:, None])
+    shrink = tl.exp2(best - known)
+    total = total * shrink[:, None]
+    total = tl.dot(shares.to(v.dtype), v, total, input_precision=PRECISION)
+    return higher, mass * shrink + tl.sum(shares, 1), total
+
+
+@triton.jit
+def _stored(
+    q, t, key_base, value_base, mine, first, kept, begin, low, high, end, key_n, value_n, scale,
+    softcap,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GP: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr,
+    CAUSAL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to a share of the stored keys, the `low`-th to the `high`-th that are seen.
+
+    Returns the best score of each query, its mass, and the sum of its values by their shares.
+    """
+    shift = tl.load(mine + 4).to(tl.int32)
+    window, sink = tl.load(mine + 2).to(tl.int32), first + tl.load(mine + 1).to(tl.int32)
+    d, dv = tl.arange(0, DP), tl.arange(0, DVP)
+    best = tl.full([GP], float("-inf"), tl.float32)
+    mass = tl.zeros([GP], tl.float32)
+    total = tl.zeros([GP, DVP], tl.float32)
+    for start in tl.range(low, high, BN, num_stages=STAGES):
+        i = start + tl.arange(0, BN)
+        at = tl.where(i < kept, first + i, begin + i - kept)
+        slot = (shift + at)[:, None]
+        if WIDE:
+            slot = slot.to(tl.int64)
+        k = tl.load(
+            key_base + slot * key_n + d[None, :],
+            mask=(i < high)[:, None] & (d < D)[None, :], other=0.0,
+        )  # fmt: skip
+        scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+        seen = (i < high)[None, :]
+        if not PLAIN:
+            last = (end - 1 + t)[:, None]
+            seen = seen & ((at[None, :] > last - window) | (at < sink)[None, :])
+            if CAUSAL:
+                seen = seen & (at[None, :] <= last)
+        v = tl.load(
+            value_base + slot * value_n + dv[None, :],
+            mask=(i < high)[:, None] & (dv < DV)[None, :], other=0.0,
+        )  # fmt: skip
+        scores = tl.where(seen, scores, float("-inf"))
+        best, mass, total = _add(best, mass, total, scores, v, PRECISION)
+    return best, mass, total
+
+
+@triton.jit
 def _attend(
     query, keys, values, output, partial, weight, counters, shares_used, bounds, sinks, scale,
-    softcap, new_keys, new_values, new_key_b, new_key_h, new_key_t, new_value_b, new_value_h,
-    new_value_t, query_b, query_h, query_t, key_b, key_h, key_n, value_b, value_h, value_n,
-    bounds_b, bounds_h, T,
+    softcap, new_keys, new_values, cosines, sines, new_key_b, new_key_h, new_key_t, new_value_b,
+    new_value_h, new_value_t, angle_b, angle_t, query_b, query_h, query_t, key_b, key_h, key_n,
+    value_b, value_h, value_n, bounds_b, bounds_h, T,
     B: tl.constexpr, H: tl.constexpr, HK: tl.constexpr, HB: tl.constexpr, EP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GP: tl.constexpr,
-    GB: tl.constexpr, PROGRAMS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PLAIN: tl.constexpr,
-    APART: tl.constexpr, STORE: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GB: tl.constexpr, TP: tl.constexpr, PROGRAMS: tl.constexpr, SPLITS: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr,
+    APART: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Flash decoding: a program GP queries of a K/V head and a share of what they see.
 
-    The last one of them combines the shares, unless that is done apart.
+    The last share has the queries' own tokens, if they are new, and stores them. The program that
+    is the last to end combines the shares, unless that is done apart.
     """
     G: tl.constexpr = H // HK
+    STORE: tl.constexpr = new_keys is not None
     group, split = tl.program_id(0), tl.program_id(1)
     groups = tl.cdiv(T * G, GP)
     head = group // groups
@@ -145,68 +228,45 @@ def _attend(
     if APART:  # a program without a share writes it too: the same number
         tl.store(shares_used + group, used)
     if split < used:
-        shift, end = tl.load(mine + 4).to(tl.int32), tl.load(mine + 3).to(tl.int32)
-        low = split * share
-        high = tl.minimum(low + share, count)
+        end = tl.load(mine + 3).to(tl.int32)
+        high = tl.minimum((split + 1) * share, count)
         c, d, dv = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, DVP)
         mine_of_head = (group % groups) * GP + c
         t = mine_of_head // G
         asks = b * query_b + (h * G + mine_of_head % G) * query_h + t * query_t
-        q = tl.load(
-            query + asks[:, None] + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0
-        )
+        real = (t < T)[:, None] & (d < D)[None, :]
+        q = _rotated(query, cosines, sines, asks, b * angle_b + t * angle_t, d, D, real)
         key_base = keys + b.to(tl.int64) * key_b + h.to(tl.int64) * key_h
         value_base = values + b.to(tl.int64) * value_b + h.to(tl.int64) * value_h
-        if STORE:  # whoever sees a new token stores it, and sees what it stored
-            for t_new in range(tl.maximum(low - (count - T), 0), high - (count - T)):
-                place = shift + end - 1 + t_new
-                if WIDE:
-                    place = place.to(tl.int64)
-                k = tl.load(
-                    new_keys + b * new_key_b + h * new_key_h + t_new * new_key_t + d, mask=d < D
-                )
-                tl.store(key_base + place * key_n + d, k, mask=d < D)
-                v = tl.load(
-                    new_values + b * new_value_b + h * new_value_h + t_new * new_value_t + dv,
-                    mask=dv < DV,
-                )
-                tl.store(value_base + place * value_n + dv, v, mask=dv < DV)
-            tl.debug_barrier()
-        best = tl.full([GP], float("-inf"), tl.float32)
-        mass = tl.zeros([GP], tl.float32)
-        total = tl.zeros([GP, DVP], tl.float32)
-        for start in tl.range(low, high, BN, num_stages=STAGES):
-            i = start + tl.arange(0, BN)
-            at = tl.where(i < kept, first + i, begin + i - kept)
-            slot = (shift + at)[:, None]
-            if WIDE:
-                slot = slot.to(tl.int64)
-            k = tl.load(
-                key_base + slot * key_n + d[None, :],
-                mask=(i < high)[:, None] & (d < D)[None, :], other=0.0,
-            )  # fmt: skip
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            if SOFTCAP:
-                scores = softcap * (1 - 2 / (1 + tl.exp(2 * scores / softcap)))
-            seen = (i < high)[None, :]
-            if not PLAIN:
-                own = (end - 1 + t)[:, None]
+        if STORE:  # loaded before the stored ones, and looked at after them
+            high = tl.minimum(high, count - T)
+            e = tl.arange(0, TP)
+            own = (e < T) & (split == used - 1)
+            own_keys = own[:, None] & (d < D)[None, :]
+            places = b * new_key_b + h * new_key_h + e * new_key_t
+            turns = b * angle_b + e * angle_t
+            k_own = _rotated(new_keys, cosines, sines, places, turns, d, D, own_keys)
+            own_values = own[:, None] & (dv < DV)[None, :]
+            places = b * new_value_b + h * new_value_h + e * new_value_t
+            v_own = tl.load(new_values + places[:, None] + dv[None, :], mask=own_values, other=0.0)
+        best, mass, total = _stored(
+            q, t, key_base, value_base, mine, first, kept, begin, split * share, high, end, key_n,
+            value_n, scale, softcap,
+            D, DP, DV, DVP, GP, BN, STAGES, SOFTCAP, PLAIN, not STORE, WIDE, PRECISION,
+        )  # fmt: skip
+        if STORE:  # noqa: SIM102  # decided while it is compiled
+            if split == used - 1:
+                slot = (tl.load(mine + 4).to(tl.int32) + end - 1 + e)[:, None]
                 window, sink = tl.load(mine + 2).to(tl.int32), tl.load(mine + 1).to(tl.int32)
-                near = (at[None, :] > own - window) | (at < first + sink)[None, :]
-                seen = seen & (at[None, :] <= own) & near
-            scores = tl.where(seen, scores * _LOG2_E, float("-inf"))
-            higher = tl.maximum(best, tl.max(scores, 1))
-            known = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen until here
-            shares = tl.exp2(scores - known[:, None])
-            shrink = tl.exp2(best - known)
-            v = tl.load(
-                value_base + slot * value_n + dv[None, :],
-                mask=(i < high)[:, None] & (dv < DV)[None, :], other=0.0,
-            )  # fmt: skip
-            total = total * shrink[:, None]
-            total = tl.dot(shares.to(v.dtype), v, total, input_precision=PRECISION)
-            mass = mass * shrink + tl.sum(shares, 1)
-            best = higher
+                if WIDE:
+                    slot = slot.to(tl.int64)
+                tl.store(key_base + slot * key_n + d[None, :], k_own, mask=own_keys)
+                tl.store(value_base + slot * value_n + dv[None, :], v_own, mask=own_values)
+                scores = _scores(q, k_own, scale, softcap, SOFTCAP, PRECISION)
+                near = (e[None, :] > t[:, None] - window) | (end - 1 + e < first + sink)[None, :]
+                seen = own[None, :] & (e[None, :] <= t[:, None]) & near
+                scores = tl.where(seen, scores, float("-inf"))
+                best, mass, total = _add(best, mass, total, scores, v_own, PRECISION)
         slots = (group * SPLITS + split) * GP + c
         real = t < T
         part = partial + slots[:, None] * DVP + dv[None, :]
@@ -221,6 +281,6 @@ def _attend(
                 for some in range(0, queries, GB):  # so many at a time as registers hold
                     _combine(
                         output, partial, weight, sinks, group, used, b, h, some, T,
-                        H, G, DV, DVP, GP, GB, SPLITS, SINKS,
+                        H, G, DV, DVP, GP, GB, SPLITS,
                     )  # fmt: skip
                 tl.store(counters + group, 0)

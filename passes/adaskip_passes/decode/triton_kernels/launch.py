@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ class Launch:
         arguments: Of the kernel, in order.
         flags: Its constants and launch options, by name.
         outputs: Those of the arguments that are the results.
+        wants_l1: Whether it reads through the L1 cache, which a kernel that ran before, with much
+            shared memory, would leave small: a multiprocessor has 256 KiB for both.
 
     """
 
@@ -27,10 +30,13 @@ class Launch:
     arguments: tuple[Any, ...]
     flags: dict[str, Any]
     outputs: list[torch.Tensor]
+    wants_l1: bool = False
 
     def run(self) -> list[torch.Tensor]:
         """Launch the kernel; returns its outputs."""
-        self.kernel[self.grid](*self.arguments, **self.flags)
+        compiled = self.kernel[self.grid](*self.arguments, **self.flags)
+        if self.wants_l1:
+            _prefer_l1(compiled.function)
         return self.outputs
 
     def compile(self, device: torch.device) -> None:
@@ -44,6 +50,8 @@ class Launch:
         with torch.cuda.device(device):
             compiled = self.kernel.warmup(*mocked, grid=self.grid, **self.flags)
             _ = compiled.run  # loads it, and builds its launcher
+            if self.wants_l1:
+                _prefer_l1(compiled.function)
 
 
 def _mock(value: Any) -> Any:
@@ -51,6 +59,17 @@ def _mock(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.dtype
     return value.node.hint if isinstance(value, torch.SymInt) else value
+
+
+@functools.cache
+def _prefer_l1(function: int) -> None:
+    """Have the driver give a kernel all of L1 that it can; a hint, which nothing depends on."""
+    try:
+        driver: Any = importlib.import_module("cuda.bindings.driver")
+    except ImportError:  # (torch's CUDA builds install it)
+        return
+    carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    driver.cuFuncSetAttribute(driver.CUfunction(function), carveout, 0)
 
 
 @functools.cache

@@ -82,6 +82,19 @@ def _project_row(
 
 
 @triton.jit
+def _prefetch(w, outs, n, K: tl.constexpr, COLS: tl.constexpr):
+    """Have the first columns of some outputs' weights read into L2."""
+    LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth  # numbers in 128 bytes
+    cols = tl.arange(0, COLS // LINE) * LINE
+    rows = tl.minimum(outs, n - 1).to(tl.int64)
+    at = (w + rows[:, None] * K + tl.minimum(cols, K - 1)[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _project_rows(
     x, norm, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps, rows_in,
     K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
@@ -91,13 +104,17 @@ def _project_rows(
     """Up to M rows: BN outputs of each a program, on the matrix units."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     w, y, b, n, block = p0, y0, b0, n0, tl.program_id(0)
     if MANY:
         w, y, b, n, block = _pick(
             tl.program_id(0), p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, BN
         )
     outs = block * BN + tl.arange(0, BN)
+    if PDL:
+        _prefetch(w, outs, n, K, 2 * BK)
+        if GATED:
+            _prefetch(p1, outs, n, K, 2 * BK)
+        tl.extra.cuda.gdc_wait()
     cols = tl.arange(0, BK)
     row = tl.arange(0, M)
     inside = outs < n
@@ -191,7 +208,7 @@ def projection(
         **({"launch_pdl": True} if pdl else {}),
     }
     if rows == 1:
-        return Launch(_project_row, (programs,), arguments, flags, outputs)
+        return Launch(_project_row, (programs,), arguments, flags, outputs, wants_l1=True)
     flags |= {"M": 16 if rows <= 16 else MAX_ROWS, "STAGES": stages}
     return Launch(_project_rows, (programs,), (*arguments, rows), flags, outputs)
 
@@ -220,10 +237,11 @@ def _row_blocks(width: int, outputs: int, gated: bool) -> tuple[int, int, int, i
 
 def _rows_blocks(outputs: int, gated: bool, rows: int) -> tuple[int, int, int, int]:
     """Return the same for several rows."""
+    many = rows > 16
     if gated:
-        return 32, 256, 4, 3
+        return (64, 128, 4, 3) if many else (32, 256, 4, 3)
     if outputs > 32768:
         return 32, 256, 2, 3
     if outputs > 4096:
-        return 16, 512, 2, 3
-    return 32, 512, 4, 4 if rows <= 16 else 3
+        return (16, 256, 2, 4) if many else (16, 512, 2, 3)
+    return 32, 512, 4, 3 if many else 4

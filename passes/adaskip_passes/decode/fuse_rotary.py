@@ -1,0 +1,99 @@
+"""Inner pass for a decode step: attention rotates its queries and new keys itself.
+
+Before::
+
+    q2 = q * cos + cat((-q[..., D / 2 :], q[..., : D / 2])) * sin
+    k2 = k * cos + cat((-k[..., D / 2 :], k[..., : D / 2])) * sin
+    y = store_and_attend(q2, keys, values, k2, v, None, None, bounds)
+
+After::
+
+    y = store_and_attend(q, keys, values, k, v, cos, sin, bounds)
+
+A kernel less a layer, and one that no other may overlap with. Rotary embeddings of all of a head,
+halves as pairs (Su et al., "RoFormer", eq. 34, in the order of GPT-NeoX), are recognized; others
+stay. Legal because the same values are computed from the same operands; they are rounded once
+instead of three times, so the pass preserves results to rounding, not to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..infra.pass_base import Pass, PassResult
+from ..transforms.dead_code import eliminate_dead_code
+from .matching import argument, calls, example, find_overwritten, operands, shape_of
+
+_ATTEND = torch.ops.adaskip.store_and_attend.default
+
+
+@dataclass(frozen=True)
+class FuseRotary(Pass):
+    """Pass over the graph of a piece. Its changes are attentions that rotate, and erased nodes."""
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Fuse rotary embeddings into the attention that reads them; see :class:`Pass`."""
+        graph = graph_module.graph
+        overwritten = find_overwritten(graph)
+        fused = [n for n in graph.find_nodes(op="call_function", target=_ATTEND) if not n.kwargs]
+        fused = [node for node in fused if _fuse(node, overwritten)]
+        erased = eliminate_dead_code(graph) if fused else 0
+        return PassResult(graph_module, len(fused) + erased)
+
+
+def _fuse(attend: fx.Node, overwritten: set[fx.Node]) -> bool:
+    """Let `attend` rotate; returns False where it may not."""
+    query, keys, values, new_keys, new_values, cosines, sines, *rest = attend.args
+    if cosines is not None or sines is not None:
+        return False
+    turned = [_rotated(node) for node in (query, new_keys) if isinstance(node, fx.Node)]
+    if len(turned) != 2 or turned[0] is None or turned[1] is None:
+        return False
+    (query, *angles), (new_keys, *others) = turned[0], turned[1]
+    if angles != others or not overwritten.isdisjoint((query, new_keys, *angles)):
+        return False
+    attend.args = (query, keys, values, new_keys, new_values, *angles, *rest)
+    return True
+
+
+def _rotated(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Return what was rotated, the cosines and the sines; None if `node` is something else."""
+    for plain, crossed in operands(node, "add"):
+        for x, cosines in operands(plain, "mul"):
+            for pairs, sines in operands(crossed, "mul"):
+                if _is_pairs_of(pairs, x) and all(_is_angle(a, x) for a in (cosines, sines)):
+                    return x, cosines, sines
+    return None
+
+
+def _is_pairs_of(node: fx.Node, x: fx.Node) -> bool:
+    """Return whether `node` is ``cat((-second half of x, first half of x), -1)``."""
+    shape = shape_of(x)
+    if not calls(node, "cat") or shape is None or shape[-1] % 2:
+        return False
+    given = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
+    parts = given.pop("tensors", ())
+    if given != {"dim": -1} or not isinstance(parts, list | tuple) or len(parts) != 2:
+        return False
+    second = argument(parts[0], "neg") if isinstance(parts[0], fx.Node) else None
+    half = int(shape[-1]) // 2
+    return _is_slice(second, x, slice(half, None)) and _is_slice(parts[1], x, slice(None, half))
+
+
+def _is_slice(node: object, x: fx.Node, last: slice) -> bool:
+    """Return whether `node` is ``x[..., last]``."""
+    if not isinstance(node, fx.Node) or not calls(node, "getitem") or node.args[0] is not x:
+        return False
+    return tuple(node.args[1]) == (Ellipsis, last) if isinstance(node.args[1], tuple) else False
+
+
+def _is_angle(node: fx.Node, x: fx.Node) -> bool:
+    """Return whether `node` is one angle's for each token and dimension of x, [B or 1, 1, T, D]."""
+    value, shape = example(node), shape_of(x)
+    if value is None or shape is None or value.dim() != 4 or not value.dtype.is_floating_point:
+        return False
+    rows, heads, *rest = value.shape
+    return rows in (1, shape[0]) and heads == 1 and tuple(rest) == tuple(shape[2:])

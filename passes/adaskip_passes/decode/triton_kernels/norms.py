@@ -1,0 +1,45 @@
+"""RMS norm of a few rows: ``ops.normalize``."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import Launch, has_pdl
+
+
+@triton.jit
+def _normalize(x, weight, y, eps, K: tl.constexpr, KP: tl.constexpr, PDL: tl.constexpr):
+    """Normalize a row a program."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    cols = tl.arange(0, KP)
+    inside = cols < K
+    factor = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)  # nobody writes it
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    at = tl.program_id(0) * K + cols
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value) / K + eps)
+    narrow = (value * scale).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + at, (factor * narrow).to(y.dtype.element_ty), mask=inside)
+
+
+def normalize(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Compute :func:`ops.normalize`, which describes the inputs."""
+    return normalization(x, weight, eps).run()[0]
+
+
+def normalization(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Launch:
+    """Return the launch of :func:`ops.normalize`."""
+    width = x.shape[-1]
+    y = x.new_empty(x.shape)
+    pdl = has_pdl(x.device)
+    padded = triton.next_power_of_2(width)
+    flags = {
+        **{"K": width, "KP": padded, "PDL": pdl, "num_warps": max(1, min(16, padded // 512))},
+        **({"launch_pdl": True} if pdl else {}),
+    }
+    arguments = (x.contiguous(), weight, y, eps)
+    return Launch(_normalize, (x.numel() // width,), arguments, flags, [y])
