@@ -36,9 +36,9 @@ COPIED, MULTIPLIED = 1e9, 1e12  # the rates, a second
 
 #: How many rows each situation has where all goes well.
 ROWS = {
-    **{"padded_decode": 2, "unpadded_decode": 3, "padded_prompt": 2, "new_length": 2},
-    **{"growth": 2, "turn": 3, "chunks": 1, "verify": 7, "logits_to_keep": 1},
-    **{"generate_padded": 3, "main_road": 4},
+    **{"main_road": 4, "padded_decode": 2, "unpadded_decode": 3, "padded_prompt": 2},
+    **{"new_length": 2, "growth": 2, "turn": 3, "chunks": 1, "verify": 7},
+    **{"logits_to_keep": 1, "generate_padded": 3},
 }
 
 
@@ -101,8 +101,8 @@ def broken(result: Document) -> set[str]:
         if row["eager_error"] is not None and row["eager_error"] > TOLERANCE[torch.float32]:
             found.add("eager_error")
         if row["target"] is not None:
-            above = row["value"] >= row["target"]
-            if row["met"] != (above if row["at_least"] else not above):
+            value, target = row["value"], row["target"]
+            if row["met"] != (value >= target if row["at_least"] else value <= target):
                 found.add("met")
     return found
 
