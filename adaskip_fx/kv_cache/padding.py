@@ -75,3 +75,16 @@ class Padding:
     def any(self) -> bool:
         """Whether anything is padding at all."""
         return any(self.counts)
+
+
+def of_real_tokens(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the values of tokens that are none of padding, whose own mean nothing.
+
+    Args:
+        values: [B, T, ...].
+        mask: [B, T], 0 at padding; None: all values are returned as they are.
+
+    Returns:
+        [1, N, ...]: row by row, as if they were one.
+    """
+    return values if mask is None else values[mask != 0].unsqueeze(0)

@@ -26,6 +26,7 @@ from ..capture.layer_memory import new_cache
 from ..capture.state import State
 from ..kv_cache.argument_names import cache_argument
 from ..kv_cache.cache import SkipCache
+from ..kv_cache.padding import of_real_tokens
 from ..plans.skip_plan import Action, Phase, SkipPlan
 from ..utils.transformers_internals import attention_name
 from .inputs import Inputs
@@ -115,9 +116,11 @@ class Checker:
         if tail is not None:
             parts.append(self._logits(plan, "decode", tail, theirs, state))
         expected = torch.cat(parts, 1)
-        last = slice(-logits.shape[1], None)
-        expected = expected[:, keep if isinstance(keep, torch.Tensor) else last]
-        error = relative_error(logits, expected) if expected.shape[1] else 0.0
+        kept = keep if isinstance(keep, torch.Tensor) else slice(-logits.shape[1], None)
+        mask = inputs.attention_mask
+        real = None if mask is None else mask[:, -inputs.input_ids.shape[1] :][:, kept]
+        got, want = (of_real_tokens(t, real) for t in (logits, expected[:, kept]))
+        error = relative_error(got, want) if want.numel() else 0.0
         self.compared += 1
         self.worst = max(error, self.worst or 0.0)
         if not error <= tolerance(logits.dtype):

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from adaskip_fx.model.handle import runtime_of
 
 from ..api import build
+from ..kv_cache.padding import of_real_tokens
 from ..plans.skip_plan import Action, Phase, SkipPlan
 from ..programs.instruments import ResidualRecorder
 from ..runtime.oracle import Oracle, Skips
@@ -45,7 +46,8 @@ def assert_equivalent(
 
     The eager model is run with hooks on the modules that end its branches (:class:`Oracle`); none
     of the graph passes is used for it. Both read the prompt and then, one by one, the tokens that
-    the eager model finds likeliest. A model is compiled once and kept for the next call.
+    the eager model finds likeliest. Logits of padding are not compared. A model is compiled once
+    and kept for the next call.
 
     Args:
         model: a decoder as :func:`adaskip_fx.compile` takes it; it is left as it was.
@@ -87,7 +89,8 @@ def _compare(pair: _Pair, steps: list[_EagerStep], allowed: float, name: str) ->
     """Run the steps on the compiled model; returns the largest difference there was."""
     worst, cache = 0.0, pair.compiled.adaskip.new_cache()
     for number, step in enumerate(steps):
-        error = relative_error(pair.forward(pair.compiled, step.inputs, cache), step.logits)
+        logits = pair.forward(pair.compiled, step.inputs, cache)
+        error = relative_error(step.real(logits), step.real(step.logits))
         if not error <= allowed:
             difference = _first_difference(pair, steps[: number + 1], allowed)
             raise AssertionError(
@@ -124,6 +127,11 @@ class _EagerStep:
     inputs: dict[str, torch.Tensor]
     logits: torch.Tensor
     hidden: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def real(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits of tokens that are none of padding."""
+        mask = self.inputs.get("attention_mask")
+        return of_real_tokens(logits, None if mask is None else mask[:, -logits.shape[1] :])
 
 
 @dataclass(frozen=True)
@@ -211,7 +219,7 @@ def _first_difference(pair: _Pair, steps: list[_EagerStep], allowed: float) -> s
                 if not relative_error(got, want) <= allowed:
                     difference = f"the residual stream {side} {where}: {_worst(got, want)}"
                     return f"First difference: {difference}."
-        if not relative_error(logits, step.logits) <= allowed:
+        if not relative_error(step.real(logits), step.real(step.logits)) <= allowed:
             return "The residual stream is right after each sublayer; what follows differs."
     return "With its hidden states recorded, the compiled model gives the eager model's logits."
 

@@ -57,6 +57,38 @@ def test_prompts_pieces_and_steps_are_compared(bank: Entry, plan: dict[str, Any]
     assert f"5 steps against the eager model, largest error {checker.worst:.1e}" in report
 
 
+PADDED = (torch.arange(12) >= torch.tensor([[3], [0]])).long()
+
+
+def padded(compiled: Any) -> None:
+    """Two rows, of which one is padded; the logits of all tokens are wanted."""
+    ids = torch.stack((IDS[0], IDS[0] + 20))
+    mask = torch.cat((PADDED, torch.ones(2, 1, dtype=torch.int64)), 1)
+    cache = compiled.adaskip.new_cache()
+    with torch.no_grad():
+        compiled(ids, attention_mask=PADDED, past_key_values=cache)
+        compiled(ids[:, :1], attention_mask=mask, past_key_values=cache)
+        indices = torch.tensor([1, 11])
+        compiled(ids, attention_mask=PADDED, logits_to_keep=indices)
+
+
+def test_logits_of_padding_mean_nothing(bank: Entry) -> None:
+    with bank.using(bank.plan()) as compiled:
+        padded(compiled)
+        checker = bank.runtime.checker
+        assert checker.compared == 3
+        assert checker.worst is not None
+        assert checker.worst < 1e-5
+
+
+@pytest.mark.breaks
+def test_logits_of_padding_are_others(bank: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companion."""
+    monkeypatch.setattr("adaskip_fx.runtime.checking.of_real_tokens", lambda values, _: values)
+    with bank.using(bank.plan()) as compiled, pytest.raises(CheckError):
+        padded(compiled)
+
+
 def test_the_last_token_of_a_prompt_in_full(bank: Entry) -> None:
     plan = bank.plan(["0.ffn"])
     full = replace(plan, decode=SkipPlan.empty(plan.sublayers).decode, last_token_full=True)

@@ -18,7 +18,7 @@ from adaskip_fx.programs import program
 from adaskip_fx.testing import Oracle, assert_equivalent, families, plans, prompts, tiny_configs
 from adaskip_fx.testing.equivalence import compiled_for
 from adaskip_passes import UnsupportedError
-from tests.support.compiled_llamas import Entry, entry
+from tests.support.compiled_llamas import Entry, entry, make_model
 from tests.support.custom_decoders import OwnDecoder, OwnParallelDecoder, SharedLayer, own
 from tests.support.families.all import FAMILIES, tiny_model
 
@@ -49,6 +49,25 @@ def test_a_users_own_parallel_model(data: st.DataObject) -> None:
     model = model_of("parallel")
     plan, prompt = data.draw(plans(model)), data.draw(prompts(model, padding=False))
     assert_equivalent(model, plan, inputs=prompt, decode_steps=3)
+
+
+GROUPED = make_model("grouped")
+
+
+def test_padding_is_not_compared() -> None:
+    """A padded prompt runs without its padding, whose logits are others than the eager model's."""
+    prompt = {
+        "input_ids": torch.tensor([[30, 25], [31, 0]]),
+        "attention_mask": torch.tensor([[0, 1], [1, 1]]),
+    }
+    assert assert_equivalent(GROUPED, inputs=prompt, decode_steps=2) < 1e-4
+
+
+@settings(max_examples=6)
+@given(st.data())
+def test_padded_prompts(data: st.DataObject) -> None:
+    plan, prompt = data.draw(plans(GROUPED)), data.draw(prompts(GROUPED))
+    assert_equivalent(GROUPED, plan, inputs=prompt, decode_steps=2)
 
 
 @pytest.mark.parametrize("kind", MODELS)
