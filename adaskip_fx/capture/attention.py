@@ -2,9 +2,10 @@
 
 transformers' sdpa path builds a boolean mask at every decode step of a static cache, and a mask
 makes it repeat every K/V head. Captured under the name ``adaskip`` instead, a prompt without
-padding runs ``is_causal=True``, more tokens on a filled cache attend to it by `attend_causal`, and
-heads stay grouped. On a static cache a mask is a table of bounds, for :func:`attend`: padding,
-sliding windows, soft caps on the scores (Gemma 2) and attention sinks (GPT-OSS) are its inputs.
+padding and more tokens on a filled cache run `attend_causal` (a prompt on a CPU
+``is_causal=True``), and heads stay grouped. On a static cache a mask is a table of bounds, for
+:func:`attend`: padding, sliding windows, soft caps on the scores (Gemma 2) and attention sinks
+(GPT-OSS) are its inputs.
 Everything else gets the mask that transformers' own mask functions make; soft caps and sinks have
 no place in PyTorch's fused kernels, and there attention is written out, which takes memory for all
 scores of a prompt.
@@ -57,6 +58,9 @@ def attention(
         The output [B, T, H, D], and None for the attention weights.
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if torch.is_autocast_enabled(query.device.type):  # as it does PyTorch's own attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(dtype) for t in (query, key, value))
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         if softcap is not None or s_aux is not None:
             raise NotImplementedError("soft caps or sinks in a packed prompt")

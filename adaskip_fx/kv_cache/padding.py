@@ -13,27 +13,27 @@ class Answer:
 
     Attributes:
         value: a bool on the host, once it is there.
-        there: the event; None if it is there.
+        event: when it is there; None if it is.
     """
 
     value: torch.Tensor
-    there: torch.cuda.Event | None
+    event: torch.cuda.Event | None
 
     @classmethod
     def of(cls, value: torch.Tensor) -> Answer:
         """Have a bool tensor [] brought to the host, after what the device has to do before."""
         if value.device.type != "cuda":
             return cls(value, None)
-        held = torch.empty((), dtype=torch.bool, pin_memory=True)
+        held = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
         held.copy_(value, non_blocking=True)
-        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        there.record(torch.cuda.current_stream(value.device))
-        return cls(held, there)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(value.device))
+        return cls(held, event)
 
     def __bool__(self) -> bool:
         """Wait for it."""
-        if self.there is not None:
-            self.there.synchronize()
+        if self.event is not None:
+            self.event.synchronize()
         return bool(self.value)
 
 
@@ -67,7 +67,7 @@ class Padding:
     def says(self, mask: torch.Tensor) -> Answer:
         """Return whether a mask [B, S] says the same."""
         if mask.shape[0] != len(self.counts) or mask.shape[1] <= max(self.counts):
-            return Answer(torch.tensor(False), None)
+            return Answer(torch.tensor(False, device="cpu"), None)
         columns = torch.arange(mask.shape[1], device=mask.device)
         return Answer.of(((mask != 0) == (columns >= self.first.unsqueeze(1))).all())
 

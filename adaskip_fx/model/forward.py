@@ -91,12 +91,13 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
     cache = own_cache(cache, runtime)
     positions = _checked_positions(positions, input_ids)
     keep = _checked_keep(arguments.get("logits_to_keep"), input_ids, runtime.graphs.forward)
-    one = input_ids.shape[1] == 1
-    before, ahead = cache.length, one and mask is not None and runtime.may_run_ahead(cache)
+    ahead = mask is not None and input_ids.shape[1] == 1 and runtime.may_suppose(cache)
+    before, padded = cache.length, cache.padded
     read, padding, supposed = _checked_mask(mask, input_ids, cache, ahead)
     logits = runtime.step(input_ids, read, positions, cache, keep, padding)
     if supposed is not None and not supposed:  # found while the step was on its way
         cache.keep_first(before)
+        cache.padded = padded
         read, padding, _ = _checked_mask(mask, input_ids, cache, False)
         logits = runtime.step(input_ids, read, positions, cache, keep, padding)
     kept = cache if returns_cache else None

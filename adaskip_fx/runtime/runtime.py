@@ -53,8 +53,8 @@ class Runtime:
         runner: It runs a step with the plan that is in force.
         buffer_pool: K/V buffers between requests.
         checker: What ``ADASKIP_CHECK=1`` has found.
-        ahead: Whether ``generate`` begins a step before it knows that the request goes on, so that
-            a GPU need not wait for the host; the default on one.
+        ahead: Whether steps are begun before it is known that the request goes on, or that their
+            mask is as before, so that a GPU need not wait for the host; the default on one.
     """
 
     def __init__(
@@ -286,6 +286,11 @@ class Runtime:
         request: Request = cache.request
         learning = request.decode.learning
         return self.ahead and request.decoding and not learning and not cache.stateful
+
+    def may_suppose(self, cache: SkipCache) -> bool:
+        """Whether a decode step may be begun before its mask is read: nobody sees it twice."""
+        seen = self.observer is not None or cache.request.instrument is not None or checks()
+        return not seen and self.may_run_ahead(cache)
 
     def _learner(self) -> Learner | None:
         if self.policy is None or self.profile is None:

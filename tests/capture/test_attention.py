@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -154,3 +155,11 @@ def test_a_token_that_sees_nothing_is_not_nan() -> None:
 def test_one_name_is_all_that_is_added_to_transformers() -> None:
     assert ALL_ATTENTION_FUNCTIONS["adaskip"] is attention
     assert "adaskip" not in ALL_ATTENTION_FUNCTIONS["sdpa"].__module__
+
+
+def test_autocast_is_followed() -> None:
+    """Captured under it: queries and keys are left in float32 by rotary embeddings."""
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        query, key, value = (torch.empty(1, h, n, 8) for h, n in ((4, 5), (2, 9), (2, 9)))
+        got, _ = attention(torch.nn.Module(), query, key, value.bfloat16(), None)
+    assert got.dtype == torch.bfloat16

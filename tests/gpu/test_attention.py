@@ -38,6 +38,29 @@ def test_own_tokens_are_stored_and_seen(name: str, rotary: bool, dtype: torch.dt
         assert relative_error(buffer.nan_to_num().double(), stored.double()) < DTYPES[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotary", [False, True])
+def test_padding_that_reaches_into_a_step_is_not_seen(rotary: bool, dtype: torch.dtype) -> None:
+    step = oracle.padded_into(rotary, dtype, "cuda")
+    got: Any = store_and_attend(*step.arguments())
+    assert relative_error(got.double().cpu(), oracle.expected(step.case)) < DTYPES[dtype]
+    assert (got[:, :2] == 0).all(), "nothing is seen by padding"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 8, 17, 32])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 4, 256), (16, 2, 256), (32, 8, 128)])
+def test_wide_heads_fit(
+    heads: int, kv_heads: int, dim: int, tokens: int, dtype: torch.dtype
+) -> None:
+    """Into shared memory, with new tokens besides."""
+    shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "lengths": (70,)}
+    case = oracle.make(1, tokens=tokens, **shape, dtype=dtype, device="cuda")
+    step = oracle.step(case, rotary=True)
+    got: Any = store_and_attend(*step.arguments())
+    assert relative_error(got.double().cpu(), oracle.expected(case)) < DTYPES[dtype]
+
+
 @pytest.mark.breaks
 @pytest.mark.parametrize(
     ("column", "change"), [("FIRST", 1), ("SINKS", 3), ("WINDOW", -2), ("END", -1), ("BASE", 1)]

@@ -319,6 +319,14 @@ def test_a_mask_is_read_while_its_step_runs(monkeypatch: pytest.MonkeyPatch) -> 
     follow_changes(model, COMPILED[0])
 
 
+def test_a_checked_step_supposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be compared with what the mask really says."""
+    model, _ = packing()
+    monkeypatch.setattr(runtime_of(COMPILED[0]), "ahead", True)
+    monkeypatch.setenv("ADASKIP_CHECK", "1")
+    follow_changes(model, COMPILED[0])
+
+
 @pytest.mark.breaks
 def test_a_wrong_supposition_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion."""

@@ -117,6 +117,8 @@ def expected(case: Case) -> torch.Tensor:
                     scores = case.softcap * torch.tanh(scores / case.softcap)
                 weights = scores.exp()
                 mass = weights.sum()
+                if not slots:  # padding sees nothing
+                    mass = mass + 1
                 if case.sink_scores is not None:
                     mass = mass + case.sink_scores[head].double().cpu().exp()
                 output[row, t, head] = weights @ values[row, head // groups, slots] / mass
@@ -176,6 +178,19 @@ def step(case: Case, rotary: bool, by_row: bool = False) -> Step:
     query, unrotated = (_turned_back(x, angles) for x in (case.query, keys_by_head))
     cosines, sines = (torch.cat((f(angles),) * 2, -1).float() for f in (torch.cos, torch.sin))
     return Step(case, query, keys, values, unrotated, values_by_head, cosines, sines)
+
+
+def padded_into(rotary: bool, dtype: torch.dtype, device: str) -> Step:
+    """A step whose row begins at its third token: there are two of padding, and two stored."""
+    case = make(5, tokens=4, lengths=(3,), dtype=dtype, device=device)
+    first, end, base = 4, 3, 2
+    case.table = [[(first, 0, EVERY, end, base)]]
+    for buffer in (case.keys, case.values):
+        buffer[:, :, base : base + end + 3] = torch.randn_like(buffer[:, :, base : base + end + 3])
+    made = step(case, rotary)
+    for buffer in (case.keys, case.values, made.keys, made.values):
+        buffer[:, :, : base + first] = math.nan
+    return made
 
 
 def _turned_back(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """The operators of :mod:`ops` on CUDA, by PyTorch's fused kernels.
 
 cuDNN's attention is nearly twice as fast as flash attention 2 on Hopper, but it makes a plan for
-every new shape (:mod:`.cudnn_plans`), and its causal mask begins with the first key. Attention of a
-chunk is therefore computed in two parts: to what was stored before it, without a mask, and to
-itself; the two are weighted by their masses.
+every new shape (:mod:`.cudnn_plans`), and its causal mask begins with the first key. With
+plans, attention of a chunk is therefore computed in two parts: to what was stored before it,
+without a mask, and to itself; the two are weighted by their masses.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ def _attend_causal(
 ) -> torch.Tensor:
     past = key.shape[2] - query.shape[2]
     params = SDPAParams(query, key, value, None, 0.0, not past, query.shape[1] != key.shape[1])
+    cudnn = can_use_cudnn_attention(params)
     flash = can_use_flash_attention(params) and query.shape[3] % 8 == 0
-    if flash and not (can_use_cudnn_attention(params) and _is_worth_a_plan(query, key, past)):
+    if flash and not (cudnn and _pays_for_a_plan(query, key, value, past)):
         return flash_attention(query, key, value, scale)
     if not past:
         return causal(query, key, value, scale)
-    if can_use_cudnn_attention(params):
+    if cudnn:
         return _in_two_parts(query, key, value, past, scale)
     return causal_by_mask(query, key, value, scale)
 
@@ -37,11 +38,15 @@ def _attend_causal(
 torch.library.impl("adaskip::attend_causal", "cuda", _attend_causal)
 
 
-def _is_worth_a_plan(query: torch.Tensor, key: torch.Tensor, past: int) -> bool:
+def _pays_for_a_plan(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past: int
+) -> bool:
+    """Return whether this call runs on cuDNN; it is counted."""
     batch, heads, tokens, dim = query.shape
     if past and tokens <= _FEW_QUERIES:
         return False
-    shape = query.shape, query.stride(), key.shape, key.stride(), query.dtype, query.device
+    layouts = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
+    shape = *layouts, query.dtype, query.device
     operations = 4.0 * batch * heads * dim * tokens * (past + tokens / 2)
     return _plans.pay(shape, operations, 2 if past else 1)
 

@@ -7,7 +7,7 @@ takes more than twice the time of a choice that knew how often the shape would c
 and buying them when the rent has come to their price: Karlin et al., "Competitive Snoopy Caching").
 
 The two round differently, so a prompt may give other logits after a plan was made.
-`torch.use_deterministic_algorithms` rules that out: every shape has a plan then.
+`torch.use_deterministic_algorithms` rules that out: whatever may have a plan has one then.
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 # (An operator of `torch.library.custom_op` takes longer to call, at every layer of a prompt.)
 torch.library.define(
-    "adaskip::attend_causal", "(Tensor query, Tensor key, Tensor value, float scale) -> Tensor"
+    "adaskip::attend_causal",
+    "(Tensor query, Tensor key, Tensor value, float scale) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
@@ -55,14 +57,14 @@ def causal(
     return output.transpose(1, 2).contiguous()
 
 
-def _on_cpu(
+def _plainly(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> torch.Tensor:
     all_of_them = query.shape[2] == key.shape[2]
     return (causal if all_of_them else causal_by_mask)(query, key, value, scale)
 
 
-torch.library.impl("adaskip::attend_causal", "cpu", _on_cpu)
+torch.library.impl("adaskip::attend_causal", "default", _plainly)  # on any device
 
 
 def causal_by_mask(

@@ -8,7 +8,8 @@ Before::                                    After::
 
 Two kernels less a layer. Legal where nothing else reads or writes the two buffers: then no order
 among them is lost. The new tokens are stored where the bounds say that the queries are, which is
-where `position` is: a capture makes both of one tensor. Results are the same to the bit.
+where `position` is: a capture makes both of one tensor. Results are the same to rounding: a kernel
+may look at the new tokens after the stored ones.
 """
 
 from __future__ import annotations

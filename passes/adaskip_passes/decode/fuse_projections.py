@@ -58,8 +58,9 @@ class FuseProjections(Pass):
         graph = graph_module.graph
         overwritten = find_overwritten(graph)
         groups = _groups(graph, overwritten)
+        norms: dict[fx.Node, fx.Node] = {}
         for group in groups:
-            _fuse(graph, group, overwritten)
+            _fuse(graph, group, overwritten, norms)
         erased = eliminate_dead_code(graph)
         return PassResult(graph_module, len(groups) + erased)
 
@@ -101,7 +102,13 @@ def _fits(node: fx.Node, overwritten: set[fx.Node]) -> bool:
     )
 
 
-def _fuse(graph: fx.Graph, group: list[fx.Node], overwritten: set[fx.Node]) -> None:
+def _fuse(
+    graph: fx.Graph,
+    group: list[fx.Node],
+    overwritten: set[fx.Node],
+    norms: dict[fx.Node, fx.Node],
+) -> None:
+    """Make a group one call; `norms` are those that are calls of their own already, by result."""
     source, activation, residual = _source(group[0]), "", None
     results = group
     at = group[0]
@@ -116,10 +123,11 @@ def _fuse(graph: fx.Graph, group: list[fx.Node], overwritten: set[fx.Node]) -> N
         norm = None
     x, weight, eps = norm if norm is not None else (source, None, 0.0)
     if norm is not None and (shape is None or shape.numel() != shape[-1]):
-        with graph.inserting_before(at):
-            x = graph.call_function(torch.ops.adaskip.normalize.default, norm)
-        x.meta["example_value"] = source.meta["example_value"]
-        weight, eps = None, 0.0
+        if source not in norms:
+            with graph.inserting_after(source):
+                norms[source] = graph.call_function(torch.ops.adaskip.normalize.default, norm)
+            norms[source].meta["example_value"] = source.meta["example_value"]
+        x, weight, eps = norms[source], None, 0.0
     if activation:  # the one that goes through the activation is first
         group = sorted(group, key=lambda n: operation(next(iter(n.users))) != "silu")
     biases = [b for n in group if isinstance(b := _bias(n), fx.Node)]

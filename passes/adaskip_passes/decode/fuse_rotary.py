@@ -25,7 +25,15 @@ from torch import fx
 
 from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
-from .matching import argument, calls, example, find_overwritten, operands, shape_of
+from .matching import (
+    argument,
+    calls,
+    dtype_of,
+    example,
+    find_overwritten,
+    operands,
+    shape_of,
+)
 
 _ATTEND = torch.ops.adaskip.store_and_attend.default
 
@@ -46,14 +54,18 @@ class FuseRotary(Pass):
 
 def _fuse(attend: fx.Node, overwritten: set[fx.Node]) -> bool:
     """Let `attend` rotate; returns False where it may not."""
-    query, keys, values, new_keys, new_values, cosines, sines, *rest = attend.args
-    if cosines is not None or sines is not None:
+    query, keys, values, new_keys, new_values, *given_angles = attend.args[:7]
+    rest = attend.args[7:]
+    if given_angles != [None, None]:
         return False
     turned = [_rotated(node) for node in (query, new_keys) if isinstance(node, fx.Node)]
     if len(turned) != 2 or turned[0] is None or turned[1] is None:
         return False
     (query, *angles), (new_keys, *others) = turned[0], turned[1]
-    if angles != others or not overwritten.isdisjoint((query, new_keys, *angles)):
+    cosines, sines = angles
+    if angles != others or shape_of(cosines) != shape_of(sines):
+        return False
+    if not overwritten.isdisjoint((query, new_keys, cosines, sines)):
         return False
     attend.args = (query, keys, values, new_keys, new_values, *angles, *rest)
     return True
@@ -93,7 +105,7 @@ def _is_slice(node: object, x: fx.Node, last: slice) -> bool:
 def _is_angle(node: fx.Node, x: fx.Node) -> bool:
     """Return whether `node` is one angle's for each token and dimension of x, [B or 1, 1, T, D]."""
     value, shape = example(node), shape_of(x)
-    if value is None or shape is None or value.dim() != 4 or not value.dtype.is_floating_point:
+    if value is None or shape is None or value.dim() != 4 or value.dtype != dtype_of(x):
         return False
     rows, heads, *rest = value.shape
     return rows in (1, shape[0]) and heads == 1 and tuple(rest) == tuple(shape[2:])

@@ -164,6 +164,7 @@ def attend(
                 sink = sink_scores[mine].float().view(-1, 1, 1).expand(-1, tokens, 1)
                 scores = torch.cat((scores, sink), -1)
             shares = torch.softmax(scores, -1)[..., : position.shape[0]]
+            shares = shares.masked_fill(~seen.any(-1, keepdim=True), 0)  # of padding
             mixed = shares.to(values.dtype) @ values[row, head, base + position]
             output[row, :, mine] = mixed.transpose(0, 1)
     return output

@@ -31,6 +31,14 @@ def test_own_tokens_are_stored_and_seen(name: str, rotary: bool) -> None:
         assert relative_error(buffer.nan_to_num(), stored) < 1e-6
 
 
+@pytest.mark.parametrize("rotary", [False, True])
+def test_padding_that_reaches_into_a_step_is_not_seen(rotary: bool) -> None:
+    step = oracle.padded_into(rotary, torch.float32, "cpu")
+    got: Any = store_and_attend(*step.arguments())
+    assert relative_error(got.double(), oracle.expected(step.case)) < 1e-5
+    assert (got[:, :2] == 0).all(), "nothing is seen by padding"
+
+
 @pytest.mark.breaks
 def test_angles_matter() -> None:
     """The companion."""

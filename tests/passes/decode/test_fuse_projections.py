@@ -498,6 +498,18 @@ def test_the_norm_of_more_rows_is_a_call_of_its_own(rows: int, dtype: torch.dtyp
     assert rest(module) == {operation(normed)}
 
 
+def test_a_norm_of_several_groups_is_one_call() -> None:
+    half = torch.bfloat16
+
+    def four(x: Tensor, n: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Any:
+        h = rms_norm(x, n)
+        return linear(h, a), linear(h, b), linear(h, c), linear(h, d)
+
+    module = fused(four, stream(3, half), scale(half), *weights(12, 8, 8, 4, dtype=half))
+    assert len(calls(module)) == 2
+    assert len(module.graph.find_nodes(op="call_function", target=NORMALIZE)) == 1
+
+
 def test_rows_are_counted_over_all_dimensions() -> None:
     half = torch.bfloat16
     x = random(4, 8, WIDTH, dtype=half)

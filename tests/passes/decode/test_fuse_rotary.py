@@ -152,6 +152,26 @@ def test_what_is_another_rotation_stays(function: Callable[..., Any]) -> None:
     assert error == 0
 
 
+def test_angles_of_another_dtype_stay() -> None:
+    """Rotated in float32, keys would be stored in float32."""
+    q, keys, values, k, v, c, s, b = inputs()
+    half_precision = [t.to(torch.bfloat16) for t in (q, keys, values, k, v)]
+    module = fx.symbolic_trace(rotary)
+    for node, value in zip(
+        module.graph.find_nodes(op="placeholder"), (*half_precision, c, s, b), strict=True
+    ):
+        node.meta["example_value"] = value
+    FuseRotary()(module)
+    assert not rotates(module)
+
+
+def test_angles_of_different_rows_stay() -> None:
+    q, keys, values, k, v, c, s, b = inputs()
+    module, error = both(rotary, (q, keys, values, k, v, c, torch.cat((s, s * 2)), b))
+    assert not rotates(module)
+    assert error == 0
+
+
 def test_angles_of_each_head_stay() -> None:
     q, keys, values, k, v, c, s, b = inputs(heads=2)
     module, error = both(rotary, (q[:, :2], keys, values, k, v, c, s, b))

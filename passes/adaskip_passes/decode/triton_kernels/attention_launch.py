@@ -8,7 +8,7 @@ import torch
 import triton
 
 from .decode_attention import _attend, _combine_apart
-from .launch import Launch, has_pdl
+from .launch import Launch, has_pdl, shared_memory
 
 _PROGRAMS = 128
 _MOST_QUERIES = 128  # of one program
@@ -61,6 +61,11 @@ def attention(
     group = min(_MOST_QUERIES, max(16, triton.next_power_of_2(queries)))
     groups = batch * kv_heads * triton.cdiv(queries, group)
     splits, block, stages, warps = _blocks(groups, group)
+    own = max(16, triton.next_power_of_2(tokens))
+    size = keys.element_size()
+    limit = shared_memory(query.device) // size
+    block = max(16, min(block, 32768 // (max(padded, padded_values) * size)))
+    block, stages = _fitting(limit, block, stages, group, own, padded, padded_values)
     apart = tokens > 1
     partial = query.new_empty(groups * splits * group * padded_values, dtype=torch.float32)
     weight = query.new_empty(groups * splits * group * 2, dtype=torch.float32)
@@ -77,7 +82,6 @@ def attention(
         *(*query_strides, *keys.stride()[:3], *values.stride()[:3]),
         *(bounds.stride(0), bounds.stride(1), tokens),
     )
-    wide = max(padded, padded_values) * keys.element_size()
     some = max(1, min(triton.next_power_of_2(queries), 16384 // (splits * padded_values)))
     pdl = has_pdl(query.device)
     form = {
@@ -89,8 +93,8 @@ def attention(
         **form,
         **{"B": batch, "HB": bounds.shape[1], "D": dim, "DP": padded, "PROGRAMS": _PROGRAMS},
         "EP": triton.next_power_of_2(batch * bounds.shape[1]),
-        **{"GB": min(some, group), "TP": max(16, triton.next_power_of_2(tokens))},
-        "BN": max(16, min(block, 32768 // wide)),
+        **{"GB": min(some, group), "TP": own},
+        "BN": block,
         "WIDE": max(_numel(keys), _numel(values)) >= 2**31,
         **{"STAGES": stages, "SOFTCAP": softcap != 0.0, "PLAIN": tokens == 1, "APART": apart},
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
@@ -101,6 +105,34 @@ def attention(
         alone = {**form, "GB": 1, "num_warps": 2}
         launches.append(Launch(_combine_apart, (groups, group), rest, alone, [output]))
     return launches
+
+
+def _fitting(
+    limit: int, block: int, stages: int, group: int, own: int, dim: int, value_dim: int
+) -> tuple[int, int]:
+    """Return how many keys at a time and stages fit into shared memory, all counted in numbers.
+
+    Args:
+        limit: What there is of it.
+        block: Keys at a time, at most.
+        stages: At most.
+        group: Queries.
+        own: New tokens.
+        dim: Of a head's queries and keys, padded.
+        value_dim: Of its values, padded.
+
+    """
+
+    def taken() -> int:
+        keys = stages * block + own
+        return keys * (dim + value_dim) + group * (dim + block)
+
+    while taken() > limit and (stages > 1 or block > 16):
+        if stages > 2 or block <= 16:
+            stages -= 1
+        else:
+            block //= 2
+    return block, stages
 
 
 def _numel(tensor: torch.Tensor) -> int:

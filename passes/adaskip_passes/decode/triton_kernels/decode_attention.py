@@ -42,6 +42,7 @@ def _combine(
     mass = tl.sum(masses * factor, 0)
     if sinks is not None:
         mass += tl.exp2(sink - best)
+    mass = tl.where(mass == 0.0, 1.0, mass)  # of padding, which sees nothing
     result = tl.sum(parts * factor[:, :, None], 0) / mass[:, None]
     place = (b * T + query // G) * H + h * G + query % G
     tl.store(
@@ -241,14 +242,14 @@ def _attend(
         if STORE:  # loaded before the stored ones, and looked at after them
             high = tl.minimum(high, count - T)
             e = tl.arange(0, TP)
-            own = (e < T) & (split == used - 1)
-            own_keys = own[:, None] & (d < D)[None, :]
+            own = (e < T) & (end - 1 + e >= first) & (split == used - 1)  # padding is none
+            k_mask = own[:, None] & (d < D)[None, :]
             places = b * new_key_b + h * new_key_h + e * new_key_t
             turns = b * angle_b + e * angle_t
-            k_own = _rotated(new_keys, cosines, sines, places, turns, d, D, own_keys)
-            own_values = own[:, None] & (dv < DV)[None, :]
+            k_own = _rotated(new_keys, cosines, sines, places, turns, d, D, k_mask)
+            v_mask = own[:, None] & (dv < DV)[None, :]
             places = b * new_value_b + h * new_value_h + e * new_value_t
-            v_own = tl.load(new_values + places[:, None] + dv[None, :], mask=own_values, other=0.0)
+            v_own = tl.load(new_values + places[:, None] + dv[None, :], mask=v_mask, other=0.0)
         best, mass, total = _stored(
             q, t, key_base, value_base, mine, first, kept, begin, split * share, high, end, key_n,
             value_n, scale, softcap,
@@ -260,8 +261,8 @@ def _attend(
                 window, sink = tl.load(mine + 2).to(tl.int32), tl.load(mine + 1).to(tl.int32)
                 if WIDE:
                     slot = slot.to(tl.int64)
-                tl.store(key_base + slot * key_n + d[None, :], k_own, mask=own_keys)
-                tl.store(value_base + slot * value_n + dv[None, :], v_own, mask=own_values)
+                tl.store(key_base + slot * key_n + d[None, :], k_own, mask=k_mask)
+                tl.store(value_base + slot * value_n + dv[None, :], v_own, mask=v_mask)
                 scores = _scores(q, k_own, scale, softcap, SOFTCAP, PRECISION)
                 near = (e[None, :] > t[:, None] - window) | (end - 1 + e < first + sink)[None, :]
                 seen = own[None, :] & (e[None, :] <= t[:, None]) & near

@@ -35,7 +35,7 @@ class Launch:
     def run(self) -> list[torch.Tensor]:
         """Launch the kernel; returns its outputs."""
         compiled = self.kernel[self.grid](*self.arguments, **self.flags)
-        if self.wants_l1:
+        if self.wants_l1 and compiled is not None:  # (Triton's interpreter compiles nothing)
             _prefer_l1(compiled.function)
         return self.outputs
 
@@ -70,6 +70,16 @@ def _prefer_l1(function: int) -> None:
         return
     carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
     driver.cuFuncSetAttribute(driver.CUfunction(function), carveout, 0)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may have on a device."""
+    if device.type != "cuda":
+        return 227 * 1024  # of compute capability 9, for which sizes were chosen
+    properties: Any = torch.cuda.get_device_properties(device)
+    limit: int = properties.shared_memory_per_block_optin
+    return limit
 
 
 @functools.cache
