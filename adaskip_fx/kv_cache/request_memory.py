@@ -1,8 +1,7 @@
 """What one request stores: its length, its rows, and buffers for attention and mixers that run.
 
 A step gets views of the filled length of its buffers, new tokens included, so that it attends to
-nothing that is not there. Lengths are kept here, on the host,
-never in a layer: layer 0's attention may be skipped, or all of it.
+nothing that is not there. Lengths are kept on the host, never in a layer, which may be skipped.
 """
 
 from __future__ import annotations
@@ -198,11 +197,8 @@ class RequestMemory:
     def padding_of(self, mask: torch.Tensor, suppose: bool) -> tuple[Padding | None, Answer | None]:
         """Return what a mask [batch, tokens] says, as `Padding.of` does: the host reads it.
 
-        Not if it goes on from the last one that was read (`mask_goes_on`).
-
-        Args:
-            mask: of all tokens, those that are new included.
-            suppose: return at once what the last mask said, and whether this one says the same.
+        Not if it goes on from the last one that was read (`mask_goes_on`). To `suppose` is to
+        return what that one said, and whether this one says the same, which is not waited for.
         """
         trusted, _, padding = self._mask or (None, 0, None)
         same = None
