@@ -29,6 +29,7 @@ from benchmarks import (
     models,
     peers,
     plans,
+    report,
     speed,
     states,
     window,
@@ -453,6 +454,18 @@ def test_recorded_result_agrees_with_itself(name: str) -> None:
     result = recorded(name)
     assert set(result) == KEYS[name]
     assert RECORDED[name](result) == set()
+
+
+def test_what_is_reported_was_measured_on_a_gpu() -> None:
+    """A run on a CPU, of a tiny model, writes to the same folder."""
+
+    def on_gpu(name: str) -> bool:
+        conditions = json.loads((RESULTS / f"{name}.json").read_text())["conditions"]
+        return str(conditions["device"]).startswith("NVIDIA")
+
+    recorded = [name for name in report.NAMES if (RESULTS / f"{name}.json").exists()]
+    assert [name for name in recorded if not on_gpu(name)] == []
+    assert not on_gpu("link"), "the near miss: it is of a CPU, and no part of the report"
 
 
 # The command line.

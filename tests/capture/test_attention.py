@@ -163,3 +163,7 @@ def test_autocast_is_followed() -> None:
         query, key, value = (torch.empty(1, h, n, 8) for h, n in ((4, 5), (2, 9), (2, 9)))
         got, _ = attention(torch.nn.Module(), query, key, value.bfloat16(), None)
     assert got.dtype == torch.bfloat16
+    with FakeTensorMode():
+        query, key, value = (torch.empty(1, h, n, 8) for h, n in ((4, 5), (2, 9), (2, 9)))
+        got, _ = attention(torch.nn.Module(), query, key, value, None)
+    assert got.dtype == torch.float32, "outside of it nothing is cast"

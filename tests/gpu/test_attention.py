@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from adaskip_passes.attention.ops import attend_causal, causal_by_mask
+from adaskip_passes.attention.ops import attend_causal, causal
 from adaskip_passes.decode.ops import EVERY, Bounds, attend, store_and_attend
 from tests.support import attention_oracle as oracle
 from tests.support.eager_reference import relative_error
@@ -109,14 +109,26 @@ def test_long_rows(
             assert relative_error(got[row : row + 1].double(), want.transpose(1, 2)) < margin
 
 
+@pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "stored"), [(2, 900), (300, 1000), (129, 130), (700, 1500)])
+@pytest.mark.parametrize(
+    ("tokens", "stored"), [(2, 900), (300, 1000), (129, 130), (700, 1500), (600, 600)]
+)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"), [(8, 2, 128), (4, 4, 64), (2, 1, 20), (2, 2, 256)]
 )
 def test_the_last_queries_are_causal(
-    dtype: torch.dtype, tokens: int, stored: int, heads: int, kv_heads: int, dim: int
+    dtype: torch.dtype,
+    tokens: int,
+    stored: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    planned: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """On flash attention, and on cuDNN where it is there and has its plans."""
+    monkeypatch.setattr("adaskip_passes.attention.cudnn_plans._PLAN", 0.0 if planned else 1e30)
     torch.manual_seed(tokens)
     query = torch.randn(2, heads, tokens, dim, device="cuda").to(dtype)
     shape = (stored + 9, 2, kv_heads, dim)
@@ -125,7 +137,7 @@ def test_the_last_queries_are_causal(
         for _ in range(2)
     )
     got = attend_causal(query, key, value, dim**-0.5)
-    want = causal_by_mask(query.double(), key.double(), value.double(), dim**-0.5)
+    want = causal(query.double(), key.double(), value.double(), dim**-0.5)
     assert relative_error(got.double(), want) < DTYPES[dtype]
     wrong = attend_causal(query, key.flip(2), value, dim**-0.5)
     assert relative_error(wrong.double(), want) > DTYPES[dtype]

@@ -12,6 +12,7 @@ from adaskip_fx.api import build
 from adaskip_fx.kv_cache.padding import Padding
 from adaskip_fx.model import forward
 from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.runtime.checking import CheckError
 from tests.capture.test_attention import FAMILIES, make
 from tests.support.compiled_llamas import fixed, make_model
 from tests.support.eager_reference import assert_close
@@ -325,6 +326,18 @@ def test_a_checked_step_supposes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(runtime_of(COMPILED[0]), "ahead", True)
     monkeypatch.setenv("ADASKIP_CHECK", "1")
     follow_changes(model, COMPILED[0])
+
+
+@pytest.mark.breaks
+def test_a_supposed_step_would_fail_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companion."""
+    model, _ = packing()
+    runtime = runtime_of(COMPILED[0])
+    monkeypatch.setattr(runtime, "ahead", True)
+    monkeypatch.setattr(runtime, "may_suppose", runtime.may_run_ahead)
+    monkeypatch.setenv("ADASKIP_CHECK", "1")
+    with pytest.raises(CheckError):
+        follow_changes(model, COMPILED[0])
 
 
 @pytest.mark.breaks

@@ -13,7 +13,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_fla
 
 from .._torch import cudnn_attention, flash_attention
 from .cudnn_plans import CudnnPlans
-from .ops import causal, causal_by_mask
+from .ops import causal
 
 _FEW_QUERIES = 128  # up to so many, flash attention splits the keys, and is as fast
 _plans = CudnnPlans()
@@ -28,11 +28,9 @@ def _attend_causal(
     flash = can_use_flash_attention(params) and query.shape[3] % 8 == 0
     if flash and not (cudnn and _pays_for_a_plan(query, key, value, past)):
         return flash_attention(query, key, value, scale)
-    if not past:
-        return causal(query, key, value, scale)
-    if cudnn:
+    if past and cudnn:
         return _in_two_parts(query, key, value, past, scale)
-    return causal_by_mask(query, key, value, scale)
+    return causal(query, key, value, scale)
 
 
 torch.library.impl("adaskip::attend_causal", "cuda", _attend_causal)

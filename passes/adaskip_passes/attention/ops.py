@@ -45,43 +45,25 @@ def attend_causal(
 def causal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Return what `attend_causal` does where the queries are all tokens, by PyTorch's choice."""
-    output = scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        is_causal=True,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output.transpose(1, 2).contiguous()
-
-
-def _plainly(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
-    all_of_them = query.shape[2] == key.shape[2]
-    return (causal if all_of_them else causal_by_mask)(query, key, value, scale)
-
-
-torch.library.impl("adaskip::attend_causal", "default", _plainly)  # on any device
-
-
-def causal_by_mask(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Return what `attend_causal` does, with a mask [T, S]."""
+    """Return what `attend_causal` does by PyTorch's attention; in part of S with a mask [T, S]."""
     tokens, stored = query.shape[2], key.shape[2]
-    seen = torch.ones(tokens, stored, dtype=torch.bool, device=query.device).tril(stored - tokens)
+    seen = None
+    if tokens != stored:
+        seen = torch.ones(tokens, stored, dtype=torch.bool, device=query.device)
+        seen = seen.tril(stored - tokens)
     output = scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=seen,
+        is_causal=seen is None,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output.transpose(1, 2).contiguous()
+
+
+torch.library.impl("adaskip::attend_causal", "default", causal)  # on any device
 
 
 def _shaped(

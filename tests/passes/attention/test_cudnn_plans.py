@@ -91,7 +91,7 @@ def test_deterministic_algorithms_have_a_plan_at_once() -> None:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which kernels ran; both are there until a test says otherwise."""
     names = list[str]()
-    for name in ("flash_attention", "causal", "causal_by_mask", "_in_two_parts"):
+    for name in ("flash_attention", "causal", "_in_two_parts"):
 
         def kernel(query: torch.Tensor, *_: object, name: str = name) -> torch.Tensor:
             names.append(name)
@@ -136,7 +136,7 @@ def test_few_queries_never_have_one(ran: list[str], monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("cudnn", "tokens", "kernel"),
-    [(True, 300, "_in_two_parts"), (False, 300, "causal_by_mask"), (False, 500, "causal")],
+    [(True, 300, "_in_two_parts"), (False, 300, "causal"), (False, 500, "causal")],
 )
 def test_without_flash_attention(
     ran: list[str], monkeypatch: pytest.MonkeyPatch, cudnn: bool, tokens: int, kernel: str

@@ -40,6 +40,19 @@ def test_padding_that_reaches_into_a_step_is_not_seen(rotary: bool) -> None:
 
 
 @pytest.mark.breaks
+def test_padding_that_is_not_told_is_seen() -> None:
+    """The companion."""
+    step = oracle.padded_into(False, torch.float32, "cpu")
+    for tensor in (step.keys, step.values):
+        tensor.nan_to_num_(0.5)
+    *before, bounds, scale, softcap, sinks = step.arguments()
+    assert isinstance(bounds, torch.Tensor)
+    bounds[..., Bounds.FIRST] -= 1
+    wrong: Any = store_and_attend(*before, bounds, scale, softcap, sinks)
+    assert relative_error(wrong.double(), oracle.expected(step.case)) > 1e-2
+
+
+@pytest.mark.breaks
 def test_angles_matter() -> None:
     """The companion."""
     case = oracle.make(2, tokens=3)

@@ -21,7 +21,7 @@ class Launch:
         flags: Its constants and launch options, by name.
         outputs: Those of the arguments that are the results.
         wants_l1: Whether it reads through the L1 cache, which a kernel that ran before, with much
-            shared memory, would leave small: a multiprocessor has 256 KiB for both.
+            shared memory, would leave small: both are one memory of a multiprocessor.
 
     """
 
