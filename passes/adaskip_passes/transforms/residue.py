@@ -23,6 +23,7 @@ from torch import fx
 
 from ..analysis.effects import accesses, is_mutation, written
 from ..analysis.stream import stream_independent
+from ..analysis.symbolic_lengths import describing
 from ..infra.pass_base import Pass, PassResult
 from ..infra.pass_manager import run_passes
 from .dead_code import eliminate_dead_code
@@ -56,7 +57,9 @@ class Residue(Pass):
                 return bool(accesses(later, root))
             return self.keep == "everything" or node in free
 
-        erased = eliminate_dead_code(graph, keep=kept, placeholders=True)
+        erased = eliminate_dead_code(graph, keep=kept)
+        symbols = describing(graph)
+        erased += eliminate_dead_code(graph, lambda n: kept(n) or n in symbols, placeholders=True)
         return PassResult(graph_module, 1 + erased)
 
 

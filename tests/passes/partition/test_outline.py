@@ -43,6 +43,7 @@ from tests.support.fx_decoders import (
     trace,
 )
 from tests.support.fx_reference import eager, same
+from tests.support.symbols import missing_symbols
 
 
 def pieces(outer: fx.GraphModule) -> dict[str, Piece]:
@@ -173,12 +174,7 @@ def test_the_outer_graph_has_the_captured_inputs_in_order() -> None:
 def test_symbols_of_shapes_are_inputs_of_every_piece() -> None:
     """A compiler looks symbols up among the integer inputs."""
     for piece in pieces(shared(Shape()).outer).values():
-        inputs = [n.meta["example_value"] for n in piece.module.graph.find_nodes(op="placeholder")]
-        given_symbols = {v.node.expr for v in inputs if isinstance(v, torch.SymInt)}
-        for value in inputs:
-            if isinstance(value, Tensor):
-                sizes = [s.node.expr for s in value.shape if isinstance(s, torch.SymInt)]
-                assert {s for e in sizes for s in e.free_symbols} <= given_symbols, piece.name
+        assert not missing_symbols(piece), piece.name
 
 
 def test_two_inputs_with_one_short_name() -> None:
