@@ -51,13 +51,13 @@ class CacheBuffers:
     dtype: torch.dtype
     device: torch.device
     specs: tuple[LayerCacheSpec, ...]
-    regions: list[Pair | None]
-    states: list[tuple[torch.Tensor, ...]]
+    regions: list[Pair | None] = field(repr=False)  # (there may be no memory behind them)
+    states: list[tuple[torch.Tensor, ...]] = field(repr=False)
     memory: GrowingMemory | None
     whole: bool = False
-    lengths: torch.Tensor = field(init=False)
-    keys: list[torch.Tensor | None] = field(init=False)
-    values: list[torch.Tensor | None] = field(init=False)
+    lengths: torch.Tensor = field(init=False, repr=False)
+    keys: list[torch.Tensor | None] = field(init=False, repr=False)
+    values: list[torch.Tensor | None] = field(init=False, repr=False)
     steps: dict[int, StaticStep] = field(init=False, default_factory=dict, repr=False)
     stream: torch.cuda.Stream | None = field(init=False, default=None, repr=False)
     shown: bool = field(init=False, default=False)
