@@ -68,4 +68,5 @@ class Surroundings:
         """Return torch's state now, for code that runs on a device."""
         active = torch.is_autocast_enabled(device.type)
         autocast = torch.get_autocast_dtype(device.type) if active else None
-        return cls(autocast, torch.get_default_dtype(), torch.get_default_device())
+        made = torch.empty(0)  # (asking for the defaults by name takes several times as long)
+        return cls(autocast, made.dtype, made.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -40,8 +39,7 @@ def cache_of(output: Any) -> Any:
 
 
 def _field_of(output: type[Any]) -> str:
-    fields = {field.name for field in dataclasses.fields(output)}
-    return next(n for n in CACHE_NAMES if n in fields)
+    return next(n for n in CACHE_NAMES if hasattr(output, n))  # a field has a default
 
 
 def under_one_name(arguments: dict[str, Any], name: str) -> dict[str, Any]:

@@ -76,16 +76,18 @@ def compiled_forward(base: Callable[..., Any]) -> Callable[..., Any]:
 )
 def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
     """Run one forward of the compiled model."""
-    _refuse_unsupported(model, arguments)
     runtime, config = model._adaskip, model.config
     arguments = under_one_name(arguments, runtime.cache_argument)
-    input_ids = _checked_ids(runtime.device, arguments.get("input_ids"))
     cache = arguments.get(runtime.cache_argument)
     mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-    use_cache = _flag(arguments, "use_cache", config)
-    returns_cache = use_cache or cache is not None  # as most models do with a cache that they fill
+    # Most models return a cache that they fill.
+    returns_cache = cache is not None or _flag(arguments, "use_cache", config)
+    filled = cache if isinstance(cache, SkipCache) and cache.length else None
+    _refuse_unsupported(model, arguments, goes_on=filled is not None)
+    device = filled.device if filled is not None else runtime.device
+    input_ids = _checked_ids(device, arguments.get("input_ids"))
     if cache is None:
-        if mask is None and not use_cache:
+        if mask is None and not returns_cache:
             _refuse_packed(positions)
         cache = runtime.new_cache()
     cache = own_cache(cache, runtime)
@@ -123,8 +125,12 @@ def _refuse_packed(positions: object) -> None:
         )
 
 
-def _refuse_unsupported(model: CompiledCausalLM, arguments: Mapping[str, Any]) -> None:
-    refuse_outputs(model)
+def _refuse_unsupported(
+    model: CompiledCausalLM, arguments: Mapping[str, Any], goes_on: bool
+) -> None:
+    """Refuse what there is no graph for; a request that `goes_on` keeps to the config it had."""
+    if not goes_on:
+        refuse_outputs(model)
     if model.training:
         raise RuntimeError("a compiled model is for inference only; call eval() on it")
     if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
