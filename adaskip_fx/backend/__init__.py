@@ -120,7 +120,13 @@ def _first_request(options: dict[str, Any]) -> BackendRequest:
 
 def _usable(decision: Decision) -> SkipPlan | Schedule:
     if isinstance(decision, SkipPlan | Schedule):
-        if not plans_of(decision)[0].last_token_full:
+        plans = plans_of(decision)
+        if any(plan.windows for plan in plans):
+            raise ValueError(
+                "backend adaskip cannot run a plan with windows yet: attention is the user's own "
+                "there, over a cache whose heads it may repeat; use adaskip_fx.compile"
+            )
+        if not plans[0].last_token_full:
             return decision
         what = "a plan with last_token_full"
     else:

@@ -43,7 +43,7 @@ class BackendRequest:
     def remembers(self) -> bool:
         """Whether it matters for a step what its request did before, or that it is a prompt."""
         changes = isinstance(self.decision, Schedule) or self.decode.window is not None
-        return changes or self.plan.prefill != self.plan.decode
+        return changes or not self.plan.phases_alike
 
     def next_plan(self) -> SkipPlan:
         """Return the plan of the next decode step, which is counted."""

@@ -173,7 +173,7 @@ class CalibrationLoss:
         graph would be needed for every length of an answer, or all of a prompt's logits.)
         """
         cache = self.runtime.new_cache(prompt.shape[1] + answer.shape[1], plan=plan, learn=False)
-        same_phases = plan.prefill == plan.decode and not plan.last_token_full
+        same_phases = plan.phases_alike and not plan.last_token_full
         rest = answer[:, :-1]
         chunks = torch.split(rest, rest.shape[1] if same_phases else 1, 1) if rest.shape[1] else ()
         steps = [self.runtime.step(prompt, None, None, cache, 1)]

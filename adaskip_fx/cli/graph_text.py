@@ -53,7 +53,7 @@ def explain(model: Any, plan: SkipPlan) -> Iterator[Explained]:
         make_compiled_model(model), model, run_reference(model), "eager", "pieces", max_variants=1
     )
     for phase in get_args(Phase):
-        if phase == "decode" and plan.decode == plan.prefill:
+        if phase == "decode" and plan.phases_alike:
             return
         captured = graphs.capture(_key(model, phase))
         if captured.sublayers != plan.sublayers:
@@ -125,5 +125,6 @@ def excerpt(plan: SkipPlan) -> tuple[SkipPlan, int]:
         {new[s]: action for s, action in plan.prefill.items() if s in new},
         {new[s]: action for s, action in plan.decode.items() if s in new},
         Surrogates(kept),
+        windows=plan.windows.renamed(new),
     )
     return short, first

@@ -195,7 +195,9 @@ def left_out(plan: SkipPlan) -> str:
     written = sum(action is Action.KV_ONLY for action in plan.decode.values())
     kept = f", {written} of them with their K/V written" if written else ""
     which = f": {by_kind(gone)}" if gone else ""
-    return f"decode leaves out {len(gone)} of {len(plan.sublayers)}{kept}{which}"
+    windows = plan.windows.decode
+    seen = f"; {len(windows)} see a window: {by_kind(windows)}" if windows else ""
+    return f"decode leaves out {len(gone)} of {len(plan.sublayers)}{kept}{which}{seen}"
 
 
 # Validation ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
+from adaskip_fx.plans.windows import Windows
 
 
 def decode_only(plan: SkipPlan) -> SkipPlan:
@@ -18,7 +19,13 @@ def decode_only(plan: SkipPlan) -> SkipPlan:
 
     K/V then takes as many bytes as the full model's.
     """
-    return replace(plan, prefill={}, decode=_keeping_cache(plan.decode), last_token_full=False)
+    return replace(
+        plan,
+        prefill={},
+        decode=_keeping_cache(plan.decode),
+        last_token_full=False,
+        windows=Windows(decode=plan.windows.decode),
+    )
 
 
 def prefill_only(
@@ -42,6 +49,7 @@ def prefill_only(
         prefill=_keeping_cache(plan.prefill),
         decode=_keeping_cache(smaller.decode),
         last_token_full=last_token_full,
+        windows=Windows(plan.windows.prefill, smaller.windows.decode),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from adaskip_fx.plans.actions import PlanError
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
+from adaskip_fx.plans.windows import NO_WINDOWS, Windows
 from adaskip_fx.utils.files import JSON, check_digest, read_document, write_atomically
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def actions_json(plan: SkipPlan) -> dict[str, JSON]:
         "decode": {str(s): action.value for s, action in plan.decode.items()},
         # Absent where it is off, so that digests of plans from before it existed stay the same.
         **({"last_token_full": True} if plan.last_token_full else {}),
+        **({"windows": plan.windows.to_json()} if plan.windows else {}),
     }
 
 
@@ -66,6 +68,7 @@ def load(plan_type: type[SkipPlan], path: Path) -> SkipPlan:
             {Sublayer.parse(name): action for name, action in data["decode"].items()},
             Surrogates.from_json(data["compensation"], _load_tensors(path, data["tensors"])),
             data.get("last_token_full", False) is True,
+            Windows.from_json(data["windows"]) if "windows" in data else NO_WINDOWS,
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise PlanError(f"{path}: not a valid plan ({error}); {_REDO}") from error

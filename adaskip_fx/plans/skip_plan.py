@@ -14,6 +14,7 @@ from adaskip_fx.plans.actions import Action, Phase, PlanError
 from adaskip_fx.plans.sublayer import Kind, Sublayer
 from adaskip_fx.plans.surrogates import NO_SURROGATES, Surrogates
 from adaskip_fx.plans.tables import plan_table
+from adaskip_fx.plans.windows import NO_WINDOWS, Window, Windows
 from adaskip_fx.utils.files import JSON, canonical_digest
 
 __all__ = ["Action", "Kind", "Phase", "PlanError", "SkipPlan", "Sublayer"]
@@ -31,12 +32,13 @@ class SkipPlan:
         last_token_full: whether the last token of a prompt runs as `decode` says instead, as a step
             of its own (POP, arXiv 2602.03295): the first new token then comes from the decode plan.
             Of a prompt that arrives in chunks it is the last token of each.
+        windows: what the attention that runs sees, where it is less than everything.
 
     Raises:
         PlanError: names the sublayer. It is unknown or listed twice; its K/V would be missing or
             would have holes (attention and mixers are skipped in both phases or in none); it is an
-            ffn with `KV_ONLY`; there is a surrogate for an unknown sublayer; or nothing runs in a
-            phase.
+            ffn with `KV_ONLY`; there is a surrogate or a window for an unknown sublayer; a window
+            is of something else than attention that runs; or nothing runs in a phase.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -44,6 +46,7 @@ class SkipPlan:
     decode: Mapping[Sublayer, Action]
     surrogates: Surrogates = NO_SURROGATES
     last_token_full: bool = False
+    windows: Windows = NO_WINDOWS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sublayers", tuple(self.sublayers))
@@ -57,6 +60,7 @@ class SkipPlan:
             not_run = {s: action for s, action in parsed.items() if action is not Action.RUN}
             validation.check_phase(self.sublayers, phase, not_run)
             object.__setattr__(self, phase, MappingProxyType(not_run))
+            validation.check_windows(self.sublayers, self.windows.of_phase(phase), phase, not_run)
         validation.check_cache(self.sublayers, self.prefill, self.decode)
 
     @classmethod
@@ -72,6 +76,7 @@ class SkipPlan:
         *,
         decode_extra: Iterable[Sublayer | str] = (),
         surrogates: Surrogates = NO_SURROGATES,
+        windows: Windows = NO_WINDOWS,
     ) -> SkipPlan:
         """Return the plan that skips `skip` in both phases and `decode_extra` in decode as well.
 
@@ -81,13 +86,15 @@ class SkipPlan:
                 matter.
             decode_extra: likewise; ffn only.
             surrogates: what the skipped sublayers become.
+            windows: what attention that runs sees.
 
         Raises:
             PlanError: as for the constructor.
         """
         prefill = {validation.parse_sublayer(item): Action.SKIP for item in skip}
         extra = {validation.parse_sublayer(item): Action.SKIP for item in decode_extra}
-        return cls(tuple(sublayers), prefill, {**prefill, **extra}, surrogates)
+        decode = {**prefill, **extra}
+        return cls(tuple(sublayers), prefill, decode, surrogates, windows=windows)
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -95,7 +102,8 @@ class SkipPlan:
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping proxy can be neither pickled nor deep-copied.
         maps = dict(self.prefill), dict(self.decode)
-        return SkipPlan, (self.sublayers, *maps, self.surrogates, self.last_token_full)
+        more = self.surrogates, self.last_token_full, self.windows
+        return SkipPlan, (self.sublayers, *maps, *more)
 
     def action(self, phase: Phase, sublayer: Sublayer) -> Action:
         """Return what `sublayer` does in `phase`.
@@ -106,6 +114,20 @@ class SkipPlan:
         if sublayer not in self._known:
             validation.check_known(self.sublayers, (sublayer,), phase)
         return self._actions(phase).get(sublayer, Action.RUN)
+
+    def window(self, phase: Phase, sublayer: Sublayer) -> Window | None:
+        """Return what `sublayer` sees in `phase`; None where it sees everything, or does not run.
+
+        Raises:
+            PlanError: the model has no such sublayer.
+        """
+        self.action(phase, sublayer)
+        return self.windows.get(phase, sublayer)
+
+    @property
+    def phases_alike(self) -> bool:
+        """Whether every sublayer does the same in prefill and in decode."""
+        return self.prefill == self.decode and self.windows.prefill == self.windows.decode
 
     def skipped(self, phase: Phase) -> tuple[Sublayer, ...]:
         """Return the sublayers with action `SKIP` in `phase`, in stream order."""
@@ -136,6 +158,10 @@ class SkipPlan:
         """Return a plan that skips the same sublayers, with other surrogates."""
         return replace(self, surrogates=surrogates)
 
+    def with_windows(self, windows: Windows) -> SkipPlan:
+        """Return a plan that skips the same sublayers, whose attention has other windows."""
+        return replace(self, windows=windows)
+
     @cached_property
     def digest(self) -> str:
         """16 hex characters that identify the whole plan, whatever order it was written in."""
@@ -146,8 +172,8 @@ class SkipPlan:
     def phase_digest(self, phase: Phase) -> str:
         """Return 16 hex characters that identify what a compiled program of `phase` depends on.
 
-        That is: the phase, every sublayer's action in it, and the surrogates of those that do not
-        run in it.
+        That is: the phase, every sublayer's action in it, the surrogates of those that do not run
+        in it, and the windows of those that do.
         """
         self._actions(phase)
         return self._phase_digests[phase]
@@ -197,4 +223,8 @@ def _phase_digest(plan: SkipPlan, phase: Phase) -> str:
     not_run = plan.prefill if phase == "prefill" else plan.decode
     found = {str(s): plan.surrogates.get(s) for s in not_run}
     surrogates = {name: c.digest for name, c in found.items() if c is not None}
-    return canonical_digest({"phase": phase, "actions": actions, "stand_ins": surrogates})
+    windows: dict[str, JSON] = {
+        str(s): window.to_json() for s, window in plan.windows.of_phase(phase).items()
+    }
+    content: dict[str, JSON] = {"phase": phase, "actions": actions, "stand_ins": surrogates}
+    return canonical_digest({**content, **({"windows": windows} if windows else {})})

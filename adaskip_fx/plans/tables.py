@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, get_args
 
-from .actions import Action
+from .actions import Action, Phase
 from .sublayer import Kind, Sublayer
 
 if TYPE_CHECKING:
@@ -64,21 +64,29 @@ def _heading(plan: SkipPlan) -> str:
     return (
         f"SkipPlan {plan.digest[:8]}: prefill skips {len(skipped)} of {total} sublayers"
         f"{f' ({kinds})' if kinds else ''}, decode {len(plan.skipped('decode'))} of {total}"
+        f"{_windowed(plan)}"
         f"{'; the last token of a prompt runs as in decode' if plan.last_token_full else ''}"
     )
 
 
+def _windowed(plan: SkipPlan) -> str:
+    """Return how many attention sublayers have windows, by phase; empty where none has one."""
+    if not plan.windows:
+        return ""
+    counts = len(plan.windows.prefill), len(plan.windows.decode)
+    return f"; attention has windows in {counts[0]} sublayers of prefill, {counts[1]} of decode"
+
+
 def _cell(plan: SkipPlan, sublayer: Sublayer) -> str:
-    def text(action: Action) -> str:
+    def text(phase: Phase) -> str:
+        action = plan.action(phase, sublayer)
         if action is Action.RUN:
-            return _DOT
+            return str(plan.windows.get(phase, sublayer) or _DOT)
         words, surrogate = action.value.replace("_", " "), plan.surrogates.get(sublayer)
         return words if surrogate is None else f"{words} {surrogate}"
 
-    prefill, decode = plan.action("prefill", sublayer), plan.action("decode", sublayer)
-    if prefill is decode:
-        return text(prefill)
-    return f"prefill {text(prefill)}, decode {text(decode)}"
+    prefill, decode = text("prefill"), text("decode")
+    return prefill if prefill == decode else f"prefill {prefill}, decode {decode}"
 
 
 def _ranges(numbers: list[int]) -> str:

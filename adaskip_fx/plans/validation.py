@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from adaskip_fx.plans.actions import Action, Phase, PlanError
 from adaskip_fx.plans.sublayer import Sublayer
+from adaskip_fx.plans.windows import Window
 
 Actions = Mapping[Sublayer, Action]
 
@@ -60,6 +61,24 @@ def check_phase(sublayers: tuple[Sublayer, ...], phase: Phase, actions: Actions)
             f"nothing runs in {phase}: all {len(sublayers)} sublayers from {sublayers[0]} to "
             f"{sublayers[-1]} are skipped; at least one must run"
         )
+
+
+def check_windows(
+    sublayers: tuple[Sublayer, ...],
+    windows: Mapping[Sublayer, Window],
+    phase: Phase,
+    actions: Actions,
+) -> None:
+    """Refuse windows of unknown sublayers, of others than attention, and where it does not run."""
+    check_known(sublayers, windows, f"windows in {phase}")
+    for sublayer in windows:
+        if sublayer.kind != "attention":
+            raise PlanError(f"{sublayer}: a window in {phase}, but only attention has one")
+        if sublayer in actions:
+            raise PlanError(
+                f"{sublayer}: a window in {phase}, where its action is {actions[sublayer]}; only "
+                "attention that runs has one"
+            )
 
 
 def check_cache(sublayers: tuple[Sublayer, ...], prefill: Actions, decode: Actions) -> None:

@@ -24,7 +24,7 @@ from ..plans.compose_surrogates import SurrogateTensors, compose_surrogates
 from ..plans.skip_plan import SkipPlan
 from ..plans.sublayer import Sublayer
 from .instruments import Instrument
-from .rewrite import plan_phase, rewrite, surrogate_tensors
+from .rewrite import plan_phase, rewrite, surrogate_tensors, window_tensors
 
 Link = Literal["pieces", "fused"]
 
@@ -38,6 +38,7 @@ class Program:
         runs: The sublayers that it calls, read from the graph that was linked.
         surrogates: The tensors of surrogates, by the names of the graph's inputs.
         surrogate_names: For each of them its sublayer and its name there, in the same order.
+        windows: The tables of windows, likewise by the names of the graph's inputs.
         seconds: How long linking took.
     """
 
@@ -82,15 +83,18 @@ class Program:
         self.surrogate_names = tuple(
             (captured.sublayers[inputs[n][0]], inputs[n][1]) for n in self.surrogates
         )
-        self._tensors = tuple(self.surrogates.values())
+        windows = plan.windows.of_phase(phase)
+        self.windows = window_tensors(outer, captured.sublayers, windows)
+        self._tensors, self._tables = (tuple(t.values()) for t in (self.surrogates, self.windows))
         self._take = self._in_order(outer.graph)
         self._function = instrument.link(self, outer)
         self.seconds = time.perf_counter() - start
 
     def _in_order(self, graph: fx.Graph) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-        """Return what picks a graph's inputs from `(*weights, *step, *surrogates, valid)`."""
+        """Return what picks inputs from `(*weights, *step, *surrogates, *windows, valid)`."""
         captured = self.captured.input_index
-        added = {name: len(captured) + i for i, name in enumerate([*self.surrogates, VALID])}
+        names = [*self.surrogates, *self.windows, VALID]
+        added = {name: len(captured) + i for i, name in enumerate(names)}
         index = {**captured, **added}
         return operator.itemgetter(*(index[n.name] for n in graph.find_nodes(op="placeholder")))
 
@@ -139,6 +143,7 @@ class Program:
             surrogates: Other tensors in the place of `self.surrogates`, in the same order.
         """
         tensors = self._tensors if surrogates is None else surrogates
-        values = (*weights, *self.captured.bind_step(arguments), *tensors, valid)
+        step = self.captured.bind_step(arguments)
+        values = (*weights, *step, *tensors, *self._tables, valid)
         outputs: tuple[Any, ...] = self._function(*self._take(values))
         return outputs

@@ -1,4 +1,4 @@
-"""A plan becomes passes: its actions a `Skip`, what is measured a `Probe`."""
+"""A plan becomes passes: actions a `Skip`, windows a `WindowAttention`; probes are a `Probe`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from adaskip_passes import Probe, Replacement, Skip, run_passes
 from adaskip_passes.infra.pass_base import Pass
 from adaskip_passes.transforms.residue import Keep
 from adaskip_passes.transforms.skip import surrogate_inputs
+from adaskip_passes.windows.window_attention import WindowAttention, window_inputs
 
 from ..plans.compose_surrogates import ComposedSurrogate, SurrogateTensors, compose_surrogates
 from ..plans.skip_plan import Action, Phase, SkipPlan
 from ..plans.sublayer import Sublayer
+from ..plans.windows import Window
 
 
 def plan_phase(graph_phase: str) -> Phase:
@@ -60,8 +62,31 @@ def rewrite(
                 surrogate=composed.kind if composed is not None else None,
                 rank=composed.rank if composed is not None else 0,
             )
+    windowed = tuple(sorted(position[s] for s in plan.windows.of_phase(phase)))
     probe = Probe(tuple(sorted(position[s] for s in probed)), probe_together)
-    return run_passes(outer, (*first, Skip(replacements), probe))
+    return run_passes(outer, (*first, WindowAttention(windowed), Skip(replacements), probe))
+
+
+def window_tensors(
+    outer: fx.GraphModule, sublayers: tuple[Sublayer, ...], windows: Mapping[Sublayer, Window]
+) -> dict[str, torch.Tensor]:
+    """Return the tables of windows that a rewritten graph takes, by input name.
+
+    Args:
+        outer: The rewritten graph.
+        sublayers: What its calls are, in stream order.
+        windows: Those of the plan's phase.
+    """
+    nodes = outer.graph.find_nodes(op="placeholder")
+    examples = {n.name: n.meta.get("example_value") for n in nodes}
+    found = {}
+    for name, indices in window_inputs(outer.graph).items():
+        like = examples[name]
+        shape = tuple(map(int, like.shape))
+        tables = [windows[sublayers[i]].by_head(shape[-2]) for i in indices]
+        table = torch.tensor(tables, dtype=torch.int64).reshape(shape)
+        found[name] = table.to(like.device)
+    return found
 
 
 def surrogate_tensors(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 from torch import fx
 
+from adaskip_passes import UnsupportedError
 from adaskip_passes.partition.outer import Piece, piece_of, sublayer_calls
+from adaskip_passes.windows.window_attention import Attention, attention_of
 
 from ..capture.phase_graph import CapturedPhase, Memory
 from ..plans.sublayer import Sublayer
+from ..plans.windows import Window
 
 
 class ModelStructure:
@@ -50,6 +53,31 @@ class ModelStructure:
         """The sublayers that hand more than the residual stream to later ones."""
         pairs = zip(self.sublayers, _pieces(self._captured), strict=True)
         return frozenset(s for s, piece in pairs if piece is not None and piece.outputs > 1)
+
+    @cached_property
+    def attention(self) -> dict[Sublayer, Attention | UnsupportedError]:
+        """For each attention sublayer what its windows can be; the error where there can be none.
+
+        That is read from the graph of a prompt without padding, which needs no mask but for what
+        the model itself leaves out.
+        """
+        found: dict[Sublayer, Attention | UnsupportedError] = {}
+        for sublayer, piece in zip(self.sublayers, _pieces(self._captured), strict=True):
+            if sublayer.kind == "attention" and piece is not None:
+                try:
+                    found[sublayer] = attention_of(piece)
+                except UnsupportedError as error:
+                    found[sublayer] = error
+        return found
+
+    def heads(self, windows: Mapping[Sublayer, Window]) -> dict[str, list[tuple[int, int]]]:
+        """Return (sinks, tokens) of each K/V head of attention sublayers that have windows."""
+        found = {}
+        for sublayer, window in windows.items():
+            attention = self.attention[sublayer]
+            if isinstance(attention, Attention):
+                found[str(sublayer)] = window.by_head(attention.kv_heads)
+        return found
 
 
 def piece_keys(captures: Iterable[CapturedPhase]) -> dict[Sublayer, tuple[str, ...]]:

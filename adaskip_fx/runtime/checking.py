@@ -154,7 +154,8 @@ class Checker:
         mask, positions = inputs.normal(beside.length)
         given = step_inputs(forward, inputs.input_ids, positions, mask, 0)
         with self._eager(state) as model:
-            oracle = Oracle(model, self._graphs.structure.modules, skips, skips)
+            seen = self._graphs.structure.heads(plan.windows.of_phase(phase))
+            oracle = Oracle(model, self._graphs.structure.modules, skips, skips, seen, seen)
             with oracle.watching():
                 oracle.begin(decoding=phase == "decode")
                 named = {cache_argument(forward): beside.cache}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from adaskip_fx.kv_cache.argument_names import CACHE_NAMES
 from adaskip_fx.plans.surrogate import EPS, Surrogate
+from adaskip_fx.runtime.oracle_windows import Heads, layer_path, looking
 from adaskip_fx.utils.torch_internals import as_subclass
 
 _ADDS = frozenset(
@@ -41,6 +42,8 @@ class Oracle:
             the module whose output is its branch (``model.layers.3.mlp``), or the paths of the
             modules whose sum it is.
         prefill, decode: what is left out of prompts, and of single tokens after them.
+        prefill_windows, decode_windows: what attention sees there, by K/V head; those that are
+            missing see everything.
         streams: for each sublayer, the residual stream before and after it in the last forward.
     """
 
@@ -48,6 +51,8 @@ class Oracle:
     modules: Mapping[str, str | Sequence[str]]
     prefill: Skips = field(default_factory=dict)
     decode: Skips = field(default_factory=dict)
+    prefill_windows: Mapping[str, Heads] = field(default_factory=dict)
+    decode_windows: Mapping[str, Heads] = field(default_factory=dict)
     streams: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _decoding: bool = field(default=False, repr=False)
     _calls: Counter[nn.Module] = field(default_factory=Counter, repr=False)
@@ -66,10 +71,17 @@ class Oracle:
         try:
             for module, its in names.items():
                 handles.append(module.register_forward_hook(self._mark(its)))
-            yield self
+            windowed = {*self.prefill_windows, *self.decode_windows}
+            layers = {name: layer_path(self.modules[name]) for name in sorted(windowed)}
+            with looking(self.model, layers, self._heads) if layers else nullcontext():
+                yield self
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _heads(self, name: str) -> Heads | None:
+        """What a sublayer's attention sees now."""
+        return (self.decode_windows if self._decoding else self.prefill_windows).get(name)
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)

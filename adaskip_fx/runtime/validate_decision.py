@@ -21,8 +21,10 @@ def validate_decision(decision: Decision, graphs: Graphs, model: str) -> None:
         model: what it is called in messages.
 
     Raises:
-        PlanError: other sublayers, or surrogates of another width.
-        UnsupportedError: a skipped sublayer hands on more than the residual stream.
+        PlanError: other sublayers, surrogates of another width, or a window of a K/V head that
+            there is not.
+        UnsupportedError: a skipped sublayer hands on more than the residual stream, or attention
+            cannot have the window that it is given.
     """
     if not isinstance(decision, SkipPlan | Schedule | PlanChooser):
         raise TypeError(
@@ -36,6 +38,7 @@ def validate_decision(decision: Decision, graphs: Graphs, model: str) -> None:
         )
     _check_widths(decision, graphs.structure.width, model)
     _check_skippable(decision, graphs.structure.unskippable, model)
+    _check_windows(decision, graphs)
 
 
 def _check_widths(decision: Decision, width: int, model: str) -> None:
@@ -60,6 +63,30 @@ def _check_skippable(decision: Decision, unskippable: frozenset[Sublayer], model
             f"layers besides the residual stream. Of {model} these cannot be skipped: "
             f"{', '.join(map(str, sorted(unskippable)))}; pass a plan without them"
         )
+
+
+def _check_windows(decision: Decision, graphs: Graphs) -> None:
+    for plan in plans_of(decision):
+        windows = (*plan.windows.prefill.items(), *plan.windows.decode.items())
+        for sublayer, window in windows:
+            attention = graphs.structure.attention.get(sublayer)
+            if isinstance(attention, UnsupportedError):
+                raise attention
+            if attention is None:
+                raise UnsupportedError(
+                    f"{sublayer}: a window, but the model has no attention there"
+                )
+            heads = attention.kv_heads
+            if window.full_heads and window.full_heads[-1] >= heads:
+                raise PlanError(
+                    f"{sublayer}: its window leaves K/V head {window.full_heads[-1]} full, but "
+                    f"there are {heads}, from 0 on"
+                )
+            if window.sinks and attention.sees != "everything":
+                raise UnsupportedError(
+                    f"{sublayer}: its window has sinks, but the model's own mask (a window, say) "
+                    "hides tokens there, and a plan never shows it more; use sinks=0"
+                )
 
 
 def _summary(sublayers: Sequence[Sublayer]) -> str:

@@ -79,6 +79,9 @@ def assert_equivalent(
     runtime.plan = plan = plan if plan is not None else SkipPlan.empty(runtime.sublayers)
     oracle = Oracle(pair.eager, modules or runtime.graphs.structure.modules)
     oracle.prefill, oracle.decode = _skips(plan, "prefill"), _skips(plan, "decode")
+    heads = runtime.graphs.structure.heads
+    oracle.prefill_windows = heads(plan.windows.prefill)
+    oracle.decode_windows = heads(plan.windows.decode)
     prompt = dict(inputs) if inputs is not None else {"input_ids": _random_tokens(pair.eager)}
     steps = _eager_steps(pair, oracle, prompt, decode_steps)
     allowed = tol if tol is not None else TOLERANCES[pair.eager.dtype]

@@ -26,6 +26,7 @@ from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.skip_plan import Action, Sublayer
 from adaskip_fx.plans.sublayer import Kind
 from adaskip_fx.plans.surrogates import Surrogates
+from adaskip_fx.plans.windows import Window, Windows
 from adaskip_fx.policies import LLMDrop
 from adaskip_fx.profiles.fingerprint import fingerprint
 from tests.support.eager_reference import Oracle
@@ -436,6 +437,9 @@ def test_decisions_that_need_a_request_are_refused(model: LlamaForCausalLM) -> N
     ):
         text = backend_error(compiled(model, plan=decision), static_cache(model))
         assert f"cannot run {what}: it sees a prompt as one graph and no request" in text
+    windows = Windows.of([s for s in SUBLAYERS if s.kind == "attention"], Window(4))
+    text = backend_error(compiled(model, plan=plan.with_windows(windows)), static_cache(model))
+    assert "cannot run a plan with windows yet" in text
 
 
 @pytest.mark.slow

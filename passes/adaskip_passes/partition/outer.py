@@ -13,7 +13,7 @@ from torch import fx
 from ..analysis.structural_key import structural_key
 from ..infra.graph_module import Uncoded
 
-Role = Literal["prologue", "sublayer", "epilogue", "probe", "surrogate", "residue"]
+Role = Literal["prologue", "sublayer", "epilogue", "probe", "surrogate", "residue", "bounds"]
 
 PIECE = "adaskip_piece"
 CAPTURED = "adaskip_captured"  # marks the captured graph's inputs among those that passes add

@@ -1,0 +1,95 @@
+"""Windows on a GPU: flash attention with sinks added, and bounds of heads under CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adaskip_fx.api import build
+from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.plans.windows import Window, Windows
+from adaskip_passes.decode.ops import EVERY
+from adaskip_passes.windows.ops import attend_windowed
+from tests.support.eager_windows import WindowedEager
+
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "stored", "heads", "dim", "windows"),
+    [
+        (300, 300, 2, 64, [(4, 100), (4, 100)]),
+        (300, 300, 4, 128, [(4, 33), (0, EVERY), (4, 33), (0, EVERY)]),
+        (70, 900, 2, 128, [(16, 64), (3, 800)]),
+        (1, 500, 2, 64, [(4, 50), (0, 1)]),
+        (200, 200, 1, 256, [(100, 20)]),
+        (130, 130, 1, 40, [(4, 500)]),
+    ],
+)
+def test_against_scores_of_float64(
+    dtype: torch.dtype, tokens: int, stored: int, heads: int, dim: int, windows: Any
+) -> None:
+    torch.manual_seed(0)
+    shapes = ((heads * 4, tokens), (heads, stored), (heads, stored))
+    q, k, v = (torch.randn(2, h, n, dim, device="cuda").to(dtype) for h, n in shapes)
+    got = attend_windowed(q, k, v, torch.tensor(windows), dim**-0.5)
+    own = torch.arange(stored - tokens, stored, device="cuda").unsqueeze(1)
+    j = torch.arange(stored, device="cuda")
+    wanted = []
+    for head in range(heads * 4):
+        sinks, last = windows[head // 4]
+        scores = q[:, head].double() @ k[:, head // 4].double().mT * dim**-0.5
+        near = (j <= own) & ((j > own - last) | (j < sinks))
+        shares = scores.masked_fill(~near, float("-inf")).softmax(-1)
+        wanted.append(shares @ v[:, head // 4].double())
+    want = torch.stack(wanted, 2)
+    error = float((got.double() - want).norm() / want.norm())
+    assert got.is_contiguous()
+    assert error < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("firsts", [(0,), (0, 5, 11)])
+def test_a_request_sees_its_windows(dtype: torch.dtype, firsts: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=61,
+        max_position_embeddings=512,
+    )
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    eager = WindowedEager(model.float())
+    model = model.to(dtype).cuda()
+    compiled = build(model, None, backend="eager")
+    attention = [s for s in compiled.adaskip.sublayers if s.kind == "attention"]
+    first = torch.tensor(firsts).unsqueeze(1)
+    text = torch.randint(0, 61, (len(firsts), 90))
+    for narrow in ({0: Window(9, 3), 2: Window(20, 1, (1, 2))}, {1: Window(5, 2, (0,))}):
+        windows = Windows.of({attention[n]: w for n, w in narrow.items()})
+        plan = compiled.adaskip.plan.with_windows(windows)
+        cache, at = compiled.adaskip.new_cache(plan=plan), 0
+        seen = {n: (w.sinks, w.tokens, w.full_heads) for n, w in narrow.items()}
+        want = eager.logits(text, firsts, [seen] * text.shape[1])
+        for count in (40, 1, 1, 8, 1, 17, 1, 20, 1):
+            inputs: dict[str, Any] = {"input_ids": text[:, at : at + count].cuda()}
+            if any(firsts):
+                mask = (torch.arange(at + count) >= first).long()
+                places = (torch.arange(at, at + count) - first).clamp_min(0)
+                inputs.update(attention_mask=mask.cuda(), position_ids=places.cuda())
+            with torch.no_grad():
+                got = compiled(**inputs, past_key_values=cache).logits.float().cpu()
+            real = torch.arange(at, at + count) >= first
+            expected = want[:, at : at + count]
+            error = (got - expected)[real].norm() / expected[real].norm()
+            assert float(error) < TOLERANCES[dtype] * 3
+            at += count
+    runtime = runtime_of(compiled)
+    assert runtime.why_no_static_cache is None

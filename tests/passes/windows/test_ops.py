@@ -1,0 +1,121 @@
+"""Attention through windows, against scores that are masked one by one in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaskip_passes.decode.ops import EVERY, Bounds
+from adaskip_passes.windows.ops import (
+    attend_masked_windowed,
+    attend_packed_windowed,
+    attend_windowed,
+    narrowed,
+)
+
+HEADS, GROUP, DIM = 3, 2, 8
+
+
+def inputs(batch: int, tokens: int, stored: int, seed: int) -> tuple[torch.Tensor, ...]:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = ((HEADS * GROUP, tokens), (HEADS, stored), (HEADS, stored))
+    return tuple(torch.randn(batch, h, n, DIM, generator=draw) for h, n in shapes)
+
+
+def by_hand(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, windows: Any, lets: Any
+) -> torch.Tensor:
+    """`lets(row, t, j)`: whether the model's own mask shows key j to query t."""
+    batch, heads, tokens, _ = query.shape
+    output = torch.zeros(batch, tokens, heads, DIM, dtype=torch.float64)
+    for row in range(batch):
+        seen = [[j for j in range(key.shape[2]) if lets(row, t, j)] for t in range(tokens)]
+        first = min((js[0] for js in seen if js), default=0)
+        for head in range(heads):
+            sinks, last = windows[head // GROUP]
+            for t, js in enumerate(seen):
+                near = [j for j in js if j > js[-1] - last or j - first < sinks]
+                if near:
+                    scores = key[row, head // GROUP, near].double() @ query[row, head, t].double()
+                    shares = torch.softmax(scores * 0.3, 0)
+                    output[row, t, head] = shares @ value[row, head // GROUP, near].double()
+    return output
+
+
+WINDOWS = st.lists(
+    st.tuples(st.integers(0, 6), st.one_of(st.integers(1, 30), st.just(EVERY))),
+    min_size=HEADS,
+    max_size=HEADS,
+)
+
+
+def table(windows: Any) -> torch.Tensor:
+    return torch.tensor(windows, dtype=torch.int64)
+
+
+@given(WINDOWS, st.integers(1, 2), st.integers(1, 20), st.integers(0, 20), st.integers(0, 99))
+def test_the_last_queries(windows: Any, batch: int, tokens: int, past: int, seed: int) -> None:
+    q, k, v = inputs(batch, tokens, past + tokens, seed)
+    got = attend_windowed(q, k, v, table(windows), 0.3)
+    want = by_hand(q, k, v, windows, lambda row, t, j: j <= past + t)
+    assert got.is_contiguous()
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_more_queries_than_one_block_has() -> None:
+    q, k, v = inputs(1, 300, 310, 0)
+    for windows in ([(4, 30), (0, 1), (0, EVERY)], [(2, 200)] * HEADS):
+        got = attend_windowed(q, k, v, table(windows), 0.3)
+        want = by_hand(q, k, v, windows, lambda row, t, j: j <= 10 + t)
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    wrong = by_hand(q, k, v, [(2, 201)] * HEADS, lambda row, t, j: j <= 10 + t)
+    with pytest.raises(AssertionError, match="not close"):
+        torch.testing.assert_close(got.double(), wrong, atol=1e-5, rtol=1e-5)
+
+
+@given(WINDOWS, st.lists(st.integers(1, 12), min_size=1, max_size=3), st.integers(0, 99))
+def test_packed_texts(windows: Any, lengths: list[int], seed: int) -> None:
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    total = int(offsets[-1])
+    q, k, v = inputs(1, total, total, seed)
+    got = attend_packed_windowed(q, k, v, offsets, table(windows), 0.3)
+    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        part = [t[:, :, begin:end] for t in (q, k, v)]
+        want = by_hand(*part, windows, lambda row, t, j: j <= t)
+        torch.testing.assert_close(got[:, begin:end].double(), want, atol=1e-5, rtol=1e-5)
+
+
+@given(WINDOWS, st.integers(1, 9), st.integers(0, 9), st.data())
+def test_rows_with_holes(windows: Any, tokens: int, past: int, data: st.DataObject) -> None:
+    stored = past + tokens
+    real = [[data.draw(st.booleans()) for _ in range(stored - 1)] + [True] for _ in range(2)]
+
+    def lets(row: int, t: int, j: int) -> bool:
+        return j <= past + t and real[row][j] and real[row][past + t]
+
+    mask = torch.tensor(
+        [[[lets(b, t, j) for j in range(stored)] for t in range(tokens)] for b in range(2)]
+    ).unsqueeze(1)
+    q, k, v = inputs(2, tokens, stored, 0)
+    got = attend_masked_windowed(q, k, v, mask, table(windows), 0.3)
+    want = by_hand(q, k, v, windows, lets)
+    sees = mask.any(-1)[:, 0]  # what a token sees that counts for nothing is nobody's business
+    torch.testing.assert_close(got[sees].double(), want[sees], atol=1e-5, rtol=1e-5)
+
+
+def test_bounds_get_the_smaller_window_of_each_layer_and_head() -> None:
+    bounds = torch.tensor([[2, 0, EVERY, 9, 0], [0, 0, 5, 9, 0]]).view(2, 1, 1, 5)
+    tables = torch.tensor([[[4, 7], [0, EVERY]], [[0, 3], [1, 6]]])
+    got = narrowed(bounds, tables)
+    assert got.shape == (2, 2, 2, 1, 5)
+    assert got[..., 0, Bounds.WINDOW].tolist() == [[[7, EVERY], [5, 5]], [[3, 6], [3, 5]]]
+    assert got[..., 0, Bounds.SINKS].tolist() == [[[4, 0], [4, 0]], [[0, 1], [0, 1]]]
+    for column in (Bounds.FIRST, Bounds.END, Bounds.BASE):
+        expected = bounds[..., column].expand(2, 2, 2, 1) if column != Bounds.FIRST else None
+        if expected is not None:
+            assert torch.equal(got[..., column], expected)
+    assert got[..., 0, Bounds.FIRST].tolist() == [[[2, 2], [0, 0]]] * 2

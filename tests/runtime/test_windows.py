@@ -1,0 +1,235 @@
+"""Attention that sees windows, against an eager model with a mask for every pair of tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from adaskip_fx import SkipPlan
+from adaskip_fx.api import build
+from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.plans.phase_split import decode_only
+from adaskip_fx.plans.windows import Window, Windows
+from adaskip_fx.runtime.checking import CheckError
+from adaskip_fx.testing import assert_equivalent
+from adaskip_passes import UnsupportedError
+from tests.capture.test_attention import make
+from tests.support.compiled_llamas import fewer
+from tests.support.eager_reference import assert_close
+from tests.support.eager_windows import Seen, WindowedEager
+
+SHAPE: dict[str, Any] = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61},
+    "max_position_embeddings": 256,
+}
+OWN = 6  # the sliding window of the Mistral
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Any
+    compiled: Any
+    eager: WindowedEager
+
+    @property
+    def attention(self) -> list[Any]:
+        return [s for s in self.compiled.adaskip.sublayers if s.kind == "attention"]
+
+
+@functools.cache
+def case(name: str, static: bool) -> Case:
+    torch.manual_seed(1)
+    if name == "mistral":
+        model: Any = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=OWN))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model.eval().set_attn_implementation("sdpa")
+    compiled = build(model, None, backend="eager", static_cache=static, max_variants=256)
+    return Case(model, compiled, WindowedEager(model))
+
+
+def plan_of(found: Case, prefill: Mapping[int, Window], decode: Mapping[int, Window]) -> SkipPlan:
+    windows = Windows(*({found.attention[n]: w for n, w in by.items()} for by in (prefill, decode)))
+    return SkipPlan.empty(found.compiled.adaskip.sublayers).with_windows(windows)
+
+
+def seen(windows: Mapping[int, Window]) -> dict[int, Seen]:
+    return {n: (w.sinks, w.tokens, w.full_heads) for n, w in windows.items()}
+
+
+def follow(
+    found: Case,
+    prefill: Mapping[int, Window],
+    decode: Mapping[int, Window],
+    steps: Sequence[int],
+    firsts: Sequence[int] = (0,),
+    *,
+    told: tuple[Mapping[int, Window], Mapping[int, Window]] | None = None,
+    seed: int = 0,
+) -> None:
+    """A request in `steps` against one eager run of the whole text; a negative one takes back."""
+    compiled, total, wanted = found.compiled, sum(s for s in steps if s > 0), []
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, 61, (len(firsts), total), generator=generator)
+    first, expected_of = torch.tensor(firsts).unsqueeze(1), told or (prefill, decode)
+    cache, at, got = compiled.adaskip.new_cache(plan=plan_of(found, prefill, decode)), 0, []
+    for number, count in enumerate(steps):
+        if count < 0:
+            cache.crop(count)
+            at += count
+            continue
+        inputs: dict[str, Any] = {"input_ids": text[:, at : at + count]}
+        if any(firsts):
+            mask = (torch.arange(at + count) >= first).long()
+            places = (torch.arange(at, at + count) - first).clamp_min(0)
+            inputs.update(attention_mask=mask, position_ids=places)
+        with torch.no_grad():
+            logits = compiled(**inputs, past_key_values=cache).logits
+        del wanted[at:]
+        wanted += [seen(expected_of[number > 0 and count == 1])] * count
+        at += count
+        expected = found.eager.logits(text[:, :at], firsts, wanted)[:, -count:]
+        real = torch.arange(at - count, at) >= first
+        if real.any():
+            assert_close(logits[real], expected[real], 1e-4, f"step {number}")
+        got.append(logits)
+
+
+NARROW = {0: Window(3, 2), 1: Window(5, 1, (1,))}
+OTHER = {0: Window(4, 0), 1: Window(2, 3)}
+STEPS = (11, 1, 1, 6, 1, 1, -2, 1, 3, 1, 9, 1)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_request_sees_its_windows(static: bool) -> None:
+    found = case("llama", static)
+    follow(found, NARROW, NARROW, STEPS)
+    follow(found, NARROW, OTHER, STEPS, (0, 3, 7))
+    assert runtime_of(found.compiled).static_cache == static
+
+
+def test_a_wider_window_is_noticed() -> None:
+    """The companion: one token more in one layer, one sink, or a head."""
+    found = case("llama", False)
+    for wrong in (Window(4, 2), Window(3, 3), Window(3, 2, (0,))):
+        with pytest.raises(AssertionError, match="relative error"):
+            follow(found, NARROW, NARROW, (12, 1), told=({**NARROW, 0: wrong}, NARROW))
+    with pytest.raises(AssertionError, match=r"step [12].*relative error"):
+        follow(found, NARROW, OTHER, (12, 1, 1), told=(NARROW, NARROW))
+
+
+def windows() -> st.SearchStrategy[dict[int, Window]]:
+    heads = st.sets(st.integers(0, 1), max_size=2).map(tuple)
+    window = st.builds(Window, st.integers(1, 14), st.integers(0, 5), heads)
+    return st.dictionaries(st.integers(0, 1), window, max_size=2)
+
+
+@fewer(4)
+@given(
+    prefill=windows(),
+    decode=windows(),
+    steps=st.tuples(
+        st.integers(1, 16), st.lists(st.one_of(st.just(1), st.integers(1, 9)), max_size=5)
+    ).map(lambda drawn: (drawn[0], *drawn[1])),
+    firsts=st.one_of(st.just((0,)), st.lists(st.integers(0, 9), min_size=2, max_size=3)),
+    static=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_however_a_text_is_cut(
+    prefill: dict[int, Window],
+    decode: dict[int, Window],
+    steps: tuple[int, ...],
+    firsts: Sequence[int],
+    static: bool,
+    seed: int,
+) -> None:
+    follow(case("llama", static), prefill, decode, steps, firsts, seed=seed)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_model_with_a_window_of_its_own_sees_the_smaller(static: bool) -> None:
+    found = case("mistral", static)
+    narrow = {0: Window(4, 0), 1: Window(9, 0)}
+    follow(found, narrow, narrow, (12, 1, 5, 1))
+    with pytest.raises(UnsupportedError, match=r"0\.attention: its window has sinks, but the"):
+        found.compiled.adaskip.plan = plan_of(found, {0: Window(4, 1)}, {})
+
+
+def test_long_prompts_are_taken_in_blocks() -> None:
+    """More queries than one block has, and a window longer than a block."""
+    for window in (Window(20, 3), Window(150, 1)):
+        follow(case("llama", False), {0: window}, {}, (240, 9))
+
+
+# A plan like others -----------------------------------------------------------------------------
+
+
+def test_any_windows_need_one_piece_more_in_each_phase() -> None:
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    found = Case(model, build(model, None, backend="eager", static_cache=True), None)  # type: ignore[arg-type]
+    runtime, compiled = runtime_of(found.compiled), []
+    plans = [({}, {}), (NARROW, NARROW), (OTHER, {1: Window(7, 2)}), ({1: Window(1, 0)}, OTHER)]
+    for prefill, decode in plans:
+        cache = found.compiled.adaskip.new_cache(plan=plan_of(found, prefill, decode))
+        with torch.no_grad():
+            for count in (5, 1):
+                ids = torch.zeros(1, count, dtype=torch.int64)
+                found.compiled(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        compiled.append(runtime.pieces_compiled)
+    captures = runtime.counters.captures
+    assert captures == 2
+    assert compiled[1] == compiled[0] + 3, "attention in each phase, and the bounds"
+    assert compiled[2:] == [compiled[1] + 1, compiled[1] + 1], "bounds of one layer alone"
+
+
+def test_windows_beside_skipped_sublayers_and_decode_alone() -> None:
+    found = case("llama", True)
+    sublayers = found.compiled.adaskip.sublayers
+    narrow = Windows.of(found.attention[1:], Window(3, 1))
+    plan = SkipPlan.of(sublayers, ["0.ffn"], windows=narrow)
+    for checked in (plan, decode_only(plan)):
+        assert assert_equivalent(found.model, checked, decode_steps=4) < 1e-5
+    assert decode_only(plan).windows == Windows(decode=narrow.decode)
+
+
+def test_checked_requests_follow_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = case("llama", True)
+    monkeypatch.setenv("ADASKIP_CHECK", "1")
+    with torch.no_grad():
+        ids = torch.arange(20).unsqueeze(0)
+        found.compiled.adaskip.plan = plan_of(found, NARROW, OTHER)
+        found.compiled.generate(ids, max_new_tokens=4, do_sample=False)
+        structure = runtime_of(found.compiled).graphs.structure
+        monkeypatch.setattr(structure, "heads", lambda windows: {})
+        with pytest.raises(CheckError, match="differ from the eager model's"):
+            found.compiled.generate(ids, max_new_tokens=4, do_sample=False)
+    found.compiled.adaskip.plan = plan_of(found, {}, {})
+
+
+def test_attention_that_is_written_out_is_refused_by_name() -> None:
+    model = make("gemma2")
+    compiled = build(model, None, backend="eager")
+    found = Case(model, compiled, None)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"layer 1's attention cannot have a window"):
+        compiled.adaskip.plan = plan_of(found, {1: Window(4, 0)}, {})
+
+
+def test_a_head_that_is_not_there_is_refused() -> None:
+    found = case("llama", False)
+    with pytest.raises(ValueError, match=r"leaves K/V head 2 full, but there are 2, from 0 on"):
+        found.compiled.adaskip.plan = plan_of(found, {1: Window(4, 0, (0, 2))}, {})
