@@ -36,6 +36,7 @@ WORKLOADS = {
     "cold": "cold",
     "budget": "budget",
     "states": "states",
+    "windows": "windows",
     "imports": "imports",
     "situations": "situations",
 }

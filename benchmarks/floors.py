@@ -5,7 +5,8 @@ the K/V of the attention that runs, over the measured copy bandwidth (norm weigh
 a thousandth of all, are left out). Prefill floor: 2 x parameters of the kept sublayers x tokens,
 causal attention, and the head for one token, in floating-point operations, over the measured matrix
 rate. New tokens on a filled cache attend to what is stored as well. Padding is neither read nor
-multiplied: each row of a batch has a length of its own. The promise of a plan is the floor of the
+multiplied: each row of a batch has a length of its own. K/V heads with a window read and multiply
+what they see. The promise of a plan is the floor of the
 full model over the floor of what it keeps.
 """
 
@@ -25,11 +26,25 @@ def decode_bytes(model: Any, plan: SkipPlan, length: int, batch: int = 1) -> flo
 def rows_bytes(model: Any, plan: SkipPlan, lengths: Sequence[int]) -> float:
     """Bytes that one decode step reads whose rows have `lengths` stored tokens, padding apart."""
     weights = sum(_weights(model, s) for s in _kept(plan, "decode")) + _head(model)
-    return float(model.dtype.itemsize * weights) + kv_bytes(model, plan, sum(lengths))
+    seen = sum(n for length in lengths for n in _seen(model, plan, "decode", length))
+    return float(model.dtype.itemsize * (weights + 2 * _head_dim(model) * seen))
+
+
+def _seen(model: Any, plan: SkipPlan, phase: Phase, length: int) -> list[int]:
+    """How many of `length` tokens the last one sees, in each K/V head of attention that runs."""
+    heads, found = int(model.config.num_key_value_heads), list[int]()
+    for sublayer in _kept(plan, phase):
+        if sublayer.kind == "attention":
+            window = plan.windows.get(phase, sublayer)
+            full = heads if window is None else len(window.full_heads)
+            found += [length] * full
+            if window is not None:
+                found += [window.seen(length)] * (heads - full)
+    return found
 
 
 def kv_bytes(model: Any, plan: SkipPlan, tokens: int) -> float:
-    """Bytes of the keys and values that decode steps read of `tokens` tokens."""
+    """Bytes of the keys and values that are stored of `tokens` tokens."""
     attention = sum(s.kind == "attention" for s in _kept(plan, "decode"))
     return float(model.dtype.itemsize * attention * tokens * _kv_width(model))
 
@@ -47,11 +62,19 @@ def rows_flop(model: Any, plan: SkipPlan, lengths: Sequence[int]) -> float:
 def turn_flop(model: Any, plan: SkipPlan, tokens: int, stored: int = 0) -> float:
     """Operations of `tokens` new tokens of one row on `stored` ones, logits for the last one."""
     weights = sum(_weights(model, s) for s in _kept(plan, "prefill"))
-    attention = sum(s.kind == "attention" for s in _kept(plan, "prefill"))
-    width = model.config.num_attention_heads * _head_dim(model)
+    total, group = stored + tokens, model.config.num_attention_heads
+    group /= model.config.num_key_value_heads
     # scores and weighted values: 2 operations each for a number, of half of the new tokens' pairs
-    pairs = 4 * tokens * stored + 2 * tokens * tokens
-    return float(2 * weights * tokens + attention * pairs * width + 2 * _head(model))
+    pairs = 0.0
+    for seen in _seen(model, plan, "prefill", total):
+        pairs += _pairs(total, seen) - _pairs(stored, min(seen, stored))
+    multiplied = 4 * pairs * group * _head_dim(model)
+    return float(2 * weights * tokens + multiplied + 2 * _head(model))
+
+
+def _pairs(tokens: int, seen: int) -> float:
+    """How many pairs there are of a token and one that it sees, the last `seen` ones at most."""
+    return seen * seen / 2 + (tokens - seen) * seen
 
 
 def _kept(plan: SkipPlan, phase: Phase) -> list[Sublayer]:

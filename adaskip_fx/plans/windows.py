@@ -59,7 +59,7 @@ class Window:
 
     def seen(self, length: int) -> int:
         """Return how many of `length` tokens the last of them sees, in a head that is windowed."""
-        return min(length, self.tokens + min(self.sinks, max(0, length - self.tokens)))
+        return min(length, self.tokens + self.sinks)
 
     def __str__(self) -> str:
         """Return ``window 4+256``, with the heads that see all."""
@@ -167,4 +167,5 @@ def _window(data: Any) -> Window:
     return Window(data["tokens"], data["sinks"], tuple(data["full_heads"]))
 
 
+EVERYTHING = Window(_MOST, 0)  #: as good as no window
 NO_WINDOWS = Windows()

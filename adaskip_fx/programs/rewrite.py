@@ -16,7 +16,7 @@ from adaskip_passes.windows.window_attention import WindowAttention, window_inpu
 from ..plans.compose_surrogates import ComposedSurrogate, SurrogateTensors, compose_surrogates
 from ..plans.skip_plan import Action, Phase, SkipPlan
 from ..plans.sublayer import Sublayer
-from ..plans.windows import Window
+from ..plans.windows import EVERYTHING, Window
 
 
 def plan_phase(graph_phase: str) -> Phase:
@@ -83,7 +83,8 @@ def window_tensors(
     for name, indices in window_inputs(outer.graph).items():
         like = examples[name]
         shape = tuple(map(int, like.shape))
-        tables = [windows[sublayers[i]].by_head(shape[-2]) for i in indices]
+        chosen = (windows.get(sublayers[i], EVERYTHING) for i in indices)
+        tables = [window.by_head(shape[-2]) for window in chosen]
         table = torch.tensor(tables, dtype=torch.int64).reshape(shape)
         found[name] = table.to(like.device)
     return found

@@ -548,7 +548,7 @@ def test_unknown_workload_is_refused_before_anything_runs(
 def test_every_workload_has_its_module() -> None:
     assert list(WORKLOADS) == [
         *("link", "speed", "speed_batch8", "plans", "window", "generate"),
-        *("peers", "peers_whole_graph", "cold", "budget", "states", "imports"),
+        *("peers", "peers_whole_graph", "cold", "budget", "states", "windows", "imports"),
         "situations",
     ]
     for module in WORKLOADS.values():

@@ -10,6 +10,7 @@ On a static cache the same numbers are columns of a table of bounds (`narrowed`)
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -231,7 +232,7 @@ def _alike(windows: torch.Tensor, stored: int) -> list[tuple[list[int], tuple[in
 
 def _heads(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chosen: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, slice | list[int]]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, slice | torch.Tensor]:
     """Return queries, keys and values of some K/V heads, and which heads of the queries those are.
 
     What follows one another is a view.
@@ -241,8 +242,16 @@ def _heads(
         theirs = slice(first * group, (first + len(chosen)) * group)
         k, v = (t.narrow(1, first, len(chosen)) for t in (key, value))
         return query[:, theirs], k, v, theirs
-    queries = [head * group + i for head in chosen for i in range(group)]
-    return query[:, queries], key[:, chosen], value[:, chosen], queries
+    queries = _on_device(tuple(h * group + i for h in chosen for i in range(group)), query.device)
+    heads = _on_device(tuple(chosen), query.device)
+    return query[:, queries], key[:, heads], value[:, heads], queries
+
+
+@functools.lru_cache(maxsize=4096)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return indices on a device; to copy them there at every call would make the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
 
 
 def in_blocks(

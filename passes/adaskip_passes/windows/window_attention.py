@@ -73,24 +73,62 @@ class WindowAttention(Pass):
             UnsupportedError: A sublayer is not in the graph, or its attention cannot be narrowed.
         """
         outer, calls = graph_module, sublayer_calls(graph_module.graph)
-        made: dict[str, Piece] = {}
-        by_bounds: dict[fx.Node, list[fx.Node]] = {}
+        found, narrower = _Attentions(), dict[str, Piece]()
+        by_bounds: dict[tuple[fx.Node, int], list[fx.Node]] = {}
         for index in self.sublayers:
             if index not in calls:
                 raise UnsupportedError(f"sublayer {index} is not in the graph: it sees nothing")
-            piece = piece_of(calls[index])
-            assert piece is not None
-            node = attention_node(piece)
+            call = calls[index]
+            piece, node = found.of(call)
             if node.target is not _ATTEND:
-                _narrow_in_piece(outer, calls[index], piece, node, made)
-                continue
-            bounds = calls[index].args[_bounds_input(piece, node)]
-            assert isinstance(bounds, fx.Node)
-            by_bounds.setdefault(bounds, []).append(calls[index])
-        for bounds, windowed in by_bounds.items():
-            for alike in _by_heads(windowed):
-                _narrow_bounds(outer, bounds, alike, made)
+                _narrow_in_piece(outer, call, piece, node, narrower)
+            else:
+                by_bounds.setdefault(found.reads(call), []).append(call)
+        for (bounds, heads), windowed in by_bounds.items():
+            # of all attention that reads these bounds, so that the table has one shape
+            every = [c for c in calls.values() if found.may_read(c, bounds, heads)]
+            _narrow_bounds(outer, bounds, heads, every, windowed, found, narrower)
         return PassResult(outer, len(self.sublayers))
+
+
+class _Attentions:
+    """The attention of pieces, looked for once in those of one key."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[int, int]] = {}  # input of bounds, K/V heads
+
+    def of(self, call: fx.Node) -> tuple[Piece, fx.Node]:
+        """Return the piece that is called, and the node in it that is its attention."""
+        piece = piece_of(call)
+        assert piece is not None
+        return piece, attention_node(piece)
+
+    def reads(self, call: fx.Node) -> tuple[fx.Node, int]:
+        """Return the table of bounds that a call hands to attention, and its K/V heads."""
+        at, heads = self.place(call)
+        bounds = call.args[at]
+        assert isinstance(bounds, fx.Node)
+        return bounds, heads
+
+    def place(self, call: fx.Node) -> tuple[int, int]:
+        """Return which input of the piece is the table, and the K/V heads of its attention."""
+        piece = piece_of(call)
+        assert piece is not None
+        known = self._places.get(piece.key)
+        if known is None:
+            node = attention_node(piece)
+            known = _bounds_input(piece, node), int(_example(node.args[1]).shape[1])
+            self._places[piece.key] = known
+        return known
+
+    def may_read(self, call: fx.Node, bounds: fx.Node, heads: int) -> bool:
+        """Return whether a call's attention reads a table of bounds, for so many K/V heads."""
+        if bounds not in call.args:
+            return False
+        try:
+            return self.reads(call) == (bounds, heads)
+        except UnsupportedError:
+            return False
 
 
 def window_inputs(outer: fx.Graph) -> dict[str, tuple[int, ...]]:
@@ -141,15 +179,15 @@ def _example(node: Any) -> torch.Tensor:
 
 
 def _narrow_in_piece(
-    outer: fx.GraphModule, call: fx.Node, piece: Piece, node: fx.Node, made: dict[str, Piece]
+    outer: fx.GraphModule, call: fx.Node, piece: Piece, node: fx.Node, narrower: dict[str, Piece]
 ) -> None:
     """Have a piece take its window as one more input."""
     example = _example(node.args[0]).new_empty(
         (_example(node.args[1]).shape[1], 2), dtype=torch.int64, device="cpu"
     )
-    windowed = made.get(piece.key)
+    windowed = narrower.get(piece.key)
     if windowed is None:
-        windowed = made[piece.key] = _with_window(piece, node, example)
+        windowed = narrower[piece.key] = _with_window(piece, node, example)
     table = _new_input(outer.graph, f"windows_{piece.index}", example, (piece.index,))
     call.args = (*call.args, table)
     _call_instead(outer, call, replace(piece, module=windowed.module, key=windowed.key))
@@ -221,45 +259,45 @@ def _bounds_input(piece: Piece, attention: fx.Node) -> int:
     return inputs.index(bounds)
 
 
-def _by_heads(calls: Sequence[fx.Node]) -> list[list[fx.Node]]:
-    """Return the calls whose attention has equally many K/V heads."""
-    groups: dict[int, list[fx.Node]] = {}
-    for call in calls:
+def _narrow_bounds(
+    outer: fx.GraphModule,
+    bounds: fx.Node,
+    heads: int,
+    every: Sequence[fx.Node],
+    windowed: Sequence[fx.Node],
+    found: _Attentions,
+    narrower: dict[str, Piece],
+) -> None:
+    """Give each of the calls `windowed` bounds of its own, computed together before them."""
+    indices = tuple(piece.index for call in every if (piece := piece_of(call)) is not None)
+    example = _example(bounds)
+    tables = example.new_empty((len(every), heads, 2))
+    table = _new_input(outer.graph, f"windows_{indices[0]}", tables, indices)
+    graph, name = fx.Graph(), f"bounds_{indices[0]}"
+    graph.output(
+        graph.call_function(narrowed, (graph.placeholder("bounds"), graph.placeholder("tables")))
+    )
+    helper = helper_piece(name, "bounds", graph, (example, tables), ())
+    outer.add_submodule(name, helper.module)
+    own = example.new_empty((example.shape[0], heads, 1, 5))
+    with outer.graph.inserting_before(every[0]):
+        together = outer.graph.call_module(name, (bounds, table))
+        together.meta[PIECE] = helper
+        together.meta["example_value"] = example.new_empty((len(every), *own.shape))
+    for number, call in enumerate(every):
+        if call not in windowed:
+            continue
+        with outer.graph.inserting_before(every[0]):
+            mine = outer.graph.call_function(operator.getitem, (together, number))
+        mine.meta["example_value"] = own
+        at, _ = found.place(call)
         piece = piece_of(call)
         assert piece is not None
-        groups.setdefault(attention_of(piece).kv_heads, []).append(call)
-    return list(groups.values())
-
-
-def _narrow_bounds(
-    outer: fx.GraphModule, bounds: fx.Node, calls: Sequence[fx.Node], made: dict[str, Piece]
-) -> None:
-    """Give each of `calls` bounds of its own, computed together before the first of them."""
-    pieces = [piece for call in calls if (piece := piece_of(call)) is not None]
-    heads, example = attention_of(pieces[0]).kv_heads, _example(bounds)
-    indices = tuple(piece.index for piece in pieces)
-    shape = example.new_empty((len(calls), heads, 2))
-    name = f"bounds_{indices[0]}"
-    table = _new_input(outer.graph, f"windows_{indices[0]}", shape, indices)
-    graph = fx.Graph()
-    inputs = [graph.placeholder("bounds"), graph.placeholder("tables")]
-    graph.output(graph.call_function(narrowed, tuple(inputs)))
-    helper = helper_piece(name, "bounds", graph, (example, shape), ())
-    outer.add_submodule(name, helper.module)
-    rows = example.shape[0]
-    with outer.graph.inserting_before(calls[0]):
-        every = outer.graph.call_module(name, (bounds, table))
-        every.meta[PIECE] = helper
-        every.meta["example_value"] = example.new_empty((len(calls), rows, heads, 1, 5))
-        each = [outer.graph.call_function(operator.getitem, (every, i)) for i in range(len(calls))]
-    for call, piece, own in zip(calls, pieces, each, strict=True):
-        own.meta["example_value"] = example.new_empty((rows, heads, 1, 5))
-        at = _bounds_input(piece, attention_node(piece))
-        call.args = (*call.args[:at], own, *call.args[at + 1 :])
-        windowed = made.get(piece.key)
-        if windowed is None:
-            windowed = made[piece.key] = _with_bounds(piece, at, own.meta["example_value"])
-        _call_instead(outer, call, replace(piece, module=windowed.module, key=windowed.key))
+        call.args = (*call.args[:at], mine, *call.args[at + 1 :])
+        new = narrower.get(piece.key)
+        if new is None:
+            new = narrower[piece.key] = _with_bounds(piece, at, own)
+        _call_instead(outer, call, replace(piece, module=new.module, key=new.key))
 
 
 def _with_bounds(piece: Piece, at: int, example: torch.Tensor) -> Piece:

@@ -60,7 +60,7 @@ def attention(
     queries = tokens * (heads // kv_heads)
     group = min(_MOST_QUERIES, max(16, triton.next_power_of_2(queries)))
     groups = batch * kv_heads * triton.cdiv(queries, group)
-    splits, block, stages, warps = _blocks(groups, group)
+    splits, block, stages, warps = _blocks(groups, group, alike=bounds.shape[1] == 1)
     own = max(16, triton.next_power_of_2(tokens))
     size = keys.element_size()
     limit = shared_memory(query.device) // size
@@ -158,7 +158,7 @@ def _strided(tokens: torch.Tensor | None, batch: int | None = None) -> tuple[Any
     return whole, *whole.stride()[:3]
 
 
-def _blocks(groups: int, group: int) -> tuple[int, int, int, int]:
+def _blocks(groups: int, group: int, alike: bool) -> tuple[int, int, int, int]:
     """Return into how many programs the work is cut, and how each of them does it.
 
     They were chosen on an H200: a program a multiprocessor, with room for three blocks of keys.
@@ -166,11 +166,12 @@ def _blocks(groups: int, group: int) -> tuple[int, int, int, int]:
     Args:
         groups: Groups of queries, of all rows and K/V heads.
         group: Queries in one of them, padded.
+        alike: Whether all heads of a row see the same; if not, one may take the programs of others.
 
     Returns:
         Programs for one group at most (a power of two); keys at a time; stages; warps.
 
     """
     even = max(1, 1 << max(0, (_PROGRAMS // groups).bit_length() - 1))
-    splits = even if groups <= 8 else min(4 * even, 64)
+    splits = even if alike and groups <= 8 else min(4 * even, 64)
     return splits, 128 if group <= 32 else 64, 3, 4 if group <= 64 else 8
