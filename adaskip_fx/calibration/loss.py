@@ -17,6 +17,7 @@ from adaskip_fx.model.handle import runtime_of
 from ..api import build
 from ..model.compiled_model import CompiledModel
 from ..plans.skip_plan import SkipPlan
+from ..plans.sublayer import Sublayer
 from ..runtime.runtime import Runtime
 from ..utils.token_losses import kl_divergence, negative_log_likelihood
 from .calibrate import unmasked
@@ -115,6 +116,11 @@ class CalibrationLoss:
 
         pairs = [(ids(prompt), ids(answer, add_special_tokens=False)) for prompt, answer in answers]
         return cls(model, [ids(text) for text in texts], pairs, **options)
+
+    @property
+    def kv_heads(self) -> dict[Sublayer, int]:
+        """The K/V heads of each attention sublayer that can have any window, for `Windowed`."""
+        return self.runtime.graphs.structure.kv_heads
 
     def __call__(self, plan: SkipPlan, samples: int | None = None) -> float:
         """Return the loss of `plan`.

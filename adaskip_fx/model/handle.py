@@ -77,6 +77,11 @@ class Handle:
         return self._runtime.sublayers
 
     @property
+    def kv_heads(self) -> dict[Sublayer, int]:
+        """The K/V heads of each attention sublayer that can have any window."""
+        return dict(self._runtime.graphs.structure.kv_heads)
+
+    @property
     def profile(self) -> Profile | None:
         """What calibration measured; None if the model was compiled without."""
         return self._runtime.profile

@@ -70,6 +70,13 @@ class ModelStructure:
                     found[sublayer] = error
         return found
 
+    @cached_property
+    def kv_heads(self) -> dict[Sublayer, int]:
+        """For each attention sublayer that can have any window how many K/V heads it has."""
+        pairs = self.attention.items()
+        known = {s: a for s, a in pairs if isinstance(a, Attention) and a.sees == "everything"}
+        return {s: attention.kv_heads for s, attention in known.items()}
+
     def heads(self, windows: Mapping[Sublayer, Window]) -> dict[str, list[tuple[int, int]]]:
         """Return (sinks, tokens) of each K/V head of attention sublayers that have windows."""
         found = {}
