@@ -43,11 +43,13 @@ class PhaseRan:
         steps: calls of the model.
         tokens: rows times tokens, over all steps.
         ran: for each sublayer of the model how many tokens went through it.
+        windowed: for how many of them its attention saw a window; none of those that are missing.
     """
 
     steps: int
     tokens: int
     ran: Mapping[Sublayer, int]
+    windowed: Mapping[Sublayer, int] = field(default_factory=dict)
 
     @property
     def fraction(self) -> float | None:
@@ -62,12 +64,14 @@ class PhaseRan:
 
     def to_json(self) -> dict[str, JSON]:
         """Return counts, the fraction, and how often each sublayer was left out."""
+        windowed: dict[str, JSON] = {str(s): n for s, n in self.windowed.items()}
         left_out = {str(s): self.tokens - n for s, n in self.ran.items() if n < self.tokens}
         return {
             "steps": self.steps,
             "tokens": self.tokens,
             "skipped_fraction": self.fraction,
             "tokens_skipped": left_out,
+            **({"tokens_windowed": windowed} if windowed else {}),
         }
 
 
@@ -106,19 +110,24 @@ class Watch:
     _ran: dict[Phase, Counter[Sublayer]] = field(
         default_factory=lambda: {phase: Counter() for phase in get_args(Phase)}
     )
+    _windowed: dict[Phase, Counter[Sublayer]] = field(
+        default_factory=lambda: {phase: Counter() for phase in get_args(Phase)}
+    )
     _plans: dict[str, SkipPlan] = field(default_factory=dict)
 
     def __call__(self, program: Program, plan: SkipPlan, tokens: int) -> None:
         """Count one step; see `Runtime.observer`.
 
         Raises:
-            SkipPathError: the program does not call the sublayers that the plan says.
+            SkipPathError: the program does not call the sublayers that the plan says, or their
+                attention does not see what it says.
         """
         phase = plan_phase(program.captured.key.phase)
-        check_followed(plan, phase, program.runs)
+        check_followed(plan, phase, program.runs, program.windowed)
         self._steps[phase] += 1
         self._tokens[phase] += tokens
         self._ran[phase].update(dict.fromkeys(program.runs, tokens))
+        self._windowed[phase].update(dict.fromkeys(program.windowed, tokens))
         self._plans[plan.digest] = plan
 
     @property
@@ -140,7 +149,7 @@ class Watch:
         return Ran(self._phase("prefill"), self._phase("decode"), tuple(self._plans))
 
     def check_measured(self, what: str) -> None:
-        """Refuse what ran if it was the full model, though the plan leaves out something.
+        """Refuse what ran if it was the full model, though the plan leaves out or hides something.
 
         In a choice among plans only those count that were chosen.
 
@@ -152,7 +161,7 @@ class Watch:
         """
         phases = get_args(Phase)
         ran = {phase: self._phase(phase) for phase in phases}
-        if not self._steps or any(r.fraction for r in ran.values()):
+        if not self._steps or any(r.fraction or r.windowed for r in ran.values()):
             return
         decision = self.runtime.plan
         plans = self._plans.values() if isinstance(decision, PlanChooser) else plans_of(decision)
@@ -171,29 +180,44 @@ class Watch:
 
     def _phase(self, phase: Phase) -> PhaseRan:
         ran = {s: self._ran[phase][s] for s in self.runtime.sublayers}
-        return PhaseRan(self._steps[phase], self._tokens[phase], ran)
+        windowed = dict(sorted(self._windowed[phase].items()))
+        return PhaseRan(self._steps[phase], self._tokens[phase], ran, windowed)
 
 
 def _left_out(plans: Iterable[SkipPlan], phase: Phase) -> list[Sublayer]:
-    """Return what any of these plans does not run in `phase`."""
-    found = (getattr(plan, phase) for plan in plans)
-    return sorted({sublayer for actions in found for sublayer in actions})
+    """Return what any of these plans does not run, or not in full, in `phase`."""
+    found = ({**getattr(plan, phase), **plan.windows.of_phase(phase)} for plan in plans)
+    return sorted({sublayer for changed in found for sublayer in changed})
 
 
-def check_followed(plan: SkipPlan, phase: Phase, runs: frozenset[Sublayer]) -> None:
+def check_followed(
+    plan: SkipPlan,
+    phase: Phase,
+    runs: frozenset[Sublayer],
+    windowed: frozenset[Sublayer] = frozenset(),
+) -> None:
     """Refuse a program of `phase` that calls `runs` under `plan`, unless these are its sublayers.
 
     Args:
         plan: what should have run.
         phase: of the program.
         runs: the sublayers that the program calls.
+        windowed: those of them whose attention sees a window.
 
     Raises:
         SkipPathError: names what ran and should not have, or the other way round.
     """
     wanted = {s for s in plan.sublayers if plan.action(phase, s) is Action.RUN}
-    if runs == wanted:
+    seen = frozenset(plan.windows.of_phase(phase))
+    if runs == wanted and windowed == seen:
         return
+    if runs == wanted:
+        differ = ", ".join(map(str, sorted(windowed ^ seen)))
+        raise SkipPathError(
+            f"plan {plan.digest[:8]} has windows in {len(seen)} sublayers in {phase}, but the "
+            f"program that was used in {len(windowed)}: they differ in {differ}. What was measured "
+            "is not this plan; this is a fault of adaskip_fx, please report it with the plan"
+        )
     head = (
         f"plan {plan.digest[:8]} runs {len(wanted)} of {len(plan.sublayers)} sublayers in {phase}, "
         f"but the program that was used runs {len(runs)}"

@@ -18,6 +18,7 @@ from adaskip_passes import fuse, link
 from adaskip_passes.partition.outer import sublayer_calls
 from adaskip_passes.transforms.probe import VALID
 from adaskip_passes.transforms.skip import surrogate_inputs
+from adaskip_passes.windows.window_attention import windowed_calls
 
 from ..capture.phase_graph import CapturedPhase
 from ..plans.compose_surrogates import SurrogateTensors, compose_surrogates
@@ -36,6 +37,7 @@ class Program:
         captured: The capture it was linked from.
         probed: The sublayers whose similarity statistics it returns, in stream order.
         runs: The sublayers that it calls, read from the graph that was linked.
+        windowed: Those of them whose attention sees a window, likewise.
         surrogates: The tensors of surrogates, by the names of the graph's inputs.
         surrogate_names: For each of them its sublayer and its name there, in the same order.
         windows: The tables of windows, likewise by the names of the graph's inputs.
@@ -77,7 +79,8 @@ class Program:
             first=instrument.passes,
             surrogates=surrogates,
         )
-        self.runs = frozenset(captured.sublayers[i] for i in sublayer_calls(outer.graph))
+        called = sublayer_calls(outer.graph), windowed_calls(outer.graph)
+        self.runs, self.windowed = (frozenset(captured.sublayers[i] for i in c) for c in called)
         self.surrogates = surrogate_tensors(outer, captured.sublayers, surrogates, placed)
         inputs = surrogate_inputs(outer.graph)
         self.surrogate_names = tuple(

@@ -9,7 +9,7 @@ from torch import fx
 
 from adaskip_passes import UnsupportedError
 from adaskip_passes.partition.outer import Piece, piece_of, sublayer_calls
-from adaskip_passes.windows.window_attention import Attention, attention_of
+from adaskip_passes.windows.find_attention import Attention, attention_of
 
 from ..capture.phase_graph import CapturedPhase, Memory
 from ..plans.sublayer import Sublayer

@@ -22,9 +22,10 @@ from adaskip_fx.evaluation.execution_check import (
 from adaskip_fx.evaluation.scoring import score
 from adaskip_fx.plans.decisions import Decision, Schedule
 from adaskip_fx.plans.skip_plan import Action, SkipPlan
+from adaskip_fx.plans.windows import Window, Windows
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.programs import program
-from tests.support.compiled_llamas import profile_of
+from tests.support.compiled_llamas import entry, profile_of
 from tests.support.toy_models import SUBLAYERS, Compiled, compiled, encoded, tokenizer
 
 PROMPT = encoded("Some text, and more of it")
@@ -297,3 +298,39 @@ def test_a_model_that_was_not_called_is_refused() -> None:
 def test_a_model_that_is_not_compiled_is_not_watched() -> None:
     with watched(compiled().model) as watch:
         assert watch is None
+
+
+def test_windows_that_were_not_there() -> None:
+    attention = [s for s in SUBLAYERS if s.kind == "attention"]
+    plan = SkipPlan.empty(SUBLAYERS).with_windows(Windows(decode={attention[0]: Window(4)}))
+    every = frozenset(SUBLAYERS)
+    check_followed(plan, "prefill", every)
+    check_followed(plan, "decode", every, frozenset(attention[:1]))
+    with pytest.raises(SkipPathError, match=r"has windows in 1 sublayers in decode, but the prog"):
+        check_followed(plan, "decode", every)
+    with pytest.raises(SkipPathError, match=f"they differ in {attention[0]}"):
+        check_followed(plan, "prefill", every, frozenset(attention[:1]))
+
+
+def test_windows_are_watched() -> None:
+    bank = entry("grouped")
+    attention = [s for s in bank.sublayers if s.kind == "attention"]
+    plan = bank.plan().with_windows(Windows(decode={attention[1]: Window(3)}))
+    bank.runtime.plan = plan
+    try:
+        with watched(bank.compiled) as watch, torch.no_grad():
+            assert watch is not None
+            cache = bank.runtime.new_cache()
+            bank.compiled(bank.tokens(1, 5), past_key_values=cache)
+            with pytest.raises(
+                NotMeasuredError, match=f"the plan leaves out {attention[1]} in dec"
+            ):
+                watch.check_measured("a task")
+            bank.compiled(bank.tokens(1, 1), past_key_values=cache)
+            watch.check_measured("a task")
+            ran = watch.read()
+        assert ran.prefill.windowed == {}
+        assert ran.decode.windowed == {attention[1]: 1}
+        assert ran.to_json()["decode"]["tokens_windowed"] == {str(attention[1]): 1}  # type: ignore[index, call-overload]
+    finally:
+        bank.runtime.plan = bank.plan()

@@ -21,7 +21,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
@@ -32,26 +32,12 @@ from ..errors import UnsupportedError
 from ..infra.graph_module import Uncoded
 from ..infra.pass_base import Pass, PassResult
 from ..partition.outer import PIECE, Piece, helper_piece, piece_of, sublayer_calls
+from .find_attention import ATTEND, CAUSAL, PACKED, attention_node, example_of
 from .ops import narrowed
 
 WINDOWS = "adaskip_windows"  # marks an input: the positions of the sublayers whose windows it holds
 
-_ATTEND = torch.ops.adaskip.attend.default
-_CAUSAL, _PACKED = torch.ops.adaskip.attend_causal.default, torch.ops.adaskip.attend_packed.default
-_ATTENTIONS = frozenset([_ATTEND, _CAUSAL, _PACKED, scaled_dot_product_attention])
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The one attention of a piece.
-
-    Attributes:
-        kv_heads: How many K/V heads it has.
-        sees: ``everything`` up to the query, or ``what a mask says``.
-    """
-
-    kv_heads: int
-    sees: Literal["everything", "what a mask says"]
+WINDOWED = "adaskip_windowed"  # marks a call whose attention sees a window
 
 
 @dataclass(frozen=True)
@@ -80,7 +66,7 @@ class WindowAttention(Pass):
                 raise UnsupportedError(f"sublayer {index} is not in the graph: it sees nothing")
             call = calls[index]
             piece, node = found.of(call)
-            if node.target is not _ATTEND:
+            if node.target is not ATTEND:
                 _narrow_in_piece(outer, call, piece, node, narrower)
             else:
                 by_bounds.setdefault(found.reads(call), []).append(call)
@@ -117,7 +103,7 @@ class _Attentions:
         known = self._places.get(piece.key)
         if known is None:
             node = attention_node(piece)
-            known = _bounds_input(piece, node), int(_example(node.args[1]).shape[1])
+            known = _bounds_input(piece, node), int(example_of(node.args[1]).shape[1])
             self._places[piece.key] = known
         return known
 
@@ -137,42 +123,10 @@ def window_inputs(outer: fx.Graph) -> dict[str, tuple[int, ...]]:
     return {name: mark for name, mark in marked if mark is not None}
 
 
-def attention_of(piece: Piece) -> Attention:
-    """Return what is known of a piece's attention.
-
-    Raises:
-        UnsupportedError: It has none that can have a window.
-    """
-    node = attention_node(piece)
-    _, key, *_ = node.args
-    masked = node.target is scaled_dot_product_attention and node.kwargs.get("attn_mask")
-    sees: Any = "what a mask says" if masked is not None and masked is not False else "everything"
-    return Attention(int(_example(key).shape[1]), sees)
-
-
-def attention_node(piece: Piece) -> fx.Node:
-    """Return the operation in a piece that is its attention.
-
-    Raises:
-        UnsupportedError: There is none, or more than one.
-    """
-    graph = piece.module.graph
-    found: list[fx.Node] = [
-        n for n in graph.nodes if n.op == "call_function" and n.target in _ATTENTIONS
-    ]
-    if len(found) != 1:
-        what = "none of PyTorch's" if not found else f"{len(found)} of them"
-        raise UnsupportedError(
-            f"layer {piece.layer}'s {piece.kind} cannot have a window: its attention is {what} "
-            "(it is written out, for a soft cap, sinks of its own or a bias, or it is no attention)"
-        )
-    return found[0]
-
-
-def _example(node: Any) -> torch.Tensor:
-    value = node.meta["example_value"]
-    assert isinstance(value, torch.Tensor)
-    return value
+def windowed_calls(outer: fx.Graph) -> frozenset[int]:
+    """Return the positions of the sublayers that a graph calls whose attention sees a window."""
+    calls = sublayer_calls(outer).items()
+    return frozenset(index for index, call in calls if call.meta.get(WINDOWED))
 
 
 # In prompts --------------------------------------------------------------------------------------
@@ -182,8 +136,8 @@ def _narrow_in_piece(
     outer: fx.GraphModule, call: fx.Node, piece: Piece, node: fx.Node, narrower: dict[str, Piece]
 ) -> None:
     """Have a piece take its window as one more input."""
-    example = _example(node.args[0]).new_empty(
-        (_example(node.args[1]).shape[1], 2), dtype=torch.int64, device="cpu"
+    example = example_of(node.args[0]).new_empty(
+        (example_of(node.args[1]).shape[1], 2), dtype=torch.int64, device="cpu"
     )
     windowed = narrower.get(piece.key)
     if windowed is None:
@@ -202,9 +156,9 @@ def _with_window(piece: Piece, attention: fx.Node, example: torch.Tensor) -> Pie
     windows.meta["example_value"] = example
     query, key, value, *more = node.args
     with graph.inserting_before(node):
-        if node.target is _CAUSAL:
+        if node.target is CAUSAL:
             target, given = torch.ops.adaskip.attend_windowed.default, (windows, *more)
-        elif node.target is _PACKED:
+        elif node.target is PACKED:
             offsets, *rest = more
             target = torch.ops.adaskip.attend_packed_windowed.default
             given = (offsets, windows, *rest)
@@ -231,13 +185,13 @@ def _of_torch(piece: Piece, node: fx.Node, windows: fx.Node) -> tuple[Any, tuple
             f"layer {piece.layer}'s attention cannot have a window: it calls PyTorch's with "
             "arguments that are not known"
         )
-    query = _example(node.args[0])
+    query = example_of(node.args[0])
     scale, mask = options.get("scale"), options.get("attn_mask")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if mask is None:
         return torch.ops.adaskip.attend_windowed.default, (windows, scale)
     assert isinstance(mask, fx.Node)
-    shape = _example(mask)
+    shape = example_of(mask)
     if shape.dtype != torch.bool or shape.dim() != 4:
         raise UnsupportedError(
             f"layer {piece.layer}'s attention cannot have a window: its mask is a bias on scores"
@@ -270,7 +224,7 @@ def _narrow_bounds(
 ) -> None:
     """Give each of the calls `windowed` bounds of its own, computed together before them."""
     indices = tuple(piece.index for call in every if (piece := piece_of(call)) is not None)
-    example = _example(bounds)
+    example = example_of(bounds)
     tables = example.new_empty((len(every), heads, 2))
     table = _new_input(outer.graph, f"windows_{indices[0]}", tables, indices)
     graph, name = fx.Graph(), f"bounds_{indices[0]}"
@@ -316,6 +270,7 @@ def _with_bounds(piece: Piece, at: int, example: torch.Tensor) -> Piece:
 def _call_instead(outer: fx.GraphModule, call: fx.Node, piece: Piece) -> None:
     outer.add_submodule(piece.name, piece.module)
     call.meta[PIECE] = piece
+    call.meta[WINDOWED] = True
 
 
 def _new_input(

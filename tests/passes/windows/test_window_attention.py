@@ -10,11 +10,8 @@ from adaskip_passes import Skip, UnsupportedError, run_passes
 from adaskip_passes.infra.graph_module import text
 from adaskip_passes.partition.outer import piece_of, sublayer_calls
 from adaskip_passes.transforms.skip import Replacement
-from adaskip_passes.windows.window_attention import (
-    WindowAttention,
-    attention_of,
-    window_inputs,
-)
+from adaskip_passes.windows.find_attention import attention_of
+from adaskip_passes.windows.window_attention import WindowAttention, window_inputs
 from tests.support.compiled_llamas import entry
 from tests.support.fx_decoders import Shape, shared
 
