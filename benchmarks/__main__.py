@@ -73,7 +73,9 @@ def run(
     samples: Annotated[int | None, typer.Option(min=1, help="windows of a text's half")] = None,
     length: Annotated[int | None, typer.Option(min=16, help="tokens of a window")] = None,
     alpha: Annotated[list[float] | None, typer.Option(help="of studies; may be repeated")] = None,
-    policy: Annotated[list[str] | None, typer.Option(help="of study_pareto; all")] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="of study_pareto; ways of study_windows; all")
+    ] = None,
     surrogate: Annotated[list[str] | None, typer.Option(help="of studies")] = None,
     plan: Annotated[
         list[str] | None,

@@ -25,6 +25,7 @@ KINDS = MappingProxyType(
         "growth": "growth",
         "matrix": "matrix",
         "window": "window",
+        "heads": "head_map",
     }
 )
 

@@ -14,7 +14,7 @@ STUDIES = MappingProxyType(
         f"study_{name}": f"studies.{name}"
         for name in (
             *("similarity", "transfer", "window", "domain"),
-            *("errors", "summaries", "families", "pareto", "recipe"),
+            *("errors", "summaries", "families", "pareto", "recipe", "windows"),
         )
     }
 )

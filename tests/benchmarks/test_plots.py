@@ -20,6 +20,7 @@ from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
 from adaskip_fx.profiles.profile import Fingerprint, Profile
 from benchmarks.__main__ import app
 from benchmarks.plots import KINDS, PlotError, plot
+from benchmarks.plots.head_map import shades
 from benchmarks.plots.pareto import front
 from benchmarks.plots.plan_map import fate
 from benchmarks.plots.source import load
@@ -73,6 +74,13 @@ PLANS = [
         "decode": {"0.attention": "skip", "1.ffn": "skip", "2.ffn": "skip"},
     }
 ]
+MAPS = [
+    {
+        "name": "heads",
+        "heads": {"0.attention": 2, "2.attention": 3},
+        "order": [["2.attention", [1]], ["0.attention", [0, 1]]],
+    }
+]
 DATA: dict[str, Any] = {
     "similarity": {"rows": [ROW]},
     "pareto": POINTS,
@@ -80,6 +88,7 @@ DATA: dict[str, Any] = {
     "growth": {"rows": GROWTH},
     "matrix": MATRIX,
     "window": {"rows": WINDOW},
+    "heads": {"maps": MAPS},
 }
 
 
@@ -322,6 +331,16 @@ def test_plan_map_of_a_plan_file(tmp_path: Path) -> None:
     assert set(shown.values()) == {"runs"}
     kept = SkipPlan(SUBLAYERS, {SUBLAYERS[0]: Action.KV_ONLY}, {SUBLAYERS[0]: Action.RUN})
     assert fate(kept.to_json(), "0.attention") == "writes K/V only"
+
+
+def test_head_map(tmp_path: Path) -> None:
+    """Layer 1 has no such head; head 1 of layer 2 got its window first."""
+    crossed = float("nan")
+    assert str(shades(MAPS[0])) == str(
+        [[0.6, crossed, 0.0], [0.6, crossed, 1.0], [crossed, crossed, 0.0]]
+    )
+    axes, _ = drawn("heads", tmp_path).axes
+    assert axes.get_title() == "heads: dark got a window early, white sees everything"
 
 
 def test_growth_lines(tmp_path: Path) -> None:

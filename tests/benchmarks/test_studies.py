@@ -47,6 +47,7 @@ from benchmarks.studies import (
     timing,
     transfer,
     window,
+    windows,
 )
 from benchmarks.studies.setup import Options, Subject, Text, read_texts, subject_of
 from tests.support.command_line import save
@@ -770,3 +771,50 @@ class Judge(recipe._Judge):
 
     def _found(self, plan: SkipPlan | None) -> float:
         return 1.0
+
+
+# Windows. --------------------------------------------------------------------------------------
+
+
+def test_windows_are_chosen_on_what_is_not_read(tmp_path: Path) -> None:
+    texts = [text(name, seed, 2000) for seed, name in enumerate(("one", "two", "three"))]
+    options = dataclasses.replace(OPTIONS, samples=1, length=400)
+    model = make_model("three_layers")
+    made = subject_of("tiny", model, AnyText(), texts, options, timed=False)
+    asked = list[SkipPlan]()
+
+    def answers(self: Any, plan: SkipPlan) -> dict[str, Any]:
+        asked.append(plan)
+        return {"passkey": {"mean": 0.5, "difference": 0.0, "standard_error": None}}
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(windows._Judge, "_answers", answers)
+        result = windows.windows(made, (0.3, 0.6))
+    assert result["calibrated_on"] == ["one", "two"]
+    assert result["window"] == {"tokens": 25, "sinks": 4, "full_heads": []}
+    ways = [*windows.WAYS, "attention skipped"]
+    assert [(r["way"], r["share"]) for r in result["rows"]] == [
+        (way, share) for way in ways for share in (0.3, 0.6)
+    ]
+    heads = {str(s): n for s, n in made.compiled.adaskip.kv_heads.items()}
+    for row in result["rows"]:
+        assert set(row["texts"]) == {"three"}
+        plan = row["plan"]
+        if row["way"] == "attention skipped":
+            assert len(plan["decode"]) == round(row["share"] * 3)
+            continue
+        narrow = {s: heads[s] - len(w["full_heads"]) for s, w in plan["windows"]["decode"].items()}
+        read = 400 * sum(heads.values()) - sum(narrow.values()) * (400 - 29)
+        assert read <= (1 - row["share"]) * 400 * sum(heads.values()) + 1e-6
+        (order,) = (m["order"] for m in result["maps"] if m["name"] == row["way"])
+        first = order[: len(narrow)] if "layers" in row["way"] else order[: sum(narrow.values())]
+        assert {name for name, _ in first} == set(narrow)
+    assert len(asked) == 1 + len(result["rows"])
+    (ids,) = texts[2].windows("second", 1, 400)
+    full = result["full"]["texts"]["three"]
+    empty = SkipPlan.empty(made.runtime.sublayers)
+    nll = cross_entropy(eager_logits(model, empty, ids)[:-1], ids[0, 1:])
+    assert math.log(full["perplexity"]) == pytest.approx(float(nll), rel=1e-4)
+    assert len(windows.summary(result).splitlines()) == 1 + len(result["rows"])
+    (tmp_path / "w.json").write_text(json.dumps(result))
+    assert plot("heads", [tmp_path / "w.json"], tmp_path, "w")
