@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaskip_passes.attention.ops import attend_causal, attend_packed
 from adaskip_passes.decode.ops import EVERY, attend
+from adaskip_passes.windows.ops import attend_packed_windowed, attend_windowed
 
 from ..utils.transformers_internals import attention_name, can_set_attention
 from ..utils.transformers_types import CausalLM
@@ -61,15 +62,20 @@ def attention(
     if torch.is_autocast_enabled(query.device.type):  # as it does PyTorch's own attention
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t.to(dtype) for t in (query, key, value))
+    written = softcap is not None or s_aux is not None
     if attention_mask is not None and attention_mask.dtype == torch.int32:
-        if softcap is not None or s_aux is not None:
+        if written:
             raise NotImplementedError("soft caps or sinks in a packed prompt")
-        return attend_packed(query, key, value, attention_mask, scale), None
+        return _packed(query, key, value, attention_mask, scale), None
     if attention_mask is not None and attention_mask.dtype == torch.int64:
         return attend(query, key, value, attention_mask, scale, softcap or 0.0, s_aux), None
-    if softcap is not None or s_aux is not None:
-        written = _written_out(query, key, value, attention_mask, scale, softcap, s_aux)
-        return written, None
+    window = _window_of(attention_mask)
+    if written:
+        if window is not None:
+            attention_mask = _within(window, query.shape[2], key.shape[2], query.device)
+        return _written_out(query, key, value, attention_mask, scale, softcap, s_aux), None
+    if window is not None:
+        return attend_windowed(query, key, value, None, window, scale), None
     causal = False
     if attention_mask is None and query.shape[2] > 1:  # a symbolic bool is not accepted below
         if query.device.type == "cuda" or query.shape[2] != key.shape[2]:
@@ -87,6 +93,31 @@ def attention(
         enable_gqa=grouped,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _packed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Return attention within packed rows; of [window, rows + 1] as many tokens are seen."""
+    if mask.dim() == 1:
+        output: torch.Tensor = attend_packed(query, key, value, mask, scale)
+    else:
+        window = mask.shape[0]
+        output = attend_packed_windowed(query, key, value, mask[0], None, window, scale)
+    return output
+
+
+def _window_of(mask: torch.Tensor | None) -> int | None:
+    """Return the window that a mask without rows stands for; None for any other mask."""
+    without_rows = mask is not None and mask.dim() == 2 and mask.shape[0] == 0
+    return mask.shape[1] if mask is not None and without_rows else None
+
+
+def _within(window: int, tokens: int, stored: int, device: torch.device) -> torch.Tensor:
+    """Return the mask of a sliding window, bool [1, 1, T, S]."""
+    position = torch.arange(stored, device=device)
+    own = position[stored - tokens :].unsqueeze(1)
+    return ((position <= own) & (position > own - window))[None, None]
 
 
 def is_own(model: CausalLM) -> bool:
@@ -158,7 +189,9 @@ def mask(
     None is right for plain causal attention without padding. Where positions are on the device (a
     tensor), whole buffers are read by bounds: the mask is a table of them, int64 [B, 1, 1, 5] (see
     `adaskip_passes.decode.ops.Bounds`); `kv_offset` are the rows' first tokens then. Of packed rows
-    it is where each begins, which is their `kv_offset`, int32 [rows + 1].
+    it is where each begins, which is their `kv_offset`, int32 [rows + 1]. A sliding window alone is
+    a tensor without rows, whose width is the window: bool [0, window]; of packed rows their
+    beginnings so often, int32 [window, rows + 1], which takes no memory.
 
     Raises:
         NotImplementedError: bounds or offsets cannot say what the mask says.
@@ -176,12 +209,20 @@ def mask(
                     raise NotImplementedError("several queries at the end of a chunk")
                 window = (q_offset - kv_offset) % local_size + 1
         return _bounds(q_offset, kv_offset, window).expand(batch_size, -1, -1, -1)
+    sliding = None
+    chunked = getattr(config, "attention_chunk_size", None) == local_size
+    if attention_mask is None and not use_vmap and not chunked:
+        sliding = local_size
     if isinstance(kv_offset, torch.Tensor):
+        if sliding is not None:
+            return kv_offset.expand(sliding, -1)
         if not plain:
             raise NotImplementedError("a packed prompt with more than causal attention")
         return kv_offset
     if plain and not isinstance(q_offset, torch.Tensor):
         return None
+    if sliding is not None and not isinstance(q_offset, torch.Tensor):
+        return torch.empty(0, sliding, dtype=torch.bool)
     result: torch.Tensor | None = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,

@@ -12,7 +12,7 @@ from .style import heat
 
 HOW = (
     "a map of heads is drawn from 'maps' with name, heads (of each attention sublayer) and order "
-    "(sublayer and its heads, step by step), as `python -m benchmarks run study_windows` writes them"
+    "(sublayer and heads, step by step), as `python -m benchmarks run study_windows` writes them"
 )
 
 

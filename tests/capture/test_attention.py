@@ -21,7 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaskip_fx.api import build
 from adaskip_fx.capture.attention import attention
+from adaskip_fx.model.handle import runtime_of
 from adaskip_passes.decode.ops import EVERY
+from adaskip_passes.partition.outer import piece_of, sublayer_calls
 from tests.support.eager_reference import assert_close, relative_error
 
 SHAPE = {
@@ -167,3 +169,20 @@ def test_autocast_is_followed() -> None:
         query, key, value = (torch.empty(1, h, n, 8) for h, n in ((4, 5), (2, 9), (2, 9)))
         got, _ = attention(torch.nn.Module(), query, key, value, None)
     assert got.dtype == torch.float32, "outside of it nothing is cast"
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_prompts_through_a_window_of_the_models_own(family: str) -> None:
+    """No mask is made for it, unless attention is written out."""
+    compiled = build(make(family), None, backend="eager")
+    captures = runtime_of(compiled).graphs.states.current.captures.items()
+    outer = next(group[0].outer for key, group in captures if key.phase == "prefill")
+    nodes = [
+        node
+        for call in sublayer_calls(outer.graph).values()
+        if (piece := piece_of(call)) is not None
+        for node in piece.module.graph.find_nodes(
+            op="call_function", target=torch.ops.adaskip.attend_windowed.default
+        )
+    ]
+    assert [node.args[3:5] for node in nodes] == ([(None, 6)] * 2 if family == "mistral" else [])

@@ -46,7 +46,7 @@ KEYS = {
     "prefill": ("prefill", {}),
     "extend": ("extend", {"masked": True}),
     "decode": ("decode", {"one_token": True}),
-    "static cache": ("decode", {"one_token": True, "static_cache": True}),
+    "static cache": ("decode", {"one_token": True, "static_tokens": 1}),
 }
 
 

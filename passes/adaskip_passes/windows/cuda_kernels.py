@@ -20,10 +20,11 @@ def _attend_windowed(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    windows: torch.Tensor,
+    windows: torch.Tensor | None,
+    own: int,
     scale: float,
 ) -> torch.Tensor:
-    return by_window(query, key, value, windows, scale, _to_last_and_first)
+    return by_window(query, key, value, windows, own, scale, _to_last_and_first)
 
 
 def _to_last_and_first(

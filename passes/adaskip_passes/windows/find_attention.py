@@ -14,7 +14,11 @@ from ..partition.outer import Piece
 
 ATTEND = torch.ops.adaskip.attend.default
 CAUSAL, PACKED = torch.ops.adaskip.attend_causal.default, torch.ops.adaskip.attend_packed.default
-_ATTENTIONS = frozenset([ATTEND, CAUSAL, PACKED, scaled_dot_product_attention])
+WINDOWED = torch.ops.adaskip.attend_windowed.default
+PACKED_WINDOWED = torch.ops.adaskip.attend_packed_windowed.default
+_ATTENTIONS = frozenset(
+    [ATTEND, CAUSAL, PACKED, WINDOWED, PACKED_WINDOWED, scaled_dot_product_attention]
+)
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,11 @@ class Attention:
 
     Attributes:
         kv_heads: How many K/V heads it has.
-        sees: ``everything`` up to the query, or ``what a mask says``.
+        sees: ``everything`` up to the query, or ``less``: the model hides tokens itself.
     """
 
     kv_heads: int
-    sees: Literal["everything", "what a mask says"]
+    sees: Literal["everything", "less"]
 
 
 def attention_of(piece: Piece) -> Attention:
@@ -38,9 +42,8 @@ def attention_of(piece: Piece) -> Attention:
     """
     node = attention_node(piece)
     _, key, *_ = node.args
-    masked = node.target is scaled_dot_product_attention and node.kwargs.get("attn_mask")
-    sees: Any = "what a mask says" if masked is not None and masked is not False else "everything"
-    return Attention(int(example_of(key).shape[1]), sees)
+    masked = node.kwargs.get("attn_mask") is not None or node.target in (WINDOWED, PACKED_WINDOWED)
+    return Attention(int(example_of(key).shape[1]), "less" if masked else "everything")
 
 
 def attention_node(piece: Piece) -> fx.Node:

@@ -18,9 +18,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention.ops import attend_causal
-from ..decode.ops import Bounds
+from ..decode.ops import EVERY, Bounds
 
-_EVERYTHING = (0, 2**31 - 1)  # sinks and tokens
+_EVERYTHING = (0, EVERY)  # sinks and tokens
 
 _AT_ONCE = 128  # queries at least: fewer would be many small products
 
@@ -50,7 +50,8 @@ def attend_windowed(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    windows: torch.Tensor,
+    windows: torch.Tensor | None,
+    own: int,
     scale: float,
 ) -> torch.Tensor:
     """Attend with the last T of S tokens to those in each one's window; heads are not repeated.
@@ -59,14 +60,16 @@ def attend_windowed(
         query: [B, H, T, D].
         key: [B, H_kv, S, D]; H is a multiple of H_kv.
         value: [B, H_kv, S, D_v].
-        windows: Sinks and tokens of each K/V head, int64 [H_kv, 2], on the CPU.
+        windows: Sinks and tokens of each K/V head, int64 [H_kv, 2], on the CPU; None where all
+            heads see `own` tokens.
+        own: Tokens that the model itself sees there; `EVERY` for all. The smaller one counts.
         scale: Of the scores.
 
     Returns:
         [B, T, H, D_v], contiguous.
 
     """
-    return by_window(query, key, value, windows, scale, in_blocks)
+    return by_window(query, key, value, windows, own, scale, in_blocks)
 
 
 @attend_windowed.register_fake
@@ -74,7 +77,8 @@ def _(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    windows: torch.Tensor,
+    windows: torch.Tensor | None,
+    own: int,
     scale: float,
 ) -> torch.Tensor:
     batch, heads, tokens, _ = query.shape
@@ -87,7 +91,8 @@ def attend_packed_windowed(
     key: torch.Tensor,
     value: torch.Tensor,
     offsets: torch.Tensor,
-    windows: torch.Tensor,
+    windows: torch.Tensor | None,
+    own: int,
     scale: float,
 ) -> torch.Tensor:
     """Do what `attend_windowed` does within each of several texts that follow one another.
@@ -98,6 +103,7 @@ def attend_packed_windowed(
         value: [1, H_kv, N, D_v].
         offsets: Where each text begins, and N: int32 [texts + 1], on the CPU.
         windows: As of `attend_windowed`.
+        own: Likewise.
         scale: Of the scores.
 
     Returns:
@@ -108,7 +114,7 @@ def attend_packed_windowed(
     output = query.new_empty((1, tokens, heads, value.shape[3]))
     for begin, end in itertools.pairwise(offsets.tolist()):
         q, k, v = (t.narrow(2, begin, end - begin) for t in (query, key, value))
-        output[:, begin:end] = attend_windowed(q, k, v, windows, scale)
+        output[:, begin:end] = attend_windowed(q, k, v, windows, own, scale)
     return output
 
 
@@ -118,7 +124,8 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     offsets: torch.Tensor,
-    windows: torch.Tensor,
+    windows: torch.Tensor | None,
+    own: int,
     scale: float,
 ) -> torch.Tensor:
     _, heads, tokens, _ = query.shape
@@ -156,7 +163,7 @@ def attend_masked_windowed(
     position = torch.arange(key.shape[2], device=query.device)
     own = torch.where(mask, position, -1).amax(-1, keepdim=True)
     first = torch.where(mask, position, key.shape[2]).amin((-2, -1), keepdim=True)
-    for alike, (sinks, seen) in _alike(windows, key.shape[2]):
+    for alike, (sinks, seen) in _alike(windows, key.shape[2], EVERY, key.shape[1]):
         q, k, v, theirs = _heads(query, key, value, alike)
         near = mask & ((position > own - seen) | (position < first + sinks))
         mixed = scaled_dot_product_attention(
@@ -183,7 +190,8 @@ def by_window(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    windows: torch.Tensor,
+    windows: torch.Tensor | None,
+    own: int,
     scale: float,
     attend: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
@@ -194,12 +202,13 @@ def by_window(
         key: Likewise.
         value: Likewise.
         windows: Likewise.
+        own: Likewise.
         scale: Likewise.
         attend: From query, key, value, sinks, tokens and scale to [B, T, H, D_v].
 
     """
     batch, heads, tokens, _ = query.shape
-    groups, output = _alike(windows, key.shape[2]), None
+    groups, output = _alike(windows, key.shape[2], own, key.shape[1]), None
     for alike, (sinks, seen) in groups:
         q, k, v, theirs = _heads(query, key, value, alike)
         if seen >= key.shape[2]:
@@ -215,18 +224,23 @@ def by_window(
     return output
 
 
-def _alike(windows: torch.Tensor, stored: int) -> list[tuple[list[int], tuple[int, int]]]:
+def _alike(
+    windows: torch.Tensor | None, stored: int, own: int, kv_heads: int
+) -> list[tuple[list[int], tuple[int, int]]]:
     """Return the K/V heads that have one window, and it: sinks and tokens.
 
     Args:
-        windows: [H_kv, 2].
+        windows: [H_kv, 2]; None for none but `own`.
         stored: How many keys there are.
+        own: Tokens that the model itself sees.
+        kv_heads: How many K/V heads there are.
 
     """
     groups: dict[tuple[int, int], list[int]] = {}
-    for head, (sinks, tokens) in enumerate(windows.tolist()):
-        window = _EVERYTHING if tokens >= stored else (sinks, tokens)
-        groups.setdefault(window, []).append(head)
+    table = [(0, own)] * kv_heads if windows is None else windows.tolist()
+    for head, (sinks, tokens) in enumerate(table):
+        seen = min(tokens, own)
+        groups.setdefault(_EVERYTHING if seen >= stored else (sinks, seen), []).append(head)
     return [(heads, window) for window, heads in groups.items()]
 
 
@@ -270,14 +284,16 @@ def in_blocks(
     for begin in range(0, tokens, step):
         end = min(begin + step, tokens)
         low = max(past + begin - seen + 1, 0)
+        last = past + end - low
+        k, v, at = (t.narrow(d, low, last) for t, d in ((key, 2), (value, 2), (position, 0)))
         before = min(sinks, low)  # sinks that are not among the last keys
-        parts = ((0, before), (low, past + end - low))
-        k, v, at = (
-            torch.cat([t.narrow(dim, start, length) for start, length in parts], dim)
-            for t, dim in ((key, 2), (value, 2), (position, 0))
-        )
+        if before:
+            firsts = ((key, k, 2), (value, v, 2), (position, at, 0))
+            k, v, at = (torch.cat((t.narrow(d, 0, before), near), d) for t, near, d in firsts)
         own = position[past + begin : past + end].unsqueeze(1)
-        near = (at <= own) & ((at > own - seen) | (at < sinks))
+        near = None  # one query sees all of these
+        if end - begin > 1:
+            near = (at <= own) & ((at > own - seen) | (at < sinks))
         q = query.narrow(2, begin, end - begin)
         mixed = scaled_dot_product_attention(
             q, k, v, attn_mask=near, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

@@ -28,16 +28,25 @@ from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..analysis.structural_key import structural_key
+from ..decode.ops import EVERY
 from ..errors import UnsupportedError
 from ..infra.graph_module import Uncoded
 from ..infra.pass_base import Pass, PassResult
 from ..partition.outer import PIECE, Piece, helper_piece, piece_of, sublayer_calls
-from .find_attention import ATTEND, CAUSAL, PACKED, attention_node, example_of
+from .find_attention import (
+    ATTEND,
+    CAUSAL,
+    PACKED,
+    PACKED_WINDOWED,
+    WINDOWED,
+    attention_node,
+    example_of,
+)
 from .ops import narrowed
 
 WINDOWS = "adaskip_windows"  # marks an input: the positions of the sublayers whose windows it holds
 
-WINDOWED = "adaskip_windowed"  # marks a call whose attention sees a window
+_MARK = "adaskip_windowed"  # marks a call whose attention sees a window
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ def window_inputs(outer: fx.Graph) -> dict[str, tuple[int, ...]]:
 def windowed_calls(outer: fx.Graph) -> frozenset[int]:
     """Return the positions of the sublayers that a graph calls whose attention sees a window."""
     calls = sublayer_calls(outer).items()
-    return frozenset(index for index, call in calls if call.meta.get(WINDOWED))
+    return frozenset(index for index, call in calls if call.meta.get(_MARK))
 
 
 # In prompts --------------------------------------------------------------------------------------
@@ -157,11 +166,15 @@ def _with_window(piece: Piece, attention: fx.Node, example: torch.Tensor) -> Pie
     query, key, value, *more = node.args
     with graph.inserting_before(node):
         if node.target is CAUSAL:
-            target, given = torch.ops.adaskip.attend_windowed.default, (windows, *more)
+            target, given = WINDOWED, (windows, EVERY, *more)
+        elif node.target is WINDOWED:
+            target, given = WINDOWED, (windows, *more[1:])
         elif node.target is PACKED:
             offsets, *rest = more
-            target = torch.ops.adaskip.attend_packed_windowed.default
-            given = (offsets, windows, *rest)
+            target, given = PACKED_WINDOWED, (offsets, windows, EVERY, *rest)
+        elif node.target is PACKED_WINDOWED:
+            offsets, _, *rest = more
+            target, given = PACKED_WINDOWED, (offsets, windows, *rest)
         else:
             target, given = _of_torch(piece, node, windows)
         new = graph.call_function(target, (query, key, value, *given))
@@ -189,7 +202,7 @@ def _of_torch(piece: Piece, node: fx.Node, windows: fx.Node) -> tuple[Any, tuple
     scale, mask = options.get("scale"), options.get("attn_mask")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if mask is None:
-        return torch.ops.adaskip.attend_windowed.default, (windows, scale)
+        return WINDOWED, (windows, EVERY, scale)
     assert isinstance(mask, fx.Node)
     shape = example_of(mask)
     if shape.dtype != torch.bool or shape.dim() != 4:
@@ -270,7 +283,7 @@ def _with_bounds(piece: Piece, at: int, example: torch.Tensor) -> Piece:
 def _call_instead(outer: fx.GraphModule, call: fx.Node, piece: Piece) -> None:
     outer.add_submodule(piece.name, piece.module)
     call.meta[PIECE] = piece
-    call.meta[WINDOWED] = True
+    call.meta[_MARK] = True
 
 
 def _new_input(

@@ -60,7 +60,7 @@ def table(windows: Any) -> torch.Tensor:
 @given(WINDOWS, st.integers(1, 2), st.integers(1, 20), st.integers(0, 20), st.integers(0, 99))
 def test_the_last_queries(windows: Any, batch: int, tokens: int, past: int, seed: int) -> None:
     q, k, v = inputs(batch, tokens, past + tokens, seed)
-    got = attend_windowed(q, k, v, table(windows), 0.3)
+    got = attend_windowed(q, k, v, table(windows), EVERY, 0.3)
     want = by_hand(q, k, v, windows, lambda row, t, j: j <= past + t)
     assert got.is_contiguous()
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
@@ -69,7 +69,7 @@ def test_the_last_queries(windows: Any, batch: int, tokens: int, past: int, seed
 def test_more_queries_than_one_block_has() -> None:
     q, k, v = inputs(1, 300, 310, 0)
     for windows in ([(4, 30), (0, 1), (0, EVERY)], [(2, 200)] * HEADS):
-        got = attend_windowed(q, k, v, table(windows), 0.3)
+        got = attend_windowed(q, k, v, table(windows), EVERY, 0.3)
         want = by_hand(q, k, v, windows, lambda row, t, j: j <= 10 + t)
         torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
     wrong = by_hand(q, k, v, [(2, 201)] * HEADS, lambda row, t, j: j <= 10 + t)
@@ -82,7 +82,7 @@ def test_packed_texts(windows: Any, lengths: list[int], seed: int) -> None:
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     total = int(offsets[-1])
     q, k, v = inputs(1, total, total, seed)
-    got = attend_packed_windowed(q, k, v, offsets, table(windows), 0.3)
+    got = attend_packed_windowed(q, k, v, offsets, table(windows), EVERY, 0.3)
     for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         part = [t[:, :, begin:end] for t in (q, k, v)]
         want = by_hand(*part, windows, lambda row, t, j: j <= t)
