@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from ..plans.skip_plan import Action, SkipPlan
 from ..plans.sublayer import Sublayer
 from ..plans.surrogate import SHAPES, Surrogate
 from ..plans.surrogates import Surrogates
+from ..plans.windows import Window, Windows
 from .equivalence import compiled_for
 from .families import FAMILIES, tiny_config
 
@@ -33,18 +34,20 @@ _FACTORS = st.floats(0.25, 2.0, width=32)
 _TENSORS = ("diagonal", "low_rank", "linear", "normalized")
 
 
-def plans(model: Any) -> st.SearchStrategy[SkipPlan]:
+def plans(model: Any, *, windows: bool = False) -> st.SearchStrategy[SkipPlan]:
     """Draw a skip plan for a model: what is skipped in which phase, and its surrogates.
 
     Args:
         model: a decoder as :func:`adaskip_fx.compile` takes it, whose sublayers are looked up; or
             the sublayers themselves, in the order of the residual stream, and then the surrogates
             are scales alone.
+        windows: whether attention that runs may see windows, where it can; not of sublayers alone.
     """
     if isinstance(model, Sequence):
-        return _plans(tuple(model), None)
+        return _plans(tuple(model), None, {})
     hidden = model.get_input_embeddings().weight.shape[1]
-    return _plans(compiled_for(model).adaskip.sublayers, hidden)
+    handle = compiled_for(model).adaskip
+    return _plans(handle.sublayers, hidden, handle.kv_heads if windows else {})
 
 
 def surrogates(hidden: int | None) -> st.SearchStrategy[Surrogate]:
@@ -65,19 +68,36 @@ def _random_surrogate(kind: Any, rank: int, seed: int, hidden: int) -> Surrogate
     )
 
 
+def _windows(heads: int) -> st.SearchStrategy[Window | None]:
+    full = st.sets(st.integers(0, heads - 1), max_size=heads).map(tuple)
+    return st.none() | st.builds(Window, st.integers(1, 12), st.integers(0, 4), full)
+
+
 @st.composite
-def _plans(draw: st.DrawFn, sublayers: tuple[Sublayer, ...], hidden: int | None) -> SkipPlan:
+def _plans(
+    draw: st.DrawFn,
+    sublayers: tuple[Sublayer, ...],
+    hidden: int | None,
+    heads: Mapping[Sublayer, int],
+) -> SkipPlan:
     actions = {s: draw(st.sampled_from(_ACTIONS[s.kind]), label=str(s)) for s in sublayers}
     for phase in (0, 1):
         if all(a[phase] != "run" for a in actions.values()):
             actions[sublayers[-1]] = ("run", "run")
     left_out = [s for s, pair in actions.items() if pair != ("run", "run")]
     drawn = {s: draw(st.none() | surrogates(hidden), label=f"x {s}") for s in left_out}
+    narrow: list[dict[Sublayer, Window]] = [{}, {}]
+    for sublayer, count in heads.items():
+        for phase in (0, 1):
+            window = draw(_windows(count), label=f"window {sublayer}")
+            if window is not None and actions[sublayer][phase] == "run":
+                narrow[phase][sublayer] = window
     return SkipPlan(
         sublayers,
         {s: Action(pair[0]) for s, pair in actions.items()},
         {s: Action(pair[1]) for s, pair in actions.items()},
         Surrogates({s: c for s, c in drawn.items() if c is not None}),
+        windows=Windows(*narrow),
     )
 
 

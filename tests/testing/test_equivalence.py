@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.surrogates import Surrogates
+from adaskip_fx.plans.windows import Window, Windows
 from adaskip_fx.programs import program
+from adaskip_fx.programs.structure import ModelStructure
 from adaskip_fx.testing import Oracle, assert_equivalent, families, plans, prompts, tiny_configs
 from adaskip_fx.testing.equivalence import compiled_for
 from adaskip_passes import UnsupportedError
 from tests.support.compiled_llamas import Entry, entry, make_model
 from tests.support.custom_decoders import OwnDecoder, OwnParallelDecoder, SharedLayer, own
-from tests.support.families.all import FAMILIES, tiny_model
+from tests.support.families.all import FAMILIES, tiny_config, tiny_model
 
 MODELS = {"pre-norm": OwnDecoder, "parallel": OwnParallelDecoder}
 
@@ -66,8 +68,44 @@ def test_padding_is_not_compared() -> None:
 @settings(max_examples=6)
 @given(st.data())
 def test_padded_prompts(data: st.DataObject) -> None:
-    plan, prompt = data.draw(plans(GROUPED)), data.draw(prompts(GROUPED))
+    plan, prompt = data.draw(plans(GROUPED, windows=True)), data.draw(prompts(GROUPED))
     assert_equivalent(GROUPED, plan, inputs=prompt, decode_steps=2)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gpt_neox",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("qwen3", "mixtral", "phi3", "cohere", "starcoder2", "olmo2", "jamba")
+        ),
+    ],
+)
+def test_windows_of_families(family: str) -> None:
+    """Fused projections, norms of queries and keys, parallel branches, experts, mixers beside."""
+    model = tiny_model(tiny_config(family))
+    heads = compiled_for(model).adaskip.kv_heads
+    assert heads
+
+    @settings(max_examples=6)
+    @given(st.data())
+    def property_of(data: st.DataObject) -> None:
+        plan = data.draw(plans(model, windows=True))
+        assert_equivalent(model, plan, inputs=data.draw(prompts(model)), decode_steps=2)
+
+    property_of()
+
+
+def test_a_window_that_is_not_there_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companion: the reference sees everything."""
+    attention = next(iter(compiled_for(GROUPED).adaskip.kv_heads))
+    windows = Windows.of({attention: Window(2, 0)})
+    plan = SkipPlan.empty(compiled_for(GROUPED).adaskip.sublayers).with_windows(windows)
+    assert_equivalent(GROUPED, plan, decode_steps=1)
+    monkeypatch.setattr(ModelStructure, "heads", lambda *_: {})
+    with pytest.raises(AssertionError, match=rf"the logits of step 0 .*{attention}"):
+        assert_equivalent(GROUPED, plan, decode_steps=1)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -232,7 +270,7 @@ def test_the_families_of_tiny_configurations_are_documented() -> None:
 @given(st.data())
 def test_a_drawn_configuration_is_equivalent(data: st.DataObject) -> None:
     model = tiny_model(data.draw(tiny_configs("llama")))
-    plan = data.draw(plans(model))
+    plan = data.draw(plans(model, windows=True))
     assert_equivalent(model, plan, inputs=data.draw(prompts(model)), decode_steps=2)
 
 
