@@ -23,7 +23,7 @@ from .ceilings import MatrixRate, copy_rate, seconds, synchronize
 from .floors import decode_bytes, prefill_flop
 
 #: Contexts on a GPU, and how often a prompt runs there before it is timed, and is timed.
-_ON_GPU = {8192: (3, 3), 32768: (1, 2), 130816: (0, 1)}
+_ON_GPU = {8192: (3, 3), 32768: (1, 2), 130816: (1, 1)}
 _TINY = {64: (0, 1), 128: (0, 1)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, get_args
@@ -115,8 +115,11 @@ def excerpt(plan: SkipPlan) -> tuple[SkipPlan, int]:
     if len(layers) <= _TINY_LAYERS:
         return plan, layers[0]
     pairs = list(pairwise(layers))
-    skips = {pair: [s for n in pair for s in by_layer[n] if s in plan.decode] for pair in pairs}
-    partial = [pair for pair in pairs if len(skips[pair]) < len(by_layer[pair[0]]) * 2]
+    changed = {*plan.decode, *plan.windows.sublayers}
+    skips = {pair: [s for n in pair for s in by_layer[n] if s in changed] for pair in pairs}
+    partial = [
+        pair for pair in pairs if not all(s in plan.decode for n in pair for s in by_layer[n])
+    ]
     first, second = max(partial, key=lambda pair: len(skips[pair]))
     new = {s: Sublayer(i, s.kind) for i, n in enumerate((first, second)) for s in by_layer[n]}
     kept = {new[s]: c for s, c in plan.surrogates.by_sublayer.items() if s in new}
@@ -128,3 +131,9 @@ def excerpt(plan: SkipPlan) -> tuple[SkipPlan, int]:
         windows=plan.windows.renamed(new),
     )
     return short, first
+
+
+def _all_skipped(
+    plan: SkipPlan, layers: Iterable[int], by_layer: Mapping[int, Sequence[Sublayer]]
+) -> bool:
+    return all(s in plan.decode for layer in layers for s in by_layer[layer])

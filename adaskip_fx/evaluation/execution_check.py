@@ -164,18 +164,20 @@ class Watch:
         if not self._steps or any(r.fraction or r.windowed for r in ran.values()):
             return
         decision = self.runtime.plan
-        plans = self._plans.values() if isinstance(decision, PlanChooser) else plans_of(decision)
+        chosen = self._plans.values() if isinstance(decision, PlanChooser) else None
+        plans = tuple(chosen) if chosen is not None else plans_of(decision)
         meant = {phase: _left_out(plans, phase) for phase in phases}
         parts = [
             f"{', '.join(map(str, skips))} in {phase}" for phase, skips in meant.items() if skips
         ]
         if parts:
             prompts, steps = (ran[phase].steps for phase in phases)
+            verb = "leaves out or narrows" if any(p.windows for p in plans) else "leaves out"
             raise NotMeasuredError(
                 f"{what} ran {prompts} prompts and {steps} decode steps, and nothing was left out "
-                f"in any of them: the plan leaves out {' and '.join(parts)}. What was measured is "
-                "the full model. Choose a task that runs such steps (one that generates its "
-                "answers, or decode_perplexity), or another plan"
+                f"in any of them: the plan {verb} {' and '.join(parts)}. What was "
+                "measured is the full model. Choose a task that runs such steps (one that "
+                "generates its answers, or decode_perplexity), or another plan"
             )
 
     def _phase(self, phase: Phase) -> PhaseRan:

@@ -226,6 +226,16 @@ class Fitter:
 
 
 def _skipped(plan: SkipPlan) -> tuple[Sublayer, ...]:
+    """Return what prompts do not run.
+
+    Raises:
+        ValueError: attention of theirs has windows: maps would be fitted to other streams.
+    """
+    if plan.windows.prefill:
+        raise ValueError(
+            "surrogates cannot be fitted for a plan with windows in prefill yet: fit them first, "
+            "and give the windows to the fitted plan (plan.with_windows)"
+        )
     return tuple(s for s in plan.sublayers if plan.action("prefill", s) is not Action.RUN)
 
 

@@ -247,4 +247,5 @@ def _with_skipped(plan: SkipPlan, surrogates: Surrogates, more: Sequence[Sublaye
     """Return the plan with more sublayers skipped, in prefill as well, where they can be judged."""
     added = Surrogates({s: surrogates.by_sublayer[s] for s in more})
     skip = (*plan.prefill, *more)
-    return SkipPlan.of(plan.sublayers, skip, surrogates=plan.surrogates.merged(added))
+    surrogates = plan.surrogates.merged(added)
+    return SkipPlan.of(plan.sublayers, skip, surrogates=surrogates, windows=plan.windows)

@@ -15,8 +15,9 @@ from adaskip_fx.plans.surrogate import Surrogate
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.programs.instruments import Instrument
 from adaskip_fx.programs.program import Program
-from adaskip_passes import fuse
+from adaskip_passes import fuse, run_passes
 from adaskip_passes.transforms.drop_cache_writes import differentiable
+from adaskip_passes.windows.plain_attention import PlainAttention
 
 from .whitening import Whitening
 
@@ -107,7 +108,7 @@ class Training(Instrument):
 
     def link(self, program: Program, outer: fx.GraphModule) -> Callable[..., Any]:
         """Return the whole graph without its cache writes, as autograd can go through it."""
-        whole = differentiable(fuse(outer))
+        whole = run_passes(differentiable(fuse(outer)), (PlainAttention(),), copy=False)
         return torch.compile(whole, dynamic=False) if self.compiled else whole
 
     def run(

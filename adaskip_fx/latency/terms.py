@@ -73,12 +73,18 @@ def cost_terms(
         Counts, whose keys are those of `Costs.seconds`.
 
     Raises:
-        TableError: the plan is of other sublayers, or skips one that cannot be skipped.
+        TableError: the plan is of other sublayers, skips one that cannot be skipped, or has
+            windows.
     """
     if plan.sublayers != sublayers:
         raise TableError(
             f"the plan has {len(plan.sublayers)} sublayers and the table {len(sublayers)}, or "
             "their order differs: they are of different models"
+        )
+    if plan.windows.of_phase(phase):
+        raise TableError(
+            f"the plan has windows in {phase}, which no table has the time of: measure the plan "
+            "itself (adaskip-fx bench)"
         )
     counts = Counter({OVERHEAD: 1})
     for sublayer, name in zip(sublayers, classes, strict=True):

@@ -217,6 +217,8 @@ def _check_same_prompts(step: int, first: SkipPlan, plan: SkipPlan) -> None:
                 f"step {step}: {sublayer} is {got} in prefill, but {expected} from step 0 on; a "
                 "schedule changes decode only"
             )
+    if first.windows.prefill != plan.windows.prefill:
+        raise PlanError(f"step {step}: prefill has other windows than at step 0")
     if first.phase_digest("prefill") != plan.phase_digest("prefill"):
         raise PlanError(f"step {step}: what prefill skips has other surrogates than at step 0")
     if first.last_token_full != plan.last_token_full:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from adaskip_passes import fuse, link
+from adaskip_passes import UnsupportedError, fuse, link
 from adaskip_passes.partition.outer import sublayer_calls
 from adaskip_passes.transforms.probe import VALID
 from adaskip_passes.transforms.skip import surrogate_inputs
@@ -22,7 +22,7 @@ from adaskip_passes.windows.window_attention import windowed_calls
 
 from ..capture.phase_graph import CapturedPhase
 from ..plans.compose_surrogates import SurrogateTensors, compose_surrogates
-from ..plans.skip_plan import SkipPlan
+from ..plans.skip_plan import PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
 from .instruments import Instrument
 from .rewrite import plan_phase, rewrite, surrogate_tensors, window_tensors
@@ -62,6 +62,9 @@ class Program:
             how: Whether pieces are called, or the whole graph is compiled.
             placed: The tensors of surrogates on the device, shared among programs.
             instrument: What the program is to do besides.
+
+        Raises:
+            PlanError: The graph cannot be rewritten for this plan.
         """
         start = time.perf_counter()
         instrument = instrument or Instrument()
@@ -69,16 +72,19 @@ class Program:
         self.probed = tuple(s for s in captured.sublayers if s in set(probed))
         phase = plan_phase(captured.key.phase)
         surrogates = compose_surrogates(plan, phase, instrument.composes)
-        outer = rewrite(
-            captured.outer,
-            captured.sublayers,
-            plan,
-            phase,
-            self.probed,
-            probe_together=captured.key.static_cache,
-            first=instrument.passes,
-            surrogates=surrogates,
-        )
+        try:
+            outer = rewrite(
+                captured.outer,
+                captured.sublayers,
+                plan,
+                phase,
+                self.probed,
+                probe_together=captured.key.static_cache,
+                first=instrument.passes,
+                surrogates=surrogates,
+            )
+        except UnsupportedError as error:  # of this plan: the graph is as good for others
+            raise PlanError(f"plan {plan.digest[:8]} cannot be linked: {error}") from error
         called = sublayer_calls(outer.graph), windowed_calls(outer.graph)
         self.runs, self.windowed = (frozenset(captured.sublayers[i] for i in c) for c in called)
         self.surrogates = surrogate_tensors(outer, captured.sublayers, surrogates, placed)

@@ -15,7 +15,7 @@ from adaskip_passes.linking.piece_compiler import start_workers
 from adaskip_passes.tracing.capture import ShapeGuards
 from adaskip_passes.tracing.dynamo import one_at_a_time
 
-from ..capture import phase_graph
+from ..capture import attention, phase_graph
 from ..capture.arguments import Forward
 from ..capture.check_graph import check_graph, is_right_for_padding
 from ..capture.example_inputs import Lengths, example_lengths, lengths_of
@@ -288,7 +288,10 @@ class Graphs:
             len(captured.sublayers),
         )
         if self._first is None:
-            self._first, self._structure = captured, ModelStructure(captured)
+            self._first, self._structure = (
+                captured,
+                ModelStructure(captured, attention.is_own(self.states.original)),
+            )
         state.add(captured)
         return captured
 

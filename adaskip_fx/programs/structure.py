@@ -19,9 +19,15 @@ from ..plans.windows import Window
 class ModelStructure:
     """The sublayers of a model; they are the same in all of its graphs."""
 
-    def __init__(self, captured: CapturedPhase) -> None:
-        """Read the structure from any captured graph of the model."""
+    def __init__(self, captured: CapturedPhase, own_attention: bool = False) -> None:
+        """Read the structure from any captured graph of the model.
+
+        Args:
+            captured: The graph.
+            own_attention: Whether attention is a function that a user registered.
+        """
         self._captured = captured
+        self._own_attention = own_attention
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
@@ -65,6 +71,11 @@ class ModelStructure:
         for sublayer, piece in zip(self.sublayers, _pieces(self._captured), strict=True):
             if sublayer.kind == "attention" and piece is not None:
                 try:
+                    if self._own_attention:
+                        raise UnsupportedError(
+                            f"layer {sublayer.layer}'s attention cannot have a window: it is a "
+                            "function of the user's own"
+                        )
                     found[sublayer] = attention_of(piece)
                 except UnsupportedError as error:
                     found[sublayer] = error

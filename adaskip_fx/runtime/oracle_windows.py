@@ -7,13 +7,16 @@ query, key and head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from adaskip_fx.utils.transformers_internals import on_sdpa
 
 #: Sinks and tokens of each K/V head of one attention sublayer.
 Heads = Sequence[tuple[int, int]]
@@ -99,7 +102,7 @@ def looking(
     """Meanwhile the model's attention sees what `heads_of` says of each sublayer now.
 
     Args:
-        model: Eager; its attention is PyTorch's (``attn_implementation="sdpa"``).
+        model: Eager; meanwhile its attention is PyTorch's, if transformers gives it that.
         layers: The module of the layer that each attention sublayer is in.
         heads_of: Sinks and tokens by K/V head; None: everything.
 
@@ -119,7 +122,7 @@ def looking(
             if mode.heads is not None and not mode.narrowed:
                 raise RuntimeError(
                     f"{name}: its attention is not PyTorch's scaled_dot_product_attention, so what "
-                    'it sees cannot be narrowed; load the model with attn_implementation="sdpa"'
+                    "it sees cannot be narrowed, and its windows cannot be checked"
                 )
             mode.heads = None
 
@@ -130,7 +133,7 @@ def looking(
             module = model.get_submodule(path)
             handles.append(module.register_forward_pre_hook(before(name)))
             handles.append(module.register_forward_hook(after(name)))
-        with mode:
+        with on_sdpa(model) if isinstance(model, PreTrainedModel) else nullcontext(), mode:
             yield
     finally:
         for handle in handles:

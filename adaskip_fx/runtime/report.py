@@ -62,6 +62,9 @@ def _plan_rows(title: str, plan: SkipPlan, phase: Phase) -> list[tuple[str, str]
     kept = [s for s in plan.sublayers if plan.action(phase, s) is Action.KV_ONLY]
     if kept:
         rows.append((f"{_INDENT}K/V only", by_kind(kept)))
+    windows = plan.windows.of_phase(phase)
+    for window in dict.fromkeys(windows.values()):
+        rows.append((f"{_INDENT}{window}", by_kind(s for s, w in windows.items() if w == window)))
     return rows
 
 

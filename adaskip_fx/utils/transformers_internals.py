@@ -5,7 +5,8 @@ No other module of adaskip_fx names one; `docs/explanation/private-interfaces.md
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ def attention_name(model: Any) -> str | None:
     """Return the name of a model's attention implementation."""
     name: str | None = model.config._attn_implementation
     return name
+
+
+@contextmanager
+def on_sdpa(model: Any) -> Iterator[None]:
+    """Meanwhile a model's attention is PyTorch's, if it asks the registry for it."""
+    before = attention_name(model)
+    if before in (None, "sdpa") or not can_set_attention(model):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def can_set_attention(model: Any) -> bool:

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
+from adaskip_fx.calibration.loss import CalibrationLoss
 from adaskip_fx.fitting import DistillConfig, Fitter, Sample, SurrogateSpec, distill
 from adaskip_fx.fitting.distillation import _Loss
 from adaskip_fx.fitting.training import Training
 from adaskip_fx.fitting.whitening import whitenings
 from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.plans.windows import Window, Windows
 from adaskip_fx.runtime.oracle import Oracle
 from adaskip_fx.testing import assert_equivalent
 from tests.support.fits import LIMIT, SKIPPED, TEXTS
@@ -196,3 +199,34 @@ def test_trainings_share_programs_and_nothing_that_they_learn(fitter: Fitter) ->
     assert trainings[0].surrogates() == plan.surrogates
     assert trainings[1].surrogates() != plan.surrogates
     assert Training({}, compiled=True).key != trainings[0].key
+
+
+def test_distillation_of_attention_that_sees_windows() -> None:
+    """The model's own, and a plan's: gradients flow through both, and the loss is the plan's."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=61,
+        sliding_window=9,
+    )
+    mistral = MistralForCausalLM(config).eval()
+    for parameter in mistral.parameters():
+        parameter.data.mul_(8) if parameter.dim() > 1 else None
+    fitter = Fitter(mistral, Letters(), TEXTS, max_length=LIMIT)
+    sublayers = fitter.runtime.sublayers
+    plan = fitter.fit(SkipPlan.of(sublayers, ["1.ffn"]), SurrogateSpec("diagonal"))
+    windowed = plan.with_windows(Windows.of(sublayers[:1], Window(4, 0, (1,))))
+    config_ = DistillConfig(steps=10, learning_rate=5e-3, batch_size=1, eval_interval=5)
+    one = samples(fitter)[:1]
+    for each in (plan, windowed):
+        distilled, seen = distill(fitter, each, [one], one, config_)
+        assert min(seen.losses.values()) < seen.losses[0]
+        assert distilled.windows == each.windows
+        loss = CalibrationLoss(mistral, [one[0].ids], backend="eager")
+        assert loss(distilled) == pytest.approx(min(seen.losses.values()), rel=1e-3)
+    with pytest.raises(ValueError, match="cannot be fitted for a plan with windows in prefill yet"):
+        fitter.fit(windowed)

@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from adaskip_fx.api import build
+from adaskip_fx.fitting import DistillConfig, Fitter, Sample, SurrogateSpec, distill
 from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.windows import Window, Windows
 from adaskip_passes.decode.ops import EVERY
 from adaskip_passes.windows.ops import attend_windowed
 from tests.support.eager_windows import WindowedEager
+from tests.support.fits import LIMIT, TEXTS
+from tests.support.tokenizers import Letters
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -93,3 +97,24 @@ def test_a_request_sees_its_windows(dtype: torch.dtype, firsts: tuple[int, ...])
             at += count
     runtime = runtime_of(compiled)
     assert runtime.why_no_static_cache is None
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_distillation_goes_through_attention(window: int | None) -> None:
+    """On a GPU prompts run on operators that have no gradients; training exchanges them."""
+    config = {
+        **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61},
+    }
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**config, sliding_window=window)).cuda().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(8)
+    fitter = Fitter(model, Letters(), TEXTS, max_length=LIMIT)
+    plan = SkipPlan.of(fitter.runtime.sublayers, ["1.ffn"])
+    plan = fitter.fit(plan, SurrogateSpec("diagonal"))
+    one = [Sample(fitter.samples[0])]
+    steps = DistillConfig(steps=10, learning_rate=5e-3, batch_size=1, eval_interval=5)
+    _, seen = distill(fitter, plan, [one], one, steps)
+    assert min(seen.losses.values()) < seen.losses[0]

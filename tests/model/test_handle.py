@@ -16,6 +16,7 @@ from tests.support.decisions import EMPTY, SHAPE, SUBLAYERS
 
 PUBLIC = {
     "explain",
+    "kv_heads",
     "free",
     "load_cache",
     "new_cache",

@@ -26,6 +26,7 @@ from adaskip_fx.latency.table import LatencyTable, device_name
 from adaskip_fx.latency.terms import Costs, TableError, Weights
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import PlanError, SkipPlan, Sublayer
+from adaskip_fx.plans.windows import Window, Windows
 from adaskip_fx.policies import POP, AdaSkip, DecodeOnly, LatencyBudget, OnlinePolicy
 from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.profiles.profile import Fingerprint, Profile
@@ -348,6 +349,11 @@ def test_arguments() -> None:
     for phase in ("extend", {}, {"prefill": 0}, {"decode": -1}, {"other": 1}):
         with pytest.raises(ValueError, match="phase must be 'prefill', 'decode' or how often"):
             LatencyBudget(table(3), 100, phase)  # type: ignore[arg-type]
+    found = table(3)
+    windows = Windows.of([s for s in found.sublayers if s.kind == "attention"][:1], Window(9))
+    plan = SkipPlan.empty(found.sublayers).with_windows(windows)
+    with pytest.raises(TableError, match="the plan has windows in decode, which no table has"):
+        found.predict(plan, "decode", 100)
     with pytest.raises(TableError):
         table(3, {"rest": 1.0, "ffn": 1.0})
 

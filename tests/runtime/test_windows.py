@@ -12,17 +12,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.modeling_utils import AttentionInterface
 
 from adaskip_fx import SkipPlan
 from adaskip_fx.api import build
 from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.phase_split import decode_only
+from adaskip_fx.plans.skip_plan import PlanError
 from adaskip_fx.plans.windows import Window, Windows
+from adaskip_fx.programs import program
 from adaskip_fx.runtime.checking import CheckError
 from adaskip_fx.testing import assert_equivalent
 from adaskip_passes import UnsupportedError
@@ -175,6 +181,36 @@ def test_long_prompts_are_taken_in_blocks() -> None:
         follow(case("llama", False), {0: window}, {}, (240, 9))
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_bounds_that_one_layer_alone_reads(layers: int) -> None:
+    """They are made in that layer's piece; the static cache stays, for all plans."""
+    kinds = ["sliding_attention"] * layers
+    kinds[layers // 2] = "full_attention"
+    torch.manual_seed(1)
+    if layers == 1:
+        model: Any = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 1})).eval()
+    else:
+        more = {"num_hidden_layers": layers, "head_dim": 8, "layer_types": kinds}
+        config = Gemma3TextConfig(**{**SHAPE, **more, "sliding_window": 5})
+        model = Gemma3ForCausalLM(config).eval()
+    compiled = build(model, None, backend="eager", static_cache=True)
+    alone = [s for s in compiled.adaskip.sublayers if s.kind == "attention"][layers // 2]
+    plan = SkipPlan.empty(compiled.adaskip.sublayers)
+    windowed = plan.with_windows(Windows.of({alone: Window(4, 2, (1,))}))
+    reference = WindowedEager(model) if layers == 1 else None
+    ids = torch.randint(0, 61, (1, 14))
+    with torch.no_grad():
+        for each, window in ((windowed, {0: (2, 4, (1,))}), (plan, {})):
+            cache = compiled.adaskip.new_cache(plan=each)
+            parts = [compiled(p, past_key_values=cache).logits for p in ids.split([10, 1, 2, 1], 1)]
+            if reference is not None:
+                want = reference.logits(ids, (0,), [window] * 14)  # type: ignore[list-item]
+                assert_close(torch.cat(parts, 1), want, 1e-4, "logits")
+    assert runtime_of(compiled).static_cache
+    assert runtime_of(compiled).why_no_static_cache is None
+    assert assert_equivalent(model, windowed, decode_steps=3) < 1e-4
+
+
 # A plan like others -----------------------------------------------------------------------------
 
 
@@ -227,6 +263,64 @@ def test_attention_that_is_written_out_is_refused_by_name() -> None:
     found = Case(model, compiled, None)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match=r"layer 1's attention cannot have a window"):
         compiled.adaskip.plan = plan_of(found, {1: Window(4, 0)}, {})
+
+
+def test_attention_of_a_users_own_is_refused_by_name() -> None:
+    def own(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query=query, key=key, value=value, is_causal=True, enable_gqa=True
+        )
+        return output.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("mine", own)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    model.set_attn_implementation("mine")
+    compiled = build(model, None, backend="eager")
+    assert compiled.adaskip.kv_heads == {}
+    found = Case(model, compiled, None)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="cannot have a window: it is a function of the use"):
+        compiled.adaskip.plan = plan_of(found, {1: Window(4, 0)}, {})
+
+
+def test_a_plan_that_cannot_be_linked_does_not_disable_anything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What one plan cannot do is no reason to decode without a static cache."""
+    found = case("llama", True)
+    with torch.no_grad(), monkeypatch.context() as patched:
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise UnsupportedError("no")
+
+        patched.setattr(program, "rewrite", refuse)
+        cache = found.compiled.adaskip.new_cache(plan=plan_of(found, {0: Window(77)}, {}))
+        with pytest.raises(PlanError, match=r"plan \w+ cannot be linked: no"):
+            found.compiled(torch.zeros(1, 3, dtype=torch.int64), past_key_values=cache)
+    assert runtime_of(found.compiled).static_cache
+
+
+def test_an_eager_model_is_checked_with_pytorchs_attention() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    model.set_attn_implementation("eager")
+    sublayers = build(model, None, backend="eager").adaskip.sublayers
+    plan = SkipPlan.empty(sublayers).with_windows(Windows.of(sublayers[:1], Window(2, 1)))
+    assert assert_equivalent(model, plan, decode_steps=2) < 1e-4
+    assert model.config._attn_implementation == "eager"
+
+
+def test_what_is_printed_names_the_windows() -> None:
+    found = case("llama", False)
+    found.compiled.adaskip.plan = plan_of(found, {0: Window(3, 2)}, {})
+    lines = str(found.compiled.adaskip).splitlines()
+    assert any("window 2+3" in line and "attention 0" in line for line in lines)
+    found.compiled.adaskip.plan = plan_of(found, {}, {})
+
+
+def test_schedules_have_one_window_in_prompts() -> None:
+    found = case("llama", False)
+    plans = plan_of(found, {0: Window(3)}, {}), plan_of(found, {0: Window(4)}, {})
+    with pytest.raises(PlanError, match="step 2: prefill has other windows than at step 0"):
+        Schedule(((0, plans[0]), (2, plans[1])))
 
 
 def test_a_head_that_is_not_there_is_refused() -> None:

@@ -41,9 +41,37 @@ def attention_of(piece: Piece) -> Attention:
         UnsupportedError: It has none that can have a window.
     """
     node = attention_node(piece)
-    _, key, *_ = node.args
-    masked = node.kwargs.get("attn_mask") is not None or node.target in (WINDOWED, PACKED_WINDOWED)
-    return Attention(int(example_of(key).shape[1]), "less" if masked else "everything")
+    kv_heads, sees = int(example_of(node.args[1]).shape[1]), "everything"
+    if node.target in (WINDOWED, PACKED_WINDOWED):
+        sees = "less"
+    elif node.target is scaled_dot_product_attention:
+        sees = "less" if mask_of_torch(piece, node) is not None else "everything"
+    return Attention(kv_heads, sees)  # type: ignore[arg-type]
+
+
+def mask_of_torch(piece: Piece, node: fx.Node) -> fx.Node | None:
+    """Return the mask of a call of PyTorch's own attention, [B or 1, 1, T, S]; None without.
+
+    Raises:
+        UnsupportedError: It is another one, or the call has arguments that are not known.
+    """
+    known = {"attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
+    if len(node.args) != 3 or not node.kwargs.keys() <= known or node.kwargs.get("dropout_p"):
+        raise UnsupportedError(
+            f"layer {piece.layer}'s attention cannot have a window: it calls PyTorch's with "
+            "arguments that are not known"
+        )
+    mask = node.kwargs.get("attn_mask")
+    if mask is None:
+        return None
+    assert isinstance(mask, fx.Node)
+    shape = example_of(mask)
+    if shape.dtype != torch.bool or shape.dim() != 4 or shape.shape[1] != 1:
+        raise UnsupportedError(
+            f"layer {piece.layer}'s attention cannot have a window: its mask is a bias on scores, "
+            "or differs by head"
+        )
+    return mask
 
 
 def attention_node(piece: Piece) -> fx.Node:
@@ -62,6 +90,8 @@ def attention_node(piece: Piece) -> fx.Node:
             f"layer {piece.layer}'s {piece.kind} cannot have a window: its attention is {what} "
             "(it is written out, for a soft cap, sinks of its own or a bias, or it is no attention)"
         )
+    if found[0].target is scaled_dot_product_attention:
+        mask_of_torch(piece, found[0])
     return found[0]
 
 

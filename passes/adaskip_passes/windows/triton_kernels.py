@@ -16,7 +16,7 @@ def _add_sinks(
     D: tl.constexpr, DP: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS queries of one head a program; `output` is [B, T, H, D], the masses are logarithms."""
-    b, h = tl.program_id(1).to(tl.int64) // H, tl.program_id(1) % H
+    b, h = tl.program_id(1).to(tl.int64) // H, tl.program_id(1).to(tl.int64) % H
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d, s = tl.arange(0, DP), tl.arange(0, SINKS)
     real, inside = t < T, d < D
@@ -77,6 +77,6 @@ def add_sinks(
         key.shape[2] - tokens, sinks, window, scale,
         query.stride(0), query.stride(1), query.stride(2), key.stride(0), key.stride(1),
         key.stride(2), value.stride(0), value.stride(1), value.stride(2),
-        D=dim, DP=triton.next_power_of_2(dim), SINKS=max(16, triton.next_power_of_2(sinks)),
-        ROWS=rows, num_warps=4,
+        D=dim, DP=max(16, triton.next_power_of_2(dim)),
+        SINKS=max(16, triton.next_power_of_2(sinks)), ROWS=rows, num_warps=4,
     )  # fmt: skip

@@ -41,6 +41,7 @@ from .find_attention import (
     WINDOWED,
     attention_node,
     example_of,
+    mask_of_torch,
 )
 from .ops import narrowed
 
@@ -75,7 +76,7 @@ class WindowAttention(Pass):
                 raise UnsupportedError(f"sublayer {index} is not in the graph: it sees nothing")
             call = calls[index]
             piece, node = found.of(call)
-            if node.target is not ATTEND:
+            if node.target is not ATTEND or found.place(call) is None:
                 _narrow_in_piece(outer, call, piece, node, narrower)
             else:
                 by_bounds.setdefault(found.reads(call), []).append(call)
@@ -90,7 +91,8 @@ class _Attentions:
     """The attention of pieces, looked for once in those of one key."""
 
     def __init__(self) -> None:
-        self._places: dict[str, tuple[int, int]] = {}  # input of bounds, K/V heads
+        # which input the bounds are (none where the piece makes them), K/V heads
+        self._places: dict[str, tuple[int, int] | None] = {}
 
     def of(self, call: fx.Node) -> tuple[Piece, fx.Node]:
         """Return the piece that is called, and the node in it that is its attention."""
@@ -100,28 +102,34 @@ class _Attentions:
 
     def reads(self, call: fx.Node) -> tuple[fx.Node, int]:
         """Return the table of bounds that a call hands to attention, and its K/V heads."""
-        at, heads = self.place(call)
+        place = self.place(call)
+        assert place is not None
+        at, heads = place
         bounds = call.args[at]
         assert isinstance(bounds, fx.Node)
         return bounds, heads
 
-    def place(self, call: fx.Node) -> tuple[int, int]:
-        """Return which input of the piece is the table, and the K/V heads of its attention."""
+    def place(self, call: fx.Node) -> tuple[int, int] | None:
+        """Return which input of the piece is the table, and the K/V heads of its attention.
+
+        None where the piece makes the table, since no other reads it.
+        """
         piece = piece_of(call)
         assert piece is not None
-        known = self._places.get(piece.key)
-        if known is None:
-            node = attention_node(piece)
-            known = _bounds_input(piece, node), int(example_of(node.args[1]).shape[1])
+        if piece.key not in self._places:
+            node, known = attention_node(piece), None
+            inputs = piece.module.graph.find_nodes(op="placeholder")
+            if node.args[3] in inputs:
+                known = inputs.index(node.args[3]), int(example_of(node.args[1]).shape[1])
             self._places[piece.key] = known
-        return known
+        return self._places[piece.key]
 
     def may_read(self, call: fx.Node, bounds: fx.Node, heads: int) -> bool:
         """Return whether a call's attention reads a table of bounds, for so many K/V heads."""
         if bounds not in call.args:
             return False
         try:
-            return self.reads(call) == (bounds, heads)
+            return self.place(call) is not None and self.reads(call) == (bounds, heads)
         except UnsupportedError:
             return False
 
@@ -145,9 +153,11 @@ def _narrow_in_piece(
     outer: fx.GraphModule, call: fx.Node, piece: Piece, node: fx.Node, narrower: dict[str, Piece]
 ) -> None:
     """Have a piece take its window as one more input."""
-    example = example_of(node.args[0]).new_empty(
-        (example_of(node.args[1]).shape[1], 2), dtype=torch.int64, device="cpu"
-    )
+    heads, query = example_of(node.args[1]).shape[1], example_of(node.args[0])
+    if node.target is ATTEND:  # which reads a table on the device
+        example = query.new_empty((1, heads, 2), dtype=torch.int64)
+    else:
+        example = query.new_empty((heads, 2), dtype=torch.int64, device="cpu")
     windowed = narrower.get(piece.key)
     if windowed is None:
         windowed = narrower[piece.key] = _with_window(piece, node, example)
@@ -165,7 +175,10 @@ def _with_window(piece: Piece, attention: fx.Node, example: torch.Tensor) -> Pie
     windows.meta["example_value"] = example
     query, key, value, *more = node.args
     with graph.inserting_before(node):
-        if node.target is CAUSAL:
+        if node.target is ATTEND:
+            every = graph.call_function(narrowed, (more[0], windows))
+            target, given = ATTEND, (graph.call_function(operator.getitem, (every, 0)), *more[1:])
+        elif node.target is CAUSAL:
             target, given = WINDOWED, (windows, EVERY, *more)
         elif node.target is WINDOWED:
             target, given = WINDOWED, (windows, *more[1:])
@@ -191,39 +204,14 @@ def _with_window(piece: Piece, attention: fx.Node, example: torch.Tensor) -> Pie
 
 def _of_torch(piece: Piece, node: fx.Node, windows: fx.Node) -> tuple[Any, tuple[Any, ...]]:
     """Return the operator for what PyTorch's own attention does, and what it takes besides."""
-    known = {"attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
-    options = dict(node.kwargs)
-    if len(node.args) > 3 or not options.keys() <= known or options.get("dropout_p"):
-        raise UnsupportedError(
-            f"layer {piece.layer}'s attention cannot have a window: it calls PyTorch's with "
-            "arguments that are not known"
-        )
-    query = example_of(node.args[0])
-    scale, mask = options.get("scale"), options.get("attn_mask")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    mask, scale = mask_of_torch(piece, node), node.kwargs.get("scale")
+    scale = example_of(node.args[0]).shape[-1] ** -0.5 if scale is None else scale
     if mask is None:
         return WINDOWED, (windows, EVERY, scale)
-    assert isinstance(mask, fx.Node)
-    shape = example_of(mask)
-    if shape.dtype != torch.bool or shape.dim() != 4:
-        raise UnsupportedError(
-            f"layer {piece.layer}'s attention cannot have a window: its mask is a bias on scores"
-        )
     return torch.ops.adaskip.attend_masked_windowed.default, (mask, windows, scale)
 
 
 # On a static cache -------------------------------------------------------------------------------
-
-
-def _bounds_input(piece: Piece, attention: fx.Node) -> int:
-    """Return which input of a piece is the table of bounds."""
-    bounds = attention.args[3]
-    inputs = piece.module.graph.find_nodes(op="placeholder")
-    if bounds not in inputs:
-        raise UnsupportedError(
-            f"layer {piece.layer}'s attention cannot have a window: it makes its own bounds"
-        )
-    return inputs.index(bounds)
 
 
 def _narrow_bounds(
@@ -257,9 +245,10 @@ def _narrow_bounds(
         with outer.graph.inserting_before(every[0]):
             mine = outer.graph.call_function(operator.getitem, (together, number))
         mine.meta["example_value"] = own
-        at, _ = found.place(call)
-        piece = piece_of(call)
+        place, piece = found.place(call), piece_of(call)
+        assert place is not None
         assert piece is not None
+        at = place[0]
         call.args = (*call.args[:at], mine, *call.args[at + 1 :])
         new = narrower.get(piece.key)
         if new is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from adaskip_passes import UnsupportedError, find_sublayers
 from adaskip_passes.analysis.residual_adds import module_path
-from adaskip_passes.analysis.residual_branches import ResidualBranch
+from adaskip_passes.analysis.residual_branches import ATTENTION_OPERATIONS, ResidualBranch
 from tests.support.fx_decoders import (
     BLOCKS,
     Attention,
@@ -522,3 +523,12 @@ def test_a_decorated_forward_has_the_same_paths() -> None:
     assert [module_path(n) for n in wrapped.nodes] == [module_path(n) for n in plain.nodes]
     assert names(find_sublayers(wrapped)) == TWO_LAYERS
     assert [s.path for s in find_sublayers(wrapped)] == [s.path for s in find_sublayers(plain)]
+
+
+def test_every_operator_of_attention_is_known_as_one() -> None:
+    """A layer that reads another's keys and values stores none: its operator says what it is."""
+    importlib.import_module("adaskip_passes.windows")
+    names = ("attend", "attend_causal", "attend_packed", "attend_windowed")
+    for name in (*names, "attend_packed_windowed", "attend_masked_windowed"):
+        assert hasattr(torch.ops.adaskip, name), name
+        assert f"{name}.default" in ATTENTION_OPERATIONS

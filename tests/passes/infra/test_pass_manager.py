@@ -214,6 +214,7 @@ def test_every_rewrite_has_the_one_interface() -> None:
         "FuseAttention",
         "FuseRotary",
         "FuseProjections",
+        "PlainAttention",
         "Probe",
         "ProbeLayers",
         "Residue",
@@ -222,6 +223,7 @@ def test_every_rewrite_has_the_one_interface() -> None:
         "Tap",
         "Unflatten",
         "Upcast",
+        "WindowAttention",
     }
     for kind in found:
         assert kind.__dataclass_params__.frozen, kind  # type: ignore[attr-defined]
