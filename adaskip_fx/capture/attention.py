@@ -197,31 +197,18 @@ def mask(
         NotImplementedError: bounds or offsets cannot say what the mask says.
     """
     plain = mask_function is causal_mask_function and attention_mask is None
-    bounded = plain or isinstance(kv_offset, torch.Tensor)  # else a mask over whole buffers will do
-    if isinstance(q_offset, torch.Tensor) and bounded:
-        window: int | torch.Tensor = EVERY
-        if not plain:
-            if attention_mask is not None or use_vmap or local_size is None:
-                raise NotImplementedError("attention that a table of bounds cannot describe")
-            window = local_size
-            if getattr(config, "attention_chunk_size", None) == local_size:  # what is in its chunk
-                if q_length > 1:
-                    raise NotImplementedError("several queries at the end of a chunk")
-                window = (q_offset - kv_offset) % local_size + 1
-        return _bounds(q_offset, kv_offset, window).expand(batch_size, -1, -1, -1)
-    sliding = None
-    chunked = getattr(config, "attention_chunk_size", None) == local_size
-    if attention_mask is None and not use_vmap and not chunked:
-        sliding = local_size
-    if isinstance(kv_offset, torch.Tensor):
-        if sliding is not None:
-            return kv_offset.expand(sliding, -1)
-        if not plain:
-            raise NotImplementedError("a packed prompt with more than causal attention")
-        return kv_offset
-    if plain and not isinstance(q_offset, torch.Tensor):
+    sliding = local_size if attention_mask is None and not use_vmap else None
+    chunked = sliding is not None and getattr(config, "attention_chunk_size", None) == sliding
+    if isinstance(q_offset, torch.Tensor):
+        # (a mask over whole buffers will do where rows' first tokens are not on the device)
+        if plain or isinstance(kv_offset, torch.Tensor):
+            window = EVERY if plain else _window_at(sliding, chunked, q_length, q_offset, kv_offset)
+            return _bounds(q_offset, kv_offset, window).expand(batch_size, -1, -1, -1)
+    elif isinstance(kv_offset, torch.Tensor):
+        return _offsets(kv_offset, plain, None if chunked else sliding)
+    elif plain:
         return None
-    if sliding is not None and not isinstance(q_offset, torch.Tensor):
+    elif sliding is not None and not chunked:
         return torch.empty(0, sliding, dtype=torch.bool)
     result: torch.Tensor | None = sdpa_mask(
         batch_size=batch_size,
@@ -237,6 +224,32 @@ def mask(
         **kwargs,
     )
     return result
+
+
+def _window_at(
+    sliding: int | None,
+    chunked: bool,
+    tokens: int,
+    position: torch.Tensor,
+    first: int | torch.Tensor,
+) -> int | torch.Tensor:
+    """Return the window of a table of bounds; of a chunk, what there is of it."""
+    if sliding is None:
+        raise NotImplementedError("attention that a table of bounds cannot describe")
+    if not chunked:
+        return sliding
+    if tokens > 1:
+        raise NotImplementedError("several queries at the end of a chunk")
+    return (position - first) % sliding + 1
+
+
+def _offsets(begins: torch.Tensor, plain: bool, sliding: int | None) -> torch.Tensor:
+    """Return the mask of packed rows; see `mask`."""
+    if plain:
+        return begins
+    if sliding is None:
+        raise NotImplementedError("a packed prompt with more than causal attention")
+    return begins.expand(sliding, -1)
 
 
 def _bounds(

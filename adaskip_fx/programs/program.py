@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -156,3 +156,11 @@ class Program:
         values = (*weights, *step, *tensors, *self._tables, valid)
         outputs: tuple[Any, ...] = self._function(*self._take(values))
         return outputs
+
+
+def program_key(
+    captured: CapturedPhase, plan: SkipPlan, probed: tuple[Sublayer, ...], instrument: Instrument
+) -> Hashable:
+    """Return what a program depends on: its capture, what of the plan counts, what is measured."""
+    digest = plan.phase_digest(plan_phase(captured.key.phase))
+    return instrument.key, captured, digest, probed

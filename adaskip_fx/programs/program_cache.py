@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -29,8 +28,7 @@ from ..plans.compose_surrogates import SurrogateTensors
 from ..plans.skip_plan import Action, SkipPlan
 from ..plans.sublayer import Sublayer
 from .instruments import Instrument
-from .program import Link, Program
-from .rewrite import plan_phase
+from .program import Link, Program, program_key
 from .structure import ModelStructure, piece_keys
 from .variants import Counters, VariantCache
 
@@ -194,7 +192,7 @@ class Graphs:
         """
         wanted = plan, probed, instrument or Instrument()
         for captured in since.state.captures.get(key, ()):
-            program = self._programs.find(_program_key(captured, *wanted))
+            program = self._programs.find(program_key(captured, *wanted))
             if program is not None and self._guards_of(captured).hold(arguments):
                 return program
         with one_at_a_time:
@@ -219,7 +217,7 @@ class Graphs:
     def _linked(self, captured: CapturedPhase, wanted: _Wanted) -> Program:
         plan, probed, instrument = wanted
         return self._programs.get(
-            _program_key(captured, *wanted),
+            program_key(captured, *wanted),
             lambda: Program(captured, plan, probed, self.link, self._placed, instrument),
         )
 
@@ -294,10 +292,3 @@ class Graphs:
             )
         state.add(captured)
         return captured
-
-
-def _program_key(
-    captured: CapturedPhase, plan: SkipPlan, probed: tuple[Sublayer, ...], instrument: Instrument
-) -> Hashable:
-    digest = plan.phase_digest(plan_phase(captured.key.phase))
-    return instrument.key, captured, digest, probed

@@ -5,7 +5,7 @@ The token at position t sees the one at j if ``t - tokens < j <= t`` or ``j < si
 table, int64 [H_kv, 2] on the CPU: data, so that one compiled piece serves all windows. Queries are
 taken a few at a time, with the keys that they see, so the work follows the window.
 
-On a static cache the same numbers are columns of a table of bounds (`narrowed`).
+On a static cache the same numbers are columns of a table of bounds (:mod:`.bounds`).
 """
 
 from __future__ import annotations
@@ -18,31 +18,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention.ops import attend_causal
-from ..decode.ops import EVERY, Bounds
+from ..decode.ops import EVERY
 
 _EVERYTHING = (0, EVERY)  # sinks and tokens
 
 _AT_ONCE = 128  # queries at least: fewer would be many small products
-
-
-def narrowed(bounds: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Return a table of bounds for each of several layers: their windows, where those are smaller.
-
-    Args:
-        bounds: Of the model, [B, 1 or H_kv, 1, 5]; see `Bounds`.
-        tables: Sinks and tokens, int64 [L, H_kv, 2], on the same device.
-
-    Returns:
-        [L, B, H_kv, 1, 5].
-
-    """
-    layers, heads = tables.shape[:2]
-    shape = layers, bounds.shape[0], heads, 1
-    sinks, tokens = (column.reshape(layers, 1, heads, 1) for column in tables.unbind(-1))
-    columns = list(bounds.unbind(-1))
-    columns[Bounds.SINKS] = torch.maximum(columns[Bounds.SINKS], sinks)
-    columns[Bounds.WINDOW] = torch.minimum(columns[Bounds.WINDOW], tokens)
-    return torch.stack([column.expand(shape) for column in columns], -1)
 
 
 @torch.library.custom_op("adaskip::attend_windowed", mutates_args=())

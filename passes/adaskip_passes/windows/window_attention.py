@@ -33,6 +33,7 @@ from ..errors import UnsupportedError
 from ..infra.graph_module import Uncoded
 from ..infra.pass_base import Pass, PassResult
 from ..partition.outer import PIECE, Piece, helper_piece, piece_of, sublayer_calls
+from .bounds import narrowed
 from .find_attention import (
     ATTEND,
     CAUSAL,
@@ -43,7 +44,6 @@ from .find_attention import (
     example_of,
     mask_of_torch,
 )
-from .ops import narrowed
 
 WINDOWS = "adaskip_windows"  # marks an input: the positions of the sublayers whose windows it holds
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip_passes.decode.ops import EVERY, Bounds
+from adaskip_passes.windows.bounds import narrowed
 from adaskip_passes.windows.ops import (
     attend_masked_windowed,
     attend_packed_windowed,
     attend_windowed,
-    narrowed,
 )
 
 HEADS, GROUP, DIM = 3, 2, 8
