@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip_passes.decode.ops import EVERY, Bounds
+from adaskip_passes.windows import plain_attention
 from adaskip_passes.windows.bounds import narrowed
 from adaskip_passes.windows.ops import (
     attend_masked_windowed,
@@ -119,3 +120,18 @@ def test_bounds_get_the_smaller_window_of_each_layer_and_head() -> None:
         if expected is not None:
             assert torch.equal(got[..., column], expected)
     assert got[..., 0, Bounds.FIRST].tolist() == [[[2, 2], [0, 0]]] * 2
+
+
+@given(WINDOWS, st.integers(1, 12), st.integers(0, 12), st.integers(1, 30), st.integers(0, 99))
+def test_what_training_runs_instead(
+    windows: Any, tokens: int, past: int, own: int, seed: int
+) -> None:
+    """The same numbers, and gradients."""
+    q, k, v = inputs(1, tokens, past + tokens, seed)
+    q.requires_grad_()
+    got = plain_attention.windowed(q, k, v, table(windows), own, 0.3)
+    want = attend_windowed(q.detach(), k, v, table(windows), own, 0.3)
+    if all(sinks == 0 or own >= past + tokens for sinks, _ in windows):
+        torch.testing.assert_close(got.detach(), want, atol=1e-5, rtol=1e-5)
+    got.sum().backward()
+    assert q.grad is not None
