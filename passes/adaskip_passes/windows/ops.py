@@ -42,7 +42,8 @@ def attend_windowed(
         value: [B, H_kv, S, D_v].
         windows: Sinks and tokens of each K/V head, int64 [H_kv, 2], on the CPU; None where all
             heads see `own` tokens.
-        own: Tokens that the model itself sees there; `EVERY` for all. The smaller one counts.
+        own: Tokens that the model itself sees there; `EVERY` for all. The smaller one counts, and
+            there are no sinks but where it is `EVERY`.
         scale: Of the scores.
 
     Returns:

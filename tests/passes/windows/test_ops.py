@@ -115,10 +115,8 @@ def test_bounds_get_the_smaller_window_of_each_layer_and_head() -> None:
     assert got.shape == (2, 2, 2, 1, 5)
     assert got[..., 0, Bounds.WINDOW].tolist() == [[[7, EVERY], [5, 5]], [[3, 6], [3, 5]]]
     assert got[..., 0, Bounds.SINKS].tolist() == [[[4, 0], [4, 0]], [[0, 1], [0, 1]]]
-    for column in (Bounds.FIRST, Bounds.END, Bounds.BASE):
-        expected = bounds[..., column].expand(2, 2, 2, 1) if column != Bounds.FIRST else None
-        if expected is not None:
-            assert torch.equal(got[..., column], expected)
+    for column in (Bounds.END, Bounds.BASE):
+        assert torch.equal(got[..., column], bounds[..., column].expand(2, 2, 2, 1))
     assert got[..., 0, Bounds.FIRST].tolist() == [[[2, 2], [0, 0]]] * 2
 
 
@@ -127,11 +125,25 @@ def test_what_training_runs_instead(
     windows: Any, tokens: int, past: int, own: int, seed: int
 ) -> None:
     """The same numbers, and gradients."""
+    if own < past + tokens:  # the model's own window has no sinks
+        windows = [(0, last) for _, last in windows]
     q, k, v = inputs(1, tokens, past + tokens, seed)
     q.requires_grad_()
     got = plain_attention.windowed(q, k, v, table(windows), own, 0.3)
     want = attend_windowed(q.detach(), k, v, table(windows), own, 0.3)
-    if all(sinks == 0 or own >= past + tokens for sinks, _ in windows):
-        torch.testing.assert_close(got.detach(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.detach(), want, atol=1e-5, rtol=1e-5)
     got.sum().backward()
     assert q.grad is not None
+
+
+@pytest.mark.parametrize(("own", "sinks"), [(5, 0), (EVERY, 2)])
+def test_another_window_in_training_is_noticed(own: int, sinks: int) -> None:
+    """The companion: one token more of the model's own window, or a sink."""
+    q, k, v = inputs(1, 12, 12, 0)
+    want = attend_windowed(q, k, v, table([(sinks, 6)] * HEADS), own, 0.3)
+    right = plain_attention.windowed(q, k, v, table([(sinks, 6)] * HEADS), own, 0.3)
+    torch.testing.assert_close(right, want, atol=1e-5, rtol=1e-5)
+    wrong = (5 + 1, 0) if own == 5 else (EVERY, 3)
+    other = plain_attention.windowed(q, k, v, table([(wrong[1], 6)] * HEADS), wrong[0], 0.3)
+    with pytest.raises(AssertionError, match="not close"):
+        torch.testing.assert_close(other, want, atol=1e-5, rtol=1e-5)
