@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 Metric = Callable[[str, Sequence[str]], float]
@@ -43,6 +44,17 @@ def exact(text: str, answers: Sequence[str]) -> float:
     return float(normalized(text) in {normalized(a) for a in answers})
 
 
+def exact_characters(text: str, answers: Sequence[str]) -> float:
+    """Return 1 if the text is one of `answers`, white space aside; punctuation counts."""
+    return float("".join(text.split()) in {"".join(a.split()) for a in answers})
+
+
+def first_integer(text: str, answers: Sequence[str]) -> float:
+    """Return 1 if the first number in the text is one of `answers`; 1,234 is 1234."""
+    found = _NUMBER.search(text.replace("\u2212", "-"))
+    return float(found is not None and found[0].replace(",", "") in answers)
+
+
 def contains(text: str, answers: Sequence[str]) -> float:
     """Return 1 if any of `answers` occurs in the text, case aside."""
     return float(any(a.lower() in text.lower() for a in answers))
@@ -74,6 +86,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         "f1": f1,
         "exact": exact,
+        "exact_characters": exact_characters,
+        "first_integer": first_integer,
         "contains": contains,
         "contains_all": contains_all,
         "rouge_l": rouge_l,

@@ -17,6 +17,8 @@ from adaskip_fx.evaluation.examples import Choose, Generate, Predict, Recall
 from adaskip_fx.evaluation.execution_check import NotMeasuredError
 from adaskip_fx.evaluation.task import TaskOptions
 from adaskip_fx.evaluation.tasks import (
+    Arithmetic,
+    Brackets,
     CommonWords,
     DecodePerplexity,
     KeyValue,
@@ -52,7 +54,9 @@ def answered(task: Any) -> list[tuple[int, ...]]:
     return texts
 
 
-@pytest.mark.parametrize("kind", [Passkey, Needle, VariableTracking, CommonWords, KeyValue])
+@pytest.mark.parametrize(
+    "kind", [Passkey, Needle, VariableTracking, CommonWords, KeyValue, Arithmetic, Brackets]
+)
 def test_scores_move_from_one_to_nothing(kind: Any) -> None:
     task = kind(samples=3, length=1500)
     (good,) = evaluate(knows(*answered(task)), tokenizer(), [task], reference=says("!")).results

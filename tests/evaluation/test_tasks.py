@@ -16,6 +16,8 @@ from adaskip_fx.evaluation.examples import Example, Generate, Predict, Recall
 from adaskip_fx.evaluation.haystack import hide, paragraphs, words
 from adaskip_fx.evaluation.prompts import continuation, longest_prompt
 from adaskip_fx.evaluation.tasks import (
+    Arithmetic,
+    Brackets,
     CommonWords,
     DecodePerplexity,
     FrequentWords,
@@ -28,7 +30,7 @@ from adaskip_fx.evaluation.tasks import (
 )
 from tests.support.toy_models import TEMPLATE, encoded, tokenizer
 
-GENERATED: tuple[Any, ...] = (
+MESSAGES: tuple[Any, ...] = (
     Passkey,
     Needle,
     MultiKeyNeedle,
@@ -37,6 +39,7 @@ GENERATED: tuple[Any, ...] = (
     FrequentWords,
     KeyValue,
 )
+GENERATED = (*MESSAGES, Arithmetic, Brackets)
 LENGTH = 3000  # one token a character
 
 
@@ -66,7 +69,7 @@ def test_examples_are_seeded_and_within_their_length(task: Any) -> None:
     assert not {digest([e]) for e in examples} & {digest([e]) for e in others}
 
 
-@pytest.mark.parametrize("task", GENERATED)
+@pytest.mark.parametrize("task", MESSAGES)
 def test_a_chat_template_is_used_and_counts(task: Any) -> None:
     (example,) = task(samples=1, length=LENGTH).examples(tokenizer(TEMPLATE))
     assert len(example.prompt) <= LENGTH

@@ -12,7 +12,9 @@ from adaskip_fx.evaluation.text_metrics import (
     contains,
     contains_all,
     exact,
+    exact_characters,
     f1,
+    first_integer,
     normalized,
     rouge_l,
 )
@@ -48,6 +50,40 @@ def test_exact_contains_and_contains_all() -> None:
     assert contains_all("ABCDE, and fghij", ["ABCDE", "FGHIJ", "KLMNO", "PQRST"]) == 0.5
 
 
+def test_exact_characters_count_punctuation_and_no_space() -> None:
+    assert exact_characters(" ] )\t>\n", ["])>"]) == 1
+    assert exact_characters("])>", ["x", "] ) >"]) == 1
+    for wrong in ("] > )", "] )", "] ) > ]", "] ) > .", ""):
+        assert exact_characters(wrong, ["] ) >"]) == 0
+    assert exact("] > )", ["] ) >"]) == 1  # which sees none of them
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        ("124", "124", 1),
+        ("124.\nand 5", "124", 1),
+        ("is 124, not 5", "124", 1),
+        ("5, not 124", "124", 0),  # the first one counts
+        ("1240", "124", 0),
+        ("24", "124", 0),
+        ("-36", "-36", 1),
+        ("\u221236", "-36", 1),  # a minus sign
+        ("\u221236", "36", 0),
+        ("36", "-36", 0),
+        ("1,234,567", "1234567", 1),
+        ("12,34", "12", 1),  # no thousands
+        ("1,2345", "1", 1),
+        ("3.5", "3", 0),
+        ("none", "0", 0),
+        ("", "0", 0),
+    ],
+)
+def test_the_first_integer_by_hand(text: str, answer: str, expected: int) -> None:
+    assert first_integer(text, [answer]) == expected
+    assert first_integer(text, ["x", answer]) == expected
+
+
 def test_rouge_l_by_hand() -> None:
     pytest.importorskip("rouge_score")
     # the longest common subsequence is "police killed gunman": 3 of 4 and 3 of 4
@@ -76,5 +112,6 @@ def test_rouge_l_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", sorted(set(METRICS) - {"rouge_l"}))
 def test_scores_move(name: str) -> None:
     """Whatever the metric: the answer itself is right, and something else is not."""
-    assert METRICS[name]("blue", ["blue"]) == 1
-    assert METRICS[name]("green", ["blue"]) == 0
+    right, wrong = ("-12", "12") if name == "first_integer" else ("blue", "green")
+    assert METRICS[name](right, [right]) == 1
+    assert METRICS[name](wrong, [right]) == 0

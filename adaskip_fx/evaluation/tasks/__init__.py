@@ -7,6 +7,8 @@ from types import MappingProxyType
 
 from adaskip_fx.evaluation.task import TaskOptions
 
+from .arithmetic import Arithmetic
+from .brackets import Brackets
 from .counting import CommonWords, FrequentWords
 from .documents import MultiDocumentQA
 from .key_value import KeyValue
@@ -21,6 +23,8 @@ from .trivia import TriviaQA
 
 __all__ = [
     "TASKS",
+    "Arithmetic",
+    "Brackets",
     "CommonWords",
     "DecodePerplexity",
     "FrequentWords",
@@ -51,6 +55,8 @@ TASKS: Mapping[str, type[TaskOptions]] = MappingProxyType(
             CommonWords,
             FrequentWords,
             KeyValue,
+            Arithmetic,
+            Brackets,
             Trec,
             TriviaQA,
             MultiDocumentQA,
