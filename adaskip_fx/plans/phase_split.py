@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from adaskip_fx.plans.order import check_same_sublayers
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.windows import Windows
@@ -58,8 +59,7 @@ def _keeping_cache(actions: Mapping[Sublayer, Action]) -> dict[Sublayer, Action]
 
 
 def _check_smaller(plan: SkipPlan, smaller: SkipPlan) -> None:
-    if smaller.sublayers != plan.sublayers:
-        raise PlanError("the two plans are for different models: their sublayers differ")
+    check_same_sublayers(plan, smaller)
     more = [str(s) for s in smaller.decode if s not in plan.prefill]
     if more:
         raise PlanError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
-from adaskip_fx.plans import plan_file, validation
+from adaskip_fx.plans import order, plan_file, validation
 from adaskip_fx.plans.actions import Action, Phase, PlanError
 from adaskip_fx.plans.sublayer import Kind, Sublayer
 from adaskip_fx.plans.surrogates import NO_SURROGATES, Surrogates
@@ -23,6 +23,12 @@ __all__ = ["Action", "Kind", "Phase", "PlanError", "SkipPlan", "Sublayer"]
 @dataclass(frozen=True)
 class SkipPlan:
     """Which sublayers are left out in prefill and in decode. Immutable, hashable, equal by value.
+
+    Plans of one model are ordered by what they leave out. ``a <= b`` says that b leaves out at
+    least what a does: in prompts, in their last token and in decode each sublayer is as reduced or
+    more (run, run with a window, kv_only, skip), a window of b sees nothing that a's does not, and
+    what a leaves out has the same surrogate in b. Often neither of two plans is below the other.
+    ``a | b`` is the least plan above both.
 
     Attributes:
         sublayers: every sublayer of the model, in stream order.
@@ -98,6 +104,31 @@ class SkipPlan:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    def __le__(self, other: SkipPlan) -> bool:
+        """Return whether `other` leaves out at least what this plan does.
+
+        Raises:
+            PlanError: the plans are for different models.
+        """
+        return order.is_below(self, other) if isinstance(other, SkipPlan) else NotImplemented
+
+    def __lt__(self, other: SkipPlan) -> bool:
+        """Return whether `other` leaves out what this plan does, and is another plan.
+
+        Raises:
+            PlanError: the plans are for different models.
+        """
+        return self <= other and self != other if isinstance(other, SkipPlan) else NotImplemented
+
+    def __or__(self, other: SkipPlan) -> SkipPlan:
+        """Return the least plan that leaves out what either does.
+
+        Raises:
+            PlanError: there is none. The plans are for different models, or conflict in a surrogate
+                or in `last_token_full`, or nothing would run in a phase.
+        """
+        return order.union(self, other) if isinstance(other, SkipPlan) else NotImplemented
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping proxy can be neither pickled nor deep-copied.

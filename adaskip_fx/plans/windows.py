@@ -61,6 +61,29 @@ class Window:
         """Return how many of `length` tokens the last of them sees, in a head that is windowed."""
         return min(length, self.tokens + self.sinks)
 
+    def sees_within(self, other: Window) -> bool:
+        """Return whether it sees nothing that `other` does not, at every length, in every head.
+
+        That is so where its tokens and sinks are at most those of `other`, whose full heads include
+        its own. More sinks never make up for fewer tokens: at a greater length they lie apart. How
+        many heads a model has is not known here, so one head more is always taken to be windowed.
+        """
+        return (
+            self.tokens <= other.tokens
+            and self.sinks <= other.sinks
+            and set(self.full_heads) <= set(other.full_heads)
+        )
+
+    def joined(self, other: Window) -> Window:
+        """Return the widest window that sees nothing which one of the two does not.
+
+        It may see less than what both see: at length 11 ``Window(3, 8)`` and ``Window(8, 3)`` see
+        everything, and ``Window(3, 3)`` sees six tokens.
+        """
+        full = set(self.full_heads) & set(other.full_heads)
+        sizes = min(self.tokens, other.tokens), min(self.sinks, other.sinks)
+        return Window(*sizes, tuple(full))
+
     def __str__(self) -> str:
         """Return ``window 4+256``, with the heads that see all."""
         heads = ", ".join(map(str, self.full_heads))
