@@ -216,25 +216,8 @@ def flash_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Return causal attention [B, T, H, D], contiguous, whose queries are the last of the keys."""
-    return _flash(query, key, value, scale)[0]
-
-
-def flash_attention_to_last(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the same with the last `tokens` keys up to each query's own alone, and its masses.
-
-    Returns:
-        [B, T, H, D], contiguous, and the logarithm of the masses, float32 [B, H, T].
-    """
-    return _flash(query, key, value, scale, window_size_left=tokens - 1, window_size_right=0)
-
-
-def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, **window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = (t.transpose(1, 2) for t in (query, key, value))
     attend = torch.ops.aten._flash_attention_forward
     sizes = (None, None, query.shape[2], key.shape[2])
-    output, masses, *_ = attend(*inputs, *sizes, 0.0, True, False, scale=scale, **window)
-    return output.contiguous(), masses
+    output: torch.Tensor = attend(*inputs, *sizes, 0.0, True, False, scale=scale)[0]
+    return output.contiguous()

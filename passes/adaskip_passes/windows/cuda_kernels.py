@@ -1,18 +1,18 @@
-"""The operators of :mod:`ops` on CUDA: flash attention for the last keys, and a kernel for sinks.
+"""The operators of :mod:`ops` on CUDA: a kernel for heads with windows, cuDNN or flash for others.
 
-Flash attention 2 (Dao, "FlashAttention-2") leaves out blocks of keys before a window. The first
-keys are few: a kernel computes attention to them and puts the two together by their masses.
+Heads that see everything run on PyTorch's fused kernels, which are faster there; where they lie
+between others they are copied. The kernel reads and writes heads where they are.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
-from .._torch import flash_attention_to_last
-from .ops import attend_windowed, by_window, in_blocks
+from ..attention.ops import attend_causal
+from .ops import alike, attend_windowed, by_window, in_blocks
 
-_MOST_SINKS = 64  # of one tile
+_HALF = (torch.float16, torch.bfloat16)
+_WIDEST = 256  # numbers of a head
 
 
 @attend_windowed.register_kernel("cuda")
@@ -24,26 +24,41 @@ def _attend_windowed(
     own: int,
     scale: float,
 ) -> torch.Tensor:
-    return by_window(query, key, value, windows, own, scale, _to_last_and_first)
+    if query.dtype not in _HALF or max(query.shape[3], value.shape[3]) > _WIDEST:
+        return by_window(query, key, value, windows, own, scale, in_blocks)
+    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+    stored, kv_heads = key.shape[2], key.shape[1]
+    groups = alike(windows, stored, own, kv_heads)
+    if len(groups) == 1 and groups[0][1][1] >= stored:
+        return attend_causal(query, key, value, scale)
+    from . import triton_kernels
+
+    batch, heads, tokens, _ = query.shape
+    output = query.new_empty((batch, tokens, heads, value.shape[3]))
+    for chosen, (sinks, seen) in groups:
+        if seen >= stored:
+            _see_everything(query, key, value, output, tuple(chosen), scale)
+        else:
+            triton_kernels.attend(query, key, value, output, chosen, sinks, seen, scale)
+    return output
 
 
-def _to_last_and_first(
+def _see_everything(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    sinks: int,
-    seen: int,
+    output: torch.Tensor,
+    chosen: tuple[int, ...],
     scale: float,
-) -> torch.Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    params = SDPAParams(query, key, value, None, 0.0, query.shape[2] == key.shape[2], grouped)
-    dims = query.shape[3], value.shape[3]
-    fits = dims[0] == dims[1] and dims[0] % 8 == 0 and sinks <= _MOST_SINKS
-    if not (fits and can_use_flash_attention(params)):
-        return in_blocks(query, key, value, sinks, seen, scale)
-    output, masses = flash_attention_to_last(query, key, value, scale, seen)
-    if sinks and key.shape[2] > seen:
-        from .triton_kernels import add_sinks
+) -> None:
+    """Write causal attention of some K/V heads into their places of `output`."""
+    from .triton_kernels import put_heads, take_heads
 
-        add_sinks(query, key, value, output, masses, sinks, seen, scale)
-    return output
+    group, first = query.shape[1] // key.shape[1], chosen[0]
+    queries = tuple(h * group + i for h in chosen for i in range(group))
+    if chosen == tuple(range(first, first + len(chosen))):
+        q = query.narrow(1, first * group, len(queries))
+        k, v = (t.narrow(1, first, len(chosen)) for t in (key, value))
+    else:
+        q, k, v = take_heads(query, queries), take_heads(key, chosen), take_heads(value, chosen)
+    put_heads(attend_causal(q, k, v, scale), output, queries)

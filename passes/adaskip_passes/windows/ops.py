@@ -144,8 +144,8 @@ def attend_masked_windowed(
     position = torch.arange(key.shape[2], device=query.device)
     own = torch.where(mask, position, -1).amax(-1, keepdim=True)
     first = torch.where(mask, position, key.shape[2]).amin((-2, -1), keepdim=True)
-    for alike, (sinks, seen) in _alike(windows, key.shape[2], EVERY, key.shape[1]):
-        q, k, v, theirs = _heads(query, key, value, alike)
+    for chosen, (sinks, seen) in alike(windows, key.shape[2], EVERY, key.shape[1]):
+        q, k, v, theirs = _heads(query, key, value, chosen)
         near = mask & ((position > own - seen) | (position < first + sinks))
         mixed = scaled_dot_product_attention(
             q, k, v, attn_mask=near, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -189,9 +189,9 @@ def by_window(
 
     """
     batch, heads, tokens, _ = query.shape
-    groups, output = _alike(windows, key.shape[2], own, key.shape[1]), None
-    for alike, (sinks, seen) in groups:
-        q, k, v, theirs = _heads(query, key, value, alike)
+    groups, output = alike(windows, key.shape[2], own, key.shape[1]), None
+    for chosen, (sinks, seen) in groups:
+        q, k, v, theirs = _heads(query, key, value, chosen)
         if seen >= key.shape[2]:
             mixed = attend_causal(q, k, v, scale)
         else:
@@ -205,7 +205,7 @@ def by_window(
     return output
 
 
-def _alike(
+def alike(
     windows: torch.Tensor | None, stored: int, own: int, kv_heads: int
 ) -> list[tuple[list[int], tuple[int, int]]]:
     """Return the K/V heads that have one window, and it: sinks and tokens.
@@ -237,16 +237,18 @@ def _heads(
         theirs = slice(first * group, (first + len(chosen)) * group)
         k, v = (t.narrow(1, first, len(chosen)) for t in (key, value))
         return query[:, theirs], k, v, theirs
-    queries = _on_device(tuple(h * group + i for h in chosen for i in range(group)), query.device)
-    heads = _on_device(tuple(chosen), query.device)
+    queries = on_device(tuple(h * group + i for h in chosen for i in range(group)), query.device)
+    heads = on_device(tuple(chosen), query.device)
     return query[:, queries], key[:, heads], value[:, heads], queries
 
 
 @functools.lru_cache(maxsize=4096)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def on_device(
+    numbers: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
     """Return indices on a device; to copy them there at every call would make the host wait."""
     with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device)
+        return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def in_blocks(

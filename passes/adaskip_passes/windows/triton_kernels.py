@@ -1,82 +1,204 @@
-"""The first keys, added to attention that saw the last ones."""
+"""Attention of some heads to the last keys and the first ones; and copies of some heads."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from ..decode.triton_kernels.launch import shared_memory
+from .ops import on_device
+
 
 @triton.jit
-def _add_sinks(
-    query, keys, values, output, masses, H, T, GROUP, past, sinks, window, scale,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    D: tl.constexpr, DP: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr,
+def _add(
+    mixed, total, most, q, keys, values, n, scale, k_t, v_t, first_own, window, sinks, upper,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """ROWS queries of one head a program; `output` is [B, T, H, D], the masses are logarithms."""
-    b, h = tl.program_id(1).to(tl.int64) // H, tl.program_id(1).to(tl.int64) % H
-    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d, s = tl.arange(0, DP), tl.arange(0, SINKS)
-    real, inside = t < T, d < D
-    seen = (s < sinks)[None, :] & (s[None, :] <= (past + t - window)[:, None]) & real[:, None]
+    """Add KEYS keys from `n` on to a softmax that is under way; powers of two."""
+    d, e, i = tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, KEYS)
+    j = n + i
+    keys += tl.cast(n, tl.int64) * k_t
+    values += tl.cast(n, tl.int64) * v_t
+    k_at, v_at = i[:, None] * k_t + d[None, :], i[:, None] * v_t + e[None, :]
+    if MASKED:  # what nobody sees may have no memory behind it
+        there = (j < upper) & ((j > first_own - window) | (j < sinks))
+        k = tl.load(keys + k_at, mask=there[:, None] & (d < D)[None, :], other=0.0)
+        v = tl.load(values + v_at, mask=there[:, None] & (e < DV)[None, :], other=0.0)
+    elif D < DP or DV < DVP:
+        k = tl.load(keys + k_at, mask=(d < D)[None, :], other=0.0)
+        v = tl.load(values + v_at, mask=(e < DV)[None, :], other=0.0)
+    else:
+        k, v = tl.load(keys + k_at), tl.load(values + v_at)
+    scores = tl.dot(q, tl.trans(k)) * scale
+    if MASKED:
+        own = first_own + tl.arange(0, ROWS)[:, None]
+        near = (j[None, :] > own - window) | (j < sinks)[None, :]
+        near = near & (j[None, :] <= own) & (j < upper)[None, :]
+        scores = tl.where(near, scores, -float("inf"))
+    highest = tl.maximum(most, tl.max(scores, 1))
+    base = highest
+    if MASKED:  # of a row that has seen nothing yet
+        base = tl.where(highest == -float("inf"), 0.0, highest)
+    shares, before = tl.math.exp2(scores - base[:, None]), tl.math.exp2(most - base)
+    mixed = tl.dot(shares.to(v.dtype), v, mixed * before[:, None])
+    return mixed, total * before + tl.sum(shares, 1), highest
+
+
+@triton.jit(do_not_specialize=["T", "S", "sinks", "window"])
+def _attend(
+    query, keys, values, output, heads, H, T, S, HEADS, sinks, window, scale,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """ROWS queries of one head a program; the queries are the last T of the S tokens."""
+    tiles = tl.cdiv(T, ROWS)
+    of_all = tl.program_id(0) // tiles
+    b, place = of_all // (HEADS * GROUP), of_all % (HEADS * GROUP)
+    head = tl.load(heads + place // GROUP).to(tl.int64)
+    h = head * GROUP + place % GROUP
+    begin = tl.program_id(0) % tiles * ROWS
+    t, d, e = begin + tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, DVP)
     q = tl.load(
-        query + b * q_b + h * q_h + t.to(tl.int64)[:, None] * q_t + d[None, :],
-        mask=real[:, None] & inside[None, :], other=0.0,
+        query + b.to(tl.int64) * q_b + h * q_h + t.to(tl.int64)[:, None] * q_t + d[None, :],
+        mask=(t < T)[:, None] & (d < D)[None, :], other=0.0,
     )  # fmt: skip
-    stored = (s < sinks)[:, None] & inside[None, :]
-    head = h // GROUP
-    k = tl.load(keys + b * k_b + head * k_h + s[:, None] * k_t + d[None, :], mask=stored, other=0.0)
-    v = tl.load(
-        values + b * v_b + head * v_h + s[:, None] * v_t + d[None, :], mask=stored, other=0.0
-    )
-    scores = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, -float("inf"))
-    place = (b * H + h) * T + t
-    mass = tl.load(masses + place, mask=real, other=0.0)
-    most = tl.maximum(tl.max(scores, 1), mass)
-    shares = tl.exp(scores - most[:, None])
-    before = tl.exp(mass - most)
-    whole = before + tl.sum(shares, 1)
-    at = output + ((b * T + t) * H + h)[:, None] * D + d[None, :]
-    both = real[:, None] & inside[None, :]
-    mixed = tl.load(at, mask=both, other=0.0).to(tl.float32) * before[:, None]
-    mixed += tl.dot(shares.to(v.dtype), v)
-    tl.store(at, (mixed / whole[:, None]).to(output.dtype.element_ty), mask=both)
+    keys += b.to(tl.int64) * k_b + head * k_h
+    values += b.to(tl.int64) * v_b + head * v_h
+    own = S - T + begin  # of the first query
+    end = tl.minimum(own + ROWS, S)
+    low = tl.maximum(own - window + 1, 0) // KEYS * KEYS
+    # From `inner` to `outer` all rows see all keys.
+    inner = tl.maximum(tl.cdiv(tl.maximum(own + ROWS - window, 0), KEYS) * KEYS, low)
+    outer = tl.maximum((own + 1) // KEYS * KEYS, inner)
+    firsts = tl.minimum(sinks, low)
+    a = tl.cdiv(firsts, KEYS)
+    c = a + (inner - low) // KEYS
+    masked = c + tl.cdiv(tl.maximum(end - outer, 0), KEYS)
+    mixed, total = tl.zeros([ROWS, DVP], tl.float32), tl.zeros([ROWS], tl.float32)
+    most = tl.full([ROWS], -float("inf"), tl.float32)
+    for n in range(inner, outer, KEYS):
+        mixed, total, most = _add(
+            mixed, total, most, q, keys, values, n, scale, k_t, v_t, own, window, sinks, S,
+            D, DP, DV, DVP, ROWS, KEYS, False,
+        )  # fmt: skip
+    for i in range(masked):
+        n = tl.where(i < a, i, tl.where(i < c, low // KEYS + i - a, outer // KEYS + i - c)) * KEYS
+        mixed, total, most = _add(
+            mixed, total, most, q, keys, values, n, scale, k_t, v_t, own, window, sinks,
+            tl.where(i < a, firsts, S), D, DP, DV, DVP, ROWS, KEYS, True,
+        )  # fmt: skip
+    at = output + ((b.to(tl.int64) * T + t) * H + h)[:, None] * DV + e[None, :]
+    mask = (t < T)[:, None] & (e < DV)[None, :]
+    tl.store(at, (mixed / total[:, None]).to(output.dtype.element_ty), mask=mask)
 
 
-def add_sinks(
+class Tiles(NamedTuple):
+    """How a program is cut: queries, keys at a time, warps, and loads that are under way."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+_TILES = (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2))
+
+
+def _fitting(dim: int, value_dim: int, size: int, device: torch.device) -> Tiles:
+    """Return the first tiles that fit into shared memory, or the last ones."""
+    limit = shared_memory(device) // size
+    for tiles in _TILES:
+        if tiles.rows * dim + tiles.stages * tiles.keys * (dim + value_dim) <= limit:
+            return tiles
+    return _TILES[-1]
+
+
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     output: torch.Tensor,
-    masses: torch.Tensor,
+    heads: Sequence[int],
     sinks: int,
     window: int,
     scale: float,
+    tiles: Tiles | None = None,
 ) -> None:
-    """Add the first keys to attention to the last ones, which is changed in place.
+    """Write what some heads see through a window into their places of `output`.
 
     Args:
-        query: [B, H, T, D].
-        key: [B, H_kv, S, D]; the queries are the last of the S tokens.
-        value: [B, H_kv, S, D].
-        output: Attention to the last `window` keys up to each query's own, [B, T, H, D],
-            contiguous.
-        masses: Logarithms of the sums of its exponentiated scores, float32 [B, H, T].
-        sinks: How many first keys are seen where they are not among the last ones.
-        window: See `output`.
+        query: [B, H, T, D], of 16 bits, numbers of a head side by side.
+        key: [B, H_kv, S, D], likewise; the queries are the last of the S tokens.
+        value: [B, H_kv, S, D_v], likewise.
+        output: [B, T, H, D_v], contiguous.
+        heads: The K/V heads.
+        sinks: How many of the first keys are seen.
+        window: How many of the last keys up to each query's own are seen.
         scale: Of the scores.
+        tiles: How programs are cut; chosen when None.
 
     """
-    batch, heads, tokens, dim = query.shape
-    rows = 64
-    grid: Any = (triton.cdiv(tokens, rows), batch * heads)
-    _add_sinks[grid](
-        query, key, value, output, masses.contiguous(), heads, tokens, heads // key.shape[1],
-        key.shape[2] - tokens, sinks, window, scale,
+    batch, count, tokens, dim = query.shape
+    group, value_dim = count // key.shape[1], value.shape[3]
+    dims = [max(16, triton.next_power_of_2(n)) for n in (dim, value_dim)]
+    tiles = tiles or _fitting(dims[0], dims[1], query.element_size(), query.device)
+    grid: Any = (triton.cdiv(tokens, tiles.rows) * batch * len(heads) * group,)
+    places = on_device(tuple(heads), query.device, torch.int32)
+    _attend[grid](
+        query, key, value, output, places, count, tokens, key.shape[2], len(heads), sinks,
+        min(window, key.shape[2]), scale * 1.4426950408889634,
         query.stride(0), query.stride(1), query.stride(2), key.stride(0), key.stride(1),
         key.stride(2), value.stride(0), value.stride(1), value.stride(2),
-        D=dim, DP=max(16, triton.next_power_of_2(dim)),
-        SINKS=max(16, triton.next_power_of_2(sinks)), ROWS=rows, num_warps=4,
+        GROUP=group, D=dim, DP=dims[0], DV=value_dim, DVP=dims[1], ROWS=tiles.rows,
+        KEYS=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def _copy(
+    source, target, places, others, H, T, s_b, s_h, s_t, t_b, t_h, t_t,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens of one head a program."""
+    blocks = tl.cdiv(T, ROWS)
+    of_all = tl.program_id(0) // blocks
+    b, i = (of_all // H).to(tl.int64), of_all % H
+    here, there = tl.load(places + i).to(tl.int64), tl.load(others + i).to(tl.int64)
+    t = (tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    d = tl.arange(0, DP)
+    mask = (t < T)[:, None] & (d < D)[None, :]
+    value = tl.load(source + b * s_b + here * s_h + t[:, None] * s_t + d[None, :], mask=mask)
+    tl.store(target + b * t_b + there * t_h + t[:, None] * t_t + d[None, :], value, mask=mask)
+
+
+def take_heads(source: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+    """Return some heads of a tensor [B, H, T, D], whose numbers lie side by side: [B, h, T, D]."""
+    batch, _, tokens, dim = source.shape
+    taken = source.new_empty((batch, tokens, len(heads), dim)).transpose(1, 2)
+    _copy_heads(source, taken, heads, range(len(heads)))
+    return taken
+
+
+def put_heads(mixed: torch.Tensor, output: torch.Tensor, heads: Sequence[int]) -> None:
+    """Copy [B, T, h, D] to those `heads` of `output`, [B, T, H, D]."""
+    _copy_heads(mixed.transpose(1, 2), output.transpose(1, 2), range(len(heads)), heads)
+
+
+def _copy_heads(
+    source: torch.Tensor, target: torch.Tensor, places: Sequence[int], others: Sequence[int]
+) -> None:
+    """Copy heads of [B, H, T, D] to heads of [B, H', T, D], one after another."""
+    batch, _, tokens, dim = source.shape
+    rows, count = 64, len(places)
+    here, there = (on_device(tuple(n), source.device, torch.int32) for n in (places, others))
+    grid: Any = (triton.cdiv(tokens, rows) * batch * count,)
+    _copy[grid](
+        source, target, here, there, count, tokens, *source.stride()[:3], *target.stride()[:3],
+        D=dim, DP=triton.next_power_of_2(dim), ROWS=rows,
     )  # fmt: skip
