@@ -44,9 +44,19 @@ def _seen(model: Any, plan: SkipPlan, phase: Phase, length: int) -> list[int]:
 
 
 def kv_bytes(model: Any, plan: SkipPlan, tokens: int) -> float:
-    """Bytes of the keys and values that are stored of `tokens` tokens."""
-    attention = sum(s.kind == "attention" for s in _kept(plan, "decode"))
-    return float(model.dtype.itemsize * attention * tokens * _kv_width(model))
+    """Bytes of the keys and values that are stored of `tokens` tokens.
+
+    A layer all of whose heads have a window, in both phases, stores what it sees.
+    """
+    stored = 0
+    for sublayer in _kept(plan, "decode"):
+        if sublayer.kind == "attention":
+            phases: tuple[Phase, ...] = ("prefill", "decode")
+            runs = [p for p in phases if plan.action(p, sublayer) is Action.RUN]
+            windows = [plan.windows.get(phase, sublayer) for phase in runs]
+            seen = [tokens if w is None or w.full_heads else w.seen(tokens) for w in windows]
+            stored += max(seen)
+    return float(model.dtype.itemsize * stored * _kv_width(model))
 
 
 def prefill_flop(model: Any, plan: SkipPlan, tokens: int, batch: int = 1) -> float:

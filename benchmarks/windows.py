@@ -20,7 +20,7 @@ from adaskip_fx.plans.windows import Window, Windows
 
 from . import models, speed
 from .ceilings import MatrixRate, copy_rate, seconds, synchronize
-from .floors import decode_bytes, prefill_flop
+from .floors import decode_bytes, kv_bytes, prefill_flop
 
 #: Contexts on a GPU, and how often a prompt runs there before it is timed, and is timed.
 _ON_GPU = {8192: (3, 3), 32768: (1, 2), 130816: (1, 1)}
@@ -56,6 +56,7 @@ def measure() -> dict[str, Any]:
         "window": tokens,
         "rows": rows,
         "new_windows_ms": _new_windows(compiled, every["nothing"], tokens),
+        "kv_bytes": _memory(model, compiled, every, sorted(_ON_GPU if on_gpu else _TINY)[-2]),
     }
 
 
@@ -131,6 +132,26 @@ def _new_windows(compiled: Any, empty: SkipPlan, tokens: int) -> list[float]:
     return times
 
 
+@torch.inference_mode()
+def _memory(
+    model: Any, compiled: Any, every: Mapping[str, SkipPlan], context: int
+) -> list[dict[str, Any]]:
+    """Return the bytes that a request holds under each plan, and those that it needs."""
+    found = []
+    for name, plan in every.items():
+        cache = compiled.adaskip.new_cache(plan=plan)
+        ids = models.tokens(1, context)
+        for part in (ids, ids[:, :1], ids[:, :1]):
+            compiled(input_ids=part, past_key_values=cache, logits_to_keep=1)
+        needed = kv_bytes(model, plan, cache.length)
+        found.append(
+            {"context": context, "plan": name, "held": float(cache.nbytes), "needed": needed}
+        )
+        del cache
+        compiled.adaskip.free()
+    return found
+
+
 def summary(result: Mapping[str, Any]) -> str:
     """Return the rows as a short table."""
     lines = [
@@ -143,5 +164,10 @@ def summary(result: Mapping[str, Any]) -> str:
         cells += [f"{1000 * row['decode']:8.3f} {1000 * row['decode_replay']:8.3f}"]
         cells += [f"{row.get(f'decode_{what}', 0):7.3f}" for what in ("speedup", "saved")]
         lines.append(" ".join(cells))
+    for row in result["kv_bytes"]:
+        held, needed = (row[key] / 2**20 for key in ("held", "needed"))
+        lines.append(
+            f"{row['context']:7d} {row['plan']:36s} K/V {held:.1f} MiB held, {needed:.1f} needed"
+        )
     new = ", ".join(f"{took:.1f}" for took in result["new_windows_ms"])
     return "\n".join([*lines, f"steps with new windows: {new} ms"])

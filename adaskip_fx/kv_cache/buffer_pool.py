@@ -15,6 +15,7 @@ import torch
 
 from .buffers import CacheBuffers
 from .layer_spec import LayerCacheSpec
+from .retention import Retention
 
 _LONGEST = 2**20  # tokens, of a model without a limit
 
@@ -63,6 +64,7 @@ class BufferPool:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        retention: Retention = (),
     ) -> CacheBuffers:
         """Return buffers with memory for `capacity` tokens or more; nobody else has them."""
         idle = self._taken()
@@ -70,14 +72,14 @@ class BufferPool:
             idle is not None
             and (idle.batch, idle.dtype, idle.device, idle.specs, idle.whole)
             == (batch, dtype, device, tuple(specs), self.whole)
-            and idle.fit_anew(capacity)
+            and idle.fit_anew(capacity, retention)
         ):
             idle.use_here()
             idle.clear()
             return idle
         del idle  # before the new ones are made
         form = specs, batch, capacity, dtype, device
-        made = CacheBuffers.new(*form, self.longest, self.whole)
+        made = CacheBuffers.new(*form, self.longest, self.whole, retention)
         made.use_here()
         return made
 

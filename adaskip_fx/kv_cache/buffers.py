@@ -12,6 +12,9 @@ import torch
 from . import growing_memory
 from .growing_memory import GrowingMemory
 from .layer_spec import LayerCacheSpec
+from .regions import growing_regions
+from .retention import Retention
+from .sliding import Sliding
 from .token_layout import Pair, by_head, empty, widths
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ class CacheBuffers:
         states: by layer, in the order of the spec's states.
         memory: what the regions are in, if they can grow in place.
         whole: whether all of them may be read, filled or not.
+        retention: what the first request holds of each layer.
+        sliding: the layers that forget.
         lengths: a tensor on the CPU of which only lengths are used, int8 [room].
         keys, values: [batch, heads, room, dim] by layer: views of the regions.
         steps: those that run on these buffers on a static cache, by their number of new tokens.
@@ -55,6 +60,8 @@ class CacheBuffers:
     states: list[tuple[torch.Tensor, ...]] = field(repr=False)
     memory: GrowingMemory | None
     whole: bool = False
+    retention: Retention = field(default=(), repr=False)
+    sliding: Sliding = field(init=False, repr=False)
     lengths: torch.Tensor = field(init=False, repr=False)
     keys: list[torch.Tensor | None] = field(init=False, repr=False)
     values: list[torch.Tensor | None] = field(init=False, repr=False)
@@ -69,6 +76,10 @@ class CacheBuffers:
         ]
         self.keys, self.values = [k for k, _ in pairs], [v for _, v in pairs]
         self.lengths = torch.empty(self.room, dtype=torch.int8, device="cpu")
+        sizes = iter(enumerate(r.stride(0) * r.itemsize for r in self._regions()))
+        attending = [i for i, regions in enumerate(self.regions) if regions is not None]
+        ranges = {i: (next(sizes), next(sizes)) for i in attending}
+        self.sliding = Sliding(self.memory, ranges, self.retention)
 
     @classmethod
     def new(
@@ -80,6 +91,7 @@ class CacheBuffers:
         device: torch.device,
         longest: int | None = None,
         whole: bool = False,
+        retention: Retention = (),
     ) -> CacheBuffers:
         """Return buffers with nothing in them: states are zeros, keys and values are anything.
 
@@ -94,23 +106,24 @@ class CacheBuffers:
             device: where.
             longest: tokens that the buffers are to grow to in place, where the device can.
             whole: whether keys and values are zeros, and are moved to grow, since all is read.
+            retention: what is to be held of each layer, if not all.
         """
         memory = None
         # not inference tensors: they may be written outside inference mode later
         with torch.inference_mode(False):
-            sizes = [width * batch for s in specs if s.attends for width in widths(s)]
-            if longest and not whole and sizes and growing_memory.is_available(device):
-                room = max(capacity, min(longest, _COUNTABLE // max(sizes)))
-                memory = GrowingMemory(device, [room * n * dtype.itemsize for n in sizes])
-                memory.fit([capacity * n * dtype.itemsize for n in sizes])
-                ranges = map(memory.tensor, range(len(sizes)))
-                regions = [_regions(ranges, s, room, batch, dtype) for s in specs]
+            widest = batch * max((max(widths(s)) for s in specs if s.attends), default=0)
+            if longest and not whole and widest and growing_memory.is_available(device):
+                room = max(capacity, min(longest, _COUNTABLE // widest))
+                memory, regions = growing_regions(
+                    specs, batch, capacity, room, dtype, device, retention
+                )
             else:
                 regions = [
                     empty(s, capacity, batch, dtype, device) if s.attends else None for s in specs
                 ]
             states = [tuple(state.zeros(batch, device) for state in s.states) for s in specs]
-        made = cls(batch, capacity, dtype, device, tuple(specs), regions, states, memory, whole)
+        form = tuple(specs), regions, states, memory, whole, retention
+        made = cls(batch, capacity, dtype, device, *form)
         made.clear()
         if memory is not None:
             made._count(memory)
@@ -145,24 +158,26 @@ class CacheBuffers:
             self.memory.fit(self._sizes(min(capacity, self.room)), most=_AT_A_TIME)
             self._count(self.memory)
 
-    def fit_anew(self, capacity: int) -> bool:
+    def fit_anew(self, capacity: int, retention: Retention) -> bool:
         """Do what `fit` does for another request: content is lost, and so is memory to spare."""
+        self.sliding.begin(retention)
         if self.memory is None:
             return capacity <= self.capacity <= 2 * capacity
-        needed = self._sizes(capacity)
-        if self.memory.spares(needed):
-            self.memory.trim(needed)
+        self._count(self.memory)
+        if self.memory.spares(self._sizes(capacity, every=True)):
+            self.memory.trim(self._sizes(capacity))
             self._count(self.memory)
         return self.fit(capacity)
 
-    def _sizes(self, tokens: int) -> list[int]:
-        """Return the bytes of so many tokens, by region."""
-        return [r.stride(0) * r.itemsize * tokens for r in self._regions()]
+    def _sizes(self, tokens: int, every: bool = False) -> list[int]:
+        """Return the bytes of so many tokens by region, of layers that forget if `every`."""
+        sizes = enumerate(r.stride(0) * r.itemsize * tokens for r in self._regions())
+        return [size if every or not self.sliding.has(i) else 0 for i, size in sizes]
 
     def _count(self, memory: GrowingMemory) -> None:
         """Count the tokens that there is memory for now: it comes in blocks."""
         pairs = zip(memory.filled, self._sizes(1), strict=True)
-        self.capacity = min(self.room, *(filled // size for filled, size in pairs))
+        self.capacity = min([self.room, *(filled // size for filled, size in pairs if size)])
 
     def _regions(self) -> list[torch.Tensor]:
         return [region for pair in self.regions if pair is not None for region in pair]
@@ -213,14 +228,16 @@ class CacheBuffers:
             region.zero_()
 
     def take(self, other: CacheBuffers, tokens: int) -> None:
-        """Copy states, and the first `tokens` tokens, of `other`, which stores the same."""
-        for mine, theirs in zip(self._stored(tokens), other._stored(tokens), strict=True):
+        """Copy states, and what is held of the first `tokens` tokens, of the same of `other`."""
+        self.sliding.slide(0, tokens, forget=False)
+        for mine, theirs in self._held(other, tokens):
             mine.copy_(theirs)
         for mine, theirs in zip(self._states(), other._states(), strict=True):
             mine.copy_(theirs)
+        self.sliding.forget(other.sliding.gone)
 
     def take_rows(self, other: CacheBuffers, rows: torch.Tensor, tokens: int) -> None:
-        """Copy states, and the first `tokens` tokens, of some rows of `other`.
+        """Copy states, and what is held of the first `tokens` tokens, of some rows of `other`.
 
         Args:
             other: stores the same of another batch; may be these buffers themselves.
@@ -228,10 +245,23 @@ class CacheBuffers:
             tokens: of each row.
         """
         index = rows.to(self.device)
-        for mine, theirs in zip(self._stored(tokens), other._stored(tokens), strict=True):
+        self.sliding.slide(0, tokens, forget=False)
+        for mine, theirs in self._held(other, tokens):
             mine.copy_(theirs.index_select(1, index))
         for mine, theirs in zip(self._states(), other._states(), strict=True):
             mine.copy_(theirs.index_select(0, index))
+        self.sliding.forget(other.sliding.gone)
+
+    def _held(
+        self, other: CacheBuffers, tokens: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the parts of each region that `other` holds: here, and there."""
+        for layer, (mine, theirs) in enumerate(zip(self.regions, other.regions, strict=True)):
+            if mine is not None and theirs is not None:
+                for begin, count in other.sliding.parts(layer, tokens):
+                    for pair in zip(mine, theirs, strict=True):
+                        here, there = (r.narrow(0, begin, count) for r in pair)
+                        yield here, there
 
     def use_here(self) -> None:
         """Run steps on the caller's CUDA stream from now on; it waits for those on another one."""
@@ -248,21 +278,3 @@ class CacheBuffers:
         """Forget the states of an earlier request, and its keys and values if all is read."""
         for tensor in (*self._states(), *(self._regions() if self.whole else ())):
             tensor.zero_()
-
-
-def _regions(
-    ranges: Iterator[torch.Tensor],
-    spec: LayerCacheSpec,
-    room: int,
-    batch: int,
-    dtype: torch.dtype,
-) -> Pair | None:
-    """Return the next two ranges of memory as regions of a layer that attends."""
-    if not spec.attends:
-        return None
-
-    def region(width: int) -> torch.Tensor:
-        size = room * batch * width * dtype.itemsize
-        return next(ranges).narrow(0, 0, size).view(dtype).view(room, batch, width)
-
-    return Pair(*(region(width) for width in widths(spec)))

@@ -1,8 +1,9 @@
 """The cache of a compiled model: one request's memory, as transformers and its users see it.
 
 It is what `DynamicCache()` of transformers is, and means the same, or refuses by name (`REFUSED`).
-Like one that is made without a config it forgets no token outside of a sliding window, so that it
-can always be cropped; states of mixers are kept as by one with a config.
+Like one that is made without a config it forgets no token outside of a model's sliding window, so
+that it can be cropped; states of mixers are kept as by one with a config. What a plan's windows do
+not show may be let go (:mod:`.sliding`), but for a few tokens that can be taken back.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class SkipCache(RequestMemory, Cache):
     def _empty(self) -> SkipCache:
         form = self.owner, self.specs, self.kept, self.dtype, self.device, self._at_once
         other = SkipCache(*form)
-        other.expected = self.expected
+        other.expected, other.retention = self.expected, self.retention
         return other
 
     # Layers ----------------------------------------------------------------------------------
@@ -114,8 +115,8 @@ class SkipCache(RequestMemory, Cache):
                 "this cache is not keys and values of all layers: the plan skips attention, or "
                 "mixers keep states; look at its layers one by one"
             )
-        pairs = zip(self.keys, self.values, strict=True)
-        return ((self.filled(k), self.filled(v), None) for k, v in pairs)
+        pairs = enumerate(zip(self.keys, self.values, strict=True))
+        return ((self.filled(i, k), self.filled(i, v), None) for i, (k, v) in pairs)
 
     # What transformers asks of a cache -------------------------------------------------------
 

@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,8 @@ _retired: deque[_Mapped] = deque()
 
 class GrowingMemory:
     """Ranges of addresses on one device, each with memory behind its beginning.
+
+    Memory is mapped in pieces, and a piece can be let go where nothing reads it any more.
 
     Attributes:
         device: a CUDA device.
@@ -46,11 +48,16 @@ class GrowingMemory:
     @property
     def nbytes(self) -> int:
         """Bytes of memory behind all ranges."""
-        return sum(self._mapped.filled)
+        return sum(piece.size for pieces in self._mapped.pieces for piece in pieces)
+
+    @property
+    def block(self) -> int:
+        """Bytes that memory comes in."""
+        return self._mapped.block
 
     @property
     def filled(self) -> list[int]:
-        """Bytes of memory behind the beginning of each range."""
+        """Up to which byte there is memory, by range, apart from what was let go."""
         return list(self._mapped.filled)
 
     def fit(self, needed: Sequence[int], most: int | None = None) -> None:
@@ -68,6 +75,42 @@ class GrowingMemory:
             for index in behind[:most]:
                 self._mapped.extend(index, needed[index])
 
+    def extend(self, index: int, end: int, cuts: Sequence[int] = ()) -> None:
+        """Have memory up to byte `end` of a range, with a piece of its own up to each of `cuts`.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough.
+        """
+        with torch.cuda.device(self.device):
+            for cut in (*cuts, end):
+                self._mapped.extend(index, cut)
+
+    def let_go(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        """Free the pieces that lie within `spans`: of a range, from a byte up to another one.
+
+        If there are any it waits until nothing runs on the device.
+        """
+        mapped = self._mapped
+        within = [
+            (index, piece)
+            for index, begin, end in spans
+            for piece in mapped.pieces[index]
+            if begin <= piece.begin and piece.begin + piece.size <= end
+        ]
+        if not within:
+            return
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            for index, piece in within:
+                mapped.let_go(index, piece)
+
+    def clear(self, indices: Sequence[int]) -> None:
+        """Free all memory of some ranges; it waits until nothing runs on the device."""
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            for index in indices:
+                self._mapped.shrink(index, 0)
+
     def spares(self, needed: Sequence[int]) -> bool:
         """Return whether there is more than twice the memory that so many bytes take, in blocks."""
         return self.nbytes > 2 * sum(self._mapped.rounded(size) for size in needed)
@@ -80,7 +123,7 @@ class GrowingMemory:
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()
             for index, bytes_needed in enumerate(needed):
-                self._mapped.shrink(index, bytes_needed)
+                self._mapped.shrink(index, 0 if self._mapped.has_gaps(index) else bytes_needed)
                 self._mapped.extend(index, bytes_needed)
 
     def tensor(self, index: int) -> torch.Tensor:
@@ -141,6 +184,14 @@ class _Array:
         }
 
 
+class _Piece(NamedTuple):
+    """Memory that was mapped at once: from which byte of a range, how many bytes, its handle."""
+
+    begin: int
+    size: int
+    handle: Any
+
+
 class _Mapped:
     """What the driver holds for a `GrowingMemory`."""
 
@@ -158,7 +209,7 @@ class _Mapped:
         self._access.location = location
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         kind = driver.CUmemAllocationGranularity_flags
-        self._block = int(
+        self.block = int(
             _call(
                 "cuMemGetAllocationGranularity",
                 self._properties,
@@ -170,11 +221,11 @@ class _Mapped:
         self._base = int(_call("cuMemAddressReserve", self._total, 0, 0, 0))
         self.bases = [self._base + sum(self.sizes[:i]) for i in range(len(self.sizes))]
         self.filled = [0] * len(self.sizes)
-        self._handles: list[list[tuple[int, Any]]] = [[] for _ in self.sizes]  # size, handle
+        self.pieces: list[list[_Piece]] = [[] for _ in self.sizes]
 
     def rounded(self, size: int) -> int:
         """Return a size in whole blocks."""
-        return -(-size // self._block) * self._block
+        return -(-size // self.block) * self.block
 
     def extend(self, index: int, needed: int) -> None:
         size = self.rounded(needed) - self.filled[index]
@@ -186,7 +237,7 @@ class _Mapped:
         handle = self._allocate(size)
         _call("cuMemMap", at, size, 0, handle, 0)
         _call("cuMemSetAccess", at, size, [self._access], 1)
-        self._handles[index].append((size, handle))
+        self.pieces[index].append(_Piece(self.filled[index], size, handle))
         self.filled[index] += size
 
     def _allocate(self, size: int) -> Any:
@@ -202,11 +253,18 @@ class _Mapped:
 
     def shrink(self, index: int, needed: int) -> None:
         """Unmap from the end whatever reaches beyond `needed` bytes, as it was mapped."""
-        while self.filled[index] > self.rounded(needed):
-            size, handle = self._handles[index].pop()
-            self.filled[index] -= size
-            _call("cuMemUnmap", self.bases[index] + self.filled[index], size)
-            _call("cuMemRelease", handle)
+        pieces = self.pieces[index]
+        while pieces and pieces[-1].begin + pieces[-1].size > self.rounded(needed):
+            self.let_go(index, pieces[-1])
+        self.filled[index] = pieces[-1].begin + pieces[-1].size if pieces else 0
+
+    def has_gaps(self, index: int) -> bool:
+        return sum(piece.size for piece in self.pieces[index]) < self.filled[index]
+
+    def let_go(self, index: int, piece: _Piece) -> None:
+        self.pieces[index].remove(piece)
+        _call("cuMemUnmap", self.bases[index] + piece.begin, piece.size)
+        _call("cuMemRelease", piece.handle)
 
     def free(self) -> None:
         for index in range(len(self.sizes)):

@@ -99,17 +99,17 @@ class _Keyed:
     @property
     def is_initialized(self) -> bool:
         """Whether there are keys and values."""
-        return self.keys is not None
+        return self._cache.length > 0 and self._cache.keys[self._index] is not None
 
     @property
     def keys(self) -> torch.Tensor | None:
         """[batch, heads, tokens, dim]; None where a skipped attention stores nothing."""
-        return self._cache.filled(self._cache.keys[self._index])
+        return self._cache.filled(self._index, self._cache.keys[self._index])
 
     @property
     def values(self) -> torch.Tensor | None:
         """[batch, heads, tokens, dim]; None where a skipped attention stores nothing."""
-        return self._cache.filled(self._cache.values[self._index])
+        return self._cache.filled(self._index, self._cache.values[self._index])
 
 
 class _Stateful:

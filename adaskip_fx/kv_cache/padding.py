@@ -77,6 +77,35 @@ class Padding:
         return any(self.counts)
 
 
+class LastMask:
+    """The last mask of a request that was read, and what it said."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._trusted: torch.Tensor | None = None  # need not be read
+        self._width = 0
+        self._padding: Padding | None = None
+
+    def padding(self, mask: torch.Tensor, suppose: bool) -> tuple[Padding | None, Answer | None]:
+        """Return what a mask [batch, tokens] says, as `Padding.of` does: the host reads it.
+
+        Not if it goes on from the last one that was read (`goes_on`). To `suppose` is to return
+        what that one said, and whether this one says the same, which is not waited for.
+        """
+        padding, same = self._padding, None
+        if self._trusted is not mask:
+            same = padding.says(mask) if padding is not None else None
+            if same is None or not (suppose or same):
+                padding, same = Padding.of(mask), None
+            self._trusted, self._width, self._padding = None, mask.shape[1], padding
+        return padding, same if suppose else None
+
+    def goes_on(self, mask: torch.Tensor | None) -> None:
+        """Say that `mask` is the last one, with ones for tokens that are new."""
+        if self._width and mask is not None and mask.shape[1] > self._width:
+            self._trusted, self._width = mask, mask.shape[1]
+
+
 def of_real_tokens(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Return the values of tokens that are none of padding, whose own mean nothing.
 

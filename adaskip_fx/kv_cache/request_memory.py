@@ -15,7 +15,8 @@ from .buffer_pool import BufferLease
 from .buffers import CacheBuffers
 from .layer_spec import LayerCacheSpec, StateKind
 from .owner import Owner
-from .padding import Answer, Padding
+from .padding import LastMask
+from .retention import Retention
 from .views import DynamicCacheView, LayerView
 
 _BLOCK = 256  # capacity grows in steps of this many tokens at least
@@ -35,7 +36,9 @@ class RequestMemory:
         expected: tokens that the request may come to, if somebody knows.
         padded: whether any token stored is padding, or was masked for another reason.
         request: the owner's state of this request (its plan and decode window).
+        retention: what it may read of each layer; all of it when empty.
         lease: the request's buffers.
+        mask: the last one that was read.
     """
 
     def __init__(
@@ -56,10 +59,10 @@ class RequestMemory:
         self.batch = 0
         self.padded = False
         self.request: Any = None
+        self.retention: Retention = ()
         self.lease = BufferLease(owner.buffer_pool)
         self.expected = 0
-        # a mask that need not be read, the width of the last one, what both say
-        self._mask: tuple[torch.Tensor | None, int, Padding | None] | None = None
+        self.mask = LastMask()
         self._at_once = capacity
 
     @property
@@ -75,14 +78,12 @@ class RequestMemory:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, for the attention and mixers that run and no others."""
-        buffers = self.lease.buffers
-        return buffers.nbytes if buffers is not None else 0
+        return self.lease.buffers.nbytes if self.lease.buffers is not None else 0
 
     @property
     def capacity(self) -> int:
         """Tokens that fit before the buffers grow."""
-        buffers = self.lease.buffers
-        return buffers.capacity if buffers is not None else 0
+        return self.lease.buffers.capacity if self.lease.buffers is not None else 0
 
     @property
     def keys(self) -> list[torch.Tensor | None]:
@@ -98,17 +99,18 @@ class RequestMemory:
 
     # What is stored --------------------------------------------------------------------------
 
-    def keep(self, kept: Sequence[LayerCacheSpec]) -> None:
+    def keep(self, kept: Sequence[LayerCacheSpec], retention: Retention) -> None:
         """Store `kept` from now on. Only while nothing is stored: buffers for others go back."""
         assert not self.length
-        if self.kept != tuple(kept):
-            self.kept = tuple(kept)
+        if (self.kept, self.retention) != (tuple(kept), retention):
+            self.kept, self.retention = tuple(kept), retention
             self.lease.release()
 
     def renew(
         self,
         specs: Sequence[LayerCacheSpec],
         kept: Sequence[LayerCacheSpec],
+        retention: Retention,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -119,7 +121,7 @@ class RequestMemory:
         if (self.specs, self.dtype, self.device) != (tuple(specs), dtype, device):
             self.lease.release()
             self.specs, self.dtype, self.device = tuple(specs), dtype, device
-        self.keep(kept)
+        self.keep(kept, retention)
 
     def reserve(self, batch: int, tokens: int) -> CacheBuffers:
         """Return buffers with room for `tokens` more tokens; they are made or grown as needed.
@@ -127,11 +129,21 @@ class RequestMemory:
         Raises:
             ValueError: the cache was filled with another batch size.
         """
+        buffers = self._fitting(batch, tokens)
+        if self.length + tokens > buffers.sliding.reached:
+            # (padded rows have first tokens of their own; what is shown stays)
+            forget = not (self.padded or buffers.shown)
+            buffers.sliding.slide(self.length, self.length + tokens, forget)
+        return buffers
+
+    def _fitting(self, batch: int, tokens: int) -> CacheBuffers:
         if self.length and batch != self.batch:
             raise ValueError(
                 f"past_key_values holds a batch of {self.batch}, the new input has {batch} rows"
             )
         buffers, total = self.lease.buffers, self.length + tokens
+        if buffers is not None and buffers.sliding.gone and not self.length:
+            buffers.sliding.begin(self.retention)
         if buffers is None or batch != self.batch or total > buffers.capacity:
             return self._grow(batch, total)
         if buffers.whole != self.owner.buffer_pool.whole:  # since the last step
@@ -146,7 +158,9 @@ class RequestMemory:
         old = self.lease.buffers if batch == self.batch else None
         more = max(self.expected, total * 3 // 2 if self.length else 0)
         capacity = _blocks(max(total, min(more, 2 * total), self._at_once))
-        if old is not None and (old.fit(capacity) if self.length else old.fit_anew(capacity)):
+        if old is not None and (
+            old.fit(capacity) if self.length else old.fit_anew(capacity, self.retention)
+        ):
             return old
         if old is not None and self.length:
             return self._move(old, capacity)
@@ -162,7 +176,8 @@ class RequestMemory:
         return new
 
     def _acquire(self, batch: int, capacity: int) -> CacheBuffers:
-        return self.owner.buffer_pool.acquire(self.kept, batch, capacity, self.dtype, self.device)
+        form = self.kept, batch, capacity, self.dtype, self.device
+        return self.owner.buffer_pool.acquire(*form, self.retention)
 
     def copy_buffers(self, other: RequestMemory) -> None:
         """Work on a copy of what another request of the same plan stores."""
@@ -194,44 +209,25 @@ class RequestMemory:
         """Count a step's tokens as stored."""
         self.length += tokens
 
-    def padding_of(self, mask: torch.Tensor, suppose: bool) -> tuple[Padding | None, Answer | None]:
-        """Return what a mask [batch, tokens] says, as `Padding.of` does: the host reads it.
-
-        Not if it goes on from the last one that was read (`mask_goes_on`). To `suppose` is to
-        return what that one said, and whether this one says the same, which is not waited for.
-        """
-        trusted, _, padding = self._mask or (None, 0, None)
-        same = None
-        if trusted is not mask:
-            same = padding.says(mask) if padding is not None else None
-            if same is None or not (suppose or same):
-                padding, same = Padding.of(mask), None
-            self._mask = None, mask.shape[1], padding
-        return padding, same if suppose else None
-
-    def mask_goes_on(self, mask: torch.Tensor | None) -> None:
-        """Say that `mask` is the last one, with ones for tokens that are new."""
-        if self._mask is not None and mask is not None and mask.shape[1] > self._mask[1]:
-            self._mask = mask, mask.shape[1], self._mask[2]
-
-    # Rows and lengths ------------------------------------------------------------------------
-
     def keep_first(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens; all are kept where there are no more.
 
         (`crop` is transformers', and takes the number of tokens to forget, less than 0.)
 
         Raises:
-            NotImplementedError: mixers keep states, which cannot forget single tokens.
+            NotImplementedError: mixers keep states, which cannot forget single tokens; or windows
+                would see tokens that are not held any more.
         """
         if tokens >= self.length:
             return
+        if tokens and self.lease.buffers is not None:
+            self.lease.buffers.sliding.check_back(tokens)
         if self.stateful and tokens:
             raise NotImplementedError(
                 "this cache cannot be cropped: a recurrent mixer's state cannot forget a token"
             )
         self._unshare(tokens)
-        self.length, self._mask = tokens, None
+        self.length, self.mask = tokens, LastMask()
         self.padded = self.padded and tokens > 0
 
     def keep_rows(self, rows: torch.Tensor) -> None:
@@ -253,7 +249,7 @@ class RequestMemory:
         old = self.lease.buffers
         if not self.length or old is None:  # as in transformers: there are no rows yet
             return
-        request, self._mask = self.request.of_rows(rows), None
+        request, self.mask = self.request.of_rows(rows), LastMask()
         new, batch = old, rows.numel()
         if old.shown or batch != self.batch:
             new = self._acquire(batch, _blocks(self.length + 1))
@@ -275,11 +271,16 @@ class RequestMemory:
 
     # What it shows ---------------------------------------------------------------------------
 
-    def filled(self, buffer: torch.Tensor | None) -> torch.Tensor | None:
-        """Return the filled part of a buffer, to be looked at for as long as anybody likes."""
+    def filled(self, layer: int, buffer: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the filled part of a layer's buffer, to be looked at for as long as one likes.
+
+        Raises:
+            NotImplementedError: part of it is not held any more.
+        """
         buffers = self.lease.buffers
         if buffer is None or buffers is None or not self.length:
             return None
+        buffers.sliding.check_shown(layer)
         buffers.shown = True
         return buffer.narrow(2, 0, self.length)
 

@@ -57,6 +57,7 @@ def save(cache: SkipCache, path: Path) -> None:
         "length": cache.length,
         "batch": cache.batch,
         "padded": cache.padded,
+        "gone": {str(i): [gone.start, gone.stop] for i, gone in _gone(cache).items()},
         "sha256": _sha256(tensors),
     }
     about["digest"] = canonical_digest(about)
@@ -81,9 +82,10 @@ def load_cache(runtime: Runtime, path: str | Path, plan: Decision | None = None)
     _check_model(path, about, runtime)
     cache = runtime.new_cache(about["length"], plan=plan)
     _check_plan(path, about["plan"], cache, runtime)
-    cache.reserve(about["batch"], about["length"])
+    buffers = cache.reserve(about["batch"], about["length"])
     cache.advance(about["length"])
     cache.padded = about["padded"]
+    buffers.sliding.forget(_forgotten(path, about, cache))
     wanted = named_tensors(cache)
     forms = [{name: _form(t) for name, t in group.items()} for group in (tensors, wanted)]
     if forms[0] != forms[1]:
@@ -99,17 +101,41 @@ def load_cache(runtime: Runtime, path: str | Path, plan: Decision | None = None)
 
 
 def named_tensors(cache: SkipCache) -> dict[str, torch.Tensor]:
-    """Return all that a cache stores, by names such as ``3.keys``: views of its buffers."""
+    """Return all that a cache stores, by names such as ``3.keys``: views of its buffers.
+
+    Where tokens in the middle are gone, those after them are ``3.keys.last``.
+    """
     buffers = cache.lease.buffers
     assert buffers is not None
     found: dict[str, torch.Tensor] = {}
-    for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-        if keys is not None and values is not None:
-            found[f"{i}.keys"] = keys.narrow(2, 0, cache.length)
-            found[f"{i}.values"] = values.narrow(2, 0, cache.length)
+    for i, pair in enumerate(zip(cache.keys, cache.values, strict=True)):
+        for name, stored in zip(("keys", "values"), pair, strict=True):
+            if stored is None:
+                continue
+            for begin, count in buffers.sliding.parts(i, cache.length):
+                part = f"{i}.{name}.last" if begin else f"{i}.{name}"
+                found[part] = stored.narrow(2, begin, count)
         for state, tensor in zip(cache.kept[i].states, buffers.states[i], strict=True):
             found[f"{i}.{state.kind}.{state.index}"] = tensor
     return found
+
+
+def _forgotten(path: Path, about: Mapping[str, Any], cache: SkipCache) -> dict[int, range]:
+    """Return what the file's request had let go; what this one may still read is refused."""
+    found = dict[int, range]()
+    for layer, (start, stop) in about.get("gone", {}).items():
+        found[int(layer)] = range(start, stop)
+        held = cache.retention[int(layer)] if int(layer) < len(cache.retention) else None
+        if held is None or start < held.first or stop > about["length"] - held.last:
+            raise SavedCacheError(
+                f"{path}: tokens {start} to {stop - 1} of layer {layer} were let go, which a plan "
+                f"of this request may read; load it with the plan of the file, or {_REDO}"
+            )
+    return found
+
+
+def _gone(cache: SkipCache) -> dict[int, range]:
+    return cache.lease.buffers.sliding.gone if cache.lease.buffers is not None else {}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -179,8 +205,9 @@ def _check_plan(path: Path, digest: str, cache: SkipCache, runtime: Runtime) -> 
             f"with plan=, or {_REDO}"
         )
     if request.undecided:
-        cache.keep(runtime.graphs.stored(chosen))
         cache.request = request.new_request(chosen)
+        retention = runtime.graphs.retention(cache.request.plans)
+        cache.keep(runtime.graphs.stored(chosen), retention)
 
 
 def _sha256(tensors: Mapping[str, torch.Tensor]) -> str:

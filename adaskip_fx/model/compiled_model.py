@@ -88,7 +88,7 @@ class CompiledModel(GenerateHooks):
         cache = model_kwargs.get(self._adaskip.generate_argument)
         if isinstance(cache, SkipCache):
             if cache.padded:
-                cache.mask_goes_on(model_kwargs.get("attention_mask"))
+                cache.mask.goes_on(model_kwargs.get("attention_mask"))
             else:
                 model_kwargs.pop("attention_mask", None)
         return model_kwargs

@@ -184,7 +184,7 @@ def _checked_mask(
             f"{past} stored and {input_ids.shape[1]} new tokens"
         )
     mask = mask.to(input_ids.device)
-    padding, same = cache.padding_of(mask, suppose=ahead)
+    padding, same = cache.mask.padding(mask, suppose=ahead)
     if padding is None:
         _say_once()
     elif not padding.any:

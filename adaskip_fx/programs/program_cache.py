@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -19,13 +20,14 @@ from ..capture.arguments import Forward
 from ..capture.check_graph import check_graph, is_right_for_padding
 from ..capture.example_inputs import Lengths, example_lengths, lengths_of
 from ..capture.graph_key import GraphKey, Surroundings
-from ..capture.phase_graph import CapturedPhase, Memory
+from ..capture.phase_graph import CapturedPhase
 from ..capture.reference import ReferenceRun, positions
 from ..capture.state import Since, State
 from ..capture.states import States
 from ..kv_cache.layer_spec import LayerCacheSpec
+from ..kv_cache.retention import Retention
 from ..plans.compose_surrogates import SurrogateTensors
-from ..plans.skip_plan import Action, SkipPlan
+from ..plans.skip_plan import SkipPlan
 from ..plans.sublayer import Sublayer
 from .instruments import Instrument
 from .program import Link, Program, program_key
@@ -128,14 +130,11 @@ class Graphs:
 
     def stored(self, plan: SkipPlan) -> list[LayerCacheSpec]:
         """What a request of this plan stores of each layer: nothing for what prompts skip."""
-        used = set[Memory]()
-        for sublayer, memory in self.structure.memory.items():
-            if plan.action("prefill", sublayer) is not Action.SKIP:
-                used |= memory
-        return [
-            spec.only({kind for kind in ("attention", "mixer") if (i, kind) in used})
-            for i, spec in enumerate(self.specs)
-        ]
+        return self.structure.stored(plan, self.specs)
+
+    def retention(self, plans: Sequence[SkipPlan]) -> Retention:
+        """Return which tokens of each layer a request may read that runs with any of `plans`."""
+        return self.structure.retention(plans, self.specs)
 
     def check_room(self, programs: int) -> None:
         """ValueError when fewer linked programs are kept than are to be run in turn."""

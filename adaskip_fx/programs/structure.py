@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from torch import fx
@@ -12,6 +12,9 @@ from adaskip_passes.partition.outer import Piece, piece_of, sublayer_calls
 from adaskip_passes.windows.find_attention import Attention, attention_of
 
 from ..capture.phase_graph import CapturedPhase, Memory
+from ..kv_cache.layer_spec import LayerCacheSpec
+from ..kv_cache.retention import Retention, retention
+from ..plans.skip_plan import Action, SkipPlan
 from ..plans.sublayer import Sublayer
 from ..plans.windows import Window
 
@@ -53,6 +56,31 @@ class ModelStructure:
     def memory(self) -> dict[Sublayer, frozenset[Memory]]:
         """For each sublayer what it uses of the cache."""
         return dict(zip(self.sublayers, self._captured.memory, strict=True))
+
+    def stored(self, plan: SkipPlan, specs: Sequence[LayerCacheSpec]) -> list[LayerCacheSpec]:
+        """Return what of `specs` a request of this plan stores: nothing for what prompts skip."""
+        used = set[Memory]()
+        for sublayer, memory in self.memory.items():
+            if plan.action("prefill", sublayer) is not Action.SKIP:
+                used |= memory
+        return [
+            spec.only({kind for kind in ("attention", "mixer") if (i, kind) in used})
+            for i, spec in enumerate(specs)
+        ]
+
+    def retention(self, plans: Sequence[SkipPlan], specs: Sequence[LayerCacheSpec]) -> Retention:
+        """Return which tokens of each layer a request may read that runs with any of `plans`.
+
+        Where a layer reads another one's keys, or with a mask of the model's own, all are held.
+        """
+        attending = sum(s.kind == "attention" for s in self.sublayers)
+        if not any(plan.windows for plan in plans):
+            return ()
+        if attending != sum(spec.attends for spec in specs):
+            return ()
+        known = self.attention.items()
+        narrow = {s for s, a in known if isinstance(a, Attention) and a.reads_windows}
+        return retention(plans, len(specs), narrow)
 
     @cached_property
     def unskippable(self) -> frozenset[Sublayer]:

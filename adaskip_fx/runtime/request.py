@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..kv_cache.retention import widened
 from ..plans.decisions import Decision, PlanChooser, Schedule, plans_of
 from ..plans.skip_plan import Action, PlanError, SkipPlan
 from .window import DecodePlans, Window
@@ -87,6 +88,11 @@ class Request:
         return weights
 
     @property
+    def plans(self) -> tuple[SkipPlan, ...]:
+        """The plans that its steps may run; what is learned leaves out more of the first one."""
+        return (self.chosen,) if self.chosen is not None else plans_of(self.decision)
+
+    @property
     def undecided(self) -> bool:
         """Whether the first prompt is still to choose the plan."""
         return isinstance(self.decision, PlanChooser) and self.chosen is None
@@ -123,7 +129,8 @@ class Request:
         another plan, or another turn, reads them.
 
         Args:
-            plan: It runs nothing whose K/V or state the request's own plan does not store.
+            plan: It runs nothing whose K/V or state the request's own plan does not store, and
+                widens no window.
 
         Raises:
             PlanError: It does.
@@ -137,6 +144,12 @@ class Request:
             skipped = plan.action("decode", sublayer) is Action.SKIP
             return sublayer.kind != "ffn" and not stored and not skipped
 
+        wider = widened(self.plans, plan)
+        if wider is not None:
+            raise PlanError(
+                f"{wider} sees more under this plan than under the request's own windows, which is "
+                "not held; begin a request with the wider ones"
+            )
         missing = [str(s) for s in plan.sublayers if needs(s)]
         if missing:
             raise PlanError(

@@ -38,8 +38,8 @@ def begin(cache: SkipCache, graphs: Graphs) -> None:
     request.bindings.clear()
     if not cache.length:
         device = next(graphs.model.parameters()).device
-        stored = graphs.stored(request.plan)
-        cache.renew(state.reference.specs, stored, graphs.model.dtype, device)
+        stored, retention = graphs.stored(request.plan), graphs.retention(request.plans)
+        cache.renew(state.reference.specs, stored, retention, graphs.model.dtype, device)
 
 
 def next_turn(
@@ -77,8 +77,8 @@ def choose_plan(cache: SkipCache, inputs: Inputs, graphs: Graphs) -> Request:
     if chosen not in request.decision.plans:
         kind, digest = request.decision.kind, chosen.digest[:8]
         raise PlanError(f"a {kind} chose plan {digest}, which is none of its plans")
-    cache.keep(graphs.stored(chosen))
     begun = request.new_request(chosen)
+    cache.keep(graphs.stored(chosen), graphs.retention(begun.plans))
     begun.since = request.since
     return begun
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..kv_cache.retention import widened
 from ..plans.decisions import Schedule, plans_of
-from ..plans.skip_plan import Action, SkipPlan
+from ..plans.skip_plan import Action, PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
 
 if TYPE_CHECKING:
@@ -90,8 +91,19 @@ class Learner:
         return Window(probed, self.policy.window) if probed else None
 
     def decide(self, plan: SkipPlan, window: Window) -> SkipPlan:
-        """Return the plan for the rest of a turn that began with `plan`."""
-        return self.policy.online_plan(self.profile, plan, window.read(), window.probed)
+        """Return the plan for the rest of a turn that began with `plan`.
+
+        Raises:
+            PlanError: It widens a window: what that shows more is not held.
+        """
+        decided = self.policy.online_plan(self.profile, plan, window.read(), window.probed)
+        wider = widened((plan,), decided)
+        if wider is not None:
+            raise PlanError(
+                f"{type(self.policy).__name__} decided on a plan with which {wider} sees more than "
+                "under the request's own; it may only leave out more"
+            )
+        return decided
 
 
 @dataclass

@@ -54,7 +54,10 @@ def test_floors_count_what_is_seen(
     saved = floors.turn_flop(model, empty, new, stored) - floors.turn_flop(model, plan, new, stored)
     # floors take half of a square for a triangle: half a pair a token off, in each head
     assert abs(saved - 4 * pairs * GROUP * DIM) <= 4 * HEADS * GROUP * DIM * (new / 2 + tokens + 9)
-    assert floors.kv_bytes(model, plan, total) == floors.kv_bytes(model, empty, total)
+    saved = floors.kv_bytes(model, empty, total) - floors.kv_bytes(model, plan, total)
+    assert saved == (0 if full else 4 * 2 * DIM * less), "a head that is full has all stored"
+    decode_only = empty.with_windows(Windows(decode=plan.windows.decode))
+    assert floors.kv_bytes(model, decode_only, total) == floors.kv_bytes(model, empty, total)
 
 
 def broken(result: dict[str, Any]) -> set[str]:
@@ -80,9 +83,14 @@ def measured() -> dict[str, Any]:
 
 
 def test_the_workload(measured: dict[str, Any]) -> None:
-    assert set(measured) == {"model", "dtype", "window", "rows", "new_windows_ms"}
+    assert set(measured) == {"model", "dtype", "window", "rows", "new_windows_ms", "kv_bytes"}
     assert broken(measured) == set()
-    assert len(windows.summary(measured).splitlines()) == len(measured["rows"]) + 2
+    lines = len(measured["rows"]) + len(measured["kv_bytes"]) + 2
+    assert len(windows.summary(measured).splitlines()) == lines
+    assert [row["plan"] for row in measured["kv_bytes"]] == [
+        row["plan"] for row in measured["rows"][:4]
+    ]
+    assert all(row["held"] >= row["needed"] > 0 for row in measured["kv_bytes"])
 
 
 def test_near_misses(measured: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Windows on a GPU: flash attention with sinks added, and bounds of heads under CUDA graphs."""
+"""Windows on a GPU: the kernel of prompts, bounds of heads under CUDA graphs, memory that goes."""
 
 from __future__ import annotations
 
@@ -118,3 +118,46 @@ def test_distillation_goes_through_attention(window: int | None) -> None:
     steps = DistillConfig(steps=10, learning_rate=5e-3, batch_size=1, eval_interval=5)
     _, seen = distill(fitter, plan, [one], one, steps)
     assert min(seen.losses.values()) < seen.losses[0]
+
+
+def test_layers_that_forget_give_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of memory have 2,048 tokens here; what is let go is never read again."""
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=61,
+        max_position_embeddings=32768,
+    )
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(config).to(torch.bfloat16).cuda().eval()
+    compiled = build(model, None, backend="eager")
+    attention = [s for s in compiled.adaskip.sublayers if s.kind == "attention"]
+    windows = {attention[0]: Window(700, 4), attention[2]: Window(64, 0)}
+    plan = compiled.adaskip.plan.with_windows(Windows.of(windows))
+    ids = torch.randint(0, 61, (1, 16000), device="cuda")
+    found, held = [], []
+    for forget in (False, True, True):
+        with monkeypatch.context() as patch:
+            if not forget:
+                graphs = runtime_of(compiled).graphs
+                patch.setattr(type(graphs), "retention", lambda self, plans: ())
+            cache, logits = compiled.adaskip.new_cache(plan=plan), []
+            with torch.inference_mode():
+                for part in torch.split(ids, [9000, 1, 1, 8, 3000, 1, 1, 3988], 1):
+                    out = compiled(input_ids=part, past_key_values=cache, logits_to_keep=1)
+                    logits.append(out.logits[:, -1].clone())
+                for token in range(40):
+                    out = compiled(input_ids=ids[:, token : token + 1], past_key_values=cache)
+                    logits.append(out.logits[:, -1].clone())
+            torch.cuda.synchronize()
+            found.append(torch.cat(logits))
+            held.append(cache.nbytes)
+            del cache
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+    assert held[1] == held[2] < 0.6 * held[0]
+    assert runtime_of(compiled).why_no_static_cache is None

@@ -28,10 +28,13 @@ class Attention:
     Attributes:
         kv_heads: How many K/V heads it has.
         sees: ``everything`` up to the query, or ``less``: the model hides tokens itself.
+        reads_windows: Whether, given a window, it reads what that shows and no more; attention with
+            a mask of the model's own reads all.
     """
 
     kv_heads: int
     sees: Literal["everything", "less"]
+    reads_windows: bool = True
 
 
 def attention_of(piece: Piece) -> Attention:
@@ -41,12 +44,11 @@ def attention_of(piece: Piece) -> Attention:
         UnsupportedError: It has none that can have a window.
     """
     node = attention_node(piece)
-    kv_heads, sees = int(example_of(node.args[1]).shape[1]), "everything"
+    kv_heads = int(example_of(node.args[1]).shape[1])
     if node.target in (WINDOWED, PACKED_WINDOWED):
-        sees = "less"
-    elif node.target is scaled_dot_product_attention:
-        sees = "less" if mask_of_torch(piece, node) is not None else "everything"
-    return Attention(kv_heads, sees)  # type: ignore[arg-type]
+        return Attention(kv_heads, "less")
+    masked = node.target is scaled_dot_product_attention and mask_of_torch(piece, node) is not None
+    return Attention(kv_heads, "less" if masked else "everything", reads_windows=not masked)
 
 
 def mask_of_torch(piece: Piece, node: fx.Node) -> fx.Node | None:

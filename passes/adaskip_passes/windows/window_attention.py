@@ -10,7 +10,7 @@ Before::                                    After (a prompt)::
                                                 x_1 = self.layers_0_attention(h, narrowed[0], ...)
 
 Like `Skip` this changes the result: it computes the function of an eager model whose mask in that
-layer lets fewer keys through. What is stored stays as it was. The window is data: its sinks and
+layer lets fewer keys through. What is stored is not its business. The window is data: its sinks and
 tokens are inputs of the outer graph, int64 [H_kv, 2] on the CPU for a prompt, and [layers, H_kv, 2]
 on the device where attention reads a table of bounds. So any choice of layers, heads and windows
 calls one piece more than the captured graph has, however many plans there are.
