@@ -32,7 +32,9 @@ class CalibrationLoss:
     The loss of a text is the mean over its tokens of KL(full model || plan) of the next token, in
     nats, as the plan's prefill computes it. The loss of a pair of a prompt and an answer is the
     mean over the answer's tokens of their negative log likelihood after the prompt, in nats; where
-    the plan's phases differ, the answer is decoded token by token. The whole loss is the weighted
+    the plan's phases differ, the answer is decoded token by token. With `answer_divergence` it is
+    the mean over the answer's tokens of KL(full model || plan) instead: then a plan gains nothing
+    by better guesses where the full model does not know the answer. The whole loss is the weighted
     sum of the mean over texts and the mean over pairs.
 
     A plan is judged once for the same number of samples. A loss that is not a number is infinite.
@@ -50,6 +52,7 @@ class CalibrationLoss:
         *,
         text_weight: float = 1.0,
         answer_weight: float = 1.0,
+        answer_divergence: bool = False,
         backend: str = "inductor",
         memory: int = 2**31,
     ) -> None:
@@ -61,9 +64,10 @@ class CalibrationLoss:
             answers: pairs of a prompt [1, T] and an answer [1, A], int64.
             text_weight: weight of the mean loss of texts.
             answer_weight: weight of the mean loss of answers.
+            answer_divergence: judge answers by the divergence from the full model.
             backend: inner torch.compile backend, if the model is yet to be compiled.
-            memory: bytes on the model's device for the full model's predictions, two for each token
-                and word; what does not fit is computed again for every candidate.
+            memory: bytes on the model's device for the full model's predictions of texts, two for
+                each token and word; what does not fit is computed again for every candidate.
 
         Raises:
             ValueError: neither texts nor answers, or an empty one.
@@ -85,6 +89,9 @@ class CalibrationLoss:
         self._kept: list[torch.Tensor] = []
         self._known: dict[tuple[str, int | None], float] = {}
         self._keep(memory)
+        self._expected: list[torch.Tensor] = []
+        if answer_divergence:
+            self._expected = [self._answer_logits(*pair, self._full) for pair in self._answers]
 
     @classmethod
     def of(
@@ -150,11 +157,9 @@ class CalibrationLoss:
         return sum(self._divergence(n, plan) for n in range(count)) / max(count, 1)
 
     def answer_loss(self, plan: SkipPlan, samples: int | None = None) -> float:
-        """Return the mean negative log likelihood of answers in nats; 0 without answers."""
-        pairs = self._answers[:samples]
-        return sum(self._negative_log_likelihood(*pair, plan) for pair in pairs) / max(
-            len(pairs), 1
-        )
+        """Return the mean loss of answers in nats; 0 without answers."""
+        count = len(self._answers[:samples])
+        return sum(self._answer_loss(n, plan) for n in range(count)) / max(count, 1)
 
     @torch.no_grad()
     def _divergence(self, number: int, plan: SkipPlan) -> float:
@@ -164,26 +169,26 @@ class CalibrationLoss:
         return kl_divergence(expected, self._logits(ids, plan)) / ids.shape[1]
 
     @torch.no_grad()
-    def _negative_log_likelihood(
-        self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan
-    ) -> float:
+    def _answer_loss(self, number: int, plan: SkipPlan) -> float:
+        prompt, answer = self._answers[number]
         logits = self._answer_logits(prompt, answer, plan)
+        if self._expected:
+            return kl_divergence(self._expected[number], logits) / answer.shape[1]
         return negative_log_likelihood(logits, answer[0]) / answer.shape[1]
 
+    @torch.no_grad()
     def _answer_logits(
         self, prompt: torch.Tensor, answer: torch.Tensor, plan: SkipPlan
     ) -> torch.Tensor:
-        """Return the logits [A, V] that predict an answer.
-
-        Where the phases are alike, the answer is a chunk after the prompt. (In one step with it, a
-        graph would be needed for every length of an answer, or all of a prompt's logits.)
-        """
-        cache = self.runtime.new_cache(prompt.shape[1] + answer.shape[1], plan=plan, learn=False)
-        same_phases = plan.phases_alike and not plan.last_token_full
-        rest = answer[:, :-1]
-        chunks = torch.split(rest, rest.shape[1] if same_phases else 1, 1) if rest.shape[1] else ()
+        """Return the logits [A, V] that predict an answer, in one step if the phases are alike."""
+        count = answer.shape[1]
+        cache = self.runtime.new_cache(prompt.shape[1] + count, plan=plan, learn=False)
+        if plan.phases_alike and not plan.last_token_full:
+            both = torch.cat((prompt, answer[:, :-1]), 1)
+            return self.runtime.step(both, None, None, cache, count)[0]
         steps = [self.runtime.step(prompt, None, None, cache, 1)]
-        steps += [self.runtime.step(ids, None, None, cache, 0) for ids in chunks]
+        rest = torch.split(answer[:, :-1], 1, 1) if count > 1 else ()
+        steps += [self.runtime.step(ids, None, None, cache, 0) for ids in rest]
         return torch.cat(steps, 1)[0]
 
     def _logits(self, ids: torch.Tensor, plan: SkipPlan) -> torch.Tensor:

@@ -77,6 +77,24 @@ def test_phases_that_differ_are_decoded(loss: CalibrationLoss) -> None:
     assert loss.text_loss(late) == pytest.approx(0, abs=1e-5), "prompts run in full"
 
 
+def test_answers_against_the_full_model() -> None:
+    """The divergence of the answer's tokens alone, decoded or not; likelihoods do not matter."""
+    loss = CalibrationLoss(BANK.compiled, (), ANSWERS, answer_divergence=True)
+    empty = SkipPlan.empty(BANK.sublayers)
+    assert loss(empty) == pytest.approx(0, abs=1e-5)
+    for plan, decoded in ((PLAN, False), (prefill_only(PLAN), True)):
+        total = 0.0
+        for prompt, answer in ANSWERS:
+            rest = answer[:, :-1]
+            steps = [prompt, *rest.split(1, 1)] if decoded else [torch.cat((prompt, rest), 1)]
+            steps = [ids for ids in steps if ids.numel()]
+            full, other = (log_probabilities(BANK, p, *steps) for p in (empty, plan))
+            both = zip(full[-answer.shape[1] :], other[-answer.shape[1] :], strict=True)
+            total += sum(float((f.exp() * (f - o)).sum()) for f, o in both) / answer.shape[1]
+        assert loss(plan) == pytest.approx(total / 2, rel=1e-3)
+        assert total > 1e-3, "the plan matters"
+
+
 def test_what_does_not_fit_is_computed_anew(loss: CalibrationLoss) -> None:
     size = 2 * BANK.model.config.vocab_size
     for fits, kept in ((0, 0), (size * 41, 1), (2**30, 3)):
