@@ -23,6 +23,11 @@ def measure(
     ranks: Annotated[
         bool, typer.Option("--ranks", help="Measure low-rank surrogates too, for fit --within.")
     ] = False,
+    window: Annotated[
+        list[int] | None,
+        typer.Option(metavar="TOKENS", min=1, help="Measure attention with this window too."),
+    ] = None,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that windows see too.")] = 4,
     backend: Backend = "inductor",
     dtype: Dtype = None,
     device: Device = "auto",
@@ -32,6 +37,7 @@ def measure(
     """Measure what each sublayer costs on this device, for budgets of time, and save the table."""
     with reported(debug) as steps:
         from ..measurement.measure import measure as measure_table
+        from ..plans.windows import Window
         from ..utils.files import check_file_target
         from .subject import compiled_model
 
@@ -39,7 +45,13 @@ def measure(
         _, compiled = compiled_model(model, device, dtype, backend, steps)
         with steps.step("measure") as advance:
             table = measure_table(
-                compiled, context, batch=batch, rounds=rounds, ranks=ranks, progress=advance
+                compiled,
+                context,
+                batch=batch,
+                rounds=rounds,
+                ranks=ranks,
+                windows=[Window(tokens, sinks) for tokens in window or ()],
+                progress=advance,
             )
         table.save(out)
         if as_json:

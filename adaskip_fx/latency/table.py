@@ -47,6 +47,8 @@ class LatencyTable:
         classes: the class of each of them; sublayers of one class run the same code. Empty for one
             that cannot be skipped, whose cost is part of the overhead.
         costs: one entry for each phase and context.
+        kv_heads: how many K/V heads each sublayer has, 0 for what can have no window; empty in a
+            table without windows.
 
     Raises:
         TableError: a sublayer has no class, or a class no cost.
@@ -57,11 +59,14 @@ class LatencyTable:
     sublayers: tuple[Sublayer, ...]
     classes: tuple[str, ...]
     costs: tuple[Costs, ...]
+    kv_heads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "conditions", MappingProxyType(dict(self.conditions)))
         if len(self.sublayers) != len(self.classes) or not self.costs:
             raise TableError("a table needs one class for each sublayer, and costs")
+        if self.kv_heads and len(self.kv_heads) != len(self.sublayers):
+            raise TableError("a table has a number of K/V heads for each sublayer, or none")
         for costs in self.costs:
             missing = set(self.classes) - {""} - set(costs.seconds)
             if missing:
@@ -72,7 +77,7 @@ class LatencyTable:
 
     def __reduce__(self) -> tuple[Any, ...]:
         about = (self.fingerprint, dict(self.conditions))
-        return LatencyTable, (*about, self.sublayers, self.classes, self.costs)
+        return LatencyTable, (*about, self.sublayers, self.classes, self.costs, self.kv_heads)
 
     def at(self, phase: Phase, context: int) -> Mapping[str, float]:
         """Return seconds by cost term at `context` tokens, interpolated.
@@ -107,7 +112,7 @@ class LatencyTable:
         Raises:
             TableError: the plan is of another model, or does what was not measured.
         """
-        counts = cost_terms(plan, phase, self.sublayers, self.classes)
+        counts = cost_terms(plan, phase, self.sublayers, self.classes, self.kv_heads)
         return sum(count * self.cost(name, phase, context) for name, count in counts.items())
 
     def cost(self, term: str, phase: Phase, context: int) -> float:
@@ -198,6 +203,7 @@ class LatencyTable:
                 tuple(map(Sublayer.parse, data["sublayers"])),
                 tuple(data["classes"]),
                 tuple(Costs(**costs) for costs in data["costs"]),
+                tuple(data.get("kv_heads", ())),
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise TableError(f"{path}: not a valid latency table ({error}); {_REDO}") from error
@@ -205,7 +211,9 @@ class LatencyTable:
         return table
 
     def _content(self) -> dict[str, JSON]:
+        heads: dict[str, JSON] = {"kv_heads": list(self.kv_heads)} if self.kv_heads else {}
         return {
+            **heads,
             "fingerprint": asdict(self.fingerprint),
             "conditions": dict(self.conditions),
             "sublayers": [str(s) for s in self.sublayers],

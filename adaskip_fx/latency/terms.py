@@ -1,7 +1,9 @@
 """The cost terms of a step under a plan, whose seconds add up to its time.
 
-A term is a class of sublayers that run, a kind of surrogate, or `OVERHEAD`: what comes before and
-after the sublayers, and launching it all.
+A term is a class of sublayers that run, such a class with a window, a kind of surrogate, or
+`OVERHEAD`: what comes before and after the sublayers, and launching it all. Attention whose heads
+differ is that part of a sublayer that sees everything, that part of one with a window, and what it
+costs that they differ.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any, get_args
 from adaskip_fx.plans.compose_surrogates import ComposedSurrogate, compose_surrogates
 from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
+from adaskip_fx.plans.windows import Window
 from adaskip_passes.errors import AdaskipError
 
 OVERHEAD = "rest"  #: this word is in saved tables
@@ -59,8 +62,12 @@ class Costs:
 
 
 def cost_terms(
-    plan: SkipPlan, phase: Phase, sublayers: tuple[Sublayer, ...], classes: tuple[str, ...]
-) -> Counter[str]:
+    plan: SkipPlan,
+    phase: Phase,
+    sublayers: tuple[Sublayer, ...],
+    classes: tuple[str, ...],
+    kv_heads: tuple[int, ...] = (),
+) -> dict[str, float]:
     """Return the cost terms of a step of `plan`, each with how often it occurs.
 
     Args:
@@ -68,34 +75,60 @@ def cost_terms(
         phase: prefill or decode.
         sublayers: the sublayers of the table, in stream order.
         classes: the class of each of them; empty for one that cannot be skipped.
+        kv_heads: how many K/V heads each has; empty if that is not known.
 
     Returns:
-        Counts, whose keys are those of `Costs.seconds`.
+        Counts, whose keys are those of `Costs.seconds`; parts of one for some heads of attention.
 
     Raises:
-        TableError: the plan is of other sublayers, skips one that cannot be skipped, or has
-            windows.
+        TableError: the plan is of other sublayers, skips one that cannot be skipped, or gives
+            single heads windows where it is not known how many there are.
     """
     if plan.sublayers != sublayers:
         raise TableError(
             f"the plan has {len(plan.sublayers)} sublayers and the table {len(sublayers)}, or "
             "their order differs: they are of different models"
         )
-    if plan.windows.of_phase(phase):
-        raise TableError(
-            f"the plan has windows in {phase}, which no table has the time of: measure the plan "
-            "itself (adaskip-fx bench)"
-        )
-    counts = Counter({OVERHEAD: 1})
-    for sublayer, name in zip(sublayers, classes, strict=True):
-        action = plan.action(phase, sublayer)
+    counts = Counter[str]()
+    heads = kv_heads or (0,) * len(sublayers)
+    for sublayer, name, count in zip(sublayers, classes, heads, strict=True):
+        action, window = plan.action(phase, sublayer), plan.windows.get(phase, sublayer)
         if not name and action is not Action.RUN:
             raise TableError(f"{sublayer} cannot be skipped: later layers read what it computes")
-        if action is not Action.SKIP:
+        if window is not None:
+            counts.update(_parts(name, window, count, sublayer))
+        elif action is not Action.SKIP:
             counts[kv_only_term(name) if action is Action.KV_ONLY else name] += 1
     del counts[""]
     counts.update(map(surrogate_term, compose_surrogates(plan, phase).values()))
-    return counts
+    return {OVERHEAD: 1.0, **{name: float(n) for name, n in counts.items()}}
+
+
+def _parts(name: str, window: Window, heads: int, sublayer: Sublayer) -> dict[str, float]:
+    """Return the terms of attention of class `name` with a window."""
+    if not name:
+        raise TableError(
+            f"{sublayer} has a window, whose time is not measured: it cannot be skipped"
+        )
+    if not window.full_heads:
+        return {window_term(name, window): 1.0}
+    if not heads:
+        raise TableError(
+            f"{sublayer} has a window in some heads, but the table does not say how many there "
+            "are; measure again (adaskip-fx measure)"
+        )
+    full = len(window.full_heads) / heads
+    return {name: full, window_term(name, window): 1 - full, heads_term(name): 1.0}
+
+
+def window_term(name: str, window: Window) -> str:
+    """Return the cost term of a sublayer of class `name` all of whose heads have a window."""
+    return f"{name}, window {window.sinks}+{window.tokens}"
+
+
+def heads_term(name: str) -> str:
+    """Return the cost term of heads that differ in a sublayer of class `name`."""
+    return f"{name}, heads apart"
 
 
 def surrogate_term(composed: ComposedSurrogate) -> str:

@@ -20,11 +20,13 @@ from ..latency.table import LatencyTable
 from ..latency.terms import Costs, cost_terms
 from ..plans.skip_plan import Action, Phase, SkipPlan, Sublayer
 from ..plans.surrogates import Surrogates
+from ..plans.windows import Window
 from ..profiles.fingerprint import fingerprint
 from ..runtime.runtime import Runtime
 from ..runtime.turns import check_length
 from .rank_ladder import rank_ladder
 from .timer import StepTimer, conditions
+from .window_plans import window_plans
 
 Array = npt.NDArray[np.float64]
 TimeStep = Callable[[Phase, int, SkipPlan], float]
@@ -42,6 +44,7 @@ def measure(
     surrogates: Sequence[Surrogates] | None = None,
     kv_only: bool = False,
     ranks: bool = False,
+    windows: Sequence[Window] = (),
     time_step: TimeStep | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyTable:
@@ -57,12 +60,14 @@ def measure(
         surrogates: for each kind to measure, surrogates of every sublayer; scales if None.
         kv_only: also measure what sublayers cost of which only K/V are written.
         ranks: also measure what low-rank maps of a few ranks, and linear maps, cost.
+        windows: also measure what attention costs that has them, in all heads and in some.
         time_step: the clock: seconds of one prompt or step, from (phase, context, plan).
         progress: called with (timed, to be timed).
 
     Raises:
-        ValueError: contexts that cannot be measured, fewer than one round, or a model that keeps
-            fewer linked programs than are timed in turn.
+        ValueError: contexts that cannot be measured, fewer than one round, windows that name heads
+            or that no attention can have, or a model that keeps fewer linked programs than are
+            timed in turn.
     """
     runtime: Runtime = runtime_of(model)
     lengths = check_contexts(runtime, contexts, rounds)
@@ -74,18 +79,20 @@ def measure(
         ladder = rank_ladder(runtime.sublayers, classes, runtime.graphs.structure.width)
         surrogates = (*surrogates, *ladder)
     plans = plans_to_time(runtime.sublayers, classes, surrogates, kv_only)
+    heads = runtime.graphs.structure.kv_heads if windows else {}
+    plans += window_plans(runtime.sublayers, classes, heads, windows)
+    counted = tuple(heads.get(s, 0) for s in runtime.sublayers) if windows else ()
     runtime.graphs.check_room(len(plans))
     clock = time_step or StepTimer(runtime, batch)
     costs = []
     for phase in PHASES:
         for context in lengths:
-            counts = [cost_terms(p, phase, runtime.sublayers, classes) for p in plans]
+            counts = [cost_terms(p, phase, runtime.sublayers, classes, counted) for p in plans]
             costs.append(_costs(clock, phase, context, plans, counts, rounds))
             if progress is not None:
                 progress(len(costs), len(PHASES) * len(lengths))
-    return LatencyTable(
-        fingerprint(model), conditions(model, batch), runtime.sublayers, classes, tuple(costs)
-    )
+    about = fingerprint(model), conditions(model, batch)
+    return LatencyTable(*about, runtime.sublayers, classes, tuple(costs), counted)
 
 
 def sublayer_classes(runtime: Runtime) -> tuple[str, ...]:
@@ -173,7 +180,7 @@ def steady(samples: Array) -> Array:
 
 
 def solve(
-    counts: Sequence[Mapping[str, int]], seconds: npt.ArrayLike
+    counts: Sequence[Mapping[str, float]], seconds: npt.ArrayLike
 ) -> tuple[dict[str, float], float]:
     """Return what each part costs, from steps that consist of `counts` of them.
 
@@ -213,7 +220,7 @@ def _costs(
     phase: Phase,
     context: int,
     plans: Sequence[SkipPlan],
-    counts: Sequence[Mapping[str, int]],
+    counts: Sequence[Mapping[str, float]],
     rounds: int,
 ) -> Costs:
     _rounds(clock, phase, context, plans, 1)
