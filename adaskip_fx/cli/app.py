@@ -16,6 +16,7 @@ from .fit import fit
 from .generate import generate
 from .inspect import inspect
 from .measure import measure
+from .windows import windows
 
 EXIT_CODES = (
     "0  The work is done.",
@@ -64,6 +65,14 @@ COMMANDS: dict[str, Command] = {
             "adaskip-fx fit ./llama llama.adaskip plan.json --no-search --own 0 --steps 0",
         ),
     ),
+    "windows": Command(
+        windows,
+        "Make a plan whose attention sees windows, from texts.",
+        (
+            "adaskip-fx windows ./llama plan.json --text prose=book.txt --window 2048 --alpha 1.5",
+            "adaskip-fx windows ./llama plan.json --layers --table table.json --alpha 1.1",
+        ),
+    ),
     "inspect": Command(
         inspect,
         "Show a profile, a plan or a latency table.",
@@ -99,7 +108,10 @@ COMMANDS: dict[str, Command] = {
     "measure": Command(
         measure,
         "Measure what each sublayer costs, for budgets of time.",
-        ("adaskip-fx measure ./llama table.json --context 1024 --context 8192",),
+        (
+            "adaskip-fx measure ./llama table.json --context 1024 --context 8192",
+            "adaskip-fx measure ./llama table.json --context 32768 --window 2048",
+        ),
     ),
 }
 

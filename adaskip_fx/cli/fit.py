@@ -92,7 +92,7 @@ def fit(
     """Choose what to skip by what is lost, fit what stands in for it, and save the plan."""
     bound_given = (within, table, context, phase)
     _check_bound(*bound_given)
-    files = _text_files(text)
+    files = text_files(text)
     with reported(debug) as report:
         from ..fitting import Recipe, SurrogateSpec
         from ..profiles.profile import Profile
@@ -105,7 +105,7 @@ def fit(
         recipe = Recipe(search, spec, own, max_length, steps, seed=seed, in_order=in_order)
         plan = _fitted(
             (model, device, dtype, backend),
-            _read_texts(files, max_length, samples),
+            read_texts(files, max_length, samples),
             Profile.load(profile),
             alpha,
             recipe,
@@ -173,7 +173,7 @@ def _bound(
     return LatencyBound(LatencyTable.load(table), context, within, phase or "both")
 
 
-def _text_files(options: list[str] | None) -> dict[str, Path]:
+def text_files(options: list[str] | None) -> dict[str, Path]:
     """Return the file of each kind of text, from NAME=PATH."""
     files: dict[str, Path] = {}
     for item in options or []:
@@ -188,7 +188,7 @@ def _text_files(options: list[str] | None) -> dict[str, Path]:
     return files
 
 
-def _read_texts(files: dict[str, Path], max_length: int, samples: int) -> dict[str, list[str]]:
+def read_texts(files: dict[str, Path], max_length: int, samples: int) -> dict[str, list[str]]:
     """Return the samples of each kind; without files of the Python reference's calibration half."""
     from ..data.reference_text import calibration_samples
     from ..utils.files import read_text

@@ -1,5 +1,6 @@
 """Fit the surrogates of skipped sublayers, on the same captured graphs that will run."""
 
+from .choose_windows import WindowRecipe, choose_windows
 from .distillation import DistillConfig, DistillLog, distill
 from .fitter import Fitter
 from .least_squares import solve, unexplained_variance
@@ -22,6 +23,8 @@ __all__ = [
     "SecondMoments",
     "SurrogateFitter",
     "SurrogateSpec",
+    "WindowRecipe",
+    "choose_windows",
     "distill",
     "fit",
     "solve",

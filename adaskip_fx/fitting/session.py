@@ -81,7 +81,7 @@ class FittingSession:
         say: Say = lambda _: None,
     ) -> None:
         self.tokenizer, self.max_length, self.seed, self.say = tokenizer, max_length, seed, say
-        tokens = _tokenized(model, tokenizer, texts, max_length)
+        tokens = tokenized(model, tokenizer, texts, max_length)
         first = {kind: samples[:1] for kind, samples in tokens.items()}
         fitter = Fitter(
             model, tokenizer, first, max_length=max_length, backend=backend, group_size=_GROUP_SIZE
@@ -206,15 +206,21 @@ class FittingSession:
         samples = self._retrieval(
             self.validation, _LOSS_ANSWERS, self.seed + 1, max_facts=1, limit=_LOSS_TOKENS
         )
-        starts = [_answer_start(sample) for sample in samples]
+        starts = [answer_start(sample) for sample in samples]
         answers = [(s.ids[:, :at], s.ids[:, at:]) for s, at in zip(samples, starts, strict=True)]
         return CalibrationLoss(
             self.fitter.runtime.model, texts, answers, answer_weight=_ANSWER_WEIGHT
         )
 
 
-def _tokenized(model: Any, tokenizer: Tokenizer, texts: Kinds, max_length: int) -> Tokens:
-    """Return token ids int64 [1, T] on the model's device, by kind."""
+def tokenized(
+    model: Any, tokenizer: Tokenizer, texts: Kinds, max_length: int, least: int = 2
+) -> Tokens:
+    """Return token ids int64 [1, T] on the model's device, by kind.
+
+    Raises:
+        ValueError: no texts, or fewer than `least` of a kind.
+    """
 
     def ids(text: str | torch.Tensor) -> torch.Tensor:
         if isinstance(text, str):
@@ -222,8 +228,9 @@ def _tokenized(model: Any, tokenizer: Tokenizer, texts: Kinds, max_length: int) 
         return text[:, :max_length].to(model.device)
 
     tokens = {kind: [ids(text) for text in group] for kind, group in texts.items()}
-    if not tokens or any(len(group) < 2 for group in tokens.values()):
-        raise ValueError("give at least two texts of each kind: one is held out for validation")
+    if not tokens or any(len(group) < least for group in tokens.values()):
+        held_out = "two texts of each kind: one is held out for validation"
+        raise ValueError(f"give at least {held_out if least > 1 else 'one text of each kind'}")
     return tokens
 
 
@@ -237,7 +244,7 @@ def _split(tokens: Tokens) -> tuple[Tokens, Tokens]:
     return train, validation
 
 
-def _answer_start(sample: Sample) -> int:
+def answer_start(sample: Sample) -> int:
     """Return where the answer of a sample that asks once begins."""
     shares = sample.shares
     return int((shares > 1.5 * shares.min()).nonzero()[0]) + 1

@@ -1,10 +1,10 @@
 """What windows keep, by K/V head and by layer, against attention that is left out altogether.
 
 Windows are chosen on the first halves of two texts and on questions about them, without training,
-and read on other texts (on second halves where there is no other). Shares are of the keys and
-values that a decode step does not read with a whole window of text stored. Retrieval is asked in
-other words than the questions that chose; each prompt is put to the full model as well, and the
-interval is of the paired difference.
+and read on all of other texts (on second halves where there is no other). Shares are of the keys
+and values that a decode step does not read with a whole window of text stored. Retrieval is asked
+in other words than the questions that chose; arithmetic and brackets need depth. Each prompt is put
+to the full model as well, and the interval is of the paired difference.
 """
 
 from __future__ import annotations
@@ -12,17 +12,23 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from adaskip_fx.calibration.loss import CalibrationLoss
 from adaskip_fx.evaluation.evaluate import evaluate
+from adaskip_fx.evaluation.examples import Example
 from adaskip_fx.evaluation.result import standard_error
 from adaskip_fx.evaluation.task import Task
-from adaskip_fx.evaluation.tasks import KeyValue, MultiKeyNeedle, Passkey, VariableTracking
-from adaskip_fx.fitting.retrieval_prompts import retrieval_samples
+from adaskip_fx.evaluation.tasks import (
+    Arithmetic,
+    Brackets,
+    KeyValue,
+    MultiKeyNeedle,
+    Passkey,
+    VariableTracking,
+)
+from adaskip_fx.fitting.choose_windows import WindowRecipe, answerable_questions, free_memory
 from adaskip_fx.model.load import choose_device
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.surrogates import Surrogates
@@ -37,10 +43,10 @@ SHARES = (0.4, 0.55, 0.7)
 #: Name -> options of `Windowed`; ``--policy`` chooses among them.
 WAYS: Mapping[str, dict[str, Any]] = {
     "heads": {},
-    "heads, greedy": {"shortlist": 8},
-    "layers, greedy": {"per": "layer", "shortlist": 6},
+    "heads, forward": {"shortlist": 4},
+    "heads, backward": {"shortlist": 4, "start": "windowed"},
+    "layers, forward": {"per": "layer", "shortlist": 4},
 }
-_TEXT_WEIGHT = 4.0  # against that of questions, whose loss is larger
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -82,35 +88,46 @@ def _ways(
 ) -> dict[str, dict[float, SkipPlan]]:
     """Return a plan for each way and share; `seconds` and `maps` get what it took and the order."""
     halves = [w for text in known for w in subject.windows(text, "first")]
+    count = 4 * subject.samples
+    asked = subject.tokenizer, halves, count, subject.length, subject.options.seed
+    questions = answerable_questions(subject.compiled, *asked)
     loss = CalibrationLoss(
-        subject.compiled, halves, _questions(subject, halves), text_weight=_TEXT_WEIGHT
+        subject.compiled,
+        halves,
+        questions,
+        text_weight=WindowRecipe.text_weight,
+        answer_divergence=True,
+        memory=free_memory(subject.device),
     )
     profile = subject.profile(known[0])
     found: dict[str, dict[float, SkipPlan]] = {}
     for way in subject.options.policies or WAYS:
         policy = Windowed(loss, loss.kv_heads, window, context=subject.length, **WAYS[way])
         start = time.perf_counter()
-        plans = policy.plans(profile, 1 / (1 - max(shares)))
+        farthest = min(shares) if policy.start == "windowed" else max(shares)
+        plans = policy.plans(profile, 1 / (1 - farthest))
+        plans = sorted(plans, key=policy.alpha_of)
         seconds[way] = time.perf_counter() - start
+        print(f"{way}: {seconds[way]:.0f} s, {loss.judged} plans judged", file=sys.stderr)
         enough = [[p for p in plans if policy.alpha_of(p) >= 1 / (1 - s) - 1e-9] for s in shares]
         found[way] = {share: some[0] for share, some in zip(shares, enough, strict=True)}
         heads = {str(s): count for s, count in loss.kv_heads.items()}
-        maps.append({"name": way, "heads": heads, "order": _order(plans, loss.kv_heads)})
+        maps.append({"name": way, "heads": heads, "order": _order(plans, policy)})
     found["attention skipped"] = {
         share: _skipped(profile, share, len(loss.kv_heads)) for share in shares
     }
     return found
 
 
-def _order(plans: Sequence[SkipPlan], heads: Mapping[Any, int]) -> list[list[Any]]:
-    """Return which (sublayer, K/V heads) got a window at each step."""
+def _order(plans: Sequence[SkipPlan], policy: Windowed) -> list[list[Any]]:
+    """Return which (sublayer, K/V heads) get a window one after another, by plans that grow."""
     steps, before = list[list[Any]](), dict[Any, set[int]]()
-    for plan in plans[1:]:
+    for plan in plans:
         for sublayer, window in plan.windows.decode.items():
-            now = set(range(heads[sublayer])) - set(window.full_heads)
-            new = now - before.get(sublayer, set())
-            if new:
-                steps.append([str(sublayer), sorted(new)])
+            now = set(range(policy.heads[sublayer])) - set(window.full_heads)
+            new = sorted(now - before.get(sublayer, set()))
+            together = [new] if policy.per == "layer" else [[head] for head in new]
+            steps += [[str(sublayer), heads] for heads in together if heads]
             before[sublayer] = now
     return steps
 
@@ -127,19 +144,20 @@ def _skipped(profile: Any, share: float, count: int) -> SkipPlan:
     return SkipPlan.of(profile.sublayers, skip, surrogates=Surrogates.scale(factors))
 
 
-def _questions(
-    subject: Subject, texts: Sequence[torch.Tensor]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return prompts that ask for something hidden in them, and the answers."""
-    count = 4 * subject.samples
-    samples = retrieval_samples(
-        subject.tokenizer, texts, count, subject.length, max_facts=1, seed=subject.options.seed
-    )
-    pairs = []
-    for sample in samples:
-        answer = int((sample.weights > sample.weights.min()).sum())
-        pairs.append((sample.ids[:, :-answer], sample.ids[:, -answer:]))
-    return pairs
+@dataclass(frozen=True)
+class _Asked:
+    """A task whose examples are made once, for every plan."""
+
+    name: str
+    metric: str
+    made: tuple[Example, ...]
+
+    @classmethod
+    def of(cls, task: Task, tokenizer: Any) -> _Asked:
+        return cls(task.name, task.metric, tuple(task.examples(tokenizer)))
+
+    def examples(self, tokenizer: Any) -> tuple[Example, ...]:
+        return self.made
 
 
 class _Judge:
@@ -149,6 +167,8 @@ class _Judge:
         self._subject = subject
         others = [t for t in subject.texts if t not in known]
         self._texts = {t.name: subject.windows(t, "second") for t in others or subject.texts}
+        for text in others:  # nothing was chosen on their first halves
+            self._texts[text.name] += subject.windows(text, "first")
         on_gpu = subject.device.type == "cuda"
         size: dict[str, Any] = {
             "samples": 200 if on_gpu else 2,
@@ -157,6 +177,9 @@ class _Judge:
         }
         self._tasks: list[Task] = [Passkey(**size), MultiKeyNeedle(**size)]
         self._tasks += [KeyValue(**size), VariableTracking(**size)] if on_gpu else []
+        shorter = {**size, "length": subject.length // 4}  # what a model without depth cannot do
+        self._tasks += [Arithmetic(digits=1, **shorter), Brackets(unclosed=2, **shorter)]
+        self._asked = list[Task]()
         self._values: dict[str, tuple[float, ...]] = {}
         self.full = self(SkipPlan.empty(subject.runtime.sublayers))
 
@@ -168,10 +191,11 @@ class _Judge:
         return {"texts": texts, "tasks": self._answers(plan)}
 
     def _answers(self, plan: SkipPlan) -> dict[str, Any]:
-        runtime, found = self._subject.runtime, {}
+        runtime, tokenizer, found = self._subject.runtime, self._subject.tokenizer, {}
+        self._asked = self._asked or [_Asked.of(task, tokenizer) for task in self._tasks]
         runtime.plan = plan
         try:
-            results = evaluate(self._subject.compiled, self._subject.tokenizer, self._tasks).results
+            results = evaluate(self._subject.compiled, tokenizer, self._asked).results
         finally:
             runtime.plan = SkipPlan.empty(runtime.sublayers)
         for result in results:

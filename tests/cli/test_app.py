@@ -26,7 +26,18 @@ from adaskip_fx.utils.progress import LogLines, Steps
 from tests.support.command_line import misused, refused, run
 
 NAMES = (
-    *("demo", "doctor", "calibrate", "fit", "inspect", "generate", "eval", "bench", "measure"),
+    *(
+        "demo",
+        "doctor",
+        "calibrate",
+        "fit",
+        "windows",
+        "inspect",
+        "generate",
+        "eval",
+        "bench",
+        "measure",
+    ),
 )
 
 
