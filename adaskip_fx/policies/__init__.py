@@ -21,6 +21,7 @@ from adaskip_fx.policies.latency_budget import LatencyBudget
 from adaskip_fx.policies.layer_baselines import EarlyExit, ReverseOrder, ShortGPT, UnifiedSkip
 from adaskip_fx.policies.llm_drop import LLMDrop
 from adaskip_fx.policies.pop import POP, DecodeOnly
+from adaskip_fx.policies.timed_greedy import TimedGreedy
 from adaskip_fx.policies.windowed import Windowed
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
     "ReverseOrder",
     "ShortGPT",
     "SkipDecode",
+    "TimedGreedy",
     "UnifiedSkip",
     "Windowed",
 ]
