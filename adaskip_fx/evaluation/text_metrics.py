@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?")
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 Metric = Callable[[str, Sequence[str]], float]
@@ -50,7 +50,7 @@ def exact_characters(text: str, answers: Sequence[str]) -> float:
 
 
 def first_integer(text: str, answers: Sequence[str]) -> float:
-    """Return 1 if the first number in the text is one of `answers`; 1,234 is 1234."""
+    """Return 1 if the first number in the text is one of `answers`; 1,234 is 1234, x-7 is 7."""
     found = _NUMBER.search(text.replace("\u2212", "-"))
     return float(found is not None and found[0].replace(",", "") in answers)
 

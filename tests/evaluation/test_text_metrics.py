@@ -75,6 +75,8 @@ def test_exact_characters_count_punctuation_and_no_space() -> None:
         ("12,34", "12", 1),  # no thousands
         ("1,2345", "1", 1),
         ("3.5", "3", 0),
+        ("x-7", "7", 1),  # minus between two things is no sign
+        ("(3)-7", "-7", 0),
         ("none", "0", 0),
         ("", "0", 0),
     ],
