@@ -10,7 +10,8 @@ right up to there and no further.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,11 +92,18 @@ class ReferenceRun:
 
     def rerun(self, model: CausalLM, forward: Forward) -> ReferenceRun:
         """Return the same run of a compiled model, whose weights may have been changed since."""
-        if attention_name(model) != attention.NAME:
+        with self.attention_of(model):
             return run_reference(model, forward)
+
+    @contextmanager
+    def attention_of(self, model: CausalLM) -> Iterator[None]:
+        """Meanwhile a compiled model has the attention that the user's model has."""
+        if attention_name(model) != attention.NAME:
+            yield
+            return
         model.set_attn_implementation(self.attention)
         try:
-            return run_reference(model, forward)
+            yield
         finally:
             model.set_attn_implementation(attention.NAME)
 

@@ -53,6 +53,10 @@ class CausalLM(Protocol):
     def training(self) -> bool:
         """Whether it is in training mode."""
 
+    @property
+    def loss_function(self) -> Callable[..., Any]:
+        """From logits [B, T, V], labels [B, T] and the vocabulary's size to a loss."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run forward with its hooks."""
 

@@ -303,7 +303,21 @@ def static_cache() -> Any:
 
 
 CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "labels": ({"labels": IDS}, NotImplementedError, r"forward\(labels=...\) is not supported"),
+    "labels that are no tensor": (
+        {"labels": IDS.tolist()},
+        TypeError,
+        r"labels must be a tensor \[batch, tokens\], not a list",
+    ),
+    "labels of other tokens": (
+        {"labels": IDS, "logits_to_keep": 1},
+        ValueError,
+        r"Expected input batch_size \(1\) to match target batch_size \(5\)",
+    ),
+    "an argument that no loss has": (
+        {"labels": IDS, "label_smoothing": 0.1},
+        NotImplementedError,
+        r"forward\(label_smoothing=...\)",
+    ),
     "hidden states": (
         {"output_hidden_states": True},
         NotImplementedError,
@@ -407,13 +421,6 @@ def test_a_good_call_is_not_refused() -> None:
             attention_mask=torch.ones(1, 5),
             position_ids=torch.arange(5).unsqueeze(0),
         )
-
-
-def test_gradients() -> None:
-    bank = entry(SHAPE)
-    assert torch.is_grad_enabled()
-    message = r"gradients cannot flow through a compiled model; wrap the call in torch.no_grad\(\)"
-    refused(lambda: bank.compiled(IDS), RuntimeError, message)
 
 
 def test_training_mode_of_the_compiled_model() -> None:

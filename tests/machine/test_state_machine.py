@@ -150,6 +150,18 @@ class Machine(RuleBasedStateMachine):
         arguments = data.draw(st.sampled_from(_ALONE), "with")
         self.world.alone(side, count, seed, arguments=arguments)
 
+    @rule(
+        data=st.data(),
+        count=LENGTHS,
+        seed=SEEDS,
+        ignored=st.integers(0, 4),
+        items=st.sampled_from((None, 3)),
+    )
+    def labelled(
+        self, data: st.DataObject, count: int, seed: int, ignored: int, items: int | None
+    ) -> None:
+        self.world.labelled(data.draw(_side(self), "on"), count, seed, ignored, items)
+
     @rule(data=st.data(), first=st.integers(2, 5), second=st.integers(2, 5), seed=SEEDS)
     def packed(self, data: st.DataObject, first: int, second: int, seed: int) -> None:
         if "position_ids" in self.world.pair.forward_arguments:
@@ -358,6 +370,8 @@ def test_another_value_is_a_difference(world: World) -> None:
     side = world.pair.sides[0]
     with _without_an_ffn(side), pytest.raises(DifferenceError, match="logits: relative error"):
         world.begin(side, 5)
+    with _without_an_ffn(side), pytest.raises(DifferenceError, match="loss: relative error"):
+        world.labelled(side, 5, 0, 1, None)
     with _without_an_ffn(side), pytest.raises(DifferenceError, match="another value: sequences"):
         world.generate(side, (5,), 0, Options())
     with _without_an_ffn(side), pytest.raises(DifferenceError, match="another value: tokens"):

@@ -487,6 +487,25 @@ class World:
             f"a prompt of {count} tokens with {dict(arguments)}",
         )
 
+    def labelled(self, side: Side, count: int, seed: int, ignored: int, items: int | None) -> None:
+        """The loss of a prompt, of which the first labels do not count; over a number of items."""
+        ids = tokens(1, count, seed)
+        labels = ids.clone()
+        labels[:, : min(ignored, count - 1)] = -100
+        arguments: dict[str, Any] = {"labels": labels, "return_dict": True}
+        if items is not None:
+            arguments["num_items_in_batch"] = items
+        name, reference = side.cache_argument, side.reference
+        side.phase.prompt_end = None
+        self._both(
+            side,
+            lambda: _forward(side.compiled, ids, name, None, 0, **arguments),
+            lambda cache: _forward(reference, ids, name, cache, 0, **arguments),
+            None,
+            self._expected(side),
+            f"a prompt of {count} tokens with labels",
+        )
+
     def packed(self, side: Side, first: int, second: int, seed: int) -> None:
         """Two texts in one row, told apart by positions that begin again, and no cache."""
         places = torch.cat((torch.arange(first), torch.arange(second))).unsqueeze(0)

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from adaskip_fx.api import build
 from adaskip_fx.kv_cache.padding import Padding
-from adaskip_fx.model import forward
+from adaskip_fx.model import checked_arguments
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.runtime.checking import CheckError
 from tests.capture.test_attention import FAMILIES, make
@@ -352,7 +352,7 @@ def test_a_wrong_supposition_matters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_holes_are_said_to_be_slow_once(caplog: pytest.LogCaptureFixture) -> None:
     packing()
-    forward._say_once.cache_clear()
+    checked_arguments._say_once.cache_clear()
     ids = torch.randint(0, 61, (1, 6), generator=torch.Generator().manual_seed(8))
     mask = torch.tensor([[1, 1, 0, 1, 1, 1]])
     with torch.no_grad():
