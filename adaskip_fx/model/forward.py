@@ -14,6 +14,7 @@ from ..capture.arguments import forward_names
 from ..kv_cache.adopt_cache import own_cache
 from ..kv_cache.argument_names import CACHE_NAMES, under_one_name
 from ..kv_cache.cache import SkipCache
+from ..programs.instruments import HiddenStateRecorder
 from ..utils.transformers_types import ModelConfig
 from .check_model import refuse_outputs
 from .checked_arguments import (
@@ -24,6 +25,7 @@ from .checked_arguments import (
     refuse_packed,
     refuse_transformed,
 )
+from .hidden_states import check_hidden_states, recording
 from .loss import check_loss, loss_arguments, loss_of
 from .outputs import model_output
 
@@ -82,12 +84,15 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
             refuse_packed(arguments.get("position_ids"))
         cache = runtime.new_cache()
     cache = own_cache(cache, runtime)
-    logits, loss = _run_step(model, arguments, input_ids, cache, for_loss)
+    recorder = HiddenStateRecorder() if arguments.get("output_hidden_states") is True else None
+    with recording(cache, recorder):
+        logits, loss = _run_step(model, arguments, input_ids, cache, for_loss)
     output = model_output(
         runtime.cache_argument,
         loss=loss,
         logits=logits,
         cache=cache if returns_cache else None,
+        hidden_states=recorder.states if recorder is not None else None,
     )
     return output if _flag(arguments, "return_dict", config) else output.to_tuple()
 
@@ -157,6 +162,9 @@ def _refuse_unsupported(
         for name, value in arguments.items()
         if name not in _STEP_ARGUMENTS and value is not None and value is not False
     }
+    if more.get("output_hidden_states") is True:
+        del more["output_hidden_states"]
+        check_hidden_states(model)
     labels = more.pop("labels", None) if "labels" in forward_names(type(model).forward) else None
     of_loss = loss_arguments(model.loss_function) if more or labels is not None else frozenset()
     for name in more:

@@ -60,8 +60,12 @@ def following(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str,
 
 
 def serves(call: DecodingCall) -> bool:
-    """Return whether this loop can stand in for transformers': one process, with a cache."""
+    """Return whether this loop can stand in for transformers': one process, with a cache.
+
+    Where hidden states are asked for, transformers' own collects them.
+    """
     alone = not call.synced_gpus and not call.config.is_assistant
+    alone = alone and not call.config.output_hidden_states
     return alone and call.model_kwargs.get("use_cache") is not False
 
 

@@ -13,6 +13,7 @@ from torch import fx
 
 from adaskip_passes import Tap
 from adaskip_passes.infra.pass_base import Pass
+from adaskip_passes.transforms.hidden_states import HiddenStates
 from adaskip_passes.transforms.probe import ProbeLayers
 
 if TYPE_CHECKING:
@@ -77,6 +78,42 @@ class ResidualRecorder(Instrument):
         end = 2 + len(program.captured.sublayers)
         self.streams = outputs[1:end]
         return outputs[0], outputs[end] if program.probed else None
+
+
+class HiddenStateRecorder(Instrument):
+    """Keeps the hidden states of a model, as transformers counts them, of the steps that it sees.
+
+    Of sublayers that do not run the stream is as it is there.
+    """
+
+    passes = (HiddenStates(),)
+    composes = False  # the stream between layers is looked at
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[torch.Tensor, ...]] = []
+
+    @property
+    def states(self) -> tuple[torch.Tensor, ...]:
+        """Tensors [B, T, H]: the embeddings, after each layer but the last, and the last normed.
+
+        T are the tokens of all steps since `clear`.
+        """
+        if len(self._parts) == 1:
+            return self._parts[0]
+        return tuple(torch.cat(parts, 1) for parts in zip(*self._parts, strict=True))
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._parts.clear()
+
+    def read(
+        self, program: Program, outputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keep the hidden states; return logits and statistics."""
+        logits, *states = outputs
+        statistics = states.pop() if program.probed else None
+        self._parts.append(tuple(states))
+        return logits, statistics
 
 
 class LayerProbe(Instrument):

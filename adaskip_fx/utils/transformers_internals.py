@@ -55,6 +55,14 @@ def can_set_attention(model: Any) -> bool:
     return bool(type(model)._can_set_attn_implementation())
 
 
+def only_records(hook: object) -> bool:
+    """Return whether a hook is one that a model gets when it is first asked for hidden states.
+
+    Those are never taken off, and do nothing in a call that asks for none.
+    """
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
 def pad_token(config: GenerationConfigLike) -> torch.Tensor | None:
     """Return the id that ended rows go on with, of a prepared generation config."""
     token: torch.Tensor | None = config._pad_token_tensor  # type: ignore[attr-defined]

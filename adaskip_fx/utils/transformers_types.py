@@ -89,6 +89,7 @@ class GenerationConfigLike(Protocol):
     return_dict_in_generate: bool
     output_scores: bool
     output_logits: bool
+    output_hidden_states: bool
 
 
 class StoppingCriteria(Protocol):

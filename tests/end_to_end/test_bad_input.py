@@ -318,8 +318,8 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         NotImplementedError,
         r"forward\(label_smoothing=...\)",
     ),
-    "hidden states": (
-        {"output_hidden_states": True},
+    "some hidden states": (
+        {"output_hidden_states": [0, 2]},
         NotImplementedError,
         r"forward\(output_hidden_states=...\) is not supported by adaskip_fx yet; call the orig",
     ),
@@ -532,10 +532,10 @@ GENERATES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "past_key_values is a StaticCache",
     ),
-    "hidden states": (
-        {"output_hidden_states": True, "return_dict_in_generate": True},
-        NotImplementedError,
-        r"forward\(output_hidden_states=...\)",
+    "attentions": (
+        {"output_attentions": True, "return_dict_in_generate": True},
+        (NotImplementedError, ValueError),
+        r"output_attentions",
     ),
     "embeddings": (
         {"input_ids": None, "inputs_embeds": torch.zeros(1, 3, 16)},

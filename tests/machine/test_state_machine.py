@@ -80,6 +80,7 @@ _ALONE: tuple[dict[str, Any], ...] = (
     {"return_dict": False},
     {"use_cache": False, "return_dict": False},
     {"output_hidden_states": True},
+    {"output_attentions": True},
 )
 OPTIONS = st.builds(
     Options,
@@ -381,7 +382,7 @@ def test_another_value_is_a_difference(world: World) -> None:
 def test_a_refusal_that_is_not_listed_is_a_difference(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    side, asked = world.pair.sides[0], {"output_hidden_states": True}
+    side, asked = world.pair.sides[0], {"output_attentions": True}
     world.alone(side, 5, 0, arguments=asked)
     assert (world.answered, world.refused) == (0, 1)
     monkeypatch.setattr(refusals, "listed", lambda: {"Calls": (), "State": (), "Caches": ()})

@@ -216,6 +216,11 @@ class World:
         """Whether another request may be begun."""
         return len(self.requests) < _MOST_REQUESTS
 
+    @property
+    def _asked(self) -> tuple[str, ...]:
+        """What a call may ask for besides; Mamba's hidden states are not the stream."""
+        return () if self.structure.family == "mamba" else ("output_hidden_states",)
+
     # State -----------------------------------------------------------------------------------
 
     def state(self, side: Side) -> frozenset[str]:
@@ -474,7 +479,7 @@ class World:
         """A call that leaves nothing behind, with other arguments of forward."""
         ids = tokens(1, count, seed)
         expected = self._expected(side)
-        if not {*arguments} <= {"use_cache", "return_dict"}:
+        if not {*arguments} <= {"use_cache", "return_dict", *self._asked}:
             expected = expected.or_refused("Calls")
         name, reference = side.cache_argument, side.reference
         side.phase.prompt_end = None
