@@ -27,14 +27,15 @@ def step_inputs(
 
     Args:
         forward: of the model.
-        input_ids: int64 [B, T].
+        input_ids: int64 [B, T]; or embeddings [B, T, H] in their place.
         position_ids: int64 [B, T].
         attention_mask: bool [B, stored + T]; None without padding.
         logits_to_keep: 0 for the logits of all tokens, 1 for those of the last; or the indices of
             some, int64 [K], in whose place a forward that takes none is asked for all.
     """
     has = forward_names(forward)
-    inputs: dict[str, Any] = {"input_ids": input_ids}
+    name = "inputs_embeds" if is_embedded(input_ids) else "input_ids"
+    inputs: dict[str, Any] = {name: input_ids}
     if "position_ids" in has:
         inputs["position_ids"] = position_ids
     if attention_mask is not None:
@@ -45,6 +46,17 @@ def step_inputs(
     if "return_dict" in has:  # whatever the config says
         inputs["return_dict"] = True
     return inputs
+
+
+def is_embedded(tokens: torch.Tensor) -> bool:
+    """Return whether new tokens are embeddings [B, T, H]; if not, they are ids [B, T]."""
+    return tokens.dim() == 3
+
+
+def tokens_of(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the new tokens among a step's arguments: ids, or embeddings in their place."""
+    tokens: torch.Tensor = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
+    return tokens
 
 
 def takes_logits_to_keep(forward: Forward) -> bool:

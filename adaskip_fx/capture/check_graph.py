@@ -143,7 +143,7 @@ def _compare_packed(
     order = torch.arange(tokens, device=device)
     inputs = step_inputs(
         forward,
-        torch.cat((step.ids[0], step.ids[1, :short])).unsqueeze(0),
+        _given(key, model, torch.cat((step.ids[0], step.ids[1, :short])).unsqueeze(0)),
         torch.cat((order, order[:short])).unsqueeze(0),
         None,
         1 if key.last_logits else torch.arange(tokens + short, device=device).flip(0),
@@ -209,12 +209,18 @@ def _arguments(
     ids = torch.nn.functional.pad(step.ids[rows], (0, new - step.ids.shape[1]))
     inputs = step_inputs(
         forward,
-        ids.contiguous(),
+        _given(key, model, ids.contiguous()),
         positions.contiguous(),
         mask if key.masked else None,
         int(key.last_logits) if key.last_logits or key.static_tokens else backwards,
     )
     return bind_arguments(model, forward, cache, inputs)
+
+
+def _given(key: GraphKey, model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return ids as a graph takes them: by their embeddings, or as they are."""
+    embedded: torch.Tensor = model.get_input_embeddings()(ids) if key.embedded else ids
+    return embedded
 
 
 def _run(captured: CapturedPhase, arguments: dict[str, Any], name: str) -> torch.Tensor:

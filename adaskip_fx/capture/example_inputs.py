@@ -11,12 +11,14 @@ from ..kv_cache.layer_spec import LayerCacheSpec
 from ..kv_cache.packed_view import PackedCacheView
 from ..kv_cache.views import DynamicCacheView, LayerView, StaticCacheView
 from ..utils.torch_internals import mark_dynamic
-from .arguments import AnyCacheView, Forward, step_inputs
+from ..utils.transformers_types import CausalLM
+from .arguments import AnyCacheView, Forward, step_inputs, tokens_of
 from .graph_key import GraphKey
 
 # Example lengths while capturing. Odd primes, so that no length is a multiple of another by
 # accident; about as long as real prompts, because compilers tune for them.
 _TOKENS, _TOTAL = 509, 1021
+_BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "attention_mask", "logits_to_keep")
 _ROWS = 7  # of a packed prompt
 # How many logits are kept, of few tokens as well: fewer than there are, wherever there are three.
 _KEPT = (251, 127, 31, 7, 3, 2)
@@ -55,7 +57,7 @@ def example_lengths(key: GraphKey, max_length: int | None) -> Lengths:
 
 
 def example_arguments(
-    model: torch.nn.Module,
+    model: CausalLM,
     forward: Forward,
     key: GraphKey,
     specs: Sequence[LayerCacheSpec],
@@ -63,21 +65,25 @@ def example_arguments(
 ) -> dict[str, Any]:
     """Return the captured function's arguments, made of examples; as `capture_phase` takes them."""
     tokens, total, kept = lengths
-    ids = torch.zeros(key.batch, tokens, dtype=torch.int64, device=key.device)
+    positions = torch.zeros(key.batch, tokens, dtype=torch.int64, device=key.device)
+    ids = positions.clone()
+    if key.embedded:
+        width = model.get_input_embeddings().weight.shape[1]
+        ids = torch.zeros(key.batch, tokens, width, dtype=key.dtype, device=key.device)
     keep: int | torch.Tensor = int(key.last_logits)
     if not key.last_logits and not key.static_tokens:
         keep = torch.zeros(kept, dtype=torch.int64, device=key.device)
     inputs = step_inputs(
         forward,
         ids,
-        torch.zeros_like(ids),
+        positions,
         torch.ones(key.batch, total, dtype=torch.bool, device=key.device) if key.masked else None,
         keep,
     )
-    for name in ("input_ids", "position_ids", "attention_mask", "logits_to_keep"):
+    for name in _BY_TOKEN:
         example = inputs.get(name)
         if isinstance(example, torch.Tensor) and not key.static_tokens:
-            _mark_length(example, example.dim() - 1)
+            _mark_length(example, min(1, example.dim() - 1))
     return {
         "model": model,
         "forward": forward,
@@ -124,7 +130,7 @@ def lengths_of(arguments: Mapping[str, Any]) -> Lengths:
     """Return the lengths of a captured function's arguments, to capture another graph with."""
     cache, keep = arguments["cache"], arguments["inputs"].get("logits_to_keep")
     if isinstance(cache, StaticCacheView):
-        return Lengths(arguments["inputs"]["input_ids"].shape[1], cache.capacity)
+        return Lengths(tokens_of(arguments["inputs"]).shape[1], cache.capacity)
     if isinstance(cache, PackedCacheView):
         stored = next((v.keys.shape[2] for v in cache.layers if v.keys is not None), 2)
         return Lengths(cache.slots.shape[0], stored, keep.shape[0] if torch.is_tensor(keep) else 0)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..kv_cache.argument_names import cache_argument
 from ..kv_cache.views import CacheView
-from .arguments import Forward
+from .arguments import Forward, tokens_of
 
 _Inputs = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ def _logits_of_cache(
     model: nn.Module, forward: Forward, cache: CacheView, inputs: _Inputs
 ) -> torch.Tensor:
     """Return logits [B, kept tokens, vocabulary]; for all models since transformers 5.24."""
-    cache.begin(inputs["input_ids"].shape[1])
+    cache.begin(tokens_of(inputs).shape[1])
     logits: torch.Tensor = forward(model, cache=cache, use_cache=True, **inputs).logits
     return logits
 
@@ -37,14 +37,14 @@ def _logits_of_states(
     model: nn.Module, forward: Forward, cache: CacheView, inputs: _Inputs
 ) -> torch.Tensor:
     """Return logits likewise; before 5.24 for models with mixers alone."""
-    cache.begin(inputs["input_ids"].shape[1])
+    cache.begin(tokens_of(inputs).shape[1])
     logits: torch.Tensor = forward(model, cache_params=cache, use_cache=True, **inputs).logits
     return logits
 
 
 def _logits(model: nn.Module, forward: Forward, cache: CacheView, inputs: _Inputs) -> torch.Tensor:
     """Return logits likewise; before 5.24 for all other models."""
-    cache.begin(inputs["input_ids"].shape[1])
+    cache.begin(tokens_of(inputs).shape[1])
     logits: torch.Tensor = forward(model, past_key_values=cache, use_cache=True, **inputs).logits
     return logits
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,9 @@ from ..capture.arguments import Forward, takes_logits_to_keep
 from ..kv_cache.cache import SkipCache
 from ..kv_cache.padding import Answer, Padding
 from ..utils.torch_internals import is_transformed
+
+if TYPE_CHECKING:
+    from .types import CompiledCausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +37,48 @@ def refuse_transformed(tensor: torch.Tensor) -> None:
         )
 
 
-def checked_ids(device: torch.device, input_ids: object) -> torch.Tensor:
-    """Return ids of new tokens, int64 [batch, tokens], where the model is."""
+def checked_tokens(
+    model: CompiledCausalLM, device: torch.device, input_ids: object, embeddings: object
+) -> torch.Tensor:
+    """Return new tokens where the model is: ids int64 [batch, tokens], or embeddings with an axis.
+
+    Args:
+        model: a compiled model.
+        device: where it is.
+        input_ids: what forward was called with.
+        embeddings: its ``inputs_embeds``, in place of ids.
+    """
+    if embeddings is not None:
+        if input_ids is not None:
+            raise ValueError("give input_ids or inputs_embeds, not both")
+        return _checked_embeddings(model, device, embeddings)
     if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
         raise ValueError("input_ids must be a tensor [batch, tokens]")
-    if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids is empty: {list(input_ids.shape)}")
-    refuse_transformed(input_ids)
-    if input_ids.device != device:
-        raise ValueError(f"input_ids is on {input_ids.device}, the model on {device}")
-    return input_ids.to(torch.int64).contiguous()
+    return _checked("input_ids", device, input_ids).to(torch.int64).contiguous()
+
+
+def _checked(name: str, device: torch.device, tokens: torch.Tensor) -> torch.Tensor:
+    if tokens.shape[0] == 0 or tokens.shape[1] == 0:
+        raise ValueError(f"{name} is empty: {list(tokens.shape)}")
+    refuse_transformed(tokens)
+    if tokens.device != device:
+        raise ValueError(f"{name} is on {tokens.device}, the model on {device}")
+    return tokens
+
+
+def _checked_embeddings(
+    model: CompiledCausalLM, device: torch.device, embeddings: object
+) -> torch.Tensor:
+    if not isinstance(embeddings, torch.Tensor) or embeddings.dim() != 3:
+        raise ValueError("inputs_embeds must be a tensor [batch, tokens, hidden]")
+    _checked("inputs_embeds", device, embeddings)
+    width = model.get_input_embeddings().weight.shape[1]
+    if embeddings.shape[2] != width or embeddings.dtype != model.dtype:
+        raise ValueError(
+            f"inputs_embeds are {embeddings.shape[2]} wide and {embeddings.dtype}, the model's "
+            f"embeddings {width} wide and {model.dtype}"
+        )
+    return embeddings.detach().contiguous()
 
 
 def checked_mask(
@@ -62,7 +97,7 @@ def checked_mask(
             "attention_mask must be a tensor [batch, tokens]; prepared 4D masks are not supported"
         )
     expected = (input_ids.shape[0], past + input_ids.shape[1])
-    if mask.shape == input_ids.shape and not any(spec.attends for spec in cache.specs):
+    if mask.shape == input_ids.shape[:2] and not any(spec.attends for spec in cache.specs):
         mask = torch.nn.functional.pad(mask, (past, 0), value=1)
     if tuple(mask.shape) != expected:
         raise ValueError(

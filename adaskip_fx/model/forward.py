@@ -18,10 +18,10 @@ from ..programs.instruments import HiddenStateRecorder
 from ..utils.transformers_types import ModelConfig
 from .check_model import refuse_outputs
 from .checked_arguments import (
-    checked_ids,
     checked_keep,
     checked_mask,
     checked_positions,
+    checked_tokens,
     refuse_packed,
     refuse_transformed,
 )
@@ -78,7 +78,8 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
     filled = cache if isinstance(cache, SkipCache) and cache.length else None
     for_loss = _refuse_unsupported(model, arguments, goes_on=filled is not None)
     device = filled.device if filled is not None else runtime.device
-    input_ids = checked_ids(device, arguments.get("input_ids"))
+    given = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    input_ids = checked_tokens(model, device, *given)
     if cache is None:
         if arguments.get("attention_mask") is None and not returns_cache:
             refuse_packed(arguments.get("position_ids"))
@@ -152,16 +153,20 @@ def _refuse_unsupported(
     if model.training:
         raise RuntimeError("a compiled model is for inference only; call eval() on it")
     if torch.is_grad_enabled():
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        for parameter in parameters:
-            refuse_transformed(parameter)
-        if parameters:
+        embeddings = arguments.get("inputs_embeds")
+        wanted = [*model.parameters(), *([] if embeddings is None else [embeddings])]
+        wanted = [t for t in wanted if getattr(t, "requires_grad", False)]
+        for tensor in wanted:
+            refuse_transformed(tensor)
+        if wanted:
             _say_detached()
     more = {
         name: value
         for name, value in arguments.items()
         if name not in _STEP_ARGUMENTS and value is not None and value is not False
     }
+    if "inputs_embeds" in forward_names(type(model).forward):
+        more.pop("inputs_embeds", None)
     if more.get("output_hidden_states") is True:
         del more["output_hidden_states"]
         check_hidden_states(model)

@@ -13,7 +13,7 @@ class Inputs(NamedTuple):
     """New tokens of a request.
 
     Attributes:
-        input_ids: int64 [B, T].
+        input_ids: int64 [B, T]; or embeddings [B, T, H] in their place.
         attention_mask: [B, stored + T], 0 at padding; None when there is none.
         position_ids: int64 [B or 1, T]; None for the tokens after the last.
         padding: what the mask says, if it is that rows begin with padding and no more.
@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
 
     def check_positions(self) -> None:
         """ValueError for positions of another number of tokens."""
-        batch, tokens = self.input_ids.shape
+        batch, tokens = self.input_ids.shape[:2]
         given = self.position_ids
         if given is not None and (given.dim() != 2 or given.shape[1] != tokens):
             raise ValueError(
@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
             past: tokens stored before these.
         """
         self.check_positions()
-        batch, tokens = self.input_ids.shape
+        batch, tokens = self.input_ids.shape[:2]
         positions, mask = self.position_ids, self.attention_mask
         if positions is None:
             new = torch.arange(past, past + tokens, device=self.input_ids.device)

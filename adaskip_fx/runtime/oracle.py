@@ -84,7 +84,8 @@ class Oracle:
         return (self.decode_windows if self._decoding else self.prefill_windows).get(name)
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = (kwargs.get("input_ids"), *args[:1], kwargs.get("inputs_embeds"))
+        ids = next((tokens for tokens in given if tokens is not None), None)
         cache = next((kwargs[n] for n in CACHE_NAMES if n in kwargs), None)
         self.begin(decoding=ids is not None and ids.shape[1] == 1 and _filled(cache))
 

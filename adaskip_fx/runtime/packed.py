@@ -14,7 +14,7 @@ import torch
 
 from adaskip_passes import UnsupportedError
 
-from ..capture.arguments import bind_arguments, step_inputs
+from ..capture.arguments import bind_arguments, is_embedded, step_inputs
 from ..capture.graph_key import GraphKey, Surroundings
 from ..capture.state import ChangedError
 from ..kv_cache.cache import SkipCache
@@ -80,7 +80,7 @@ class PackedRunner:
     ) -> Ran | None:
         """Run a prompt on an empty cache as `Runner.run` does; None where it cannot be packed."""
         graphs, padding = self._graphs, inputs.padding
-        batch, tokens = inputs.input_ids.shape
+        batch, tokens = inputs.input_ids.shape[:2]
         if self.why_not is not None or padding is None or any(s.mixes for s in cache.specs):
             return None
         if max(padding.counts) >= tokens or batch * tokens - sum(padding.counts) < 2:
@@ -94,7 +94,7 @@ class PackedRunner:
         at = torch.stack(
             (packing.rows * tokens + packing.columns, packing.columns * batch + packing.rows)
         ).to(device)
-        ids = inputs.input_ids.reshape(1, -1).index_select(1, at[0])
+        ids = inputs.input_ids.flatten(0, 1).unsqueeze(0).index_select(1, at[0])
         _, positions = inputs._replace(attention_mask=None).normal(0)
         positions = positions.reshape(1, -1).index_select(1, at[0])
         buffers = cache.reserve(batch, tokens)
@@ -112,6 +112,7 @@ class PackedRunner:
             dtype=graphs.model.dtype,
             device=device,
             surroundings=Surroundings.now(device),
+            embedded=is_embedded(ids),
             packed=True,
         )
         given = step_inputs(graphs.forward, ids, positions, None, kept.argument)

@@ -246,7 +246,7 @@ class Runtime:
         """Run the model on new tokens of a request; return logits [B, kept, V].
 
         Args:
-            input_ids: int64 [B, T].
+            input_ids: int64 [B, T]; or embeddings [B, T, H] in their place.
             attention_mask: [B, stored + T], 0 at padding; None when there is none.
             position_ids: int64 [B or 1, T]; counted on from the cache when None.
             cache: the request's; the new tokens are added to it.

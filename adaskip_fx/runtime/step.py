@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..capture.arguments import bind_arguments, step_inputs
+from ..capture.arguments import bind_arguments, is_embedded, step_inputs
 from ..capture.graph_key import GraphKey, GraphPhase, Surroundings
 from ..kv_cache.buffer_pool import BufferPool
 from ..kv_cache.cache import SkipCache
@@ -82,7 +82,7 @@ class Runner:
             cache.padded = before
             raise
         if self.observer is not None:
-            self.observer(program, plan, inputs.input_ids.numel())
+            self.observer(program, plan, inputs.input_ids.shape[:2].numel())
         cache.advance(inputs.input_ids.shape[1])
         return logits, statistics
 
@@ -155,6 +155,8 @@ class Runner:
             return self.packed.run(request, plan, inputs, cache, logits_to_keep)
         if phase == "extend" and isinstance(logits_to_keep, int) and logits_to_keep == 1:
             return None
+        if is_embedded(inputs.input_ids):
+            return None
         ran = self.static.run(phase, request, plan, probed, inputs, cache)
         if ran is None:
             return None
@@ -171,7 +173,7 @@ class Runner:
         cache: SkipCache,
         logits_to_keep: int | torch.Tensor,
     ) -> Ran:
-        batch, tokens = inputs.input_ids.shape
+        batch, tokens = inputs.input_ids.shape[:2]
         kept = kept_logits(self.graphs.forward, logits_to_keep, inputs.input_ids)
         mask, positions = inputs.normal(cache.length)
         key = GraphKey(
@@ -184,6 +186,7 @@ class Runner:
             dtype=self.graphs.model.dtype,
             device=self.graphs.device,
             surroundings=Surroundings.now(self.graphs.device),
+            embedded=is_embedded(inputs.input_ids),
         )
         model, forward = self.graphs.model, self.graphs.forward
         given = step_inputs(forward, inputs.input_ids, positions, mask, kept.argument)
@@ -207,9 +210,10 @@ def _valid(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Which of the new tokens count for a probe, bool [B, T]."""
-    rows = request.valid_rows(input_ids) if phase == "decode" else None
+    by_id = not is_embedded(input_ids)  # (an embedding ends no row)
+    rows = request.valid_rows(input_ids) if by_id and phase == "decode" else None
     if rows is not None:
         return rows
     if mask is not None and phase != "decode":
         return mask[:, -input_ids.shape[1] :]
-    return torch.ones_like(input_ids, dtype=torch.bool)
+    return torch.ones(input_ids.shape[:2], dtype=torch.bool, device=input_ids.device)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..capture.arguments import is_embedded
 from ..capture.graph_key import GraphPhase
 from ..capture.state import Since
 from ..kv_cache.cache import SkipCache
@@ -21,7 +22,7 @@ from .window import Learner
 
 
 def phase_of(input_ids: torch.Tensor, cache: SkipCache) -> GraphPhase:
-    """Return the phase of a step with new tokens int64 [B, T].
+    """Return the phase of a step with new tokens int64 [B, T], or embeddings [B, T, H].
 
     One token after others is decoded, unless somebody said that it is a prompt.
     """
@@ -69,10 +70,16 @@ def choose_plan(cache: SkipCache, inputs: Inputs, graphs: Graphs) -> Request:
 
     Raises:
         PlanError: A plan was chosen that is none of the decision's, and so was never validated.
+        NotImplementedError: The prompt is given by embeddings, which nothing chooses by.
     """
     request: Request = cache.request
     if not isinstance(request.decision, PlanChooser):
         raise ValueError("this request has nothing to choose from")
+    if is_embedded(inputs.input_ids):
+        raise NotImplementedError(
+            f"a {request.decision.kind} takes a plan by the ids of the first prompt, and this one "
+            "is given by inputs_embeds; pass ids, or a cache of adaskip.new_cache(plan=...)"
+        )
     chosen = request.decision.choose(graphs.model, inputs.input_ids, inputs.attention_mask)
     if chosen not in request.decision.plans:
         kind, digest = request.decision.kind, chosen.digest[:8]

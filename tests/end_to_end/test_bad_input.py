@@ -324,10 +324,35 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"forward\(output_hidden_states=...\) is not supported by adaskip_fx yet; call the orig",
     ),
     "attentions": ({"output_attentions": True}, NotImplementedError, "output_attentions"),
-    "embeddings": (
-        {"input_ids": None, "inputs_embeds": torch.zeros(1, 3, 16)},
-        NotImplementedError,
-        r"forward\(inputs_embeds=...\)",
+    "embeddings and ids": (
+        {"inputs_embeds": torch.zeros(1, 5, 16)},
+        ValueError,
+        "give input_ids or inputs_embeds, not both",
+    ),
+    "embeddings without an axis": (
+        {"input_ids": None, "inputs_embeds": torch.zeros(3, 16)},
+        ValueError,
+        r"inputs_embeds must be a tensor \[batch, tokens, hidden\]",
+    ),
+    "no embeddings": (
+        {"input_ids": None, "inputs_embeds": torch.zeros(1, 0, 16)},
+        ValueError,
+        r"inputs_embeds is empty: \[1, 0, 16\]",
+    ),
+    "embeddings elsewhere": (
+        {"input_ids": None, "inputs_embeds": torch.zeros(1, 3, 16, device="meta")},
+        ValueError,
+        "inputs_embeds is on meta, the model on cpu",
+    ),
+    "embeddings of another width": (
+        {"input_ids": None, "inputs_embeds": torch.zeros(1, 3, 15)},
+        ValueError,
+        r"inputs_embeds are 15 wide and torch.float32, the model's embeddings 16 wide and",
+    ),
+    "embeddings of another dtype": (
+        {"input_ids": None, "inputs_embeds": torch.zeros(1, 3, 16, dtype=torch.float64)},
+        ValueError,
+        "inputs_embeds are 16 wide and torch.float64, the model's embeddings",
     ),
     "unknown argument": ({"temprature": 3}, NotImplementedError, r"forward\(temprature=...\)"),
     "no tokens": ({"input_ids": None}, ValueError, r"input_ids must be a tensor \[batch, tokens\]"),
@@ -538,9 +563,9 @@ GENERATES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"output_attentions",
     ),
     "embeddings": (
-        {"input_ids": None, "inputs_embeds": torch.zeros(1, 3, 16)},
-        NotImplementedError,
-        r"forward\(inputs_embeds=...\)",
+        {"input_ids": None, "inputs_embeds": torch.zeros(1, 3, 15)},
+        ValueError,
+        "inputs_embeds are 15 wide",
     ),
     "too long": (
         {"input_ids": torch.ones(1, 601, dtype=torch.int64)},

@@ -180,7 +180,8 @@ class Phase:
 
     def look(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A pre-hook of the whole model."""
-        ids = args[0] if args else kwargs["input_ids"]
+        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        ids = next(tokens for tokens in given if tokens is not None)
         cache = next((kwargs[n] for n in ("cache", "past_key_values") if n in kwargs), None)
         stored = cache.get_seq_length() if cache is not None else 0
         self.decoding = self.prompt_end is not None and stored + ids.shape[1] > self.prompt_end

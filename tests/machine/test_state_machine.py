@@ -140,6 +140,10 @@ class Machine(RuleBasedStateMachine):
         cache = data.draw(st.sampled_from(("none", "none", "own", "foreign")), "cache")
         self.world.begin(side, count, seed, rows=rows, keep=keep, surroundings=around, cache=cache)
 
+    @rule(data=st.data(), count=LENGTHS, seed=SEEDS)
+    def embedded(self, data: st.DataObject, count: int, seed: int) -> None:
+        self.world.begin(data.draw(_side(self), "on"), count, seed, embedded=True)
+
     @precondition(lambda self: self.turns)
     @rule(data=st.data(), count=LENGTHS, more=st.integers(2, 5), seed=SEEDS)
     def adopt(self, data: st.DataObject, count: int, more: int, seed: int) -> None:
@@ -373,6 +377,8 @@ def test_another_value_is_a_difference(world: World) -> None:
         world.begin(side, 5)
     with _without_an_ffn(side), pytest.raises(DifferenceError, match="loss: relative error"):
         world.labelled(side, 5, 0, 1, None)
+    with _without_an_ffn(side), pytest.raises(DifferenceError, match="logits: relative error"):
+        world.begin(side, 5, embedded=True)
     with _without_an_ffn(side), pytest.raises(DifferenceError, match="another value: sequences"):
         world.generate(side, (5,), 0, Options())
     with _without_an_ffn(side), pytest.raises(DifferenceError, match="another value: tokens"):

@@ -186,6 +186,14 @@ class _InForce:
     undo: list[Callable[[], None]] = field(default_factory=list)
 
 
+def embeddings(model: Any, rows: int, count: int, seed: int) -> torch.Tensor:
+    """Random embeddings [rows, count, H], which are no token's."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = model.get_input_embeddings().weight
+    drawn = torch.randn(rows, count, weight.shape[1], generator=generator)
+    return drawn.to(weight.dtype)
+
+
 def tokens(rows: int, count: int, seed: int) -> torch.Tensor:
     """Random tokens, int64 [rows, count]."""
     generator = torch.Generator().manual_seed(seed)
@@ -409,9 +417,11 @@ class World:
         keep: int = 1,
         surroundings: str = "none",
         cache: Literal["none", "own", "foreign"] = "none",
+        embedded: bool = False,
     ) -> None:
-        """A prompt without padding; a request if a cache comes back."""
+        """A prompt without padding, by embeddings or ids; a request if a cache comes back."""
         ids, expected = tokens(rows, count, seed), self._expected(side)
+        new = embeddings(side.reference, rows, count, seed) if embedded else ids
         name, reference = side.cache_argument, side.reference
         if cache == "foreign":
             expected = expected.or_refused("Caches")
@@ -425,11 +435,11 @@ class World:
         side.phase.prompt_end = None
         got = self._both(
             side,
-            lambda: _forward(side.compiled, ids, name, mine, keep),
-            lambda cache: _forward(reference, ids, name, cache, keep),
+            lambda: _forward(side.compiled, new, name, mine, keep),
+            lambda cache: _forward(reference, new, name, cache, keep),
             theirs,
             expected,
-            f"a prompt of {count} tokens",
+            f"a prompt of {count} {'embeddings' if embedded else 'tokens'}",
             surroundings,
         )
         if got is None or surroundings == "autocast":
@@ -437,7 +447,7 @@ class World:
         if cache_of(got[0]) is not None and self.room:
             whole = _new_cache(reference)  # its window, if it has one, keeps all tokens
             with torch.no_grad(), SURROUNDINGS[surroundings].theirs():
-                _forward(reference, ids, name, whole, keep)
+                _forward(reference, new, name, whole, keep)
             began = self.state(side)
             self.requests.append(
                 Request(side, reference, began, cache_of(got[0]), whole, ids, stored=count)
@@ -834,11 +844,13 @@ def _name(side: Side | None) -> str:
 
 
 def _forward(
-    model: Any, ids: torch.Tensor, name: str, cache: Any, keep: int, **arguments: Any
+    model: Any, new: torch.Tensor, name: str, cache: Any, keep: int, **arguments: Any
 ) -> Any:
+    """Call a model with new tokens: ids [B, T], or embeddings [B, T, H]."""
     if cache is not None:
         arguments[name] = cache
-    return model(input_ids=ids, logits_to_keep=keep, **arguments)
+    arguments["inputs_embeds" if new.dim() == 3 else "input_ids"] = new
+    return model(logits_to_keep=keep, **arguments)
 
 
 def _new_cache(model: Any) -> DynamicCache:
