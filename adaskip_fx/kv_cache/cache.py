@@ -17,6 +17,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .buffer_pool import BufferLease
+from .drafting import Drafting
 from .layer_spec import LayerCacheSpec
 from .layers import layers_of
 from .owner import Owner
@@ -51,6 +52,7 @@ class SkipCache(RequestMemory, Cache):
     Attributes:
         prompting: whether the tokens that the model reads now are a prompt's, however many they are
             (see `prompt`).
+        drafting: which of the tokens are decoded ones, while drafts are verified; else None.
     """
 
     is_compileable = False
@@ -69,6 +71,7 @@ class SkipCache(RequestMemory, Cache):
         # (transformers' own would make an attribute of `layers`, which is a property here)
         RequestMemory.__init__(self, owner, specs, kept, dtype, device, capacity)
         self.prompting = False
+        self.drafting: Drafting | None = None
 
     @contextmanager
     def prompt(self) -> Iterator[None]:
@@ -84,6 +87,15 @@ class SkipCache(RequestMemory, Cache):
         finally:
             self.prompting = before
 
+    @contextmanager
+    def verifying(self, drafting: Drafting) -> Iterator[None]:
+        """Say that tokens after the prompt are decoded ones meanwhile, however many at once."""
+        before, self.drafting = self.drafting, drafting
+        try:
+            yield
+        finally:
+            self.drafting = before
+
     def new_request(self) -> SkipCache:
         """Return an empty cache for the same request: it has its plan and its stop tokens."""
         other = self._empty()
@@ -94,7 +106,8 @@ class SkipCache(RequestMemory, Cache):
     def _empty(self) -> SkipCache:
         form = self.owner, self.specs, self.kept, self.dtype, self.device, self._at_once
         other = SkipCache(*form)
-        other.expected, other.retention = self.expected, self.retention
+        other.expected, other.drafting = self.expected, self.drafting
+        other.retention = self.retention
         return other
 
     # Layers ----------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from transformers.generation import GenerationMode
 
 from ..kv_cache.adopt_cache import own_cache
 from ..kv_cache.cache import SkipCache
+from ..kv_cache.drafting import Drafting
 from ..runtime.runtime import Runtime
-from ..utils.transformers_internals import GenerateHooks, stop_tokens
+from ..utils.transformers_internals import GenerateHooks, is_whole_text, stop_tokens
 from ..utils.transformers_types import DecodingCall, GenerationConfigLike, ModelKwargs
 from . import generation
 from .handle import Handle
@@ -20,7 +21,21 @@ from .handle import Handle
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
 
-_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+    GenerationMode.ASSISTED_GENERATION,
+)
+#: What ``cache_implementation`` may be: the cache that a compiled model has grows, and stays put.
+_CACHES = (None, "dynamic", "static")
+#: Drafts that cannot be had from a compiled model, by the field of the generation config.
+_DRAFTS = {
+    "assistant_early_exit": "drafts of the model's first layers are",
+    "use_mtp": "drafts of the model's own heads for several tokens are",
+    "speculation_type": "drafts that need the model's hidden states are",
+}
 
 
 class CompiledModel(GenerateHooks):
@@ -44,33 +59,52 @@ class CompiledModel(GenerateHooks):
 
         Raises:
             NotImplementedError: what is asked for needs another loop or another cache.
+            ValueError: a cache is passed and another one asked for, as in transformers.
         """
-        if mode not in _MODES:
-            raise NotImplementedError(
-                f"adaskip_fx does not support {mode.value.replace('_', ' ')} yet; "
-                "use greedy search or sampling (num_beams=1, no assistant)"
-            )
-        if config.cache_implementation is not None:
-            raise NotImplementedError(
-                f"cache_implementation={config.cache_implementation!r} is not "
-                "supported: a compiled model makes its own cache, with buffers only for the "
-                "attention that runs; leave the argument out"
-            )
+        _refuse_ways(config, mode)
         ends = stop_tokens(config)
         name = self._adaskip.generate_argument
         cache = model_kwargs.get(name)
         if cache is not None:
+            if config.cache_implementation is not None:
+                raise ValueError(
+                    f"cache_implementation={config.cache_implementation!r} asks for a new cache, "
+                    f"but {name} was passed as well; leave one of the two out"
+                )
             cache = model_kwargs[name] = own_cache(cache, self._adaskip)
             cache.request.stop_tokens = ends
         elif config.use_cache is not False:
             cache = model_kwargs[name] = self._adaskip.new_cache(stop_tokens=ends)
         if isinstance(cache, SkipCache):
-            cache.expected = max_length
+            cache.expected = max(max_length, getattr(config, "max_cache_len", None) or 0)
 
-    def _adaskip_prompt(self, model_kwargs: ModelKwargs) -> AbstractContextManager[None]:
-        """Return the context for what is new of a prompt, which may be a single token."""
+    def _adaskip_prompt(
+        self, input_ids: torch.Tensor, config: GenerationConfigLike, model_kwargs: ModelKwargs
+    ) -> AbstractContextManager[None]:
+        """Return the context for what is new of a prompt, which may be a single token.
+
+        Whoever drafts is called once for each draft, with the text so far. All but the first of
+        these are no prompts: their tokens were decoded, by another model.
+        """
         cache = model_kwargs.get(self._adaskip.generate_argument)
-        return cache.prompt() if isinstance(cache, SkipCache) else nullcontext()
+        if not isinstance(cache, SkipCache):
+            return nullcontext()
+        if not config.is_assistant:
+            return cache.prompt()
+        if cache.drafting is None:
+            cache.drafting = Drafting(input_ids.shape[1])
+        return nullcontext()
+
+    def _adaskip_assisted(
+        self, input_ids: torch.Tensor, config: GenerationConfigLike, model_kwargs: ModelKwargs
+    ) -> AbstractContextManager[None]:
+        """Return the context for a prompt and drafts of what follows it, which are verified."""
+        cache, new = model_kwargs.get(self._adaskip.generate_argument), input_ids.shape[1]
+        if not isinstance(cache, SkipCache):
+            return nullcontext()
+        if cache.length < new and is_whole_text(input_ids, config, model_kwargs):
+            return cache.verifying(Drafting(new, seen=cache.length))
+        return cache.verifying(Drafting(cache.length + new))
 
     def _adaskip_decode(self: CompiledCausalLM, call: DecodingCall) -> Any:
         """Decode without waiting for a GPU; see :mod:`adaskip_fx.model.generation`."""
@@ -124,4 +158,26 @@ class CompiledModel(GenerateHooks):
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "a compiled model cannot be pickled; save the original model and the profile"
+        )
+
+
+def _refuse_ways(config: GenerationConfigLike, mode: GenerationMode) -> None:
+    """Refuse ways to generate that a compiled model has not."""
+    if mode not in _MODES:
+        raise NotImplementedError(
+            f"{mode.value.replace('_', ' ')} is not supported by adaskip_fx yet: transformers has "
+            "it no longer, and repositories of its loops are not tested; use greedy search, "
+            "sampling or beam search, or the original model"
+        )
+    for field, drafts in _DRAFTS.items():
+        if getattr(config, field, None):
+            raise NotImplementedError(
+                f"{field}={getattr(config, field)!r} is not supported by adaskip_fx yet: {drafts} "
+                "not captured; pass an assistant_model, or use prompt_lookup_num_tokens"
+            )
+    if config.cache_implementation not in _CACHES:
+        raise NotImplementedError(
+            f"cache_implementation={config.cache_implementation!r} is not supported: a compiled "
+            "model makes its own cache, with buffers only for the attention that runs; leave it "
+            "out, of the generation config as well ('dynamic' and 'static' mean that cache)"
         )

@@ -1,4 +1,4 @@
-"""Plans whose phases differ: skip only while decoding, or only in prompts.
+"""Plans whose phases differ: skip only while decoding, or only in prompts; and one half of any.
 
 Either way the cache stays whole: attention and mixers that a phase leaves out still write their K/V
 or state (`kv_only`), while the stream is as if they were skipped.
@@ -6,6 +6,7 @@ or state (`kv_only`), while the stream is as if they were skipped.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -52,6 +53,18 @@ def prefill_only(
         last_token_full=last_token_full,
         windows=Windows(plan.windows.prefill, smaller.windows.decode),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def as_decode(plan: SkipPlan) -> SkipPlan:
+    """Return a plan whose prompts run as decode steps of `plan` do.
+
+    A graph of several tokens runs with it where these are decoded ones: drafts to be verified.
+    """
+    if plan.phases_alike and not plan.last_token_full:
+        return plan
+    windows = Windows(plan.windows.decode, plan.windows.decode)
+    return replace(plan, prefill=plan.decode, last_token_full=False, windows=windows)
 
 
 def _keeping_cache(actions: Mapping[Sublayer, Action]) -> dict[Sublayer, Action]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,15 +56,26 @@ class Inputs(NamedTuple):
         Of padded rows the last column is cut off: rows are padded on the left, as ``generate``
         needs them, so it holds every row's last token.
         """
-        ids, mask, positions, padding = self
-        last_position = None if positions is None else positions[:, -1:]
-        tail = Inputs(ids[:, -1:].contiguous(), mask, last_position, padding)
-        if ids.shape[1] == 1:
-            return None, tail
-        head = Inputs(
-            ids[:, :-1].contiguous(),
-            None if mask is None else mask[:, :-1],
-            None if positions is None else positions[:, :-1],
-            padding,
-        )
+        count = self.input_ids.shape[1]
+        if count == 1:
+            return None, self.cut([1])[0]
+        head, tail = self.cut([count - 1, 1])
         return head, tail
+
+    def cut(self, counts: Sequence[int]) -> tuple[Inputs, ...]:
+        """The same tokens as steps one after the other, of `counts` tokens."""
+        ids, mask, positions, padding = self
+        self.check_positions()
+        past = mask.shape[1] - ids.shape[1] if mask is not None else 0
+        parts, end = list[Inputs](), 0
+        for count in counts:
+            begin, end = end, end + count
+            parts.append(
+                Inputs(
+                    ids[:, begin:end].contiguous(),
+                    None if mask is None else mask[:, : past + end],
+                    None if positions is None else positions[:, begin:end],
+                    padding,
+                )
+            )
+        return tuple(parts)

@@ -1,6 +1,7 @@
 """Selection at run time: which captured phase and which plan, for every step of a request.
 
-`step` is the way through a request; how a step runs with the plan that it is given is `step`'s.
+`request_step` is the way through a request; how a step runs with the plan that it is given is
+`step`'s.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from ..plans.skip_plan import SkipPlan
 from ..programs.instruments import Instrument
 from ..programs.program import Link, Program
 from ..programs.program_cache import Graphs
-from ..programs.rewrite import plan_phase
 from ..programs.variants import Counters
 from . import turns
 from .checking import Checker, checks
 from .inputs import Inputs
 from .request import Request
+from .request_step import run_step
 from .step import Runner
 from .validate_decision import validate_decision
 from .warmup import warm_up
@@ -253,30 +254,8 @@ class Runtime:
             keep: 0 for the logits of all new tokens, n for those of the last n; or int64 [K].
             padding: what the mask says, if it is that rows begin with padding and no more.
         """
-        phase, checked = turns.phase_of(input_ids, cache), checks()
-        if phase != "decode":
-            turns.check_length(self.graphs, cache.length + input_ids.shape[1])
-        if not cache.length or cache.request.since is None:  # of a file, or another's cache
-            turns.begin(cache, self.graphs)
-        elif phase != "decode" or checked:
-            self.graphs.states.require(cache.request.since)
-        request = turns.next_turn(cache, phase, self._learner)
         inputs = Inputs(input_ids, attention_mask, position_ids, padding)
-        if request.undecided:
-            request = turns.choose_plan(cache, inputs, self.graphs)
-        plan, statistics = request.plan, None
-        if phase == "decode":
-            plan, probed = request.plan_at(cache.length), request.decode.probed
-            logits, statistics = self.runner.run(phase, request, plan, probed, inputs, cache, keep)
-        else:
-            logits = self.runner.run_prompt(phase, request, inputs, cache, keep)
-        cache.request = request  # only now: a step that was refused has changed nothing
-        if checked:
-            state = request.since.state if request.since is not None else self.graphs.states.current
-            self.checker.compare(plan, plan_phase(phase), inputs, cache, state, logits, keep)
-        if statistics is not None:
-            request.decode.learn(statistics)
-        return logits
+        return run_step(self, inputs, cache, keep)
 
     def may_run_ahead(self, cache: SkipCache) -> bool:
         """Whether a decode step may be begun that ``cache.crop(-1)`` may have to take back.
@@ -293,7 +272,8 @@ class Runtime:
         seen = self.observer is not None or cache.request.instrument is not None or checks()
         return not seen and self.may_run_ahead(cache)
 
-    def _learner(self) -> Learner | None:
+    def learner(self) -> Learner | None:
+        """Return what a turn learns with; None where nothing is learned."""
         if self.policy is None or self.profile is None:
             return None
         return Learner(self.policy, self.profile, self.graphs.structure.unskippable)

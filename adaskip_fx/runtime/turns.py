@@ -43,18 +43,16 @@ def begin(cache: SkipCache, graphs: Graphs) -> None:
         cache.renew(state.reference.specs, stored, retention, graphs.model.dtype, device)
 
 
-def next_turn(
-    cache: SkipCache, phase: GraphPhase, learner: Callable[[], Learner | None]
-) -> Request:
-    """Return the state of the cache's request for a step of `phase`.
+def next_turn(cache: SkipCache, decoded: bool, learner: Callable[[], Learner | None]) -> Request:
+    """Return the state of the cache's request for a step of a prompt, or of decoded tokens.
 
     Args:
         cache: The request's.
-        phase: A prompt after decoded tokens begins a new turn.
+        decoded: A prompt after decoded tokens begins a new turn.
         learner: It is called at the first decode step of a turn: what the turn learns with.
     """
     request: Request = cache.request
-    if phase != "decode":
+    if not decoded:
         return request.new_turn() if request.decoding else request
     if not request.decoding:
         request.decoding, request.decoding_from = True, cache.length

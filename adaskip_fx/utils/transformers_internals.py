@@ -84,6 +84,18 @@ def prefill(
     return output
 
 
+def is_whole_text(
+    input_ids: torch.Tensor, config: GenerationConfigLike, model_kwargs: ModelKwargs
+) -> bool:
+    """Return whether ``generate`` was handed all of a text, or what is new of it alone.
+
+    The mask says so, which is of all of it; one that says nothing has left its length behind.
+    """
+    mask = model_kwargs.get("attention_mask")
+    length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", None)
+    return length in (None, input_ids.shape[1])
+
+
 def next_kwargs(model: Any, outputs: Output, model_kwargs: ModelKwargs) -> ModelKwargs:
     """Return the arguments of forward that ``generate`` keeps for the step after this one."""
     updated: ModelKwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -102,8 +114,16 @@ class GenerateHooks:
         """Put the request's cache among the arguments of forward."""
         raise NotImplementedError
 
-    def _adaskip_prompt(self, model_kwargs: ModelKwargs) -> AbstractContextManager[None]:
+    def _adaskip_prompt(
+        self, input_ids: torch.Tensor, config: GenerationConfigLike, model_kwargs: ModelKwargs
+    ) -> AbstractContextManager[None]:
         """Return the context in which a prompt is run."""
+        raise NotImplementedError
+
+    def _adaskip_assisted(
+        self, input_ids: torch.Tensor, config: GenerationConfigLike, model_kwargs: ModelKwargs
+    ) -> AbstractContextManager[None]:
+        """Return the context in which drafts are verified, the prompt included."""
         raise NotImplementedError
 
     def _adaskip_decode(self, call: DecodingCall) -> Any:
@@ -134,7 +154,7 @@ class GenerateHooks:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        with self._adaskip_prompt(model_kwargs):
+        with self._adaskip_prompt(input_ids, generation_config, model_kwargs):
             return super()._prefill(  # type: ignore[misc]
                 input_ids, generation_config, model_kwargs, *args, **kwargs
             )
@@ -157,6 +177,21 @@ class GenerateHooks:
         return super()._sample(  # type: ignore[misc]
             *steps, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
         )
+
+    def _assisted_decoding(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessor,
+        stopping_criteria: StoppingCriteria,
+        generation_config: GenerationConfigLike,
+        inputs_tensor: torch.Tensor | None = None,  # ``generate`` looks whether it is taken
+        **kwargs: Any,
+    ) -> Any:
+        steps = (input_ids, logits_processor, stopping_criteria, generation_config)
+        with self._adaskip_assisted(input_ids, generation_config, kwargs):
+            return super()._assisted_decoding(  # type: ignore[misc]
+                *steps, inputs_tensor=inputs_tensor, **kwargs
+            )
 
     def _update_model_kwargs_for_generation(
         self, outputs: Output, model_kwargs: ModelKwargs, *args: Any, **kwargs: Any

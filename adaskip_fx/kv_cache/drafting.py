@@ -1,0 +1,18 @@
+"""Drafts: tokens that are read several at once to be verified, as those of a prompt are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Which tokens of a request are decoded ones, however many are read at once.
+
+    Attributes:
+        prompt: how many tokens of the text are a prompt's; those after them are decoded.
+        seen: how many tokens ``generate`` was handed that were stored before, and need no reading.
+    """
+
+    prompt: int
+    seen: int = 0

@@ -1,0 +1,103 @@
+"""One step of a request: the phase and the plan that its new tokens run with, and what it learns.
+
+Most steps are of one kind: a prompt, or a decoded token of each row. Where drafts are verified
+(assisted generation), a step is a prompt and decoded tokens after it, or several of these at once.
+Each part runs as what it is: a draft is accepted if the plan for decoding would have chosen it, so
+that the tokens are those that are decoded one by one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..capture.graph_key import GraphPhase
+from ..kv_cache.cache import SkipCache
+from ..kv_cache.drafting import Drafting
+from ..plans.decisions import Schedule
+from ..plans.phase_split import as_decode
+from ..programs.rewrite import plan_phase
+from . import turns
+from .checking import checks
+from .inputs import Inputs
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
+
+
+def run_step(
+    runtime: Runtime, inputs: Inputs, cache: SkipCache, keep: int | torch.Tensor
+) -> torch.Tensor:
+    """Run new tokens of a request; arguments and logits as of `Runtime.step`."""
+    phase = turns.phase_of(inputs.input_ids, cache)
+    drafting: Drafting | None = cache.drafting
+    if drafting is None:
+        return _run(runtime, phase, phase == "decode", inputs, cache, keep)
+    new = inputs.input_ids.shape[1]
+    prompt = min(max(drafting.prompt - cache.length, 0), new)
+    counts = [prompt] if prompt else []
+    if isinstance(cache.request.decision, Schedule):  # each token may have a plan of its own
+        counts += [1] * (new - prompt)
+    elif prompt < new:
+        counts.append(new - prompt)
+    before = cache.length
+    try:
+        parts = list[torch.Tensor]()
+        for part, wanted in zip(inputs.cut(counts), _kept(counts, keep), strict=True):
+            decoded = cache.length >= drafting.prompt
+            one = decoded and part.input_ids.shape[1] == 1
+            kind: GraphPhase = "decode" if one else "extend" if cache.length else "prefill"
+            logits = _run(runtime, kind, decoded, part, cache, wanted)
+            parts.append(logits)
+    except BaseException:
+        if len(counts) > 1 and not cache.stateful:  # (a mixer's state cannot be taken back)
+            cache.keep_first(before)
+        raise
+    logits = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    return logits[:, keep] if isinstance(keep, torch.Tensor) else logits[:, -keep:]
+
+
+def _kept(counts: list[int], keep: int | torch.Tensor) -> list[int]:
+    """Return how many last logits each part is to give: at least one, which is cheap; 0 for all."""
+    if isinstance(keep, torch.Tensor) or not keep:
+        return [0] * len(counts)
+    after = [sum(counts[i + 1 :]) for i in range(len(counts))]
+    return [max(1, min(keep - more, count)) for more, count in zip(after, counts, strict=True)]
+
+
+def _run(
+    runtime: Runtime,
+    phase: GraphPhase,
+    decoded: bool,
+    inputs: Inputs,
+    cache: SkipCache,
+    keep: int | torch.Tensor,
+) -> torch.Tensor:
+    """Run tokens of one kind: a prompt's, or `decoded` ones."""
+    graphs, checked = runtime.graphs, checks()
+    if not decoded:
+        turns.check_length(graphs, cache.length + inputs.input_ids.shape[1])
+    if not cache.length or cache.request.since is None:  # of a file, or another's cache
+        turns.begin(cache, graphs)
+    elif phase != "decode" or checked:
+        graphs.states.require(cache.request.since)
+    request = turns.next_turn(cache, decoded, runtime.learner)
+    if request.undecided:
+        request = turns.choose_plan(cache, inputs, graphs)
+    plan, statistics = request.plan, None
+    if phase == "decode":
+        plan, probed = request.plan_at(cache.length), request.decode.probed
+        logits, statistics = runtime.runner.run(phase, request, plan, probed, inputs, cache, keep)
+    elif decoded:  # in a prompt's graph; nothing is measured, since some may be taken back
+        plan = as_decode(request.plan_at(cache.length))
+        logits, _ = runtime.runner.run(phase, request, plan, (), inputs, cache, keep)
+    else:
+        logits = runtime.runner.run_prompt(phase, request, inputs, cache, keep)
+    cache.request = request  # only now: a step that was refused has changed nothing
+    if checked:
+        state = request.since.state if request.since is not None else graphs.states.current
+        runtime.checker.compare(plan, plan_phase(phase), inputs, cache, state, logits, keep)
+    if statistics is not None:
+        request.decode.learn(statistics)
+    return logits
