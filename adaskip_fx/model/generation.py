@@ -76,11 +76,12 @@ def following(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str,
 def serves(call: DecodingCall) -> bool:
     """Return whether this loop can stand in for transformers': one process, with a cache.
 
-    Where hidden states are asked for, transformers' own collects them.
+    It records scores and logits; whoever asks for more is served by transformers' own.
     """
-    alone = not call.synced_gpus and not call.config.is_assistant
-    alone = alone and not call.config.output_hidden_states
-    return alone and call.model_kwargs.get("use_cache") is not False
+    config = call.config
+    more = config.output_hidden_states or config.output_attentions
+    alone = not call.synced_gpus and not config.is_assistant
+    return alone and not more and call.model_kwargs.get("use_cache") is not False
 
 
 def run(model: CompiledCausalLM, call: DecodingCall) -> Any:

@@ -89,7 +89,8 @@ class GenerationConfigLike(Protocol):
     return_dict_in_generate: bool
     output_scores: bool
     output_logits: bool
-    output_hidden_states: bool
+    output_hidden_states: bool | None
+    output_attentions: bool | None
 
 
 class StoppingCriteria(Protocol):

@@ -42,12 +42,20 @@ def assistant() -> tuple[Any, Any]:
     return model, build(model, None, backend="eager")
 
 
+@functools.cache
+def shorter() -> Any:
+    """The target itself, compiled with half of it left out."""
+    bank = entry(SHAPE)
+    return build(bank.model, bank.plan(["1.attention", "1.ffn"]), backend="eager")
+
+
 #: How drafts are made; the last one's are the target's own.
 DRAFTS: Mapping[str, Any] = MappingProxyType(
     {
         "of the prompt": lambda bank: {"prompt_lookup_num_tokens": 3},
         "of an eager model": lambda bank: {"assistant_model": assistant()[0]},
         "of a compiled model": lambda bank: {"assistant_model": assistant()[1]},
+        "of the same model with a plan": lambda bank: {"assistant_model": shorter()},
         "that are right": lambda bank: {"assistant_model": bank.model},
     }
 )
