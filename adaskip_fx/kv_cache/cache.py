@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .buffer_pool import BufferLease
 from .drafting import Drafting
 from .layer_spec import LayerCacheSpec
 from .layers import layers_of
 from .owner import Owner
+from .pickled import as_dynamic_cache
 from .request_memory import RequestMemory
 
 _ONLY_COMPILED = (
@@ -255,11 +256,8 @@ class SkipCache(RequestMemory, Cache):
             "copy.deepcopy"
         )
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(
-            "this cache cannot be pickled, since it belongs to a compiled model; save(path) it, "
-            "and load it with load_cache(path) of the compiled model's .adaskip"
-        )
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return DynamicCache, (), vars(as_dynamic_cache(self))
 
     def become(self, other: Cache) -> SkipCache:
         """Have the object `other` be this cache from now on, whoever holds it; returns it.

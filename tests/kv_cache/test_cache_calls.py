@@ -470,11 +470,11 @@ REFUSALS: dict[str, tuple[str, Callable[[SkipCache], Any], type[Exception], str]
         TypeError,
         "this cache cannot be copied without its buffers, which belong to one request; use copy.d",
     ),
-    "a pickle": (
-        "attention",
+    "a pickle of states": (
+        "states",
         pickle.dumps,
         TypeError,
-        r"this cache cannot be pickled, since it belongs to a compiled model; save\(path\) it",
+        r"this cache cannot be pickled, since mixers keep states; save\(path\) it, and load it",
     ),
     "a state's token": (
         "states",
