@@ -25,7 +25,9 @@ from hypothesis.stateful import (
 from transformers.utils import ModelOutput
 
 from adaskip_fx import SkipPlan
+from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.runtime import request_step
 from tests.machine import refusals
 from tests.machine.edits import Change, Edit, Values
 from tests.machine.faults import SEQUENCES, Sequence
@@ -185,6 +187,16 @@ class Machine(RuleBasedStateMachine):
             around = "none"
         options = data.draw(OPTIONS if self.turns else WHOLE, "options")
         self.world.generate(side, lengths, seed, options, around)
+
+    @rule(data=st.data(), length=LENGTHS, seed=SEEDS, options=WHOLE)
+    def beams(self, data: st.DataObject, length: int, seed: int, options: Options) -> None:
+        side = data.draw(_side(self), "on")
+        self.world.generate(side, (length,), seed, replace(options, beams=2))
+
+    @rule(data=st.data(), length=st.sampled_from((2, 3, 5)), seed=SEEDS, options=WHOLE)
+    def drafts(self, data: st.DataObject, length: int, seed: int, options: Options) -> None:
+        side = data.draw(_side(self), "on")
+        self.world.drafts(side, length, seed, replace(options, lookup=3))
 
     # On requests -----------------------------------------------------------------------------
 
@@ -383,6 +395,28 @@ def test_another_value_is_a_difference(world: World) -> None:
         world.generate(side, (5,), 0, Options())
     with _without_an_ffn(side), pytest.raises(DifferenceError, match="another value: tokens"):
         world.generate(side, (5,), 0, Options(new=4, as_dictionary=False))
+
+
+@pytest.mark.breaks
+def test_drafts_that_are_verified_as_a_prompt_are_a_difference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(request_step, "as_decode", lambda plan: plan)
+    world = World("qwen3, decode plan")
+    try:
+        with pytest.raises(DifferenceError, match="another value: "):
+            world.drafts(world.pair.sides[0], 4, 0, Options(new=24, lookup=3))
+    finally:
+        world.end()
+
+
+@pytest.mark.breaks
+def test_beams_that_are_not_reordered_are_a_difference(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SkipCache, "reorder_cache", lambda self, rows: None)
+    with pytest.raises(DifferenceError, match="another value: "):
+        world.generate(world.pair.sides[0], (5,), 0, Options(new=12, beams=2))
 
 
 def test_a_refusal_that_is_not_listed_is_a_difference(

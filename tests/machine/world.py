@@ -14,7 +14,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -104,6 +104,13 @@ class Options:
     stop_token: int | None = None
     stop_length: int | None = None
     chunk: int | None = None
+    beams: int = 1
+    lookup: int | None = None
+
+    @property
+    def drafts(self) -> dict[str, Any]:
+        """What makes drafts: without it, the same tokens are decoded one by one."""
+        return {"prompt_lookup_num_tokens": self.lookup} if self.lookup is not None else {}
 
     def arguments(self, prompt: int) -> dict[str, Any]:
         given: dict[str, Any] = {
@@ -123,6 +130,8 @@ class Options:
             given["stopping_criteria"] = [_Longer(prompt + self.stop_length)]
         if self.chunk is not None:
             given["prefill_chunk_size"] = self.chunk
+        if self.beams > 1:
+            given |= {"num_beams": self.beams, "num_return_sequences": self.beams}
         return given
 
 
@@ -598,6 +607,23 @@ class World:
         if self._generate(request, ids, mask, options, self._expected(side), surroundings):
             self._keep(request)
 
+    def drafts(self, side: Side, length: int, seed: int, options: Options) -> None:
+        """`generate` with drafts of a prompt that comes twice; greedy, so that tokens are the same.
+
+        transformers itself refuses drafts for models that only keep states.
+        """
+        specs = side.compiled.adaskip.new_cache().specs
+        if not any(spec.attends for spec in specs):
+            return
+        ids = tokens(1, length, seed).repeat(1, 2)
+        request = Request(side, side.reference, self.state(side), None, None, ids)
+        expected = self._expected(side)
+        if any(spec.mixes for spec in specs):
+            expected = expected.or_refused("Generate")
+        plain = replace(options, sample=False, stop_length=None, chunk=None, use_cache=True)
+        if self._generate(request, ids, None, plain, expected):
+            self._keep(request)
+
     def turn(self, request: Request, count: int, seed: int, options: Options) -> None:
         """`generate` on a request's cache, with that many tokens more."""
         self._anew(request)
@@ -644,7 +670,7 @@ class World:
 
         def ours() -> Any:
             torch.manual_seed(options.seed)
-            got = side.compiled.generate(ids, **given, **mine)
+            got = side.compiled.generate(ids, **given, **mine, **options.drafts)
             after.append(torch.get_rng_state())
             return got
 
@@ -664,7 +690,8 @@ class World:
         if not torch.equal(*after):
             raise DifferenceError(f"{what}: another number of random numbers was used")
         output = got[0]
-        if not options.as_dictionary:  # whoever wants to go on asks for the cache
+        # whoever wants to go on asks for the cache, which holds the beams that were left
+        if not options.as_dictionary or options.beams > 1:
             if live is not None:
                 self.requests.remove(live)
             return False

@@ -14,7 +14,7 @@ from transformers import TextIteratorStreamer, WatermarkingConfig, pipeline
 
 from adaskip_fx.kv_cache.cache import SkipCache
 from tests.support.characters import character_tokenizer
-from tests.support.compiled_llamas import Entry, entry
+from tests.support.compiled_llamas import Entry, entry, fixed
 from tests.support.generation import mixed_plan, padded
 
 SHAPE = "grouped"
@@ -67,6 +67,17 @@ def test_the_tokens_are_those_of_the_eager_model(way: str, plan: str) -> None:
             bank.oracle.decode = bank.oracle.prefill  # every step is a prompt then
         got, want = (
             generated(model, bank.tokens(rows, 7, 2), **options)
+            for model in (bank.compiled, bank.oracle.model)
+        )
+    assert torch.equal(got, want)
+
+
+def test_beams_on_a_static_cache() -> None:
+    """Rows are put in another order where they are, as on a GPU."""
+    bank = fixed(SHAPE)
+    with bank.using(mixed_plan(bank)):
+        got, want = (
+            generated(model, bank.tokens(2, 7, 2), **BEAMS)
             for model in (bank.compiled, bank.oracle.model)
         )
     assert torch.equal(got, want)
