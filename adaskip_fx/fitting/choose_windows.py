@@ -116,10 +116,8 @@ def choose_windows(
     )
     say("search")
     plan = policy.search(compiled.adaskip.sublayers, alpha, recipe.start)
-    say(
-        f"{loss.judged} plans judged; KL of texts {loss.text_loss(plan):.4f}, of answers "
-        f"{loss.answer_loss(plan):.4f} nats a token"
-    )
+    kl = f"{loss.text_loss(plan):.4f}, of answers {loss.answer_loss(plan):.4f} nats a token"
+    say(f"{loss.judged} plans judged; KL of texts {kl}")
     return plan
 
 

@@ -85,6 +85,7 @@ COMPARED: Mapping[str, Compared] = MappingProxyType(
         "return_dict_in_generate": Compared(True, shows=False),
         "output_scores": Compared(True, ALL),
         "output_logits": Compared(True, ALL),
+        "output_hidden_states": Compared(True, ALL),
         "pad_token_id": Compared(3, {**SAMPLED, **ENDS, "num_beams": 1, "num_return_sequences": 5}),
         "bos_token_id": Compared(9, shows=False),
         "eos_token_id": Compared(list(range(2, 30))),
@@ -128,11 +129,6 @@ REFUSED: Mapping[str, tuple[dict[str, Any], type[Exception], str]] = MappingProx
             {"num_beams": 2, "low_memory": True},
             ValueError,
             "`low_memory=True` is not supported",
-        ),
-        "output_hidden_states": (
-            {"output_hidden_states": True},
-            NotImplementedError,
-            r"forward\(output_hidden_states=...\) is not supported by adaskip_fx yet",
         ),
         "output_attentions": (
             {"output_attentions": True},
