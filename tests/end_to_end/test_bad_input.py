@@ -527,26 +527,6 @@ def test_a_cache_of_another_compiled_model() -> None:
 # generate ---------------------------------------------------------------------------------------
 
 GENERATES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "beam search": (
-        {"num_beams": 2},
-        NotImplementedError,
-        r"adaskip_fx does not support beam search yet; use greedy search or sampling \(num_beams=1",
-    ),
-    "beam sampling": (
-        {"num_beams": 2, "do_sample": True},
-        NotImplementedError,
-        "does not support beam sample yet",
-    ),
-    "prompt lookup": (
-        {"prompt_lookup_num_tokens": 2},
-        NotImplementedError,
-        "does not support assisted generation yet",
-    ),
-    "static cache": (
-        {"cache_implementation": "static"},
-        NotImplementedError,
-        "cache_implementation='static' is not supported: a compiled model makes its own cache",
-    ),
     "quantized cache": (
         {"cache_implementation": "quantized"},
         NotImplementedError,
@@ -586,17 +566,6 @@ def test_generate(case: str) -> None:
         bank.model,
     )
     bank.compiled.generate(IDS, max_new_tokens=3, do_sample=False)  # and it still works
-
-
-def test_assisted_generation() -> None:
-    bank = entry(SHAPE)
-    message = "does not support assisted generation yet"
-    refused(
-        lambda: bank.compiled.generate(IDS, assistant_model=bank.model, max_new_tokens=3),
-        NotImplementedError,
-        message,
-        bank.model,
-    )
 
 
 def test_a_compiled_models_cache_in_the_original() -> None:

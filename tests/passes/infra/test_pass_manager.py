@@ -213,6 +213,7 @@ def test_every_rewrite_has_the_one_interface() -> None:
         "Expand",
         "FuseAttention",
         "FuseRotary",
+        "HiddenStates",
         "FuseProjections",
         "PlainAttention",
         "Probe",
