@@ -95,7 +95,7 @@ class SkipCache(RequestMemory, Cache):
         try:
             yield
         finally:
-            self.drafting = before
+            self.drafting, drafting.ended = before, True
 
     def new_request(self) -> SkipCache:
         """Return an empty cache for the same request: it has its plan and its stop tokens."""
@@ -107,8 +107,7 @@ class SkipCache(RequestMemory, Cache):
     def _empty(self) -> SkipCache:
         form = self.owner, self.specs, self.kept, self.dtype, self.device, self._at_once
         other = SkipCache(*form)
-        other.expected, other.drafting = self.expected, self.drafting
-        other.retention = self.retention
+        other.expected, other.retention = self.expected, self.retention
         return other
 
     # Layers ----------------------------------------------------------------------------------

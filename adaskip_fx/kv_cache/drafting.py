@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass
 class Drafting:
     """Which tokens of a request are decoded ones, however many are read at once.
 
     Attributes:
         prompt: how many tokens of the text are a prompt's; those after them are decoded.
         seen: how many tokens ``generate`` was handed that were stored before, and need no reading.
+        ended: whether the call is over that verifies them; caches may have been exchanged in it.
     """
 
     prompt: int
     seen: int = 0
+    ended: bool = False

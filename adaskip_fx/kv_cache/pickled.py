@@ -25,7 +25,7 @@ def as_dynamic_cache(cache: SkipCache) -> DynamicCache:
     """
     request = cache.request
     plans = (*plans_of(request.decision), request.decode_plan)
-    if cache.stateful or any(p.prefill or p.decode or p.windows for p in plans):
+    if cache.stateful or request.left_out or any(p.prefill or p.decode or p.windows for p in plans):
         why = "mixers keep states" if cache.stateful else "its keys and values are of a plan"
         raise TypeError(
             f"this cache cannot be pickled, since {why}; save(path) it, and load it with "

@@ -39,6 +39,7 @@ class RequestMemory:
         retention: what it may read of each layer; all of it when empty.
         lease: the request's buffers.
         mask: the last one that was read.
+        reordered: how often other rows were chosen.
     """
 
     def __init__(
@@ -55,8 +56,7 @@ class RequestMemory:
         self.kept = tuple(kept)
         self.dtype = dtype
         self.device = device
-        self.length = 0
-        self.batch = 0
+        self.length = self.batch = self.reordered = 0
         self.padded = False
         self.request: Any = None
         self.retention: Retention = ()
@@ -88,14 +88,12 @@ class RequestMemory:
     @property
     def keys(self) -> list[torch.Tensor | None]:
         """Key buffers [batch, heads, room, dim] by layer; None where nothing is stored."""
-        buffers = self.lease.buffers
-        return buffers.keys if buffers is not None else [None] * len(self.specs)
+        return self.lease.buffers.keys if self.lease.buffers else [None] * len(self.specs)
 
     @property
     def values(self) -> list[torch.Tensor | None]:
         """Value buffers [batch, heads, room, dim] by layer; None where nothing is stored."""
-        buffers = self.lease.buffers
-        return buffers.values if buffers is not None else [None] * len(self.specs)
+        return self.lease.buffers.values if self.lease.buffers else [None] * len(self.specs)
 
     # What is stored --------------------------------------------------------------------------
 
@@ -250,6 +248,7 @@ class RequestMemory:
         if not self.length or old is None:  # as in transformers: there are no rows yet
             return
         request, self.mask = self.request.of_rows(rows), LastMask()
+        self.reordered += 1
         new, batch = old, rows.numel()
         if old.shown or batch != self.batch:
             new = self._acquire(batch, _blocks(self.length + 1))

@@ -102,6 +102,8 @@ class CompiledModel(GenerateHooks):
         cache, new = model_kwargs.get(self._adaskip.generate_argument), input_ids.shape[1]
         if not isinstance(cache, SkipCache):
             return nullcontext()
+        if model_kwargs.get("inputs_embeds") is not None:  # the prompt, and there are no ids of it
+            return cache.verifying(Drafting(cache.length + model_kwargs["inputs_embeds"].shape[1]))
         if cache.length < new and is_whole_text(input_ids, config, model_kwargs):
             return cache.verifying(Drafting(new, seen=cache.length))
         return cache.verifying(Drafting(cache.length + new))

@@ -111,6 +111,7 @@ def _run_step(
     keep = checked_keep(arguments.get("logits_to_keep"), input_ids, runtime.graphs.forward)
     ahead = mask is not None and input_ids.shape[1] == 1 and runtime.may_suppose(cache)
     before, padded = cache.length, cache.padded
+    request = cache.request.copy() if for_loss is not None else None
 
     def take_back() -> None:
         cache.keep_first(before)
@@ -131,6 +132,7 @@ def _run_step(
     except Exception:
         if not cache.stateful:  # (a mixer's state cannot be taken back)
             take_back()
+            cache.request = request  # and what was learned of the step, or chosen by it
         raise
 
 

@@ -68,6 +68,7 @@ def following(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str,
             inputs.pop(given, None)
         if isinstance(cache, SkipCache) and inputs.get(name) is None:
             inputs[name] = cache.new_request() if cache.length else cache
+            inputs[name].drafting = drafting
         return inputs
 
     return followed

@@ -16,6 +16,8 @@ from weakref import WeakSet
 
 import torch
 
+from adaskip_passes._torch import one_at_a_time
+
 from ..capture.check_graph import relative_error, tolerance
 from ..capture.state import State
 from ..kv_cache.cache import SkipCache
@@ -84,7 +86,11 @@ def _of_a_copy(
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     memo[id(model)] = twin
     held = {name: value for name, value in vars(model).items() if name != "_adaskip"}
-    vars(twin).update(copy.deepcopy(held, memo))
+    with one_at_a_time:  # modules are marked while they are traced
+        try:
+            vars(twin).update(copy.deepcopy(held, memo))
+        except TypeError:  # something of the user's own, which cannot be copied
+            return None
     with state.reference.attention_of(twin):
         output = base.forward(twin, input_ids=ids, output_hidden_states=True, return_dict=True)
     states: tuple[torch.Tensor, ...] | None = getattr(output, "hidden_states", None)

@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from adaskip_passes._torch import one_at_a_time
+
 from ..capture.arguments import forward_names
 from ..capture.state import State
 
@@ -89,7 +91,7 @@ def _is_own_loss(
     few = {n: ids.flip(1) if _is_like(v, labels) else v for n, v in given.items()}
     asked: dict[str, Any] = {"use_cache": False, "return_dict": True}
     asked = {name: value for name, value in asked.items() if name in named}
-    with state.reference.attention_of(model):
+    with one_at_a_time, state.reference.attention_of(model):  # the model is another meanwhile
         output = graphs.forward(model, input_ids=ids, labels=ids, **asked, **few)
     theirs = getattr(output, "loss", None)
     if theirs is None:

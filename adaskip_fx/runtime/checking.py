@@ -46,9 +46,10 @@ def checks() -> bool:
 
 @dataclass
 class _Beside:
-    """transformers' cache of a request's tokens, and how many there are."""
+    """transformers' cache of a request's tokens, how many there are, and of which rows."""
 
     cache: Any
+    rows: int
     length: int = 0
 
     def keep_first(self, tokens: int) -> bool:
@@ -133,8 +134,11 @@ class Checker:
     def _of(self, cache: SkipCache, before: int) -> _Beside | None:
         """What has the `before` tokens that a request has stored; None if there is none."""
         if not before:
-            self._beside[cache] = _Beside(new_cache(self._graphs.model))
+            self._beside[cache] = _Beside(new_cache(self._graphs.model), cache.reordered)
         beside = self._beside.get(cache)
+        if beside is not None and beside.rows != cache.reordered:
+            del self._beside[cache]
+            return None
         if beside is None or beside.length == before:
             return beside
         if before < beside.length and beside.keep_first(before):

@@ -32,6 +32,7 @@ class Request:
         chosen: The plan that a `PlanChooser` gave it; None before its first prompt.
         learns: Whether a window opens when it begins to decode, if the policy learns.
         instrument: What its programs do besides; None for nothing.
+        left_out: Whether `decode_with` had its steps run with a plan that leaves something out.
         plan: The plan that its prompts run with, and its decoding at first.
         decode: The plans of the current turn's decode steps.
         decoding: Whether the current turn has begun to decode.
@@ -47,6 +48,7 @@ class Request:
     chosen: SkipPlan | None = None
     learns: bool = True
     instrument: Instrument | None = field(default=None, repr=False)
+    left_out: bool = False
     plan: SkipPlan = field(init=False)
     decode: DecodePlans = field(init=False)
     decoding: bool = field(init=False, default=False)
@@ -137,6 +139,8 @@ class Request:
         """
         self._check_stored(plan)
         self.learns, self.decode = False, DecodePlans(plan)
+        if plan.decode or plan.windows:
+            self.left_out = True
 
     def _check_stored(self, plan: SkipPlan) -> None:
         def needs(sublayer: Sublayer) -> bool:

@@ -21,6 +21,7 @@ from ..programs.rewrite import plan_phase
 from . import turns
 from .checking import checks
 from .inputs import Inputs
+from .step import take_back
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -32,7 +33,7 @@ def run_step(
     """Run new tokens of a request; arguments and logits as of `Runtime.step`."""
     phase = turns.phase_of(inputs.input_ids, cache)
     drafting: Drafting | None = cache.drafting
-    if drafting is None:
+    if drafting is None or drafting.ended:
         return _run(runtime, phase, phase == "decode", inputs, cache, keep)
     new = inputs.input_ids.shape[1]
     prompt = min(max(drafting.prompt - cache.length, 0), new)
@@ -41,7 +42,7 @@ def run_step(
         counts += [1] * (new - prompt)
     elif prompt < new:
         counts.append(new - prompt)
-    before = cache.length
+    before, request = cache.length, cache.request
     try:
         parts = list[torch.Tensor]()
         for part, wanted in zip(inputs.cut(counts), _kept(counts, keep), strict=True):
@@ -51,8 +52,9 @@ def run_step(
             logits = _run(runtime, kind, decoded, part, cache, wanted)
             parts.append(logits)
     except BaseException:
-        if len(counts) > 1 and not cache.stateful:  # (a mixer's state cannot be taken back)
-            cache.keep_first(before)
+        if len(counts) > 1:
+            take_back(cache, before)
+            cache.request = request
         raise
     logits = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
     return logits[:, keep] if isinstance(keep, torch.Tensor) else logits[:, -keep:]

@@ -6,6 +6,7 @@ at addresses that stay (`static_runner`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -131,8 +132,7 @@ class Runner:
                 parts.append(self.run(phase, request, plan, (), head, cache, keep)[0])
             parts.append(self.run("decode", request, plan, (), tail, cache, 1)[0])
         except BaseException:
-            if not cache.stateful:  # (a mixer's state cannot be taken back)
-                cache.keep_first(before)
+            take_back(cache, before)
             raise
         return parts[-1] if logits_to_keep == 1 else torch.cat(parts, 1)
 
@@ -201,6 +201,13 @@ class Runner:
         else:
             logits, statistics = program(arguments, weights, valid)
         return program, kept.of(logits), statistics
+
+
+def take_back(cache: SkipCache, before: int) -> None:
+    """Forget what a step stored that failed; where that cannot be done, its error says more."""
+    if not cache.stateful:  # (a mixer's state cannot be taken back)
+        with contextlib.suppress(NotImplementedError):  # windows may have let go of what they saw
+            cache.keep_first(before)
 
 
 def _valid(

@@ -31,6 +31,7 @@ from tests.support.compiled_llamas import make_model
 from tests.support.cuda_driver import Driver, install_on_cpu
 from tests.support.eager_windows import WindowedEager
 from tests.support.families.all import FAMILIES, tiny_config, tiny_model
+from tests.support.families.refused import REFUSED
 
 SPARE = 8
 ATTENTION = [Sublayer(n, "attention") for n in range(3)]
@@ -240,7 +241,7 @@ def test_a_window_that_shows_all_maps_what_there_is() -> None:
 
 #: Of each way to attend: our operators, a window of its own, masks that the model makes.
 KINDS = ("mistral, sliding window", "falcon, parallel", "llama4", "gpt_neox", "mixtral", "cohere2")
-KINDS_SLOW = tuple(sorted({*FAMILIES} - {*KINDS}))
+KINDS_SLOW = tuple(sorted({*FAMILIES} - {*KINDS, *REFUSED}))
 
 
 @pytest.mark.parametrize(
