@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +41,6 @@ class CacheBuffers:
         states: by layer, in the order of the spec's states.
         memory: what the regions are in, if they can grow in place.
         whole: whether all of them may be read, filled or not.
-        retention: what the first request holds of each layer.
         sliding: the layers that forget.
         lengths: a tensor on the CPU of which only lengths are used, int8 [room].
         keys, values: [batch, heads, room, dim] by layer: views of the regions.
@@ -60,7 +59,7 @@ class CacheBuffers:
     states: list[tuple[torch.Tensor, ...]] = field(repr=False)
     memory: GrowingMemory | None
     whole: bool = False
-    retention: Retention = field(default=(), repr=False)
+    retention: InitVar[Retention] = ()
     sliding: Sliding = field(init=False, repr=False)
     lengths: torch.Tensor = field(init=False, repr=False)
     keys: list[torch.Tensor | None] = field(init=False, repr=False)
@@ -69,7 +68,7 @@ class CacheBuffers:
     stream: torch.cuda.Stream | None = field(init=False, default=None, repr=False)
     shown: bool = field(init=False, default=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, retention: Retention) -> None:
         pairs = [
             (None, None) if regions is None else by_head(regions, spec)
             for regions, spec in zip(self.regions, self.specs, strict=True)
@@ -79,7 +78,7 @@ class CacheBuffers:
         sizes = iter(enumerate(r.stride(0) * r.itemsize for r in self._regions()))
         attending = [i for i, regions in enumerate(self.regions) if regions is not None]
         ranges = {i: (next(sizes), next(sizes)) for i in attending}
-        self.sliding = Sliding(self.memory, ranges, self.retention)
+        self.sliding = Sliding(self.memory, ranges, retention)
 
     @classmethod
     def new(

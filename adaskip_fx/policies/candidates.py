@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.policies.base import plan_without
@@ -37,6 +37,29 @@ class FitSurrogates(Protocol):
             known: those of `skip` that other candidates have in common; their fits may be kept.
         """
         ...
+
+
+Item = TypeVar("Item")
+
+
+def cheapest(known: dict[Item, float], judge: Callable[[Item], float], shortlist: int) -> Item:
+    """Return the item that costs the least now, by what each cost when it was last judged.
+
+    Those that were cheapest are judged again until one is no dearer than the next one was: Minoux's
+    accelerated greedy algorithm (1978), which judges few where costs grow with what is chosen.
+
+    Args:
+        known: of each item that is left, at least one; what is judged again is noted here.
+        judge: what an item costs beside what is chosen now.
+        shortlist: how many are judged again at most, at least one.
+    """
+    fresh: dict[Item, float] = {}
+    for item in sorted(known, key=lambda item: (known[item], item))[:shortlist]:
+        if fresh and min(fresh.values()) <= known[item]:
+            break
+        fresh[item] = judge(item)
+    known.update(fresh)
+    return min(fresh, key=lambda item: (fresh[item], item))
 
 
 def candidate(

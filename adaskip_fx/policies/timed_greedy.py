@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.plans.windows import Window, Windows
-from adaskip_fx.policies.candidates import Evaluator
+from adaskip_fx.policies.candidates import Evaluator, cheapest
 
 if TYPE_CHECKING:
     from adaskip_fx.latency.table import LatencyTable
@@ -140,17 +140,18 @@ class _Search:
 
     def next(self, plan: SkipPlan) -> SkipPlan | None:
         """Return the plan after the best move; None where none saves time."""
-        order = sorted(self._cost, key=lambda move: (self._cost[move], move))
-        fresh: dict[Move, float] = {}
-        for move in order[: self._policy.shortlist]:
-            if fresh and min(fresh.values()) <= self._cost[move]:
-                break
+        if not self._cost:
+            return None
+
+        def judge(move: Move) -> float:
             self._judge(plan, [move])
-            fresh[move] = self._cost[move]
-        best = min(fresh, key=lambda move: (fresh[move], move), default=None)
-        if best is None or fresh[best] == math.inf:
-            best = self._any_that_saves(plan)
-        if best is None:
+            return self._cost[move]
+
+        best = cheapest(self._cost, judge, self._policy.shortlist)
+        if self._cost[best] == math.inf:  # of those that promised most none saves time any more
+            self._judge(plan, list(self._cost))
+            best = min(self._cost, key=lambda move: (self._cost[move], move))
+        if self._cost[best] == math.inf:
             return None
         changed = self._changed(plan, best)
         self._now = self._loss(changed)
@@ -160,12 +161,6 @@ class _Search:
         self._cost = {m: cost for m, cost in self._cost.items() if m in left}
         self._judge(changed, again)
         return changed
-
-    def _any_that_saves(self, plan: SkipPlan) -> Move | None:
-        """Judge all that are left anew: none of the shortlist saves time any more."""
-        self._judge(plan, list(self._cost))
-        best = min(self._cost, key=lambda move: (self._cost[move], move), default=None)
-        return best if best is not None and self._cost[best] < math.inf else None
 
     def _judge(self, plan: SkipPlan, moves: list[Move]) -> None:
         """Note what a second costs that each move saves; infinite where it saves nothing."""

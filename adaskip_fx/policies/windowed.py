@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.plans.windows import Window, Windows
-from adaskip_fx.policies.candidates import Evaluator
+from adaskip_fx.policies.candidates import Evaluator, cheapest
 
 if TYPE_CHECKING:
     from adaskip_fx.latency.table import LatencyTable
@@ -220,14 +220,10 @@ class _Left:
 
     def pop(self, loss: Callable[..., float]) -> Unit:
         """Return the unit that is to change next."""
-        order = sorted(self._added, key=lambda unit: (self._added[unit], unit))
-        fresh: dict[Unit, float] = {}
-        if self._shortlist > 1:
-            for unit in order[: self._shortlist]:
-                if fresh and min(fresh.values()) <= self._added[unit]:
-                    break
-                fresh[unit] = loss(unit) - self._now
-            self._added.update(fresh)
-        best = min(fresh or order[:1], key=lambda unit: (self._added[unit], unit))
+
+        def judge(unit: Unit) -> float:
+            return loss(unit) - self._now if self._shortlist > 1 else self._added[unit]
+
+        best = cheapest(self._added, judge, self._shortlist)
         self._now += self._added.pop(best)
         return best

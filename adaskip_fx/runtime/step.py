@@ -75,35 +75,19 @@ class Runner:
         if masked and cache.lease.buffers is not None:
             cache.lease.buffers.sliding.check_mask()
         cache.padded |= masked
+        form = phase, request, plan, probed, inputs, cache, logits_to_keep
         try:
-            program, logits, statistics = self._run(
-                phase, request, plan, probed, inputs, cache, logits_to_keep
-            )
+            ran = None
+            if request.instrument is None and (not masked or inputs.padding is not None):
+                ran = self._without_mask(*form)
+            program, logits, statistics = ran or self._on_views(*form)
         except BaseException:
             cache.padded = before
             raise
         if self.observer is not None:
-            self.observer(program, plan, inputs.input_ids.shape[:2].numel())
+            self.observer(program, plan, inputs.input_ids.numel())
         cache.advance(inputs.input_ids.shape[1])
         return logits, statistics
-
-    def _run(
-        self,
-        phase: GraphPhase,
-        request: Request,
-        plan: SkipPlan,
-        probed: tuple[Sublayer, ...],
-        inputs: Inputs,
-        cache: SkipCache,
-        logits_to_keep: int | torch.Tensor,
-    ) -> Ran:
-        """Run a step on a static cache, packed, or on views."""
-        masked = inputs.attention_mask is not None
-        form = phase, request, plan, probed, inputs, cache, logits_to_keep
-        ran = None
-        if request.instrument is None and (not masked or inputs.padding is not None):
-            ran = self._without_mask(*form)
-        return ran or self._on_views(*form)
 
     def run_prompt(
         self,
