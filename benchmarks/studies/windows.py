@@ -1,10 +1,10 @@
 """What windows keep, by K/V head and by layer, against attention that is left out altogether.
 
 Windows are chosen on the first halves of two texts and on questions about them, without training,
-and read on all of other texts (on second halves where there is no other). Shares are of the keys
-and values that a decode step does not read with a whole window of text stored. Retrieval is asked
-in other words than the questions that chose; arithmetic and brackets need depth. Each prompt is put
-to the full model as well, and the interval is of the paired difference.
+and read on both halves of other texts (on second halves where there is no other). Shares are of the
+keys and values that a decode step does not read with a whole window of text stored. Retrieval is
+asked in other words than the questions that chose; arithmetic and brackets need depth. Each prompt
+is put to the full model as well, and the interval is of the paired difference.
 """
 
 from __future__ import annotations
