@@ -88,14 +88,15 @@ class GrowingMemory:
     def let_go(self, spans: Sequence[tuple[int, int, int]]) -> None:
         """Free the pieces that lie within `spans`: of a range, from a byte up to another one.
 
-        If there are any it waits until nothing runs on the device.
+        The first one stays, since a driver knows no pointer that has no memory behind it. If there
+        are others it waits until nothing runs on the device.
         """
         mapped = self._mapped
         within = [
             (index, piece)
             for index, begin, end in spans
             for piece in mapped.pieces[index]
-            if begin <= piece.begin and piece.begin + piece.size <= end
+            if max(begin, 1) <= piece.begin and piece.begin + piece.size <= end
         ]
         if not within:
             return

@@ -140,12 +140,13 @@ class Sliding:
             )
 
     def _cuts(self, kept: Retained, size: int, filled: int, total: int) -> list[int]:
-        """Return where pieces end, in bytes: one will go as a whole, then come small ones."""
+        """Return where pieces end, in bytes: one stays, one will go as a whole, then small ones."""
         assert self._memory is not None
         block = self._memory.block
         gone = kept.gone(total)
         low, high = -(-gone.start * size // block) * block, gone.stop * size // block * block
-        cuts = [cut for cut in (low, high) if filled < cut <= high]
+        cuts = [block] if not filled else []
+        cuts += [cut for cut in (low, high) if max(filled, block) < cut <= high]
         piece = -(-max(1, min(kept.last, total) * size // _PIECES) // block) * block
         begin = max([filled, *cuts])
         return [*cuts, *range(begin + piece, total * size + piece, piece)]

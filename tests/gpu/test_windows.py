@@ -41,19 +41,32 @@ def test_against_scores_of_float64(
     shapes = ((heads * 4, tokens), (heads, stored), (heads, stored))
     q, k, v = (torch.randn(2, h, n, dim, device="cuda").to(dtype) for h, n in shapes)
     got = attend_windowed(q, k, v, torch.tensor(windows), EVERY, dim**-0.5)
+    assert got.is_contiguous()
+    assert _error(got, _scores(q, k, v, windows)) < TOLERANCES[dtype]
+    if any(sinks + last < stored for sinks, last in windows):
+        farther = [(sinks, last + 1) for sinks, last in windows]
+        noise = _error(got, _scores(q, k, v, windows))
+        assert _error(got, _scores(q, k, v, farther)) > 2 * noise
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: Any) -> torch.Tensor:
+    """Attention with explicit masks in float64, [rows, tokens, heads, dim]."""
+    (heads, tokens, dim), stored = q.shape[1:], k.shape[2]
     own = torch.arange(stored - tokens, stored, device="cuda").unsqueeze(1)
     j = torch.arange(stored, device="cuda")
-    wanted = []
-    for head in range(heads * 4):
-        sinks, last = windows[head // 4]
-        scores = q[:, head].double() @ k[:, head // 4].double().mT * dim**-0.5
+    found = []
+    for head in range(heads):
+        group = head // (heads // k.shape[1])
+        sinks, last = windows[group]
+        scores = q[:, head].double() @ k[:, group].double().mT * dim**-0.5
         near = (j <= own) & ((j > own - last) | (j < sinks))
         shares = scores.masked_fill(~near, float("-inf")).softmax(-1)
-        wanted.append(shares @ v[:, head // 4].double())
-    want = torch.stack(wanted, 2)
-    error = float((got.double() - want).norm() / want.norm())
-    assert got.is_contiguous()
-    assert error < TOLERANCES[dtype]
+        found.append(shares @ v[:, group].double())
+    return torch.stack(found, 2)
+
+
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

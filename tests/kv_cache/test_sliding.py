@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip_fx.api import build
-from adaskip_fx.kv_cache import retention, sliding
+from adaskip_fx.kv_cache import growing_memory, retention, sliding
 from adaskip_fx.kv_cache.retention import Retained
 from adaskip_fx.kv_cache.saved import SavedCacheError
 from adaskip_fx.model.handle import runtime_of
@@ -77,8 +77,19 @@ def text(rows: int, tokens: int) -> torch.Tensor:
 @torch.no_grad()
 def feed(fast: Any, cache: Any, ids: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """Logits of tokens that come `counts` at a time."""
-    parts = torch.split(ids, counts, 1)
-    return torch.cat([fast(input_ids=p, past_key_values=cache).logits for p in parts], 1)
+    logits = []
+    for part in torch.split(ids, counts, 1):
+        logits.append(fast(input_ids=part, past_key_values=cache).logits)
+        check_pointers(cache)
+    return torch.cat(logits, 1)
+
+
+def check_pointers(cache: Any) -> None:
+    """Each range has memory behind its first byte: a driver takes no other pointer for a kernel."""
+    memory = cache.lease.buffers.memory
+    if memory is not None:
+        bases = map(memory.address, range(len(memory.sizes)))
+        assert all(growing_memory._driver().behind(base) for base in bases)
 
 
 def gone(cache: Any) -> dict[int, range]:
@@ -115,6 +126,7 @@ def test_any_cuts_crops_copies_and_rows(data: st.DataObject) -> None:
         with torch.no_grad():
             logits = fast(input_ids=ids[:, at : at + count], past_key_values=cache).logits
         torch.testing.assert_close(logits, wanted[:, at : at + count], atol=2e-4, rtol=1e-3)
+        check_pointers(cache)
         at += count
         event = data.draw(st.sampled_from(["nothing", "crop", "copy", "rows", "reset"]))
         if event == "crop":
