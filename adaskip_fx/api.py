@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .capture.reference import run_reference
+from .model.adapted import put_around
 from .model.check_model import check_model
 from .model.load import usable_backend
 from .model.subclass import make_compiled_model
@@ -41,7 +42,8 @@ def compile(
     (``.adaskip.warmup`` does it beforehand); a new plan is linked in milliseconds.
 
     Args:
-        model: A transformers decoder with a language-model head, in evaluation mode.
+        model: A transformers decoder with a language-model head, in evaluation mode; or a
+            ``PeftModel`` around one.
         profile: What :func:`adaskip_fx.calibrate` measured on this model, or the path it was
             saved to. None only with an explicit `plan`.
         alpha: The acceleration ratio; ``floor(S (1 - 1/alpha) + 1/2)`` of S sublayers are skipped
@@ -58,7 +60,7 @@ def compile(
 
     Returns:
         A model of the same class, with ``.adaskip`` (a :class:`adaskip_fx.model.handle.Handle`)
-        beside its methods.
+        beside its methods. What is done to adapters of `model` later, it follows.
 
     Raises:
         TypeError, ValueError: A model, profile, alpha or plan cannot be used (a `PlanError` or
@@ -66,11 +68,11 @@ def compile(
         RuntimeError: Inductor is to compile for the CPU and there is no C++ compiler.
         UnsupportedError: The architecture's sublayers cannot be captured or proven.
     """
-    check_model(model)
-    _check_options(backend, link, model)
+    decoder = check_model(model)
+    _check_options(backend, link, decoder)
     measured = Profile.load(profile) if isinstance(profile, str | Path) else profile
     if measured is not None:
-        measured.check(model)
+        measured.check(decoder)
     options: dict[str, Any] = {"backend": backend, "link": link, "max_variants": max_variants}
     if plan is not None:
         decision = load_decision(Path(plan)) if isinstance(plan, str | Path) else plan
@@ -78,16 +80,17 @@ def compile(
     if measured is None:
         raise ValueError("compile needs a profile, or an explicit plan")
     chosen = policy if policy is not None else AdaSkip()
-    check_policy(chosen, model)
+    check_policy(chosen, decoder)
     options["policy"] = chosen if isinstance(chosen, OnlinePolicy) else None
     return build(model, chosen.plan(measured, alpha), profile=measured, **options)
 
 
 def build(model: Any, plan: Decision | None, **options: Any) -> CompiledModel:
     """Return a compiled model with an explicit plan; None for the empty one; see `Runtime`."""
-    compiled: Any = make_compiled_model(model)
-    compiled._adaskip = Runtime(compiled, model, run_reference(model), plan, **options)
-    return compiled  # type: ignore[no-any-return]
+    decoder = check_model(model)
+    compiled: Any = make_compiled_model(decoder)
+    compiled._adaskip = Runtime(compiled, decoder, run_reference(decoder), plan, **options)
+    return put_around(compiled, model)  # type: ignore[no-any-return]
 
 
 def _check_options(backend: str, link: str, model: Any) -> None:

@@ -39,7 +39,9 @@ def calibrate(
     or not finite does not count for it; the profile says how many did not.
 
     Args:
-        model: a transformers decoder in evaluation mode; it is not changed.
+        model: a transformers decoder in evaluation mode, or a ``PeftModel`` around one, which is
+            measured with the adapters that are on; it is not changed. A prompt that peft has
+            learned is left out.
         tokenizer: the model's; called on each text.
         texts: what the model will be used on, or close to it.
         max_length: tokens of a sample at most.
@@ -54,14 +56,14 @@ def calibrate(
             which less than half counts for some sublayer.
         UnsupportedError: the model's sublayers cannot be captured or proven.
     """
-    check_model(model)
-    samples = tokenize(model, tokenizer, texts, max_length)
-    runtime = runtime_of(build(model, None, backend=backend))
+    decoder = check_model(model)
+    samples = tokenize(decoder, tokenizer, texts, max_length)
+    runtime = runtime_of(build(decoder, None, backend=backend))
     readings = []
     for done, ids in enumerate(samples):
         if progress is not None:
             progress(done, len(samples))
-        reading = measure_prompt(runtime, ids.to(model.device), layers=True)
+        reading = measure_prompt(runtime, ids.to(decoder.device), layers=True)
         readings.append(reading[:, 0].double().cpu().numpy())
     if progress is not None:
         progress(len(samples), len(samples))
@@ -71,14 +73,14 @@ def calibrate(
         statistics=statistics,
         layers=layers,
         left_out=left_out_counts(runtime.sublayers, statistics, [ids.shape[1] for ids in samples]),
-        fingerprint=fingerprint(model),
+        fingerprint=fingerprint(decoder),
         versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
         calibration={
             "samples": len(samples),
             "max_length": max_length,
             "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
             "tokens_sha256": _digest(samples),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": str(decoder.dtype).removeprefix("torch."),
         },
     )
 

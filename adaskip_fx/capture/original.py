@@ -10,6 +10,7 @@ from torch import nn
 from adaskip_passes.tracing.python_state import Change, PythonState
 
 from ..utils.transformers_internals import COPIED_APART, only_records
+from .adapters import FollowedAdapters
 from .same_objects import alike, equal, same_tensors
 from .state import ChangedError, State
 
@@ -20,8 +21,9 @@ _OWN = frozenset({"training", "gradient_checkpointing", *COPIED_APART})
 class Original:
     """The user's model, and whether it is still what the compiled model was made of.
 
-    A tensor that is replaced there under its name is taken over; any other change is refused until
-    it is undone, or made in the compiled model as well.
+    A tensor that is replaced there under its name is taken over, and what is done to adapters is
+    done here as well; any other change is refused until it is undone, or made in the compiled model
+    as well.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class Original:
         self._python = watched(original)
         self._shared = self._python.tensors()
         self._agreed: tuple[PythonState, State] | None = None  # of changes that both models have
+        self._adapters = FollowedAdapters(original, compiled)
+        self._followed = False  # whether adapters were, since what is watched was found
 
     def is_unchanged(self, current: State) -> bool:
         """Return whether it is as it was compiled, or as both models were at the last look.
@@ -71,6 +75,14 @@ class Original:
                     holder[name] = new
         self._shared = now
 
+    def follow_adapters(self) -> None:
+        """Do to the compiled model's adapters what was done to those of the original.
+
+        Raises:
+            ChangedError, UnsupportedError: adapters are merged in one of the two, or disabled.
+        """
+        self._followed |= self._adapters.follow()
+
     def check(self, read: frozenset[str]) -> PythonState | None:
         """Refuse changes of the original alone; return what it is now, if both models have changes.
 
@@ -81,6 +93,7 @@ class Original:
             ChangedError: it was changed, and the compiled model was not.
         """
         if self._python.holds():
+            self._followed = False
             return None
         changes = [
             c
@@ -88,7 +101,8 @@ class Original:
             if c.concerns(read) and not _is_own(c) and not self._is_recorder(c)
         ]
         if not changes:
-            self._python = self._watched(self._model)
+            self._python, self._followed = self._watched(self._model), False
+            self._shared = self._python.tensors()
             return None
         compiled, changed = self._watched(self._compiled), self._first.changed_paths()
         alone = [c for c in changes if not self._is_in_both(c, compiled, c.path in changed)]
@@ -98,6 +112,10 @@ class Original:
                 f"{type(self._compiled).__name__} was compiled, but not of the compiled model; do "
                 "the same to both, undo it, or compile again"
             )
+        if self._followed:  # there may be other modules now, whose tensors are to be watched
+            self._python, self._followed = self._watched(self._model), False
+            self._shared = self._python.tensors()
+            return None
         return self._watched(self._model)
 
     def agree(self, python: PythonState | None, state: State) -> None:

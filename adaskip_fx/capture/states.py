@@ -6,8 +6,9 @@ and the original's, whose tensors it shares.
 
 - Another state of the compiled model's tree is another `State`, with graphs of its own; a few are
   kept, so that going back costs nothing.
-- A tensor that is replaced on the original, under its name, is taken over; any other change there
-  is refused until it is undone, or done to the compiled model as well.
+- A tensor that is replaced on the original, under its name, is taken over, and so is what is done
+  to adapters there (`adapters`); any other change there is refused until it is undone, or done to
+  the compiled model as well.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class States:
             return current
         with one_at_a_time:  # modules are marked while they are traced
             self._followed.hand_over_tensors()
+            self._followed.follow_adapters()
             agreed = self._followed.check(self._names())
             state = self._find()
             self._followed.agree(agreed, state)

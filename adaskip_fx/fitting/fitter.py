@@ -70,7 +70,7 @@ class Fitter:
         backend: str = "eager",
         group_size: int = 16,
     ) -> None:
-        check_model(model)
+        model = check_model(model)
         self._source = model, tokenizer, max_length
         self.runtime: Runtime = runtime_of(build(model, None, backend=backend))
         self.group_size = group_size

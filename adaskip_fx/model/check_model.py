@@ -7,26 +7,36 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..capture.adapters import is_adapter, refuse_unmerging
+from .adapted import decoder_in
 from .compiled_model import CompiledModel
 
 #: Outputs of a model besides logits and cache, which no graph is captured with.
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
-def check_model(model: Any) -> None:
-    """Refuse what is not a plain transformers decoder in evaluation mode.
+def check_model(model: Any) -> Any:
+    """Refuse what is not a transformers decoder in evaluation mode, maybe with adapters of peft's.
+
+    Args:
+        model: a decoder, or a model of peft's around one.
+
+    Returns:
+        The decoder.
 
     Raises:
         TypeError: it is no decoder of transformers', or a wrapper of one, or it was changed.
         ValueError: it is in training mode, or its config asks for outputs that are not captured.
+        UnsupportedError: its adapters are merged and disabled.
     """
+    given, model = model, decoder_in(model)
     if isinstance(model, CompiledModel):
         raise TypeError("this model is compiled already; compile the original with another plan")
     if not isinstance(model, PreTrainedModel):
         kind = type(model).__name__
         hint = ""
-        if isinstance(model, nn.Module) and hasattr(model, "get_base_model"):
-            hint = " (a peft model: merge_and_unload() it first)"
+        if is_adapter(type(given)):
+            hint = " (a model of peft's, of which adapters of one kind around such a model are taken)"
         elif hasattr(model, "_orig_mod"):
             hint = " (a torch.compile wrapper: pass the model inside it)"
         raise TypeError(
@@ -47,8 +57,15 @@ def check_model(model: Any) -> None:
             "the model's forward was replaced on the instance (accelerate hooks do that); load it "
             "without device_map, or remove the hook"
         )
-    if model.training:
+    if model.training or any(map(_drops, given.modules())):
         raise ValueError("the model is in training mode; call model.eval() first")
+    refuse_unmerging(model)
+    return model
+
+
+def _drops(module: nn.Module) -> bool:
+    """Return whether a module drops values out: peft's layers may be so in a model that is not."""
+    return module.training and isinstance(module, nn.Dropout) and module.p > 0
 
 
 def refuse_outputs(model: Any) -> None:

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from ..capture import attention
 from ..utils.transformers_internals import can_set_attention
-from .check_model import check_model
 from .compiled_model import CompiledModel
 from .forward import compiled_forward
 from .generation import following
@@ -23,13 +22,10 @@ def make_compiled_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model of a generated subclass that shares the parameters and buffers of `model`.
 
     It runs once its ``_adaskip`` is a runtime.
-
-    Raises:
-        TypeError, ValueError: `model` is not a decoder of transformers in evaluation mode.
     """
-    check_model(model)
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     compiled: PreTrainedModel = copy.deepcopy(model, memo)
+    vars(compiled).pop("prepare_inputs_for_generation", None)  # peft leaves one there
     base = type(model)
     name = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     methods = {
