@@ -74,7 +74,7 @@ class CalibrationLoss:
         """
         if not texts and not answers:
             raise ValueError("a loss needs texts or answers to be measured on, got neither")
-        compiled = isinstance(model, CompiledModel)
+        compiled = isinstance(decoder_in(model), CompiledModel)
         fast = model if compiled else build(model, None, backend=backend, max_variants=_VARIANTS)
         self.runtime: Runtime = runtime_of(fast)
         self.judged = 0

@@ -80,7 +80,12 @@ class _Adapters:
 
 
 class FollowedAdapters:
-    """Makes the adapters of a compiled model what those of the original are."""
+    """Makes the adapters of a compiled model what those of the original are.
+
+    Attributes:
+        gone: paths where the original had layers of peft's, which were taken off when it was last
+            followed.
+    """
 
     def __init__(self, original: nn.Module, compiled: nn.Module) -> None:
         """Take what is there now for the same in both.
@@ -91,6 +96,7 @@ class FollowedAdapters:
         """
         self._original, self._compiled = original, compiled
         self._agreed = _Adapters.of(original) if _is_imported() else _Adapters()
+        self.gone: tuple[str, ...] = ()
 
     def follow(self) -> bool:
         """Do to the compiled model's adapters what was done to the original's since the last time.
@@ -111,6 +117,8 @@ class FollowedAdapters:
         if not theirs.equal(self._agreed):
             if not theirs.equal(ours) and ours.facts == self._agreed.facts:
                 self._copy()
+                before = (p for p, kind in self._agreed.facts.items() if isinstance(kind, type))
+                self.gone = tuple(p for p in before if p not in theirs.facts)
                 ours, followed = _Adapters.of(self._compiled), True
             if ours.facts == theirs.facts:
                 self._agreed = theirs

@@ -98,7 +98,10 @@ class Original:
         changes = [
             c
             for c in self._python.changes()
-            if c.concerns(read) and not _is_own(c) and not self._is_recorder(c)
+            if c.concerns(read)
+            and not _is_own(c)
+            and not self._is_recorder(c)
+            and not any(c.holder.startswith(path) for path in self._adapters.gone)
         ]
         if not changes:
             self._python, self._followed = self._watched(self._model), False

@@ -18,6 +18,8 @@ _PREPARE = "prepare_inputs_for_generation"
 #: Attributes that say which adapters there are and which is on, and the prompts that were learned.
 _CHOICE = ("active_adapter", "peft_config", "prompt_tokens")
 _PROMPTS = "prompt_encoder"
+#: Kinds of learned prompts that are keys and values.
+_PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
 
 
 def decoder_in(model: Any) -> Any:
@@ -63,6 +65,8 @@ class CompiledAround:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the ``generate`` of peft's class, with the adapters that the original has."""
         with self._follow():
+            if not self._is_off():
+                self._refuse_prefix()
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,6 +78,15 @@ class CompiledAround:
                     "original model"
                 )
         return super()._enable_peft_forward_hooks(*args, **kwargs)  # type: ignore[misc]
+
+    def _refuse_prefix(self) -> None:
+        adapter = self.peft_config.get(self.active_adapter)  # type: ignore[attr-defined]
+        if adapter is not None and adapter.peft_type in _PREFIXES:
+            raise NotImplementedError(
+                f"generate with {adapter.peft_type.value} is not supported by adaskip_fx yet: "
+                "peft exchanges the cache of a request for one of its own that holds what was "
+                "learned; call generate of the original model (forward takes it)"
+            )
 
     def _refuse_merging(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(

@@ -36,7 +36,7 @@ def check_model(model: Any) -> Any:
         kind = type(model).__name__
         hint = ""
         if is_adapter(type(given)):
-            hint = " (a model of peft's, of which adapters of one kind around such a model are taken)"
+            hint = " (adapters of several kinds: pass the decoder inside, base_model.model)"
         elif hasattr(model, "_orig_mod"):
             hint = " (a torch.compile wrapper: pass the model inside it)"
         raise TypeError(

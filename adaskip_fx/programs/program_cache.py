@@ -20,6 +20,7 @@ from ..capture.arguments import Forward
 from ..capture.check_graph import check_graph, is_right_for_padding
 from ..capture.example_inputs import Lengths, example_lengths, lengths_of
 from ..capture.graph_key import GraphKey, Surroundings
+from ..capture.obstacles import named_obstacles
 from ..capture.phase_graph import CapturedPhase
 from ..capture.reference import ReferenceRun, positions
 from ..capture.state import Since, State
@@ -262,21 +263,23 @@ class Graphs:
                 "the model's code branches on them"
             )
         start = time.perf_counter()
-        captured = phase_graph.capture_phase(
-            self.model,
-            self.forward,
-            key,
-            state.reference.specs,
-            lengths or example_lengths(key, self.max_length),
-            self.backend,
-        )
+        with named_obstacles(self.model):
+            captured = phase_graph.capture_phase(
+                self.model,
+                self.forward,
+                key,
+                state.reference.specs,
+                lengths or example_lengths(key, self.max_length),
+                self.backend,
+            )
         self.counters.captures += 1
         if self._first is not None and captured.sublayers != self._first.sublayers:
             raise UnsupportedError(
                 f"{type(self.model).__name__} had {len(self._first.sublayers)} sublayers when it "
                 f"was compiled and has {len(captured.sublayers)} now, or others; compile it again"
             )
-        self._check(captured, state)
+        with named_obstacles(self.model):
+            self._check(captured, state)
         logger.info(
             "captured %s of %s in %.2f s: %d sublayers",
             key.phase,

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from adaskip_fx.model.handle import runtime_of
 
 from ..api import build
+from ..model.adapted import decoder_in
 from ..kv_cache.padding import of_real_tokens
 from ..plans.skip_plan import Action, Phase, SkipPlan
 from ..programs.instruments import ResidualRecorder
@@ -74,7 +75,7 @@ def assert_equivalent(
         raise ValueError(
             "assert_equivalent runs a prompt as one step; check a plan with last_token_full=False"
         )
-    pair = _pair(model, dtype, backend)
+    pair = _pair(decoder_in(model), dtype, backend)
     runtime: Runtime = runtime_of(pair.compiled)
     runtime.plan = plan = plan if plan is not None else SkipPlan.empty(runtime.sublayers)
     oracle = Oracle(pair.eager, modules or runtime.graphs.structure.modules)

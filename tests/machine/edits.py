@@ -31,8 +31,10 @@ class Edit:
         name: what it is.
         groups: what it touches; of edits that touch the same at most one is in force.
         apply: makes the change on a model that it is handed.
-        kind: Python state, a tensor replaced by another, or values in place (which all models that
-            share them see at once).
+        kind: Python state, a tensor replaced by another, values in place (which all models that
+            share them see at once), or adapters: Python state that is followed like a tensor. Of
+            adapters at most one tree is changed at a time: what was changed in the compiled model
+            alone is its own.
         compiled: what requests do while it is in force on the compiled model: run on a graph
             captured for it, either that or be refused, or be refused; None if it is not made there.
         original: what they do while it is in force on the original alone: be refused, follow it,
@@ -40,17 +42,20 @@ class Edit:
         recorded: how often its hook, which has a side effect, has run since the process began.
         casts: whether models are of another dtype afterwards.
         writes: whether Python state is changed and values are written as well.
+        written: makes the change on a model whose values were written already, if that is not
+            `apply`.
     """
 
     name: str
     groups: tuple[str, ...]
     apply: Callable[[Any], None]
-    kind: Literal["python", "tensor", "value"] = "python"
+    kind: Literal["python", "tensor", "value", "adapter"] = "python"
     compiled: Literal["captured", "either", "refused"] | None = "captured"
     original: Literal["refused", "followed", "ignored", "either"] | None = "refused"
     recorded: Callable[[], int] | None = None
     casts: bool = False
     writes: bool = False
+    written: Callable[[Any], None] | None = None
 
     def conflicts(self, other: Edit) -> bool:
         """Whether both touch the same."""
@@ -413,6 +418,11 @@ def adapters(targets: tuple[str, ...]) -> tuple[Edit, ...]:
             if hasattr(module, "merged_adapters"):
                 module.merge(adapter_names=["a"])
 
+    def said_to_be_merged(model: Any) -> None:
+        for module in model.modules():
+            if hasattr(module, "merged_adapters"):
+                module.merged_adapters = ["a"]
+
     def deleted(model: Any) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Adapter a was active which is now deleted")
@@ -422,20 +432,25 @@ def adapters(targets: tuple[str, ...]) -> tuple[Edit, ...]:
         add_adapter(model, "c", targets)
         model.set_adapter("c")
 
+    def edit(name: str, apply: Callable[[Any], None]) -> Edit:
+        return Edit(name, ("adapter",), apply, "adapter", original="followed")
+
     return (
-        Edit("set_adapter('b')", ("adapter",), lambda m: m.set_adapter("b")),
-        Edit("disable_adapters()", ("adapter",), lambda m: m.disable_adapters()),
-        Edit("scaling['a'] = 9", ("adapter",), scaled),
-        Edit("delete_adapter('a')", ("adapter",), deleted, original="either"),
+        edit("set_adapter('b')", lambda m: m.set_adapter("b")),
+        edit("disable_adapters()", lambda m: m.disable_adapters()),
+        edit("scaling['a'] = 9", scaled),
+        edit("delete_adapter('a')", deleted),
         Edit(
             "merge_adapter()",
             ("adapter", "tensors"),
             merged,
+            "adapter",
             compiled=None,
-            original="refused",
+            original="followed",
             writes=True,
+            written=said_to_be_merged,
         ),
-        Edit("add_adapter('c')", ("adapter",), added, original="either"),
+        edit("add_adapter('c')", added),
     )
 
 

@@ -106,7 +106,8 @@ def _offered(machine: Machine, side: Side | None) -> list[Edit]:
     if side is None:
         return [e for e in found if not e.casts]
     known = machine.world.structure.captured
-    return [e for e in found if e.kind != "python" or e.compiled == "refused" or e.name in known]
+    free = ("tensor", "value")
+    return [e for e in found if e.kind in free or e.compiled == "refused" or e.name in known]
 
 
 #: In `make test` mostly one edit at a time, so that graphs of the same few states are used again.

@@ -2,8 +2,8 @@
 
 The meaning that is modelled: there are two module trees, the compiled model's and the original's.
 Python state counts in the compiled model's own; a tensor that is replaced on the original is
-followed; any other change of the original is refused at the next prompt, unless the same was done
-to the compiled model. A request keeps the state that it began with: decode steps run on in it (or
+followed, and so is what is done to its adapters; any other change of the original is refused at the
+next prompt, unless the same was done to the compiled model. A request keeps the state that it began with: decode steps run on in it (or
 are refused, if no graph of it was captured in time), a further prompt is refused once state is
 another. Values that are written in place are seen by all at once.
 """
@@ -246,7 +246,7 @@ class World:
         followed = (i.edit for i in self._original.values())
         return frozenset(
             [e.name for e in own if e.kind != "value"]
-            + [e.name for e in followed if e.kind == "tensor"]
+            + [e.name for e in followed if e.kind in ("tensor", "adapter")]
         )
 
     def offered(self, side: Side | None) -> list[Edit]:
@@ -301,7 +301,8 @@ class World:
             return
         if edit.kind != "value":
             for one in sides:
-                failed = self._change(one.reference, edit, force).error
+                written = edit.written if side is None and edit.written else edit.apply
+                failed = self._change(one.reference, replace(edit, apply=written), force).error
                 if failed is not None:
                     raise failed
         active[edit.name] = force
@@ -376,8 +377,7 @@ class World:
         """What may come of a prompt: of a new request, or a further one.
 
         Where both trees had a change in common and one has taken it back, it is not said what they
-        are compared with: with what they were when they were compiled, or with what they had. Two
-        edits of adapters may come to the same: one is set, or the other deleted.
+        are compared with: with what they were when they were compiled, or with what they had.
         """
         own = [i.edit for i in self._sides[side].values()]
         alien = [
@@ -387,15 +387,13 @@ class World:
         ]
         both = {*self._original} & {*self._sides[side]}
         apart = self._agreed - both
-        adapters = any("adapter" in e.groups for e in own)
-        alike = {e.name for e in alien if adapters and "adapter" in e.groups}
         self._agreed |= both
         expected = Expected()
         if request is not None and request.began != self.state(side):
             expected = Expected("must", ("State",), "" if alien else "changed since")
-        elif any(e.original == "refused" and e.name not in apart | alike for e in alien):
+        elif any(e.original == "refused" and e.name not in apart for e in alien):
             expected = Expected("must", ("State",), "of the original model")
-        elif apart or alike or any(e.original != "ignored" for e in alien):
+        elif apart or any(e.original != "ignored" for e in alien):
             expected = Expected("may", ("State",))
         if any(e.compiled == "refused" for e in own):
             return Expected("must", ("State", "Calls"))
