@@ -15,6 +15,7 @@ import torch
 from adaskip_fx.model.handle import runtime_of
 
 from ..api import build
+from ..model.adapted import decoder_in
 from ..model.compiled_model import CompiledModel
 from ..plans.skip_plan import SkipPlan
 from ..plans.sublayer import Sublayer

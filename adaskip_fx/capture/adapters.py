@@ -8,75 +8,29 @@ something was done to them alone.
 from __future__ import annotations
 
 import copy
-import functools
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from adaskip_passes import UnsupportedError
 
+from ..utils.peft_layers import (
+    BASES,
+    TENSORS,
+    Adapters,
+    attributes,
+    base_of,
+    form,
+    is_adapter,
+    is_plain,
+    outermost,
+)
 from .state import ChangedError
 
-#: What peft's layers call the module that they were put around.
-_BASES = ("base_layer", "original_module", "model")
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_TENSORS = ("_parameters", "_buffers")
 #: Attributes of a model that say which adapters there are.
 _OF_MODELS = ("peft_config", "_hf_peft_config_loaded")
-_PLAIN = (bool, int, float, str, bytes, type(None))
 _ABSENT = object()
-
-
-@dataclass
-class _Adapters:
-    """The adapters of a model at one moment.
-
-    Attributes:
-        facts: the layers' classes and attributes, by path.
-        tensors: parameters and buffers of the layers, without those of what they were put around.
-    """
-
-    facts: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, torch.Tensor | None] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Adapters:
-        """Return those of a model."""
-        found = cls()
-        for path, layer in _outermost(model):
-            found._add(layer, path)
-        return found
-
-    def equal(self, other: _Adapters) -> bool:
-        """Return whether both have the same facts, and the very same tensors."""
-        same = self.tensors.keys() == other.tensors.keys()
-        return (
-            same
-            and self.facts == other.facts
-            and all(other.tensors[name] is tensor for name, tensor in self.tensors.items())
-        )
-
-    def merged(self) -> dict[str, Any]:
-        """Return which adapters are merged, by layer."""
-        name = ".merged_adapters"
-        return {k: v for k, v in self.facts.items() if k.endswith(name) and v}
-
-    def _add(self, module: nn.Module, path: str) -> None:
-        self.facts[path] = type(module)
-        for name, value in _attributes(module):
-            self.facts[f"{path}.{name}"] = copy.deepcopy(value) if _is_plain(value) else _keys(value)
-        for table in _TENSORS:
-            for name, tensor in vars(module)[table].items():
-                self.tensors[f"{path}.{name}"] = tensor
-        for name, child in module._modules.items():
-            if child is None or (name in _BASES and not is_adapter(type(child))):
-                self.facts[f"{path}.{name}"] = type(child)
-            else:
-                self._add(child, f"{path}.{name}")
 
 
 class FollowedAdapters:
@@ -95,7 +49,7 @@ class FollowedAdapters:
             compiled: the compiled model, which shares its tensors.
         """
         self._original, self._compiled = original, compiled
-        self._agreed = _Adapters.of(original) if _is_imported() else _Adapters()
+        self._agreed = Adapters.of(original)
         self.gone: tuple[str, ...] = ()
 
     def follow(self) -> bool:
@@ -107,26 +61,26 @@ class FollowedAdapters:
             Whether something was done.
 
         Raises:
-            ChangedError: adapters are merged in the compiled model, and not in the original.
+            ChangedError: adapters are merged in the compiled model, and not so in the original.
             UnsupportedError: adapters are merged and disabled.
         """
-        if not _is_imported():
+        if "peft" not in sys.modules:
             return False
-        theirs, ours = _Adapters.of(self._original), _Adapters.of(self._compiled)
+        theirs, ours = Adapters.of(self._original), Adapters.of(self._compiled)
         followed = False
         if not theirs.equal(self._agreed):
             if not theirs.equal(ours) and ours.facts == self._agreed.facts:
                 self._copy()
                 before = (p for p, kind in self._agreed.facts.items() if isinstance(kind, type))
                 self.gone = tuple(p for p in before if p not in theirs.facts)
-                ours, followed = _Adapters.of(self._compiled), True
+                ours, followed = Adapters.of(self._compiled), True
             if ours.facts == theirs.facts:
                 self._agreed = theirs
-        if ours.merged() != theirs.merged() and not theirs.merged():
-            path = next(iter(ours.merged()))
+        alone = [p for p, names in ours.merged().items() if theirs.merged().get(p) != names]
+        if alone:
             raise ChangedError(
-                f"{path}: adapters are merged into weights that the compiled model shares with the "
-                "original, whose adapters are not; unmerge them and merge those of the original, "
+                f"{alone[0]}: adapters are merged into weights that the compiled model shares with "
+                "the original, whose adapters are not; undo it, and merge those of the original, "
                 "which the compiled model follows"
             )
         refuse_unmerging(self._compiled)
@@ -136,7 +90,7 @@ class FollowedAdapters:
         for name in _OF_MODELS:
             if name in vars(self._original):
                 vars(self._compiled)[name] = copy.copy(vars(self._original)[name])
-        paths = [path for model in (self._original, self._compiled) for path, _ in _outermost(model)]
+        paths = [path for model in (self._original, self._compiled) for path, _ in outermost(model)]
         memo: dict[int, Any] = {}
         for path in dict.fromkeys(paths):
             theirs, ours = _at(self._original, path), _at(self._compiled, path)
@@ -146,24 +100,24 @@ class FollowedAdapters:
                 self._copy_into(ours, theirs, path, memo)
             else:
                 parent, _, name = path.rpartition(".")
-                memo[id(_base(theirs))] = _base(ours)
+                memo[id(base_of(theirs))] = base_of(ours)
                 self._compiled.get_submodule(parent)._modules[name] = _copied(theirs, memo)
 
     def _copy_into(
         self, ours: nn.Module, theirs: nn.Module, path: str, memo: dict[int, Any]
     ) -> None:
         """Make a module what one of the same class is, but for the module that it is around."""
-        attributes, known = vars(ours), dict(_attributes(theirs))
-        for name in [n for n, _ in _attributes(ours) if n not in known]:
-            del attributes[name]
+        mine, known = vars(ours), dict(attributes(theirs))
+        for name in [n for n, _ in attributes(ours) if n not in known]:
+            del mine[name]
         for name, value in known.items():
-            if _is_plain(value):
-                if attributes.get(name, _ABSENT) != value:
-                    attributes[name] = copy.deepcopy(value)
-            elif _keys(attributes.get(name, _ABSENT)) != _keys(value):
-                attributes[name] = copy.copy(value)
-        for table in _TENSORS:
-            held, wanted = attributes[table], vars(theirs)[table]
+            if is_plain(value):
+                if mine.get(name, _ABSENT) != value:
+                    mine[name] = copy.deepcopy(value)
+            elif form(mine.get(name, _ABSENT)) != form(value):
+                mine[name] = copy.copy(value)
+        for table in TENSORS:
+            held, wanted = mine[table], vars(theirs)[table]
             for name in [n for n in held if n not in wanted]:
                 del held[name]
             for name, tensor in wanted.items():
@@ -176,16 +130,10 @@ class FollowedAdapters:
         for name, child in children.items():
             if child is None or type(child) is not type(modules.get(name)):
                 modules[name] = _copied(child, memo)
-            elif name not in _BASES or is_adapter(type(child)):
+            elif name not in BASES or is_adapter(type(child)):
                 held_child = modules[name]
                 assert held_child is not None
                 self._copy_into(held_child, child, f"{path}.{name}", memo)
-
-
-@functools.cache
-def is_adapter(kind: type) -> bool:
-    """Return whether modules of a class are layers of peft's."""
-    return any(base.__module__.partition(".")[0] == "peft" for base in kind.__mro__)
 
 
 def refuse_unmerging(model: nn.Module) -> None:
@@ -194,9 +142,7 @@ def refuse_unmerging(model: nn.Module) -> None:
     Raises:
         UnsupportedError: some are.
     """
-    if not _is_imported():
-        return
-    for path, layer in _outermost(model):
+    for path, layer in outermost(model):
         if getattr(layer, "merged_adapters", None) and getattr(layer, "disable_adapters", False):
             raise UnsupportedError(
                 f"{path}: its adapters are merged and disabled, so that its next forward would "
@@ -204,57 +150,11 @@ def refuse_unmerging(model: nn.Module) -> None:
             )
 
 
-def _is_imported() -> bool:
-    return "peft" in sys.modules
-
-
-def _outermost(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Give the layers of peft's in a tree with their paths, but none that is within another."""
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        there = f"{path}.{name}" if path else name
-        if is_adapter(type(child)):
-            yield there, child
-        else:
-            yield from _outermost(child, there)
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Give the attributes that a module has besides those of every module."""
-    return ((n, value) for n, value in vars(module).items() if n not in _OF_EVERY_MODULE)
-
-
-def _is_plain(value: Any) -> bool:
-    """Return whether a value is a number or text, or a container of such."""
-    if isinstance(value, dict):
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN)
-
-
-def _keys(value: Any) -> Any:
-    """Return what is compared of a value that is not plain."""
-    return list(value) if isinstance(value, dict) else type(value)
-
-
 def _at(model: nn.Module, path: str) -> nn.Module | None:
     try:
         return model.get_submodule(path)
     except AttributeError:
         return None
-
-
-def _base(module: nn.Module) -> nn.Module:
-    """Return the module that layers of peft's were put around; any other is its own."""
-    while is_adapter(type(module)):
-        bases = (module._modules.get(name) for name in _BASES)
-        inner = next((b for b in bases if b is not None), None)
-        if inner is None:
-            break
-        module = inner
-    return module
 
 
 def _copied(module: nn.Module | None, memo: dict[int, Any]) -> nn.Module | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from adaskip_passes import UnsupportedError
 
-from .adapters import is_adapter
+from ..utils.peft_layers import is_adapter
 from .state import ChangedError
 
 #: Libraries and parts of transformers whose linear layers hold quantized weights.

@@ -23,7 +23,7 @@ from adaskip_passes.errors import AdaskipError
 
 from ..plans.decisions import Decision, PlanChooser, plans_of
 from ..plans.skip_plan import SkipPlan
-from ..profiles.fingerprint import Fingerprint, fingerprint
+from ..profiles.fingerprint import Fingerprint, fingerprint, is_of
 from ..utils.files import JSON, canonical_digest, check_digest, write_atomically
 from .cache import SkipCache
 
@@ -180,12 +180,12 @@ def _checked(path: Path, text: str | None) -> dict[str, Any]:
 def _check_model(path: Path, about: dict[str, Any], runtime: Runtime) -> None:
     saved, here = Fingerprint(**about["model"]), fingerprint(runtime.model)
     dtype = _name(runtime.model.dtype)
-    if saved.digest != here.digest:
+    if not is_of(saved, runtime.model):
         what = f"of another model: {saved}, this one is {here}"
     elif about["dtype"] != dtype:
         what = f"of a model in {about['dtype']}, this one is in {dtype}"
     elif saved.weights != here.weights:
-        what = f"of the same architecture ({here.model_type}) with other weights"
+        what = f"of the same architecture ({here.model_type}) with other weights or adapters"
     else:
         return
     raise SavedCacheError(f"{path}: {what}; {_REDO}")

@@ -21,7 +21,7 @@ from typing import Any
 from adaskip_fx.latency.terms import Costs, TableError, Weights, between, cost_terms, weights_of
 from adaskip_fx.plans.skip_plan import Phase, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
-from adaskip_fx.profiles.fingerprint import Fingerprint, fingerprint
+from adaskip_fx.profiles.fingerprint import Fingerprint, fingerprint, is_of, unusual_layers
 from adaskip_fx.utils.files import (
     JSON,
     canonical_digest,
@@ -154,15 +154,21 @@ class LatencyTable:
         Raises:
             TableError: the message says what differs and what to do.
         """
-        found = {"dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model)}
-        actual = fingerprint(model)
-        if actual.digest != self.fingerprint.digest:
+        found = {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": device_name(model),
+            "layers": unusual_layers(model),
+        }
+        if not is_of(self.fingerprint, model):
+            actual = fingerprint(model)
             raise TableError(f"the table is of the model {self.fingerprint}, not {actual}; {_REDO}")
         for name, value in found.items():
-            if value != self.conditions.get(name):
+            measured = self.conditions.get(name, "")
+            if value != measured:
                 raise TableError(
-                    f"the table was measured with {name} {self.conditions.get(name)}, but the "
-                    f"model has {value}; {_REDO}, or make a plan with it and pass that"
+                    f"the table was measured with {name} {measured or 'of plain weights'}, but the "
+                    f"model has {value or 'plain weights'}; {_REDO}, or make a plan with it and "
+                    "pass that"
                 )
 
     @property

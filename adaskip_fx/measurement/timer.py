@@ -18,6 +18,7 @@ from adaskip_fx.model.handle import runtime_of
 from ..kv_cache.argument_names import cache_argument
 from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import Phase, SkipPlan
+from ..profiles.fingerprint import unusual_layers
 from ..runtime.runtime import Runtime
 from .environment import environment
 
@@ -186,6 +187,7 @@ def conditions(model: Any, batch: int) -> dict[str, Any]:
     return {
         "device": about["device"],
         "dtype": str(model.dtype).removeprefix("torch."),
+        "layers": unusual_layers(model),
         "batch": batch,
         "backend": runtime_of(model).graphs.backend,
         **({"threads": about["threads"]} if on_cpu else {}),

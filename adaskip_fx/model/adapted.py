@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from ..capture.state import ChangedError
+
 #: What peft's models ask of the decoder, and keep.
 _PREPARE = "prepare_inputs_for_generation"
 #: Attributes that say which adapters there are and which is on, and the prompts that were learned.
@@ -53,14 +55,19 @@ def put_around(compiled: nn.Module, model: Any) -> Any:
 class CompiledAround:
     """What the generated subclass adds to the class of peft's that is around a compiled decoder."""
 
+    base_model: Any
+    peft_config: dict[str, Any]
+    active_adapter: str
+    disable_adapter: Any
     _adaskip_like: tuple[Any, ...]
     _adaskip_seen: tuple[Any, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of peft's class, with the adapters that the original has."""
         with self._follow():
-            forward = self.base_model.forward if self._is_off() else super().forward  # type: ignore[misc]
-            return forward(*args, **kwargs)
+            if self._is_off():
+                return self.base_model.forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the ``generate`` of peft's class, with the adapters that the original has."""
@@ -80,7 +87,7 @@ class CompiledAround:
         return super()._enable_peft_forward_hooks(*args, **kwargs)  # type: ignore[misc]
 
     def _refuse_prefix(self) -> None:
-        adapter = self.peft_config.get(self.active_adapter)  # type: ignore[attr-defined]
+        adapter = self.peft_config.get(self.active_adapter)
         if adapter is not None and adapter.peft_type in _PREFIXES:
             raise NotImplementedError(
                 f"generate with {adapter.peft_type.value} is not supported by adaskip_fx yet: "
@@ -102,6 +109,9 @@ class CompiledAround:
         Returns:
             A context in which a learned prompt is off if it is off in the original. (The decoder
             follows by itself: `adaskip_fx.capture.adapters`.)
+
+        Raises:
+            ChangedError: another prompt was chosen in both.
         """
         (like,) = self._adaskip_like
         before, now = self._adaskip_seen, _chosen(like)
@@ -113,15 +123,22 @@ class CompiledAround:
                 prompts = like._modules.get(_PROMPTS)
                 if prompts is not None:
                     vars(self)["_modules"][_PROMPTS] = copy.deepcopy(prompts, _tensors(prompts))
+            elif self._is_learned() and _chosen(self) != now:
+                raise ChangedError(
+                    "the learned prompt of the original model was changed after another one was "
+                    "chosen in the compiled model; do the same to both, undo it, or compile again"
+                )
             self._adaskip_seen = now
-        return self.disable_adapter() if self._is_off() else nullcontext()  # type: ignore[attr-defined]
+        return self.disable_adapter() if self._is_off() else nullcontext()
 
     def _is_off(self) -> bool:
         """Return whether a learned prompt is off in the original and here it would be on."""
         (like,) = self._adaskip_like
-        adapter = self.peft_config.get(self.active_adapter)  # type: ignore[attr-defined]
-        learned = adapter is not None and adapter.is_prompt_learning
-        return bool(learned and like._adapters_disabled)
+        return self._is_learned() and bool(like._adapters_disabled)
+
+    def _is_learned(self) -> bool:
+        adapter = self.peft_config.get(self.active_adapter)
+        return adapter is not None and bool(adapter.is_prompt_learning)
 
 
 def _chosen(model: Any) -> tuple[Any, ...]:

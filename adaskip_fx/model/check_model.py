@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..capture.adapters import is_adapter, refuse_unmerging
+from ..capture.adapters import refuse_unmerging
+from ..utils.peft_layers import is_adapter
 from .adapted import decoder_in
 from .compiled_model import CompiledModel
 

@@ -18,7 +18,7 @@ from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogates import SANE_FACTORS, Surrogates
 from adaskip_fx.plans.tables import TIMES, layer_table
 from adaskip_fx.profiles import folder, validation
-from adaskip_fx.profiles.fingerprint import Fingerprint, fingerprint
+from adaskip_fx.profiles.fingerprint import Fingerprint, fingerprint, is_of
 from adaskip_fx.profiles.validation import PROBE_STATS, Array, ProfileError
 from adaskip_fx.utils.files import JSON
 
@@ -182,11 +182,14 @@ class Profile:
     def check(self, model: Any) -> None:
         """Refuse a model of another architecture than the one measured.
 
+        Weights, their dtype and quantization, adapters, added tokens and the attention kernel may
+        be others than they were.
+
         Raises:
             ProfileError: the message names both.
         """
-        actual = fingerprint(model)
-        if actual.digest != self.fingerprint.digest:
+        if not is_of(self.fingerprint, model):
+            actual = fingerprint(model)
             raise ProfileError(
                 f"this profile was measured on {self.fingerprint}, but the model is {actual}; "
                 "load the profile of this model, or calibrate it"

@@ -228,7 +228,9 @@ class Runtime:
         return saved.load_cache(self, path, plan)
 
     def save_cache(self, cache: SkipCache, path: str | Path) -> None:
-        """What ``cache.save(path)`` does."""
+        """What ``cache.save(path)`` does; refused where the model is not what it was."""
+        if cache.request.since is not None:
+            self.graphs.states.require(cache.request.since)
         saved.save(cache, Path(path))
 
     def track(self, cache: SkipCache) -> None:

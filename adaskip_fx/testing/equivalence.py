@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from adaskip_fx.model.handle import runtime_of
 
 from ..api import build
-from ..model.adapted import decoder_in
 from ..kv_cache.padding import of_real_tokens
+from ..model.adapted import decoder_in
 from ..plans.skip_plan import Action, Phase, SkipPlan
 from ..programs.instruments import ResidualRecorder
 from ..runtime.oracle import Oracle, Skips

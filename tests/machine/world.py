@@ -3,9 +3,9 @@
 The meaning that is modelled: there are two module trees, the compiled model's and the original's.
 Python state counts in the compiled model's own; a tensor that is replaced on the original is
 followed, and so is what is done to its adapters; any other change of the original is refused at the
-next prompt, unless the same was done to the compiled model. A request keeps the state that it began with: decode steps run on in it (or
-are refused, if no graph of it was captured in time), a further prompt is refused once state is
-another. Values that are written in place are seen by all at once.
+next prompt, unless the same was done to the compiled model. A request keeps the state that it began
+with: decode steps run on in it (or are refused, if no graph of it was captured in time), a further
+prompt is refused once state is another. Values that are written in place are seen by all at once.
 """
 
 from __future__ import annotations
