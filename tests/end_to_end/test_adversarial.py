@@ -242,11 +242,3 @@ def test_a_call_that_asks_for_more_outputs(asked: str) -> None:
     compiled = compiled_for(made("an early exit"))
     with torch.no_grad(), pytest.raises(NotImplementedError, match=f"forward\\({asked}=...\\) is"):
         compiled(input_ids=torch.arange(5).unsqueeze(0), **{asked: True})
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-def test_an_adapted_model_of_peft() -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=3, target_modules=["q_proj"])
-    with pytest.raises(TypeError, match=r"a peft model: merge_and_unload\(\) it first"):
-        build(peft.get_peft_model(llama(), config), None, backend="eager")

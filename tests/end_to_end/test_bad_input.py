@@ -188,16 +188,17 @@ def tiny_minimax() -> Any:
 
 
 class Wrapped(nn.Module):
-    """As torch.compile and peft wrap a model."""
+    """As torch.compile wraps a model."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
         setattr(self, name, model)
 
 
-class Adapted(Wrapped):
-    def get_base_model(self) -> nn.Module:
-        raise NotImplementedError
+def mixed(model: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    return peft.get_peft_model(copy.deepcopy(model), config, mixed=True)
 
 
 class NotResidual(transformers.LlamaForCausalLM):
@@ -228,7 +229,11 @@ MODELS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         TypeError,
         r"a torch.compile wrapper: pass the model inside it",
     ),
-    "peft": (lambda m: Adapted(m, "base"), TypeError, r"merge_and_unload\(\) it first"),
+    "adapters of several kinds": (
+        lambda m: mixed(m),
+        TypeError,
+        r"got PeftMixedModel \(adapters of several kinds: pass the decoder inside, base_model.model",
+    ),
     "no head": (
         lambda m: m.model,
         TypeError,

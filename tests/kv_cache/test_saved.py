@@ -257,7 +257,7 @@ def test_other_weights(bank: Entry, tmp_path: Path) -> None:
     before = copy.deepcopy(weight.data)
     weight.data.add_(1.0)
     try:
-        words = r"of the same architecture \(llama\) with other weights; run the prefix again"
+        words = r"of the same architecture \(llama\) with other weights or adapters; run the prefix"
         with pytest.raises(SavedCacheError, match=words):
             load_cache(bank.runtime, path)
     finally:

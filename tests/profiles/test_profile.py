@@ -676,6 +676,7 @@ USE = {
     "id2label": {0: "a", 1: "b", 2: "c"},
     "quantization_config": {"bits": 4},
     "new_option_of_a_later_version": None,
+    "tie_word_embeddings": True,
 }
 
 
@@ -696,7 +697,6 @@ ARCHITECTURE: dict[str, Any] = {
     "hidden_act": "gelu",
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0},
-    "tie_word_embeddings": True,
     "max_position_embeddings": 4096,
 }
 
