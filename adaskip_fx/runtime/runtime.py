@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..capture.reference import ReferenceRun
+from ..capture.state import Since
 from ..kv_cache import saved
 from ..kv_cache.argument_names import cache_argument, generate_argument
 from ..kv_cache.cache import SkipCache
@@ -225,7 +226,10 @@ class Runtime:
         Raises:
             SavedCacheError: it is damaged, newer, or of another model or plan.
         """
-        return saved.load_cache(self, path, plan)
+        state = self.graphs.states.look()  # whose adapters the file's must be
+        cache = saved.load_cache(self, path, plan)
+        cache.request.since = Since.of(state)
+        return cache
 
     def save_cache(self, cache: SkipCache, path: str | Path) -> None:
         """What ``cache.save(path)`` does; refused where the model is not what it was."""

@@ -184,14 +184,6 @@ def test_the_unusual_is_in_the_result(case: str) -> None:
         assert not torch.allclose(logits, plain(input_ids=ids).logits, rtol=1e-2)
 
 
-@pytest.mark.slow
-def test_quantized_weights() -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    model = llama(hidden_size=64, intermediate_size=64)
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    assert_equivalent(model, plan_of(model, "1.attention", "0.ffn"), decode_steps=2)
-
-
 # Refused -----------------------------------------------------------------------------------------
 
 

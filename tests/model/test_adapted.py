@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from adaskip_fx.api import build
 from adaskip_fx.calibration.loss import CalibrationLoss
 from adaskip_fx.capture.adapters import FollowedAdapters
 from adaskip_fx.data.reference_text import calibration_samples
+from adaskip_fx.kv_cache.saved import SavedCacheError
 from adaskip_fx.model.check_model import check_model
 from adaskip_fx.testing import assert_equivalent
 from tests.support import adapters as made
@@ -23,7 +25,6 @@ from tests.support.tokenizers import Letters
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning:transformers",  # of what peft calls
-    "ignore::UserWarning:peft",
 )
 peft = pytest.importorskip("peft")
 
@@ -82,25 +83,25 @@ def test_what_is_done_to_the_adapters_of_the_original_is_followed(shared: Follow
     def is_again(which: int) -> None:
         torch.testing.assert_close(both.answers(), seen[which], rtol=1e-4, atol=1e-5)
 
-    model.set_adapter("b")
+    model.set_adapter("second")
     is_new()
-    assert both.fast.active_adapter == "b"
+    assert both.fast.active_adapter == "second"
     with model.disable_adapter():
         is_new()
     is_again(1)
     model.merge_adapter()
     is_again(1)
     model.unmerge_adapter()
-    model.base_model.set_adapter(["a", "b"])
+    model.base_model.set_adapter(["first", "second"])
     is_new()
     with _scaled(model):
         is_new()
-    model.set_adapter("a")
+    model.set_adapter("first")
     is_again(0)
     captures = both.fast.adaskip.stats().captures
-    model.set_adapter("b")
+    model.set_adapter("second")
     is_again(1)
-    model.set_adapter("a")
+    model.set_adapter("first")
     is_again(0)
     assert both.fast.adaskip.stats().captures == captures
 
@@ -108,17 +109,17 @@ def test_what_is_done_to_the_adapters_of_the_original_is_followed(shared: Follow
 def test_adapters_come_and_go() -> None:
     both = Followed()
     model, before = both.model, both.answers()
-    model.add_adapter("c", lora(target_modules=["v_proj", "q_proj"]))
-    model.set_adapter("c")
+    model.add_adapter("third", lora(target_modules=["v_proj", "q_proj"]))
+    model.set_adapter("third")
     made.drawn(model, seed=5)
     added = both.answers()
     assert differ(added, before)
-    assert "c" in both.fast.peft_config
+    assert "third" in both.fast.peft_config
     state = {name: 0.5 * tensor for name, tensor in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     model.requires_grad_(False)
     assert differ(both.answers(), added)
-    model.delete_adapter("a")
+    model.delete_adapter("first")
     both.answers()
     plain = model.merge_and_unload()
     assert not isinstance(plain, peft.PeftModel)
@@ -128,9 +129,9 @@ def test_adapters_come_and_go() -> None:
 def test_what_is_done_to_the_compiled_model_is_its_own(shared: Followed) -> None:
     both = shared
     fast, before = both.fast, both.answers()
-    fast.set_adapter("b")
+    fast.set_adapter("second")
     other = adapted()
-    other.set_adapter("b")
+    other.set_adapter("second")
     assert_same(fast, other)
     assert torch.equal(logits(both.model), before)
     with both.model.disable_adapter():
@@ -139,35 +140,58 @@ def test_what_is_done_to_the_compiled_model_is_its_own(shared: Followed) -> None
         fast.base_model.disable_adapter_layers()
         assert_same(fast, made.llama())
         fast.base_model.enable_adapter_layers()
-    fast.set_adapter("a")
+    fast.set_adapter("first")
     assert_same(fast, both.model)
-    both.model.set_adapter("b")
+    both.model.set_adapter("second")
     assert_same(fast, other)
-    both.model.set_adapter("a")
+    both.model.set_adapter("first")
 
 
 def test_a_request_keeps_the_adapters_that_it_began_with(shared: Followed) -> None:
     both = shared
     with torch.no_grad():
         begun = both.fast(input_ids=IDS)
-    both.model.set_adapter("b")
+    both.model.set_adapter("second")
     name = both.fast.get_base_model()._adaskip.cache_argument
     with torch.no_grad(), pytest.raises(UnsupportedError, match="changed since this request began"):
         both.fast(input_ids=IDS[:, :3], **{name: begun[name]})
-    both.model.set_adapter("a")
+    both.model.set_adapter("first")
+
+
+def test_a_saved_cache_is_of_the_adapters_that_it_was_made_with(
+    shared: Followed, tmp_path: Path
+) -> None:
+    model, fast, path = shared.model, shared.fast, tmp_path / "prefix"
+    name = fast.get_base_model()._adaskip.cache_argument
+    whole = logits(fast)
+    with torch.no_grad():
+        cache = fast(input_ids=IDS[:, :8])[name]
+    cache.save(path)
+    model.set_adapter("second")
+    with pytest.raises(UnsupportedError, match="changed since this request began"):
+        cache.save(path)
+    with pytest.raises(SavedCacheError, match="with other weights or adapters"):
+        fast.adaskip.load_cache(path)
+    model.set_adapter("first")
+    loaded = fast.adaskip.load_cache(path)
+    got = logits(fast, input_ids=IDS[:, 8:], **{name: loaded})
+    torch.testing.assert_close(got, whole[:, 8:], rtol=1e-4, atol=1e-5)
+    loaded = fast.adaskip.load_cache(path)
+    model.set_adapter("second")
+    with pytest.raises(UnsupportedError, match="changed since this request began"):
+        logits(fast, input_ids=IDS[:, 8:], **{name: loaded})
+    model.set_adapter("first")
 
 
 @pytest.mark.breaks
-def test_what_is_not_followed_is_refused(
-    shared: Followed, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_followed_is_refused(shared: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: nothing else takes over what was done to the original."""
     shared.answers()
     monkeypatch.setattr(FollowedAdapters, "follow", lambda self: False)
-    shared.model.set_adapter("b")
+    shared.model.set_adapter("second")
     with pytest.raises(UnsupportedError, match="of the original model was changed"):
         logits(shared.fast)
-    shared.model.set_adapter("a")
+    shared.model.set_adapter("first")
 
 
 def test_under_a_plan(shared: Followed) -> None:
@@ -201,12 +225,12 @@ def learned(name: str) -> Any:
 def test_learned_prompts(kind: str) -> None:
     model = adapted(learned(kind), learned(kind))
     with torch.no_grad():
-        for parameter in model.prompt_encoder["b"].parameters():
+        for parameter in model.prompt_encoder["second"].parameters():
             parameter.mul_(2)
     fast = compiled(model)
     first = logits(model)
     assert_same(fast, model)
-    model.set_adapter("b")
+    model.set_adapter("second")
     assert_same(fast, model)
     assert differ(logits(model), first)
     with model.disable_adapter():
@@ -218,9 +242,9 @@ def test_learned_prompts(kind: str) -> None:
         padded = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
         rows = {"input_ids": IDS[:, :8].reshape(2, 4), "attention_mask": padded}
         assert generated(fast, **rows) == generated(model, **rows)
-    fast.set_adapter("a")
-    model.add_adapter("c", learned(kind))
-    model.set_adapter("c")
+    fast.set_adapter("first")
+    model.add_adapter("third", learned(kind))
+    model.set_adapter("third")
     with pytest.raises(UnsupportedError, match="learned prompt of the original model was changed"):
         logits(fast)
 
@@ -256,7 +280,7 @@ def test_kinds_of_adapters(kind: str) -> None:
     model = adapted(KINDS[kind]())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".a" in name and "lora_" not in name:
+            if ".first" in name and "lora_" not in name:
                 parameter.add_(0.3)
     fast = compiled(model)
     assert_same(fast, model)
@@ -299,13 +323,17 @@ def test_adapters_of_the_library_itself() -> None:
 
 
 def test_merging_in_the_compiled_model_alone(shared: Followed) -> None:
-    words = "a compiled model shares its weights with the original, so that adapters cannot be merged"
+    words = (
+        "a compiled model shares its weights with the original, so that adapters cannot be merged"
+    )
     for name in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
         with pytest.raises(RuntimeError, match=words):
             getattr(shared.fast, name)()
     layers = shared.fast.base_model
     layers.merge_adapter()
-    with pytest.raises(UnsupportedError, match="adapters are merged into weights that the compiled"):
+    with pytest.raises(
+        UnsupportedError, match="adapters are merged into weights that the compiled"
+    ):
         logits(shared.fast)
     layers.unmerge_adapter()
     shared.answers()
@@ -313,9 +341,9 @@ def test_merging_in_the_compiled_model_alone(shared: Followed) -> None:
 
 def test_adapters_by_row(shared: Followed) -> None:
     with pytest.raises(NotImplementedError, match="adapter_names= is not supported by adaskip_fx"):
-        generated(shared.fast, adapter_names=["b"])
+        generated(shared.fast, adapter_names=["second"])
     with pytest.raises(NotImplementedError, match="adapter_names= is not supported by adaskip_fx"):
-        logits(shared.fast, adapter_names=["b"])
+        logits(shared.fast, adapter_names=["second"])
     shared.answers()
 
 

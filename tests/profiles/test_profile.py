@@ -16,6 +16,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -704,6 +705,52 @@ ARCHITECTURE: dict[str, Any] = {
 @pytest.mark.parametrize("option", ARCHITECTURE)
 def test_architecture_counts(base: Fingerprint, option: str) -> None:
     assert fingerprint(llama(**{option: ARCHITECTURE[option]})).digest != base.digest
+
+
+def test_tokens_may_be_added(base: Fingerprint) -> None:
+    model = llama(vocab_size=160)
+    assert fingerprint(model).digest == base.digest
+    assert fingerprint(model).parameters == base.parameters + 2 * 32 * 32
+
+
+def test_adapters_do_not_count(base: Fingerprint) -> None:
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "embed_tokens"]
+    settings = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["lm_head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what peft calls
+        adapted = peft.get_peft_model(llama(), settings)
+    found = fingerprint(adapted.get_base_model())
+    assert (found.digest, found.parameters) == (base.digest, base.parameters)
+    with adapted.disable_adapter():  # what a saved cache was made with
+        assert fingerprint(adapted.get_base_model()).weights != found.weights
+
+
+def test_layers_of_other_libraries_count_by_their_widths(base: Fingerprint) -> None:
+    """Whatever they hold: GPTQ's have integers in another shape, some have biases of their own."""
+
+    class Packed(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.in_features, self.out_features = 32, width
+            self.register_buffer("qweight", torch.zeros(4, 32, dtype=torch.int32))
+            self.bias = torch.nn.Parameter(torch.zeros(width))
+
+    model = llama()
+    model.model.layers[0].mlp.up_proj = Packed(64)
+    assert fingerprint(model).digest == base.digest
+    model.model.layers[0].mlp.up_proj = Packed(72)
+    assert fingerprint(model).digest != base.digest
+
+
+def test_a_profile_of_a_version_that_covered_the_vocabulary() -> None:
+    """Its digest was made of the whole configuration and all parameters' shapes."""
+    earlier = dataclasses.replace(fingerprint(llama()), digest="88f03710941c3f87")
+    own = profile(fingerprint=earlier)
+    own.check(llama())
+    for other in (llama(vocab_size=160), llama(num_hidden_layers=3)):
+        with pytest.raises(ProfileError, match="this profile was measured on 88f03710941c3f87"):
+            own.check(other)
 
 
 def test_parameter_names_and_shapes_count(base: Fingerprint) -> None:

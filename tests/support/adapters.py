@@ -39,13 +39,13 @@ def lora(**settings: Any) -> Any:
 
 
 def adapted(*configs: Any, model: Any = None) -> Any:
-    """A model of peft's with adapters "a", which is on, "b" and so on; LoRA if not said."""
+    """A model of peft's with adapters "first", which is on, and "second"; LoRA if not said."""
     peft = pytest.importorskip("peft")
     first, *others = configs or (lora(), lora())
-    made = peft.get_peft_model(model if model is not None else llama(), first, "a")
-    for name, config in zip("bcd", others, strict=False):
-        made.add_adapter(name, config)
-    made.set_adapter("a")
+    made = peft.get_peft_model(model if model is not None else llama(), first, "first")
+    for config in others:
+        made.add_adapter("second", config)
+    made.set_adapter("first")
     return drawn(made)
 
 
