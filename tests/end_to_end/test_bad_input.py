@@ -232,7 +232,7 @@ MODELS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "adapters of several kinds": (
         lambda m: mixed(m),
         TypeError,
-        r"got PeftMixedModel \(adapters of several kinds: pass the decoder inside, base_model.model",
+        r"got PeftMixedModel \(adapters of several kinds: pass the decoder inside, base_model",
     ),
     "no head": (
         lambda m: m.model,

@@ -25,6 +25,7 @@ from tests.support.tokenizers import Letters
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning:transformers",  # of what peft calls
+    "ignore::UserWarning:peft",
 )
 peft = pytest.importorskip("peft")
 
@@ -293,11 +294,14 @@ def test_dora() -> None:
     """Where its layers cannot be traced, the message says so; merged it is plain weights."""
     model = adapted(lora(use_dora=True))
     before = logits(model)
+    refusal = ""
     try:
         assert_same(compiled(model), model)
     except UnsupportedError as error:
-        assert "has adapters of peft's (DoraLinearVariant), which may be in the way" in str(error)
-        assert "merge_adapter() on the original model" in str(error)
+        refusal = str(error)
+    if refusal:
+        assert "has adapters of peft's (DoraLinearVariant), which may be in the way" in refusal
+        assert "merge_adapter() on the original model" in refusal
     model.merge_adapter()
     fast = compiled(model)
     torch.testing.assert_close(logits(fast), before, rtol=1e-4, atol=1e-5)
@@ -323,17 +327,13 @@ def test_adapters_of_the_library_itself() -> None:
 
 
 def test_merging_in_the_compiled_model_alone(shared: Followed) -> None:
-    words = (
-        "a compiled model shares its weights with the original, so that adapters cannot be merged"
-    )
+    words = "shares its weights with the original, so that adapters cannot be merged in it alone"
     for name in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
         with pytest.raises(RuntimeError, match=words):
             getattr(shared.fast, name)()
     layers = shared.fast.base_model
     layers.merge_adapter()
-    with pytest.raises(
-        UnsupportedError, match="adapters are merged into weights that the compiled"
-    ):
+    with pytest.raises(UnsupportedError, match="adapters are merged into weights that the"):
         logits(shared.fast)
     layers.unmerge_adapter()
     shared.answers()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +18,9 @@ from tests.support.adapters import adapted, assert_same, differ, generated, llam
 from tests.support.tokenizers import Letters
 
 quantization = pytest.importorskip("torchao.quantization")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning:transformers", "ignore::UserWarning:peft"
+)
 
 
 def quantized(model: Any) -> Any:
@@ -29,8 +30,8 @@ def quantized(model: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[Any]:
-    yield quantized(llama())
+def model() -> Any:
+    return quantized(llama())
 
 
 def test_under_a_plan(model: Any) -> None:
