@@ -26,10 +26,9 @@ from ..utils.peft_layers import (
     is_plain,
     outermost,
 )
+from ..utils.transformers_internals import ADAPTERS
 from .state import ChangedError
 
-#: Attributes of a model that say which adapters there are.
-_OF_MODELS = ("peft_config", "_hf_peft_config_loaded")
 _ABSENT = object()
 
 
@@ -87,7 +86,7 @@ class FollowedAdapters:
         return followed
 
     def _copy(self) -> None:
-        for name in _OF_MODELS:
+        for name in ADAPTERS:
             if name in vars(self._original):
                 vars(self._compiled)[name] = copy.copy(vars(self._original)[name])
         paths = [path for model in (self._original, self._compiled) for path, _ in outermost(model)]

@@ -14,6 +14,7 @@ from adaskip_passes.infra.graph_module import text
 
 from ..capture.graph_key import GraphKey, Surroundings
 from ..capture.reference import run_reference
+from ..model.check_model import check_model
 from ..model.subclass import make_compiled_model
 from ..plans.skip_plan import Phase, PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
@@ -49,6 +50,7 @@ def explain(model: Any, plan: SkipPlan) -> Iterator[Explained]:
         PlanError: the plan is of another model.
         UnsupportedError: the model's sublayers cannot be captured or proven.
     """
+    check_model(model)
     graphs = Graphs(
         make_compiled_model(model), model, run_reference(model), "eager", "pieces", max_variants=1
     )

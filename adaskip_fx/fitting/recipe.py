@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adaskip_fx.calibration.tokenizer import Tokenizer
+from adaskip_fx.model.check_model import check_model
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip, PlanPolicy
 from adaskip_fx.profiles.profile import Profile
@@ -72,10 +73,11 @@ def fit(
         say: called with a line of text at each stage.
 
     Raises:
-        ValueError: no texts, or too few; an alpha that cannot be met.
+        ValueError: no texts, or too few; an alpha that cannot be met; a profile of another model.
         UnsupportedError: the model cannot be captured, or gradients cannot flow through its graph.
     """
     recipe = recipe or Recipe()
+    profile.check(check_model(model))
     session = FittingSession(
         model,
         tokenizer,
@@ -90,6 +92,7 @@ def fit(
         plan = session.search(profile, alpha, recipe.spec, recipe.shortlist)[-1]
     else:
         plan = (policy or AdaSkip()).plan(profile, alpha)
+    plan = plan.with_fingerprint(profile.fingerprint)
     if not plan.prefill:
         return plan
     plan = session.fit(plan, recipe.spec, recipe.in_order)

@@ -58,6 +58,8 @@ class Handle:
     def plan(self) -> Decision:
         """What requests begin with: a plan, a schedule, or a choice by the first prompt.
 
+        Saved, it says which model it is for.
+
         Of another one that is set, the next request links a program, in milliseconds; running
         requests keep theirs.
 
@@ -65,7 +67,7 @@ class Handle:
             PlanError: (when set) The plan is for another model.
             UnsupportedError: (when set) The plan skips what cannot be skipped.
         """
-        return self._runtime.plan
+        return self._runtime.plan_of_model()
 
     @plan.setter
     def plan(self, plan: Decision) -> None:

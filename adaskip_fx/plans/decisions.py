@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
+from adaskip_fx.plans.fingerprint import Fingerprint
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.tables import by_kind
@@ -187,6 +188,21 @@ def map_plans(decision: Decision, change: Callable[[SkipPlan], SkipPlan]) -> Dec
     if isinstance(decision, SkipPlan):
         return change(decision)
     return decision.with_plans(tuple(map(change, decision.plans)))
+
+
+def of_model(decision: Decision, fingerprint: Fingerprint) -> Decision:
+    """Return a decision whose plans say which model they are for; those that do are kept.
+
+    Plans of a choice that cannot be changed are left as they are.
+    """
+    if all(plan.fingerprint is not None for plan in plans_of(decision)):
+        return decision
+    try:
+        return map_plans(
+            decision, lambda plan: plan if plan.fingerprint else plan.with_fingerprint(fingerprint)
+        )
+    except PlanError:
+        return decision
 
 
 def left_out(plan: SkipPlan) -> str:

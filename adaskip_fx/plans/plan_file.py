@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaskip_fx.plans.actions import PlanError
+from adaskip_fx.plans.fingerprint import Fingerprint
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.plans.windows import NO_WINDOWS, Windows
@@ -31,6 +33,7 @@ def document(plan: SkipPlan) -> dict[str, JSON]:
         **actions_json(plan),
         "compensation": plan.surrogates.to_json(),
         "tensors": f"compensation-{tensors.digest}.safetensors" if tensors else None,
+        **({"fingerprint": asdict(plan.fingerprint)} if plan.fingerprint else {}),
     }
 
 
@@ -69,6 +72,7 @@ def load(plan_type: type[SkipPlan], path: Path) -> SkipPlan:
             Surrogates.from_json(data["compensation"], _load_tensors(path, data["tensors"])),
             data.get("last_token_full", False) is True,
             Windows.from_json(data["windows"]) if "windows" in data else NO_WINDOWS,
+            Fingerprint(**data["fingerprint"]) if "fingerprint" in data else None,
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise PlanError(f"{path}: not a valid plan ({error}); {_REDO}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from adaskip_fx.plans import order, plan_file, validation
 from adaskip_fx.plans.actions import Action, Phase, PlanError
+from adaskip_fx.plans.fingerprint import Fingerprint
 from adaskip_fx.plans.sublayer import Kind, Sublayer
 from adaskip_fx.plans.surrogates import NO_SURROGATES, Surrogates
 from adaskip_fx.plans.tables import plan_table
@@ -39,6 +40,8 @@ class SkipPlan:
             of its own (POP, arXiv 2602.03295): the first new token then comes from the decode plan.
             Of a prompt that arrives in chunks it is the last token of each.
         windows: what the attention that runs sees, where it is less than everything.
+        fingerprint: which model it is for, where that is known; of another one it is refused. It
+            takes no part in what is equal.
 
     Raises:
         PlanError: names the sublayer. It is unknown or listed twice; its K/V would be missing or
@@ -53,6 +56,7 @@ class SkipPlan:
     surrogates: Surrogates = NO_SURROGATES
     last_token_full: bool = False
     windows: Windows = NO_WINDOWS
+    fingerprint: Fingerprint | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sublayers", tuple(self.sublayers))
@@ -133,7 +137,7 @@ class SkipPlan:
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping proxy can be neither pickled nor deep-copied.
         maps = dict(self.prefill), dict(self.decode)
-        more = self.surrogates, self.last_token_full, self.windows
+        more = self.surrogates, self.last_token_full, self.windows, self.fingerprint
         return SkipPlan, (self.sublayers, *maps, *more)
 
     def action(self, phase: Phase, sublayer: Sublayer) -> Action:
@@ -188,6 +192,10 @@ class SkipPlan:
     def with_surrogates(self, surrogates: Surrogates) -> SkipPlan:
         """Return a plan that skips the same sublayers, with other surrogates."""
         return replace(self, surrogates=surrogates)
+
+    def with_fingerprint(self, fingerprint: Fingerprint | None) -> SkipPlan:
+        """Return the same plan for a model, as :func:`adaskip_fx.profiles.fingerprint` takes it."""
+        return replace(self, fingerprint=fingerprint)
 
     def with_windows(self, windows: Windows) -> SkipPlan:
         """Return a plan that skips the same sublayers, whose attention has other windows."""

@@ -11,13 +11,15 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from adaskip_fx.plans.fingerprint import Fingerprint
 from adaskip_fx.utils.files import JSON, canonical_digest
 from adaskip_fx.utils.peft_layers import BASES, Adapters, is_adapter, is_plain, runs_adapters
+
+__all__ = ["Fingerprint", "digests_of", "fingerprint", "is_of", "unusual_layers"]
 
 # Left out of the fingerprint. Two loads of one architecture must agree whatever the dtype, the
 # attention kernel, the folder it came from or the transformers version, and however it is used.
@@ -39,55 +41,33 @@ _ROTATED = "partial_rotary_factor"
 _WEIGHT_SAMPLES = 256
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """Which model was measured.
-
-    Attributes:
-        digest: 16 hex characters of the architecture; equal for every dtype, set of weights,
-            quantization, vocabulary and set of adapters.
-        model_type: the configuration's name for the architecture, for messages.
-        parameters: number of weights, those of adapters left out; for messages.
-        weights: 16 hex characters of a sample of the weights, and of how adapters are set;
-            information only, never compared (it changes with the dtype).
-    """
-
-    digest: str
-    model_type: str
-    parameters: int
-    weights: str
-
-    def __str__(self) -> str:
-        return f"{self.digest} ({self.model_type}, {self.parameters:,} parameters)"
-
-
 def fingerprint(model: Any) -> Fingerprint:
     """Return what identifies a transformers model: its configuration and its layers' shapes.
 
     Cheap for any size (at most 256 elements of a parameter are read) and free of side effects.
     """
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    shapes: list[JSON] = [[path, shape] for path, shape in sorted(_shapes(model, "", ends))]
-    config = _architecture(model.config.to_dict())
     return Fingerprint(
-        digest=canonical_digest({"config": config, "layers": shapes}),
+        digest=_digest(model),
         model_type=str(getattr(model.config, "model_type", "unknown")),
         parameters=_count(model, set()),
         weights=_weights_digest(model),
     )
 
 
-def is_of(known: Fingerprint, model: Any) -> bool:
-    """Return whether a fingerprint, maybe of an earlier version, is of the architecture of a model.
+def digests_of(model: Any) -> frozenset[str]:
+    """Return the digests that fingerprints of a model have: this version's, and the earlier ones'.
 
     Earlier versions covered the vocabulary, and every parameter's shape.
     """
-    if known.digest == fingerprint(model).digest:
-        return True
     config = _architecture(model.config.to_dict(), _NOT_ARCHITECTURE - _VOCABULARY)
     named = sorted(model.named_parameters(), key=lambda item: str(item[0]))
     shapes: list[JSON] = [[name, list(parameter.shape)] for name, parameter in named]
-    return known.digest == canonical_digest({"config": config, "parameters": shapes})
+    return frozenset({_digest(model), canonical_digest({"config": config, "parameters": shapes})})
+
+
+def is_of(known: Fingerprint, model: Any) -> bool:
+    """Return whether a fingerprint, maybe of an earlier version, is of a model's architecture."""
+    return known.digest in digests_of(model)
 
 
 def unusual_layers(model: Any) -> str:
@@ -108,6 +88,12 @@ def unusual_layers(model: Any) -> str:
             if own or stored:
                 found[" ".join((kind.__name__, *sorted(stored)))] += 1
     return ", ".join(f"{count} {name}" for name, count in sorted(found.items()) if count)
+
+
+def _digest(model: Any) -> str:
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    shapes: list[JSON] = [[path, shape] for path, shape in sorted(_shapes(model, "", ends))]
+    return canonical_digest({"config": _architecture(model.config.to_dict()), "layers": shapes})
 
 
 def _architecture(

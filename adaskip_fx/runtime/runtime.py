@@ -19,7 +19,7 @@ from ..kv_cache import saved
 from ..kv_cache.argument_names import cache_argument, generate_argument
 from ..kv_cache.cache import SkipCache
 from ..kv_cache.padding import Padding
-from ..plans.decisions import Decision, PlanChooser
+from ..plans.decisions import Decision, PlanChooser, of_model
 from ..plans.skip_plan import SkipPlan
 from ..programs.instruments import Instrument
 from ..programs.program import Link, Program
@@ -31,7 +31,7 @@ from .inputs import Inputs
 from .request import Request
 from .request_step import run_step
 from .step import Runner
-from .validate_decision import validate_decision
+from .validate_decision import Validator
 from .warmup import warm_up
 from .window import Learner
 
@@ -87,8 +87,8 @@ class Runtime:
         self.graphs.capture_prefill(self.device)
         self.sublayers = self.graphs.sublayers
         self.plan: Decision = plan if plan is not None else SkipPlan.empty(self.sublayers)
-        validate_decision(self.plan, self.graphs, type(model).__name__)
-        self._valid: Decision = self.plan  # the last one that was validated
+        self._valid = Validator(self.graphs, original)
+        self._valid.check(self.plan)
 
     @property
     def device(self) -> torch.device:
@@ -102,8 +102,13 @@ class Runtime:
             PlanError: The plan is for another model.
             UnsupportedError: The plan skips what cannot be skipped.
         """
-        validate_decision(plan, self.graphs, type(self.model).__name__)
-        self.plan = self._valid = plan
+        self._valid.check(plan)
+        self.plan = plan
+
+    def plan_of_model(self) -> Decision:
+        """Return `plan`, which says from now on which model it is for."""
+        self.plan = of_model(self.plan, self._valid.fingerprint)
+        return self.plan
 
     @property
     def static_cache(self) -> bool:
@@ -203,9 +208,7 @@ class Runtime:
             UnsupportedError: The plan skips what cannot be skipped.
         """
         begin = plan if plan is not None else self.plan
-        if begin is not self._valid:
-            validate_decision(begin, self.graphs, type(self.model).__name__)
-            self._valid = begin
+        self._valid.check(begin)
         request = Request(
             begin, stop_tokens, learns=learn and instrument is None, instrument=instrument
         )

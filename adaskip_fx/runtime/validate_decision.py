@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 from adaskip_passes import UnsupportedError
 
 from ..plans.decisions import Decision, PlanChooser, Schedule, plans_of
+from ..plans.fingerprint import Fingerprint
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
+from ..profiles.fingerprint import digests_of, fingerprint
 from ..programs.program_cache import Graphs
 
 
-def validate_decision(decision: Decision, graphs: Graphs, model: str) -> None:
+class Validator:
+    """Validates decisions for one model; the last one that was valid is not looked at again."""
+
+    def __init__(self, graphs: Graphs, original: Any) -> None:
+        """Validate for a compiled model.
+
+        Args:
+            graphs: of it, one at least captured.
+            original: the model that it was made of.
+        """
+        self._graphs, self._original = graphs, original
+        self._digests = digests_of(original)
+        self._valid: Decision | None = None
+
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Of the model."""
+        return fingerprint(self._original)
+
+    def check(self, decision: Decision) -> None:
+        """Refuse a decision that the model cannot run; see `validate_decision`."""
+        if decision is not self._valid:
+            name = type(self._original).__name__
+            validate_decision(decision, self._graphs, name, self._digests)
+            self._valid = decision
+
+
+def validate_decision(
+    decision: Decision, graphs: Graphs, model: str, digests: frozenset[str]
+) -> None:
     """Refuse a decision of another model, or one that skips what cannot be skipped.
 
     Args:
         decision: any.
         graphs: of the compiled model, one at least captured.
         model: what it is called in messages.
+        digests: that its fingerprint may have.
 
     Raises:
-        PlanError: other sublayers, surrogates of another width, or a window of a K/V head that
-            there is not.
+        PlanError: other sublayers, another model's fingerprint, surrogates of another width, or a
+            window of a K/V head that there is not.
         UnsupportedError: a skipped sublayer hands on more than the residual stream, or attention
             cannot have the window that it is given.
     """
@@ -36,9 +70,20 @@ def validate_decision(decision: Decision, graphs: Graphs, model: str) -> None:
             f"the plan is for {_summary(decision.sublayers)}, but {model} has "
             f"{_summary(graphs.sublayers)}"
         )
+    _check_fingerprints(decision, digests, model)
     _check_widths(decision, graphs.structure.width, model)
     _check_skippable(decision, graphs.structure.unskippable, model)
     _check_windows(decision, graphs)
+
+
+def _check_fingerprints(decision: Decision, digests: frozenset[str], model: str) -> None:
+    for plan in plans_of(decision):
+        known = plan.fingerprint
+        if known is not None and known.digest not in digests:
+            raise PlanError(
+                f"the plan was made for {known}, but {model} is {min(digests)}; load the plan of "
+                "this model, or make one of its profile"
+            )
 
 
 def _check_widths(decision: Decision, width: int, model: str) -> None:

@@ -29,6 +29,9 @@ COPIED_APART = (
     "_gradient_checkpointing_func",
 )
 
+#: Attributes of a model that say which adapters of peft's it has.
+ADAPTERS = ("peft_config", "_hf_peft_config_loaded")
+
 
 def attention_name(model: Any) -> str | None:
     """Return the name of a model's attention implementation."""

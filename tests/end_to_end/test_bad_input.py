@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,25 @@ def test_a_profile_of_another_model(profile: Profile) -> None:
     assert fingerprint(other).digest in message
     assert profile.fingerprint.digest in message
     assert "load the profile of this model, or calibrate it" in message
+
+
+def test_a_saved_plan_of_another_model(tmp_path: Path) -> None:
+    """Of the same sublayers: what tells them apart is the fingerprint of a saved plan."""
+    compiled, other = entry(SHAPE).compiled, make_model(SHAPE)
+    other.config.rms_norm_eps = 0.5
+    compiled.adaskip.plan.save(tmp_path / "plan.json")
+    found, here = fingerprint(entry(SHAPE).model), fingerprint(other)
+    message = f"the plan was made for {re.escape(str(found))}, but LlamaForCausalLM is "
+    path = tmp_path / "plan.json"
+    refused(lambda: adaskip_fx.compile(other, plan=path, backend="eager"), PlanError, message)
+    plan = SkipPlan.load(path).with_fingerprint(here)
+    before = compiled.adaskip.plan
+    with pytest.raises(PlanError, match=r"the plan was made for .*; load the plan of this model"):
+        compiled.adaskip.plan = plan
+    with pytest.raises(PlanError, match="the plan was made for"):
+        compiled.adaskip.new_cache(plan=plan)
+    assert compiled.adaskip.plan is before
+    compiled.adaskip.new_cache(plan=SkipPlan.load(path))
 
 
 def test_no_profile_and_no_plan(model: Any) -> None:

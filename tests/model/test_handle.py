@@ -43,8 +43,9 @@ def test_what_is_set_is_what_is_there() -> None:
     try:
         for plan in (SkipPlan.of(SUBLAYERS, ["1.ffn"]), Schedule(((0, EMPTY),))):
             handle.plan = plan
-            assert handle.plan is plan
-            assert handle.new_cache().request.decision is plan
+            assert handle.plan == plan
+            assert handle.plan is handle.plan
+            assert handle.new_cache().request.decision is handle.plan
         with pytest.raises(PlanError, match="the plan is for 4 sublayers"):
             handle.plan = SkipPlan.empty(SUBLAYERS[:4])
         assert handle.plan is plan

@@ -22,8 +22,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaskip_fx.plans.fingerprint import Fingerprint
 from adaskip_fx.plans.skip_plan import Action, Kind, Phase, PlanError, SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import NO_SURROGATES, Surrogates
+from adaskip_fx.plans.windows import NO_WINDOWS
 
 PROPERTY = settings(deadline=None)  # a shared machine may stall
 
@@ -468,6 +470,32 @@ def test_file_format(tmp_path: Path) -> None:
     }
 
 
+MODEL = Fingerprint("0123456789abcdef", "llama", 7, "f" * 16)
+
+
+def test_a_file_says_which_model_it_is_for(tmp_path: Path) -> None:
+    plan = SkipPlan.of(model(2), ["0.ffn"], surrogates=scale(ffn0=0.5)).with_fingerprint(MODEL)
+    plan.save(tmp_path / "plan.json")
+    loaded = SkipPlan.load(tmp_path / "plan.json")
+    assert loaded.fingerprint == MODEL
+    assert json.loads((tmp_path / "plan.json").read_text())["fingerprint"]["model_type"] == "llama"
+    for kept in (
+        pickle.loads(pickle.dumps(plan)),
+        plan.with_decode_extra([sub("1.ffn")]),
+        plan.with_surrogates(NO_SURROGATES),
+        plan.with_windows(NO_WINDOWS),
+        plan | SkipPlan.of(model(2), ["1.ffn"]),
+    ):
+        assert kept.fingerprint == MODEL
+
+
+def test_which_model_it_is_for_is_no_part_of_a_plan() -> None:
+    plan = SkipPlan.of(model(2), ["0.ffn"])
+    other = plan.with_fingerprint(MODEL)
+    assert (other, other.digest, hash(other)) == (plan, plan.digest, hash(plan))
+    assert other.phase_digest("decode") == plan.phase_digest("decode")
+
+
 EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d.update(schema=3), r"schema 3 is newer than this version reads \(2\); upgrade"),
     (lambda d: d.update(schema=1), "unknown schema 1; build the plan again"),
@@ -488,6 +516,8 @@ EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d["prefill"].update({"0.ffn": ["skip"]}), "not a valid plan"),
     (lambda d: d.update(prefill=["0.ffn"]), "not a valid plan"),
     (lambda d: d.update(sublayers=7), "not a valid plan"),
+    (lambda d: d.update(fingerprint=[]), "not a valid plan"),
+    (lambda d: d.update(fingerprint={"digest": "0" * 16}), "not a valid plan .*weights"),
     (lambda d: d.update(sublayers=[7]), "not a valid plan"),
     (lambda d: d.update(compensation=None), r"not a valid plan \(surrogates must be"),
 ]
