@@ -5,7 +5,8 @@
 - The proof that it is right: `reference` (the user's model on a few tokens), `layer_memory` (what
   its layers store), `check_graph` (the graph on the same tokens).
 - How long it is right: `state` (one state of the model's Python), `states` (those it was in),
-  `original` (the user's model, which is watched), `same_objects` (comparisons).
+  `original` (the user's model, which is watched), `adapters` (what is followed of them),
+  `same_objects` (comparisons). `obstacles` names what is in the way of a capture.
 
 Imports `kv_cache`, `plans`, `utils` and `adaskip_passes`.
 """
