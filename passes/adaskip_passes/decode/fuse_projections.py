@@ -14,8 +14,9 @@ so the pass preserves results to rounding, not to the bit.
 For more than one row the norm is an operator of its own, `normalize`: on the matrix units every
 program of the projections would repeat it.
 
-A projection is left alone where its weight is not an input of the piece, its input has more than
-`MAX_ROWS` rows or another dtype, or something writes to its input in place. A norm, gate or add
+A projection is left alone where its weight is not an input of the piece, or is stored in a class of
+tensors of its own (quantized), its input has more than `MAX_ROWS` rows or another dtype, or
+something writes to its input in place. A norm, gate or add
 that anything else reads, or that has another form, stays as it is, beside the fused projections.
 """
 
@@ -87,6 +88,8 @@ def _fits(node: fx.Node, overwritten: set[fx.Node]) -> bool:
     if not isinstance(source, fx.Node) or x is None or weight is None:
         return False
     if any(isinstance(size, torch.SymInt) for size in (*x.shape, *weight.shape)):
+        return False
+    if any(hasattr(example(p), "__tensor_flatten__") for p in parameters):  # not a plain tensor
         return False
     rows = x.numel() // max(1, x.shape[-1])
     half = x.dtype in (torch.bfloat16, torch.float16)

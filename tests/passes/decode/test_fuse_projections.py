@@ -818,3 +818,19 @@ def test_nothing_is_compiled_ahead_without_a_gpu() -> None:
     for node in traced.graph.find_nodes(op="placeholder"):
         node.meta["example_value"] = torch.ones(1, 8)
     assert compile_ahead(traced) == []
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_weights_of_a_class_of_their_own_are_left(quantized: bool) -> None:
+    """They look like bfloat16 [out, in], and what is stored is something else."""
+    quantization = pytest.importorskip("torchao.quantization")
+    layer = torch.nn.Linear(WIDTH, 2 * WIDTH, bias=False).bfloat16()
+    if quantized:
+        quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    module = fx.symbolic_trace(lambda x, weight: linear(x, weight))
+    x = torch.ones(1, 1, WIDTH, dtype=torch.bfloat16)
+    values = iter((x, layer.weight, layer(x)))
+    for node in module.graph.nodes:
+        if node.op != "output":
+            node.meta["example_value"] = next(values)
+    assert FuseProjections()(module).changes == (0 if quantized else 2)
