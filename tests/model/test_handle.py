@@ -48,7 +48,7 @@ def test_what_is_set_is_what_is_there() -> None:
             assert handle.new_cache().request.decision is handle.plan
         with pytest.raises(PlanError, match="the plan is for 4 sublayers"):
             handle.plan = SkipPlan.empty(SUBLAYERS[:4])
-        assert handle.plan is plan
+        assert handle.plan == plan
     finally:
         handle.plan = before
 
