@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .capture.reference import run_reference
+from .capture.traced_part import decoder_name
 from .model.adapted import put_around
 from .model.check_model import check_model
+from .model.heads import check_head
 from .model.load import usable_backend
 from .model.subclass import make_compiled_model
 from .plans.decision_files import load_decision
@@ -42,8 +44,9 @@ def compile(
     (``.adaskip.warmup`` does it beforehand); a new plan is linked in milliseconds.
 
     Args:
-        model: A transformers decoder with a language-model head, in evaluation mode; or a
-            ``PeftModel`` around one.
+        model: A transformers decoder in evaluation mode, with a language-model head or another
+            (a classifier's, a reward's), whose code then runs as it is; or a ``PeftModel`` around
+            one.
         profile: What :func:`adaskip_fx.calibrate` measured on this model, or the path it was
             saved to. None only with an explicit `plan`.
         alpha: The acceleration ratio; ``floor(S (1 - 1/alpha) + 1/2)`` of S sublayers are skipped
@@ -90,6 +93,8 @@ def build(model: Any, plan: Decision | None, **options: Any) -> CompiledModel:
     decoder = check_model(model)
     compiled: Any = make_compiled_model(decoder)
     compiled._adaskip = Runtime(compiled, decoder, run_reference(decoder), plan, **options)
+    if decoder_name(decoder) is not None:
+        check_head(compiled)
     return put_around(compiled, model)  # type: ignore[no-any-return]
 
 

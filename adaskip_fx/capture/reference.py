@@ -27,6 +27,7 @@ from . import attention
 from .arguments import Forward
 from .graph_key import GraphPhase
 from .layer_memory import LayerMemory, layer_specs, memory_of, new_cache
+from .traced_part import traced_forward
 
 _ROWS, _PROMPT, _EXTENSION = 3, 5, 2
 #: Beyond the longest window so many tokens are run and compared.
@@ -117,13 +118,13 @@ def run_reference(model: CausalLM, forward: Forward | None = None) -> ReferenceR
     Args:
         model: as the user has it; or a compiled model, for which the attention of
             :mod:`adaskip_fx.capture.attention` is left out meanwhile.
-        forward: of the model that a compiled one was made of; the model's own if None.
+        forward: what is traced of the model that a compiled one was made of; of this one if None.
 
     Raises:
         UnsupportedError: it does not run on a cache of transformers', or keeps something else in it
             than keys, values and mixers' states.
     """
-    forward = forward or type(model).forward
+    forward = forward or traced_forward(model)
     prompts = [(_ROWS, _PROMPT)]
     if (reach := _reach(model)) is not None:
         prompts.append((1, reach + _BEYOND))

@@ -25,6 +25,7 @@ from adaskip_passes.tracing.python_state import PythonState
 from .original import Original
 from .same_objects import same_tensors
 from .state import ChangedError, Since, State
+from .traced_part import traced_forward
 
 if TYPE_CHECKING:
     from .reference import ReferenceRun
@@ -157,7 +158,7 @@ class States:
             UnsupportedError: it does not run, as it was changed since it was in the state `before`.
         """
         try:
-            state.reference = state.reference.rerun(self.model, type(self.original).forward)
+            state.reference = state.reference.rerun(self.model, traced_forward(self.original))
             state.has_own_reference = True
         except UnsupportedError as error:
             if before is None:

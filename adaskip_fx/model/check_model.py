@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..capture.adapters import refuse_unmerging
+from ..capture.traced_part import decoder_name
 from ..utils.peft_layers import is_adapter
 from .adapted import decoder_in
 from .compiled_model import CompiledModel
@@ -48,9 +49,10 @@ def check_model(model: Any) -> Any:
             f"{type(model).__name__} is an encoder-decoder model; only decoder-only models are "
             "supported"
         )
-    if model.get_output_embeddings() is None:
+    if model.get_output_embeddings() is None and decoder_name(model) is None:
         raise TypeError(
-            f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
+            f"{type(model).__name__} has no language-model head, nor another; load it with "
+            "AutoModelForCausalLM, or with the class of the head that it has"
         )
     refuse_outputs(model)
     if "forward" in vars(model):

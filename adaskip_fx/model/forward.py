@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,23 +15,20 @@ from ..kv_cache.argument_names import CACHE_NAMES, under_one_name
 from ..kv_cache.cache import SkipCache
 from ..programs.instruments import HiddenStateRecorder
 from ..utils.transformers_types import ModelConfig
-from .check_model import refuse_outputs
 from .checked_arguments import (
     checked_keep,
     checked_mask,
     checked_positions,
     checked_tokens,
     refuse_packed,
-    refuse_transformed,
 )
+from .checked_call import check_call
 from .hidden_states import check_hidden_states, recording
 from .loss import check_loss, loss_arguments, loss_of
 from .outputs import model_output
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
-
-logger = logging.getLogger(__name__)
 
 _STEP_ARGUMENTS = frozenset(
     {
@@ -150,18 +146,7 @@ def _refuse_unsupported(
     Returns:
         What is for the loss function besides the labels; None where there are no labels.
     """
-    if not goes_on:
-        refuse_outputs(model)
-    if model.training:
-        raise RuntimeError("a compiled model is for inference only; call eval() on it")
-    if torch.is_grad_enabled():
-        embeddings = arguments.get("inputs_embeds")
-        wanted = [*model.parameters(), *([] if embeddings is None else [embeddings])]
-        wanted = [t for t in wanted if getattr(t, "requires_grad", False)]
-        for tensor in wanted:
-            refuse_transformed(tensor)
-        if wanted:
-            _say_detached()
+    check_call(model, arguments.get("inputs_embeds"), goes_on)
     more = {
         name: value
         for name, value in arguments.items()
@@ -183,11 +168,3 @@ def _refuse_unsupported(
         return None
     check_loss(model, labels, more)
     return more
-
-
-@functools.cache
-def _say_detached() -> None:
-    logger.warning(
-        "a compiled model was called with gradients on: what it returns is detached, as if under "
-        "torch.no_grad(); train the original model"
-    )

@@ -12,10 +12,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..capture import attention
+from ..capture.traced_part import decoder_name
 from ..utils.transformers_internals import can_set_attention
 from .compiled_model import CompiledModel
 from .forward import compiled_forward
 from .generation import following
+from .heads import headed_forward
 
 
 def make_compiled_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -28,10 +30,10 @@ def make_compiled_model(model: PreTrainedModel) -> PreTrainedModel:
     vars(compiled).pop("prepare_inputs_for_generation", None)  # peft leaves one there
     base = type(model)
     name = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    methods = {
-        "forward": compiled_forward(base.forward),
-        "prepare_inputs_for_generation": following(base.prepare_inputs_for_generation),
-    }
+    headed = decoder_name(model) is not None
+    methods = {"forward": (headed_forward if headed else compiled_forward)(base.forward)}
+    if hasattr(base, "prepare_inputs_for_generation"):
+        methods["prepare_inputs_for_generation"] = following(base.prepare_inputs_for_generation)
     compiled.__class__ = type(base.__name__, (CompiledModel, base), {**name, **methods})
     if can_set_attention(compiled) and not attention.is_own(model):
         compiled.set_attn_implementation(attention.NAME)

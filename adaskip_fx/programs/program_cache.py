@@ -25,6 +25,7 @@ from ..capture.phase_graph import CapturedPhase
 from ..capture.reference import ReferenceRun, positions
 from ..capture.state import Since, State
 from ..capture.states import States
+from ..capture.traced_part import traced_forward
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..kv_cache.retention import Retention
 from ..plans.compose_surrogates import SurrogateTensors
@@ -90,8 +91,7 @@ class Graphs:
     @property
     def forward(self) -> Forward:
         """The function that is traced: the original's class may have got another one."""
-        forward: Forward = type(self.states.original).forward
-        return forward
+        return traced_forward(self.states.original)
 
     @property
     def structure(self) -> ModelStructure:

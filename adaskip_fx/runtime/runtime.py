@@ -15,6 +15,7 @@ import torch
 
 from ..capture.reference import ReferenceRun
 from ..capture.state import Since
+from ..capture.traced_part import traced_forward
 from ..kv_cache import saved
 from ..kv_cache.argument_names import cache_argument, generate_argument
 from ..kv_cache.cache import SkipCache
@@ -74,8 +75,9 @@ class Runtime:
         static_cache: bool | None = None,
     ) -> None:
         self.model = model
-        self.cache_argument = cache_argument(type(original).forward)
-        self.generate_argument = generate_argument(type(original).forward)
+        forward = traced_forward(original)
+        self.cache_argument = cache_argument(forward)
+        self.generate_argument = generate_argument(forward)
         self.profile = profile
         self.policy = policy
         self.graphs = Graphs(model, original, sample, backend, link, max_variants)

@@ -177,6 +177,11 @@ def tiny_t5() -> Any:
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**shape, num_heads=2))
 
 
+def tiny_bert() -> Any:
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16}
+    return transformers.BertConfig(**shape, num_hidden_layers=2, num_attention_heads=2)
+
+
 class CountingMLP(GPTNeoXMLP):  # type: ignore[misc]
     """An FFN with a state, so that it cannot be moved behind attention."""
 
@@ -257,12 +262,12 @@ MODELS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "no head": (
         lambda m: m.model,
         TypeError,
-        "LlamaModel has no language-model head; load it with AutoModelForCausalLM",
+        "LlamaModel has no language-model head, nor another; load it with AutoModelForCausalLM",
     ),
-    "classifier": (
-        lambda m: transformers.LlamaForSequenceClassification(m.config),
-        TypeError,
-        "has no language-model head",
+    "an encoder's classifier": (
+        lambda m: transformers.BertForSequenceClassification(tiny_bert()),
+        UnsupportedError,
+        "which one is the residual stream cannot be told",
     ),
     "encoder-decoder": (
         lambda m: tiny_t5(),

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from adaskip_fx.api import build
 from adaskip_fx.contrib.routing import Choice, Option
-from adaskip_fx.model import forward
+from adaskip_fx.model import checked_call, forward
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_passes import UnsupportedError
@@ -253,7 +253,7 @@ def test_generate_ahead_of_the_host() -> None:
 def test_gradients_end_there(caplog: pytest.LogCaptureFixture) -> None:
     model = make_model("one_layer").requires_grad_(False)
     pair, embedded = Pair(model), drawn(model).requires_grad_(True)
-    forward._say_detached.cache_clear()
+    checked_call._say_detached.cache_clear()
     with caplog.at_level(logging.WARNING, logger="adaskip_fx"):
         assert not pair.compiled(inputs_embeds=embedded).logits.requires_grad
     assert "what it returns is detached" in caplog.text

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from adaskip_fx.api import build
-from adaskip_fx.model import forward, loss
+from adaskip_fx.model import checked_call, loss
 from tests.support.compiled_llamas import entry, make_model
 from tests.support.eager_reference import assert_close
 from tests.support.families.all import tiny_config, tiny_model
@@ -237,7 +237,7 @@ def test_gradients_end_at_a_compiled_model(caplog: pytest.LogCaptureFixture) -> 
     bank = entry("grouped")
     assert torch.is_grad_enabled()
     assert any(p.requires_grad for p in bank.compiled.parameters())
-    forward._say_detached.cache_clear()
+    checked_call._say_detached.cache_clear()
     with bank.using(), caplog.at_level(logging.WARNING, logger="adaskip_fx"):
         for _ in range(2):
             output = bank.compiled(IDS, labels=IDS)

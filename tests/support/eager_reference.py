@@ -77,7 +77,7 @@ class Oracle:
     def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         past = kwargs.get(self._cache)
         filled = past is not None and past.get_seq_length() > 0
-        ids = kwargs.get("input_ids")
+        ids = kwargs.get("input_ids", args[0] if args else None)
         new = ids if ids is not None else kwargs["inputs_embeds"]
         decoding = filled and new.shape[1] == 1
         self._actions = self.decode if decoding else self.prefill
