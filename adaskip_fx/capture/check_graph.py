@@ -204,7 +204,8 @@ def _arguments(
     total = step.past + new
     # From the last token to the first, so that a graph that takes no heed of it is found out.
     backwards = torch.arange(new - step.logits.shape[1], new, device=key.device).flip(0)
-    positions = torch.arange(step.past, total, device=key.device).expand(key.batch, new)
+    positions = torch.arange(step.past, total, device=key.device)
+    positions = positions.clamp_max(step.past + step.ids.shape[1] - 1).expand(key.batch, new)
     mask = torch.ones(key.batch, total, dtype=torch.bool, device=key.device)
     ids = torch.nn.functional.pad(step.ids[rows], (0, new - step.ids.shape[1]))
     inputs = step_inputs(

@@ -36,7 +36,7 @@ from adaskip_passes.tracing.repeated_layers.mark import Repeat
 
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..plans.sublayer import Sublayer
-from . import attention
+from . import attention, rotary
 from .arguments import Forward
 from .example_inputs import Lengths, example_arguments
 from .graph_key import GraphKey
@@ -135,6 +135,7 @@ def capture_phase(
             f"{type(model).__name__}'s attention implementation is one that was registered, and "
             "may look at how many keys there are; whole buffers have more than are filled"
         )
+    rotary.place(model, key.device)
     with torch.no_grad():
         arguments = example_arguments(model, forward, key, specs, lengths)
         cache = arguments["cache"]

@@ -23,7 +23,7 @@ from ..kv_cache.argument_names import cache_argument
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..utils.transformers_internals import attention_name
 from ..utils.transformers_types import CausalLM
-from . import attention
+from . import attention, rotary
 from .arguments import Forward
 from .graph_key import GraphPhase
 from .layer_memory import LayerMemory, layer_specs, memory_of, new_cache
@@ -130,7 +130,7 @@ def run_reference(model: CausalLM, forward: Forward | None = None) -> ReferenceR
         prompts.append((1, reach + _BEYOND))
     specs: tuple[LayerCacheSpec, ...] = ()
     steps: dict[GraphPhase, tuple[ReferenceStep, ...]] = {}
-    with torch.autocast(model.device.type, enabled=False):
+    with torch.autocast(model.device.type, enabled=False), rotary.as_written(model):
         for rows, length in prompts:
             specs, ran = _steps(model, forward, _tokens(model, rows, length + _EXTENSION), specs)
             steps = {phase: (*steps.get(phase, ()), step) for phase, step in ran.items()}
@@ -168,19 +168,17 @@ def _steps(
 
 
 def _reach(model: CausalLM) -> int | None:
-    """Return the longest window or chunk of the config that can be passed at a small cost."""
+    """Return how far to go past windows, chunks and other frequencies, at a small cost."""
     config = model.config.get_text_config()
     named = (getattr(config, name, None) for name in _REACHES)
     reaches = [n for n in named if isinstance(n, int) and not isinstance(n, bool) and n > 0]
     longest = positions(model)
     size = sum(p.numel() for p in model.parameters())
     kind = model.device.type
-    affordable = [
-        n
-        for n in reaches
-        if (longest is None or n + _BEYOND + _EXTENSION <= longest)
-        and 6.0 * size * (n + _BEYOND) <= _AFFORDABLE.get(kind, _AFFORDABLE["cpu"])
-    ]
+    within = [n for n in reaches if longest is None or n + _BEYOND + _EXTENSION <= longest]
+    within += rotary.switches_at(model)
+    most = _AFFORDABLE.get(kind, _AFFORDABLE["cpu"])
+    affordable = (n for n in within if 6.0 * size * (n + _BEYOND) <= most)
     return max(affordable, default=None)
 
 

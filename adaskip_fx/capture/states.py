@@ -22,6 +22,7 @@ from adaskip_passes import UnsupportedError
 from adaskip_passes._torch import one_at_a_time
 from adaskip_passes.tracing.python_state import PythonState
 
+from . import rotary
 from .original import Original
 from .same_objects import same_tensors
 from .state import ChangedError, Since, State
@@ -116,7 +117,8 @@ class States:
         return ", ".join(changes[:3]) if changes else "and changed back"
 
     def _watched(self, model: nn.Module) -> PythonState:
-        return PythonState(model, _LEFT_OUT, self._library)
+        apart = rotary.by_length(model)  # (of two models, each has frequencies of its own)
+        return PythonState(model, _LEFT_OUT, self._library, apart)
 
     def _names(self) -> frozenset[str]:
         """Return every attribute and key that anything captured has read."""

@@ -28,9 +28,7 @@ class StandIn(nn.Module):
         return getattr(vars(self)["_stands_for"], name)
 
 
-def with_stand_in(
-    model: Any, kind: type, path: Sequence[str], function: Callable[..., Any]
-) -> Any:
+def with_stand_in(model: Any, kind: type, path: Sequence[str], function: Callable[..., Any]) -> Any:
     """Return a model of class `kind` with the modules of `model`, but for one.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..capture import attention
+from ..capture import attention, rotary
 from ..capture.traced_part import decoder_name
 from ..utils.transformers_internals import can_set_attention
 from .compiled_model import CompiledModel
@@ -35,6 +35,7 @@ def make_compiled_model(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(base, "prepare_inputs_for_generation"):
         methods["prepare_inputs_for_generation"] = following(base.prepare_inputs_for_generation)
     compiled.__class__ = type(base.__name__, (CompiledModel, base), {**name, **methods})
+    rotary.make_pure(compiled)
     if can_set_attention(compiled) and not attention.is_own(model):
         compiled.set_attn_implementation(attention.NAME)
     return compiled

@@ -54,7 +54,8 @@ class Graphs:
 
     Attributes:
         counters: captures, links and dropped programs so far.
-        max_length: positions of the model; None if it has no limit.
+        said_long: whether a user was told of a text that is longer than that.
+        trained_length: positions that the model's config says; None if it says nothing.
     """
 
     def __init__(
@@ -72,7 +73,8 @@ class Graphs:
         self.link = link
         self.counters = Counters()
         start_workers(backend, model.device)  # while the first graph is traced
-        self.max_length = positions(model)
+        self.trained_length = positions(model)
+        self.said_long = False
         self._placed = SurrogateTensors()
         self._programs = VariantCache(max_variants, self.counters)
         self._first: CapturedPhase | None = None
@@ -98,6 +100,17 @@ class Graphs:
         """What the first capture says of the model."""
         assert self._structure is not None, "a prefill graph is captured first"
         return self._structure
+
+    @property
+    def max_length(self) -> int | None:
+        """Positions that the model has a table of; None if it has them by a formula, without end.
+
+        (A length of another name than ``max_position_embeddings`` is one that code relies on.)
+        """
+        config = self.model.config.get_text_config()
+        by_formula = isinstance(getattr(config, "max_position_embeddings", None), int)
+        table = not by_formula or self.structure.has_position_table
+        return self.trained_length if table else None
 
     @property
     def pieces_compiled(self) -> int:
@@ -269,7 +282,7 @@ class Graphs:
                 self.forward,
                 key,
                 state.reference.specs,
-                lengths or example_lengths(key, self.max_length),
+                lengths or example_lengths(key, self.trained_length),
                 self.backend,
             )
         self.counters.captures += 1

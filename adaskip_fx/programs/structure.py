@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import fx
 
 from adaskip_passes import UnsupportedError
+from adaskip_passes.analysis.position_tables import reads_position_table
 from adaskip_passes.partition.outer import Piece, piece_of, sublayer_calls
 from adaskip_passes.windows.find_attention import Attention, attention_of
 
@@ -17,6 +18,9 @@ from ..kv_cache.retention import Retention, retention
 from ..plans.skip_plan import Action, SkipPlan
 from ..plans.sublayer import Sublayer
 from ..plans.windows import Window
+
+_OF_A_STEP = "L['cache']", "L['inputs']"
+_TOKENS = "L['inputs']['input_ids']", "L['inputs']['inputs_embeds']"
 
 
 class ModelStructure:
@@ -43,6 +47,16 @@ class ModelStructure:
         first = sublayer_calls(self._captured.outer.graph)[0].args[0]
         assert isinstance(first, fx.Node)
         return int(first.meta["example_value"].shape[-1])
+
+    @cached_property
+    def has_position_table(self) -> bool:
+        """Whether the model looks something up by position, so that its positions have an end."""
+        captured = self._captured.capture
+        places = captured.graph.graph.find_nodes(op="placeholder")
+        source = dict(zip(places, captured.sources, strict=True))
+        weights = [n for n, s in source.items() if not s.startswith(_OF_A_STEP)]
+        tokens = [n for n, s in source.items() if s.startswith(_TOKENS)]
+        return reads_position_table(captured.graph.graph, weights, tokens)
 
     @cached_property
     def modules(self) -> dict[str, tuple[str, ...]]:

@@ -78,8 +78,7 @@ def _run(
 ) -> torch.Tensor:
     """Run tokens of one kind: a prompt's, or `decoded` ones."""
     graphs, checked = runtime.graphs, checks()
-    if not decoded:
-        turns.check_length(graphs, cache.length + inputs.input_ids.shape[1])
+    turns.check_length(graphs, turns.longest_row(inputs, cache))
     if not cache.length or cache.request.since is None:  # of a file, or another's cache
         turns.begin(cache, graphs)
     elif phase != "decode" or checked:

@@ -276,7 +276,10 @@ class Runtime:
         """
         request: Request = cache.request
         learning = request.decode.learning
-        return self.ahead and request.decoding and not learning and not cache.stateful
+        longest = self.graphs.max_length  # a step that is one too many must not be refused
+        room = longest is None or cache.length < longest
+        going = request.decoding and not learning and not cache.stateful
+        return self.ahead and room and going
 
     def may_suppose(self, cache: SkipCache) -> bool:
         """Whether a decode step may be begun before its mask is read: nobody sees it twice."""

@@ -142,7 +142,8 @@ class StaticStep:
         self._position_at = self._positions_at = None  # until the step is through
         self._run(program, arguments, weights)
         self._position_at = length + self.tokens.shape[1]
-        self._positions_at = self._position_at if position_ids is None else None
+        counted = position_ids is None and input_ids.shape[1] == self.tokens.shape[1]
+        self._positions_at = self._position_at if counted else None
         assert self._logits is not None
         statistics = self._statistics[len(program.probed)].clone() if program.probed else None
         return self._logits.clone(), statistics
@@ -157,8 +158,12 @@ class StaticStep:
         self._new(self.tokens, input_ids).copy_(input_ids)
         if self._position_at != length:
             self.position.fill_(length)
+        new = input_ids.shape[1]
         if position_ids is not None:
             self._new(self.positions, input_ids).copy_(position_ids)
+            self.positions[:, new:] = position_ids[:, -1:]  # what is no token makes none longer
+        elif new < self.positions.shape[1]:
+            self.positions.copy_(self._order.clamp_max(new - 1) + length)
         elif self._positions_at != length:
             self.positions.copy_(self._order + length)
         if valid is not None:

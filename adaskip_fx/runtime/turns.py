@@ -5,6 +5,7 @@ A turn is a prompt and the tokens decoded after it. A prompt after decoded token
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,8 @@ from ..programs.program_cache import Graphs
 from .inputs import Inputs
 from .request import Request
 from .window import Learner
+
+logger = logging.getLogger(__name__)
 
 
 def phase_of(input_ids: torch.Tensor, cache: SkipCache) -> GraphPhase:
@@ -89,15 +92,34 @@ def choose_plan(cache: SkipCache, inputs: Inputs, graphs: Graphs) -> Request:
 
 
 def check_length(graphs: Graphs, total: int) -> None:
-    """Refuse a prompt that makes a text of `total` tokens, more than the model has positions for.
+    """Refuse a text of `total` tokens where that is more than the model has a table of.
+
+    Where positions are a formula, a text that is longer than the config says is warned of, once.
 
     Raises:
-        ValueError: It does.
+        ValueError: It is.
     """
-    longest = graphs.max_length
-    if longest is not None and total > longest:
+    trained = graphs.trained_length
+    if trained is None or total <= trained:
+        return
+    name = type(graphs.model).__name__
+    if graphs.max_length is not None:
         raise ValueError(
-            f"the prompt would make a sequence of {total} tokens, but "
-            f"{type(graphs.model).__name__} has positions for {longest} "
-            "(max_position_embeddings); shorten it"
+            f"this would make a sequence of {total} tokens, but {name} has positions for {trained} "
+            "(max_position_embeddings), in a table; shorten it"
         )
+    if not graphs.said_long:
+        graphs.said_long = True
+        logger.warning(
+            "a sequence of %d tokens, but %s is made for %d (max_position_embeddings); its "
+            "positions go on, what it says may not make sense",
+            total,
+            name,
+            trained,
+        )
+
+
+def longest_row(inputs: Inputs, cache: SkipCache) -> int:
+    """Return how many tokens the longest row has after a step; padding on the left is none."""
+    padding = min(inputs.padding.counts) if inputs.padding is not None else 0
+    return cache.length + inputs.input_ids.shape[1] - padding

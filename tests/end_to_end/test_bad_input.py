@@ -445,11 +445,6 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "past_key_values is a StaticCache; a compiled model needs its own cache, or a DynamicCach",
     ),
     "a tuple": ({"past_key_values": ()}, TypeError, "past_key_values is a tuple"),
-    "too long": (
-        {"input_ids": torch.ones(1, 601, dtype=torch.int64)},
-        ValueError,
-        "a sequence of 601 tokens, but LlamaForCausalLM has positions for 600 .*; shorten it",
-    ),
 }
 
 

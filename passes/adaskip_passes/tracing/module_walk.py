@@ -71,7 +71,9 @@ class Walk:
 
     """
 
-    def __init__(self, root: nn.Module, leave_out: Collection[str]) -> None:
+    def __init__(
+        self, root: nn.Module, leave_out: Collection[str], apart: Collection[object] = ()
+    ) -> None:
         self.live: list[Any] = []
         self.kept: list[Any] = []
         self.paths: list[str] = []
@@ -87,7 +89,7 @@ class Walk:
         self._seen: dict[int, Any] = {}  # by identity, and alive, so that it stays theirs
         self._queue: deque[tuple[Any, str]] = deque([(root, "")])
         self._objects = 0
-        self._left_out = {id(vars(root).get(name)) for name in leave_out}
+        self._left_out = {id(vars(root).get(name)) for name in leave_out} | set(map(id, apart))
         while self._queue:
             self._visit(*self._queue.popleft())
 

@@ -51,7 +51,11 @@ class PythonState:
     """The Python state of a module tree, as it was when this was made."""
 
     def __init__(
-        self, root: nn.Module, leave_out: Collection[str] = (), known: Collection[type] = ()
+        self,
+        root: nn.Module,
+        leave_out: Collection[str] = (),
+        known: Collection[type] = (),
+        apart: Collection[object] = (),
     ) -> None:
         """Walk the tree of `root`.
 
@@ -59,8 +63,9 @@ class PythonState:
             root: a module.
             leave_out: attributes of it that are not followed.
             known: classes whose functions are taken for what they are.
+            apart: objects in it that are not followed either.
         """
-        walk = Walk(root, leave_out)
+        walk = Walk(root, leave_out, apart)
         self._live, self._kept, self._paths = walk.live, walk.kept, walk.paths
         self._empty, self._empty_paths = walk.empty, walk.empty_paths
         self._modules, self._module_paths = walk.modules, walk.module_paths
