@@ -41,8 +41,8 @@ def make_pure(model: nn.Module) -> None:
         for prefix, kind in _switches(module).items():
             if kind == "longrope":
                 setattr(module, f"{prefix}adaskip_long", _long(module, prefix, kind))
-        kind: Any = type(module)
-        module.__class__ = _pure(kind)
+        made: Any = type(module)
+        module.__class__ = _pure(made)
 
 
 def place(model: nn.Module, device: torch.device) -> None:
