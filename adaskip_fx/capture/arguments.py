@@ -28,7 +28,7 @@ def step_inputs(
     Args:
         forward: of the model.
         input_ids: int64 [B, T]; or embeddings [B, T, H] in their place.
-        position_ids: int64 [B, T].
+        position_ids: int64 [B, T]; of some models of images in axes, [A, B, T].
         attention_mask: bool [B, stored + T]; None without padding.
         logits_to_keep: 0 for the logits of all tokens, 1 for those of the last; or the indices of
             some, int64 [K], in whose place a forward that takes none is asked for all.

@@ -205,7 +205,9 @@ def _arguments(
     # From the last token to the first, so that a graph that takes no heed of it is found out.
     backwards = torch.arange(new - step.logits.shape[1], new, device=key.device).flip(0)
     positions = torch.arange(step.past, total, device=key.device)
-    positions = positions.clamp_max(step.past + step.ids.shape[1] - 1).expand(key.batch, new)
+    positions = positions.clamp_max(step.past + step.ids.shape[1] - 1)
+    axes = (key.axes,) if key.axes else ()
+    positions = positions.expand(*axes, key.batch, new)
     mask = torch.ones(key.batch, total, dtype=torch.bool, device=key.device)
     ids = torch.nn.functional.pad(step.ids[rows], (0, new - step.ids.shape[1]))
     inputs = step_inputs(

@@ -67,6 +67,8 @@ def example_arguments(
     tokens, total, kept = lengths
     positions = torch.zeros(key.batch, tokens, dtype=torch.int64, device=key.device)
     ids = positions.clone()
+    if key.axes:
+        positions = positions.expand(key.axes, -1, -1).contiguous()
     if key.embedded:
         width = model.get_input_embeddings().weight.shape[1]
         ids = torch.zeros(key.batch, tokens, width, dtype=key.dtype, device=key.device)
@@ -83,7 +85,8 @@ def example_arguments(
     for name in _BY_TOKEN:
         example = inputs.get(name)
         if isinstance(example, torch.Tensor) and not key.static_tokens:
-            _mark_length(example, min(1, example.dim() - 1))
+            in_axes = name == "position_ids" and key.axes
+            _mark_length(example, 2 if in_axes else min(1, example.dim() - 1))
     return {
         "model": model,
         "forward": forward,

@@ -28,6 +28,7 @@ class GraphKey:
             device, so that every step works at the same addresses; 0 for views of what is filled.
         whole: on a static cache, whether the graph may read all of a buffer, filled or not.
         embedded: tokens are given by their embeddings, not by ids.
+        axes: that positions have besides rows and tokens; 0 for [B, T].
         packed: a prompt's rows without padding, one after the other in one (so `batch` is 1).
     """
 
@@ -44,6 +45,7 @@ class GraphKey:
     whole: bool = False
     embedded: bool = False
     packed: bool = False
+    axes: int = 0
 
     @property
     def static_cache(self) -> bool:

@@ -21,7 +21,7 @@ from adaskip_passes import UnsupportedError
 
 from ..kv_cache.argument_names import cache_argument
 from ..kv_cache.layer_spec import LayerCacheSpec
-from ..utils.transformers_internals import attention_name
+from ..utils.transformers_internals import attention_name, set_attention
 from ..utils.transformers_types import CausalLM
 from . import attention, rotary
 from .arguments import Forward
@@ -102,11 +102,11 @@ class ReferenceRun:
         if attention_name(model) != attention.NAME:
             yield
             return
-        model.set_attn_implementation(self.attention)
+        set_attention(model, self.attention)
         try:
             yield
         finally:
-            model.set_attn_implementation(attention.NAME)
+            set_attention(model, attention.NAME)
 
 
 @torch.no_grad()
@@ -190,6 +190,12 @@ def positions(model: CausalLM) -> int | None:
         if isinstance(longest, int) and longest > 0:
             return longest
     return None
+
+
+def relies_on_length(model: CausalLM) -> bool:
+    """Return whether a model's number of positions has a name that code relies on (MPT)."""
+    config = model.config.get_text_config()
+    return not isinstance(getattr(config, "max_position_embeddings", None), int)
 
 
 def _logits(

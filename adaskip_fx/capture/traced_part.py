@@ -36,6 +36,18 @@ def decoder_name(model: Any) -> str | None:
     return name if name and name in getattr(model, "_modules", {}) else None
 
 
+def decoder_path(model: Any) -> tuple[str, ...]:
+    """Return the attributes that lead to the decoder inside of a model around it; () if none is.
+
+    (That is one of vision and language, whose config has a part about text.)
+    """
+    if model.config.get_text_config() is model.config or not hasattr(model, "get_decoder"):
+        return ()
+    decoder = model.get_decoder()
+    name = next((n for n, module in model.named_modules() if n and module is decoder), None)
+    return tuple(name.split(".")) if name else ()
+
+
 def traced_forward(model: Any) -> Forward:
     """Return the function of a user's model that is traced, called as ``forward(model, ...)``.
 

@@ -121,11 +121,17 @@ def _say_once() -> None:
     )
 
 
-def checked_positions(positions: object, input_ids: torch.Tensor) -> torch.Tensor | None:
-    """Return the positions of new tokens, [batch, tokens]; None where the caller names none."""
+def checked_positions(
+    positions: object, input_ids: torch.Tensor, in_axes: bool = False
+) -> torch.Tensor | None:
+    """Return the positions of new tokens, [batch, tokens]; None where the caller names none.
+
+    With images there may be an axis more, in front (`adaskip_fx.model.host`).
+    """
     if positions is None:
         return None
-    if not isinstance(positions, torch.Tensor) or positions.dim() != 2:
+    most = 3 if in_axes else 2
+    if not isinstance(positions, torch.Tensor) or not 2 <= positions.dim() <= most:
         raise NotImplementedError(
             "position_ids must be a tensor [batch, tokens]; more axes are not supported"
         )

@@ -24,6 +24,7 @@ from .checked_arguments import (
 )
 from .checked_call import check_call
 from .hidden_states import check_hidden_states, recording
+from .host import through_host
 from .loss import check_loss, loss_arguments, loss_of
 from .outputs import model_output
 
@@ -40,6 +41,13 @@ _STEP_ARGUMENTS = frozenset(
         "logits_to_keep",
         "return_dict",
         "cache_position",
+    }
+)
+#: They are looked at one by one.
+_OF_ALL = frozenset(
+    {
+        *("inputs_embeds", "labels", "num_items_in_batch"),
+        *("output_hidden_states", "output_attentions", "output_router_logits"),
     }
 )
 
@@ -68,6 +76,8 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
     """Run one forward of the compiled model."""
     runtime, config = model._adaskip, model.config
     arguments = under_one_name(arguments, runtime.cache_argument)
+    if runtime.decoder_path:
+        arguments = through_host(model, arguments, _STEP_ARGUMENTS | _OF_ALL)
     cache = arguments.get(runtime.cache_argument)
     # Most models return a cache that they fill.
     returns_cache = cache is not None or _flag(arguments, "use_cache", config)
@@ -103,7 +113,8 @@ def _run_step(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run a step on a cache of the model's own; returns logits, and the loss of labels."""
     runtime, mask = model._adaskip, arguments.get("attention_mask")
-    positions = checked_positions(arguments.get("position_ids"), input_ids)
+    in_axes = bool(runtime.decoder_path)
+    positions = checked_positions(arguments.get("position_ids"), input_ids, in_axes)
     keep = checked_keep(arguments.get("logits_to_keep"), input_ids, runtime.graphs.forward)
     ahead = mask is not None and input_ids.shape[1] == 1 and runtime.may_suppose(cache)
     before, padded = cache.length, cache.padded

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..capture import attention, rotary
 from ..capture.traced_part import decoder_name
-from ..utils.transformers_internals import can_set_attention
+from ..utils.transformers_internals import can_set_attention, set_attention
 from .compiled_model import CompiledModel
 from .forward import compiled_forward
 from .generation import following
@@ -37,5 +37,5 @@ def make_compiled_model(model: PreTrainedModel) -> PreTrainedModel:
     compiled.__class__ = type(base.__name__, (CompiledModel, base), {**name, **methods})
     rotary.make_pure(compiled)
     if can_set_attention(compiled) and not attention.is_own(model):
-        compiled.set_attn_implementation(attention.NAME)
+        set_attention(compiled, attention.NAME)
     return compiled

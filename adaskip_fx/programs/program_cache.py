@@ -22,7 +22,7 @@ from ..capture.example_inputs import Lengths, example_lengths, lengths_of
 from ..capture.graph_key import GraphKey, Surroundings
 from ..capture.obstacles import named_obstacles
 from ..capture.phase_graph import CapturedPhase
-from ..capture.reference import ReferenceRun, positions
+from ..capture.reference import ReferenceRun, positions, relies_on_length
 from ..capture.state import Since, State
 from ..capture.states import States
 from ..capture.traced_part import traced_forward
@@ -54,7 +54,6 @@ class Graphs:
 
     Attributes:
         counters: captures, links and dropped programs so far.
-        said_long: whether a user was told of a text that is longer than that.
         trained_length: positions that the model's config says; None if it says nothing.
     """
 
@@ -74,7 +73,6 @@ class Graphs:
         self.counters = Counters()
         start_workers(backend, model.device)  # while the first graph is traced
         self.trained_length = positions(model)
-        self.said_long = False
         self._placed = SurrogateTensors()
         self._programs = VariantCache(max_variants, self.counters)
         self._first: CapturedPhase | None = None
@@ -103,14 +101,9 @@ class Graphs:
 
     @property
     def max_length(self) -> int | None:
-        """Positions that the model has a table of; None if it has them by a formula, without end.
-
-        (A length of another name than ``max_position_embeddings`` is one that code relies on.)
-        """
-        config = self.model.config.get_text_config()
-        by_formula = isinstance(getattr(config, "max_position_embeddings", None), int)
-        table = not by_formula or self.structure.has_position_table
-        return self.trained_length if table else None
+        """Positions that the model has a table of; None if it has them by a formula, without end."""
+        has_table = self.structure.has_position_table or relies_on_length(self.model)
+        return self.trained_length if has_table else None
 
     @property
     def pieces_compiled(self) -> int:

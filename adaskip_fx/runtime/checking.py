@@ -28,7 +28,7 @@ from ..kv_cache.argument_names import cache_argument
 from ..kv_cache.cache import SkipCache
 from ..kv_cache.padding import of_real_tokens
 from ..plans.skip_plan import Action, Phase, SkipPlan
-from ..utils.transformers_internals import attention_name
+from ..utils.transformers_internals import attention_name, set_attention
 from .inputs import Inputs
 
 if TYPE_CHECKING:
@@ -178,8 +178,8 @@ class Checker:
             if attention_name(model) != attention.NAME:
                 yield model
                 return
-            model.set_attn_implementation(state.reference.attention)
+            set_attention(model, state.reference.attention)
             try:
                 yield model
             finally:
-                model.set_attn_implementation(attention.NAME)
+                set_attention(model, attention.NAME)

@@ -16,7 +16,8 @@ class Inputs(NamedTuple):
     Attributes:
         input_ids: int64 [B, T]; or embeddings [B, T, H] in their place.
         attention_mask: [B, stored + T], 0 at padding; None when there is none.
-        position_ids: int64 [B or 1, T]; None for the tokens after the last.
+        position_ids: int64 [B or 1, T], or in axes [A, B or 1, T]; None for the tokens after the
+            last.
         padding: what the mask says, if it is that rows begin with padding and no more.
     """
 
@@ -29,13 +30,19 @@ class Inputs(NamedTuple):
         """ValueError for positions of another number of tokens."""
         batch, tokens = self.input_ids.shape[:2]
         given = self.position_ids
-        if given is not None and (given.dim() != 2 or given.shape[1] != tokens):
+        if given is not None and (given.dim() not in (2, 3) or given.shape[-1] != tokens):
             raise ValueError(
                 f"position_ids has shape {list(given.shape)}, expected [{batch}, {tokens}]"
             )
 
+    @property
+    def axes(self) -> int:
+        """How many axes positions have besides rows and tokens."""
+        given = self.position_ids
+        return given.shape[0] if given is not None and given.dim() == 3 else 0
+
     def normal(self, past: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Mask as bool, positions as int64 [B, T], both contiguous: as they were captured.
+        """Mask as bool, positions as int64 [(A,) B, T], contiguous: as they were captured.
 
         Args:
             past: tokens stored before these.
@@ -48,7 +55,8 @@ class Inputs(NamedTuple):
             positions = new.unsqueeze(0)
         if mask is not None:
             mask = mask.to(torch.bool).contiguous()
-        return mask, positions.to(torch.int64).expand(batch, tokens).contiguous()
+        shape = (*positions.shape[:-2], batch, tokens)
+        return mask, positions.to(torch.int64).expand(shape).contiguous()
 
     def cut_last_token(self) -> tuple[Inputs | None, Inputs]:
         """A prompt in two: what is before its last token (None if nothing is), and that token.
@@ -74,7 +82,7 @@ class Inputs(NamedTuple):
                 Inputs(
                     ids[:, begin:end].contiguous(),
                     None if mask is None else mask[:, : past + end],
-                    None if positions is None else positions[:, begin:end],
+                    None if positions is None else positions[..., begin:end],
                     padding,
                 )
             )

@@ -81,7 +81,8 @@ class PackedRunner:
         """Run a prompt on an empty cache as `Runner.run` does; None where it cannot be packed."""
         graphs, padding = self._graphs, inputs.padding
         batch, tokens = inputs.input_ids.shape[:2]
-        if self.why_not is not None or padding is None or any(s.mixes for s in cache.specs):
+        mixes = any(s.mixes for s in cache.specs)
+        if self.why_not is not None or padding is None or mixes or inputs.axes:
             return None
         if max(padding.counts) >= tokens or batch * tokens - sum(padding.counts) < 2:
             return None

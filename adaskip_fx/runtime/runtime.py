@@ -15,7 +15,7 @@ import torch
 
 from ..capture.reference import ReferenceRun
 from ..capture.state import Since
-from ..capture.traced_part import traced_forward
+from ..capture.traced_part import decoder_path, traced_forward
 from ..kv_cache import saved
 from ..kv_cache.argument_names import cache_argument, generate_argument
 from ..kv_cache.cache import SkipCache
@@ -52,6 +52,7 @@ class Runtime:
         policy: It decides the online plan; None when nothing is learned while decoding.
         cache_argument: What the model's forward calls its cache.
         generate_argument: What ``generate`` calls it among what it keeps for forward.
+        decoder_path: The attributes that lead to the decoder in a model around it; () if none is.
         graphs: What has been captured, compiled and linked.
         runner: It runs a step with the plan that is in force.
         buffer_pool: K/V buffers between requests.
@@ -78,6 +79,7 @@ class Runtime:
         forward = traced_forward(original)
         self.cache_argument = cache_argument(forward)
         self.generate_argument = generate_argument(forward)
+        self.decoder_path = decoder_path(original)
         self.profile = profile
         self.policy = policy
         self.graphs = Graphs(model, original, sample, backend, link, max_variants)

@@ -139,7 +139,7 @@ class Runner:
             return self.packed.run(request, plan, inputs, cache, logits_to_keep)
         if phase == "extend" and isinstance(logits_to_keep, int) and logits_to_keep == 1:
             return None
-        if is_embedded(inputs.input_ids):
+        if is_embedded(inputs.input_ids) or inputs.axes:
             return None
         ran = self.static.run(phase, request, plan, probed, inputs, cache)
         if ran is None:
@@ -171,6 +171,7 @@ class Runner:
             device=self.graphs.device,
             surroundings=Surroundings.now(self.graphs.device),
             embedded=is_embedded(inputs.input_ids),
+            axes=inputs.axes,
         )
         model, forward = self.graphs.model, self.graphs.forward
         given = step_inputs(forward, inputs.input_ids, positions, mask, kept.argument)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from weakref import WeakSet
 
 import torch
 
@@ -22,6 +23,8 @@ from .request import Request
 from .window import Learner
 
 logger = logging.getLogger(__name__)
+
+_said: WeakSet[Graphs] = WeakSet()  # what a user was told of that a text is longer than usual
 
 
 def phase_of(input_ids: torch.Tensor, cache: SkipCache) -> GraphPhase:
@@ -108,8 +111,8 @@ def check_length(graphs: Graphs, total: int) -> None:
             f"this would make a sequence of {total} tokens, but {name} has positions for {trained} "
             "(max_position_embeddings), in a table; shorten it"
         )
-    if not graphs.said_long:
-        graphs.said_long = True
+    if graphs not in _said:
+        _said.add(graphs)
         logger.warning(
             "a sequence of %d tokens, but %s is made for %d (max_position_embeddings); its "
             "positions go on, what it says may not make sense",

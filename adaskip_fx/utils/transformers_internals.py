@@ -39,6 +39,35 @@ def attention_name(model: Any) -> str | None:
     return name
 
 
+def set_attention(model: Any, name: str | None) -> None:
+    """Have a model use an attention implementation; what is beside its decoder keeps its own.
+
+    (A tower that looks at images attends in both directions.)
+    """
+    kept = [(config, config._attn_implementation) for config in _configs_beside(model)]
+    model.set_attn_implementation(name)
+    for config, before in kept:
+        config._attn_implementation = before
+
+
+def _configs_beside(model: Any) -> list[Any]:
+    """Return the configs of the models that are beside a model's decoder."""
+    text = model.config.get_text_config()
+    if text is model.config:
+        return []
+    decoder = model.get_decoder()
+    within = set(decoder.modules())
+    above = {m for m in model.modules() if decoder in set(m.modules())}
+    found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    for module in within | above:
+        found.pop(id(getattr(module, "config", None)), None)
+    for part in getattr(model.config, "sub_configs", {}):
+        config = getattr(model.config, part, None)
+        if config is not None and config is not text:
+            found[id(config)] = config
+    return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+
+
 @contextmanager
 def on_sdpa(model: Any) -> Iterator[None]:
     """Meanwhile a model's attention is PyTorch's, if it asks the registry for it."""
@@ -46,11 +75,11 @@ def on_sdpa(model: Any) -> Iterator[None]:
     if before in (None, "sdpa") or not can_set_attention(model):
         yield
         return
-    model.set_attn_implementation("sdpa")
+    set_attention(model, "sdpa")
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        set_attention(model, before)
 
 
 def can_set_attention(model: Any) -> bool:

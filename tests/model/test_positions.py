@@ -191,7 +191,7 @@ def test_tokens_that_are_none_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_longer_text_is_warned_of_once(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
-    runtime_of(pair.compiled).graphs.said_long = False
+    turns._said.clear()
     with caplog.at_level(logging.WARNING, logger=turns.__name__):
         pair.compiled(ids_of(TRAINED))
         assert not caplog.records

@@ -1,0 +1,152 @@
+"""A model around a decoder: vision and language models, which hand images on as embeddings.
+
+What is captured is the decoder with its language-model head, as of any model. A prompt with images
+is first run up to the decoder by the model's own code, eagerly: what reaches the decoder there,
+embeddings, a mask and positions, is what the program runs on. Tokens that are decoded come by ids.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..kv_cache.argument_names import CACHE_NAMES
+from .stand_in import with_stand_in
+
+if TYPE_CHECKING:
+    from .types import CompiledCausalLM
+
+#: Arguments that a decoder's forward has a use for, besides the cache.
+_OF_THE_DECODER = frozenset({"inputs_embeds", "attention_mask", "position_ids"})
+#: Arguments that mean nothing to it, or are of the call.
+_OF_THE_CALL = frozenset(
+    {
+        *("use_cache", "cache_position", "return_dict", "output_hidden_states", "input_ids"),
+        *CACHE_NAMES,
+    }
+)
+#: They say of each token whether it is of an image.
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+class _ReachedError(Exception):
+    """The decoder was called."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+def through_host(
+    model: CompiledCausalLM, arguments: dict[str, Any], known: frozenset[str]
+) -> dict[str, Any]:
+    """Return a call's arguments as its decoder takes them; the same ones for other models.
+
+    Args:
+        model: a compiled model.
+        arguments: of the call, by name.
+        known: the names of those that every compiled model takes.
+
+    Raises:
+        NotImplementedError: the decoder is handed more than embeddings, a mask and positions.
+    """
+    path = model._adaskip.decoder_path
+    if not path:
+        return arguments
+    arguments = {k: v for k, v in arguments.items() if not _says_nothing(k, v)}
+    more = {k: v for k, v in arguments.items() if k not in known and v is not None}
+    images = any(v is not False for v in more.values())
+    given = arguments.get("position_ids")
+    if images or given is None:
+        found = _reaches(model, path, arguments)
+        positions = found.get("position_ids")
+        if not images:
+            return {**arguments, "position_ids": _without_axes(positions)}
+        _refuse_more(type(model).__name__, found)
+        kept = {k: v for k, v in arguments.items() if k not in more and k != "input_ids"}
+        taken = {k: v for k, v in found.items() if k in _OF_THE_DECODER}
+        return {**kept, **taken, "position_ids": _without_axes(positions)}
+    return {**arguments, "position_ids": _without_axes(given)}
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    """Return whether an argument says that there is no image, or that no token is of one."""
+    if isinstance(value, dict) and not value:
+        return True
+    return name in _TOKEN_TYPES and isinstance(value, torch.Tensor) and not bool(value.any())
+
+
+def _reaches(
+    model: CompiledCausalLM, path: tuple[str, ...], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Run a model's own code up to its decoder; returns what that is called with."""
+    runtime = model._adaskip
+    runtime.graphs.states.look()  # tensors that were replaced on the original are followed
+    original = type(runtime.graphs.states.original)
+    parameters = inspect.signature(_at(model, path).forward)
+    passed = {k: v for k, v in arguments.items() if k != "labels"}
+
+    def decoder(*args: Any, **kwargs: Any) -> Any:
+        bound = parameters.bind(*args, **kwargs).arguments
+        raise _ReachedError({**bound, **bound.pop("kwargs", {})})
+
+    twin = with_stand_in(model, original, path, decoder)
+    try:
+        with torch.no_grad():
+            original.forward(twin, **passed)
+    except _ReachedError as reached:
+        found = {k: v for k, v in reached.arguments.items() if k != "kwargs"}
+    else:
+        raise NotImplementedError(
+            f"{original.__name__} does not call its decoder as a module, so images are not "
+            "supported by adaskip_fx yet; call the original model"
+        )
+    _remember(model, twin, path)
+    return found
+
+
+def _refuse_more(name: str, found: Mapping[str, Any]) -> None:
+    allowed = _OF_THE_DECODER | _OF_THE_CALL
+    more = [k for k, v in found.items() if k not in allowed and v is not None and v is not False]
+    if more:
+        raise NotImplementedError(
+            f"{name} hands its decoder {', '.join(sorted(more))} with images, which is not "
+            "supported by adaskip_fx yet; call the original model"
+        )
+    mask = found.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+        raise NotImplementedError(
+            f"{name} has a mask of its own for tokens of images, which see one another; that is "
+            "not supported by adaskip_fx yet; call the original model"
+        )
+
+
+def _remember(model: Any, twin: Any, path: tuple[str, ...]) -> None:
+    """Put what the model's code wrote on itself (Qwen's ``rope_deltas``) where it would be."""
+    for name in path[:-1]:
+        model, twin = model._modules[name], twin._modules[name]
+        for key, value in vars(twin).items():
+            if key != "_modules" and vars(model).get(key) is not value:
+                setattr(model, key, value)
+
+
+def _at(model: Any, path: tuple[str, ...]) -> nn.Module:
+    for name in path:
+        model = model._modules[name]
+    found: nn.Module = model
+    return found
+
+
+def _without_axes(positions: torch.Tensor | None) -> torch.Tensor | None:
+    """Return positions [B, T] if those of all axes are the same, else [axes, B, T].
+
+    The first of four axes is the text's own, which only masks are made of.
+    """
+    if positions is None or positions.dim() != 3:
+        return positions
+    axes = positions[1:] if positions.shape[0] == 4 else positions
+    return axes[0] if bool((axes == axes[:1]).all()) else axes

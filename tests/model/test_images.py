@@ -1,0 +1,240 @@
+"""Models of vision and language: the eager model's logits and tokens, of images and of text."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from adaskip_fx import SkipPlan
+from adaskip_fx.api import build
+from adaskip_fx.capture import reference
+from adaskip_fx.model import subclass
+from adaskip_fx.model.handle import runtime_of
+from tests.support.eager_reference import assert_close, cache_name
+
+IMAGE, START, PAD = 60, 58, 0
+TEXT = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 16,
+}
+
+
+def llava() -> Any:
+    vision = transformers.CLIPVisionConfig(**VISION, patch_size=8, projection_dim=32)
+    text = transformers.LlamaConfig(**TEXT)
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=IMAGE,
+            image_token_id=IMAGE,
+            vision_feature_layer=-1,
+        )
+    )
+
+
+def qwen() -> Any:
+    """Of the newer kind: positions in three axes, which images have a plane of."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+    vision = {
+        **{"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4},
+        **{"out_hidden_size": 32, "patch_size": 4, "spatial_merge_size": 2, "window_size": 16},
+        "fullatt_block_indexes": [0],
+    }
+    return transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(
+            text_config={**TEXT, "rope_parameters": rope},
+            vision_config=vision,
+            image_token_id=IMAGE,
+            video_token_id=59,
+            vision_start_token_id=START,
+        )
+    )
+
+
+def gemma3() -> Any:
+    """Tokens of an image see one another."""
+    layers = ["sliding_attention", "full_attention"]
+    more = {"head_dim": 8, "sliding_window": 16, "layer_types": layers}
+    return transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(
+            text_config={**TEXT, **more},
+            vision_config={**VISION, "patch_size": 4},
+            mm_tokens_per_image=4,
+            image_token_index=IMAGE,
+            image_token_id=IMAGE,
+            boi_token_index=START,
+            eoi_token_index=59,
+        )
+    )
+
+
+def prompt(kind: str, rows: int = 1) -> dict[str, torch.Tensor]:
+    """A text with an image; of two rows, the second begins with padding."""
+    drawn = torch.Generator().manual_seed(0)
+    tokens = 8 if kind == "qwen" else 4
+    begin = [5, 9, START] if kind != "llava" else [5, 9]
+    row = [*begin, *[IMAGE] * tokens, 7, 8, 9]
+    ids = torch.tensor([row, [PAD, *row[1:-1], 12]][:rows])
+    given = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+    if kind == "qwen":
+        given["image_grid_thw"] = torch.tensor([[1, 4, 8]] * rows)
+        given["pixel_values"] = torch.randn(32 * rows, 96, generator=drawn)
+        given["mm_token_type_ids"] = (ids == IMAGE).int()
+    else:
+        given["pixel_values"] = torch.randn(rows, 3, 16, 16, generator=drawn)
+    if kind == "gemma3":
+        given["token_type_ids"] = (ids == IMAGE).long()
+    return given
+
+
+MAKE: dict[str, Callable[[], Any]] = {"llava": llava, "qwen": qwen, "gemma3": gemma3}
+
+
+class Pair:
+    """A model and the same compiled."""
+
+    def __init__(self, kind: str) -> None:
+        torch.manual_seed(0)
+        self.kind, self.model = kind, MAKE[kind]().eval().requires_grad_(False)
+        self.compiled: Any = build(self.model, None, backend="eager")
+
+    def without(self, *names: str) -> Any:
+        """The eager model with sublayers that add nothing."""
+        twin = copy.deepcopy(self.model)
+        for name in names:
+            layer, kind = name.split(".")
+            module = twin.model.language_model.layers[int(layer)]
+            branch = module.mlp.down_proj if kind == "ffn" else module.self_attn.o_proj
+            branch.weight.zero_()
+        return twin
+
+    @torch.no_grad()
+    def check(self, eager: Any, **given: Any) -> None:
+        """Compare a call; AssertionError on a difference."""
+        got, want = self.compiled(**given), eager(**given)
+        real = given["attention_mask"].bool()[:, -want.logits.shape[1] :]
+        assert_close(got.logits[real], want.logits[real], 1e-5, "logits")
+        if want.loss is not None:
+            assert_close(got.loss, want.loss, 1e-5, "loss")
+
+    def check_generate(self, eager: Any, **given: Any) -> None:
+        """Compare what is generated."""
+        options = {"max_new_tokens": 6, "do_sample": False, **given}
+        got, want = self.compiled.generate(**options), eager.generate(**options)
+        assert torch.equal(got, want)
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return Pair(request.param)
+
+
+def test_an_image(pair: Pair) -> None:
+    given = prompt(pair.kind)
+    pair.check(pair.model, **given)
+    pair.check(pair.model, **given, labels=given["input_ids"])
+    pair.check(pair.model, **given, logits_to_keep=1)
+
+
+def test_text_alone(pair: Pair) -> None:
+    ids = torch.tensor([[5, 9, 3, 22, 41]])
+    pair.check(pair.model, input_ids=ids, attention_mask=torch.ones_like(ids))
+    pair.check_generate(pair.model, input_ids=ids)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_generate_of_images(pair: Pair, options: dict[str, Any]) -> None:
+    pair.check_generate(pair.model, **prompt(pair.kind, rows=1 + (not options)), **options)
+
+
+def test_under_a_plan(pair: Pair) -> None:
+    before, names = pair.compiled.adaskip.plan, ["0.ffn", "1.attention"]
+    pair.compiled.adaskip.plan = SkipPlan.of(before.sublayers, names)
+    try:
+        given = prompt(pair.kind)
+        pair.check(pair.without(*names), **given)
+        pair.check_generate(pair.without(*names), **given)
+        with pytest.raises(AssertionError, match="logits: relative error"):  # the companion
+            pair.check(pair.model, **given)
+    finally:
+        pair.compiled.adaskip.plan = before
+
+
+@torch.no_grad()
+def test_a_loop_by_hand_goes_on_after_an_image(pair: Pair) -> None:
+    """Where the positions of what follows are behind those of the image."""
+    name, found = cache_name(pair.model.forward), []
+    for model in (pair.compiled, pair.model):
+        given = {k: v for k, v in prompt(pair.kind).items() if k != "attention_mask"}
+        output = model(**given, use_cache=True)
+        logits = []
+        for token in (11, 12):
+            ids = torch.tensor([[token]])
+            output = model(input_ids=ids, **{name: output[name]}, use_cache=True)
+            logits.append(output.logits)
+        found.append(torch.cat(logits, 1))
+    assert_close(*found, 1e-5, "logits")
+
+
+def test_the_tower_keeps_its_attention(pair: Pair) -> None:
+    """It is looked at in both directions; attention as it is lowered is causal."""
+    tower = next(
+        m for n, m in pair.compiled.named_modules() if n in ("model.vision_tower", "model.visual")
+    )
+    assert tower.config._attn_implementation == pair.model.config._attn_implementation
+    assert pair.compiled.model.language_model.config._attn_implementation == "adaskip"
+
+
+@pytest.mark.breaks
+def test_a_tower_with_another_attention_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companion."""
+    for module in (subclass, reference):
+        monkeypatch.setattr(
+            module, "set_attention", lambda m, name: m.set_attn_implementation(name)
+        )
+    pair = Pair("llava")
+    with pytest.raises(AssertionError, match="logits: relative error"):
+        pair.check(pair.model, **prompt("llava"))
+
+
+def test_neither_model_is_changed(pair: Pair) -> None:
+    before = [dict(vars(m)) for m in pair.model.modules()]
+    captures = runtime_of(pair.compiled).counters.captures
+    pair.check(pair.compiled, **prompt(pair.kind))
+    assert [dict(vars(m)) for m in pair.model.modules()] == before
+    assert runtime_of(pair.compiled).counters.captures == captures
+
+
+def test_images_that_see_themselves_are_refused() -> None:
+    pair = Pair("gemma3")
+    ids = torch.tensor([[5, 9, 3, 22, 41]])
+    text = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    pair.check(pair.model, input_ids=ids, **text)
+    pair.check_generate(pair.model, input_ids=ids, **text)
+    words = "which see one another; that is not supported"
+    with pytest.raises(NotImplementedError, match=words):
+        pair.compiled(**prompt("gemma3"))
+    with pytest.raises(NotImplementedError, match=words):
+        pair.compiled.generate(**prompt("gemma3"), max_new_tokens=3)
