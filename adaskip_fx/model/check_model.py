@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..capture.adapters import refuse_unmerging
 from ..capture.traced_part import decoder_name
 from ..utils.peft_layers import is_adapter
+from .accelerate_hooks import is_replaced
 from .adapted import decoder_in
 from .compiled_model import CompiledModel
 
@@ -55,10 +56,11 @@ def check_model(model: Any) -> Any:
             "AutoModelForCausalLM, or with the class of the head that it has"
         )
     refuse_outputs(model)
-    if "forward" in vars(model):
+    if is_replaced(model):
         raise TypeError(
-            "the model's forward was replaced on the instance (accelerate hooks do that); load it "
-            "without device_map, or remove the hook"
+            "the model's forward was replaced on the instance (accelerate hooks do that, where "
+            "weights are on several devices or offloaded); load it without device_map, or remove "
+            "the hook"
         )
     if model.training or any(map(_drops, given.modules())):
         raise ValueError("the model is in training mode; call model.eval() first")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..capture import attention, rotary
 from ..capture.traced_part import decoder_name
 from ..utils.transformers_internals import can_set_attention, set_attention
+from .accelerate_hooks import leave_out
 from .compiled_model import CompiledModel
 from .forward import compiled_forward
 from .generation import following
@@ -27,6 +28,7 @@ def make_compiled_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     compiled: PreTrainedModel = copy.deepcopy(model, memo)
+    leave_out(compiled)
     vars(compiled).pop("prepare_inputs_for_generation", None)  # peft leaves one there
     base = type(model)
     name = {"__module__": base.__module__, "__qualname__": base.__qualname__}

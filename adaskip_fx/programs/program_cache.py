@@ -101,7 +101,7 @@ class Graphs:
 
     @property
     def max_length(self) -> int | None:
-        """Positions that the model has a table of; None if it has them by a formula, without end."""
+        """Positions that the model has a table of; None if a formula makes them, without end."""
         has_table = self.structure.has_position_table or relies_on_length(self.model)
         return self.trained_length if has_table else None
 
