@@ -14,19 +14,20 @@ from ..kv_cache.adopt_cache import own_cache
 from ..kv_cache.argument_names import CACHE_NAMES, under_one_name
 from ..kv_cache.cache import SkipCache
 from ..programs.instruments import HiddenStateRecorder
+from ..runtime.kept_logits import cut
 from ..utils.transformers_types import ModelConfig
 from .checked_arguments import (
     checked_keep,
     checked_mask,
     checked_positions,
     checked_tokens,
-    refuse_packed,
 )
 from .checked_call import check_call
 from .hidden_states import check_hidden_states, recording
 from .host import through_host
 from .loss import check_loss, loss_arguments, loss_of
 from .outputs import model_output
+from .packed_texts import PackedTexts, packed_texts
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
@@ -86,20 +87,22 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
     device = filled.device if filled is not None else runtime.device
     given = arguments.get("input_ids"), arguments.get("inputs_embeds")
     input_ids = checked_tokens(model, device, *given)
-    if cache is None:
-        if arguments.get("attention_mask") is None and not returns_cache:
-            refuse_packed(arguments.get("position_ids"))
-        cache = runtime.new_cache()
-    cache = own_cache(cache, runtime)
+    alone = arguments.get("attention_mask") is None and not returns_cache
+    texts = packed_texts(model, arguments.get("position_ids")) if alone else None
+    cache = own_cache(cache if cache is not None else runtime.new_cache(), runtime)
     recorder = HiddenStateRecorder() if arguments.get("output_hidden_states") is True else None
     with recording(cache, recorder):
-        logits, loss = _run_step(model, arguments, input_ids, cache, for_loss)
+        if texts is not None:
+            logits, loss = _run_texts(model, arguments, input_ids, cache, texts, for_loss)
+        else:
+            logits, loss = _run_step(model, arguments, input_ids, cache, for_loss)
+    states = recorder.states if recorder is not None else None
     output = model_output(
         runtime.cache_argument,
         loss=loss,
         logits=logits,
         cache=cache if returns_cache else None,
-        hidden_states=recorder.states if recorder is not None else None,
+        hidden_states=tuple(map(texts.row, states)) if states and texts is not None else states,
     )
     return output if _flag(arguments, "return_dict", config) else output.to_tuple()
 
@@ -141,6 +144,25 @@ def _run_step(
             take_back()
             cache.request = request  # and what was learned of the step, or chosen by it
         raise
+
+
+def _run_texts(
+    model: CompiledCausalLM,
+    arguments: Mapping[str, Any],
+    tokens: torch.Tensor,
+    cache: SkipCache,
+    texts: PackedTexts,
+    for_loss: dict[str, Any] | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run packed texts as a batch; returns logits as of the rows they came in, and the loss."""
+    keep = checked_keep(arguments.get("logits_to_keep"), tokens, model._adaskip.graphs.forward)
+    batch = texts.batch(tokens)
+    positions = texts.batch(arguments["position_ids"].expand(tokens.shape[:2]))
+    mask, padding, _ = checked_mask(texts.mask, batch, cache, False)
+    logits = cut(texts.row(model._adaskip.step(batch, mask, positions, cache, 0, padding)), keep)
+    if for_loss is None:
+        return logits, None
+    return logits, loss_of(model, logits, arguments["labels"], for_loss)
 
 
 def _flag(arguments: Mapping[str, Any], name: str, config: ModelConfig) -> bool:
