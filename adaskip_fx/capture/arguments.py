@@ -81,6 +81,16 @@ def _parameters(forward: Forward) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(forward).parameters
 
 
+def by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a call by name, those without a parameter of their own among them."""
+    bound = signature.bind(*args, **kwargs).arguments
+    rest = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    more = {k: v for name in rest for k, v in bound.pop(name, {}).items()}
+    return {**bound, **more}
+
+
 def bind_arguments(
     model: torch.nn.Module,
     forward: Forward,

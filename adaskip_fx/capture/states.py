@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 _MOST_STATES = 8
 #: Attributes of a model that say nothing about its forward: ours, and what is copied for a request.
 _LEFT_OUT = ("_adaskip", "generation_config")
+#: What models of images keep on themselves from call to call. It stands for positions that are not
+#: given, and those of a captured step are.
+_OF_A_REQUEST = frozenset({"rope_deltas"})
 #: What a compiled model reads of its config besides what is traced.
 _READ_BY_US = frozenset(
     {
@@ -122,7 +125,8 @@ class States:
 
     def _names(self) -> frozenset[str]:
         """Return every attribute and key that anything captured has read."""
-        return _READ_BY_US.union(*(r.names for state in self._all for r in state.reads))
+        read = _READ_BY_US.union(*(r.names for state in self._all for r in state.reads))
+        return read - _OF_A_REQUEST
 
     def _find(self) -> State:
         for state in reversed(self._all):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..capture.arguments import forward_names
+from ..capture.arguments import by_name, forward_names
 from ..kv_cache.adopt_cache import own_cache
 from ..kv_cache.argument_names import CACHE_NAMES, under_one_name
 from ..kv_cache.cache import SkipCache
@@ -56,16 +56,16 @@ _OF_ALL = frozenset(
 def compiled_forward(base: Callable[..., Any]) -> Callable[..., Any]:
     """Return the forward of a compiled model, with the signature of the original one, `base`."""
     signature = inspect.signature(base)
-    named = frozenset(signature.parameters) - {"self", "kwargs"}
+    own = (n for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD)
+    named = frozenset(own) - {"self"}
 
     @functools.wraps(base)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not args and named.issuperset(kwargs):  # as `generate` calls it; binding takes longer
             return _run(self, kwargs)
-        bound = signature.bind(self, *args, **kwargs).arguments
-        extra = bound.pop("kwargs", {})
-        bound.pop("self")
-        return _run(self, {**bound, **extra})
+        given = by_name(signature, (self, *args), kwargs)
+        given.pop("self")
+        return _run(self, given)
 
     return forward
 

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from adaskip_passes import UnsupportedError
 
+from ..capture.arguments import by_name
 from ..capture.check_graph import relative_error, tolerance
 from ..capture.traced_part import decoder_name
 from ..kv_cache.argument_names import CACHE_NAMES
@@ -104,9 +105,7 @@ def _run(
     check_call(model, None, goes_on=False)
 
     def decoder(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(None, *args, **kwargs).arguments
-        more = bound.pop("kwargs", {})
-        return _decode(model, plan, {**bound, **more}, in_loss)
+        return _decode(model, plan, by_name(signature, (None, *args), kwargs), in_loss)
 
     base = type(original)
     given = inspect.signature(base.forward).bind(model, *args, **kwargs).arguments

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..capture.arguments import by_name
 from ..kv_cache.argument_names import CACHE_NAMES
 from .stand_in import with_stand_in
 
@@ -91,15 +92,14 @@ def _reaches(
     passed = {k: v for k, v in arguments.items() if k != "labels"}
 
     def decoder(*args: Any, **kwargs: Any) -> Any:
-        bound = parameters.bind(*args, **kwargs).arguments
-        raise _ReachedError({**bound, **bound.pop("kwargs", {})})
+        raise _ReachedError(by_name(parameters, args, kwargs))
 
     twin = with_stand_in(model, original, path, decoder)
     try:
         with torch.no_grad():
             original.forward(twin, **passed)
     except _ReachedError as reached:
-        found = {k: v for k, v in reached.arguments.items() if k != "kwargs"}
+        found = reached.arguments
     else:
         raise NotImplementedError(
             f"{original.__name__} does not call its decoder as a module, so images are not "
