@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..utils.transformers_internals import ACCELERATE_HOOK, FORWARD_BEFORE
+
 
 def is_replaced(module: nn.Module) -> bool:
     """Return whether a module's instance has a forward that does something else than its class's.
@@ -21,8 +23,8 @@ def is_replaced(module: nn.Module) -> bool:
     if "forward" not in attributes:
         return False
     forward = attributes["forward"]
-    if "_hf_hook" in attributes and _moves_nothing(attributes["_hf_hook"], module):
-        forward = attributes.get("_old_forward", forward)
+    if ACCELERATE_HOOK in attributes and _moves_nothing(attributes[ACCELERATE_HOOK], module):
+        forward = attributes.get(FORWARD_BEFORE, forward)
     own = getattr(type(module), "forward", None)
     is_own = getattr(forward, "__func__", None) is own
     return not (is_own and getattr(forward, "__self__", None) is module)
@@ -32,7 +34,7 @@ def leave_out(model: nn.Module) -> None:
     """Take such forwards and hooks off the modules of a copy."""
     for module in model.modules():
         if "forward" in vars(module) and not is_replaced(module):
-            for name in ("forward", "_hf_hook", "_old_forward"):
+            for name in ("forward", ACCELERATE_HOOK, FORWARD_BEFORE):
                 vars(module).pop(name, None)
 
 

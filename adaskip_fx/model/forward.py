@@ -28,6 +28,7 @@ from .host import through_host
 from .loss import check_loss, loss_arguments, loss_of
 from .outputs import model_output
 from .packed_texts import PackedTexts, packed_texts
+from .router_logits import RouterRecorder, routed_output, router_values, without_routers
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
@@ -79,6 +80,7 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
     arguments = under_one_name(arguments, runtime.cache_argument)
     if runtime.decoder_path:
         arguments = through_host(model, arguments, _STEP_ARGUMENTS | _OF_ALL)
+    call, arguments = arguments, without_routers(arguments)
     cache = arguments.get(runtime.cache_argument)
     # Most models return a cache that they fill.
     returns_cache = cache is not None or _flag(arguments, "use_cache", config)
@@ -90,6 +92,8 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
     alone = arguments.get("attention_mask") is None and not returns_cache
     texts = packed_texts(model, arguments.get("position_ids")) if alone else None
     cache = own_cache(cache if cache is not None else runtime.new_cache(), runtime)
+    if call is not arguments:
+        return _run_routed(model, call, arguments, input_ids, cache, texts, returns_cache)
     recorder = HiddenStateRecorder() if arguments.get("output_hidden_states") is True else None
     with recording(cache, recorder):
         if texts is not None:
@@ -144,6 +148,28 @@ def _run_step(
             take_back()
             cache.request = request  # and what was learned of the step, or chosen by it
         raise
+
+
+def _run_routed(
+    model: CompiledCausalLM,
+    call: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    tokens: torch.Tensor,
+    cache: SkipCache,
+    texts: PackedTexts | None,
+    returns_cache: bool,
+) -> Any:
+    """Run a `call` that asks for router logits; `arguments` are those that have no part in that."""
+    recorder = RouterRecorder(router_values(model))
+    if texts is not None or arguments.get("output_hidden_states"):
+        raise NotImplementedError(
+            "forward(output_router_logits=...) of packed texts, or with hidden states, is not "
+            "supported by adaskip_fx yet; call the original model"
+        )
+    with recording(cache, recorder):
+        logits, _ = _run_step(model, arguments, tokens, cache, None)
+    held = cache if returns_cache else None
+    return routed_output(model, call, logits, held, recorder.values)
 
 
 def _run_texts(

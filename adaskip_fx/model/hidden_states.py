@@ -77,10 +77,11 @@ def _are_own(model: CompiledCausalLM, state: State) -> bool:
     return max(errors) <= tolerance(state.reference.dtype)
 
 
-def _of_a_copy(
-    model: CompiledCausalLM, state: State, ids: torch.Tensor
-) -> tuple[torch.Tensor, ...] | None:
-    """Return what the user's forward gives on a copy of the modules that shares their tensors."""
+def eager_twin(model: CompiledCausalLM) -> Any | None:
+    """Return a model of the user's class, of copied modules that share a compiled model's tensors.
+
+    None where something of the user's own cannot be copied.
+    """
     base = type(model._adaskip.graphs.states.original)
     twin: Any = object.__new__(base)
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -89,10 +90,22 @@ def _of_a_copy(
     with one_at_a_time:  # modules are marked while they are traced
         try:
             vars(twin).update(copy.deepcopy(held, memo))
-        except TypeError:  # something of the user's own, which cannot be copied
+        except TypeError:
             return None
+    return twin
+
+
+def _of_a_copy(
+    model: CompiledCausalLM, state: State, ids: torch.Tensor
+) -> tuple[torch.Tensor, ...] | None:
+    """Return what the user's forward gives on a copy of the modules that shares their tensors."""
+    twin = eager_twin(model)
+    if twin is None:
+        return None
     with state.reference.attention_of(twin):
-        output = base.forward(twin, input_ids=ids, output_hidden_states=True, return_dict=True)
+        output = type(twin).forward(
+            twin, input_ids=ids, output_hidden_states=True, return_dict=True
+        )
     states: tuple[torch.Tensor, ...] | None = getattr(output, "hidden_states", None)
     return states or None
 

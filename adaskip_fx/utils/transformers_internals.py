@@ -32,6 +32,9 @@ COPIED_APART = (
 #: Attributes of a model that say which adapters of peft's it has.
 ADAPTERS = ("peft_config", "_hf_peft_config_loaded")
 
+#: What accelerate puts on a module besides its forward: a hook, and the forward that it stands for.
+ACCELERATE_HOOK, FORWARD_BEFORE = "_hf_hook", "_old_forward"
+
 
 def attention_name(model: Any) -> str | None:
     """Return the name of a model's attention implementation."""
@@ -85,6 +88,14 @@ def on_sdpa(model: Any) -> Iterator[None]:
 def can_set_attention(model: Any) -> bool:
     """Return whether a model asks the registry for its attention; a user's own may not."""
     return bool(type(model)._can_set_attn_implementation())
+
+
+def router_class(model: Any) -> type | None:
+    """Return the class of the modules whose router logits a model gives; None if it gives none."""
+    recorded = getattr(type(model), "_can_record_outputs", None) or {}
+    recorder = recorded.get("router_logits")
+    kind = getattr(recorder, "target_class", recorder)
+    return kind if isinstance(kind, type) else None
 
 
 def only_records(hook: object) -> bool:

@@ -78,7 +78,7 @@ def _final_state(outer: fx.GraphModule, stream: fx.Node) -> fx.Node:
     wanted = _before_product(piece.module.graph, inputs[call.args.index(stream)])
     if wanted.op == "placeholder":
         return stream
-    module = _until(piece.module, wanted.name)
+    module = until(piece.module, wanted.name)
     read = {n.name for n in module.graph.find_nodes(op="placeholder")}
     taken = [a for a, n in zip(call.args, inputs, strict=True) if n.name in read]
     outer.add_submodule(_NAME, module)
@@ -89,7 +89,7 @@ def _final_state(outer: fx.GraphModule, stream: fx.Node) -> fx.Node:
     return node
 
 
-def _until(whole: fx.GraphModule, name: str) -> fx.GraphModule:
+def until(whole: fx.GraphModule, name: str) -> fx.GraphModule:
     """Return the code of a piece up to a node, with the tensors that it reads and all lengths."""
     module = copied(whole)
     last = next(n for n in module.graph.nodes if n.name == name)
