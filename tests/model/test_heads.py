@@ -54,8 +54,8 @@ CLASSIFIER = "LlamaForSequenceClassification"
 MODELS = (
     CLASSIFIER,
     "LlamaForTokenClassification",
-    "LlamaForQuestionAnswering",
-    "GPT2ForSequenceClassification",
+    pytest.param("LlamaForQuestionAnswering", marks=pytest.mark.slow),
+    pytest.param("GPT2ForSequenceClassification", marks=pytest.mark.slow),
 )
 CASES: dict[str, dict[str, Any]] = {
     "ids": {},
@@ -119,6 +119,7 @@ def test_embeddings(classifier: tuple[Any, Any]) -> None:
     check(*classifier, input_ids=None, inputs_embeds=embedded)
 
 
+@pytest.mark.slow
 def test_a_reward_of_one_label_in_another_dtype() -> None:
     model = make(CLASSIFIER)
     model.score = nn.Linear(32, 1, bias=False)
@@ -193,14 +194,18 @@ def test_refusals(classifier: tuple[Any, Any], given: dict[str, Any], words: str
         compiled(IDS, **given)
 
 
-def test_gradients_are_none_and_training_is_refused() -> None:
-    model = make(CLASSIFIER).requires_grad_(True)
-    compiled: Any = build(model, None, backend="eager")
-    with torch.enable_grad():
-        assert not compiled(IDS).logits.requires_grad
-    compiled.train()
-    with pytest.raises(RuntimeError, match="for inference only"):
-        compiled(IDS)
+def test_gradients_are_none_and_training_is_refused(classifier: tuple[Any, Any]) -> None:
+    model, compiled = classifier
+    model.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            assert not compiled(IDS).logits.requires_grad
+        compiled.train()
+        with pytest.raises(RuntimeError, match="for inference only"):
+            compiled(IDS)
+    finally:
+        model.requires_grad_(False)
+        compiled.eval()
 
 
 class ReadsMore(transformers.LlamaForSequenceClassification):  # type: ignore[misc]

@@ -164,7 +164,11 @@ def test_text_alone(pair: Pair) -> None:
     pair.check_generate(pair.model, input_ids=ids)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"num_beams": 2}, marks=pytest.mark.slow)],
+    ids=["greedy", "beams"],
+)
 def test_generate_of_images(pair: Pair, options: dict[str, Any]) -> None:
     pair.check_generate(pair.model, **prompt(pair.kind, rows=1 + (not options)), **options)
 
@@ -207,6 +211,7 @@ def test_the_tower_keeps_its_attention(pair: Pair) -> None:
     assert pair.compiled.model.language_model.config._attn_implementation == "adaskip"
 
 
+@pytest.mark.slow
 @pytest.mark.breaks
 def test_a_tower_with_another_attention_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion."""

@@ -69,6 +69,7 @@ def test_texts_that_see_one_another_show(monkeypatch: pytest.MonkeyPatch) -> Non
         check(bank.compiled, bank.model, **CASES["three texts"])
 
 
+@pytest.mark.slow
 def test_a_model_that_takes_all_for_one_text() -> None:
     model = tiny_model(tiny_config("gptj"))
     apart = []

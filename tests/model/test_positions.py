@@ -107,7 +107,9 @@ def pair_of(rope: str) -> Pair:
     return Pair(make(rope))
 
 
-@pytest.fixture(params=ROPES)
+@pytest.fixture(
+    params=[pytest.param(r, marks=pytest.mark.slow) if r == "yarn" else r for r in ROPES]
+)
 def rope(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -167,7 +169,7 @@ def test_a_request_across_the_switch(rope: str, static: bool) -> None:
 
 
 @pytest.mark.breaks
-@pytest.mark.parametrize("rope", SWITCH)
+@pytest.mark.parametrize("rope", ["dynamic", pytest.param("longrope", marks=pytest.mark.slow)])
 def test_other_frequencies_show(rope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: above the switch those of below, which is found before a graph is used."""
     monkeypatch.setattr(rotary, "_chosen", lambda is_long, long, short: short)
@@ -175,6 +177,7 @@ def test_other_frequencies_show(rope: str, monkeypatch: pytest.MonkeyPatch) -> N
         Pair(make(rope))
 
 
+@pytest.mark.slow
 @pytest.mark.breaks
 def test_tokens_that_are_none_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: a static step of two tokens has the length of one of four."""
@@ -228,7 +231,7 @@ class EndsAt(transformers.StoppingCriteria):  # type: ignore[misc]
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
 
 
-@pytest.mark.parametrize("family", TABLES)
+@pytest.mark.parametrize("family", ["GPT2", pytest.param("GPTJ", marks=pytest.mark.slow)])
 def test_a_table_has_an_end(family: str) -> None:
     pair = with_table(family)
     assert runtime_of(pair.compiled).graphs.max_length == 32

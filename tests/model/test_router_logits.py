@@ -62,6 +62,7 @@ def test_outputs_are_the_models_own(case: str) -> None:
     check(compiled, model, tuple(range(model.config.num_hidden_layers)), **CASES[case])
 
 
+@pytest.mark.slow
 def test_another_family() -> None:
     model, compiled = pair("qwen3_moe")
     routed = model(IDS, output_router_logits=True).router_logits
