@@ -507,11 +507,6 @@ IN_USE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"shape \[1, 5\], expected \[1, 10\]: 5 stored and 5 new tokens",
     ),
-    "too long in all": (
-        {"input_ids": torch.ones(1, 596, dtype=torch.int64)},
-        ValueError,
-        "a sequence of 601 tokens",
-    ),
     "an impossible token": ({"input_ids": torch.tensor([[10**6, 1]])}, IndexError, "out of range"),
 }
 
@@ -574,11 +569,6 @@ GENERATES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "inputs_embeds are 15 wide",
     ),
-    "too long": (
-        {"input_ids": torch.ones(1, 601, dtype=torch.int64)},
-        ValueError,
-        "a sequence of 601 tokens",
-    ),
 }
 
 
@@ -633,10 +623,6 @@ def test_copying_and_pickling(tmp_path: Path) -> None:
     )
     refused(lambda: pickle.dumps(bank.compiled), TypeError, pickled)
     refused(lambda: torch.save(bank.compiled, tmp_path / "m.pt"), TypeError, pickled)
-
-
-def test_warm_up_longer_than_the_model_allows() -> None:
-    refused(lambda: entry(SHAPE).runtime.warmup(601), ValueError, "positions for 600")
 
 
 def test_inductor_on_cpu_without_a_compiler(

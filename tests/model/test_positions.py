@@ -238,6 +238,8 @@ def test_a_table_has_an_end(family: str) -> None:
     pair.check(ids_of(32))
     with pytest.raises(ValueError, match=WORDS):
         pair.compiled(ids_of(33))
+    with pytest.raises(ValueError, match=WORDS):
+        pair.compiled.adaskip.warmup(33)
 
 
 def test_decoding_to_the_end_of_a_table() -> None:
