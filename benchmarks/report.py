@@ -19,6 +19,7 @@ NAMES = (
     "cold",
     "budget",
     "situations",
+    "windows",
 )
 SPEED_HEAD = (
     *("context", "skipped"),
@@ -30,6 +31,16 @@ BUDGET_HEAD = ("phase", "context", "plan", "attention", "ffn", "predicted", "mea
 SITUATIONS_HEAD = (
     *("situation", "what", "measured", "reference", "unit"),
     *("ratio", "compared", "target", "met"),
+)
+WINDOWS_HEAD = (
+    "context",
+    "plan",
+    "prefill s",
+    "speed-up",
+    "saved",
+    "decode ms",
+    "speed-up",
+    "saved",
 )
 PEERS_HEAD = ("context", "peer", "prefill s", "decode ms", "decode against adaskip")
 
@@ -82,6 +93,8 @@ def tables(documents: dict[str, Document]) -> str:
                 parts.append(_budget(document, where))
             elif name == "situations":
                 parts.append(_situations(document, where))
+            elif name == "windows":
+                parts.append(_windows(document, where))
             elif name in ("peers", "peers_whole_graph"):
                 rows = _peer_rows(document["rows"])
                 title = "Peers" if name == "peers" else "Peers, in another run"
@@ -183,6 +196,20 @@ def _situations(document: Document, where: str) -> str:
     return (
         f"## Situations\n\n{where}; {model['layers']} layers, hidden size {model['hidden']}, "
         f"{document['dtype']}\n\n{_table(SITUATIONS_HEAD, rows, left=(0, 1, 4, 8))}"
+    )
+
+
+def _windows(document: Document, where: str) -> str:
+    rows = []
+    for row in document["rows"]:
+        cells = [str(row["context"]), row["plan"]]
+        for phase, scale, digits in (("prefill", 1, 4), ("decode", 1000, 3)):
+            ratios = (row.get(f"{phase}_{what}") for what in ("speedup", "saved"))
+            cells += [_number(scale * row[phase], digits), *map(_number, ratios)]
+        rows.append(cells)
+    return (
+        f"## Windows of {document['window']} tokens\n\n{where}; saved is of what the floors promise"
+        f"\n\n{_table(WINDOWS_HEAD, rows, left=(1,))}"
     )
 
 
