@@ -79,9 +79,9 @@ def run(
     surrogate: Annotated[list[str] | None, typer.Option(help="of studies")] = None,
     plan: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="saved, for study_pareto and study_summaries"),
+        typer.Option(metavar="NAME=PATH", help="saved, for study_pareto, _summaries, _windows"),
     ] = None,
-    keep: Annotated[Path | None, typer.Option(help="folder for the plans of study_recipe")] = None,
+    keep: Annotated[Path | None, typer.Option(help="folder for found plans")] = None,
     steps: Annotated[
         list[int] | None, typer.Option(min=1, help="of study_recipe's refinement, for each alpha")
     ] = None,

@@ -47,8 +47,10 @@ class Options:
         samples, length: windows of each text's half, and tokens of each; 8 of 2048 on a GPU and
             2 of 256 elsewhere when None.
         alphas: acceleration ratios.
-        plans: (name, file) of plans that study_pareto and study_summaries compare too.
-        keep: folder for the plans that study_recipe makes; None: they are not kept.
+        plans: (name, file) of plans that study_pareto and study_summaries compare too, and
+            study_windows judges instead of its own.
+        keep: folder for the plans that study_recipe and study_windows make; None: they are not
+            kept.
         policies, surrogates: which; the usual ones when empty.
         steps: of study_recipe's refinement, for each alpha; the last holds for those after it.
         most: sublayers to skip at most, where a study goes through all numbers.

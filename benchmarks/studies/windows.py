@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from adaskip_fx.calibration.loss import CalibrationLoss
 from adaskip_fx.evaluation.evaluate import evaluate
@@ -29,7 +29,6 @@ from adaskip_fx.evaluation.tasks import (
     VariableTracking,
 )
 from adaskip_fx.fitting.choose_windows import WindowRecipe, answerable_questions, free_memory
-from adaskip_fx.model.load import choose_device
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.plans.windows import Window
@@ -40,83 +39,140 @@ from .setup import Options, Subject, Text, open_subject
 
 PICTURES = ("heads",)
 SHARES = (0.4, 0.55, 0.7)
-#: Name -> options of `Windowed`; ``--policy`` chooses among them.
+#: Name -> options of `Windowed`; ``--policy`` chooses among them and `SKIPPED`.
 WAYS: Mapping[str, dict[str, Any]] = {
     "heads": {},
     "heads, forward": {"shortlist": 4},
     "heads, backward": {"shortlist": 4, "start": "windowed"},
     "layers, forward": {"per": "layer", "shortlist": 4},
 }
+SKIPPED = "attention skipped"
+_QUESTIONS = 8  # for each sample of a text
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Rows of every way at every share; on a GPU in bfloat16, for which attention is fast."""
-    if options.dtype is None and choose_device(options.device).type == "cuda":
-        options = replace(options, dtype="bfloat16")
+    """Rows of every way at every share, in float32 if nothing is said.
+
+    Rounding to bfloat16 is as large a divergence as that of a few heads.
+    """
     subject = open_subject(options)
     return {**subject.about(), **windows(subject)}
 
 
 def windows(subject: Subject, shares: Sequence[float] = SHARES) -> dict[str, Any]:
-    """Return the rows, and the order in which heads and layers get windows."""
+    """Return the rows, and the order in which heads and layers get windows.
+
+    Plans that are given (``--plan``) are judged instead of those that a search finds; ``--keep``
+    saves the latter.
+    """
     known = [t for t in subject.texts if t.name in subject.calibrated]
-    judge = _Judge(subject, known)
-    window, seconds = Window(max(4, subject.length // 16)), dict[str, float]()
-    rows, maps = list[dict[str, Any]](), list[dict[str, Any]]()
-    for way, per_share in _ways(subject, known, window, shares, seconds, maps).items():
-        for share, plan in per_share.items():
-            rows.append({"way": way, "share": share, "plan": plan.to_json(), **judge(plan)})
-            print(_line(rows[-1], judge.full), file=sys.stderr, flush=True)
+    window = Window(max(4, subject.length // 16))
+    given = subject.options.plans
+    source: _Source = _Given(subject, window) if given else _Search(subject, known, window)
+    found = [*source.plans(shares)]
+    judge, rows = _Judge(subject, known), list[dict[str, Any]]()
+    for way, share, plan in found:
+        rows.append({"way": way, "share": share, "plan": plan.to_json(), **judge(plan)})
+        print(_line(rows[-1], judge.full), file=sys.stderr, flush=True)
     return {
         "calibrated_on": [t.name for t in known],
         "window": window.to_json(),
         "context": subject.length,
         "full": judge.full,
         "rows": rows,
-        "maps": maps,
-        "seconds": seconds,
+        "maps": source.maps,
+        "seconds": source.seconds,
     }
 
 
-def _ways(
-    subject: Subject,
-    known: Sequence[Text],
-    window: Window,
-    shares: Sequence[float],
-    seconds: dict[str, float],
-    maps: list[dict[str, Any]],
-) -> dict[str, dict[float, SkipPlan]]:
-    """Return a plan for each way and share; `seconds` and `maps` get what it took and the order."""
-    halves = [w for text in known for w in subject.windows(text, "first")]
-    count = 4 * subject.samples
-    asked = subject.tokenizer, halves, count, subject.length, subject.options.seed
-    questions = answerable_questions(subject.compiled, *asked)
-    loss = CalibrationLoss(
-        subject.compiled,
-        halves,
-        questions,
-        text_weight=WindowRecipe.text_weight,
-        answer_divergence=True,
-        memory=free_memory(subject.device),
-    )
-    profile = subject.profile(known[0])
-    found: dict[str, dict[float, SkipPlan]] = {}
-    for way in subject.options.policies or WAYS:
-        policy = Windowed(loss, loss.kv_heads, window, context=subject.length, **WAYS[way])
-        start = time.perf_counter()
+class _Source(Protocol):
+    """Where plans come from.
+
+    Attributes:
+        seconds: that each way took.
+        maps: of each way the order in which units got windows.
+    """
+
+    seconds: dict[str, float]
+    maps: list[dict[str, Any]]
+
+    def plans(self, shares: Sequence[float]) -> Iterator[tuple[str, float, SkipPlan]]:
+        """Return way, share and plan of those that are wanted."""
+
+
+class _Given:
+    """Plans that a search has left in files; those of one name are of one way."""
+
+    def __init__(self, subject: Subject, window: Window) -> None:
+        self._subject, self._window = subject, window
+        self.seconds: dict[str, float] = {}
+        self.maps: list[dict[str, Any]] = []
+
+    def plans(self, shares: Sequence[float]) -> Iterator[tuple[str, float, SkipPlan]]:
+        named: dict[str, list[SkipPlan]] = {}
+        for name, path in self._subject.options.plans:
+            plan = SkipPlan.load(path)
+            if plan.sublayers != self._subject.runtime.sublayers:
+                raise ValueError(f"{path} is not a plan of this model")
+            named.setdefault(name, []).append(plan)
+        heads, length = self._subject.compiled.adaskip.kv_heads, self._subject.length
+        count = Windowed(lambda *_: 0.0, heads, self._window, context=length)
+        for way, plans in named.items():
+            plans.sort(key=count.alpha_of)
+            self.maps.append(_map(way, plans, count))
+            yield from ((way, round(1 - 1 / count.alpha_of(plan), 4), plan) for plan in plans)
+
+
+class _Search:
+    """Finds a plan for each way and share."""
+
+    def __init__(self, subject: Subject, known: Sequence[Text], window: Window) -> None:
+        self._subject, self._window = subject, window
+        self._profile = subject.profile(known[0])
+        halves = [w for text in known for w in subject.windows(text, "first")]
+        count = _QUESTIONS * subject.samples
+        asked = subject.tokenizer, halves, count, subject.length, subject.options.seed
+        self._loss = CalibrationLoss(
+            subject.compiled,
+            halves,
+            answerable_questions(subject.compiled, *asked),
+            text_weight=WindowRecipe.text_weight,
+            answer_divergence=True,
+            memory=free_memory(subject.device),
+        )
+        self.seconds: dict[str, float] = {}
+        self.maps: list[dict[str, Any]] = []
+
+    def plans(self, shares: Sequence[float]) -> Iterator[tuple[str, float, SkipPlan]]:
+        options = self._subject.options
+        for way in options.policies or (*WAYS, SKIPPED):
+            made = self._skipped if way == SKIPPED else self._windowed
+            for share, plan in made(way, shares).items():
+                if options.keep is not None:
+                    name = f"{way.replace(', ', '_').replace(' ', '_')}_{share}.json"
+                    plan.save(options.keep / name)
+                yield way, share, plan
+
+    def _windowed(self, way: str, shares: Sequence[float]) -> dict[float, SkipPlan]:
+        loss, context = self._loss, self._subject.length
+        policy = Windowed(loss, loss.kv_heads, self._window, context=context, **WAYS[way])
+        start, judged = time.perf_counter(), loss.judged
         farthest = min(shares) if policy.start == "windowed" else max(shares)
-        plans = policy.plans(profile, 1 / (1 - farthest))
+        plans = policy.plans(self._profile, 1 / (1 - farthest))
         plans = sorted(plans, key=policy.alpha_of)
-        seconds[way] = time.perf_counter() - start
-        print(f"{way}: {seconds[way]:.0f} s, {loss.judged} plans judged", file=sys.stderr)
+        took = self.seconds[way] = time.perf_counter() - start
+        print(f"{way}: {took:.0f} s, {loss.judged - judged} plans judged", file=sys.stderr)
+        self.maps.append(_map(way, plans, policy))
         enough = [[p for p in plans if policy.alpha_of(p) >= 1 / (1 - s) - 1e-9] for s in shares]
-        found[way] = {share: some[0] for share, some in zip(shares, enough, strict=True)}
-        heads = {str(s): count for s, count in loss.kv_heads.items()}
-        maps.append({"name": way, "heads": heads, "order": _order(plans, policy)})
-    found["attention skipped"] = {
-        share: _skipped(profile, share, len(loss.kv_heads)) for share in shares
-    }
-    return found
+        return {share: some[0] for share, some in zip(shares, enough, strict=True)}
+
+    def _skipped(self, way: str, shares: Sequence[float]) -> dict[float, SkipPlan]:
+        return {s: _skipped(self._profile, s, len(self._loss.kv_heads)) for s in shares}
+
+
+def _map(way: str, plans: Sequence[SkipPlan], policy: Windowed) -> dict[str, Any]:
+    heads = {str(s): count for s, count in policy.heads.items()}
+    return {"name": way, "heads": heads, "order": _order(plans, policy)}
 
 
 def _order(plans: Sequence[SkipPlan], policy: Windowed) -> list[list[Any]]:

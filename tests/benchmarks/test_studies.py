@@ -778,7 +778,8 @@ class Judge(recipe._Judge):
 
 def test_windows_are_chosen_on_what_is_not_read(tmp_path: Path) -> None:
     texts = [text(name, seed, 2000) for seed, name in enumerate(("one", "two", "three"))]
-    options = dataclasses.replace(OPTIONS, samples=1, length=400)
+    (tmp_path / "kept").mkdir()
+    options = dataclasses.replace(OPTIONS, samples=1, length=400, keep=tmp_path / "kept")
     model = make_model("three_layers")
     made = subject_of("tiny", model, AnyText(), texts, options, timed=False)
     asked = list[SkipPlan]()
@@ -790,6 +791,21 @@ def test_windows_are_chosen_on_what_is_not_read(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(windows._Judge, "_answers", answers)
         result = windows.windows(made, (0.3, 0.6))
+        saved = sorted((tmp_path / "kept").glob("heads_forward_*.json"))
+        given = tuple(("forward", path) for path in reversed(saved))
+        options = dataclasses.replace(options, keep=None, plans=given)
+        again = windows.windows(dataclasses.replace(made, options=options))
+        other = dataclasses.replace(options, plans=(("of another", tmp_path / "other.json"),))
+        SkipPlan.empty(made.runtime.sublayers[:2]).save(tmp_path / "other.json")
+        with pytest.raises(ValueError, match=r"other\.json is not a plan of this model"):
+            windows.windows(dataclasses.replace(made, options=other))
+    found = [row for row in result["rows"] if row["way"] == "heads, forward"]
+    assert [row["plan"] for row in again["rows"]] == [row["plan"] for row in found]
+    assert [row["texts"] for row in again["rows"]] == [row["texts"] for row in found]
+    assert all(row["share"] >= 0.3 for row in again["rows"])
+    assert again["rows"][1]["share"] >= 0.6
+    assert again["maps"][0]["heads"] == result["maps"][0]["heads"]
+    asked = asked[: 1 + len(result["rows"])]
     assert result["calibrated_on"] == ["one", "two"]
     assert result["window"] == {"tokens": 25, "sinks": 4, "full_heads": []}
     ways = [*windows.WAYS, "attention skipped"]
