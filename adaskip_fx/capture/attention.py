@@ -6,6 +6,7 @@ padding and more tokens on a filled cache run `attend_causal` (a prompt on a CPU
 ``is_causal=True``), and heads stay grouped. On a static cache a mask is a table of bounds, for
 :func:`attend`: padding, sliding windows, soft caps on the scores (Gemma 2) and attention sinks
 (GPT-OSS) are its inputs.
+In prompts without a mask they are inputs of :func:`attend_windowed`, as sliding windows are.
 Everything else gets the mask that transformers' own mask functions make; soft caps and sinks have
 no place in PyTorch's fused kernels, and there attention is written out, which takes memory for all
 scores of a prompt.
@@ -29,7 +30,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaskip_passes.attention.ops import attend_causal, attend_packed
 from adaskip_passes.decode.ops import EVERY, attend
-from adaskip_passes.windows.ops import attend_packed_windowed, attend_windowed
+from adaskip_passes.windows.ops import (
+    attend_masked_windowed,
+    attend_packed_windowed,
+    attend_windowed,
+)
 
 from ..utils.transformers_internals import attention_name, can_set_attention
 from ..utils.transformers_types import CausalLM
@@ -63,19 +68,16 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t.to(dtype) for t in (query, key, value))
     written = softcap is not None or s_aux is not None
+    more: tuple[Any, ...] = (scale, softcap or 0.0, s_aux) if written else (scale,)
     if attention_mask is not None and attention_mask.dtype == torch.int32:
-        if written:
-            raise NotImplementedError("soft caps or sinks in a packed prompt")
-        return _packed(query, key, value, attention_mask, scale), None
+        return _packed(query, key, value, attention_mask, more), None
     if attention_mask is not None and attention_mask.dtype == torch.int64:
         return attend(query, key, value, attention_mask, scale, softcap or 0.0, s_aux), None
-    window = _window_of(attention_mask)
-    if written:
-        if window is not None:
-            attention_mask = _within(window, query.shape[2], key.shape[2], query.device)
-        return _written_out(query, key, value, attention_mask, scale, softcap, s_aux), None
+    window = EVERY if written and attention_mask is None else _window_of(attention_mask)
     if window is not None:
-        return attend_windowed(query, key, value, None, window, scale), None
+        return attend_windowed(query, key, value, None, window, *more), None
+    if written:
+        return attend_masked_windowed(query, key, value, attention_mask, None, *more), None
     causal = False
     if attention_mask is None and query.shape[2] > 1:  # a symbolic bool is not accepted below
         if query.device.type == "cuda" or query.shape[2] != key.shape[2]:
@@ -96,14 +98,22 @@ def attention(
 
 
 def _packed(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    more: tuple[Any, ...],
 ) -> torch.Tensor:
-    """Return attention within packed rows; of [window, rows + 1] as many tokens are seen."""
-    if mask.dim() == 1:
-        output: torch.Tensor = attend_packed(query, key, value, mask, scale)
+    """Return attention within packed rows; of [window, rows + 1] as many tokens are seen.
+
+    `more` is a scale, and may be a soft cap and sinks after it.
+    """
+    plain, window = mask.dim() == 1, mask.shape[0] if mask.dim() == 2 else EVERY
+    if plain and len(more) == 1:
+        output: torch.Tensor = attend_packed(query, key, value, mask, *more)
     else:
-        window = mask.shape[0]
-        output = attend_packed_windowed(query, key, value, mask[0], None, window, scale)
+        offsets = mask if plain else mask[0]
+        output = attend_packed_windowed(query, key, value, offsets, None, window, *more)
     return output
 
 
@@ -111,13 +121,6 @@ def _window_of(mask: torch.Tensor | None) -> int | None:
     """Return the window that a mask without rows stands for; None for any other mask."""
     without_rows = mask is not None and mask.dim() == 2 and mask.shape[0] == 0
     return mask.shape[1] if mask is not None and without_rows else None
-
-
-def _within(window: int, tokens: int, stored: int, device: torch.device) -> torch.Tensor:
-    """Return the mask of a sliding window, bool [1, 1, T, S]."""
-    position = torch.arange(stored, device=device)
-    own = position[stored - tokens :].unsqueeze(1)
-    return ((position <= own) & (position > own - window))[None, None]
 
 
 def is_own(model: CausalLM) -> bool:
@@ -135,39 +138,6 @@ def is_own(model: CausalLM) -> bool:
     function = getattr(function, "func", function)
     module = str(getattr(function, "__module__", ""))
     return not module.startswith("transformers.")
-
-
-def _written_out(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return attention with a soft cap or sinks, softmax in float32; see `attention`."""
-    batch, heads, tokens, dim = query.shape
-    kv_heads, stored = key.shape[1], key.shape[2]
-    groups = query.reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
-    scores = torch.matmul(groups, key.unsqueeze(2).transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    position = torch.arange(stored, device=query.device)
-    seen: torch.Tensor | None = None  # broadcast to [B, H_kv, G, T, S]
-    if attention_mask is None:
-        if tokens > 1:
-            seen = position <= position[stored - tokens :].unsqueeze(1)
-    else:
-        seen = attention_mask.unsqueeze(2)
-    if seen is not None:  # not infinity: a padding token sees nothing, and must not become NaN
-        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        sink = sinks.float().view(1, kv_heads, heads // kv_heads, 1, 1)
-        scores = torch.cat((scores, sink.expand(batch, -1, -1, tokens, -1)), -1)
-    shares = torch.softmax(scores, -1)[..., :stored].to(value.dtype)
-    output = torch.matmul(shares, value.unsqueeze(2)).reshape(batch, heads, tokens, dim)
-    return output.transpose(1, 2).contiguous()
 
 
 def mask(

@@ -1,7 +1,7 @@
 """The reference of windows: an eager model's attention with an explicit mask in some layers.
 
-Nothing of the passes is used here: PyTorch's own attention is called with one boolean for every
-query, key and head.
+Nothing of the passes is used here: PyTorch's own attention, or transformers' where scores have soft
+caps or sinks, is called with one boolean for every query, key and head.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from adaskip_fx.utils.transformers_internals import on_sdpa
+from adaskip_fx.utils.transformers_internals import attends_by_itself, on_attention
 
 #: Sinks and tokens of each K/V head of one attention sublayer.
 Heads = Sequence[tuple[int, int]]
@@ -95,6 +95,16 @@ def layer_path(paths: str | Sequence[str]) -> str:
     return ".".join(parts[: number + 1])
 
 
+def _added(model: Any, mask: torch.Tensor, heads: Heads) -> torch.Tensor:
+    """Return what is added to the scores of all heads, [B, H, T, S], of the model's own mask."""
+    batch, _, tokens, stored = mask.shape
+    count = model.config.get_text_config().num_attention_heads
+    query, key = mask.new_empty(batch, count, tokens, 0), mask.new_empty(batch, 1, stored, 0)
+    seen = explicit_mask(query, key, mask, causal=False, heads=heads)
+    hidden = torch.finfo(mask.dtype).min
+    return torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, hidden)
+
+
 @contextmanager
 def looking(
     model: nn.Module, layers: Mapping[str, str], heads_of: Callable[[str], Heads | None]
@@ -102,7 +112,8 @@ def looking(
     """Meanwhile the model's attention sees what `heads_of` says of each sublayer now.
 
     Args:
-        model: Eager; meanwhile its attention is PyTorch's, if transformers gives it that.
+        model: Eager; meanwhile its attention is PyTorch's, or where that is another one the eager
+            one of transformers, if the registry gives it that.
         layers: The module of the layer that each attention sublayer is in.
         heads_of: Sinks and tokens by K/V head; None: everything.
 
@@ -110,10 +121,17 @@ def looking(
         RuntimeError: Attention of a layer that has a window was not seen.
     """
     mode, handles = SeenThrough(), list[Any]()
+    of_transformers = isinstance(model, PreTrainedModel)
+    written_out = of_transformers and attends_by_itself(model)
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+    def before(name: str) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             mode.heads, mode.narrowed = heads_of(name), 0
+            added = kwargs.get("attention_mask")
+            if written_out and mode.heads is not None and added is not None:
+                mode.narrowed += 1
+                kwargs = {**kwargs, "attention_mask": _added(model, added, mode.heads)}
+            return args, kwargs
 
         return hook
 
@@ -121,8 +139,9 @@ def looking(
         def hook(*_: Any) -> None:
             if mode.heads is not None and not mode.narrowed:
                 raise RuntimeError(
-                    f"{name}: its attention is not PyTorch's scaled_dot_product_attention, so what "
-                    "it sees cannot be narrowed, and its windows cannot be checked"
+                    f"{name}: its attention is not PyTorch's scaled_dot_product_attention, nor "
+                    "is a mask added to its scores, so what it sees cannot be narrowed, and its "
+                    "windows cannot be checked"
                 )
             mode.heads = None
 
@@ -131,9 +150,10 @@ def looking(
     try:
         for name, path in layers.items():
             module = model.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(before(name)))
+            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(after(name)))
-        with on_sdpa(model) if isinstance(model, PreTrainedModel) else nullcontext(), mode:
+        kind = "eager" if written_out else "sdpa"
+        with on_attention(model, kind) if of_transformers else nullcontext(), mode:
             yield
     finally:
         for handle in handles:

@@ -72,17 +72,23 @@ def _configs_beside(model: Any) -> list[Any]:
 
 
 @contextmanager
-def on_sdpa(model: Any) -> Iterator[None]:
-    """Meanwhile a model's attention is PyTorch's, if it asks the registry for it."""
+def on_attention(model: Any, name: str) -> Iterator[None]:
+    """Meanwhile a model's attention is transformers' of a name, if it asks the registry for it."""
     before = attention_name(model)
-    if before in (None, "sdpa") or not can_set_attention(model):
+    if before in (None, name) or not can_set_attention(model):
         yield
         return
-    set_attention(model, "sdpa")
+    set_attention(model, name)
     try:
         yield
     finally:
         set_attention(model, before)
+
+
+def attends_by_itself(model: Any) -> bool:
+    """Return whether a model's attention has soft caps or sinks, which PyTorch's has not."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return capped or not getattr(type(model), "_supports_sdpa", True)
 
 
 def can_set_attention(model: Any) -> bool:

@@ -173,7 +173,7 @@ def test_autocast_is_followed() -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_prompts_through_a_window_of_the_models_own(family: str) -> None:
-    """No mask is made for it, unless attention is written out."""
+    """No mask is made for it, nor for attention with a soft cap."""
     compiled = build(make(family), None, backend="eager")
     captures = runtime_of(compiled).graphs.states.current.captures.items()
     outer = next(group[0].outer for key, group in captures if key.phase == "prefill")
@@ -185,4 +185,9 @@ def test_prompts_through_a_window_of_the_models_own(family: str) -> None:
             op="call_function", target=torch.ops.adaskip.attend_windowed.default
         )
     ]
-    assert [node.args[3:5] for node in nodes] == ([(None, 6)] * 2 if family == "mistral" else [])
+    every = [(None, 6), (None, EVERY)]
+    seen = [node.args[3:5] for node in nodes]
+    assert seen == ([(None, 6)] * 2 if family == "mistral" else every)
+    assert [node.args[6:] for node in nodes] == (
+        [()] * 2 if family == "mistral" else [(2.0, None)] * 2
+    )

@@ -23,6 +23,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(0.0, False), (1.5, False), (0.0, True)])
 @pytest.mark.parametrize(
     ("tokens", "stored", "heads", "dim", "windows"),
     [
@@ -35,21 +36,38 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
     ],
 )
 def test_against_scores_of_float64(
-    dtype: torch.dtype, tokens: int, stored: int, heads: int, dim: int, windows: Any
+    dtype: torch.dtype,
+    softcap: float,
+    with_sinks: bool,
+    tokens: int,
+    stored: int,
+    heads: int,
+    dim: int,
+    windows: Any,
 ) -> None:
     torch.manual_seed(0)
     shapes = ((heads * 4, tokens), (heads, stored), (heads, stored))
     q, k, v = (torch.randn(2, h, n, dim, device="cuda").to(dtype) for h, n in shapes)
-    got = attend_windowed(q, k, v, torch.tensor(windows), EVERY, dim**-0.5)
+    sinks_of = torch.linspace(-2, 3, heads * 4, device="cuda").to(dtype) if with_sinks else None
+    got = attend_windowed(q, k, v, torch.tensor(windows), EVERY, dim**-0.5, softcap, sinks_of)
     assert got.is_contiguous()
-    assert _error(got, _scores(q, k, v, windows)) < TOLERANCES[dtype]
+    noise = _error(got, _scores(q, k, v, windows, softcap, sinks_of))
+    assert noise < TOLERANCES[dtype]
     if any(sinks + last < stored for sinks, last in windows):
         farther = [(sinks, last + 1) for sinks, last in windows]
-        noise = _error(got, _scores(q, k, v, windows))
-        assert _error(got, _scores(q, k, v, farther)) > 2 * noise
+        assert _error(got, _scores(q, k, v, farther, softcap, sinks_of)) > 2 * noise
+    if softcap or with_sinks:
+        assert _error(got, _scores(q, k, v, windows)) > 2 * noise
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: Any) -> torch.Tensor:
+def _scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    windows: Any,
+    softcap: float = 0.0,
+    sinks_of: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Attention with explicit masks in float64, [rows, tokens, heads, dim]."""
     (heads, tokens, dim), stored = q.shape[1:], k.shape[2]
     own = torch.arange(stored - tokens, stored, device="cuda").unsqueeze(1)
@@ -60,8 +78,11 @@ def _scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: Any) -> 
         sinks, last = windows[group]
         scores = q[:, head].double() @ k[:, group].double().mT * dim**-0.5
         near = (j <= own) & ((j > own - last) | (j < sinks))
-        shares = scores.masked_fill(~near, float("-inf")).softmax(-1)
-        found.append(shares @ v[:, group].double())
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = scores.masked_fill(~near, float("-inf")).exp()
+        more = 0.0 if sinks_of is None else sinks_of[head].double().exp()
+        found.append(weights / (weights.sum(-1, keepdim=True) + more) @ v[:, group].double())
     return torch.stack(found, 2)
 
 

@@ -32,10 +32,10 @@ from adaskip_fx.programs import program
 from adaskip_fx.runtime.checking import CheckError
 from adaskip_fx.testing import assert_equivalent
 from adaskip_passes import UnsupportedError
-from tests.capture.test_attention import make
 from tests.support.compiled_llamas import fewer
 from tests.support.eager_reference import assert_close
 from tests.support.eager_windows import Seen, WindowedEager
+from tests.support.families.all import tiny_config, tiny_model
 
 SHAPE: dict[str, Any] = {
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
@@ -258,7 +258,7 @@ def test_checked_requests_follow_the_windows(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_attention_that_is_written_out_is_refused_by_name() -> None:
-    model = make("gemma2")
+    model = tiny_model(tiny_config("mpt"))
     compiled = build(model, None, backend="eager")
     found = Case(model, compiled, None)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match=r"layer 1's attention cannot have a window"):

@@ -75,7 +75,7 @@ def test_padded_prompts(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        "gpt_neox",
+        *("gpt_neox", "gemma2", "gpt_oss"),
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in ("qwen3", "mixtral", "phi3", "cohere", "starcoder2", "olmo2", "jamba")
@@ -83,7 +83,7 @@ def test_padded_prompts(data: st.DataObject) -> None:
     ],
 )
 def test_windows_of_families(family: str) -> None:
-    """Fused projections, norms of queries and keys, parallel branches, experts, mixers beside."""
+    """Fused projections, norms, parallel branches, experts, mixers, soft caps, sink scores."""
     model = tiny_model(tiny_config(family))
     heads = compiled_for(model).adaskip.kv_heads
     assert heads

@@ -1,7 +1,8 @@
 """The operators of :mod:`ops` on CUDA: a kernel for heads with windows, cuDNN or flash for others.
 
-Heads that see everything run on PyTorch's fused kernels, which are faster there; where they lie
-between others they are copied. The kernel reads and writes heads where they are.
+Heads that see everything run on PyTorch's fused kernels, which are faster there but know neither
+soft caps nor sink scores; where they lie between others they are copied. The kernel reads and
+writes heads where they are.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from ..attention.ops import attend_causal
-from .ops import alike, attend_windowed, by_window, in_blocks
+from .blocks import alike, by_window
+from .ops import attend_windowed
 
 _HALF = (torch.float16, torch.bfloat16)
 _WIDEST = 256  # numbers of a head
@@ -23,23 +25,27 @@ def _attend_windowed(
     windows: torch.Tensor | None,
     own: int,
     scale: float,
+    softcap: float = 0.0,
+    sink_scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if query.dtype not in _HALF or max(query.shape[3], value.shape[3]) > _WIDEST:
-        return by_window(query, key, value, windows, own, scale, in_blocks)
+        return by_window(query, key, value, windows, own, scale, softcap, sink_scores)
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     stored, kv_heads = key.shape[2], key.shape[1]
     groups = alike(windows, stored, own, kv_heads)
-    if len(groups) == 1 and groups[0][1][1] >= stored:
+    plain = not softcap and sink_scores is None
+    if plain and len(groups) == 1 and groups[0][1][1] >= stored:
         return attend_causal(query, key, value, scale)
     from . import triton_kernels
 
     batch, heads, tokens, _ = query.shape
     output = query.new_empty((batch, tokens, heads, value.shape[3]))
     for chosen, (sinks, seen) in groups:
-        if seen >= stored:
+        if plain and seen >= stored:
             _see_everything(query, key, value, output, tuple(chosen), scale)
         else:
-            triton_kernels.attend(query, key, value, output, chosen, sinks, seen, scale)
+            seeing = triton_kernels.Seeing(sinks, seen, scale, softcap, sink_scores)
+            triton_kernels.attend(query, key, value, output, chosen, seeing)
     return output
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..decode.ops import EVERY
 from ..errors import UnsupportedError
 from ..partition.outer import Piece
 
@@ -16,8 +17,12 @@ ATTEND = torch.ops.adaskip.attend.default
 CAUSAL, PACKED = torch.ops.adaskip.attend_causal.default, torch.ops.adaskip.attend_packed.default
 WINDOWED = torch.ops.adaskip.attend_windowed.default
 PACKED_WINDOWED = torch.ops.adaskip.attend_packed_windowed.default
+MASKED_WINDOWED = torch.ops.adaskip.attend_masked_windowed.default
 _ATTENTIONS = frozenset(
-    [ATTEND, CAUSAL, PACKED, WINDOWED, PACKED_WINDOWED, scaled_dot_product_attention]
+    [
+        *(ATTEND, CAUSAL, PACKED, WINDOWED, PACKED_WINDOWED, MASKED_WINDOWED),
+        scaled_dot_product_attention,
+    ]
 )
 
 
@@ -46,8 +51,11 @@ def attention_of(piece: Piece) -> Attention:
     node = attention_node(piece)
     kv_heads = int(example_of(node.args[1]).shape[1])
     if node.target in (WINDOWED, PACKED_WINDOWED):
-        return Attention(kv_heads, "less")
-    masked = node.target is scaled_dot_product_attention and mask_of_torch(piece, node) is not None
+        own = node.args[4 if node.target is WINDOWED else 5]
+        return Attention(kv_heads, "everything" if own == EVERY else "less")
+    masked = node.target is MASKED_WINDOWED
+    if node.target is scaled_dot_product_attention:
+        masked = mask_of_torch(piece, node) is not None
     return Attention(kv_heads, "less" if masked else "everything", reads_windows=not masked)
 
 
@@ -90,7 +98,7 @@ def attention_node(piece: Piece) -> fx.Node:
         what = "none of PyTorch's" if not found else f"{len(found)} of them"
         raise UnsupportedError(
             f"layer {piece.layer}'s {piece.kind} cannot have a window: its attention is {what} "
-            "(it is written out, for a soft cap, sinks of its own or a bias, or it is no attention)"
+            "(it is written out, for a bias of its own, or it is no attention)"
         )
     if found[0].target is scaled_dot_product_attention:
         mask_of_torch(piece, found[0])

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention.ops import causal
 from ..infra.pass_base import Pass, PassResult
+from .seen import attend_seen
 
 
 def windowed(
@@ -31,12 +31,15 @@ def windowed(
     windows: torch.Tensor | None,
     own: int,
     scale: float,
+    softcap: float = 0.0,
+    sink_scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return what `ops.attend_windowed` does."""
     tokens, stored = query.shape[2], key.shape[2]
     position = torch.arange(stored, device=query.device)
     causal_mask = position <= position[stored - tokens :].unsqueeze(1)
-    return masked_windowed(query, key, value, causal_mask[None, None], windows, scale, own)
+    more = scale, softcap, sink_scores
+    return masked_windowed(query, key, value, causal_mask[None, None], windows, *more, own=own)
 
 
 def masked_windowed(
@@ -46,6 +49,8 @@ def masked_windowed(
     mask: torch.Tensor,
     windows: torch.Tensor | None,
     scale: float,
+    softcap: float = 0.0,
+    sink_scores: torch.Tensor | None = None,
     own: int | None = None,
 ) -> torch.Tensor:
     """Return what `ops.attend_masked_windowed` does, of at most `own` tokens if that is given."""
@@ -59,15 +64,7 @@ def masked_windowed(
         table = windows.to(query.device).repeat_interleave(query.shape[1] // key.shape[1], 0)
         sinks, seen = table.view(1, -1, 1, 1, 2).unbind(-1)
         near = near & ((position > last - seen) | (position < first + sinks))
-    output = scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=near,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output.transpose(1, 2).contiguous()
+    return attend_seen(query, key, value, near, scale, softcap, sink_scores)
 
 
 _OPERATORS = torch.ops.adaskip

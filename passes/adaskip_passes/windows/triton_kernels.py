@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 
 from ..decode.triton_kernels.launch import shared_memory
-from .ops import on_device
+from .blocks import on_device
 
 
 @triton.jit
 def _add(
-    mixed, total, most, q, keys, values, n, scale, k_t, v_t, first_own, window, sinks, upper,
+    mixed, total, most, q, keys, values, n, scale, cap, k_t, v_t, first_own, window, sinks, upper,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add KEYS keys from `n` on to a softmax that is under way; powers of two."""
     d, e, i = tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, KEYS)
@@ -35,6 +35,8 @@ def _add(
     else:
         k, v = tl.load(keys + k_at), tl.load(values + v_at)
     scores = tl.dot(q, tl.trans(k)) * scale
+    if CAPPED:  # by cap * tanh(x / 2), of x to the base 2
+        scores = cap * (2.0 / (1.0 + tl.math.exp2(-scores)) - 1.0)
     if MASKED:
         own = first_own + tl.arange(0, ROWS)[:, None]
         near = (j[None, :] > own - window) | (j < sinks)[None, :]
@@ -51,10 +53,10 @@ def _add(
 
 @triton.jit(do_not_specialize=["T", "S", "sinks", "window"])
 def _attend(
-    query, keys, values, output, heads, H, T, S, HEADS, sinks, window, scale,
+    query, keys, values, output, heads, sink_scores, H, T, S, HEADS, sinks, window, scale, cap,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CAPPED: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
     """ROWS queries of one head a program; the queries are the last T of the S tokens."""
     tiles = tl.cdiv(T, ROWS)
@@ -84,18 +86,52 @@ def _attend(
     most = tl.full([ROWS], -float("inf"), tl.float32)
     for n in range(inner, outer, KEYS):
         mixed, total, most = _add(
-            mixed, total, most, q, keys, values, n, scale, k_t, v_t, own, window, sinks, S,
-            D, DP, DV, DVP, ROWS, KEYS, False,
+            mixed, total, most, q, keys, values, n, scale, cap, k_t, v_t, own, window, sinks, S,
+            D, DP, DV, DVP, ROWS, KEYS, CAPPED, False,
         )  # fmt: skip
     for i in range(masked):
         n = tl.where(i < a, i, tl.where(i < c, low // KEYS + i - a, outer // KEYS + i - c)) * KEYS
         mixed, total, most = _add(
-            mixed, total, most, q, keys, values, n, scale, k_t, v_t, own, window, sinks,
-            tl.where(i < a, firsts, S), D, DP, DV, DVP, ROWS, KEYS, True,
+            mixed, total, most, q, keys, values, n, scale, cap, k_t, v_t, own, window, sinks,
+            tl.where(i < a, firsts, S), D, DP, DV, DVP, ROWS, KEYS, CAPPED, True,
         )  # fmt: skip
+    if SINK:  # which takes attention and gives nothing
+        sink = tl.load(sink_scores + h).to(tl.float32) * 1.4426950408889634
+        highest = tl.maximum(most, sink)
+        before = tl.math.exp2(most - highest)
+        mixed, total = mixed * before[:, None], total * before + tl.math.exp2(sink - highest)
     at = output + ((b.to(tl.int64) * T + t) * H + h)[:, None] * DV + e[None, :]
     mask = (t < T)[:, None] & (e < DV)[None, :]
     tl.store(at, (mixed / total[:, None]).to(output.dtype.element_ty), mask=mask)
+
+
+_LOG2_E = 1.4426950408889634
+
+
+class Seeing(NamedTuple):
+    """How heads attend.
+
+    Attributes:
+        sinks: How many of the first keys are seen.
+        window: How many of the last keys up to each query's own are seen.
+        scale: Of the scores.
+        softcap: Bound of the scores; 0 for none.
+        sink_scores: Of all heads [H], or None.
+
+    """
+
+    sinks: int
+    window: int
+    scale: float
+    softcap: float = 0.0
+    sink_scores: torch.Tensor | None = None
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """What products are multiplied by, and a bounded score, to be exponents of 2."""
+        if self.softcap:
+            return 2 * _LOG2_E * self.scale / self.softcap, _LOG2_E * self.softcap
+        return _LOG2_E * self.scale, 0.0
 
 
 class Tiles(NamedTuple):
@@ -125,9 +161,7 @@ def attend(
     value: torch.Tensor,
     output: torch.Tensor,
     heads: Sequence[int],
-    sinks: int,
-    window: int,
-    scale: float,
+    seeing: Seeing,
     tiles: Tiles | None = None,
 ) -> None:
     """Write what some heads see through a window into their places of `output`.
@@ -138,9 +172,7 @@ def attend(
         value: [B, H_kv, S, D_v], likewise.
         output: [B, T, H, D_v], contiguous.
         heads: The K/V heads.
-        sinks: How many of the first keys are seen.
-        window: How many of the last keys up to each query's own are seen.
-        scale: Of the scores.
+        seeing: What they see, and how.
         tiles: How programs are cut; chosen when None.
 
     """
@@ -150,13 +182,15 @@ def attend(
     tiles = tiles or _fitting(dims[0], dims[1], query.element_size(), query.device)
     grid: Any = (triton.cdiv(tokens, tiles.rows) * batch * len(heads) * group,)
     places = on_device(tuple(heads), query.device, torch.int32)
+    scores = seeing.sink_scores
     _attend[grid](
-        query, key, value, output, places, count, tokens, key.shape[2], len(heads), sinks,
-        min(window, key.shape[2]), scale * 1.4426950408889634,
+        query, key, value, output, places, places if scores is None else scores, count, tokens,
+        key.shape[2], len(heads), seeing.sinks, min(seeing.window, key.shape[2]), *seeing.factors,
         query.stride(0), query.stride(1), query.stride(2), key.stride(0), key.stride(1),
         key.stride(2), value.stride(0), value.stride(1), value.stride(2),
         GROUP=group, D=dim, DP=dims[0], DV=value_dim, DVP=dims[1], ROWS=tiles.rows,
-        KEYS=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
+        KEYS=tiles.keys, CAPPED=bool(seeing.softcap), SINK=scores is not None,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ from .bounds import narrowed
 from .find_attention import (
     ATTEND,
     CAUSAL,
+    MASKED_WINDOWED,
     PACKED,
     PACKED_WINDOWED,
     WINDOWED,
@@ -188,6 +189,9 @@ def _with_window(piece: Piece, attention: fx.Node, example: torch.Tensor) -> Pie
         elif node.target is PACKED_WINDOWED:
             offsets, _, *rest = more
             target, given = PACKED_WINDOWED, (offsets, windows, *rest)
+        elif node.target is MASKED_WINDOWED:
+            mask, _, *rest = more
+            target, given = MASKED_WINDOWED, (mask, windows, *rest)
         else:
             target, given = _of_torch(piece, node, windows)
         new = graph.call_function(target, (query, key, value, *given))
@@ -208,7 +212,7 @@ def _of_torch(piece: Piece, node: fx.Node, windows: fx.Node) -> tuple[Any, tuple
     scale = example_of(node.args[0]).shape[-1] ** -0.5 if scale is None else scale
     if mask is None:
         return WINDOWED, (windows, EVERY, scale)
-    return torch.ops.adaskip.attend_masked_windowed.default, (mask, windows, scale)
+    return MASKED_WINDOWED, (mask, windows, scale)
 
 
 # On a static cache -------------------------------------------------------------------------------

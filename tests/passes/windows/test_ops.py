@@ -28,7 +28,13 @@ def inputs(batch: int, tokens: int, stored: int, seed: int) -> tuple[torch.Tenso
 
 
 def by_hand(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, windows: Any, lets: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    windows: Any,
+    lets: Any,
+    softcap: float = 0.0,
+    sinks_of: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`lets(row, t, j)`: whether the model's own mask shows key j to query t."""
     batch, heads, tokens, _ = query.shape
@@ -42,7 +48,12 @@ def by_hand(
                 near = [j for j in js if j > js[-1] - last or j - first < sinks]
                 if near:
                     scores = key[row, head // GROUP, near].double() @ query[row, head, t].double()
-                    shares = torch.softmax(scores * 0.3, 0)
+                    scores = scores * 0.3
+                    if softcap:
+                        scores = softcap * torch.tanh(scores / softcap)
+                    weights = scores.exp()
+                    more = 0.0 if sinks_of is None else sinks_of[head].double().exp()
+                    shares = weights / (weights.sum() + more)
                     output[row, t, head] = shares @ value[row, head // GROUP, near].double()
     return output
 
@@ -65,6 +76,52 @@ def test_the_last_queries(windows: Any, batch: int, tokens: int, past: int, seed
     want = by_hand(q, k, v, windows, lambda row, t, j: j <= past + t)
     assert got.is_contiguous()
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@given(WINDOWS, st.integers(1, 9), st.integers(0, 9), st.integers(0, 99))
+def test_soft_caps_and_sinks(
+    softcap: float, with_sinks: bool, windows: Any, tokens: int, past: int, seed: int
+) -> None:
+    """Of a prompt, of packed texts, of rows with masks, and as training runs them."""
+    q, k, v = inputs(1, tokens, past + tokens, seed)
+    sinks = torch.linspace(-2, 2, HEADS * GROUP) if with_sinks else None
+    more = softcap, sinks
+
+    def causal(row: int, t: int, j: int) -> bool:
+        return j <= past + t
+
+    want = by_hand(q, k, v, windows, causal, *more)
+    mask = torch.ones(tokens, past + tokens, dtype=torch.bool).tril(past)[None, None]
+    for got in (
+        attend_windowed(q, k, v, table(windows), EVERY, 0.3, *more),
+        attend_masked_windowed(q, k, v, mask, table(windows), 0.3, *more),
+        plain_attention.windowed(q, k, v, table(windows), EVERY, 0.3, *more),
+        plain_attention.masked_windowed(q, k, v, mask, table(windows), 0.3, *more),
+    ):
+        assert got.is_contiguous()
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    if not past:
+        ends = torch.tensor([0, tokens], dtype=torch.int32)
+        got = attend_packed_windowed(q, k, v, ends, table(windows), EVERY, 0.3, *more)
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    full = by_hand(q, k, v, [(0, EVERY)] * HEADS, causal, *more)
+    for got in (
+        attend_windowed(q, k, v, None, EVERY, 0.3, *more),
+        attend_masked_windowed(q, k, v, mask, None, 0.3, *more),
+    ):
+        torch.testing.assert_close(got.double(), full, atol=1e-5, rtol=1e-5)
+
+
+def test_another_soft_cap_or_sink_is_noticed() -> None:
+    q, k, v = inputs(1, 9, 9, 0)
+    sinks = torch.linspace(-2, 2, HEADS * GROUP)
+    right = attend_windowed(q, k, v, None, EVERY, 0.3, 0.7, sinks)
+    for softcap, scores in ((0.75, sinks), (0.7, sinks.flip(0)), (0.7, None)):
+        other = by_hand(q, k, v, [(0, EVERY)] * HEADS, lambda row, t, j: j <= t, softcap, scores)
+        with pytest.raises(AssertionError, match="not close"):
+            torch.testing.assert_close(right.double(), other, atol=1e-5, rtol=1e-5)
 
 
 def test_more_queries_than_one_block_has() -> None:

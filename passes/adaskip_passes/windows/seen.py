@@ -1,0 +1,67 @@
+"""Attention to the keys that a mask shows, also with what PyTorch's own has no place for."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def attend_seen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+    sink_scores: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend to what is seen, with a soft cap or sink scores by scores that are written out.
+
+    Args:
+        query: [B, H, T, D].
+        key: [B, H_kv, S, D]; H is a multiple of H_kv.
+        value: [B, H_kv, S, D_v].
+        seen: Bool, broadcast to [B, H, T, S]; None for everything.
+        scale: Of the scores.
+        softcap: Bound of the scores, ``softcap * tanh(score / softcap)``; 0 for none (Gemma 2).
+        sink_scores: A score of each head [H] that takes attention and gives nothing (GPT-OSS).
+
+    Returns:
+        [B, T, H, D_v], contiguous.
+
+    """
+    if softcap or sink_scores is not None:
+        mixed = _written_out(query, key, value, seen, scale, softcap, sink_scores)
+    else:
+        grouped = query.shape[1] != key.shape[1]
+        mixed = scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, scale=scale, enable_gqa=grouped
+        )
+    return mixed.transpose(1, 2).contiguous()
+
+
+def _written_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    sink_scores: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return attention [B, H, T, D_v], softmax in float32; see `attend_seen`."""
+    batch, heads, tokens, dim = query.shape
+    kv_heads, stored = key.shape[1], key.shape[2]
+    groups = query.reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
+    scores = torch.matmul(groups, key.unsqueeze(2).transpose(-1, -2)).float() * scale
+    scores = scores.view(batch, heads, tokens, stored)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if seen is not None:  # not infinity: a padding token sees nothing, and must not become NaN
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    if sink_scores is not None:
+        sinks = sink_scores.float().view(1, heads, 1, 1).expand(batch, -1, tokens, -1)
+        scores = torch.cat((scores, sinks), -1)
+    shares = torch.softmax(scores, -1)[..., :stored].to(value.dtype)
+    shares = shares.view(batch, kv_heads, heads // kv_heads, tokens, stored)
+    return torch.matmul(shares, value.unsqueeze(2)).view(batch, heads, tokens, -1)
