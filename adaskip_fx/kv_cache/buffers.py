@@ -164,8 +164,10 @@ class CacheBuffers:
             return capacity <= self.capacity <= 2 * capacity
         self._count(self.memory)
         if self.memory.spares(self._sizes(capacity, every=True)):
-            self.memory.trim(self._sizes(capacity))
-            self._count(self.memory)
+            try:
+                self.memory.trim(self._sizes(capacity))
+            finally:  # there is less than before, also without room for what is wanted
+                self._count(self.memory)
         return self.fit(capacity)
 
     def _sizes(self, tokens: int, every: bool = False) -> list[int]:

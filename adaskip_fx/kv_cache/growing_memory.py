@@ -12,6 +12,7 @@ The driver's calls are those of NVIDIA's ``cuda-bindings``, which PyTorch's CUDA
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import weakref
 from collections import deque
@@ -236,8 +237,12 @@ class _Mapped:
             raise ValueError(f"{needed} bytes of {self.sizes[index]} reserved ones")
         at = self.bases[index] + self.filled[index]
         handle = self._allocate(size)
-        _call("cuMemMap", at, size, 0, handle, 0)
-        _call("cuMemSetAccess", at, size, [self._access], 1)
+        with contextlib.ExitStack() as undo:  # what was done if the rest fails
+            undo.callback(_call, "cuMemRelease", handle)
+            _call("cuMemMap", at, size, 0, handle, 0)
+            undo.callback(_call, "cuMemUnmap", at, size)
+            _call("cuMemSetAccess", at, size, [self._access], 1)
+            undo.pop_all()
         self.pieces[index].append(_Piece(self.filled[index], size, handle))
         self.filled[index] += size
 

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip_fx.kv_cache import growing_memory
+from adaskip_fx.kv_cache.buffers import CacheBuffers
 from adaskip_fx.kv_cache.growing_memory import GrowingMemory
-from tests.support.cuda_driver import BLOCK, Driver, install
+from adaskip_fx.kv_cache.layer_spec import LayerCacheSpec
+from tests.support.cuda_driver import BLOCK, Driver, install, install_on_cpu
 
 DEVICE = torch.device("cuda", 0)
 
@@ -108,3 +110,36 @@ def test_other_errors_are_named(driver: Driver, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(driver, "cuMemMap", lambda *_: (801,))
     with pytest.raises(RuntimeError, match="cuMemMap failed: 801"):
         GrowingMemory(DEVICE, [BLOCK]).fit([BLOCK])
+
+
+@pytest.mark.parametrize("name", ["cuMemMap", "cuMemSetAccess"])
+def test_memory_that_cannot_be_mapped_goes_back(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    memory = GrowingMemory(DEVICE, [1000])
+    memory.fit([100])
+    held = dict(driver.handles)
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, name, lambda *_: (7,))
+        with pytest.raises(RuntimeError, match=f"{name} failed: 7"):
+            memory.fit([500])
+    assert driver.handles == held
+    assert memory.nbytes == sum(held.values())
+    memory.fit([500])
+    assert driver.behind(memory.address(0)) == 512
+
+
+def test_buffers_without_room_to_begin_anew_say_what_they_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = install_on_cpu(monkeypatch, Driver())
+    specs = [LayerCacheSpec(2, 8, 2, 8)]
+    cpu = torch.device("cpu")
+    buffers = CacheBuffers.new(specs, 1, 400, torch.float32, cpu, longest=1000)
+    buffers.sliding.forget({0: range(100, 200)})  # a gap, so that all of it is mapped anew
+    driver.room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        buffers.fit_anew(50, ())
+    assert buffers.capacity * 2 * 8 * 4 <= driver.behind(buffers.memory.address(0))  # type: ignore[union-attr]
+    del buffers
+    gc.collect()
