@@ -11,12 +11,15 @@ import torch
 import transformers
 
 from adaskip_fx.model.handle import runtime_of
-from adaskip_fx.runtime.similarity import measure_prompt
+from adaskip_fx.runtime.runtime import Runtime
+from adaskip_fx.runtime.similarity import measure_prompt, measure_windows
 
 from ..api import build
 from ..model.check_model import check_model
 from ..plans.sublayer import Sublayer
+from ..plans.windows import Window
 from ..profiles.fingerprint import fingerprint
+from ..profiles.head_windows import HeadWindows, check_windows
 from ..profiles.profile import PROBE_STATS, Array, Profile
 from .tokenizer import Tokenizer
 
@@ -31,6 +34,7 @@ def calibrate(
     *,
     backend: str = "eager",
     progress: Callable[[int, int], None] | None = None,
+    windows: Sequence[Window] = (),
 ) -> Profile:
     """Measure how much each sublayer changes the residual stream (AdaSkip, eq. 1 to 3).
 
@@ -47,24 +51,31 @@ def calibrate(
         max_length: tokens of a sample at most.
         backend: inner torch.compile backend; ``"eager"`` needs no compilation.
         progress: called with (samples done, samples in all).
+        windows: what to measure besides, in the same runs: how much the stream after a layer would
+            change if one of its K/V heads saw such a window. `WindowedBySimilarity` chooses heads
+            by that. Heads that can have no window are left out.
 
     Returns:
         The profile of the model.
 
     Raises:
         ValueError: no text, a text of fewer than 16 tokens, such a `max_length`, or a text of
-            which less than half counts for some sublayer.
-        UnsupportedError: the model's sublayers cannot be captured or proven.
+            which less than half counts for some sublayer; a window that sees all of the longest
+            text, has full heads or is given twice, or a model none of whose attention can have one.
+        UnsupportedError: the model's sublayers cannot be captured or proven, or its attention not
+            be measured through windows.
     """
     decoder = check_model(model)
     samples = tokenize(decoder, tokenizer, texts, max_length)
+    check_windows(windows, max(ids.shape[1] for ids in samples))
     runtime = runtime_of(build(decoder, None, backend=backend))
-    readings = []
+    readings, through = [], []
     for done, ids in enumerate(samples):
         if progress is not None:
             progress(done, len(samples))
-        reading = measure_prompt(runtime, ids.to(decoder.device), layers=True)
-        readings.append(reading[:, 0].double().cpu().numpy())
+        reading, changes = _measured(runtime, ids.to(decoder.device), windows)
+        readings.append(reading)
+        through.append(changes)
     if progress is not None:
         progress(len(samples), len(samples))
     statistics, layers = np.split(np.stack(readings), [len(runtime.sublayers)], axis=1)
@@ -82,7 +93,32 @@ def calibrate(
             "tokens_sha256": _digest(samples),
             "dtype": str(decoder.dtype).removeprefix("torch."),
         },
+        windows=_head_windows(runtime, windows, through) if windows else None,
     )
+
+
+def _measured(
+    runtime: Runtime, ids: torch.Tensor, windows: Sequence[Window]
+) -> tuple[Array, Array | None]:
+    """Return the statistics of a sample [1, T], and those of windows, if there are any."""
+    if not windows:
+        return _of_one_row(measure_prompt(runtime, ids, layers=True)), None
+    if not runtime.graphs.structure.kv_heads:
+        raise ValueError("no attention of this model can have a window: calibrate without windows")
+    reading, changes = measure_windows(runtime, ids, windows)
+    return _of_one_row(reading), _of_one_row(changes)
+
+
+def _of_one_row(reading: torch.Tensor) -> Array:
+    """Return a reading [..., 1, statistics] without the rows, in float64."""
+    return np.asarray(reading[..., 0, :].double().cpu().numpy())
+
+
+def _head_windows(
+    runtime: Runtime, windows: Sequence[Window], through: Sequence[Array | None]
+) -> HeadWindows:
+    changes = [change for change in through if change is not None]
+    return HeadWindows(tuple(windows), runtime.graphs.structure.kv_heads, np.stack(changes))
 
 
 def tokenize(

@@ -23,6 +23,7 @@ from adaskip_fx.policies.llm_drop import LLMDrop
 from adaskip_fx.policies.pop import POP, DecodeOnly
 from adaskip_fx.policies.timed_greedy import TimedGreedy
 from adaskip_fx.policies.windowed import Windowed
+from adaskip_fx.policies.windowed_by_similarity import WindowedBySimilarity
 
 if TYPE_CHECKING:
     from adaskip_fx.plans.decisions import Decision
@@ -53,6 +54,7 @@ __all__ = [
     "TimedGreedy",
     "UnifiedSkip",
     "Windowed",
+    "WindowedBySimilarity",
 ]
 
 

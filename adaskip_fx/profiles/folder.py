@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.profiles.fingerprint import Fingerprint
+from adaskip_fx.profiles.head_windows import HeadWindows
 from adaskip_fx.profiles.validation import Array, ProfileError
 from adaskip_fx.utils.files import (
     JSON,
@@ -78,8 +79,11 @@ def load(profile_type: type[Profile], folder: Path) -> Profile:
             data["calibration"],
             tensors.get("layers"),
             tensors.get("left_out"),
+            HeadWindows.from_json(data["windows"], tensors["windows"])
+            if "windows" in data
+            else None,
         )
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ProfileError(f"{document}: not a valid profile ({error}); {_REDO}") from error
     check_digest(document, data["digest"], profile.digest, ProfileError, _REDO)
     return profile
@@ -111,11 +115,13 @@ def _about(profile: Profile) -> dict[str, JSON]:
         "sublayers": [str(s) for s in profile.sublayers],
         "versions": dict(profile.versions),
         "calibration": dict(profile.calibration),
+        **({"windows": profile.windows.to_json()} if profile.windows is not None else {}),
     }
 
 
 def _tensor_bytes(profile: Profile) -> bytes:
-    optional = {"layers": profile.layers, "left_out": profile.left_out}
+    windows = profile.windows.statistics if profile.windows is not None else None
+    optional = {"layers": profile.layers, "left_out": profile.left_out, "windows": windows}
     measured = {name: tensor for name, tensor in optional.items() if tensor is not None}
     return bytes(safetensors.numpy.save({"moments": profile.statistics, **measured}))
 

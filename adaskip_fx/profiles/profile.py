@@ -19,6 +19,7 @@ from adaskip_fx.plans.surrogates import SANE_FACTORS, Surrogates
 from adaskip_fx.plans.tables import TIMES, layer_table
 from adaskip_fx.profiles import folder, validation
 from adaskip_fx.profiles.fingerprint import Fingerprint, fingerprint, is_of
+from adaskip_fx.profiles.head_windows import HeadWindows
 from adaskip_fx.profiles.validation import PROBE_STATS, Array, ProfileError
 from adaskip_fx.utils.files import JSON
 
@@ -52,6 +53,7 @@ class Profile:
             and after their last; None in profiles of versions that did not measure them.
         left_out: float64 [samples, sublayers], how many valid tokens are not in the statistics;
             None where all are.
+        windows: what windows would do to K/V heads; None where that was not measured.
 
     Raises:
         ProfileError: a wrong shape, a statistic that is not finite, or a sublayer without tokens.
@@ -64,6 +66,7 @@ class Profile:
     calibration: Mapping[str, JSON]
     layers: Array | None = None
     left_out: Array | None = None
+    windows: HeadWindows | None = None
 
     def __post_init__(self) -> None:
         statistics = validation.frozen(self.statistics)
@@ -80,6 +83,8 @@ class Profile:
             left_out = validation.frozen(self.left_out)
             validation.check_left_out(left_out, statistics)
             object.__setattr__(self, "left_out", left_out if left_out.any() else None)
+        if self.windows is not None:
+            validation.check_attention(self.sublayers, self.windows.kv_heads)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Profile) and self.digest == other.digest
@@ -90,7 +95,8 @@ class Profile:
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping proxy can be neither pickled nor deep-copied.
         about = (self.fingerprint, dict(self.versions), dict(self.calibration))
-        return Profile, (self.sublayers, self.statistics, *about, self.layers, self.left_out)
+        more = self.layers, self.left_out, self.windows
+        return Profile, (self.sublayers, self.statistics, *about, *more)
 
     @cached_property
     def digest(self) -> str:
@@ -218,7 +224,7 @@ class Profile:
     def __str__(self) -> str:
         """Return a heading and one row per layer: similarity, then the scale in parentheses.
 
-        A last line says what is left out of these means, if anything is.
+        Last lines say what is left out of these means, and which windows were measured, if any.
         """
         similarity = dict(zip(self.sublayers, self.similarity(), strict=True))
         scale = dict(zip(self.sublayers, self.scale(), strict=True))
@@ -228,6 +234,7 @@ class Profile:
         return (
             f"Profile {self.digest[:8]}: {self.fingerprint.model_type}, {self.tokens:,} tokens "
             f"in {len(self.statistics)} samples\n{table}{self._left_out_text()}"
+            f"{f'{chr(10)}K/V heads measured through {self.windows}' if self.windows else ''}"
         )
 
     def _left_out_text(self) -> str:

@@ -73,3 +73,10 @@ def check_left_out(left_out: Array, statistics: Array) -> None:
         )
     if not (np.isfinite(left_out) & (left_out >= 0)).all():
         raise ProfileError("left_out has a number that is negative or not finite")
+
+
+def check_attention(sublayers: tuple[Sublayer, ...], kv_heads: Mapping[Sublayer, int]) -> None:
+    """Refuse windows of what is no attention of the model."""
+    unknown = [s for s in kv_heads if s not in sublayers or s.kind != "attention"]
+    if unknown:
+        raise ProfileError(f"windows were measured of {unknown[0]}, which is no attention here")

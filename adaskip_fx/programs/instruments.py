@@ -15,6 +15,7 @@ from adaskip_passes import Tap
 from adaskip_passes.infra.pass_base import Pass
 from adaskip_passes.transforms.hidden_states import HiddenStates
 from adaskip_passes.transforms.probe import ProbeLayers
+from adaskip_passes.windows.probe_windows import ProbeWindows
 
 if TYPE_CHECKING:
     from .program import Program
@@ -129,4 +130,31 @@ class LayerProbe(Instrument):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return logits and the statistics [probed + layers, B, 5]."""
         logits, layers, statistics = outputs
+        return logits, torch.cat((statistics, layers))
+
+
+class WindowProbe(Instrument):
+    """Measures windows of K/V heads, besides what `LayerProbe` does, for prompts.
+
+    Attributes:
+        reading: Of the last step, float32 [K/V heads, windows, B, 3] as `ProbeWindows` has it; None
+            before a step.
+    """
+
+    def __init__(self, sublayers: tuple[int, ...], windows: tuple[tuple[int, int], ...]) -> None:
+        """Measure `windows`, sinks and tokens each, at positions along the stream."""
+        self._probe = ProbeWindows(sublayers, windows)
+        self.passes = (ProbeLayers(), self._probe)
+        self.reading: torch.Tensor | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """What identifies its programs."""
+        return (type(self), self._probe)
+
+    def read(
+        self, program: Program, outputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keep the reading; return logits and the statistics [probed + layers, B, 5]."""
+        logits, layers, self.reading, statistics = outputs
         return logits, torch.cat((statistics, layers))

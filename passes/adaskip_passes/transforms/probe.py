@@ -74,7 +74,7 @@ class Probe(Pass):
             )
         first = calls[self.sublayers[0]].args[0]
         assert isinstance(first, fx.Node)
-        valid = _valid_input(graph, first.meta["example_value"])
+        valid = valid_input(graph, first.meta["example_value"])
         if valid.meta.get(_PROBED):
             raise UnsupportedError("this graph is probed already; name all sublayers in one Probe")
         valid.meta[_PROBED] = True
@@ -83,7 +83,7 @@ class Probe(Pass):
             with graph.inserting_before(graph.output_node()):
                 befores, afters = zip(*pairs, strict=True)
                 node = graph.call_function(measure_together, (befores, afters, valid))
-            _append_output(graph, node)
+            append_output(graph, node)
             return
         _insert_probes(outer, pairs, valid, [f"probe_{i}" for i in self.sublayers])
 
@@ -110,7 +110,7 @@ class ProbeLayers(Pass):
         pairs = [(calls[0].args[0], stream_after(calls[-1])) for calls in layers.values()]
         first = pairs[0][0]
         assert isinstance(first, fx.Node)
-        valid = _valid_input(outer.graph, first.meta["example_value"])
+        valid = valid_input(outer.graph, first.meta["example_value"])
         _insert_probes(outer, pairs, valid, [f"probe_layer_{n}" for n in layers])
         return PassResult(outer, len(layers))
 
@@ -135,7 +135,7 @@ def _insert_probes(
         readings.append(reading)
     with graph.inserting_before(graph.output_node()):
         stacked = graph.call_function(torch.stack, (tuple(readings),))
-    _append_output(graph, stacked)
+    append_output(graph, stacked)
 
 
 def probe_piece(stream: torch.Tensor, valid: torch.Tensor, lengths: Sequence[fx.Node]) -> Piece:
@@ -191,7 +191,8 @@ def _summed(per_token: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return torch.where(counts.unsqueeze(-1), per_token, 0.0).sum(-2)
 
 
-def _valid_input(graph: fx.Graph, stream: torch.Tensor) -> fx.Node:
+def valid_input(graph: fx.Graph, stream: torch.Tensor) -> fx.Node:
+    """Return the input that says which tokens count, bool [batch, tokens], added if need be."""
     last: fx.Node
     for last in graph.find_nodes(op="placeholder"):
         if last.name == VALID:
@@ -202,7 +203,8 @@ def _valid_input(graph: fx.Graph, stream: torch.Tensor) -> fx.Node:
     return node
 
 
-def _append_output(graph: fx.Graph, value: fx.Node) -> None:
+def append_output(graph: fx.Graph, value: fx.Node) -> None:
+    """Return one value more, as the last."""
     output = graph.output_node()
     (results,) = output.args
     assert isinstance(results, tuple | list)

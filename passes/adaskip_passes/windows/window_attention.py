@@ -21,30 +21,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..analysis.structural_key import structural_key
-from ..decode.ops import EVERY
 from ..errors import UnsupportedError
 from ..infra.graph_module import Uncoded
 from ..infra.pass_base import Pass, PassResult
 from ..partition.outer import PIECE, Piece, helper_piece, piece_of, sublayer_calls
 from .bounds import narrowed
-from .find_attention import (
-    ATTEND,
-    CAUSAL,
-    MASKED_WINDOWED,
-    PACKED,
-    PACKED_WINDOWED,
-    WINDOWED,
-    attention_node,
-    example_of,
-    mask_of_torch,
-)
+from .find_attention import ATTEND, attention_node, example_of
+from .narrow_attention import attend_in_window
 
 WINDOWS = "adaskip_windows"  # marks an input: the positions of the sublayers whose windows it holds
 
@@ -174,45 +162,13 @@ def _with_window(piece: Piece, attention: fx.Node, example: torch.Tensor) -> Pie
     with graph.inserting_after(last):
         windows = graph.placeholder("windows")
     windows.meta["example_value"] = example
-    query, key, value, *more = node.args
-    with graph.inserting_before(node):
-        if node.target is ATTEND:
-            every = graph.call_function(narrowed, (more[0], windows))
-            target, given = ATTEND, (graph.call_function(operator.getitem, (every, 0)), *more[1:])
-        elif node.target is CAUSAL:
-            target, given = WINDOWED, (windows, EVERY, *more)
-        elif node.target is WINDOWED:
-            target, given = WINDOWED, (windows, *more[1:])
-        elif node.target is PACKED:
-            offsets, *rest = more
-            target, given = PACKED_WINDOWED, (offsets, windows, EVERY, *rest)
-        elif node.target is PACKED_WINDOWED:
-            offsets, _, *rest = more
-            target, given = PACKED_WINDOWED, (offsets, windows, *rest)
-        elif node.target is MASKED_WINDOWED:
-            mask, _, *rest = more
-            target, given = MASKED_WINDOWED, (mask, windows, *rest)
-        else:
-            target, given = _of_torch(piece, node, windows)
-        new = graph.call_function(target, (query, key, value, *given))
-        result = new
-        if node.target is scaled_dot_product_attention:
-            result = graph.call_method("transpose", (new, 1, 2))
+    result = attend_in_window(piece, node, windows)
     if "example_value" in node.meta:
         result.meta["example_value"] = node.meta["example_value"]
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     module = Uncoded(piece.module, graph, "Piece")
     return replace(piece, module=module, key=structural_key(module))
-
-
-def _of_torch(piece: Piece, node: fx.Node, windows: fx.Node) -> tuple[Any, tuple[Any, ...]]:
-    """Return the operator for what PyTorch's own attention does, and what it takes besides."""
-    mask, scale = mask_of_torch(piece, node), node.kwargs.get("scale")
-    scale = example_of(node.args[0]).shape[-1] ** -0.5 if scale is None else scale
-    if mask is None:
-        return WINDOWED, (windows, EVERY, scale)
-    return MASKED_WINDOWED, (mask, windows, scale)
 
 
 # On a static cache -------------------------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""Windows where the residual stream changes least: K/V heads, or layers, chosen by a profile alone.
+
+AdaSkip's measure, of a part of a sublayer: the cosine between the stream as it is and as it would
+be if a K/V head saw a window. What calibration measured for each head alone is added up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.plans.windows import Window
+from adaskip_fx.policies.windowed import Windowed
+from adaskip_fx.profiles.profile import ProfileError
+
+if TYPE_CHECKING:
+    from adaskip_fx.latency.table import LatencyTable
+    from adaskip_fx.latency.terms import Weights
+    from adaskip_fx.profiles.head_windows import HeadWindows
+    from adaskip_fx.profiles.profile import Profile
+
+
+@dataclass(frozen=True)
+class WindowedBySimilarity:
+    """Give a window to the K/V heads, or layers, whose own window changes the stream least.
+
+    It needs a profile that was measured with the window (``calibrate(..., windows=[...])``), and
+    neither trains nor runs a model; `Windowed` judges by a loss, which knows more and takes a run
+    for each head. A head that carries what is far away shows on texts that refer back.
+
+    Attributes:
+        window: What a head sees that gets one; if None, the one window that the profile has.
+        context: Tokens stored at which `alpha` counts.
+        per: Whether to choose K/V heads or whole layers, whose heads' changes are added.
+        table: Where there is one, `alpha` is the speed-up that it predicts at `context` tokens, not
+            keys and values that are read.
+        phase: In which phase, or in what of both, as for `LatencyTable.predict`.
+
+    Raises:
+        ValueError: An unknown `per`.
+    """
+
+    window: Window | None = None
+    context: int = 4096
+    per: Literal["head", "layer"] = "head"
+    table: LatencyTable | None = None
+    phase: Weights = "decode"
+
+    def __post_init__(self) -> None:
+        if self.per not in ("head", "layer"):
+            raise ValueError(f"WindowedBySimilarity: per is 'head' or 'layer', got {self.per!r}")
+
+    def plan(self, profile: Profile, alpha: float) -> SkipPlan:
+        """Return a plan under which a step reads ``1 / alpha`` of the keys and values, or less.
+
+        Nothing is skipped, and both phases have the same windows. `alpha` counts as for `Windowed`.
+
+        Raises:
+            ValueError: `alpha` is below 1 or more than windows everywhere give, or the window sees
+                all of `context`.
+            ProfileError: The profile has no windows, not this one, or several and none is named.
+        """
+        return self.plans(profile, alpha)[-1]
+
+    def plans(self, profile: Profile, alpha: float) -> tuple[SkipPlan, ...]:
+        """Return the plans with one more head or layer each, from none to what `alpha` needs.
+
+        Raises:
+            ValueError, ProfileError: As for `plan`.
+        """
+        return self._search(profile).plans(profile, alpha)
+
+    def check(self, model: Any) -> None:
+        """Refuse a model, a dtype or a device that the table was not measured on.
+
+        Raises:
+            TableError: The message says what differs and what to do.
+        """
+        if self.table is not None:
+            self.table.check(model)
+
+    def _search(self, profile: Profile) -> Windowed:
+        """Return the search whose loss is the sum of what was measured."""
+        measured = _measured(profile)
+        window = self.window or _only(measured)
+        changes = measured.dissimilarity(window)
+
+        def change(plan: SkipPlan, samples: int | None = None) -> float:
+            given = plan.windows.decode
+            narrow = (h for h in changes if h[0] in given and h[1] not in given[h[0]].full_heads)
+            return sum(changes[head] for head in narrow)
+
+        return Windowed(
+            change,
+            measured.kv_heads,
+            window,
+            self.context,
+            self.per,
+            table=self.table,
+            phase=self.phase,
+        )
+
+
+def _measured(profile: Profile) -> HeadWindows:
+    if profile.windows is None:
+        raise ProfileError(
+            "this profile was measured without windows: calibrate again with windows=[...] "
+            "(adaskip-fx calibrate --windows 256)"
+        )
+    return profile.windows
+
+
+def _only(measured: HeadWindows) -> Window:
+    if len(measured.windows) > 1:
+        raise ProfileError(
+            f"this profile has several windows, {measured}: name one "
+            "(WindowedBySimilarity(window=...))"
+        )
+    return measured.windows[0]
