@@ -15,11 +15,12 @@ from adaskip_fx.profiles.validation import Array, ProfileError, frozen
 from adaskip_fx.utils.files import JSON
 
 #: What is measured of a head and a window, summed over tokens: 1 - cos(a, b), of the stream after
-#: the layer as it is and as the window would make it; its square; and 1, so how many tokens count.
-WINDOW_STATS = ("dissimilarity", "squared", "tokens")
+#: the layer as it is and as the window would make it; its power of 3/2; and 1, so how many tokens
+#: count.
+WINDOW_STATS = ("dissimilarity", "power", "tokens")
 
 Head = tuple[Sublayer, int]
-Average = Literal["rms", "mean"]
+Average = Literal["power", "mean"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class HeadWindows:
         """The K/V heads that were measured, in the order of the statistics."""
         return tuple((s, head) for s, count in self.kv_heads.items() for head in range(count))
 
-    def dissimilarity(self, window: Window, average: Average = "rms") -> dict[Head, float]:
+    def dissimilarity(self, window: Window, average: Average = "power") -> dict[Head, float]:
         """Return for each K/V head 1 - cosine of the stream with and without `window`, averaged.
 
         The stream is that after the layer; the average is over all tokens, of which those that see
@@ -80,24 +81,24 @@ class HeadWindows:
 
         Args:
             window: one that was measured.
-            average: `"rms"` takes the root of the mean square, in which a few tokens that change
-                much count more than many that change little, as they do for a head that retrieves;
-                `"mean"` the mean.
+            average: `"power"` takes the power mean of exponent 3/2, in which a few tokens that
+                change much count more than many that change little: so does a head that retrieves;
+                `"mean"` takes the mean.
 
         Raises:
             ProfileError: this window was not measured.
             ValueError: an unknown average.
         """
         if average not in get_args(Average):
-            raise ValueError(f"unknown average {average!r}: use 'rms' or 'mean'")
+            raise ValueError(f"unknown average {average!r}: use 'power' or 'mean'")
         if window not in self.windows:
             raise ProfileError(
                 f"a {window} was not measured in this profile: there is {self}. Take one of these, "
                 "or calibrate again with it"
             )
         sums = self.statistics[:, :, self.windows.index(window)].sum(axis=0)
-        mean, square = (sums[:, :2] / sums[:, 2:]).T
-        averages = np.sqrt(square) if average == "rms" else mean
+        mean, power = (sums[:, :2] / sums[:, 2:]).T
+        averages = power ** (2 / 3) if average == "power" else mean
         return dict(zip(self.heads, averages.tolist(), strict=True))
 
     def __str__(self) -> str:

@@ -84,7 +84,8 @@ class Profile:
             validation.check_left_out(left_out, statistics)
             object.__setattr__(self, "left_out", left_out if left_out.any() else None)
         if self.windows is not None:
-            validation.check_attention(self.sublayers, self.windows.kv_heads)
+            through = self.windows.kv_heads, len(self.windows.statistics)
+            validation.check_windows(self.sublayers, *through, len(statistics))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Profile) and self.digest == other.digest

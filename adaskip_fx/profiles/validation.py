@@ -75,8 +75,12 @@ def check_left_out(left_out: Array, statistics: Array) -> None:
         raise ProfileError("left_out has a number that is negative or not finite")
 
 
-def check_attention(sublayers: tuple[Sublayer, ...], kv_heads: Mapping[Sublayer, int]) -> None:
-    """Refuse windows of what is no attention of the model."""
+def check_windows(
+    sublayers: tuple[Sublayer, ...], kv_heads: Mapping[Sublayer, int], samples: int, expected: int
+) -> None:
+    """Refuse windows of what is no attention of the model, or of other samples."""
     unknown = [s for s in kv_heads if s not in sublayers or s.kind != "attention"]
     if unknown:
         raise ProfileError(f"windows were measured of {unknown[0]}, which is no attention here")
+    if samples != expected:
+        raise ProfileError(f"windows were measured on {samples} samples, the rest on {expected}")

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import Result
 
 import adaskip_fx
-from tests.support.command_line import SUBLAYERS, misused, refused, run
+from adaskip_fx.plans.windows import Window
+from tests.support.command_line import KV_HEADS, LAYERS, SUBLAYERS, misused, refused, run
 
 
 def test_calibrate_saves_and_prints_the_profile(calibrated: tuple[Path, Result]) -> None:
@@ -55,6 +56,38 @@ def test_calibrate_refuses(folder: Path, tmp_path: Path) -> None:
     assert "Invalid value for '--samples'" in misused(run("calibrate", folder, out, "--samples", 0))
     assert not out.exists()
     assert (other / "notes.txt").read_text() == "mine"
+
+
+def test_calibrate_measures_windows(folder: Path, tmp_path: Path) -> None:
+    """In the same runs; without the option there are none."""
+    out = tmp_path / "out"
+    options = ("--max-length", 64, "--samples", 2, "--windows", "16, 32", "--sinks", 2, "--json")
+    result = run("calibrate", folder, out, *options)
+    assert result.exit_code == 0, result.stderr
+    measured = adaskip_fx.Profile.load(out).windows
+    assert measured is not None
+    assert measured.windows == (Window(16, 2), Window(32, 2))
+    said = json.loads(result.stdout)["windows"]
+    assert [(w["tokens"], w["sinks"]) for w in said] == [(16, 2), (32, 2)]
+    for window, shown in zip(measured.windows, said, strict=True):
+        heads = {(h["sublayer"], h["head"]): h["dissimilarity"] for h in shown["kv_heads"]}
+        known = measured.dissimilarity(window).items()
+        assert heads == {(str(sublayer), head): change for (sublayer, head), change in known}
+        assert len(heads) == LAYERS * KV_HEADS
+    assert "measured through window 2+16, window 2+32\n" in run("inspect", out).stdout
+
+
+def test_calibrate_refuses_windows(
+    folder: Path, calibrated: tuple[Path, Result], tmp_path: Path
+) -> None:
+    for words in ("16,", "a", "0", "-3", "1.5"):
+        said = misused(run("calibrate", folder, tmp_path / "out", "--windows", words))
+        assert "Invalid value for --windows" in said
+        assert "numbers of tokens, with commas between" in said
+    wide = run("calibrate", folder, tmp_path / "out", "--max-length", 64, "--windows", 60)
+    assert "a window 4+60 sees all of the longest text, which has 64 tokens" in refused(wide)
+    assert not (tmp_path / "out").exists()
+    assert adaskip_fx.Profile.load(calibrated[0]).windows is None
 
 
 def test_calibrate_as_json(folder: Path, tmp_path: Path) -> None:

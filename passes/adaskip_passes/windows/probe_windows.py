@@ -39,8 +39,8 @@ from .find_attention import ATTEND, attention_node, example_of
 from .narrow_attention import attend_in_window, heads_dimension
 
 #: What is measured, per row, summed over its valid tokens: 1 - cos(a, b) of the stream after the
-#: layer, as it is and as a window would make it; its square; and 1, so how many tokens count.
-WINDOW_STATS = ("dissimilarity", "squared", "tokens")
+#: layer, as it is and as a window would make it; its power of 3/2; and 1, so how many tokens count.
+WINDOW_STATS = ("dissimilarity", "power", "tokens")
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def dissimilarity(
     index = torch.arange(valid.shape[1], device=valid.device)
     position = index - valid.to(torch.int32).argmax(-1, keepdim=True)
     change = torch.where(counts & (position >= seen), change, 0.0)
-    sums = change, change.square(), counts.to(torch.float32)
+    sums = change, change.pow(1.5), counts.to(torch.float32)
     return torch.stack([each.sum(-1) for each in sums], -1)
 
 
