@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from adaskip_fx.kv_cache import growing_memory
+from adaskip_fx.kv_cache import growing_memory, mapped_memory
 from adaskip_fx.kv_cache.buffer_pool import BufferPool
 from adaskip_fx.kv_cache.growing_memory import GrowingMemory
 from adaskip_fx.kv_cache.layer_spec import LayerCacheSpec
@@ -41,7 +41,7 @@ def test_content_and_address_stay() -> None:
 
 def test_memory_comes_back() -> None:
     torch.zeros(1, device=DEVICE)
-    growing_memory.collect()
+    mapped_memory.collect()
     before = free_bytes()
     memory = GrowingMemory(DEVICE, [2**36])
     assert free_bytes() == before, "addresses cost nothing"
@@ -58,7 +58,7 @@ def test_memory_comes_back() -> None:
 
 
 def test_nothing_is_unmapped_while_a_graph_is_captured() -> None:
-    growing_memory.collect()
+    mapped_memory.collect()
     before = free_bytes()
     memory = GrowingMemory(DEVICE, [64 * MIB])
     memory.fit([64 * MIB])
@@ -70,8 +70,8 @@ def test_nothing_is_unmapped_while_a_graph_is_captured() -> None:
     graph.replay()
     assert x.tolist() == [1] * 8
     assert free_bytes() < before
-    growing_memory.collect()
-    assert len(growing_memory._retired) == 0
+    mapped_memory.collect()
+    assert len(mapped_memory._retired) == 0
 
 
 def test_no_memory_is_an_error_of_torch() -> None:

@@ -100,7 +100,7 @@ def test_where_it_is_available(driver: Driver, monkeypatch: pytest.MonkeyPatch) 
         assert growing_memory.is_available(DEVICE) is expected
     growing_memory.is_available.cache_clear()
     assert not growing_memory.is_available(torch.device("cpu"))
-    monkeypatch.setattr(growing_memory, "_driver", lambda: None)
+    monkeypatch.setattr(growing_memory, "bindings", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert not growing_memory.is_available(DEVICE)
     growing_memory.is_available.cache_clear()

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip_fx.api import build
-from adaskip_fx.kv_cache import growing_memory, retention, sliding
+from adaskip_fx.kv_cache import mapped_memory, retention, sliding
 from adaskip_fx.kv_cache.retention import Retained
 from adaskip_fx.kv_cache.saved import SavedCacheError
 from adaskip_fx.model.handle import runtime_of
@@ -89,7 +89,7 @@ def check_pointers(cache: Any) -> None:
     memory = cache.lease.buffers.memory
     if memory is not None:
         bases = map(memory.address, range(len(memory.sizes)))
-        assert all(growing_memory._driver().behind(base) for base in bases)
+        assert all(mapped_memory.bindings().behind(base) for base in bases)
 
 
 def gone(cache: Any) -> dict[int, range]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaskip_fx.kv_cache import growing_memory
+from adaskip_fx.kv_cache import growing_memory, mapped_memory
 from adaskip_fx.kv_cache.growing_memory import GrowingMemory
 
 BLOCK = 64
@@ -116,7 +116,8 @@ class Names:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Driver:
-    monkeypatch.setattr(growing_memory, "_driver", lambda: driver)
+    monkeypatch.setattr(mapped_memory, "bindings", lambda: driver)
+    monkeypatch.setattr(growing_memory, "bindings", lambda: driver)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
@@ -132,6 +133,6 @@ def install_on_cpu(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Driver:
 
     install(monkeypatch, driver)
     monkeypatch.setattr(growing_memory, "is_available", lambda device: True)
-    monkeypatch.setattr(growing_memory, "_index", lambda device: 0)
+    monkeypatch.setattr(mapped_memory, "index_of", lambda device: 0)
     monkeypatch.setattr(GrowingMemory, "tensor", tensor)
     return driver
