@@ -9,7 +9,7 @@ from .capture.reference import run_reference
 from .capture.traced_part import decoder_name
 from .model.adapted import put_around
 from .model.check_model import check_model
-from .model.heads import check_head
+from .model.heads import check_causal, check_head
 from .model.load import usable_backend
 from .model.subclass import make_compiled_model
 from .plans.decision_files import load_decision
@@ -92,8 +92,11 @@ def build(model: Any, plan: Decision | None, **options: Any) -> CompiledModel:
     """Return a compiled model with an explicit plan; None for the empty one; see `Runtime`."""
     decoder = check_model(model)
     compiled: Any = make_compiled_model(decoder)
-    compiled._adaskip = Runtime(compiled, decoder, run_reference(decoder), plan, **options)
-    if decoder_name(decoder) is not None:
+    reference, headed = run_reference(decoder), decoder_name(decoder) is not None
+    if headed:
+        check_causal(decoder, reference.steps["prefill"][0].ids[:1])
+    compiled._adaskip = Runtime(compiled, decoder, reference, plan, **options)
+    if headed:
         check_head(compiled)
     return put_around(compiled, model)  # type: ignore[no-any-return]
 

@@ -36,8 +36,8 @@ class FollowedAdapters:
     """Makes the adapters of a compiled model what those of the original are.
 
     Attributes:
-        gone: paths where the original had layers of peft's, which were taken off when it was last
-            followed.
+        gone: paths where the original had layers of peft's, which were taken off since the original
+            was last found to be as it is.
     """
 
     def __init__(self, original: nn.Module, compiled: nn.Module) -> None:
@@ -71,7 +71,7 @@ class FollowedAdapters:
             if not theirs.equal(ours) and ours.facts == self._agreed.facts:
                 self._copy()
                 before = (p for p, kind in self._agreed.facts.items() if isinstance(kind, type))
-                self.gone = tuple(p for p in before if p not in theirs.facts)
+                self.gone += tuple(p for p in before if p not in theirs.facts)
                 ours, followed = Adapters.of(self._compiled), True
             if ours.facts == theirs.facts:
                 self._agreed = theirs
@@ -99,7 +99,9 @@ class FollowedAdapters:
                 self._copy_into(ours, theirs, path, memo)
             else:
                 parent, _, name = path.rpartition(".")
-                memo[id(base_of(theirs))] = base_of(ours)
+                base, mine = base_of(theirs), base_of(ours)
+                if _same_tensors(base, mine):  # else it is a trained copy (`modules_to_save`)
+                    memo[id(base)] = mine
                 self._compiled.get_submodule(parent)._modules[name] = _copied(theirs, memo)
 
     def _copy_into(
@@ -154,6 +156,12 @@ def _at(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
+
+
+def _same_tensors(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether two modules hold the same parameters and buffers."""
+    held = ([id(t) for t in (*m.parameters(), *m.buffers())] for m in (one, other))
+    return next(held) == next(held)
 
 
 def _copied(module: nn.Module | None, memo: dict[int, Any]) -> nn.Module | None:

@@ -13,7 +13,14 @@ from ..kv_cache.buffers import CacheBuffers
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..kv_cache.packed_view import PackedCacheView
 from ..kv_cache.views import DynamicCacheView, LayerView, StaticCacheView
-from .arguments import AnyCacheView, Forward, bind_arguments, forward_names, step_inputs
+from .arguments import (
+    AnyCacheView,
+    Forward,
+    bind_arguments,
+    forward_names,
+    step_inputs,
+    takes_indices,
+)
 from .graph_key import GraphKey
 from .phase_graph import CapturedPhase
 from .reference import ReferenceRun, ReferenceStep
@@ -151,7 +158,9 @@ def _compare_packed(
     arguments = bind_arguments(model, forward, cache, inputs)
     if not captured.guards().hold(arguments):
         return
-    expected = torch.cat((step.logits[0], step.logits[1, :short])).flip(0).unsqueeze(0)
+    expected = torch.cat((step.logits[0], step.logits[1, :short])).unsqueeze(0)
+    if takes_indices(forward):  # else all come, in order
+        expected = expected.flip(1)
     if key.last_logits:
         expected = expected[:, :1]
     error = relative_error(_run(captured, arguments, "packed prompts"), expected)

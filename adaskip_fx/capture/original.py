@@ -101,11 +101,10 @@ class Original:
             if c.concerns(read)
             and not _is_own(c)
             and not self._is_recorder(c)
-            and not any(c.holder.startswith(path) for path in self._adapters.gone)
+            and not self._is_gone(c)
         ]
         if not changes:
-            self._python, self._followed = self._watched(self._model), False
-            self._shared = self._python.tensors()
+            self._watch_anew()
             return None
         compiled, changed = self._watched(self._compiled), self._first.changed_paths()
         alone = [c for c in changes if not self._is_in_both(c, compiled, c.path in changed)]
@@ -116,10 +115,20 @@ class Original:
                 "the same to both, undo it, or compile again"
             )
         if self._followed:  # there may be other modules now, whose tensors are to be watched
-            self._python, self._followed = self._watched(self._model), False
-            self._shared = self._python.tensors()
+            self._watch_anew()
             return None
         return self._watched(self._model)
+
+    def _watch_anew(self) -> None:
+        """Take what is there now for what both models are."""
+        self._python, self._followed = self._watched(self._model), False
+        self._shared = self._python.tensors()
+        self._adapters.gone = ()
+
+    def _is_gone(self, change: Change) -> bool:
+        """Return whether a change is that a layer of peft's was taken off, which was followed."""
+        gone = self._adapters.gone
+        return any(change.holder == p or change.holder.startswith(f"{p}.") for p in gone)
 
     def agree(self, python: PythonState | None, state: State) -> None:
         """Remember that both models have the changes of `python`, the compiled one in `state`."""

@@ -27,7 +27,7 @@ from . import attention, rotary
 from .arguments import Forward
 from .graph_key import GraphPhase
 from .layer_memory import LayerMemory, layer_specs, memory_of, new_cache
-from .traced_part import traced_forward
+from .traced_part import decoder_name, traced_forward
 
 _ROWS, _PROMPT, _EXTENSION = 3, 5, 2
 #: Beyond the longest window so many tokens are run and compared.
@@ -124,7 +124,7 @@ def run_reference(model: CausalLM, forward: Forward | None = None) -> ReferenceR
         UnsupportedError: it does not run on a cache of transformers', or keeps something else in it
             than keys, values and mixers' states.
     """
-    forward = forward or traced_forward(model)
+    forward = forward or traced_forward(model, decoder_name(model))
     prompts = [(_ROWS, _PROMPT)]
     if (reach := _reach(model)) is not None:
         prompts.append((1, reach + _BEYOND))

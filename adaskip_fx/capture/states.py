@@ -26,7 +26,7 @@ from . import rotary
 from .original import Original
 from .same_objects import same_tensors
 from .state import ChangedError, Since, State
-from .traced_part import traced_forward
+from .traced_part import decoder_name, traced_forward
 
 if TYPE_CHECKING:
     from .reference import ReferenceRun
@@ -164,7 +164,9 @@ class States:
             UnsupportedError: it does not run, as it was changed since it was in the state `before`.
         """
         try:
-            state.reference = state.reference.rerun(self.model, traced_forward(self.original))
+            state.reference = state.reference.rerun(
+                self.model, traced_forward(self.original, decoder_name(self.original))
+            )
             state.has_own_reference = True
         except UnsupportedError as error:
             if before is None:

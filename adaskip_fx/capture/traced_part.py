@@ -48,12 +48,15 @@ def decoder_path(model: Any) -> tuple[str, ...]:
     return tuple(name.split(".")) if name else ()
 
 
-def traced_forward(model: Any) -> Forward:
+def traced_forward(model: Any, name: str | None) -> Forward:
     """Return the function of a user's model that is traced, called as ``forward(model, ...)``.
 
-    Its class may have got another one since; see `decoder_name` for what it gives.
+    Its class may have got another one since.
+
+    Args:
+        model: the user's.
+        name: its `decoder_name`, which says what the function gives.
     """
-    name = decoder_name(model)
     if name is None:
         forward: Forward = type(model).forward
         return forward

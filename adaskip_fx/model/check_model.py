@@ -50,6 +50,11 @@ def check_model(model: Any) -> Any:
             f"{type(model).__name__} is an encoder-decoder model; only decoder-only models are "
             "supported"
         )
+    if model.main_input_name != "input_ids":
+        raise TypeError(
+            f"{type(model).__name__} takes {model.main_input_name}, no text; only decoder-only "
+            "models are supported"
+        )
     if model.get_output_embeddings() is None and decoder_name(model) is None:
         raise TypeError(
             f"{type(model).__name__} has no language-model head, nor another; load it with "

@@ -90,7 +90,9 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
     given = arguments.get("input_ids"), arguments.get("inputs_embeds")
     input_ids = checked_tokens(model, device, *given)
     alone = arguments.get("attention_mask") is None and not returns_cache
-    texts = packed_texts(model, arguments.get("position_ids")) if alone else None
+    texts = (
+        packed_texts(model, arguments.get("position_ids"), input_ids.shape[:2]) if alone else None
+    )
     cache = own_cache(cache if cache is not None else runtime.new_cache(), runtime)
     if call is not arguments:
         return _run_routed(model, call, arguments, input_ids, cache, texts, returns_cache)

@@ -31,6 +31,11 @@ from .stand_in import with_stand_in
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
 
+#: What a loss is made of.
+_LABELS = ("labels", "start_positions", "end_positions")
+
+_SAME = 1e-4  # what other kernels may differ by, where nothing else does
+
 _TAKEN = frozenset(
     {
         *("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"),
@@ -47,6 +52,28 @@ def headed_forward(base: Callable[..., Any]) -> Callable[..., Any]:
         return _run(self, None, args, kwargs)
 
     return forward
+
+
+@torch.no_grad()
+def check_causal(model: Any, ids: torch.Tensor) -> None:
+    """Refuse a model whose tokens see those after them.
+
+    Args:
+        model: the user's, with a head that gives no logits.
+        ids: of a text, int64 [1, T].
+
+    Raises:
+        TypeError: it is an encoder.
+    """
+    name = decoder_name(model)
+    assert name is not None
+    other = ids[:, :1].expand_as(ids)
+    first = [getattr(model, name)(input_ids=text)[0][:, :1] for text in (ids, other)]
+    if relative_error(first[1], first[0]) > _SAME:
+        raise TypeError(
+            f"{type(model).__name__} is an encoder: its tokens see those after them; only "
+            "decoder-only models are supported"
+        )
 
 
 @torch.no_grad()
@@ -103,13 +130,14 @@ def _run(
     assert name is not None
     signature = inspect.signature(runtime.graphs.forward)
     check_call(model, None, goes_on=False)
+    runtime.graphs.states.look()  # the head runs as it is, with adapters that came since
 
     def decoder(*args: Any, **kwargs: Any) -> Any:
         return _decode(model, plan, by_name(signature, (None, *args), kwargs), in_loss)
 
     base = type(original)
     given = inspect.signature(base.forward).bind(model, *args, **kwargs).arguments
-    in_loss = given.get("labels") is not None
+    in_loss = any(given.get(name) is not None for name in _LABELS)
     with torch.no_grad():
         return base.forward(with_stand_in(model, base, [name], decoder), *args, **kwargs)
 

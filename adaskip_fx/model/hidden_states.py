@@ -51,7 +51,7 @@ def check_hidden_states(model: CompiledCausalLM) -> None:
     Raises:
         NotImplementedError: they are.
     """
-    state = model._adaskip.graphs.states.current
+    state = model._adaskip.graphs.states.look()
     if state in _proven:
         return
     if not _are_own(model, state):

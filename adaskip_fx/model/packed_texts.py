@@ -61,19 +61,25 @@ class PackedTexts(NamedTuple):
         return values[self.rows, self.columns]
 
 
-def packed_texts(model: CompiledCausalLM, positions: object) -> PackedTexts | None:
+def packed_texts(
+    model: CompiledCausalLM, positions: object, shape: torch.Size
+) -> PackedTexts | None:
     """Return the texts that positions tell apart, where the model does so as well; else None.
 
     Args:
         model: a compiled model.
-        positions: of a call without a mask and without a cache, [B, N]; None where there are none.
+        positions: of a call without a mask and without a cache, [B or 1, N]; None where there are
+            none.
+        shape: of the tokens, (B, N).
 
     Raises:
         NotImplementedError: the model does neither that, nor takes all for one text.
     """
     if not isinstance(positions, torch.Tensor) or positions.dim() != 2:
         return None
-    texts = PackedTexts.of(positions)
+    if positions.shape[1] != shape[1] or positions.shape[0] not in (1, shape[0]):
+        return None  # (refused by name later)
+    texts = PackedTexts.of(positions.expand(shape))
     return texts if texts is not None and _tells_apart(model) else None
 
 

@@ -86,7 +86,7 @@ def router_values(model: CompiledCausalLM) -> InnerValues:
     Raises:
         NotImplementedError: none is, or the model makes something else of them.
     """
-    state = model._adaskip.graphs.states.current
+    state = model._adaskip.graphs.states.look()
     if state not in _proven:
         kind, name = router_class(model), type(model).__name__
         values = _found(model, state, kind) if kind is not None else None

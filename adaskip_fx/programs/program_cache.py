@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from ..capture.phase_graph import CapturedPhase
 from ..capture.reference import ReferenceRun, positions, relies_on_length
 from ..capture.state import Since, State
 from ..capture.states import States
-from ..capture.traced_part import traced_forward
+from ..capture.traced_part import decoder_name, traced_forward
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..kv_cache.retention import Retention
 from ..plans.compose_surrogates import SurrogateTensors
@@ -68,6 +69,7 @@ class Graphs:
     ) -> None:
         self.model = model
         self.states = States(model, original, sample)
+        self._decoder = decoder_name(original)
         self.backend = backend
         self.link = link
         self.counters = Counters()
@@ -91,7 +93,7 @@ class Graphs:
     @property
     def forward(self) -> Forward:
         """The function that is traced: the original's class may have got another one."""
-        return traced_forward(self.states.original)
+        return traced_forward(self.states.original, self._decoder)
 
     @property
     def structure(self) -> ModelStructure:
@@ -99,7 +101,7 @@ class Graphs:
         assert self._structure is not None, "a prefill graph is captured first"
         return self._structure
 
-    @property
+    @functools.cached_property
     def max_length(self) -> int | None:
         """Positions that the model has a table of; None if a formula makes them, without end."""
         has_table = self.structure.has_position_table or relies_on_length(self.model)

@@ -15,7 +15,7 @@ import torch
 
 from ..capture.reference import ReferenceRun
 from ..capture.state import Since
-from ..capture.traced_part import decoder_path, traced_forward
+from ..capture.traced_part import decoder_name, decoder_path, traced_forward
 from ..kv_cache import saved
 from ..kv_cache.argument_names import cache_argument, generate_argument
 from ..kv_cache.cache import SkipCache
@@ -76,7 +76,7 @@ class Runtime:
         static_cache: bool | None = None,
     ) -> None:
         self.model = model
-        forward = traced_forward(original)
+        forward = traced_forward(original, decoder_name(original))
         self.cache_argument = cache_argument(forward)
         self.generate_argument = generate_argument(forward)
         self.decoder_path = decoder_path(original)
@@ -91,6 +91,7 @@ class Runtime:
         self.graphs.capture_prefill(self.device)
         self.sublayers = self.graphs.sublayers
         self.plan: Decision = plan if plan is not None else SkipPlan.empty(self.sublayers)
+        self._named: tuple[Decision, Decision] | None = None  # a plan, and it as `plan_of_model`
         self._valid = Validator(self.graphs, original)
         self._valid.check(self.plan)
 
@@ -110,9 +111,11 @@ class Runtime:
         self.plan = plan
 
     def plan_of_model(self) -> Decision:
-        """Return `plan`, which says from now on which model it is for."""
-        self.plan = of_model(self.plan, self._valid.fingerprint)
-        return self.plan
+        """Return `plan` as one that says which model it is for."""
+        plan, named = self.plan, self._named
+        if named is None or named[0] is not plan:
+            named = self._named = plan, of_model(plan, self._valid.fingerprint)
+        return named[1]
 
     @property
     def static_cache(self) -> bool:

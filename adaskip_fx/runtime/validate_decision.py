@@ -81,7 +81,7 @@ def _check_fingerprints(decision: Decision, digests: frozenset[str], model: str)
         known = plan.fingerprint
         if known is not None and known.digest not in digests:
             raise PlanError(
-                f"the plan was made for {known}, but {model} is {min(digests)}; load the plan of "
+                f"the plan was made for {known}, but {model} is another one; load the plan of "
                 "this model, or make one of its profile"
             )
 

@@ -371,3 +371,45 @@ def test_dropout_of_an_adapter() -> None:
     with pytest.raises(ValueError, match=r"the model is in training mode; call model.eval\(\)"):
         compiled(model)
     assert check_model(model.eval()) is model.get_base_model()
+
+
+# Found by review. ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("take_off", ["merge_and_unload", "unload"])
+@pytest.mark.parametrize("name", ["lm_head", "down_proj"])
+def test_trained_copies_of_modules_stay_after_the_adapters_went(take_off: str, name: str) -> None:
+    base = made.llama()
+    model = peft.get_peft_model(
+        base, lora(target_modules=["q_proj"], modules_to_save=[name])
+    ).eval()
+    for path, parameter in model.named_parameters():
+        if "modules_to_save" in path:
+            parameter.data.normal_(0, 0.3)
+    fast = compiled(base)
+    assert_same(fast, base)
+    getattr(model, take_off)()
+    assert_same(fast, base)
+
+
+def test_what_comes_after_the_adapters_went_is_noticed() -> None:
+    base = made.llama()
+    model = peft.get_peft_model(base, lora()).eval()
+    fast = compiled(base)
+    assert_same(fast, base)
+    model.unload()
+    assert_same(fast, base)
+    base.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _, __, out: out * 3)
+    with pytest.raises(RuntimeError, match="of the original model was changed after"):
+        logits(fast)
+
+
+def test_hidden_states_at_once_after_an_adapter_came() -> None:
+    base = made.llama()
+    fast = compiled(base)
+    logits(fast)
+    peft.get_peft_model(base, lora()).eval()
+    want = base(input_ids=IDS, output_hidden_states=True).hidden_states
+    got = fast(input_ids=IDS, output_hidden_states=True).hidden_states
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 import adaskip_fx
 from adaskip_fx.model.handle import Handle, Stats, runtime_of
-from adaskip_fx.plans.decisions import Schedule
+from adaskip_fx.plans.decisions import PlanChooser, Schedule
 from adaskip_fx.plans.skip_plan import PlanError, SkipPlan
 from tests.support.compiled_llamas import entry
 from tests.support.decisions import EMPTY, SHAPE, SUBLAYERS
@@ -45,7 +46,7 @@ def test_what_is_set_is_what_is_there() -> None:
             handle.plan = plan
             assert handle.plan == plan
             assert handle.plan is handle.plan
-            assert handle.new_cache().request.decision is handle.plan
+            assert handle.new_cache().request.decision == handle.plan
         with pytest.raises(PlanError, match="the plan is for 4 sublayers"):
             handle.plan = SkipPlan.empty(SUBLAYERS[:4])
         assert handle.plan == plan
@@ -78,3 +79,35 @@ def test_models_that_were_not_compiled_have_none() -> None:
         runtime_of(entry(SHAPE).model)
     assert isinstance(entry(SHAPE).compiled, adaskip_fx.CompiledModel)
     assert not isinstance(entry(SHAPE).model, adaskip_fx.CompiledModel)
+
+
+class First(PlanChooser):
+    """Always one of its plans, which a user may change."""
+
+    kind = "first"
+
+    def __init__(self, plans: Sequence[SkipPlan]) -> None:
+        self._plans, self.which = tuple(plans), 0
+
+    @property
+    def plans(self) -> tuple[SkipPlan, ...]:
+        return self._plans
+
+    def with_plans(self, plans: Sequence[SkipPlan]) -> First:
+        return First(plans)
+
+    def choose(self, *_: object) -> SkipPlan:
+        return self._plans[self.which]
+
+
+def test_reading_the_plan_changes_nothing() -> None:
+    """A chooser of a user's own is the one in force, also after it was looked at."""
+    compiled = entry(SHAPE).compiled
+    before = compiled.adaskip.plan
+    chooser = First((EMPTY, SkipPlan.of(SUBLAYERS, ["1.ffn"])))
+    try:
+        compiled.adaskip.plan = chooser
+        assert str(compiled.adaskip.plan)
+        assert runtime_of(compiled).plan is chooser
+    finally:
+        compiled.adaskip.plan = before

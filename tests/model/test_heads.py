@@ -235,3 +235,43 @@ def test_a_head_that_gives_something_else_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(heads, "_decode", flipped)
     with pytest.raises(UnsupportedError, match="does not give what the model gives"):
         build(make(CLASSIFIER), None, backend="eager")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
+def test_adapters_that_came_are_in_the_head_at_once() -> None:
+    peft = pytest.importorskip("peft")
+    eager = make("LlamaForSequenceClassification")
+    compiled = build(eager, None, backend="eager")
+    ids = torch.randint(2, 60, (2, 9))
+    compiled(ids)
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(eager, config).eval()
+    for name, parameter in adapted.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.normal_()
+    with torch.no_grad():
+        assert_close(compiled(ids).logits, adapted(input_ids=ids).logits, 1e-4, "scores")
+
+
+def test_padded_batches_run_without_their_padding(classifier: tuple[Any, Any]) -> None:
+    eager, compiled = classifier
+    ids = torch.randint(2, 60, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    check(eager, compiled, input_ids=ids * mask, attention_mask=mask)
+    assert runtime_of(compiled).runner.packed.why_not is None
+
+
+def test_models_that_read_no_text_or_all_of_it_are_refused() -> None:
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    size["num_hidden_layers"] = 2
+    image = transformers.ViTConfig(**size, image_size=8, patch_size=4)
+    with pytest.raises(TypeError, match="ViTForImageClassification takes pixel_values, no text"):
+        build(transformers.ViTForImageClassification(image).eval(), None, backend="eager")
+    text = transformers.ModernBertConfig(
+        **size, vocab_size=61, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1
+    )
+    text.sep_token_id = 2
+    encoder = transformers.ModernBertForSequenceClassification(text).eval()
+    with pytest.raises(TypeError, match="is an encoder: its tokens see those after them"):
+        build(encoder, None, backend="eager")

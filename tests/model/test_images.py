@@ -243,3 +243,12 @@ def test_images_that_see_themselves_are_refused() -> None:
         pair.compiled(**prompt("gemma3"))
     with pytest.raises(NotImplementedError, match=words):
         pair.compiled.generate(**prompt("gemma3"), max_new_tokens=3)
+
+
+def test_texts_that_are_packed_by_an_axis_of_their_own_are_refused() -> None:
+    compiled = build(qwen().eval(), None, backend="eager")
+    ids = torch.randint(2, 50, (1, 9))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(4, 1, 9).contiguous()
+    message = "whose first one begins again within a row"
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=message):
+        compiled(input_ids=ids, position_ids=positions, use_cache=False)

@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "labels": {"input_ids": IDS, "position_ids": TWO, "labels": IDS},
     "hidden states": {"input_ids": IDS, "position_ids": TWO, "output_hidden_states": True},
+    "the same in each row": {"input_ids": IDS, "position_ids": POSITIONS},
     "one text a row": {"input_ids": IDS, "position_ids": torch.arange(12).expand(2, -1) + 5},
     "with a mask": {"input_ids": IDS, "position_ids": TWO, "attention_mask": torch.ones(2, 12)},
     "with a cache": {"input_ids": IDS, "position_ids": TWO, "use_cache": True},
