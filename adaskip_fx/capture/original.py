@@ -13,6 +13,7 @@ from ..utils.transformers_internals import COPIED_APART, only_records
 from .adapters import FollowedAdapters
 from .same_objects import alike, equal, same_tensors
 from .state import ChangedError, State
+from .traced_part import decoder_name, decoder_path
 
 #: Attributes that each of the two models has for itself, whatever the other one does.
 _OWN = frozenset({"training", "gradient_checkpointing", *COPIED_APART})
@@ -32,6 +33,7 @@ class Original:
         compiled: nn.Module,
         watched: Callable[[nn.Module], PythonState],
         first: State,
+        of_a_request: frozenset[str],
     ) -> None:
         """Take what is there now for what the compiled model was made of.
 
@@ -40,11 +42,14 @@ class Original:
             compiled: the compiled model, which shares its tensors.
             watched: gives what a module tree holds now.
             first: the state of the compiled model in which both are the same.
+            of_a_request: attributes that a model has for a request, from call to call.
         """
         self._model = original
         self._compiled = compiled
         self._watched = watched
         self._first = first
+        self._inside = decoder_name(original) or ".".join(decoder_path(original))
+        self._request = of_a_request
         self._python = watched(original)
         self._shared = self._python.tensors()
         self._agreed: tuple[PythonState, State] | None = None  # of changes that both models have
@@ -98,7 +103,7 @@ class Original:
         changes = [
             c
             for c in self._python.changes()
-            if c.concerns(read)
+            if (c.concerns(read) or self._runs_as_it_is(c))
             and not _is_own(c)
             and not self._is_recorder(c)
             and not self._is_gone(c)
@@ -118,6 +123,12 @@ class Original:
             self._watch_anew()
             return None
         return self._watched(self._model)
+
+    def _runs_as_it_is(self, change: Change) -> bool:
+        """Return whether a change is of what stands around a decoder: that is not captured."""
+        if not self._inside or self._request.intersection(change.names):
+            return False
+        return not f"{change.holder}.".startswith(f"{self._inside}.")
 
     def _watch_anew(self) -> None:
         """Take what is there now for what both models are."""

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 _MOST_STATES = 8
 #: Attributes of a model that say nothing about its forward: ours, and what is copied for a request.
 _LEFT_OUT = ("_adaskip", "generation_config")
-#: What models of images keep on themselves from call to call. It stands for positions that are not
-#: given, and those of a captured step are.
-_OF_A_REQUEST = frozenset({"rope_deltas"})
+#: What models write on themselves from call to call: of images what stands for positions that are
+#: not given, and those of a captured step are; of classifiers which loss the labels were for.
+_OF_A_REQUEST = frozenset({"rope_deltas", "problem_type"})
 #: What a compiled model reads of its config besides what is traced.
 _READ_BY_US = frozenset(
     {
@@ -63,7 +63,7 @@ class States:
         self._library = (*PreTrainedModel.__mro__, *_generated(type(model)))
         self.first = State(reference)
         self.first.watch(self._watched(model))
-        self._followed = Original(original, model, self._watched, self.first)
+        self._followed = Original(original, model, self._watched, self.first, _OF_A_REQUEST)
         self._all = [self.first]
 
     @property

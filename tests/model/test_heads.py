@@ -275,3 +275,15 @@ def test_models_that_read_no_text_or_all_of_it_are_refused() -> None:
     encoder = transformers.ModernBertForSequenceClassification(text).eval()
     with pytest.raises(TypeError, match="is an encoder: its tokens see those after them"):
         build(encoder, None, backend="eager")
+
+
+def test_what_the_head_reads_is_watched() -> None:
+    eager = make("LlamaForSequenceClassification")
+    compiled = build(eager, None, backend="eager")
+    ids = torch.randint(2, 29, (2, 9))
+    compiled(ids)
+    eager.config.pad_token_id = 30
+    with pytest.raises(RuntimeError, match=r"config\.pad_token_id.* was changed after"):
+        compiled(ids)
+    compiled.config.pad_token_id = 30
+    check(eager, compiled, input_ids=ids)
