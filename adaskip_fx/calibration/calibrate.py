@@ -51,34 +51,24 @@ def calibrate(
         max_length: tokens of a sample at most.
         backend: inner torch.compile backend; ``"eager"`` needs no compilation.
         progress: called with (samples done, samples in all).
-        windows: what to measure besides, in the same runs: how much the stream after a layer would
-            change if one of its K/V heads saw such a window. `WindowedBySimilarity` chooses heads
-            by that. Heads that can have no window are left out.
+        windows: measure besides, in the same runs, how much the stream after a layer changes if one
+            of its K/V heads sees such a window, for `WindowedBySimilarity`; where one can.
 
     Returns:
         The profile of the model.
 
     Raises:
         ValueError: no text, a text of fewer than 16 tokens, such a `max_length`, or a text of
-            which less than half counts for some sublayer; a window that sees all of the longest
-            text, has full heads or is given twice, or a model none of whose attention can have one.
-        UnsupportedError: the model's sublayers cannot be captured or proven, or its attention not
-            be measured through windows.
+            which less than half counts for some sublayer; windows that say nothing, or none can be.
+        UnsupportedError, PlanError: the model's sublayers cannot be captured or proven; its
+            attention cannot be measured through windows.
     """
     decoder = check_model(model)
     samples = tokenize(decoder, tokenizer, texts, max_length)
     check_windows(windows, max(ids.shape[1] for ids in samples))
     runtime = runtime_of(build(decoder, None, backend=backend))
-    readings, through = [], []
-    for done, ids in enumerate(samples):
-        if progress is not None:
-            progress(done, len(samples))
-        reading, changes = _measured(runtime, ids.to(decoder.device), windows)
-        readings.append(reading)
-        through.append(changes)
-    if progress is not None:
-        progress(len(samples), len(samples))
-    statistics, layers = np.split(np.stack(readings), [len(runtime.sublayers)], axis=1)
+    readings, through = _run(runtime, samples, windows, progress)
+    statistics, layers = np.split(readings, [len(runtime.sublayers)], axis=1)
     return Profile(
         sublayers=runtime.sublayers,
         statistics=statistics,
@@ -93,8 +83,30 @@ def calibrate(
             "tokens_sha256": _digest(samples),
             "dtype": str(decoder.dtype).removeprefix("torch."),
         },
-        windows=_head_windows(runtime, windows, through) if windows else None,
+        windows=through,
     )
+
+
+def _run(
+    runtime: Runtime,
+    samples: Sequence[torch.Tensor],
+    windows: Sequence[Window],
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Array, HeadWindows | None]:
+    """Return the statistics [samples, sublayers + layers, 5], and those of windows, if any."""
+    readings, through = list[Array](), list[Array]()
+    for done, ids in enumerate(samples):
+        if progress is not None:
+            progress(done, len(samples))
+        reading, changes = _measured(runtime, ids.to(runtime.device), windows)
+        readings.append(reading)
+        through += [] if changes is None else [changes]
+    if progress is not None:
+        progress(len(samples), len(samples))
+    if not through:
+        return np.stack(readings), None
+    kv_heads = runtime.graphs.structure.kv_heads
+    return np.stack(readings), HeadWindows(tuple(windows), kv_heads, np.stack(through))
 
 
 def _measured(
@@ -112,13 +124,6 @@ def _measured(
 def _of_one_row(reading: torch.Tensor) -> Array:
     """Return a reading [..., 1, statistics] without the rows, in float64."""
     return np.asarray(reading[..., 0, :].double().cpu().numpy())
-
-
-def _head_windows(
-    runtime: Runtime, windows: Sequence[Window], through: Sequence[Array | None]
-) -> HeadWindows:
-    changes = [change for change in through if change is not None]
-    return HeadWindows(tuple(windows), runtime.graphs.structure.kv_heads, np.stack(changes))
 
 
 def tokenize(

@@ -30,7 +30,8 @@ class WindowedBySimilarity:
     for each head. A head that carries what is far away shows on texts that refer back.
 
     Attributes:
-        window: What a head sees that gets one; if None, the one window that the profile has.
+        window: What a head sees that gets one; if None, that of the profile's windows whose plan
+            changes least.
         context: Tokens stored at which `alpha` counts.
         per: Whether to choose K/V heads or whole layers, whose heads' changes are added.
         table: Where there is one, `alpha` is the speed-up that it predicts at `context` tokens, not
@@ -59,7 +60,7 @@ class WindowedBySimilarity:
         Raises:
             ValueError: `alpha` is below 1 or more than windows everywhere give, or the window sees
                 all of `context`.
-            ProfileError: The profile has no windows, not this one, or several and none is named.
+            ProfileError: The profile has no windows, or not this one.
         """
         return self.plans(profile, alpha)[-1]
 
@@ -69,7 +70,18 @@ class WindowedBySimilarity:
         Raises:
             ValueError, ProfileError: As for `plan`.
         """
-        return self._search(profile).plans(profile, alpha)
+        measured, found, refused = _measured(profile), [], []
+        for window in sorted(measured.windows) if self.window is None else (self.window,):
+            try:
+                search = self._search(measured, window)
+                plans = search.plans(profile, alpha)
+            except ValueError as error:  # another window may do
+                refused.append(error)
+            else:
+                found.append((search.evaluator(plans[-1], None), plans))
+        if not found:
+            raise refused[0]  # that of the narrowest, which gives most
+        return min(found, key=lambda change_and_plans: change_and_plans[0])[1]
 
     def check(self, model: Any) -> None:
         """Refuse a model, a dtype or a device that the table was not measured on.
@@ -80,10 +92,8 @@ class WindowedBySimilarity:
         if self.table is not None:
             self.table.check(model)
 
-    def _search(self, profile: Profile) -> Windowed:
-        """Return the search whose loss is the sum of what was measured."""
-        measured = _measured(profile)
-        window = self.window or _only(measured)
+    def _search(self, measured: HeadWindows, window: Window) -> Windowed:
+        """Return the search whose loss is the sum of what was measured of a window."""
         changes = measured.dissimilarity(window)
 
         def change(plan: SkipPlan, samples: int | None = None) -> float:
@@ -109,12 +119,3 @@ def _measured(profile: Profile) -> HeadWindows:
             "(adaskip-fx calibrate --windows 256)"
         )
     return profile.windows
-
-
-def _only(measured: HeadWindows) -> Window:
-    if len(measured.windows) > 1:
-        raise ProfileError(
-            f"this profile has several windows, {measured}: name one "
-            "(WindowedBySimilarity(window=...))"
-        )
-    return measured.windows[0]

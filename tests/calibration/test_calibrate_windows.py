@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 import adaskip_fx
 from adaskip_fx import Profile, UnsupportedError
@@ -44,11 +44,34 @@ def post_norms() -> Any:
     return Olmo2ForCausalLM(config).eval()
 
 
+def parallel() -> Any:
+    """GPT-NeoX adds attention and FFN of the same stream; it calls its parts otherwise."""
+    config = GPTNeoXConfig(
+        **{"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "initializer_range": 0.25, "max_position_embeddings": 128},
+        **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
+    )
+    torch.manual_seed(0)
+    return GPTNeoXForCausalLM(config).eval()
+
+
+def called_as_llama(model: Any) -> Any:
+    """A copy in float64 whose parts have the names that Llama's have."""
+    twin = copy.deepcopy(model).double()
+    if not hasattr(twin, "model"):
+        twin.model = twin.gpt_neox
+        twin.config.num_key_value_heads = twin.config.num_attention_heads
+        for layer in twin.model.layers:
+            layer.self_attn = layer.attention
+    return twin
+
+
 #: Of a model, and what of its layers gives the branch of attention.
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "grouped": (lambda: make_model("grouped"), "self_attn.o_proj"),
     "equal_heads": (lambda: make_model("equal_heads"), "self_attn.o_proj"),
     "post_norms": (post_norms, "post_attention_layernorm"),
+    "parallel": (parallel, "attention.dense"),
 }
 
 
@@ -56,11 +79,11 @@ class ByHand:
     """Each head of each layer alone in a run of its own, in float64, all else seen in full."""
 
     def __init__(self, model: Any, branch: str) -> None:
-        self.eager = WindowedEager(copy.deepcopy(model).double())
+        self.eager = WindowedEager(called_as_llama(model))
         self.layers = self.eager.model.model.layers
         self.seen: list[torch.Tensor] = []
         self.branch = branch
-        self.heads = model.config.num_key_value_heads
+        self.heads = self.eager.model.config.num_key_value_heads
 
     def sums(
         self, ids: torch.Tensor, window: Window, firsts: Sequence[int] = (0,)

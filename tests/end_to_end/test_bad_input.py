@@ -267,8 +267,8 @@ MODELS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     ),
     "an encoder's classifier": (
         lambda m: transformers.BertForSequenceClassification(tiny_bert()),
-        UnsupportedError,
-        "which one is the residual stream cannot be told",
+        TypeError,
+        "BertForSequenceClassification is an encoder: its tokens see those after them",
     ),
     "encoder-decoder": (
         lambda m: tiny_t5(),

@@ -21,6 +21,7 @@ from adaskip_fx.profiles.head_windows import HeadWindows
 from adaskip_fx.profiles.profile import ProfileError
 from tests.support.compiled_llamas import make_model
 from tests.support.profiles import profile
+from tests.support.tokenizers import Letters
 
 NARROW, WIDE = Window(6, 2), Window(10, 2)
 ATTENTION = [Sublayer(n, "attention") for n in range(3)]
@@ -29,14 +30,16 @@ CHANGES = [0.3, 0.1, 0.9, 0.2, 0.5, 0.4]
 
 
 def measured(
-    changes: list[float] = CHANGES, windows: tuple[Window, ...] = (NARROW,)
+    changes: list[float] = CHANGES,
+    windows: tuple[Window, ...] = (NARROW,),
+    wide: list[float] = CHANGES[::-1],
 ) -> adaskip_fx.Profile:
-    """Each head changes all of four tokens alike; through further windows in the other order."""
-    sums = np.zeros((1, 6, len(windows), 3))
-    for number in range(len(windows)):
-        for head, change in enumerate(changes if not number else changes[::-1]):
-            sums[0, head, number] = 4 * change, 4 * change**1.5, 4
-    heads = HeadWindows(windows, dict.fromkeys(ATTENTION, 2), sums)
+    """Each head changes all of four tokens alike; through a second window as `wide` says."""
+    sums = [
+        [[4 * change, 4 * change**1.5, 4] for change in pair[: len(windows)]]
+        for pair in zip(changes, wide, strict=True)
+    ]
+    heads = HeadWindows(windows, dict.fromkeys(ATTENTION, 2), np.array([sums]))
     return dataclasses.replace(profile(3), windows=heads)
 
 
@@ -84,6 +87,31 @@ def test_one_of_several_windows() -> None:
     assert windowed_heads(wide.plans(both, 1.03)[1], tokens=10) == [(2, 0)]
 
 
+@pytest.mark.parametrize(("factor", "tokens"), [(1.1, 6), (0.9, 10)])
+def test_the_window_whose_plan_changes_least(factor: float, tokens: int) -> None:
+    """One head is enough for 1.04 through either window; for 1.5 only the narrow one is."""
+    both = measured(windows=(WIDE, NARROW), wide=CHANGES, changes=[factor * c for c in CHANGES])
+    policy = WindowedBySimilarity(context=16)
+    assert windowed_heads(policy.plan(both, 1.04), tokens) == [(0, 1)]
+    assert len(windowed_heads(policy.plan(both, 1.5))) == 4
+    with pytest.raises(ValueError, match=r"alpha must be from 1 to 2, which is what a window 2\+6"):
+        policy.plan(both, 2.1)
+
+
+def test_compiled_with_it() -> None:
+    model = make_model("grouped")
+    windows = [Window(12, 4), Window(30, 0)]
+    letters = "A decoder adds to its residual stream, twice a layer."
+    found = adaskip_fx.calibrate(model, Letters(), [letters], windows=windows, max_length=96)
+    policy = WindowedBySimilarity(context=400)
+    fast = adaskip_fx.compile(model, found, 1.3, policy=policy, backend="eager")
+    assert fast.adaskip.plan == policy.plan(found, 1.3)
+    assert fast.adaskip.plan.windows
+    plain = dataclasses.replace(found, windows=None)
+    with pytest.raises(ProfileError, match="this profile was measured without windows"):
+        adaskip_fx.compile(model, plain, policy=policy, backend="eager")
+
+
 def test_alpha_may_count_time() -> None:
     """43 seconds are 35 with a window in one layer, 27 in two: 1.23 and 1.59 times as fast."""
     names = measured().sublayers
@@ -117,12 +145,6 @@ def test_alpha_may_count_time() -> None:
             measured(windows=(NARROW, WIDE)),
             r"a window 2\+7 was not measured in this profile: there is window 2\+6, window 2\+10. "
             "Take one of these, or calibrate again with it",
-        ),
-        (
-            WindowedBySimilarity(),
-            measured(windows=(NARROW, WIDE)),
-            r"this profile has several windows, window 2\+6, window 2\+10: name one "
-            r"\(WindowedBySimilarity\(window=...\)\)",
         ),
     ],
 )
