@@ -61,9 +61,8 @@ def test_padded_rows_are_as_in_eager(name: str) -> None:
     assert runtime.why_no_static_cache is None
     assert set(cache.lease.buffers.steps) == {1, 4, 8, 16}
     masked = {key.phase for key in _keys(runtime) if key.masked}
-    packed = name != "gemma2"  # it has soft caps
-    assert masked == (set() if packed else {"prefill"})
-    assert (runtime.runner.packed.why_not is None) == packed
+    assert masked == set(), "also with soft caps"
+    assert runtime.runner.packed.why_not is None
 
 
 def _keys(runtime: Any) -> list[Any]:

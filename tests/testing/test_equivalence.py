@@ -75,10 +75,19 @@ def test_padded_prompts(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        *("gpt_neox", "gemma2", "gpt_oss"),
+        *("gpt_neox", "gemma2"),
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("qwen3", "mixtral", "phi3", "cohere", "starcoder2", "olmo2", "jamba")
+            for name in (
+                "gpt_oss",
+                "qwen3",
+                "mixtral",
+                "phi3",
+                "cohere",
+                "starcoder2",
+                "olmo2",
+                "jamba",
+            )
         ),
     ],
 )
