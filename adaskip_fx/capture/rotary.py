@@ -28,6 +28,12 @@ def by_length(model: Any) -> list[nn.Module]:
     return [m for m in model.modules() if _switches(m) and _is_known(type(m))]
 
 
+def written(module: nn.Module) -> frozenset[str]:
+    """Return the names of what the forward of such a module writes to it."""
+    names = ("inv_freq", "long_inv_freq", "max_seq_len_cached")
+    return frozenset(f"{prefix}{name}" for prefix in ("", *_switches(module)) for name in names)
+
+
 def switches_at(model: Any) -> list[int]:
     """Return the lengths beyond which a model has other frequencies."""
     return [_limit(m, prefix) for m in by_length(model) for prefix in _switches(m)]

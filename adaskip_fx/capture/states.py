@@ -24,6 +24,7 @@ from adaskip_passes.tracing.python_state import PythonState
 
 from . import rotary
 from .original import Original
+from .rotary_state import RotaryState
 from .same_objects import same_tensors
 from .state import ChangedError, Since, State
 from .traced_part import decoder_name, traced_forward
@@ -64,6 +65,7 @@ class States:
         self.first = State(reference)
         self.first.watch(self._watched(model))
         self._followed = Original(original, model, self._watched, self.first, _OF_A_REQUEST)
+        self._rotary = RotaryState(original, model)
         self._all = [self.first]
 
     @property
@@ -83,9 +85,11 @@ class States:
         met before, the model is run on a few tokens.
 
         Raises:
-            ChangedError: the original was changed and the compiled model was not.
+            ChangedError: the original was changed and the compiled model was not, or rotary
+                embeddings of either that depend on the length were.
             UnsupportedError: the model does not run as it is now.
         """
+        self._rotary.check()
         current = self.current
         if self._followed.is_unchanged(current) and current.holds():
             return current
@@ -120,7 +124,7 @@ class States:
         return ", ".join(changes[:3]) if changes else "and changed back"
 
     def _watched(self, model: nn.Module) -> PythonState:
-        apart = rotary.by_length(model)  # (of two models, each has frequencies of its own)
+        apart = rotary.by_length(model)  # whose frequencies change from call to call
         return PythonState(model, _LEFT_OUT, self._library, apart)
 
     def _names(self) -> frozenset[str]:

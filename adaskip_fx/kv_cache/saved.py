@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 _KEY = "adaskip_cache"
 _ABOUT = ("model", "plan", "dtype", "length", "batch", "padded", "sha256")
+_OFFSETS = "rope_deltas"  # of Qwen's models of images
 _REDO = "run the prefix again and save its cache"
 
 
@@ -44,10 +45,17 @@ def save(cache: SkipCache, path: Path) -> None:
     """Write a cache's filled part to the file `path`; an old file stays until the new is whole.
 
     Raises:
-        SavedCacheError: nothing is stored yet.
+        SavedCacheError: nothing is stored yet, or the model keeps a part of a request on itself.
     """
     if not cache.length:
         raise SavedCacheError(f"{path}: this cache is empty; save it after a prompt")
+    model = cache.owner.model
+    if any(_OFFSETS in vars(module) for module in model.modules()):
+        raise SavedCacheError(
+            f"{path}: {type(model).__name__} keeps the positions that follow an image on itself "
+            f"({_OFFSETS}), and not in the cache, so the text could not go on; keep the cache in "
+            "this process"
+        )
     tensors = {name: t.contiguous().cpu() for name, t in named_tensors(cache).items()}
     about: dict[str, JSON] = {
         "schema": SCHEMA,

@@ -123,6 +123,10 @@ def check_length(graphs: Graphs, total: int) -> None:
 
 
 def longest_row(inputs: Inputs, cache: SkipCache) -> int:
-    """Return how many tokens the longest row has after a step; padding on the left is none."""
-    padding = min(inputs.padding.counts) if inputs.padding is not None else 0
+    """Return how many positions the longest row has after a step.
+
+    Padding on the left has none where positions are given; else it is counted like any token.
+    """
+    given = inputs.padding is not None and inputs.position_ids is not None
+    padding = min(inputs.padding.counts) if given and inputs.padding is not None else 0
     return cache.length + inputs.input_ids.shape[1] - padding

@@ -287,3 +287,5 @@ def test_what_the_head_reads_is_watched() -> None:
         compiled(ids)
     compiled.config.pad_token_id = 30
     check(eager, compiled, input_ids=ids)
+    eager.model.layers[0].remark = "the near miss: what is captured does not read it"
+    check(eager, compiled, input_ids=ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,3 +253,27 @@ def test_texts_that_are_packed_by_an_axis_of_their_own_are_refused() -> None:
     message = "whose first one begins again within a row"
     with torch.no_grad(), pytest.raises(NotImplementedError, match=message):
         compiled(input_ids=ids, position_ids=positions, use_cache=False)
+
+
+def test_a_request_whose_positions_are_not_in_it_is_not_saved(pair: Pair, tmp_path: Path) -> None:
+    with torch.no_grad():
+        cache = pair.compiled(**prompt(pair.kind), use_cache=True)[cache_name(pair.model.forward)]
+    if pair.kind == "llava":  # the near miss
+        cache.save(tmp_path / "prefix")
+        assert pair.compiled.adaskip.load_cache(tmp_path / "prefix").length == cache.length
+        return
+    with pytest.raises(ValueError, match="keeps the positions that follow an image on itself"):
+        cache.save(tmp_path / "prefix")
+
+
+def test_what_a_tower_reads_is_watched() -> None:
+    pair = Pair("llava")
+    tower = pair.model.model.vision_tower
+    attention = next(m for name, m in tower.named_modules() if name.endswith("self_attn"))
+    pair.check(pair.model, **prompt("llava"))
+    attention.scale *= 5
+    message = r"self_attn\.scale .*was changed after"
+    with torch.no_grad(), pytest.raises(RuntimeError, match=message):
+        pair.compiled(**prompt("llava"))
+    attention.scale /= 5
+    pair.check(pair.model, **prompt("llava"))

@@ -261,3 +261,71 @@ def test_decoding_to_the_end_of_a_table() -> None:
     end = EndsAt(want.shape[1])
     options = {"max_new_tokens": 9, "do_sample": False, "stopping_criteria": [end]}
     assert torch.equal(pair.compiled.generate(ids_of(30), **options), want)
+
+
+# What is looked at apart. -----------------------------------------------------------------------
+
+
+def scaled(module: Any) -> None:
+    module.attention_scaling *= 3
+
+
+def hooked(module: Any) -> None:
+    module.register_forward_hook(lambda _, __, output: output)
+
+
+def edited(module: Any) -> None:
+    module.original_inv_freq.mul_(2)
+
+
+def replaced(module: Any) -> None:
+    module.original_inv_freq = module.original_inv_freq * 2
+
+
+@pytest.mark.parametrize("change", [scaled, hooked, edited, replaced])
+@pytest.mark.parametrize("rope", SWITCH, indirect=True)
+@pytest.mark.parametrize("whose", ["original", "compiled"])
+def test_what_is_changed_in_rotary_embeddings_is_refused(
+    rope: str, whose: str, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = changeable(rope)
+    module = (pair.model if whose == "original" else pair.compiled).model.rotary_emb
+    before = (dict(vars(module)), dict(module._buffers), module.original_inv_freq.clone())
+    pair.compiled(ids_of(9))
+    change(module)
+    with pytest.raises(RuntimeError, match="whose frequencies depend on the length, was changed"):
+        pair.compiled(ids_of(9))
+    vars(module).update(before[0])
+    module._forward_hooks.clear()
+    module._buffers.update(before[1])
+    module.original_inv_freq.copy_(before[2])
+    pair.check(ids_of(9))
+
+
+@functools.cache
+def changeable(rope: str) -> Pair:
+    return Pair(make(rope))
+
+
+@pytest.mark.parametrize("rope", SWITCH, indirect=True)
+def test_what_its_own_forward_writes_is_no_change(rope: str) -> None:
+    """The near miss: long texts, and another dtype."""
+    pair = Pair(make(rope))
+    for tokens in (9, 80, 9):
+        pair.model(ids_of(tokens))
+        pair.compiled(ids_of(tokens))
+    pair.model.to(torch.bfloat16)
+    assert pair.compiled(ids_of(9)).logits.dtype == torch.bfloat16
+
+
+def test_padding_has_places_in_a_table_where_no_positions_are_given() -> None:
+    pair, ids = with_table("GPT2"), ids_of(33, 2)
+    mask = torch.ones_like(ids)
+    mask[:, :4] = 0
+    with pytest.raises(ValueError, match=WORDS):
+        pair.compiled(ids, attention_mask=mask)
+    places = (torch.arange(33) - 4).clamp_min(0).expand(2, -1)
+    real, given = mask.bool(), {"attention_mask": mask, "position_ids": places}
+    with torch.no_grad():
+        got, want = (m(ids, **given).logits[real] for m in (pair.compiled, pair.fresh()))
+    assert_close(got, want, 1e-5, "logits")
