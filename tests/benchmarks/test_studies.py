@@ -50,6 +50,7 @@ from benchmarks.studies import (
     windows,
 )
 from benchmarks.studies.setup import Options, Subject, Text, read_texts, subject_of
+from benchmarks.studies.window_plans import WAYS
 from tests.support.command_line import save
 from tests.support.compiled_llamas import make_model, profile_of
 from tests.support.eager_reference import Oracle, plain_streams
@@ -808,7 +809,7 @@ def test_windows_are_chosen_on_what_is_not_read(tmp_path: Path) -> None:
     asked = asked[: 1 + len(result["rows"])]
     assert result["calibrated_on"] == ["one", "two"]
     assert result["window"] == {"tokens": 25, "sinks": 4, "full_heads": []}
-    ways = [*windows.WAYS, "attention skipped"]
+    ways = [*WAYS, "profile alone", "attention skipped"]
     assert [(r["way"], r["share"]) for r in result["rows"]] == [
         (way, share) for way in ways for share in (0.3, 0.6)
     ]

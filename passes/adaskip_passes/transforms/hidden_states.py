@@ -78,14 +78,30 @@ def _final_state(outer: fx.GraphModule, stream: fx.Node) -> fx.Node:
     wanted = _before_product(piece.module.graph, inputs[call.args.index(stream)])
     if wanted.op == "placeholder":
         return stream
-    module = until(piece.module, wanted.name)
+    return piece_until(outer, call, wanted, _NAME)
+
+
+def piece_until(outer: fx.GraphModule, call: fx.Node, value: fx.Node, name: str) -> fx.Node:
+    """Return a call, put before `call`, of the code of its piece up to `value`.
+
+    Args:
+        outer: The graph of pieces.
+        call: Of a piece.
+        value: What is wanted, in the piece.
+        name: Of the piece that is added.
+
+    """
+    piece = piece_of(call)
+    assert piece is not None
+    inputs = piece.module.graph.find_nodes(op="placeholder")
+    module = until(piece.module, value.name)
     read = {n.name for n in module.graph.find_nodes(op="placeholder")}
     taken = [a for a, n in zip(call.args, inputs, strict=True) if n.name in read]
-    outer.add_submodule(_NAME, module)
-    with outer.graph.inserting_after(call):
-        node = outer.graph.create_node("call_module", _NAME, tuple(taken), name=_NAME)
-    node.meta[PIECE] = Piece(_NAME, "epilogue", module, structural_key(module))
-    node.meta["example_value"] = wanted.meta["example_value"]
+    outer.add_submodule(name, module)
+    with outer.graph.inserting_before(call):
+        node = outer.graph.create_node("call_module", name, tuple(taken), name=name)
+    node.meta[PIECE] = Piece(name, "epilogue", module, structural_key(module))
+    node.meta["example_value"] = value.meta["example_value"]
     return node
 
 

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..analysis.structural_key import structural_key
 from ..errors import UnsupportedError
 from ..infra.pass_base import Pass, PassResult
-from ..partition.outer import PIECE, Piece, piece_of, sublayer_calls
-from .hidden_states import until
+from ..partition.outer import piece_of, sublayer_calls
+from .hidden_states import piece_until
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ class InnerValues(Pass):
             if values:
                 if len(values) <= self.choice:
                     raise UnsupportedError(f"{piece.name} computes {len(values)} such values alone")
-                made.append(_piece_of_its_own(outer, call, piece, values[self.choice]))
+                name = f"{piece.name}_inner"
+                made.append(piece_until(outer, call, values[self.choice], name))
         if not made:
             raise UnsupportedError(f"no sublayer has a {', '.join(sorted(self.classes))}")
         output = outer.graph.output_node()
@@ -76,19 +76,3 @@ class InnerValues(Pass):
 
 def _is(length: Any, width: int) -> bool:
     return isinstance(length, int) and length == width  # (a symbol is not compared: it would guard)
-
-
-def _piece_of_its_own(
-    outer: fx.GraphModule, call: fx.Node, piece: Piece, value: fx.Node
-) -> fx.Node:
-    inputs = piece.module.graph.find_nodes(op="placeholder")
-    module = until(piece.module, value.name)
-    read = {n.name for n in module.graph.find_nodes(op="placeholder")}
-    taken = [a for a, n in zip(call.args, inputs, strict=True) if n.name in read]
-    name = f"{piece.name}_inner"
-    outer.add_submodule(name, module)
-    with outer.graph.inserting_before(call):
-        node = outer.graph.create_node("call_module", name, tuple(taken), name=name)
-    node.meta[PIECE] = Piece(name, "epilogue", module, structural_key(module))
-    node.meta["example_value"] = value.meta["example_value"]
-    return node
