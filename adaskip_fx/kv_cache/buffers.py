@@ -273,6 +273,8 @@ class CacheBuffers:
             current.wait_stream(self.stream)
             for tensor in (*self._stored(self.capacity), *self._states()):
                 tensor.record_stream(current)  # freed only when this stream is through as well
+            for step in self.steps.values():
+                step.use_here()
         self.stream = current
 
     def clear(self) -> None:

@@ -111,6 +111,16 @@ class StaticStep:
         self._logits: torch.Tensor | None = None
         self._statistics: dict[int, torch.Tensor] = {}  # by how many sublayers are probed
 
+    def use_here(self) -> None:
+        """Have the step's tensors for as long as the caller's CUDA stream works on them as well."""
+        current = torch.cuda.current_stream(self.tokens.device)
+        inputs = self.tokens, self.positions, self.position, self.first, self.valid, self._order
+        for tensor in (*inputs, *self._outputs()):
+            tensor.record_stream(current)
+
+    def _outputs(self) -> list[torch.Tensor]:
+        return [*self._statistics.values(), *([] if self._logits is None else [self._logits])]
+
     def run(
         self,
         program: Program,
@@ -200,6 +210,8 @@ class StaticStep:
         if not ready:
             self._recorder.run(body)
             self._ran |= program.functions
+            for output in self._outputs():  # made on another stream
+                output.record_stream(torch.cuda.current_stream(output.device))
         graph = self._recorder.record(body)
         self._recordings[program] = _Recording(graph, weights, addresses)
         if ready:

@@ -95,25 +95,27 @@ class Search:
         options = self._subject.options
         others = {SKIPPED: self._skipped, ALONE: self._by_profile}
         for way in options.policies or (*WAYS, ALONE, SKIPPED):
-            made = others.get(way, self._windowed)
-            for share, plan in made(way, shares).items():
+            for share, plan in others.get(way, self._windowed)(way, shares):
                 if options.keep is not None:
                     name = f"{way.replace(', ', '_').replace(' ', '_')}_{share}.json"
                     plan.save(options.keep / name)
                 yield way, share, plan
 
-    def _windowed(self, way: str, shares: Sequence[float]) -> dict[float, SkipPlan]:
+    def _windowed(self, way: str, shares: Sequence[float]) -> Iterator[tuple[float, SkipPlan]]:
+        """Yield each plan as soon as it is found: a loss that is known is not judged again."""
         loss, context = self._loss, self._subject.length
         policy = Windowed(loss, loss.kv_heads, self._window, context=context, **WAYS[way])
-        start, judged = time.perf_counter(), loss.judged
-        farthest = min(shares) if policy.start == "windowed" else max(shares)
-        plans = policy.plans(self._profile, 1 / (1 - farthest))
-        took = self.seconds[way] = time.perf_counter() - start
-        print(f"{way}: {took:.0f} s, {loss.judged - judged} plans judged", file=sys.stderr)
-        return self._at(way, shares, sorted(plans, key=policy.alpha_of), policy)
+        start, judged, plans = time.perf_counter(), loss.judged, tuple[SkipPlan, ...]()
+        for share in sorted(shares, reverse=policy.start == "windowed"):
+            plans = policy.plans(self._profile, 1 / (1 - share))
+            took = self.seconds[way] = time.perf_counter() - start
+            count = loss.judged - judged
+            print(f"{way} {share}: {took:.0f} s, {count} judged", file=sys.stderr, flush=True)
+            yield share, plans[-1]
+        self.maps.append(_map(way, sorted(plans, key=policy.alpha_of), policy))
 
-    def _by_profile(self, way: str, shares: Sequence[float]) -> dict[float, SkipPlan]:
-        """Plans of one run of each text that the profile was measured on."""
+    def _by_profile(self, way: str, shares: Sequence[float]) -> Iterator[tuple[float, SkipPlan]]:
+        """Yield plans of one run of each text that the profile was measured on."""
         runtime, start = self._subject.runtime, time.perf_counter()
         changes = [
             measure_windows(runtime, ids, [self._window])[1][:, :, 0].double().cpu().numpy()
@@ -125,18 +127,14 @@ class Search:
         plans = policy.plans(profile, 1 / (1 - max(shares)))
         self.seconds[way] = time.perf_counter() - start
         count = Windowed(self._loss, heads.kv_heads, self._window, context=self._subject.length)
-        return self._at(way, shares, plans, count)
+        self.maps.append(_map(way, plans, count))
+        for share in shares:
+            enough = (p for p in plans if count.alpha_of(p) >= 1 / (1 - share) - 1e-9)
+            yield share, next(enough)
 
-    def _at(
-        self, way: str, shares: Sequence[float], plans: Sequence[SkipPlan], policy: Windowed
-    ) -> dict[float, SkipPlan]:
-        """Return the first plan for each share, of plans that grow."""
-        self.maps.append(_map(way, plans, policy))
-        enough = [[p for p in plans if policy.alpha_of(p) >= 1 / (1 - s) - 1e-9] for s in shares]
-        return {share: some[0] for share, some in zip(shares, enough, strict=True)}
-
-    def _skipped(self, way: str, shares: Sequence[float]) -> dict[float, SkipPlan]:
-        return {s: _skipped(self._profile, s, len(self._loss.kv_heads)) for s in shares}
+    def _skipped(self, way: str, shares: Sequence[float]) -> Iterator[tuple[float, SkipPlan]]:
+        for share in shares:
+            yield share, _skipped(self._profile, share, len(self._loss.kv_heads))
 
 
 def _map(way: str, plans: Sequence[SkipPlan], policy: Windowed) -> dict[str, Any]:

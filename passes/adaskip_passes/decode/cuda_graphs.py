@@ -10,12 +10,14 @@ they take turns: where callers have streams of their own, one waits for what the
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from .cuda_kernels import shared_counters
+from .private_stream import give_back, private_stream
 
 
 class Recorder:
@@ -31,7 +33,8 @@ class Recorder:
         self.recorded = 0
         self._turn = threading.RLock()
         self._last: torch.cuda.Stream | None = None  # that something of the pool ran on
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = private_stream(device)
+        weakref.finalize(self, give_back, self._stream).atexit = False
         self._pool = torch.cuda.graph_pool_handle()
         # the pool must never be without a graph: capturing into one whose last was freed fails
         self._anchor = self._capture(lambda: torch.zeros(1, device=device))
