@@ -26,6 +26,7 @@ KINDS = MappingProxyType(
         "matrix": "matrix",
         "window": "window",
         "heads": "head_map",
+        "shares": "shares",
     }
 )
 

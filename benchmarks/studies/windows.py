@@ -33,7 +33,7 @@ from .quality import costs
 from .setup import Options, Subject, Text, open_subject
 from .window_plans import Given, Search, Source
 
-PICTURES = ("heads",)
+PICTURES = ("shares", "heads")
 SHARES = (0.4, 0.55, 0.7)
 
 

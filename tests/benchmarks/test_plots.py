@@ -81,6 +81,19 @@ MAPS = [
         "order": [["2.attention", [1]], ["0.attention", [0, 1]]],
     }
 ]
+SHARES = {
+    "full": {"tasks": {"passkey": {"mean": 0.9}}},
+    "rows": [
+        {
+            "way": way,
+            "share": share,
+            "texts": {"a": {"kl": loss * share}, "b": {"kl": 3 * loss * share}},
+            "tasks": {"passkey": {"mean": 0.5, "standard_error": 0.1}},
+        }
+        for way, loss in (("heads", 0.01), ("layers", 0.02))
+        for share in (0.7, 0.4)
+    ],
+}
 DATA: dict[str, Any] = {
     "similarity": {"rows": [ROW]},
     "pareto": POINTS,
@@ -89,6 +102,7 @@ DATA: dict[str, Any] = {
     "matrix": MATRIX,
     "window": {"rows": WINDOW},
     "heads": {"maps": MAPS},
+    "shares": SHARES,
 }
 
 
@@ -341,6 +355,18 @@ def test_head_map(tmp_path: Path) -> None:
     )
     axes, _ = drawn("heads", tmp_path).axes
     assert axes.get_title() == "heads: dark got a window early, white sees everything"
+
+
+def test_losses_by_share(tmp_path: Path) -> None:
+    """A way is one line, by growing share; its loss is the mean over the texts."""
+    losses, answers = drawn("shares", tmp_path).axes
+    found = {label: (x, y) for label, x, y in lines(losses)}
+    assert found["heads"] == ([40, 70], pytest.approx([0.008, 0.014]))
+    assert found["layers"][1] == pytest.approx([0.016, 0.028])
+    found = {label: y for label, _, y in lines(answers)}
+    assert found["full model"] == [0.9, 0.9]
+    (bars,) = answers.containers[0].lines[2]
+    assert bars.get_segments()[0][:, 1] == pytest.approx([0.304, 0.696])
 
 
 def test_growth_lines(tmp_path: Path) -> None:
