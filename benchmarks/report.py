@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .tables import table
+
 #: the results that a report is made of
 NAMES = (
     "speed",
@@ -98,14 +100,14 @@ def tables(documents: dict[str, Document]) -> str:
             elif name in ("peers", "peers_whole_graph"):
                 rows = _peer_rows(document["rows"])
                 title = "Peers" if name == "peers" else "Peers, in another run"
-                parts.append(f"## {title}\n\n{where}\n\n{_table(PEERS_HEAD, rows, left=(1,))}")
+                parts.append(f"## {title}\n\n{where}\n\n{table(PEERS_HEAD, rows, left=(1,))}")
             else:
                 figures.setdefault(where, []).extend(_FIGURES[name](document))
         except (KeyError, TypeError) as error:
             raise ReportError(f"{name}.json is not complete: {error!r}") from None
     for where, pairs in figures.items():
-        table = _table(("figure", "value"), pairs, left=(0,))
-        parts.append(f"## Single figures\n\n{where}\n\n{table}")
+        rows = table(("figure", "value"), pairs, left=(0,))
+        parts.append(f"## Single figures\n\n{where}\n\n{rows}")
     return "\n\n".join(parts)
 
 
@@ -115,24 +117,6 @@ def _where(document: Document) -> str:
         f"{at['device']}, {at['threads']} threads on {at['cores']} cores, Python {at['python']}, "
         f"torch {at['torch']}, transformers {at['transformers']}"
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
-    """A Markdown table that also reads as plain text; columns not in `left` align right."""
-    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return f"| {' | '.join(padded)} |"
-
-    rule = (
-        "-" * (width + 2) if i in left else "-" * (width + 1) + ":"
-        for i, width in enumerate(widths)
-    )
-    return "\n".join([line(head), f"|{'|'.join(rule)}|", *map(line, rows)])
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -156,7 +140,7 @@ def _speed(document: Document, where: str) -> str:
         f"## Speed, batch {document['batch']}\n\n{where}; {model['layers']} layers, "
         f"hidden size {model['hidden']}, {document['dtype']}; measured ceilings "
         f"{top['copy_bytes_per_s'] / 1e9:.4g} GB/s and "
-        f"{top['matrix_flop_per_s'] / 1e12:.4g} TFLOP/s\n\n{_table(SPEED_HEAD, rows)}"
+        f"{top['matrix_flop_per_s'] / 1e12:.4g} TFLOP/s\n\n{table(SPEED_HEAD, rows)}"
     )
 
 
@@ -173,7 +157,7 @@ def _budget(document: Document, where: str) -> str:
     return (
         f"## Speed-up, predicted and measured\n\n{where}; {model['layers']} layers, "
         f"hidden size {model['hidden']}, {document['dtype']}; the prediction is off by at most "
-        f"{document['worst']:.1%}\n\n{_table(BUDGET_HEAD, rows, left=(0, 2))}"
+        f"{document['worst']:.1%}\n\n{table(BUDGET_HEAD, rows, left=(0, 2))}"
     )
 
 
@@ -195,7 +179,7 @@ def _situations(document: Document, where: str) -> str:
         )
     return (
         f"## Situations\n\n{where}; {model['layers']} layers, hidden size {model['hidden']}, "
-        f"{document['dtype']}\n\n{_table(SITUATIONS_HEAD, rows, left=(0, 1, 4, 8))}"
+        f"{document['dtype']}\n\n{table(SITUATIONS_HEAD, rows, left=(0, 1, 4, 8))}"
     )
 
 
@@ -209,7 +193,7 @@ def _windows(document: Document, where: str) -> str:
         rows.append(cells)
     return (
         f"## Windows of {document['window']} tokens\n\n{where}; saved is of what the floors promise"
-        f"\n\n{_table(WINDOWS_HEAD, rows, left=(1,))}"
+        f"\n\n{table(WINDOWS_HEAD, rows, left=(1,))}"
     )
 
 
