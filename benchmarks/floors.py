@@ -6,8 +6,8 @@ a thousandth of all, are left out). Prefill floor: 2 x parameters of the kept su
 causal attention, and the head for one token, in floating-point operations, over the measured matrix
 rate. New tokens on a filled cache attend to what is stored as well. Padding is neither read nor
 multiplied: each row of a batch has a length of its own. K/V heads with a window read and multiply
-what they see. The promise of a plan is the floor of the
-full model over the floor of what it keeps.
+what they see. Of attention that only writes its K/V their two projections are read and multiplied.
+The promise of a plan is the floor of the full model over the floor of what it keeps.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def decode_bytes(model: Any, plan: SkipPlan, length: int, batch: int = 1) -> flo
 
 def rows_bytes(model: Any, plan: SkipPlan, lengths: Sequence[int]) -> float:
     """Bytes that one decode step reads whose rows have `lengths` stored tokens, padding apart."""
-    weights = sum(_weights(model, s) for s in _kept(plan, "decode")) + _head(model)
+    weights = _weights(model, plan, "decode") + _head(model)
     seen = sum(n for length in lengths for n in _seen(model, plan, "decode", length))
-    return float(model.dtype.itemsize * (weights + 2 * _head_dim(model) * seen))
+    return float(model.dtype.itemsize * (weights + 2 * head_dim(model) * seen))
 
 
 def _seen(model: Any, plan: SkipPlan, phase: Phase, length: int) -> list[int]:
@@ -71,14 +71,14 @@ def rows_flop(model: Any, plan: SkipPlan, lengths: Sequence[int]) -> float:
 
 def turn_flop(model: Any, plan: SkipPlan, tokens: int, stored: int = 0) -> float:
     """Operations of `tokens` new tokens of one row on `stored` ones, logits for the last one."""
-    weights = sum(_weights(model, s) for s in _kept(plan, "prefill"))
+    weights = _weights(model, plan, "prefill")
     total, group = stored + tokens, model.config.num_attention_heads
     group /= model.config.num_key_value_heads
     # scores and weighted values: 2 operations each for a number, of half of the new tokens' pairs
     pairs = 0.0
     for seen in _seen(model, plan, "prefill", total):
         pairs += _pairs(total, seen) - _pairs(stored, min(seen, stored))
-    multiplied = 4 * pairs * group * _head_dim(model)
+    multiplied = 4 * pairs * group * head_dim(model)
     return float(2 * weights * tokens + multiplied + 2 * _head(model))
 
 
@@ -91,21 +91,29 @@ def _kept(plan: SkipPlan, phase: Phase) -> list[Sublayer]:
     return [s for s in plan.sublayers if plan.action(phase, s) is Action.RUN]
 
 
-def _weights(model: Any, sublayer: Sublayer) -> int:
-    layer = model.model.layers[sublayer.layer]
-    module = layer.self_attn if sublayer.kind == "attention" else layer.mlp
-    return sum(p.numel() for p in module.parameters())
+def _weights(model: Any, plan: SkipPlan, phase: Phase) -> int:
+    """How many weights a token is multiplied by, in the sublayers."""
+    found = 0
+    for sublayer in plan.sublayers:
+        layer, action = model.model.layers[sublayer.layer], plan.action(phase, sublayer)
+        modules = [layer.self_attn if sublayer.kind == "attention" else layer.mlp]
+        if action is Action.KV_ONLY:
+            modules = [layer.self_attn.k_proj, layer.self_attn.v_proj]
+        if action is not Action.SKIP:
+            found += sum(p.numel() for module in modules for p in module.parameters())
+    return found
 
 
 def _head(model: Any) -> int:
     return int(model.lm_head.weight.numel())
 
 
-def _head_dim(model: Any) -> int:
+def head_dim(model: Any) -> int:
+    """Numbers of a key, or a value, of one head."""
     config = model.config
     return int(config.head_dim or config.hidden_size // config.num_attention_heads)
 
 
 def _kv_width(model: Any) -> int:
     """Numbers that attention stores for a token, keys and values."""
-    return 2 * int(model.config.num_key_value_heads) * _head_dim(model)
+    return 2 * int(model.config.num_key_value_heads) * head_dim(model)

@@ -55,6 +55,12 @@ def llama(**changes: Any) -> Any:
         torch.set_default_dtype(before)
 
 
+def shape_8b() -> Any:
+    """The 8B Llama in bfloat16 without its weights, for what its floors promise."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**LLAMA_8B)).to(torch.bfloat16)
+
+
 @functools.cache
 def pair() -> tuple[Any, Any]:
     """The model, and the same compiled; made once in a process, so that workloads share it."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from adaskip_fx.plans.phase_split import prefill_only
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from benchmarks import floors, models, situations, speed
 from benchmarks.__main__ import app
@@ -129,8 +129,7 @@ def test_floors_of_rows_as_numbers() -> None:
 
 
 def test_floors_of_the_large_shape_as_numbers() -> None:
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**models.LLAMA_8B)).to(torch.bfloat16)
+    model = models.shape_8b()
     plan = SkipPlan.empty([Sublayer(i, k) for i in range(32) for k in ("attention", "ffn")])
     # 6,979,321,856 weights in the sublayers, 525,336,576 in the head, 128 KiB of a token's K/V
     assert floors.kv_bytes(model, plan, 1) == 131_072
@@ -139,6 +138,16 @@ def test_floors_of_the_large_shape_as_numbers() -> None:
     pairs = 32 * 4 * 4096 * 512 * (32_768 + 256)
     turn = 2 * 6_979_321_856 * 512 + pairs + 2 * 525_336_576
     assert floors.turn_flop(model, plan, 512, 32_768) == turn
+
+
+def test_attention_that_writes_its_keys_and_values_multiplies_by_two_projections() -> None:
+    model = models.llama()
+    sublayers = tuple(Sublayer(i, k) for i in range(8) for k in ("attention", "ffn"))
+    whole = SkipPlan.empty(sublayers)
+    plan = prefill_only(SkipPlan.of(sublayers, ["7.attention"]))
+    lost = floors.prefill_flop(model, whole, 10) - floors.prefill_flop(model, plan, 10)
+    assert lost == 2 * 10 * (2 * 64 * 64) + 4 * 50 * 64  # query and output; pairs of tokens
+    assert floors.decode_bytes(model, plan, 10) == floors.decode_bytes(model, whole, 10)
 
 
 def test_padding_and_what_a_step_is_given() -> None:
