@@ -79,7 +79,9 @@ def run(
     surrogate: Annotated[list[str] | None, typer.Option(help="of studies")] = None,
     plan: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="saved, for study_pareto, _summaries, _windows"),
+        typer.Option(
+            metavar="NAME=PATH", help="saved, for study_pareto, _summaries, _windows, _kv_cache"
+        ),
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="folder for found plans")] = None,
     steps: Annotated[

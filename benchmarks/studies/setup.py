@@ -48,7 +48,7 @@ class Options:
             2 of 256 elsewhere when None.
         alphas: acceleration ratios.
         plans: (name, file) of plans that study_pareto and study_summaries compare too, and
-            study_windows judges instead of its own.
+            study_windows and study_kv_cache take instead of their own.
         keep: folder for the plans that study_recipe and study_windows make; None: they are not
             kept.
         policies, surrogates: which; the usual ones when empty.

@@ -17,6 +17,7 @@ from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.plans.windows import Window
 from adaskip_fx.policies import Windowed, WindowedBySimilarity
 from adaskip_fx.profiles.head_windows import HeadWindows
+from adaskip_fx.profiles.profile import Profile
 from adaskip_fx.runtime.similarity import measure_windows
 
 from .setup import Subject, Text
@@ -75,8 +76,8 @@ class Search:
 
     def __init__(self, subject: Subject, known: Sequence[Text], window: Window) -> None:
         self._subject, self._window = subject, window
-        self._profile = subject.profile(known[0])
-        self._texts = subject.windows(known[0], "first")
+        self._text = known[0]
+        self._profile = subject.profile(self._text)
         halves = [w for text in known for w in subject.windows(text, "first")]
         count = _QUESTIONS * subject.samples
         asked = subject.tokenizer, halves, count, subject.length, subject.options.seed
@@ -116,17 +117,10 @@ class Search:
 
     def _by_profile(self, way: str, shares: Sequence[float]) -> Iterator[tuple[float, SkipPlan]]:
         """Yield plans of one run of each text that the profile was measured on."""
-        runtime, start = self._subject.runtime, time.perf_counter()
-        changes = [
-            measure_windows(runtime, ids, [self._window])[1][:, :, 0].double().cpu().numpy()
-            for ids in self._texts
-        ]
-        heads = HeadWindows((self._window,), self._loss.kv_heads, np.stack(changes))
-        policy = WindowedBySimilarity(self._window, context=self._subject.length)
-        profile = replace(self._profile, windows=heads)
-        plans = policy.plans(profile, 1 / (1 - max(shares)))
+        start, heads, context = time.perf_counter(), self._loss.kv_heads, self._subject.length
+        plans = similar(self._subject, self._text, self._window, 1 / (1 - max(shares)))
         self.seconds[way] = time.perf_counter() - start
-        count = Windowed(self._loss, heads.kv_heads, self._window, context=self._subject.length)
+        count = Windowed(self._loss, heads, self._window, context=context)
         self.maps.append(_map(way, plans, count))
         for share in shares:
             enough = (p for p in plans if count.alpha_of(p) >= 1 / (1 - share) - 1e-9)
@@ -134,7 +128,8 @@ class Search:
 
     def _skipped(self, way: str, shares: Sequence[float]) -> Iterator[tuple[float, SkipPlan]]:
         for share in shares:
-            yield share, _skipped(self._profile, share, len(self._loss.kv_heads))
+            count = round(share * len(self._loss.kv_heads))
+            yield share, attention_skipped(self._profile, count)
 
 
 def _map(way: str, plans: Sequence[SkipPlan], policy: Windowed) -> dict[str, Any]:
@@ -155,13 +150,25 @@ def _order(plans: Sequence[SkipPlan], policy: Windowed) -> list[list[Any]]:
     return steps
 
 
-def _skipped(profile: Any, share: float, count: int) -> SkipPlan:
-    """Return the plan that skips as large a share of attention, the most similar, with scales."""
+def similar(subject: Subject, text: Text, window: Window, alpha: float) -> tuple[SkipPlan, ...]:
+    """Return plans that grow up to `alpha`, by one run of each window of a text's first half."""
+    runtime, profile = subject.runtime, subject.profile(text)
+    changes = [
+        measure_windows(runtime, ids, [window])[1][:, :, 0].double().cpu().numpy()
+        for ids in subject.windows(text, "first")
+    ]
+    heads = HeadWindows((window,), runtime.graphs.structure.kv_heads, np.stack(changes))
+    policy = WindowedBySimilarity(window, context=subject.length)
+    return policy.plans(replace(profile, windows=heads), alpha)
+
+
+def attention_skipped(profile: Profile, count: int) -> SkipPlan:
+    """Return the plan that skips so many attention sublayers, the most similar, with scales."""
     similarity = dict(zip(profile.sublayers, profile.similarity().tolist(), strict=True))
     attention = sorted(
         (s for s in profile.sublayers if s.kind == "attention"), key=lambda s: -similarity[s]
     )
-    skip = attention[: round(share * count)]
+    skip = attention[:count]
     scales = profile.scales().factors
     factors = {s: scales[s] for s in skip if s in scales}
     return SkipPlan.of(profile.sublayers, skip, surrogates=Surrogates.scale(factors))
