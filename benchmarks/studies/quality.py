@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from adaskip_fx.kv_cache.drafting import Drafting
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.runtime.runtime import Runtime
 
@@ -82,6 +83,23 @@ def decoded(runtime: Runtime, plan: SkipPlan, ids: torch.Tensor, tokens: int) ->
     for i in range(-tokens - 1, -1):
         logits.append(runtime.step(ids[:, i, None], None, None, cache, 1).clone())
     return torch.cat(logits[1:], 1)[0].float().log_softmax(-1)
+
+
+def continued(
+    runtime: Runtime, plan: SkipPlan, prompt: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Logits [n + 1, V] that predict each of `tokens` int64 [1, n] after a prompt, and one more.
+
+    The first comes from the prompt, whose tokens int64 [1, T] run as the plan says of prompts; the
+    others are read at once, as the plan says of decoded ones.
+    """
+    length = prompt.shape[1]
+    cache = runtime.new_cache(length + tokens.shape[1], plan=plan, learn=False)
+    logits = runtime.step(prompt, None, None, cache, 1).clone()  # (the next step may write there)
+    if not tokens.shape[1]:
+        return logits[0]
+    with cache.verifying(Drafting(length)):
+        return torch.cat((logits, runtime.step(tokens, None, None, cache, 0)), 1)[0]
 
 
 def log_probabilities(runtime: Runtime, plan: SkipPlan, ids: torch.Tensor) -> torch.Tensor:
