@@ -57,6 +57,8 @@ def windows(subject: Subject, shares: Sequence[float] = SHARES) -> dict[str, Any
     given = subject.options.plans
     source: Source = Given(subject, window) if given else Search(subject, known, window)
     found = [*source.plans(shares)]
+    order = [*dict.fromkeys(way for way, _, _ in found)]
+    found.sort(key=lambda one: (order.index(one[0]), one[1]))
     judge, rows = _Judge(subject, known), list[dict[str, Any]]()
     for way, share, plan in found:
         rows.append({"way": way, "share": share, "plan": plan.to_json(), **judge(plan)})
