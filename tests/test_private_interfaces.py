@@ -14,6 +14,7 @@ from torch import nn
 from transformers import cache_utils, configuration_utils, masking_utils, modeling_utils
 from transformers.generation import configuration_utils as generation_configuration
 from transformers.generation import utils as generation_utils
+from transformers.integrations import moe
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/explanation/private-interfaces.md").read_text("utf-8")
@@ -28,6 +29,7 @@ _MODULES = (
     generation_utils,
     masking_utils,
     modeling_utils,
+    moe,
 )
 
 

@@ -28,6 +28,7 @@ from adaskip_passes import (
 )
 from adaskip_passes.analysis.effects import accesses, is_mutation, operation
 from adaskip_passes.decode.fuse_attention import FuseAttention
+from adaskip_passes.decode.fuse_experts import FuseExperts
 from adaskip_passes.decode.fuse_rotary import FuseRotary
 from adaskip_passes.partition.outer import sublayer_calls
 from adaskip_passes.tracing.capture import Binder, Capture, ShapeGuards
@@ -207,7 +208,7 @@ def _memory(captured: Capture, outer: fx.GraphModule) -> tuple[frozenset[Memory]
 def _lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:
     """Return inner passes for the pieces: fused operators for a GPU's steps of a few tokens."""
     fused = key.static_cache and key.device.type == "cuda" and backend == "inductor"
-    return (FuseProjections(), FuseAttention(), FuseRotary()) if fused else ()
+    return (FuseProjections(), FuseAttention(), FuseRotary(), FuseExperts()) if fused else ()
 
 
 def _layout(value: object) -> Layout:

@@ -23,7 +23,7 @@ from ..kv_cache.argument_names import cache_argument
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..utils.transformers_internals import attention_name, set_attention
 from ..utils.transformers_types import CausalLM
-from . import attention, rotary
+from . import attention, experts, rotary
 from .arguments import Forward
 from .graph_key import GraphPhase
 from .layer_memory import LayerMemory, layer_specs, memory_of, new_cache
@@ -77,6 +77,7 @@ class ReferenceRun:
         specs: what each layer stores.
         dtype: of the model.
         attention: the attention implementation that it used.
+        experts: the implementation of experts, of each part of it that has a config.
         steps: a prompt, and a step of each other phase after it; each with few tokens, and with
             more than the model's windows hold.
     """
@@ -84,6 +85,7 @@ class ReferenceRun:
     specs: tuple[LayerCacheSpec, ...]
     dtype: torch.dtype
     attention: str | None
+    experts: dict[str, str | None]
     steps: Mapping[GraphPhase, tuple[ReferenceStep, ...]]
 
     @property
@@ -93,20 +95,25 @@ class ReferenceRun:
 
     def rerun(self, model: CausalLM, forward: Forward) -> ReferenceRun:
         """Return the same run of a compiled model, whose weights may have been changed since."""
-        with self.attention_of(model):
+        with self.implementations_of(model):
             return run_reference(model, forward)
 
     @contextmanager
-    def attention_of(self, model: CausalLM) -> Iterator[None]:
-        """Meanwhile a compiled model has the attention that the user's model has."""
-        if attention_name(model) != attention.NAME:
-            yield
-            return
-        set_attention(model, self.attention)
+    def implementations_of(self, model: CausalLM) -> Iterator[None]:
+        """Meanwhile a compiled model has the attention and experts that the user's model has."""
+        ours = attention_name(model) == attention.NAME
+        named = model.get_experts_implementation()
+        if ours:
+            set_attention(model, self.attention)
+        if exchanged := experts.NAME in named.values():
+            model.set_experts_implementation(self.experts)
         try:
             yield
         finally:
-            set_attention(model, attention.NAME)
+            if ours:
+                set_attention(model, attention.NAME)
+            if exchanged:
+                model.set_experts_implementation(named)
 
 
 @torch.no_grad()
@@ -134,7 +141,8 @@ def run_reference(model: CausalLM, forward: Forward | None = None) -> ReferenceR
         for rows, length in prompts:
             specs, ran = _steps(model, forward, _tokens(model, rows, length + _EXTENSION), specs)
             steps = {phase: (*steps.get(phase, ()), step) for phase, step in ran.items()}
-    return ReferenceRun(specs, model.dtype, attention_name(model), steps)
+    named = attention_name(model), model.get_experts_implementation()
+    return ReferenceRun(specs, model.dtype, *named, steps)
 
 
 def _tokens(model: CausalLM, rows: int, count: int) -> torch.Tensor:

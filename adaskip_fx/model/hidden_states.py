@@ -102,7 +102,7 @@ def _of_a_copy(
     twin = eager_twin(model)
     if twin is None:
         return None
-    with state.reference.attention_of(twin):
+    with state.reference.implementations_of(twin):
         output = type(twin).forward(
             twin, input_ids=ids, output_hidden_states=True, return_dict=True
         )

@@ -91,7 +91,7 @@ def _is_own_loss(
     few = {n: ids.flip(1) if _is_like(v, labels) else v for n, v in given.items()}
     asked: dict[str, Any] = {"use_cache": False, "return_dict": True}
     asked = {name: value for name, value in asked.items() if name in named}
-    with one_at_a_time, state.reference.attention_of(model):  # the model is another meanwhile
+    with one_at_a_time, state.reference.implementations_of(model):  # the model is another meanwhile
         output = graphs.forward(model, input_ids=ids, labels=ids, **asked, **few)
     theirs = getattr(output, "loss", None)
     if theirs is None:

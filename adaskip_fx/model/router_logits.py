@@ -107,7 +107,7 @@ def _found(model: CompiledCausalLM, state: State, kind: type) -> InnerValues | N
     twin = eager_twin(model)
     if twin is None:
         return None
-    with state.reference.attention_of(twin):
+    with state.reference.implementations_of(twin):
         theirs = type(twin).forward(twin, input_ids=ids, **asked)
     if not theirs.router_logits:
         return None

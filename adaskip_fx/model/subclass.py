@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..capture import attention, rotary
+from ..capture import attention, experts, rotary
 from ..capture.traced_part import decoder_name
 from ..utils.transformers_internals import can_set_attention, set_attention
 from .accelerate_hooks import leave_out
@@ -40,4 +40,5 @@ def make_compiled_model(model: PreTrainedModel) -> PreTrainedModel:
     rotary.make_pure(compiled)
     if can_set_attention(compiled) and not attention.is_own(model):
         set_attention(compiled, attention.NAME)
+    experts.exchange(compiled)
     return compiled

@@ -19,7 +19,6 @@ import torch
 from adaskip_passes.errors import AdaskipError
 from adaskip_passes.tracing.dynamo import one_at_a_time
 
-from ..capture import attention
 from ..capture.arguments import step_inputs
 from ..capture.check_graph import relative_error, tolerance
 from ..capture.layer_memory import new_cache
@@ -28,7 +27,6 @@ from ..kv_cache.argument_names import cache_argument
 from ..kv_cache.cache import SkipCache
 from ..kv_cache.padding import of_real_tokens
 from ..plans.skip_plan import Action, Phase, SkipPlan
-from ..utils.transformers_internals import attention_name, set_attention
 from .inputs import Inputs
 
 if TYPE_CHECKING:
@@ -175,11 +173,5 @@ class Checker:
             if state is states.first:
                 yield states.original
                 return
-            if attention_name(model) != attention.NAME:
+            with state.reference.implementations_of(model):
                 yield model
-                return
-            set_attention(model, state.reference.attention)
-            try:
-                yield model
-            finally:
-                set_attention(model, attention.NAME)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true
 
 Subclass = TypeVar("Subclass", bound=torch.Tensor)
 

@@ -10,6 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import _default_apply_gate
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from .transformers_types import (
     DecodingCall,
@@ -21,11 +24,13 @@ from .transformers_types import (
     Streamer,
 )
 
-#: Attributes that each of two copies of a model has for itself: the attention of its config, and
-#: what gradient checkpointing put on a module.
+#: Attributes that each of two copies of a model has for itself: attention and experts of its
+#: config, and what gradient checkpointing put on a module.
 COPIED_APART = (
     "_attn_implementation",
     "_attn_implementation_internal",
+    "_experts_implementation",
+    "_experts_implementation_internal",
     "_gradient_checkpointing_func",
 )
 
@@ -34,6 +39,8 @@ ADAPTERS = ("peft_config", "_hf_peft_config_loaded")
 
 #: What accelerate puts on a module besides its forward: a hook, and the forward that it stands for.
 ACCELERATE_HOOK, FORWARD_BEFORE = "_hf_hook", "_old_forward"
+
+_SILU = (torch.nn.SiLU, type(ACT2FN["silu"]))
 
 
 def attention_name(model: Any) -> str | None:
@@ -94,6 +101,27 @@ def attends_by_itself(model: Any) -> bool:
 def can_set_attention(model: Any) -> bool:
     """Return whether a model asks the registry for its attention; a user's own may not."""
     return bool(type(model)._can_set_attn_implementation())
+
+
+def experts_gate(experts: Any) -> tuple[float, float] | None:
+    """Return clamp and alpha of experts' gate, 0 and 0 for SwiGLU; None for any other one."""
+    gate = type(experts)._apply_gate
+    if gate is _default_apply_gate:
+        is_silu = hasattr(experts, "act_fn") and isinstance(experts.act_fn, _SILU)
+        return (0.0, 0.0) if is_silu else None
+    if gate is GptOssExperts._apply_gate:
+        return float(experts.limit), float(experts.alpha)
+    return None
+
+
+def has_plain_experts(experts: Any) -> bool:
+    """Return whether a token's experts are a gated projection up and one down, all on one device.
+
+    (Nothing is done after them, and no expert's weights are elsewhere.)
+    """
+    normed = hasattr(experts, "has_post_expert_norm") and experts.has_post_expert_norm
+    spread = hasattr(experts, "_is_expert_parallel") and experts._is_expert_parallel
+    return bool(experts.has_gate) and not normed and not spread
 
 
 def router_class(model: Any) -> type | None:

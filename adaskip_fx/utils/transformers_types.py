@@ -75,6 +75,12 @@ class CausalLM(Protocol):
     def set_attn_implementation(self, name: str | None) -> None:
         """Use an attention implementation that is registered under a name."""
 
+    def get_experts_implementation(self) -> dict[str, str | None]:
+        """Return the implementation of experts of each part that has a config, "" for all."""
+
+    def set_experts_implementation(self, names: dict[str, str | None]) -> None:
+        """Use implementations of experts, by part."""
+
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> ModelKwargs:
         """Return forward's arguments for the next step of ``generate``."""
 

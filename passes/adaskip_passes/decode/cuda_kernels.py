@@ -1,4 +1,4 @@
-"""The operators of :mod:`ops` on CUDA: Triton's kernels, which are imported at their first use."""
+"""The operators of :mod:`ops` and :mod:`expert_ops` on CUDA, by Triton; imported at first use."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .expert_ops import choose_experts, run_experts
 from .ops import attend, normalize, project, store_and_attend
 
 _counters: ContextVar[torch.Tensor | None] = ContextVar("counters", default=None)
@@ -35,6 +36,37 @@ def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     from . import triton_kernels
 
     return triton_kernels.normalize(x, weight, eps)
+
+
+@run_experts.register_kernel("cuda")
+def _(
+    hidden: torch.Tensor,
+    chosen: torch.Tensor,
+    shares: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    transposed: bool,
+    interleaved: bool,
+    clamp: float,
+    alpha: float,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    from . import triton_kernels
+
+    weights = up, down, up_bias, down_bias
+    kind = transposed, interleaved, clamp, alpha
+    return triton_kernels.run_experts(hidden, chosen, shares, *weights, *kind, residual)
+
+
+@choose_experts.register_kernel("cuda")
+def _(
+    scores: torch.Tensor, count: int, softmax: bool, after: str, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from . import triton_kernels
+
+    return triton_kernels.choose_experts(scores, count, softmax, after, dtype)
 
 
 @attend.register_kernel("cuda")

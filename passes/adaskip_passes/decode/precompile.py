@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import expert_ops as expert_ops
+
 _WORKERS = 8
 _pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="adaskip-triton")
 
 _PROJECT, _ATTEND = torch.ops.adaskip.project.default, torch.ops.adaskip.attend.default
 _NORMALIZE = torch.ops.adaskip.normalize.default
+_RUN_EXPERTS = torch.ops.adaskip.run_experts.default
+_CHOOSE_EXPERTS = torch.ops.adaskip.choose_experts.default
 _STORE_AND_ATTEND = torch.ops.adaskip.store_and_attend.default
 
 
@@ -29,7 +33,7 @@ def compile_ahead(module: fx.GraphModule) -> list[Future[None]]:
     Returns:
         What to wait for before the piece runs.
     """
-    ours = (_PROJECT, _NORMALIZE, _ATTEND, _STORE_AND_ATTEND)
+    ours = (_PROJECT, _NORMALIZE, _ATTEND, _STORE_AND_ATTEND, _RUN_EXPERTS, _CHOOSE_EXPERTS)
     calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target in ours]
     return [future for node in calls for future in _begin(node)]
 
@@ -47,6 +51,10 @@ def _begin(node: fx.Node) -> list[Future[None]]:
         calls = [triton_kernels.projection(*values)]
     elif node.target is _NORMALIZE:
         calls = [triton_kernels.normalization(*values)]
+    elif node.target is _CHOOSE_EXPERTS:
+        calls = [triton_kernels.choice(*values)]
+    elif node.target is _RUN_EXPERTS:
+        calls = triton_kernels.expert_launches(*values)
     else:
         counters = first.new_empty(1, dtype=torch.int32)
         if node.target is _ATTEND:

@@ -212,6 +212,7 @@ def test_every_rewrite_has_the_one_interface() -> None:
         "EliminateDeadCode",
         "Expand",
         "FuseAttention",
+        "FuseExperts",
         "FuseRotary",
         "HiddenStates",
         "FuseProjections",

@@ -7,7 +7,19 @@ weights, which nobody writes, and only then waits for its input.
 """
 
 from .attention_launch import attend, attention
+from .experts import choice, choose_experts, expert_launches, run_experts
 from .norms import normalization, normalize
 from .projections import project, projection
 
-__all__ = ["attend", "attention", "normalization", "normalize", "project", "projection"]
+__all__ = [
+    "attend",
+    "attention",
+    "choice",
+    "choose_experts",
+    "expert_launches",
+    "normalization",
+    "normalize",
+    "project",
+    "projection",
+    "run_experts",
+]
