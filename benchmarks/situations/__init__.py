@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import decoding, prompts, road
+from . import decoding, families, prompts, road
 from .bench import Bench
 from .rows import Row, line, table
 
@@ -34,6 +34,7 @@ SITUATIONS: Mapping[str, Situation] = {
     "verify": prompts.verify,
     "logits_to_keep": prompts.logits_to_keep,
     "generate_padded": decoding.generate_padded,
+    "families": families.families,
 }
 
 

@@ -79,9 +79,10 @@ class Bench:
         sizes: Of this device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pair: tuple[Any, Any] | None = None) -> None:
+        """Take a model and the same compiled; those of `models.pair` without."""
         self.device = models.device()
-        self.model, self.fast = models.pair()
+        self.model, self.fast = pair or models.pair()
         self.plan = SkipPlan.empty(self.fast.adaskip.sublayers)
         self.sizes = ON_GPU if self.device.type == "cuda" else TINY
 

@@ -1,0 +1,115 @@
+"""The kernels of chosen experts against float64, recorded, and in the step of a whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from adaskip_fx.api import build
+from adaskip_fx.testing.families import tiny_model
+from adaskip_passes.decode.expert_ops import choose_experts, run_experts
+from tests.support.eager_reference import relative_error
+from tests.support.expert_reference import Experts, random_experts, written_out
+from tests.support.families.experts import EXPERTS
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+#: transposed, interleaved, clamp, with biases
+KINDS = (
+    (False, False, 0.0, False),
+    (False, True, 0.7, True),
+    (True, False, 0.0, True),
+    (True, True, 0.7, True),
+)
+
+
+def random(kind: tuple[Any, ...], tokens: int, dtype: torch.dtype, **sizes: int) -> Experts:
+    return random_experts(tokens, 8, 3, *kind, dtype=dtype, device="cuda", **sizes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 32])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_kernels(kind: tuple[Any, ...], tokens: int, dtype: torch.dtype) -> None:
+    for sizes in ({"width": 320, "inner": 136}, {"width": 2880, "inner": 1024}):
+        one = random(kind, tokens, dtype, **sizes)
+        got, expected = run_experts(*one.inputs), written_out(one)
+        assert relative_error(got.double(), expected) < DTYPES[dtype]
+        one.chosen = one.chosen.flip(0) if tokens > 1 else (one.chosen + 1) % 8
+        again = run_experts(*one.inputs)
+        assert relative_error(again.double(), expected) > DTYPES[dtype]  # the companion
+
+
+def test_errors_beside_those_of_plain_torch() -> None:
+    """Sums and the gate are in float32, so the error is no larger than that of products alone."""
+    one = random(KINDS[0], 4, torch.bfloat16, width=2048, inner=768)
+    on_cpu = [t.cpu() if isinstance(t, torch.Tensor) else t for t in one.inputs]
+    expected = written_out(one)
+    ours = relative_error(run_experts(*one.inputs).double(), expected)
+    theirs = relative_error(run_experts(*on_cpu).cuda().double(), expected)
+    assert ours <= 1.1 * theirs
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_recorded_graph_follows_the_choice(kind: tuple[Any, ...], tokens: int) -> None:
+    one = random(kind, tokens, torch.bfloat16, width=320, inner=136)
+    run_experts(*one.inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run_experts(*one.inputs)
+    for turn in range(4):
+        one.chosen.copy_((one.chosen + turn) % 9)  # the last one is none of them
+        one.hidden.normal_()
+        graph.replay()
+        assert relative_error(got.double(), written_out(one)) < DTYPES[torch.bfloat16]
+
+
+@pytest.mark.parametrize("after", ["", "share", "softmax"])
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize(("rows", "among", "count"), [(1, 128, 8), (32, 7, 2), (5, 1000, 16)])
+def test_choices(rows: int, among: int, count: int, softmax: bool, after: str) -> None:
+    scores = torch.randn(rows, among, device="cuda")
+    values, places = choose_experts(scores, count, softmax, after, torch.float32)
+    wide = scores.double()
+    if softmax:
+        wide = wide.exp() / wide.exp().sum(-1, keepdim=True)
+    ordered = sorted_places(wide, count)
+    expected = wide.gather(1, ordered)
+    if after == "softmax":
+        expected = expected.exp()
+    if after:
+        expected = expected / expected.sum(-1, keepdim=True)
+    assert torch.equal(places, ordered)
+    assert relative_error(values.double(), expected) < 1e-6
+
+
+def sorted_places(values: torch.Tensor, count: int) -> torch.Tensor:
+    return values.argsort(-1, descending=True)[:, :count]
+
+
+def test_choices_of_odd_scores_are_within() -> None:
+    """Equal ones: the first; and whatever comes of NaN, no weights beyond the last are read."""
+    scores = torch.zeros(2, 10, device="cuda")
+    scores[1] = float("nan")
+    _, places = choose_experts(scores, 3, True, "share", torch.bfloat16)
+    assert places[0].tolist() == [0, 1, 2]
+    assert 0 <= int(places.min()) <= int(places.max()) < 10
+
+
+@pytest.mark.inductor
+@pytest.mark.filterwarnings("ignore:\\nOnline softmax is disabled")
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"])
+def test_steps_of_a_model(name: str, rows: int) -> None:
+    """Recorded steps in float32, after a prompt and with an FFN skipped."""
+    model = tiny_model(EXPERTS[name].config()).cuda()
+    fast = build(model, None, backend="inductor")
+    ids = torch.randint(0, 50, (rows, 14), device="cuda")
+    expected = model(input_ids=ids, use_cache=False).logits
+    cache = fast.adaskip.new_cache()
+    fast(input_ids=ids[:, :8], past_key_values=cache)
+    for t in range(8, 14):
+        got = fast(input_ids=ids[:, t : t + 1], past_key_values=cache).logits
+        assert relative_error(got[:, -1], expected[:, t]) < 1e-4
