@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from .transformers_types import (
     DecodingCall,
@@ -40,6 +39,8 @@ ADAPTERS = ("peft_config", "_hf_peft_config_loaded")
 #: What accelerate puts on a module besides its forward: a hook, and the forward that it stands for.
 ACCELERATE_HOOK, FORWARD_BEFORE = "_hf_hook", "_old_forward"
 
+#: The class whose gate has clamps.
+_CLAMPED = ("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts")
 _SILU = (torch.nn.SiLU, type(ACT2FN["silu"]))
 
 
@@ -105,11 +106,11 @@ def can_set_attention(model: Any) -> bool:
 
 def experts_gate(experts: Any) -> tuple[float, float] | None:
     """Return clamp and alpha of experts' gate, 0 and 0 for SwiGLU; None for any other one."""
-    gate = type(experts)._apply_gate
-    if gate is _default_apply_gate:
+    kind = type(experts)
+    if kind._apply_gate is _default_apply_gate:
         is_silu = hasattr(experts, "act_fn") and isinstance(experts.act_fn, _SILU)
         return (0.0, 0.0) if is_silu else None
-    if gate is GptOssExperts._apply_gate:
+    if (kind.__module__, kind.__name__) == _CLAMPED:
         return float(experts.limit), float(experts.alpha)
     return None
 

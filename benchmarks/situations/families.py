@@ -47,7 +47,13 @@ _TINY = {
     **{"head_dim": 16, "vocab_size": 256, "max_position_embeddings": 4096},
     "num_experts_per_tok": 2,
 }
-_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+_LATENT = {
+    "head_dim": 8,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+}
 _GROUPED = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
 
 SHAPES: Mapping[str, Shape] = {
