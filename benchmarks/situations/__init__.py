@@ -9,6 +9,7 @@ go on; rows are printed as they come.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ SITUATIONS: Mapping[str, Situation] = {
     "verify": prompts.verify,
     "logits_to_keep": prompts.logits_to_keep,
     "generate_padded": decoding.generate_padded,
-    "families": families.families,
+    **{f"family_{n}": functools.partial(families.family, name=n) for n in families.SHAPES},
 }
 
 

@@ -7,7 +7,6 @@ in the eager model, at the last of a few random tokens of each row.
 from __future__ import annotations
 
 import functools
-import gc
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -85,16 +84,9 @@ SHAPES: Mapping[str, Shape] = {
 }
 
 
-def families(bench: Bench) -> Iterator[Row]:
-    """Each family's step and prompt; see `SHAPES`."""
-    for name, shape in SHAPES.items():
-        yield from _family(bench, name, shape)
-        gc.collect()
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _family(main: Bench, name: str, shape: Shape) -> Iterator[Row]:
+def family(main: Bench, name: str) -> Iterator[Row]:
+    """A family's step of one row and of several, and its prompt; see `SHAPES`."""
+    shape = SHAPES[name]
     model = _model(main.device, name, shape)
     backend = "inductor" if main.device.type == "cuda" else "eager"
     bench = Bench((model, build(model, None, backend=backend)))

@@ -38,7 +38,8 @@ COPIED, MULTIPLIED = 1e9, 1e12  # the rates, a second
 ROWS = {
     **{"main_road": 4, "padded_decode": 2, "unpadded_decode": 3, "padded_prompt": 2},
     **{"new_length": 2, "growth": 2, "turn": 3, "chunks": 1, "verify": 7},
-    **{"logits_to_keep": 1, "generate_padded": 3, "families": 20},
+    **{"logits_to_keep": 1, "generate_padded": 3},
+    **{f"family_{name}": 5 for name in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")},
 }
 
 

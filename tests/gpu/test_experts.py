@@ -70,7 +70,7 @@ def test_a_recorded_graph_follows_the_choice(kind: tuple[Any, ...], tokens: int)
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize(("rows", "among", "count"), [(1, 128, 8), (32, 7, 2), (5, 1000, 16)])
 def test_choices(rows: int, among: int, count: int, softmax: bool, after: str) -> None:
-    scores = torch.randn(rows, among, device="cuda")
+    scores = torch.rand(rows, among, device="cuda")
     values, places = choose_experts(scores, count, softmax, after, torch.float32)
     wide = scores.double()
     if softmax:
