@@ -9,7 +9,7 @@ from torch import nn
 
 from adaskip_passes.tracing.python_state import Change, PythonState
 
-from ..utils.transformers_internals import COPIED_APART, only_records
+from ..utils.transformers_internals import COPIED_APART
 from .adapters import FollowedAdapters
 from .same_objects import alike, equal, same_tensors
 from .state import ChangedError, State
@@ -104,8 +104,8 @@ class Original:
             c
             for c in self._python.changes()
             if (c.concerns(read) or self._runs_as_it_is(c))
+            and not c.idle
             and not _is_own(c)
-            and not self._is_recorder(c)
             and not self._is_gone(c)
         ]
         if not changes:
@@ -144,14 +144,6 @@ class Original:
     def agree(self, python: PythonState | None, state: State) -> None:
         """Remember that both models have the changes of `python`, the compiled one in `state`."""
         self._agreed = (python, state) if python is not None else None
-
-    def _is_recorder(self, change: Change) -> bool:
-        """Return whether a change is a hook that matters to calls that ask for outputs alone."""
-        path, _, kind = change.holder.rpartition(".")
-        key = change.names[-1] if change.names else ""
-        if kind != "_forward_hooks" or not key.isdecimal():
-            return False
-        return only_records(self._model.get_submodule(path)._forward_hooks.get(int(key)))
 
     def _is_in_both(self, change: Change, compiled: PythonState, changed: bool) -> bool:
         """Return whether what holds a change holds the same in the compiled model.

@@ -22,6 +22,7 @@ from adaskip_passes import UnsupportedError
 from adaskip_passes._torch import one_at_a_time
 from adaskip_passes.tracing.python_state import PythonState
 
+from ..utils.transformers_internals import only_records
 from . import rotary
 from .original import Original
 from .rotary_state import RotaryState
@@ -125,7 +126,7 @@ class States:
 
     def _watched(self, model: nn.Module) -> PythonState:
         apart = rotary.by_length(model)  # whose frequencies change from call to call
-        return PythonState(model, _LEFT_OUT, self._library, apart)
+        return PythonState(model, _LEFT_OUT, self._library, apart, only_records)
 
     def _names(self) -> frozenset[str]:
         """Return every attribute and key that anything captured has read."""

@@ -24,13 +24,15 @@ from .transformers_types import (
 )
 
 #: Attributes that each of two copies of a model has for itself: attention and experts of its
-#: config, and what gradient checkpointing put on a module.
+#: config, what gradient checkpointing put on a module, and whether it has the hooks of
+#: `only_records`.
 COPIED_APART = (
     "_attn_implementation",
     "_attn_implementation_internal",
     "_experts_implementation",
     "_experts_implementation_internal",
     "_gradient_checkpointing_func",
+    "_output_capturing_hooks_installed",
 )
 
 #: Attributes of a model that say which adapters of peft's it has.
@@ -134,9 +136,10 @@ def router_class(model: Any) -> type | None:
 
 
 def only_records(hook: object) -> bool:
-    """Return whether a hook is one that a model gets when it is first asked for hidden states.
+    """Return whether a hook is one that a module gets when it is first asked for hidden states.
 
-    Those are never taken off, and do nothing in a call that asks for none.
+    (A tower that looks at images is asked at the first image.) Those are never taken off, and do
+    nothing in a call that asks for none.
     """
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 

@@ -203,6 +203,21 @@ def test_a_loop_by_hand_goes_on_after_an_image(pair: Pair) -> None:
     assert_close(*found, 1e-5, "logits")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["text", "the eager model"])
+def test_the_first_image_that_a_tower_ever_sees(first: str) -> None:
+    """It gets hooks then that record, and do nothing else: that is no change of the model."""
+    pair, found = Pair("llava"), []
+    name, image = cache_name(pair.model.forward), prompt("llava")
+    ids = torch.tensor([[5, 9, 3, 22]])
+    text = torch.ones(1, ids.shape[1] + image["input_ids"].shape[1], dtype=torch.long)
+    image["attention_mask"] = text
+    for model in (pair.compiled, pair.model) if first == "text" else (pair.model, pair.compiled):
+        held = model(input_ids=ids, use_cache=True)[name]
+        found.append(model(**image, **{name: held}, use_cache=True).logits)
+    assert_close(*found, 1e-5, "logits")
+
+
 def test_the_tower_keeps_its_attention(pair: Pair) -> None:
     """It is looked at in both directions; attention as it is lowered is causal."""
     tower = next(

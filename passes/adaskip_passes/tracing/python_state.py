@@ -13,7 +13,7 @@ layout, are no other graph.
 from __future__ import annotations
 
 import types
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -33,15 +33,17 @@ class Change:
         names: the attribute that differs; of a container its key and the names that lead to it
             from its module; empty where its users are not known (a closure, a class).
         holder: the path of the object or container that it is in; "" where there is none.
+        idle: whether it is of hooks that do nothing.
     """
 
     path: str
     names: tuple[str, ...] = ()
     holder: str = ""
+    idle: bool = False
 
     def concerns(self, read: Collection[str]) -> bool:
         """Return whether code that reads these attributes and keys, and no others, may see it."""
-        return not self.names or any(name in read for name in self.names)
+        return not self.idle and (not self.names or any(name in read for name in self.names))
 
     def __str__(self) -> str:
         return self.path
@@ -56,6 +58,7 @@ class PythonState:
         leave_out: Collection[str] = (),
         known: Collection[type] = (),
         apart: Collection[object] = (),
+        idle: Callable[[object], bool] = lambda hook: False,
     ) -> None:
         """Walk the tree of `root`.
 
@@ -64,7 +67,9 @@ class PythonState:
             leave_out: attributes of it that are not followed.
             known: classes whose functions are taken for what they are.
             apart: objects in it that are not followed either.
+            idle: tells the hooks that do nothing, which may come and go.
         """
+        self._idle = idle
         walk = Walk(root, leave_out, apart)
         self._live, self._kept, self._paths = walk.live, walk.kept, walk.paths
         self._empty, self._empty_paths = walk.empty, walk.empty_paths
@@ -122,7 +127,8 @@ class PythonState:
         for live, before, path in (*kept, *empty):
             for key in _differing(live, before):
                 changed = join(members_path(path), str(key))
-                found.append(Change(changed, self._names(changed, path, live), path))
+                names, idle = self._names(changed, path, live), self._idles(path, live, before, key)
+                found.append(Change(changed, names, path, idle))
         for module, kind, path in zip(self._modules, self._kinds, self._module_paths, strict=True):
             if type(module) is not kind:
                 found.append(Change(join(path, "__class__")))
@@ -139,6 +145,15 @@ class PythonState:
             if facts(function) != known:
                 found.append(Change(f"{path}, the code of {function.__qualname__}"))
         return found
+
+    def _idles(self, path: str, live: Any, before: Any, key: Any) -> bool:
+        """Return whether what differs is of hooks that do nothing."""
+        if path.rpartition(".")[2] not in HOOKS:
+            return False
+        if isinstance(live, Hooks):
+            now, then = ([e for e in hooks if not self._idle(e[0])] for hooks in (live, before))
+            return now == then
+        return self._idle(live.get(key))
 
     def _names(self, path: str, holder: str, live: Any) -> tuple[str, ...]:
         """Return the names by which code gets to what differs, from its module on; see `Change`."""

@@ -338,6 +338,28 @@ def test_hooks_that_are_registered_again_are_no_change() -> None:
     assert not state.holds()
 
 
+@pytest.mark.parametrize("before", [0, 1], ids=["the first hook", "beside another"])
+def test_hooks_that_do_nothing_concern_nobody(before: int) -> None:
+    root = nn.Sequential(nn.Linear(3, 3))
+    for _ in range(before):
+        root[0].register_forward_hook(closure(2.0))
+
+    def idle(hook: object) -> bool:
+        return hook is nothing
+
+    def nothing(module: nn.Module, args: Any, out: torch.Tensor) -> None:
+        pass
+
+    state = PythonState(root, idle=idle)
+    root[0].register_forward_hook(nothing)
+    (change,) = state.changes()
+    assert not state.holds()
+    assert change.idle
+    assert not change.concerns({"_forward_hooks", *change.names})
+    root[0].register_forward_hook(closure(3.0))  # the near miss
+    assert any(c.concerns({"_forward_hooks", *c.names}) for c in state.changes())
+
+
 def test_tensors_are_described_by_all_but_their_values() -> None:
     one = torch.ones(2, 3)
     assert describe_tensor(one) == describe_tensor(torch.zeros(2, 3))
