@@ -38,6 +38,7 @@ class FollowedAdapters:
     Attributes:
         gone: paths where the original had layers of peft's, which were taken off since the original
             was last found to be as it is.
+        merges: the lists in which layers of the original keep what is merged into their weights.
     """
 
     def __init__(self, original: nn.Module, compiled: nn.Module) -> None:
@@ -50,6 +51,7 @@ class FollowedAdapters:
         self._original, self._compiled = original, compiled
         self._agreed = Adapters.of(original)
         self.gone: tuple[str, ...] = ()
+        self.merges = _merges(original)
 
     def follow(self) -> bool:
         """Do to the compiled model's adapters what was done to the original's since the last time.
@@ -66,6 +68,7 @@ class FollowedAdapters:
         if "peft" not in sys.modules:
             return False
         theirs, ours = Adapters.of(self._original), Adapters.of(self._compiled)
+        self.merges = _merges(self._original)
         followed = False
         if not theirs.equal(self._agreed):
             if not theirs.equal(ours) and ours.facts == self._agreed.facts:
@@ -149,6 +152,12 @@ def refuse_unmerging(model: nn.Module) -> None:
                 f"{path}: its adapters are merged and disabled, so that its next forward would "
                 "write to its weights; unmerge_adapter() first"
             )
+
+
+def _merges(model: nn.Module) -> list[list[str]]:
+    layers = (layer for _, outer in outermost(model) for layer in outer.modules())
+    held = (getattr(layer, "merged_adapters", None) for layer in layers)
+    return [names for names in held if isinstance(names, list)]
 
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:

@@ -80,6 +80,11 @@ class Original:
                     holder[name] = new
         self._shared = now
 
+    @property
+    def merges(self) -> list[list[str]]:
+        """Which adapters are merged into weights, as each layer of peft's keeps it."""
+        return self._adapters.merges
+
     def follow_adapters(self) -> None:
         """Do to the compiled model's adapters what was done to those of the original.
 

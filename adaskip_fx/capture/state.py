@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -119,16 +120,29 @@ class Since:
     Attributes:
         state: of the model's Python.
         tensors: its parameters and buffers then, which live as long as the request does.
+        merges: the names of adapters that are merged into the original's weights, as each of its
+            layers keeps them.
+        merged: the same, as it was then.
     """
 
     state: State
     tensors: Tensors
+    merges: Sequence[list[str]] = ()
+    merged: Sequence[list[str]] = ()
 
     @classmethod
-    def of(cls, state: State) -> Since:
+    def of(cls, state: State, merges: Sequence[list[str]] = ()) -> Since:
         """Return it for a request that begins now, in the state of the last look."""
         assert state.tensors is not None
-        return cls(state, state.tensors)
+        return cls(state, state.tensors, merges, [*map(list, merges)])
+
+    @property
+    def weights_were_written(self) -> bool:
+        """Whether adapters were merged into weights, or taken out of them, which a step can ask.
+
+        Microseconds; the graphs of the request would add them a second time.
+        """
+        return self.merges != self.merged
 
 
 def _dtypes(tensors: Tensors) -> list[torch.dtype]:

@@ -102,6 +102,10 @@ class States:
             self._followed.agree(agreed, state)
             return state
 
+    def begin(self) -> Since:
+        """Return the state that a request begins with now; errors as of `look`."""
+        return Since.of(self.look(), self._followed.merges)
+
     def require(self, since: Since) -> None:
         """Refuse to go on if anything has changed since a request began.
 

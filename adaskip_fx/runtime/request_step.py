@@ -79,10 +79,11 @@ def _run(
     """Run tokens of one kind: a prompt's, or `decoded` ones."""
     graphs, checked = runtime.graphs, checks()
     turns.check_length(graphs, turns.longest_row(inputs, cache))
-    if not cache.length or cache.request.since is None:  # of a file, or another's cache
+    since = cache.request.since
+    if not cache.length or since is None:  # of a file, or another's cache
         turns.begin(cache, graphs)
-    elif phase != "decode" or checked:
-        graphs.states.require(cache.request.since)
+    elif phase != "decode" or checked or since.weights_were_written:
+        graphs.states.require(since)
     request = turns.next_turn(cache, decoded, runtime.learner)
     if request.undecided:
         request = turns.choose_plan(cache, inputs, graphs)

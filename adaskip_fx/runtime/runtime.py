@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..capture.reference import ReferenceRun
-from ..capture.state import Since
 from ..capture.traced_part import decoder_name, decoder_path, traced_forward
 from ..kv_cache import saved
 from ..kv_cache.argument_names import cache_argument, generate_argument
@@ -236,9 +235,9 @@ class Runtime:
         Raises:
             SavedCacheError: it is damaged, newer, or of another model or plan.
         """
-        state = self.graphs.states.look()  # whose adapters the file's must be
+        since = self.graphs.states.begin()  # whose adapters the file's must be
         cache = saved.load_cache(self, path, plan)
-        cache.request.since = Since.of(state)
+        cache.request.since = since
         return cache
 
     def save_cache(self, cache: SkipCache, path: str | Path) -> None:

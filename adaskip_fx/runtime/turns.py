@@ -13,7 +13,6 @@ import torch
 
 from ..capture.arguments import is_embedded
 from ..capture.graph_key import GraphPhase
-from ..capture.state import Since
 from ..kv_cache.cache import SkipCache
 from ..plans.decisions import PlanChooser
 from ..plans.skip_plan import PlanError
@@ -39,14 +38,14 @@ def phase_of(input_ids: torch.Tensor, cache: SkipCache) -> GraphPhase:
 
 def begin(cache: SkipCache, graphs: Graphs) -> None:
     """Begin the cache's request in the state that the model is in now, which it keeps."""
-    state, request = graphs.states.look(), cache.request
-    request.since = Since.of(state)
+    since, request = graphs.states.begin(), cache.request
+    request.since = since
     request.weights.clear()
     request.bindings.clear()
     if not cache.length:
         device = next(graphs.model.parameters()).device
         stored, retention = graphs.stored(request.plan), graphs.retention(request.plans)
-        cache.renew(state.reference.specs, stored, retention, graphs.model.dtype, device)
+        cache.renew(since.state.reference.specs, stored, retention, graphs.model.dtype, device)
 
 
 def next_turn(cache: SkipCache, decoded: bool, learner: Callable[[], Learner | None]) -> Request:

@@ -130,6 +130,17 @@ def _alike(world: World, side: Side) -> None:
     world.begin(side, 5)
 
 
+def _merged(world: World, side: Side) -> None:
+    """Weights are written; decode steps, which do not look at much, would add adapters again."""
+    merging = world.pair.edits["merge_adapter()"]
+    world.begin(side, 5)
+    world.decode(world.requests[0], 1)
+    world.edit(None, merging)
+    world.decode(world.requests[0], 1)
+    world.take_back(None, merging)
+    world.decode(world.requests[0], 1)
+
+
 def _packed(world: World, side: Side) -> None:
     """It is refused today; the next prompt is answered."""
     world.packed(side, 3, 4, 0)
@@ -220,5 +231,6 @@ SEQUENCES = (
     Sequence("a turn without attention", "mamba", _turn),
     Sequence("the same change on both", "llama", _both),
     Sequence("a hook that is registered again", "llama", _again),
+    Sequence("adapters merged in the middle of a request", "llama, adapters", _merged),
     Sequence("one adapter set, the other deleted", "llama, adapters", _alike, captures=True),
 )

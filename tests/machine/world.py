@@ -4,8 +4,9 @@ The meaning that is modelled: there are two module trees, the compiled model's a
 Python state counts in the compiled model's own; a tensor that is replaced on the original is
 followed, and so is what is done to its adapters; any other change of the original is refused at the
 next prompt, unless the same was done to the compiled model. A request keeps the state that it began
-with: decode steps run on in it (or are refused, if no graph of it was captured in time), a further
-prompt is refused once state is another. Values that are written in place are seen by all at once.
+with: decode steps run on in it (or are refused, if no graph of it was captured in time, or adapters
+were merged meanwhile), a further prompt is refused once state is another. Values that are written
+in place are seen by all at once.
 """
 
 from __future__ import annotations
@@ -406,6 +407,9 @@ class World:
         own = [i.edit for i in self._sides[request.side].values()]
         if any(e.compiled == "refused" for e in own):
             return Expected("must", ("State", "Calls"))
+        written = {e.name for e in self.pair.edits.values() if e.written is not None}
+        if written & {*request.began} != written & {*self._original}:
+            return Expected("must", ("State",))  # its graphs would add adapters a second time
         python = any(i.edit.kind == "python" for i in self._original.values())
         another = request.began != self.state(request.side)
         if another or python or any(e.compiled == "either" for e in own):

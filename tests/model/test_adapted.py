@@ -159,6 +159,25 @@ def test_a_request_keeps_the_adapters_that_it_began_with(shared: Followed) -> No
     both.model.set_adapter("first")
 
 
+def test_adapters_that_are_merged_in_the_middle_of_a_request(shared: Followed) -> None:
+    """Weights are written; a decode step would add the adapters a second time."""
+    both, token = shared, IDS[:, :1]
+    name = both.fast.get_base_model()._adaskip.cache_argument
+    with torch.no_grad():
+        first, second = ({name: m(input_ids=IDS)[name]} for m in (both.fast, both.model))
+    both.model.merge_adapter()
+    with pytest.raises(UnsupportedError, match="changed since this request began"):
+        logits(both.fast, input_ids=token, **first)
+    both.answers()
+    with pytest.raises(UnsupportedError, match="changed since this request began"):
+        logits(both.fast, input_ids=token, **first)
+    both.model.unmerge_adapter()
+    got, want = (
+        logits(m, input_ids=token, **c) for m, c in ((both.fast, first), (both.model, second))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_a_saved_cache_is_of_the_adapters_that_it_was_made_with(
     shared: Followed, tmp_path: Path
 ) -> None:
