@@ -22,7 +22,7 @@ from adaskip_passes import UnsupportedError
 from adaskip_passes._torch import one_at_a_time
 from adaskip_passes.tracing.python_state import PythonState
 
-from ..utils.transformers_internals import only_records
+from ..utils.transformers_internals import OFFSETS, only_records
 from . import rotary
 from .original import Original
 from .rotary_state import RotaryState
@@ -38,7 +38,7 @@ _MOST_STATES = 8
 _LEFT_OUT = ("_adaskip", "generation_config")
 #: What models write on themselves from call to call: of images what stands for positions that are
 #: not given, and those of a captured step are; of classifiers which loss the labels were for.
-_OF_A_REQUEST = frozenset({"rope_deltas", "problem_type"})
+_OF_A_REQUEST = frozenset({OFFSETS, "problem_type"})
 #: What a compiled model reads of its config besides what is traced.
 _READ_BY_US = frozenset(
     {

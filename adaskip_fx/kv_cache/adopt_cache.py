@@ -21,6 +21,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from ..utils.transformers_internals import OFFSETS, keeps_offsets
 from .cache import SkipCache
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ def own_cache(cache: Any, runtime: Runtime) -> SkipCache:
     held = _held(cache)
     ours = runtime.new_cache()
     if held is not None:
+        if keeps_offsets(runtime.model):
+            raise ValueError(
+                f"past_key_values is filled, but {type(runtime.model).__name__} keeps the positions "
+                f"that follow an image on itself ({OFFSETS}), and not in it. {_LEAVE_OUT}"
+            )
         _check(held, ours)
         _fill(ours, held)
     return ours.become(cache)

@@ -247,7 +247,7 @@ class RequestMemory:
         old = self.lease.buffers
         if not self.length or old is None:  # as in transformers: there are no rows yet
             return
-        request, self.mask = self.request.of_rows(rows), LastMask()
+        request, self.mask = self.request.of_rows(rows, self.batch), LastMask()
         self.reordered += 1
         new, batch = old, rows.numel()
         if old.shown or batch != self.batch:

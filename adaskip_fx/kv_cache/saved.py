@@ -25,6 +25,7 @@ from ..plans.decisions import Decision, PlanChooser, plans_of
 from ..plans.skip_plan import SkipPlan
 from ..profiles.fingerprint import Fingerprint, fingerprint, is_of
 from ..utils.files import JSON, canonical_digest, check_digest, write_atomically
+from ..utils.transformers_internals import OFFSETS, keeps_offsets
 from .cache import SkipCache
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 _KEY = "adaskip_cache"
 _ABOUT = ("model", "plan", "dtype", "length", "batch", "padded", "sha256")
-_OFFSETS = "rope_deltas"  # of Qwen's models of images
 _REDO = "run the prefix again and save its cache"
 
 
@@ -50,10 +50,10 @@ def save(cache: SkipCache, path: Path) -> None:
     if not cache.length:
         raise SavedCacheError(f"{path}: this cache is empty; save it after a prompt")
     model = cache.owner.model
-    if any(_OFFSETS in vars(module) for module in model.modules()):
+    if keeps_offsets(model):
         raise SavedCacheError(
             f"{path}: {type(model).__name__} keeps the positions that follow an image on itself "
-            f"({_OFFSETS}), and not in the cache, so the text could not go on; keep the cache in "
+            f"({OFFSETS}), and not in the cache, so the text could not go on; keep the cache in "
             "this process"
         )
     tensors = {name: t.contiguous().cpu() for name, t in named_tensors(cache).items()}

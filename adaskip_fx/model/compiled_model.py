@@ -17,6 +17,7 @@ from ..utils.transformers_internals import GenerateHooks, is_whole_text, stop_to
 from ..utils.transformers_types import DecodingCall, GenerationConfigLike, ModelKwargs
 from . import generation
 from .handle import Handle
+from .host import recall_offsets
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
@@ -114,6 +115,12 @@ class CompiledModel(GenerateHooks):
         if isinstance(cache, SkipCache) and generation.serves(call):
             return generation.run(self, call)
         return None
+
+    def _adaskip_recall(self: CompiledCausalLM, model_kwargs: ModelKwargs) -> None:
+        cache = model_kwargs.get(self._adaskip.generate_argument)
+        path = self._adaskip.decoder_path
+        if isinstance(cache, SkipCache) and cache.length and path:
+            recall_offsets(self, path, cache.request.offsets)
 
     def _adaskip_next_kwargs(self, model_kwargs: ModelKwargs) -> ModelKwargs:
         """Leave out a mask that says nothing, and tell the cache that one says nothing new.

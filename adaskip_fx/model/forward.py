@@ -78,13 +78,14 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
     """Run one forward of the compiled model."""
     runtime, config = model._adaskip, model.config
     arguments = under_one_name(arguments, runtime.cache_argument)
+    cache, offsets = arguments.get(runtime.cache_argument), None
+    filled = cache if isinstance(cache, SkipCache) and cache.length else None
     if runtime.decoder_path:
-        arguments = through_host(model, arguments, _STEP_ARGUMENTS | _OF_ALL)
+        offsets = filled.request.offsets if filled is not None else None
+        arguments, offsets = through_host(model, arguments, _STEP_ARGUMENTS | _OF_ALL, offsets)
     call, arguments = arguments, without_routers(arguments)
-    cache = arguments.get(runtime.cache_argument)
     # Most models return a cache that they fill.
     returns_cache = cache is not None or _flag(arguments, "use_cache", config)
-    filled = cache if isinstance(cache, SkipCache) and cache.length else None
     for_loss = _refuse_unsupported(model, arguments, goes_on=filled is not None)
     device = filled.device if filled is not None else runtime.device
     given = arguments.get("input_ids"), arguments.get("inputs_embeds")
@@ -94,6 +95,7 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
         packed_texts(model, arguments.get("position_ids"), input_ids.shape[:2]) if alone else None
     )
     cache = own_cache(cache if cache is not None else runtime.new_cache(), runtime)
+    cache.request.offsets = offsets
     if call is not arguments:
         return _run_routed(model, call, arguments, input_ids, cache, texts, returns_cache)
     recorder = HiddenStateRecorder() if arguments.get("output_hidden_states") is True else None

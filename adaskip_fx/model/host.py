@@ -8,7 +8,7 @@ embeddings, a mask and positions, is what the program runs on. Tokens that are d
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from ..capture.arguments import by_name
 from ..kv_cache.argument_names import CACHE_NAMES
+from ..utils.transformers_internals import OFFSETS
 from .stand_in import with_stand_in
 
 if TYPE_CHECKING:
@@ -43,35 +44,61 @@ class _ReachedError(Exception):
 
 
 def through_host(
-    model: CompiledCausalLM, arguments: dict[str, Any], known: frozenset[str]
-) -> dict[str, Any]:
-    """Return a call's arguments as its decoder takes them; the same ones for other models.
+    model: CompiledCausalLM,
+    arguments: dict[str, Any],
+    known: frozenset[str],
+    offsets: torch.Tensor | None,
+) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """Return a call's arguments as the decoder of a model around it takes them.
 
     Args:
         model: a compiled model.
         arguments: of the call, by name.
         known: the names of those that every compiled model takes.
+        offsets: how far positions of the request are behind its tokens, as the model keeps it
+            (Qwen's ``rope_deltas``); None where they are not.
+
+    Returns:
+        The arguments, and the offsets of what follows.
 
     Raises:
         NotImplementedError: the decoder is handed more than embeddings, a mask and positions.
     """
     path = model._adaskip.decoder_path
-    if not path:
-        return arguments
     arguments = {k: v for k, v in arguments.items() if not _says_nothing(k, v)}
     more = {k: v for k, v in arguments.items() if k not in known and v is not None}
     images = any(v is not False for v in more.values())
     given, apart = arguments.get("position_ids"), _tells_apart(arguments)
     if images or given is None:
-        found = _reaches(model, path, arguments)
+        found, after = _reaches(model, path, arguments, offsets)
         positions = found.get("position_ids")
         if not images:
-            return {**arguments, "position_ids": _without_axes(positions, apart)}
+            return {**arguments, "position_ids": _without_axes(positions, apart)}, offsets
         _refuse_more(type(model).__name__, found)
         kept = {k: v for k, v in arguments.items() if k not in more and k != "input_ids"}
         taken = {k: v for k, v in found.items() if k in _OF_THE_DECODER}
-        return {**kept, **taken, "position_ids": _without_axes(positions, apart)}
-    return {**arguments, "position_ids": _without_axes(given, apart)}
+        return {**kept, **taken, "position_ids": _without_axes(positions, apart)}, after
+    return {**arguments, "position_ids": _without_axes(given, apart)}, offsets
+
+
+def recall_offsets(model: nn.Module, path: Sequence[str], offsets: torch.Tensor | None) -> None:
+    """Put a request's offsets where the code of a model, whose decoder is at a path, looks."""
+    for module in _around(model, path):
+        if OFFSETS in vars(module):
+            setattr(module, OFFSETS, offsets)
+
+
+def _offsets(model: nn.Module, path: Sequence[str]) -> torch.Tensor | None:
+    found = (vars(module).get(OFFSETS) for module in _around(model, path))
+    return next((offsets for offsets in found if offsets is not None), None)
+
+
+def _around(model: Any, path: Sequence[str]) -> Iterator[nn.Module]:
+    """Yield the modules that a decoder is in."""
+    yield model
+    for name in path[:-1]:
+        model = model._modules[name]
+        yield model
 
 
 def _says_nothing(name: str, value: Any) -> bool:
@@ -82,9 +109,12 @@ def _says_nothing(name: str, value: Any) -> bool:
 
 
 def _reaches(
-    model: CompiledCausalLM, path: tuple[str, ...], arguments: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Run a model's own code up to its decoder; returns what that is called with."""
+    model: CompiledCausalLM,
+    path: tuple[str, ...],
+    arguments: Mapping[str, Any],
+    offsets: torch.Tensor | None,
+) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """Run a model's own code up to its decoder; returns what that is called with, and offsets."""
     runtime = model._adaskip
     runtime.graphs.states.look()  # tensors that were replaced on the original are followed
     original = type(runtime.graphs.states.original)
@@ -95,6 +125,8 @@ def _reaches(
         raise _ReachedError(by_name(parameters, args, kwargs))
 
     twin = with_stand_in(model, original, path, decoder)
+    if arguments.get("position_ids") is None:  # (`generate` makes them, and leaves the offsets)
+        recall_offsets(twin, path, offsets)
     try:
         with torch.no_grad():
             original.forward(twin, **passed)
@@ -106,7 +138,7 @@ def _reaches(
             "supported by adaskip_fx yet; call the original model"
         )
     _remember(model, twin, path)
-    return found
+    return found, _offsets(twin, path)
 
 
 def _refuse_more(name: str, found: Mapping[str, Any]) -> None:

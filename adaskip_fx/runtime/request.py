@@ -32,6 +32,8 @@ class Request:
         chosen: The plan that a `PlanChooser` gave it; None before its first prompt.
         learns: Whether a window opens when it begins to decode, if the policy learns.
         instrument: What its programs do besides; None for nothing.
+        offsets: How far positions are behind the tokens after images, [B or fewer, 1], where the
+            model keeps that on itself; None where it keeps nothing.
         left_out: Whether `decode_with` had its steps run with a plan that leaves something out.
         plan: The plan that its prompts run with, and its decoding at first.
         decode: The plans of the current turn's decode steps.
@@ -48,6 +50,7 @@ class Request:
     chosen: SkipPlan | None = None
     learns: bool = True
     instrument: Instrument | None = field(default=None, repr=False)
+    offsets: torch.Tensor | None = field(default=None, repr=False)
     left_out: bool = False
     plan: SkipPlan = field(init=False)
     decode: DecodePlans = field(init=False)
@@ -168,13 +171,18 @@ class Request:
         twin.decoding, twin.decoding_from = self.decoding, self.decoding_from
         return twin
 
-    def of_rows(self, rows: torch.Tensor) -> Request:
+    def of_rows(self, rows: torch.Tensor, batch: int) -> Request:
         """Return the state for other rows: what was measured of each, and which have ended.
 
         Args:
             rows: int64 [B'], the old row of each new one.
+            batch: How many there were, B.
         """
         twin = self.copy()
+        if twin.offsets is not None:
+            beams = batch // twin.offsets.shape[0]
+            of_each = twin.offsets.repeat_interleave(beams, 0)
+            twin.offsets = of_each.index_select(0, rows.to(of_each.device))
         if twin.finished is not None:
             twin.finished = twin.finished.index_select(0, rows.to(twin.finished.device))
         if twin.window is not None:

@@ -38,6 +38,9 @@ COPIED_APART = (
 #: Attributes of a model that say which adapters of peft's it has.
 ADAPTERS = ("peft_config", "_hf_peft_config_loaded")
 
+#: Where Qwen's models of images keep how far the positions of what follows are behind, [B, 1].
+OFFSETS = "rope_deltas"
+
 #: What accelerate puts on a module besides its forward: a hook, and the forward that it stands for.
 ACCELERATE_HOOK, FORWARD_BEFORE = "_hf_hook", "_old_forward"
 
@@ -144,6 +147,11 @@ def only_records(hook: object) -> bool:
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
+def keeps_offsets(model: Any) -> bool:
+    """Return whether a model keeps on itself how far positions are behind after an image."""
+    return any(OFFSETS in vars(module) for module in model.modules())
+
+
 def pad_token(config: GenerationConfigLike) -> torch.Tensor | None:
     """Return the id that ended rows go on with, of a prepared generation config."""
     token: torch.Tensor | None = config._pad_token_tensor  # type: ignore[attr-defined]
@@ -211,6 +219,10 @@ class GenerateHooks:
         """Decode, greedy or sampling; None where transformers' own loop is to do it."""
         raise NotImplementedError
 
+    def _adaskip_recall(self, model_kwargs: ModelKwargs) -> None:
+        """Have the model's positions go on as those of the request's cache do."""
+        raise NotImplementedError
+
     def _adaskip_next_kwargs(self, model_kwargs: ModelKwargs) -> ModelKwargs:
         """Return the arguments of forward for the next step, as transformers made them."""
         raise NotImplementedError
@@ -225,6 +237,14 @@ class GenerateHooks:
     ) -> None:
         self._adaskip_prepare_cache(
             generation_config, model_kwargs, generation_mode, max_cache_length
+        )
+
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: ModelKwargs
+    ) -> Any:
+        self._adaskip_recall(model_kwargs)
+        return super()._prepare_position_ids_for_generation(  # type: ignore[misc]
+            inputs_tensor, model_kwargs
         )
 
     def _prefill(

@@ -113,3 +113,13 @@ def test_decoding_with_another_plan_learns_nothing(scheduled: bool) -> None:
             assert_close(logits, expected, bank.tolerance, f"step {seed}")
     assert cache.request.window is None
     bank.oracle.behave({})
+
+
+def test_other_rows_have_their_offsets() -> None:
+    """One of each text, however many beams it has."""
+    request = Request(SkipPlan.empty(SUBLAYERS))
+    request.offsets = torch.tensor([[-3], [-5]])
+    rows = request.of_rows(torch.tensor([3, 0, 2]), 4)
+    assert rows.offsets is not None
+    assert rows.offsets.tolist() == [[-5], [-3], [-5]]
+    assert request.new_turn().offsets is request.offsets
