@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from adaskip_fx.api import build
 from adaskip_fx.capture import rotary
@@ -23,6 +24,7 @@ from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.runtime import turns
 from adaskip_fx.runtime.static_step import StaticStep
 from adaskip_passes import UnsupportedError
+from tests.support.custom_decoders import OwnDecoder, own
 from tests.support.eager_reference import assert_close, cache_name
 
 TRAINED = 64
@@ -210,6 +212,32 @@ TABLES = {
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32},
     "GPTJ": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "rotary_dim": 8},
 }
+
+
+class Sliced(OwnDecoder):
+    """Its table of 64 positions is cut, not looked up."""
+
+    def forward(
+        self, input_ids: Any, position_ids: Any = None, past_key_values: Any = None, **more: Any
+    ) -> CausalLMOutputWithPast:
+        begin = past_key_values.get_seq_length() if past_key_values is not None else 0
+        places = self.places.weight[begin : begin + input_ids.shape[1]]
+        logits = self.run(self.embed(input_ids) + places, past_key_values)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+
+@torch.no_grad()
+def test_a_table_that_is_cut_has_an_end() -> None:
+    model = own(Sliced, layers=2, max_position_embeddings=64)
+    compiled = build(model, None, backend="eager")
+    text = torch.randint(0, 31, (1, 65), generator=torch.Generator().manual_seed(0))
+    assert_close(compiled(text[:, :64]).logits, model(text[:, :64]).logits, 1e-5, "logits")
+    with pytest.raises(
+        ValueError, match="a sequence of 65 tokens, but Sliced has positions for 64"
+    ):
+        compiled(text)
+
+
 WORDS = "a sequence of 33 tokens, but .* has positions for 32 .*, in a table; shorten it"
 
 

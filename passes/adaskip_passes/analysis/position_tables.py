@@ -34,7 +34,13 @@ def reads_position_table(
 
 
 def _is_by_position(node: fx.Node, weights: set[fx.Node], tokens: set[fx.Node]) -> bool:
-    places = _LOOKUPS.get(operation(node)) if node.op in ("call_function", "call_method") else None
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if _cuts(node):
+        table = node.args[0]
+        assert isinstance(table, fx.Node)
+        return _is_tensor(table) and _is_of(table, weights)
+    places = _LOOKUPS.get(operation(node))
     if places is None:
         return False
     named = {"input": places[1], "weight": places[0]}  # as F.embedding calls them
@@ -45,11 +51,30 @@ def _is_by_position(node: fx.Node, weights: set[fx.Node], tokens: set[fx.Node]) 
         if not (isinstance(table, fx.Node) and _is_tensor(table) and _is_tensor(part)):
             continue
         assert isinstance(part, fx.Node)
-        read = {n for n in _made_of(table) if n.op == "placeholder"}
         by = {n for n in _made_of(part) if n.op == "placeholder"}
-        if read and read <= weights and not by & (weights | tokens):
+        if _is_of(table, weights) and not by & (weights | tokens):
             return True
     return False
+
+
+def _cuts(node: fx.Node) -> bool:
+    """Return whether a node cuts a part out of a tensor that depends on how many tokens there are.
+
+    (``table[start:stop]``, ``table.narrow(0, start, tokens)``; lengths are numbers of the graph.)
+    """
+    if operation(node) == "getitem":
+        parts = node.args[1] if isinstance(node.args[1], tuple | list) else (node.args[1],)
+        ends = [end for p in parts if isinstance(p, slice) for end in (p.start, p.stop)]
+        return any(isinstance(end, fx.Node) and not _is_tensor(end) for end in ends)
+    if operation(node) == "narrow":
+        return any(isinstance(end, fx.Node) for end in (*node.args[2:], *node.kwargs.values()))
+    return False
+
+
+def _is_of(table: fx.Node, weights: set[fx.Node]) -> bool:
+    """Return whether a tensor is made of weights alone."""
+    read = {n for n in _made_of(table) if n.op == "placeholder"}
+    return bool(read) and read <= weights
 
 
 def _is_tensor(value: object) -> bool:
