@@ -54,9 +54,10 @@ def own_cache(cache: Any, runtime: Runtime) -> SkipCache:
     ours = runtime.new_cache()
     if held is not None:
         if keeps_offsets(runtime.model):
+            name = type(runtime.model).__name__
             raise ValueError(
-                f"past_key_values is filled, but {type(runtime.model).__name__} keeps the positions "
-                f"that follow an image on itself ({OFFSETS}), and not in it. {_LEAVE_OUT}"
+                f"past_key_values is filled, but {name} keeps the positions that follow an image "
+                f"on itself ({OFFSETS}), and not in it. {_LEAVE_OUT}"
             )
         _check(held, ours)
         _fill(ours, held)

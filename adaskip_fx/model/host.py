@@ -81,7 +81,7 @@ def through_host(
     return {**arguments, "position_ids": _without_axes(given, apart)}, offsets
 
 
-def recall_offsets(model: nn.Module, path: Sequence[str], offsets: torch.Tensor | None) -> None:
+def recall_offsets(model: Any, path: Sequence[str], offsets: torch.Tensor | None) -> None:
     """Put a request's offsets where the code of a model, whose decoder is at a path, looks."""
     for module in _around(model, path):
         if OFFSETS in vars(module):
