@@ -40,6 +40,7 @@ class RequestMemory:
         lease: the request's buffers.
         mask: the last one that was read.
         reordered: how often other rows were chosen.
+        for_one_call: whether nobody reads it after the prompt that it is made for.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class RequestMemory:
         self.dtype = dtype
         self.device = device
         self.length = self.batch = self.reordered = 0
-        self.padded = False
+        self.padded = self.for_one_call = False
         self.request: Any = None
         self.retention: Retention = ()
         self.lease = BufferLease(owner.buffer_pool)

@@ -189,6 +189,7 @@ def _run_texts(
     batch = texts.batch(tokens)
     positions = texts.batch(arguments["position_ids"].expand(tokens.shape[:2]))
     mask, padding, _ = checked_mask(texts.mask, batch, cache, False)
+    cache.for_one_call = True
     logits = cut(texts.row(model._adaskip.step(batch, mask, positions, cache, 0, padding)), keep)
     if for_loss is None:
         return logits, None

@@ -52,6 +52,15 @@ class Packing(NamedTuple):
         columns = torch.arange(len(rows), device="cpu") - (offsets[:-1] - counts)[rows]
         return cls(rows, columns, offsets)
 
+    def slots(self, cache: SkipCache) -> torch.Tensor:
+        """Return where keys and values of each token go, int64 [N].
+
+        Where they would be with the padding; or one after the other, if nobody reads them later.
+        """
+        if cache.for_one_call:
+            return torch.arange(len(self.rows), device="cpu")
+        return self.columns * (len(self.offsets) - 1) + self.rows
+
     def places(self, columns: torch.Tensor) -> torch.Tensor:
         """Return where all rows' tokens in some columns [K] are, int64 [B, K]; -1: padding."""
         lengths = self.offsets.diff().unsqueeze(1)
@@ -92,15 +101,15 @@ class PackedRunner:
         places = packing.places(columns)
         real = places >= 0
         indices = places[real].to(device)
-        at = torch.stack(
-            (packing.rows * tokens + packing.columns, packing.columns * batch + packing.rows)
-        ).to(device)
+        at = torch.stack((packing.rows * tokens + packing.columns, packing.slots(cache))).to(device)
         ids = inputs.input_ids.flatten(0, 1).unsqueeze(0).index_select(1, at[0])
         _, positions = inputs._replace(attention_mask=None).normal(0)
         positions = positions.reshape(1, -1).index_select(1, at[0])
-        buffers = cache.reserve(batch, tokens)
+        alone = cache.for_one_call
+        rows, room = (1, len(packing.rows)) if alone else (batch, tokens)
+        buffers = cache.reserve(rows, room)
         view = PackedCacheView.of(
-            buffers, cache.specs, tokens, at[1], packing.offsets.to(torch.int32)
+            buffers, cache.specs, room, at[1], packing.offsets.to(torch.int32)
         )
         kept = kept_logits(graphs.forward, indices, ids)
         key = GraphKey(
@@ -127,7 +136,8 @@ class PackedRunner:
             logger.info("padded prompts run with a mask: %s", error)
             return None
         weights = request.weights_of(program, arguments, cache.length, graphs.states)
-        buffers.zero_first(max(padding.counts))
+        if not alone:
+            buffers.zero_first(max(padding.counts))
         logits, _ = program(arguments, weights, None)
         return program, _unpacked(kept.of(logits)[0], real), None
 

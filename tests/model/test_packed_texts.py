@@ -9,6 +9,7 @@ import torch
 
 from adaskip_fx.api import build
 from adaskip_fx.model import packed_texts
+from adaskip_fx.model.handle import runtime_of
 from tests.support.compiled_llamas import entry
 from tests.support.eager_reference import assert_close
 from tests.support.families.all import tiny_config, tiny_model
@@ -59,6 +60,24 @@ def test_embeddings() -> None:
     embedded = bank.model.get_input_embeddings()(IDS).detach()
     with bank.using():
         check(bank.compiled, bank.model, inputs_embeds=embedded, position_ids=TWO)
+
+
+def test_keys_and_values_take_as_much_as_there_are_tokens() -> None:
+    """One long text and short ones; padded, they would take the long one's for each."""
+    lengths = [240, *[3] * 20]
+    ids = torch.randint(1, 50, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([*map(torch.arange, lengths)]).unsqueeze(0)
+    bank = entry("grouped")
+    runtime, held = runtime_of(bank.compiled), list[int]()
+    with bank.using():
+        runtime.observer = lambda program, plan, count: held.append(runtime.cache_bytes)
+        try:
+            check(bank.compiled, bank.model, input_ids=ids, position_ids=positions)
+            for rows in (1, 21):  # of blocks of 256 tokens; the near miss
+                bank.compiled(ids[:, :240].expand(rows, -1), use_cache=False)
+        finally:
+            runtime.observer = None
+    assert held == [2 * held[1], held[1], 21 * held[1]]
 
 
 @pytest.mark.breaks
