@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from ..capture.arguments import by_name, forward_names
 from ..kv_cache.adopt_cache import own_cache
@@ -24,9 +26,9 @@ from .checked_arguments import (
 )
 from .checked_call import check_call
 from .hidden_states import check_hidden_states, recording
-from .host import through_host
+from .host import Reached, through_host
 from .loss import check_loss, loss_arguments, loss_of
-from .outputs import model_output
+from .outputs import image_output, model_output
 from .packed_texts import PackedTexts, packed_texts
 from .router_logits import RouterRecorder, routed_output, router_values, without_routers
 
@@ -78,11 +80,13 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
     """Run one forward of the compiled model."""
     runtime, config = model._adaskip, model.config
     arguments = under_one_name(arguments, runtime.cache_argument)
-    cache, offsets = arguments.get(runtime.cache_argument), None
+    cache = arguments.get(runtime.cache_argument)
     filled = cache if isinstance(cache, SkipCache) and cache.length else None
+    reached = Reached(arguments, None)
     if runtime.decoder_path:
         offsets = filled.request.offsets if filled is not None else None
-        arguments, offsets = through_host(model, arguments, _STEP_ARGUMENTS | _OF_ALL, offsets)
+        reached = through_host(model, arguments, _STEP_ARGUMENTS | _OF_ALL, offsets)
+        arguments = reached.arguments
     call, arguments = arguments, without_routers(arguments)
     # Most models return a cache that they fill.
     returns_cache = cache is not None or _flag(arguments, "use_cache", config)
@@ -95,7 +99,7 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
         packed_texts(model, arguments.get("position_ids"), input_ids.shape[:2]) if alone else None
     )
     cache = own_cache(cache if cache is not None else runtime.new_cache(), runtime)
-    cache.request.offsets = offsets
+    cache.request.offsets = reached.offsets
     if call is not arguments:
         return _run_routed(model, call, arguments, input_ids, cache, texts, returns_cache)
     recorder = HiddenStateRecorder() if arguments.get("output_hidden_states") is True else None
@@ -111,8 +115,16 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
         logits=logits,
         cache=cache if returns_cache else None,
         hidden_states=tuple(map(texts.row, states)) if states and texts is not None else states,
+        kind=_output_kind(model),
+        image_states=reached.image_states,
     )
     return output if _flag(arguments, "return_dict", config) else output.to_tuple()
+
+
+def _output_kind(model: CompiledCausalLM) -> type[ModelOutput]:
+    original = type(model._adaskip.graphs.states.original)
+    around = image_output(original.forward) if model._adaskip.decoder_path else None
+    return around or CausalLMOutputWithPast
 
 
 def _run_step(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -136,7 +136,9 @@ def _run(
         return _decode(model, plan, by_name(signature, (None, *args), kwargs), in_loss)
 
     base = type(original)
-    given = inspect.signature(base.forward).bind(model, *args, **kwargs).arguments
+    given = by_name(inspect.signature(base.forward), (model, *args), kwargs)
+    if given.get("use_cache") is True:
+        _refuse_cache("use_cache")
     in_loss = any(given.get(name) is not None for name in _LABELS)
     with torch.no_grad():
         return base.forward(with_stand_in(model, base, [name], decoder), *args, **kwargs)
@@ -174,10 +176,14 @@ def _refuse_others(arguments: Mapping[str, Any]) -> None:
         if value is None or value is False or name in _TAKEN:
             continue
         if name in CACHE_NAMES:
-            raise NotImplementedError(
-                f"forward({name}=...) of a model whose head gives no logits of tokens is not "
-                "supported by adaskip_fx yet: it runs a text at once; pass all of the text"
-            )
+            _refuse_cache(name)
         raise NotImplementedError(
             f"forward({name}=...) is not supported by adaskip_fx yet; call the original model"
         )
+
+
+def _refuse_cache(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"forward({name}=...) of a model whose head gives no logits of tokens is not supported by "
+        "adaskip_fx yet: it runs a text at once and returns no cache; pass all of the text"
+    )

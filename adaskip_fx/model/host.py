@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..capture.arguments import by_name
 from ..kv_cache.argument_names import CACHE_NAMES
 from ..utils.transformers_internals import OFFSETS
+from .outputs import IMAGE_STATES, image_output
 from .stand_in import with_stand_in
 
 if TYPE_CHECKING:
@@ -38,9 +40,20 @@ _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 class _ReachedError(Exception):
     """The decoder was called."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        super().__init__()
-        self.arguments = arguments
+
+class Reached(NamedTuple):
+    """What reaches a decoder in a model around it.
+
+    Attributes:
+        arguments: of the call, as the decoder takes them.
+        offsets: how far positions of the request are behind its tokens, as the model keeps it
+            (Qwen's ``rope_deltas``); None where they are not.
+        image_states: what the model's output has of images besides (Llava's, [.., H]), if any.
+    """
+
+    arguments: dict[str, Any]
+    offsets: torch.Tensor | None
+    image_states: torch.Tensor | None = None
 
 
 def through_host(
@@ -48,18 +61,14 @@ def through_host(
     arguments: dict[str, Any],
     known: frozenset[str],
     offsets: torch.Tensor | None,
-) -> tuple[dict[str, Any], torch.Tensor | None]:
+) -> Reached:
     """Return a call's arguments as the decoder of a model around it takes them.
 
     Args:
         model: a compiled model.
         arguments: of the call, by name.
         known: the names of those that every compiled model takes.
-        offsets: how far positions of the request are behind its tokens, as the model keeps it
-            (Qwen's ``rope_deltas``); None where they are not.
-
-    Returns:
-        The arguments, and the offsets of what follows.
+        offsets: of the request so far.
 
     Raises:
         NotImplementedError: the decoder is handed more than embeddings, a mask and positions.
@@ -70,15 +79,15 @@ def through_host(
     images = any(v is not False for v in more.values())
     given, apart = arguments.get("position_ids"), _tells_apart(arguments)
     if images or given is None:
-        found, after = _reaches(model, path, arguments, offsets)
-        positions = found.get("position_ids")
+        found, after, states = _reaches(model, path, arguments, offsets, images)
+        positions = _without_axes(found.get("position_ids"), apart)
         if not images:
-            return {**arguments, "position_ids": _without_axes(positions, apart)}, offsets
+            return Reached({**arguments, "position_ids": positions}, offsets)
         _refuse_more(type(model).__name__, found)
         kept = {k: v for k, v in arguments.items() if k not in more and k != "input_ids"}
         taken = {k: v for k, v in found.items() if k in _OF_THE_DECODER}
-        return {**kept, **taken, "position_ids": _without_axes(positions, apart)}, after
-    return {**arguments, "position_ids": _without_axes(given, apart)}, offsets
+        return Reached({**kept, **taken, "position_ids": positions}, after, states)
+    return Reached({**arguments, "position_ids": _without_axes(given, apart)}, offsets)
 
 
 def recall_offsets(model: Any, path: Sequence[str], offsets: torch.Tensor | None) -> None:
@@ -113,32 +122,43 @@ def _reaches(
     path: tuple[str, ...],
     arguments: Mapping[str, Any],
     offsets: torch.Tensor | None,
-) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """Run a model's own code up to its decoder; returns what that is called with, and offsets."""
+    images: bool,
+) -> Reached:
+    """Run a model's own code up to its decoder, with images, or without; `offsets` so far."""
     runtime = model._adaskip
     runtime.graphs.states.look()  # tensors that were replaced on the original are followed
     original = type(runtime.graphs.states.original)
     parameters = inspect.signature(_at(model, path).forward)
     passed = {k: v for k, v in arguments.items() if k != "labels"}
 
+    goes_on = images and image_output(original.forward) is not None
+    states: torch.Tensor | None = None
+    if goes_on:  # behind the decoder, where there is nothing left to do
+        passed = {k: v for k, v in passed.items() if k != "logits_to_keep"} | {"return_dict": True}
+    seen: list[dict[str, Any]] = []
+
     def decoder(*args: Any, **kwargs: Any) -> Any:
-        raise _ReachedError(by_name(parameters, args, kwargs))
+        seen.append(by_name(parameters, args, kwargs))
+        if not goes_on:
+            raise _ReachedError
+        return BaseModelOutputWithPast(last_hidden_state=seen[0]["inputs_embeds"][:, :0])
 
     twin = with_stand_in(model, original, path, decoder)
     if arguments.get("position_ids") is None:  # (`generate` makes them, and leaves the offsets)
         recall_offsets(twin, path, offsets)
     try:
         with torch.no_grad():
-            original.forward(twin, **passed)
-    except _ReachedError as reached:
-        found = reached.arguments
-    else:
+            output = original.forward(twin, **passed)
+        states = getattr(output, IMAGE_STATES, None)
+    except _ReachedError:
+        pass
+    if not seen:
         raise NotImplementedError(
             f"{original.__name__} does not call its decoder as a module, so images are not "
             "supported by adaskip_fx yet; call the original model"
         )
     _remember(model, twin, path)
-    return found, _offsets(twin, path)
+    return Reached(seen[0], _offsets(twin, path), states)
 
 
 def _refuse_more(name: str, found: Mapping[str, Any]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, get_args
 
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -11,6 +14,10 @@ from transformers.utils import ModelOutput
 
 from ..kv_cache.argument_names import output_fields
 from ..kv_cache.cache import SkipCache
+
+#: What outputs of some models of images have besides.
+IMAGE_STATES = "image_hidden_states"
+_FIELDS = {"loss", "logits", "hidden_states", IMAGE_STATES}
 
 
 @dataclass
@@ -37,6 +44,8 @@ def model_output(
     logits: torch.Tensor,
     cache: SkipCache | None,
     hidden_states: tuple[torch.Tensor, ...] | None,
+    kind: type[ModelOutput] = CausalLMOutputWithPast,
+    image_states: torch.Tensor | None = None,
 ) -> Any:
     """Return the output of a model whose forward calls its cache `cache_name`.
 
@@ -46,8 +55,21 @@ def model_output(
         logits: [B, kept, V].
         cache: the request's; None where the caller wants none.
         hidden_states: [B, T, H] each, one more than there are layers; None where nobody asked.
+        kind: its class; `image_output` of models that give something of images.
+        image_states: what that is.
     """
     given: dict[str, Any] = {"loss": loss, "logits": logits, "hidden_states": hidden_states}
     if cache_name == "cache_params":
         return StatefulOutput(**given, cache_params=cache)
-    return CausalLMOutputWithPast(**given, **output_fields(CausalLMOutputWithPast, cache))
+    if image_states is not None:
+        given[IMAGE_STATES] = image_states
+    return kind(**given, **output_fields(kind, cache))
+
+
+@functools.cache
+def image_output(forward: Callable[..., Any]) -> type[ModelOutput] | None:
+    """Return the class of what a forward returns, by its annotation, if it has states of images."""
+    returned = inspect.signature(forward).return_annotation
+    kinds = (k for k in (returned, *get_args(returned)) if isinstance(k, type))
+    own = (k for k in kinds if issubclass(k, ModelOutput))
+    return next((k for k in own if {f.name for f in fields(k)} >= _FIELDS), None)

@@ -180,10 +180,11 @@ def test_nothing_is_kept_of_a_text(classifier: tuple[Any, Any]) -> None:
             {"past_key_values": True},
             r"whose head gives no logits of tokens .* pass all",
         ),
+        ({"use_cache": True}, r"forward\(use_cache=...\) of a model .* and returns no cache"),
         ({"output_attentions": True}, r"forward\(output_attentions=...\) is not supported"),
         ({"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)}, "begin again"),
     ],
-    ids=["a cache", "attentions", "packed"],
+    ids=["a cache", "a cache to come", "attentions", "packed"],
 )
 def test_refusals(classifier: tuple[Any, Any], given: dict[str, Any], words: str) -> None:
     _, compiled = classifier

@@ -208,6 +208,22 @@ def test_a_loop_by_hand_goes_on_after_an_image(pair: Pair) -> None:
     assert_close(*found, 1e-5, "logits")
 
 
+@torch.no_grad()
+def test_what_became_of_images_is_in_the_output(pair: Pair) -> None:
+    given = prompt(pair.kind, rows=2)
+    got, want = pair.compiled(**given), pair.model(**given)
+    assert hasattr(got, "image_hidden_states") == (pair.kind == "llava")
+    if pair.kind == "llava":
+        assert type(got) is type(want)
+        assert_close(got.image_hidden_states, want.image_hidden_states, 1e-5, "of images")
+        more = {"return_dict": False, "use_cache": False, "logits_to_keep": 2}
+        ours, theirs = pair.compiled(**given, **more), pair.model(**given, **more)
+        assert [t.shape for t in ours] == [t.shape for t in theirs]
+        assert_close(ours[-1], theirs[-1], 1e-5, "of images")
+        text = {k: given[k] for k in ("input_ids", "attention_mask")}
+        assert pair.compiled(**text).image_hidden_states is None
+
+
 class Loop:
     """A text, with or without an image, that is decoded by hand."""
 
