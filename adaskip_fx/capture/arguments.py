@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -11,6 +10,7 @@ import torch
 
 from ..kv_cache.packed_view import PackedCacheView
 from ..kv_cache.views import DynamicCacheView, StaticCacheView
+from ..utils.weak_cache import weakly_cached
 
 Forward = Callable[..., Any]
 AnyCacheView: TypeAlias = DynamicCacheView | StaticCacheView | PackedCacheView
@@ -61,24 +61,19 @@ def tokens_of(inputs: Mapping[str, Any]) -> torch.Tensor:
 
 def takes_logits_to_keep(forward: Forward) -> bool:
     """Return whether a forward can be asked for the logits of some tokens alone."""
-    return "logits_to_keep" in _parameters(forward)
+    return "logits_to_keep" in forward_names(forward)
 
 
-@functools.cache
 def takes_indices(forward: Forward) -> bool:
     """Return whether a forward's `logits_to_keep` may be a tensor, going by its annotation."""
-    parameter = _parameters(forward).get("logits_to_keep")
-    return parameter is not None and "Tensor" in str(parameter.annotation)
+    return "Tensor" in forward_names(forward).get("logits_to_keep", "")
 
 
-def forward_names(forward: Forward) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a forward by name."""
-    return _parameters(forward)
-
-
-@functools.cache
-def _parameters(forward: Forward) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(forward).parameters
+@weakly_cached
+def forward_names(forward: Forward) -> Mapping[str, str]:
+    """Return the annotations of a forward's parameters, as text, by their names."""
+    parameters = inspect.signature(forward).parameters.values()
+    return {p.name: str(p.annotation) for p in parameters}
 
 
 def by_name(

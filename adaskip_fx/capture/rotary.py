@@ -11,10 +11,10 @@ modules' own; above it they are transformers' own as well (longrope), or its for
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -63,7 +63,10 @@ def place(model: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def as_written(model: Any) -> Iterator[None]:
-    """Meanwhile such modules run transformers' own forward; afterwards they are as they were."""
+    """Meanwhile such modules run transformers' own forward; afterwards they are as they were.
+
+    Other threads that run the model never find an attribute missing.
+    """
     modules = by_length(model)
     kinds = [*map(type, modules)]
     before = [
@@ -77,13 +80,17 @@ def as_written(model: Any) -> Iterator[None]:
     finally:
         for module, kind, (attributes, buffers) in zip(modules, kinds, before, strict=True):
             module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            for name, (buffer, values) in buffers.items():
-                module._buffers[name] = buffer
+            _restore(vars(module), attributes)
+            _restore(module._buffers, {name: buffer for name, (buffer, _) in buffers.items()})
+            for buffer, values in buffers.values():
                 if buffer is not None and values is not None and not torch.equal(buffer, values):
                     buffer.copy_(values)
+
+
+def _restore(held: dict[str, Any], before: dict[str, Any]) -> None:
+    held.update(before)
+    for name in [name for name in held if name not in before]:
+        del held[name]
 
 
 def _switches(module: nn.Module) -> dict[str, str]:
@@ -181,8 +188,15 @@ def _dynamic(module: Any, prefix: str, length: torch.Tensor) -> torch.Tensor:
     return frequencies
 
 
-@functools.cache
+#: Classes without effects by the identity of those that they are made of, which they keep alive.
+_made: WeakValueDictionary[int, type] = WeakValueDictionary()
+
+
 def _pure(kind: type) -> type:
-    forward = _undecorated(kind)
-    assert forward is not None
-    return type(kind.__name__, (PureRotary, kind), {"adaskip_undecorated": staticmethod(forward)})
+    made = _made.get(id(kind))
+    if made is None:
+        forward = _undecorated(kind)
+        assert forward is not None
+        members = {"adaskip_undecorated": staticmethod(forward)}
+        made = _made[id(kind)] = type(kind.__name__, (PureRotary, kind), members)
+    return made

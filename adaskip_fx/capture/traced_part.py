@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -63,11 +64,19 @@ def traced_forward(model: Any, name: str | None) -> Forward:
     return _of_decoder(name, type(getattr(model, name)).forward)
 
 
-@functools.cache
+#: What is traced of decoders, for as long as a compiled model has it.
+_traced: WeakValueDictionary[tuple[str, int], Forward] = WeakValueDictionary()
+
+
 def _of_decoder(name: str, inner: Forward) -> Forward:
+    known = _traced.get((name, id(inner)))
+    if known is not None:  # it refers to `inner`, whose identity is its own until then
+        return known
+
     @functools.wraps(inner)
     def forward(model: Any, *args: Any, **kwargs: Any) -> HiddenStateOutput:
         output = getattr(model, name)(*args, **kwargs)  # with the hooks that it has
         return HiddenStateOutput(output.last_hidden_state)
 
+    _traced[name, id(inner)] = forward
     return forward

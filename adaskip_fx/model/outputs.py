@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from ..kv_cache.argument_names import output_fields
 from ..kv_cache.cache import SkipCache
+from ..utils.weak_cache import weakly_cached
 
 #: What outputs of some models of images have besides.
 IMAGE_STATES = "image_hidden_states"
@@ -66,7 +66,7 @@ def model_output(
     return kind(**given, **output_fields(kind, cache))
 
 
-@functools.cache
+@weakly_cached
 def image_output(forward: Callable[..., Any]) -> type[ModelOutput] | None:
     """Return the class of what a forward returns, by its annotation, if it has states of images."""
     returned = inspect.signature(forward).return_annotation

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
+import sys
+import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -193,6 +196,36 @@ def test_tokens_that_are_none_show(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair(make("dynamic"), static_cache=True)
     with pytest.raises(AssertionError, match="logits up to 64: relative error"):
         pair.check(ids_of(70), [60, 62, 64])
+
+
+def test_attributes_are_never_missing_while_frequencies_are_put_back() -> None:
+    """Another thread may run the user's model meanwhile."""
+    model, missing = make("dynamic"), list[str]()
+    (module,) = rotary.by_length(model)
+    names, before = {*vars(module), *module._buffers}, dict(vars(module))
+
+    def look(frame: Any, event: str, argument: Any) -> Any:
+        missing.extend(names - {*vars(module), *module._buffers})
+        return look if frame.f_globals.get("__name__") == rotary.__name__ else None
+
+    traced = sys.gettrace()
+    sys.settrace(look)
+    try:
+        with rotary.as_written(model):
+            module.new, module.config = 1, None
+    finally:
+        sys.settrace(traced)
+    assert not missing
+    assert vars(module) == before
+
+
+def test_classes_of_rotary_embeddings_are_not_kept() -> None:
+    module = type("Mine", (type(rotary.by_length(make("dynamic"))[0]),), {})
+    made = [weakref.ref(c) for c in (module, rotary._pure(module))]
+    assert rotary._pure(module) is rotary._pure(module)
+    del module
+    gc.collect()
+    assert [m() for m in made] == [None, None]
 
 
 def test_a_longer_text_is_warned_of_once(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
