@@ -43,6 +43,17 @@ def check_call(model: CompiledCausalLM, embeddings: Any, goes_on: bool) -> None:
             _say_detached()
 
 
+def not_supported(name: str) -> NotImplementedError:
+    """Return the refusal of an argument of forward that there is no graph for."""
+    way = "call the original model"
+    if name == "output_attentions":
+        way = (
+            "attention in one kernel has no weights to give; call the original model, loaded with "
+            "attn_implementation='eager'"
+        )
+    return NotImplementedError(f"forward({name}=...) is not supported by adaskip_fx yet; {way}")
+
+
 @functools.cache
 def _say_detached() -> None:
     logger.warning(

@@ -24,7 +24,7 @@ from .checked_arguments import (
     checked_positions,
     checked_tokens,
 )
-from .checked_call import check_call
+from .checked_call import check_call, not_supported
 from .hidden_states import check_hidden_states, recording
 from .host import Reached, through_host
 from .loss import check_loss, loss_arguments, loss_of
@@ -237,9 +237,7 @@ def _refuse_unsupported(
     of_loss = loss_arguments(model.loss_function) if more or labels is not None else frozenset()
     for name in more:
         if name not in of_loss:
-            raise NotImplementedError(
-                f"forward({name}=...) is not supported by adaskip_fx yet; call the original model"
-            )
+            raise not_supported(name)
     if labels is None:
         return None
     check_loss(model, labels, more)

@@ -24,7 +24,7 @@ from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import SkipPlan
 from ..programs.instruments import HiddenStateRecorder
 from .checked_arguments import checked_mask, checked_positions, checked_tokens, refuse_packed
-from .checked_call import check_call
+from .checked_call import check_call, not_supported
 from .hidden_states import check_hidden_states, recording
 from .stand_in import with_stand_in
 
@@ -177,9 +177,7 @@ def _refuse_others(arguments: Mapping[str, Any]) -> None:
             continue
         if name in CACHE_NAMES:
             _refuse_cache(name)
-        raise NotImplementedError(
-            f"forward({name}=...) is not supported by adaskip_fx yet; call the original model"
-        )
+        raise not_supported(name)
 
 
 def _refuse_cache(name: str) -> NoReturn:

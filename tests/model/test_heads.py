@@ -181,7 +181,10 @@ def test_nothing_is_kept_of_a_text(classifier: tuple[Any, Any]) -> None:
             r"whose head gives no logits of tokens .* pass all",
         ),
         ({"use_cache": True}, r"forward\(use_cache=...\) of a model .* and returns no cache"),
-        ({"output_attentions": True}, r"forward\(output_attentions=...\) is not supported"),
+        (
+            {"output_attentions": True},
+            r"forward\(output_attentions=...\) .*attn_implementation='eager'",
+        ),
         ({"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)}, "begin again"),
     ],
     ids=["a cache", "a cache to come", "attentions", "packed"],
