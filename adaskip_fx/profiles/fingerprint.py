@@ -2,8 +2,8 @@
 
 A fingerprint covers what the statistics of a sublayer depend on, weights aside: the configuration,
 and the shapes of what is in the layers. It does not cover how weights are stored (dtype,
-quantization), adapters, the attention kernel, nor the vocabulary: embeddings and head may be
-resized or tied.
+quantization), adapters, the attention kernel, nor what the decoder's stream ends in: embeddings and
+head may be resized or tied, and the head may be a classifier's.
 """
 
 from __future__ import annotations
@@ -57,12 +57,14 @@ def fingerprint(model: Any) -> Fingerprint:
 def digests_of(model: Any) -> frozenset[str]:
     """Return the digests that fingerprints of a model have: this version's, and the earlier ones'.
 
-    Earlier versions covered the vocabulary, and every parameter's shape.
+    Earlier versions covered the vocabulary and every parameter's shape, then what is around the
+    decoder as well.
     """
     config = _architecture(model.config.to_dict(), _NOT_ARCHITECTURE - _VOCABULARY)
     named = sorted(model.named_parameters(), key=lambda item: str(item[0]))
     shapes: list[JSON] = [[name, list(parameter.shape)] for name, parameter in named]
-    return frozenset({_digest(model), canonical_digest({"config": config, "parameters": shapes})})
+    all_of_it = canonical_digest({"config": config, "parameters": shapes})
+    return frozenset({_digest(model), _digest(model, model), all_of_it})
 
 
 def is_of(known: Fingerprint, model: Any) -> bool:
@@ -90,9 +92,11 @@ def unusual_layers(model: Any) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(found.items()) if count)
 
 
-def _digest(model: Any) -> str:
+def _digest(model: Any, decoder: Any = None) -> str:
+    """Return the digest of what a model's head stands on, which may be handed in."""
+    decoder = decoder if decoder is not None else getattr(model, "base_model", model)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    shapes: list[JSON] = [[path, shape] for path, shape in sorted(_shapes(model, "", ends))]
+    shapes: list[JSON] = [[path, shape] for path, shape in sorted(_shapes(decoder, "", ends))]
     return canonical_digest({"config": _architecture(model.config.to_dict()), "layers": shapes})
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -630,6 +631,17 @@ def base() -> Fingerprint:
     return fingerprint(llama())
 
 
+@pytest.mark.parametrize("head", ["SequenceClassification", "QuestionAnswering"])
+def test_a_decoder_has_one_fingerprint_under_any_head(base: Fingerprint, head: str) -> None:
+    config = llama().config
+    config.num_labels = 3
+    model = getattr(transformers, f"LlamaFor{head}")(config)
+    assert fingerprint(model).digest == base.digest
+    assert fingerprint(model.base_model).digest == base.digest
+    config.intermediate_size += 8  # the near miss
+    assert fingerprint(getattr(transformers, f"LlamaFor{head}")(config)).digest != base.digest
+
+
 def test_fingerprint_of_the_same_model(base: Fingerprint) -> None:
     model = llama()
     before = (copy.deepcopy(model.config.to_dict()), {k: v.clone() for k, v in named(model)})
@@ -753,9 +765,17 @@ def test_a_profile_of_a_version_that_covered_the_vocabulary() -> None:
             own.check(other)
 
 
+def test_a_profile_of_a_version_that_covered_what_is_around_the_decoder() -> None:
+    earlier = dataclasses.replace(fingerprint(llama()), digest="bae728afd1c39c13")
+    own = profile(fingerprint=earlier)
+    own.check(llama(vocab_size=160))
+    with pytest.raises(ProfileError, match="this profile was measured on bae728afd1c39c13"):
+        own.check(llama(num_hidden_layers=3))
+
+
 def test_parameter_names_and_shapes_count(base: Fingerprint) -> None:
     model = llama()
-    model.extra = torch.nn.Linear(2, 2)
+    model.model.extra = torch.nn.Linear(2, 2)
     assert fingerprint(model).digest != base.digest
 
 
