@@ -99,7 +99,7 @@ class LiteStage:
             taken = stage.latency(plan)
             if taken < seconds:
                 best, seconds = plan, taken
-        return best
+        return best.with_fingerprint(profile.fingerprint)
 
     def _budgets(self, profile: Profile, most: int) -> Iterator[SkipPlan]:
         order = np.argsort(-profile.similarity(), kind="stable")

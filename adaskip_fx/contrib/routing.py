@@ -23,7 +23,7 @@ from ..plans.decision_files import register_kind
 from ..plans.decisions import PlanChooser, check_same_model, left_out
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..policies.adaskip import AdaSkip
-from ..policies.base import check_policy
+from ..policies.base import check_policy, for_its_model
 from ..utils.files import JSON, canonical_digest
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ class Router:
         """Refuse what `policy` refuses."""
         check_policy(self.policy, model)
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> Choice:
         """Return the plans at `alpha`; of `profile` only its model counts."""
         for route in self.routes:

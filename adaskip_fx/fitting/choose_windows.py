@@ -19,6 +19,7 @@ from adaskip_fx.calibration.tokenizer import Tokenizer
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.windows import Window
 from adaskip_fx.policies import Windowed
+from adaskip_fx.profiles.fingerprint import fingerprint
 
 from .retrieval_prompts import retrieval_samples
 from .session import Kinds, Say, answer_start, tokenized
@@ -118,7 +119,7 @@ def choose_windows(
     plan = policy.search(compiled.adaskip.sublayers, alpha, recipe.start)
     kl = f"{loss.text_loss(plan):.4f}, of answers {loss.answer_loss(plan):.4f} nats a token"
     say(f"{loss.judged} plans judged; KL of texts {kl}")
-    return plan
+    return plan.with_fingerprint(fingerprint(model))
 
 
 def _loss(

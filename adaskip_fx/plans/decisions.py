@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar, cast
 
 from adaskip_fx.plans.fingerprint import Fingerprint
 from adaskip_fx.plans.skip_plan import Action, PlanError, SkipPlan
@@ -176,6 +176,7 @@ class PlanChooser(PlanSet):
 
 
 Decision: TypeAlias = SkipPlan | Schedule | PlanChooser
+D = TypeVar("D", bound=Decision)
 
 
 def plans_of(decision: Decision) -> tuple[SkipPlan, ...]:
@@ -190,7 +191,7 @@ def map_plans(decision: Decision, change: Callable[[SkipPlan], SkipPlan]) -> Dec
     return decision.with_plans(tuple(map(change, decision.plans)))
 
 
-def of_model(decision: Decision, fingerprint: Fingerprint) -> Decision:
+def of_model(decision: D, fingerprint: Fingerprint) -> D:
     """Return a decision whose plans say which model they are for; those that do are kept.
 
     Plans of a choice that cannot be changed are left as they are.
@@ -198,9 +199,10 @@ def of_model(decision: Decision, fingerprint: Fingerprint) -> Decision:
     if all(plan.fingerprint is not None for plan in plans_of(decision)):
         return decision
     try:
-        return map_plans(
+        stamped = map_plans(
             decision, lambda plan: plan if plan.fingerprint else plan.with_fingerprint(fingerprint)
         )
+        return cast("D", stamped)
     except PlanError:
         return decision
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import SANE_FACTORS, Surrogates
+from adaskip_fx.policies.base import for_its_model
 from adaskip_fx.profiles.profile import PROBE_STATS, Variant
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class AdaSkip:
             known = " or ".join(map(repr, get_args(Variant)))
             raise ValueError(f"unknown variant {self.variant!r}: use {known}")
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Return the plan that skips the `skip_count(alpha, S)` most similar sublayers.
 

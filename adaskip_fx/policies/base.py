@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+import functools
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
+from adaskip_fx.plans.decisions import Decision, of_model
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
 
 if TYPE_CHECKING:
     from adaskip_fx.profiles.profile import Profile
+
+
+F = TypeVar("F", bound=Callable[..., Decision])
 
 
 @runtime_checkable
@@ -23,6 +28,16 @@ class CheckedPolicy(Protocol):
             ValueError: the message says what differs and what to do.
         """
         ...
+
+
+def for_its_model(plan: F) -> F:
+    """Have what a policy's `plan` decides say which model it is for: the profile's."""
+
+    @functools.wraps(plan)
+    def of_profile(policy: Any, profile: Profile, alpha: float) -> Decision:
+        return of_model(plan(policy, profile, alpha), profile.fingerprint)
+
+    return cast("F", of_profile)
 
 
 def check_policy(policy: object, model: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.phase_split import decode_only
-from adaskip_fx.policies.base import plan_without
+from adaskip_fx.policies.base import for_its_model, plan_without
 
 if TYPE_CHECKING:
     from adaskip_fx.profiles.profile import Profile
@@ -71,6 +71,7 @@ class DepthSchedule(ABC):
             ValueError: no depths from `total` down to `fewest` have about this mean.
         """
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> Schedule:
         """Return a schedule that runs L/alpha layers in the mean.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adaskip_fx.policies.adaskip import AdaSkip
+from adaskip_fx.policies.base import for_its_model
 from adaskip_fx.policies.candidates import Evaluator, FitSurrogates, candidate, skippable
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Evolve:
                 f"Evolve: the last step of selection leaves one survivor, got {self.selection!r}"
             )
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Return the best plan of the last generation.
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies.adaskip import AdaSkip
+from adaskip_fx.policies.base import for_its_model
 
 if TYPE_CHECKING:
     from adaskip_fx.plans.sublayer import Sublayer
@@ -30,6 +31,7 @@ class Fitted:
     skip_plan: SkipPlan
     base: AdaSkip = field(default_factory=AdaSkip)
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Return `skip_plan`, whatever `alpha` is.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaskip_fx.policies.adaskip import skip_count
+from adaskip_fx.policies.base import for_its_model
 from adaskip_fx.policies.candidates import Evaluator, FitSurrogates, candidate, skippable
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Greedy:
         if self.shortlist is not None and self.shortlist < 1:
             raise ValueError(f"Greedy: shortlist must be at least 1, got {self.shortlist!r}")
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Return a plan that skips `skip_count(alpha, S)` sublayers.
 

@@ -23,6 +23,7 @@ from adaskip_fx.latency.terms import Weights, surrogate_term, weights_of
 from adaskip_fx.plans.compose_surrogates import compose_surrogates
 from adaskip_fx.plans.skip_plan import Phase, SkipPlan, Sublayer
 from adaskip_fx.policies.adaskip import AdaSkip
+from adaskip_fx.policies.base import for_its_model
 
 if TYPE_CHECKING:
     from adaskip_fx.profiles.profile import Profile
@@ -79,6 +80,7 @@ class LatencyBudget:
         )
         return f"budget: {', '.join(speed_ups)} predicted at {self.context:,} tokens"
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Return the plan of least summed loss that is `alpha` times as fast by the table.
 

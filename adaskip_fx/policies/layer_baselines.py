@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from adaskip_fx.policies.adaskip import skip_count
-from adaskip_fx.policies.base import plan_without
+from adaskip_fx.policies.base import for_its_model, plan_without
 
 if TYPE_CHECKING:
     from adaskip_fx.plans.skip_plan import SkipPlan
@@ -44,6 +44,7 @@ class LayerPolicy(ABC):
             count: at least 0, at most as many as there are candidates.
         """
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Return the plan that skips `skip_count(alpha, L)` of the model's L layers.
 

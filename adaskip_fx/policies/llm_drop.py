@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from adaskip_fx.policies.adaskip import skip_count
-from adaskip_fx.policies.base import plan_without
+from adaskip_fx.policies.base import for_its_model, plan_without
 
 if TYPE_CHECKING:
     from adaskip_fx.plans.skip_plan import SkipPlan
@@ -37,6 +37,7 @@ class LLMDrop:
         if self.which not in get_args(Which):
             raise ValueError(f"which must be 'attention' or 'joint', got {self.which!r}")
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Return the plan that skips the `skip_count(alpha, S)` most similar sublayers.
 

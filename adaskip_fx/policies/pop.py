@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from adaskip_fx.plans.decisions import map_plans
 from adaskip_fx.plans.phase_split import decode_only, prefill_only
 from adaskip_fx.policies.adaskip import AdaSkip
-from adaskip_fx.policies.base import check_policy
+from adaskip_fx.policies.base import check_policy, for_its_model
 from adaskip_fx.policies.layer_baselines import EarlyExit
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class POP:
         """Refuse a model that `policy` refuses."""
         check_policy(self.policy, model)
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Return `policy`'s plan at `alpha` for prompts, and at `decode_alpha` for decoding.
 
@@ -69,6 +70,7 @@ class DecodeOnly:
         """Refuse a model that `policy` refuses."""
         check_policy(self.policy, model)
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> Decision:
         """Return `policy`'s decision at `alpha` with every prompt in full.
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from adaskip_fx.plans.skip_plan import Action, SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.plans.windows import Window, Windows
+from adaskip_fx.policies.base import for_its_model
 from adaskip_fx.policies.candidates import Evaluator, cheapest
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class TimedGreedy:
         speed_up = self.table.predict(plan, self.phase, self.context)
         return f"predicted: {speed_up:.3g}x at {self.context:,} tokens"
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Return a plan that is predicted to be `alpha` times as fast.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.plans.windows import Window, Windows
+from adaskip_fx.policies.base import for_its_model
 from adaskip_fx.policies.candidates import Evaluator, cheapest
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Windowed:
                 "context, or a shorter window"
             )
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Return a plan under which a step reads ``1 / alpha`` of the keys and values, or less.
 

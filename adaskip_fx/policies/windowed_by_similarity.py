@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.windows import Window
+from adaskip_fx.policies.base import for_its_model
 from adaskip_fx.policies.windowed import Windowed
 from adaskip_fx.profiles.profile import ProfileError
 
@@ -52,6 +53,7 @@ class WindowedBySimilarity:
         if self.per not in ("head", "layer"):
             raise ValueError(f"WindowedBySimilarity: per is 'head' or 'layer', got {self.per!r}")
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Return a plan under which a step reads ``1 / alpha`` of the keys and values, or less.
 
