@@ -395,8 +395,15 @@ def test_dropout_of_an_adapter() -> None:
 # Found by review. ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("take_off", ["merge_and_unload", "unload"])
-@pytest.mark.parametrize("name", ["lm_head", "down_proj"])
+@pytest.mark.parametrize(
+    ("name", "take_off"),
+    [
+        ("lm_head", "merge_and_unload"),
+        ("down_proj", "unload"),
+        pytest.param("lm_head", "unload", marks=pytest.mark.slow),
+        pytest.param("down_proj", "merge_and_unload", marks=pytest.mark.slow),
+    ],
+)
 def test_trained_copies_of_modules_stay_after_the_adapters_went(take_off: str, name: str) -> None:
     base = made.llama()
     model = peft.get_peft_model(

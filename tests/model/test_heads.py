@@ -6,6 +6,7 @@ The head is the model's own code, so what can go wrong is what it is handed, and
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -73,10 +74,15 @@ LABELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    model = make(request.param)
+@functools.cache
+def compiled_pair(name: str) -> tuple[Any, Any]:
+    model = make(name)
     return model, build(model, None, backend="eager")
+
+
+@pytest.fixture(params=MODELS)
+def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    return compiled_pair(request.param)
 
 
 @torch.no_grad()
@@ -108,10 +114,9 @@ def test_outputs_and_the_loss_are_the_models_own(pair: tuple[Any, Any]) -> None:
     check(*pair, **labels, **CASES["padded on the right"])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def classifier() -> tuple[Any, Any]:
-    model = make(CLASSIFIER)
-    return model, build(model, None, backend="eager")
+    return compiled_pair(CLASSIFIER)
 
 
 def test_embeddings(classifier: tuple[Any, Any]) -> None:
