@@ -82,13 +82,7 @@ def test_a_compiled_model_runs_the_stage_that_is_set() -> None:
     bank = entry(SHAPE)
     similarity = dict(zip(NAMES, [0.1, 0.9, 0.8, 0.2, 0.3, 0.7], strict=True))
     stages = (stage("a", [2, 1, 1], [1, 1, 0]), stage("b", [3, 2, 1], [1, 1, 1]))
-    from adaskip_fx.profiles.fingerprint import fingerprint
-
-    plain = profile_of(bank, similarity)
-    measured = adaskip_fx.Profile(
-        plain.sublayers, plain.statistics, fingerprint(bank.model), {}, {}
-    )
-    plans = LiteStage(stages).plans(measured, 1.5)
+    plans = LiteStage(stages).plans(profile_of(bank, similarity), 1.5)
     fast = adaskip_fx.compile(bank.model, plan=plans["a"], backend="eager")
     assert names(plans["a"]) == {"0.ffn"}
     assert fast.adaskip.new_cache().stored == (True, True, True)

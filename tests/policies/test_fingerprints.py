@@ -28,7 +28,7 @@ MEASURED = profile(4, {"1.ffn": 0.9, "2.attention": 0.8, "3.ffn": 0.7})
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_plan_of_a_profile(name: str, tmp_path: Path) -> None:
-    decision = MADE[name].plan(MEASURED, 1.5)
+    decision = MADE[name].plan(MEASURED, 1.25)
     assert all(plan.fingerprint == MEASURED.fingerprint for plan in plans_of(decision))
     if isinstance(decision, SkipPlan):
         decision.save(tmp_path / "plan.json")

@@ -125,7 +125,7 @@ def test_on_a_model() -> None:
     loss = CalibrationLoss(model, texts, [(texts[0][:, :30], texts[0][:, 30:32])], backend="eager")
     assert list(loss.kv_heads.values()) == [2, 2]
     policy = Windowed(loss, loss.kv_heads, Window(5, 1), context=40)
-    chosen = policy.plan(profile(2), 1.3)
+    chosen = policy.plan(profile(2, model=model), 1.3)
     assert policy.alpha_of(chosen) >= 1.3
     losses = {}
     for sublayer in loss.kv_heads:
