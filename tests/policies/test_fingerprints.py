@@ -23,7 +23,7 @@ MADE: dict[str, Any] = {
     "a schedule": D3(),
     "decode only": DecodeOnly(),
 }
-MEASURED = profile(4, {"1.ffn": 0.9, "2.attention": 0.8, "3.ffn": 0.7})
+MEASURED = profile(12, {"1.ffn": 0.9, "2.attention": 0.8, "3.ffn": 0.7})
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -451,5 +451,5 @@ def test_a_table_of_another_device_or_model(monkeypatch: pytest.MonkeyPatch) -> 
                 compiled(policy=wrapped)
     fine = DecodeOnly(LatencyBudget(bank_table(), 100))  # the companion
     assert compiled(policy=fine).adaskip.plan == fine.plan(profile(SIMILAR), 1.3)
-    on_purpose = other.plan(profile(SIMILAR), 1.3)
+    on_purpose = other.plan(bank_profile(), 1.3)
     assert compiled(plan=on_purpose).adaskip.plan == on_purpose
