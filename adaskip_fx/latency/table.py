@@ -16,9 +16,18 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
-from adaskip_fx.latency.terms import Costs, TableError, Weights, between, cost_terms, weights_of
+from adaskip_fx.latency.terms import (
+    Costs,
+    TableError,
+    Weights,
+    between,
+    cost_terms,
+    goals_of,
+    named,
+    weights_of,
+)
 from adaskip_fx.plans.skip_plan import Phase, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.profiles.fingerprint import Fingerprint, fingerprint, is_of, unusual_layers
@@ -147,6 +156,16 @@ class LatencyTable:
             return sum(w * self.seconds(plan, name, context) for name, w in weights.items())
 
         return seconds(SkipPlan.empty(self.sublayers)) / seconds(plan)
+
+    def speed_ups(
+        self, plan: SkipPlan, phase: Weights | Literal["both"], context: int
+    ) -> dict[str, float]:
+        """Return the predicted speed-up for each thing that is to be faster, by its name.
+
+        Raises:
+            TableError, ValueError: as for `predict`.
+        """
+        return {named(goal): self.predict(plan, goal, context) for goal in goals_of(phase)}
 
     def check(self, model: Any) -> None:
         """Refuse a model, a dtype or a device that this table was not measured on.

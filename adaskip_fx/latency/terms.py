@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from adaskip_fx.plans.compose_surrogates import ComposedSurrogate, compose_surrogates
 from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan
@@ -96,7 +96,7 @@ def cost_terms(
         if not name and action is not Action.RUN:
             raise TableError(f"{sublayer} cannot be skipped: later layers read what it computes")
         if window is not None:
-            counts.update(_parts(name, window, count, sublayer))
+            counts.update(window_terms(name, window, count, str(sublayer)))
         elif action is not Action.SKIP:
             counts[kv_only_term(name) if action is Action.KV_ONLY else name] += 1
     del counts[""]
@@ -104,8 +104,18 @@ def cost_terms(
     return {OVERHEAD: 1.0, **{name: float(n) for name, n in counts.items()}}
 
 
-def _parts(name: str, window: Window, heads: int, sublayer: Sublayer) -> dict[str, float]:
-    """Return the terms of attention of class `name` with a window."""
+def window_terms(name: str, window: Window, heads: int, sublayer: str) -> dict[str, float]:
+    """Return the terms of attention of class `name` with a window, each with how often it occurs.
+
+    Args:
+        name: the class; empty for what cannot be skipped.
+        window: what it sees.
+        heads: how many K/V heads it has; 0 if that is not known.
+        sublayer: its name, for messages.
+
+    Raises:
+        TableError: the class is empty, or heads differ and it is not known how many there are.
+    """
     if not name:
         raise TableError(
             f"{sublayer} has a window, whose time is not measured: it cannot be skipped"
@@ -166,6 +176,24 @@ def weights_of(phase: Weights) -> Mapping[Phase, float]:
             f"{{'prefill': 1, 'decode': 200}}; got {phase!r}"
         )
     return {name: weight for name, weight in weights.items() if weight}
+
+
+def goals_of(phase: Weights | Literal["both"]) -> tuple[Mapping[Phase, float], ...]:
+    """Return what is to be faster, each as weights of phases: each of both phases, or one sum.
+
+    Raises:
+        ValueError: as for `weights_of`.
+    """
+    if phase == "both":
+        return tuple({name: 1.0} for name in get_args(Phase))
+    return (weights_of(phase),)
+
+
+def named(weights: Mapping[Phase, float]) -> str:
+    """Return weights of phases as a person would write them."""
+    if len(weights) == 1:
+        return next(iter(weights))
+    return " + ".join(f"{weight:g} {phase}" for phase, weight in weights.items())
 
 
 def between(low: Costs, high: Costs, context: int) -> Mapping[str, float]:

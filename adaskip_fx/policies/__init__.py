@@ -21,6 +21,7 @@ from adaskip_fx.policies.latency_budget import LatencyBudget
 from adaskip_fx.policies.layer_baselines import EarlyExit, ReverseOrder, ShortGPT, UnifiedSkip
 from adaskip_fx.policies.llm_drop import LLMDrop
 from adaskip_fx.policies.pop import POP, DecodeOnly
+from adaskip_fx.policies.timed_by_similarity import TimedBySimilarity
 from adaskip_fx.policies.timed_greedy import TimedGreedy
 from adaskip_fx.policies.windowed import Windowed
 from adaskip_fx.policies.windowed_by_similarity import WindowedBySimilarity
@@ -51,6 +52,7 @@ __all__ = [
     "ReverseOrder",
     "ShortGPT",
     "SkipDecode",
+    "TimedBySimilarity",
     "TimedGreedy",
     "UnifiedSkip",
     "Windowed",
@@ -85,7 +87,7 @@ class DescribedPolicy(Protocol):
     """A policy that has something to say of a plan; ``print(fast.adaskip)`` shows it."""
 
     def describe(self, plan: SkipPlan) -> str:
-        """Return one line of text."""
+        """Return a line of text, or a few."""
         ...
 
 

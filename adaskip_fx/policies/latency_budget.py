@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from adaskip_fx.latency.knapsack import choose
 from adaskip_fx.latency.table import LatencyTable
-from adaskip_fx.latency.terms import Weights, surrogate_term, weights_of
+from adaskip_fx.latency.terms import Weights, goals_of, named, surrogate_term
 from adaskip_fx.plans.compose_surrogates import compose_surrogates
 from adaskip_fx.plans.skip_plan import Phase, SkipPlan, Sublayer
 from adaskip_fx.policies.adaskip import AdaSkip
@@ -56,7 +56,7 @@ class LatencyBudget:
     base: AdaSkip = field(default_factory=AdaSkip)
 
     def __post_init__(self) -> None:
-        self._constraints()
+        goals_of(self.phase)
         if self.losses is not None:
             object.__setattr__(self, "losses", MappingProxyType(dict(self.losses)))
 
@@ -74,10 +74,8 @@ class LatencyBudget:
 
     def describe(self, plan: SkipPlan) -> str:
         """Return a line with the speed-up that is predicted for a plan, by phase."""
-        speed_ups = (
-            f"{phase} {self.table.predict(plan, phase, self.context):.3g}x"
-            for phase in get_args(Phase)
-        )
+        by_phase = self.table.speed_ups(plan, "both", self.context)
+        speed_ups = (f"{phase} {speed_up:.3g}x" for phase, speed_up in by_phase.items())
         return f"budget: {', '.join(speed_ups)} predicted at {self.context:,} tokens"
 
     @for_its_model
@@ -141,16 +139,10 @@ class LatencyBudget:
         least = max((float(value) for s, value in offline if s in probed), default=-math.inf)
         return self.base.online_plan(profile, plan, window, probed, least=least)
 
-    def _constraints(self) -> tuple[Mapping[Phase, float], ...]:
-        """Return what is to be alpha times as fast, each as the weights of phases."""
-        if self.phase == "both":
-            return tuple({phase: 1.0} for phase in get_args(Phase))
-        return (weights_of(self.phase),)
-
     def _seconds(self, plan: SkipPlan) -> list[float]:
         return [
             sum(w * self.table.seconds(plan, phase, self.context) for phase, w in weights.items())
-            for weights in self._constraints()
+            for weights in goals_of(self.phase)
         ]
 
     def _savings(self, profile: Profile) -> Array:
@@ -163,7 +155,7 @@ class LatencyBudget:
             for s, name in zip(profile.sublayers, self.table.classes, strict=True)
         ]
         columns = []
-        for weights in self._constraints():
+        for weights in goals_of(self.phase):
             saved = {("", ""): 0.0}
             for sublayer, surrogate in set(pairs) - saved.keys():
                 saved[sublayer, surrogate] = sum(
@@ -194,17 +186,11 @@ class LatencyBudget:
         self, alpha: float, items: list[int], savings: Array, before: list[float]
     ) -> str:
         best = []
-        for weights, saved, seconds in zip(self._constraints(), savings.T, before, strict=True):
+        for weights, saved, seconds in zip(goals_of(self.phase), savings.T, before, strict=True):
             gains = sorted(max(0.0, float(saved[i])) for i in items)
             gained = sum(gains[1:] if len(items) == len(saved) else gains)  # one must run
-            best.append(f"{seconds / (seconds - gained):.3g}x ({_named(weights)})")
+            best.append(f"{seconds / (seconds - gained):.3g}x ({named(weights)})")
         return (
             f"alpha {alpha:g} cannot be met at {self.context:,} tokens: with every sublayer "
             f"skipped that can be, the best possible is {' and '.join(best)}; take a smaller alpha"
         )
-
-
-def _named(weights: Mapping[Phase, float]) -> str:
-    if len(weights) == 1:
-        return next(iter(weights))
-    return " + ".join(f"{weight:g} {phase}" for phase, weight in weights.items())

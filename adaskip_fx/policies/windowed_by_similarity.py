@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.windows import Window
 from adaskip_fx.policies.base import for_its_model
+from adaskip_fx.policies.stream_change import StreamChange, windows_of
 from adaskip_fx.policies.windowed import Windowed
-from adaskip_fx.profiles.profile import ProfileError
 
 if TYPE_CHECKING:
     from adaskip_fx.latency.table import LatencyTable
     from adaskip_fx.latency.terms import Weights
-    from adaskip_fx.profiles.head_windows import HeadWindows
     from adaskip_fx.profiles.profile import Profile
 
 
@@ -72,10 +71,10 @@ class WindowedBySimilarity:
         Raises:
             ValueError, ProfileError: As for `plan`.
         """
-        measured, found, refused = _measured(profile), [], []
+        measured, found, refused = windows_of(profile), [], []
         for window in sorted(measured.windows) if self.window is None else (self.window,):
             try:
-                search = self._search(measured, window)
+                search = self._search(profile, window)
                 plans = search.plans(profile, alpha)
             except ValueError as error:  # another window may do
                 refused.append(error)
@@ -94,30 +93,14 @@ class WindowedBySimilarity:
         if self.table is not None:
             self.table.check(model)
 
-    def _search(self, measured: HeadWindows, window: Window) -> Windowed:
+    def _search(self, profile: Profile, window: Window) -> Windowed:
         """Return the search whose loss is the sum of what was measured of a window."""
-        changes = measured.dissimilarity(window)
-
-        def change(plan: SkipPlan, samples: int | None = None) -> float:
-            given = plan.windows.decode
-            narrow = (h for h in changes if h[0] in given and h[1] not in given[h[0]].full_heads)
-            return sum(changes[head] for head in narrow)
-
         return Windowed(
-            change,
-            measured.kv_heads,
+            StreamChange(profile, (window,)),
+            windows_of(profile).kv_heads,
             window,
             self.context,
             self.per,
             table=self.table,
             phase=self.phase,
         )
-
-
-def _measured(profile: Profile) -> HeadWindows:
-    if profile.windows is None:
-        raise ProfileError(
-            "this profile was measured without windows: calibrate again with windows=[...] "
-            "(adaskip-fx calibrate --windows 256)"
-        )
-    return profile.windows
