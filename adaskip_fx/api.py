@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .capture.reference import run_reference
 from .capture.traced_part import decoder_name
+from .latency.table import LatencyTable
 from .model.adapted import put_around
 from .model.check_model import check_model
 from .model.heads import check_causal, check_head
@@ -14,11 +17,13 @@ from .model.load import usable_backend
 from .model.subclass import make_compiled_model
 from .plans.decision_files import load_decision
 from .plans.decisions import Decision
-from .policies import AdaSkip, OnlinePolicy, Policy
+from .policies import AdaSkip, DescribedPolicy, OnlinePolicy, Policy, TimedBySimilarity
 from .policies.base import check_policy
 from .profiles.profile import Profile
+from .programs.counted_times import counted_times
 from .programs.program import Link
 from .runtime.runtime import Runtime
+from .runtime.turns import check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +38,8 @@ def compile(
     *,
     policy: Policy | None = None,
     plan: Decision | str | Path | None = None,
+    context: int | None = None,
+    table: LatencyTable | str | Path | None = None,
     backend: str = "inductor",
     link: Link = "pieces",
     max_variants: int = 32,
@@ -50,12 +57,17 @@ def compile(
         profile: What :func:`adaskip_fx.calibrate` measured on this model, or the path it was
             saved to. None only with an explicit `plan`.
         alpha: The acceleration ratio; ``floor(S (1 - 1/alpha) + 1/2)`` of S sublayers are skipped
-            (AdaSkip, arXiv 2501.02336). It is for a policy: an explicit `plan` has no use for it.
+            (AdaSkip, arXiv 2501.02336). With `context` it is predicted time, of each phase. It is
+            for a policy: an explicit `plan` has no use for it.
         policy: It chooses the sublayers; ``AdaSkip()`` when None. What it decides may also be a
-            schedule of decode plans, or a choice among plans by the prompt; and it may count time
-            instead of sublayers (`policies.LatencyBudget`).
+            schedule of decode plans, or a choice among plans by the prompt.
         plan: An explicit plan, or other decision, or the path that one was saved to, instead of a
             policy's; nothing is learned online then.
+        context: Tokens of a prompt, and tokens stored at a step, at which `alpha` counts time, for
+            `policies.TimedBySimilarity`, which skips, or uses windows that the profile has.
+        table: The times at `context`, or the path they were saved to (``adaskip-fx measure``). If
+            None they are counted from bytes and operations: at once, and the same on every device,
+            but small models and short contexts gain less than that promises.
         backend: The name of the torch.compile backend that compiles the pieces.
         link: ``"pieces"`` calls pieces compiled once; ``"fused"`` compiles the whole graph again
             for each plan.
@@ -66,8 +78,8 @@ def compile(
         beside its methods. What is done to adapters of `model` later, it follows.
 
     Raises:
-        TypeError, ValueError: A model, profile, alpha or plan cannot be used (a `PlanError` or
-            `ProfileError` says which).
+        TypeError, ValueError: A model, profile, alpha, plan or table cannot be used (a `PlanError`,
+            `ProfileError` or `TableError` says which), or no plan reaches alpha at `context`.
         RuntimeError: Inductor is to compile for the CPU and there is no C++ compiler.
         UnsupportedError: The architecture's sublayers cannot be captured or proven.
     """
@@ -76,20 +88,58 @@ def compile(
     measured = Profile.load(profile) if isinstance(profile, str | Path) else profile
     if measured is not None:
         measured.check(decoder)
+    chosen = _chosen(decoder, measured, alpha, policy, plan, context, table)
     options: dict[str, Any] = {"backend": backend, "link": link, "max_variants": max_variants}
+    return build(model, profile=measured, **chosen, **options)
+
+
+def _chosen(
+    model: Any,
+    profile: Profile | None,
+    alpha: float,
+    policy: Policy | None,
+    plan: Decision | str | Path | None,
+    context: int | None,
+    table: LatencyTable | str | Path | None,
+) -> dict[str, Any]:
+    """Return what to build a model with: a plan, or what chooses one, and what is known of it."""
+    if context is None and table is not None:
+        raise ValueError("table tells the times at a context: give context= as well")
+    if context is not None and (plan is not None or policy is not None):
+        raise ValueError(
+            "context is for the plan that compile chooses by alpha; "
+            f"{'a policy' if plan is None else 'an explicit plan'} was given"
+        )
     if plan is not None:
-        decision = load_decision(Path(plan)) if isinstance(plan, str | Path) else plan
-        return build(model, decision, profile=measured, **options)
-    if measured is None:
+        return {"plan": load_decision(Path(plan)) if isinstance(plan, str | Path) else plan}
+    if profile is None:
         raise ValueError("compile needs a profile, or an explicit plan")
+    if context is not None:
+        times = LatencyTable.load(table) if isinstance(table, str | Path) else table
+        if times is not None:
+            times.check(model)
+        choose = partial(_choose_in_time, profile=profile, alpha=alpha, table=times)
+        return {"plan": None, "prepare": partial(choose, context=context)}
     chosen = policy if policy is not None else AdaSkip()
-    check_policy(chosen, decoder)
-    options["policy"] = chosen if isinstance(chosen, OnlinePolicy) else None
-    return build(model, chosen.plan(measured, alpha), profile=measured, **options)
+    check_policy(chosen, model)
+    return {
+        "plan": chosen.plan(profile, alpha),
+        "policy": chosen if isinstance(chosen, OnlinePolicy) else None,
+        "describe": chosen.describe if isinstance(chosen, DescribedPolicy) else None,
+    }
 
 
-def build(model: Any, plan: Decision | None, **options: Any) -> CompiledModel:
-    """Return a compiled model with an explicit plan; None for the empty one; see `Runtime`."""
+def build(
+    model: Any,
+    plan: Decision | None,
+    *,
+    prepare: Callable[[Runtime], None] | None = None,
+    **options: Any,
+) -> CompiledModel:
+    """Return a compiled model with an explicit plan; None for the empty one; see `Runtime`.
+
+    `prepare` is given what the model runs on before anybody else is.
+    """
     decoder = check_model(model)
     compiled: Any = make_compiled_model(decoder)
     reference, headed = run_reference(decoder), decoder_name(decoder) is not None
@@ -98,7 +148,21 @@ def build(model: Any, plan: Decision | None, **options: Any) -> CompiledModel:
     compiled._adaskip = Runtime(compiled, decoder, reference, plan, **options)
     if headed:
         check_head(compiled)
+    if prepare is not None:
+        prepare(compiled._adaskip)
     return put_around(compiled, model)  # type: ignore[no-any-return]
+
+
+def _choose_in_time(
+    runtime: Runtime, profile: Profile, alpha: float, context: int, table: LatencyTable | None
+) -> None:
+    """Give a model the plan that is `alpha` times as fast at `context` tokens."""
+    check_length(runtime.graphs, context)
+    windows = () if profile.windows is None else profile.windows.windows
+    times = table if table is not None else counted_times(runtime.graphs, context, windows)
+    policy = TimedBySimilarity(times, context)
+    runtime.describe = partial(policy.describe, profile=profile)
+    runtime.set_plan(policy.plan(profile, alpha))
 
 
 def _check_options(backend: str, link: str, model: Any) -> None:

@@ -9,13 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Alpha, AsJson, Backend, Debug, Device, Dtype, Model, OptionalProfile
+from .options import (
+    Alpha,
+    AsJson,
+    Backend,
+    Debug,
+    Device,
+    Dtype,
+    Model,
+    OptionalProfile,
+    TableFile,
+    TimedContext,
+)
 from .reporting import console, print_json, reported
 
 if TYPE_CHECKING:
     from ..evaluation.result import Evaluation
     from ..evaluation.task import Task
     from ..utils.progress import Steps
+    from .subject import Choice
 
 _TASKS = ("perplexity", "passkey")
 
@@ -59,6 +71,8 @@ def evaluate(
     model: Model,
     profile: OptionalProfile = None,
     alpha: Alpha = 1.2,
+    context: TimedContext = None,
+    table: TableFile = None,
     plan: DecisionPath = None,
     task: TaskNames = None,
     data: TaskFiles = None,
@@ -80,10 +94,12 @@ def evaluate(
         options["samples"] = samples
     with reported(debug) as steps:
         from ..utils.files import write_atomically
+        from .subject import Choice
 
         tasks = _tasks(task or list(_TASKS), data or [], changes or [], options)
         subject = (model, device, dtype, backend)
-        found = _evaluated(subject, profile, alpha, plan, tasks, compare, steps)
+        choice = Choice(profile, alpha, plan, context, table)
+        found = _evaluated(subject, choice, tasks, compare, steps)
         if out is not None:
             write_atomically(out, json.dumps(found.to_json(), indent=1).encode())
             steps.say(f"saved to {out}")
@@ -109,9 +125,7 @@ def _tasks(
 
 def _evaluated(
     subject: tuple[str, str, str | None, str],
-    profile: Path | None,
-    alpha: float,
-    plan: Path | None,
+    choice: Choice,
     tasks: Sequence[Task],
     compare: bool,
     steps: Steps,
@@ -122,7 +136,7 @@ def _evaluated(
 
     name, device, dtype, backend = subject
     loaded = loaded_model(name, device, dtype, steps)
-    model = skipping_model(loaded, profile, alpha, plan, backend, steps)
+    model = skipping_model(loaded, choice, backend, steps)
     skips = model is not loaded.model
     with steps.step("evaluate") as advance:
         return measure(
@@ -130,6 +144,12 @@ def _evaluated(
             loaded.tokenizer,
             tasks,
             reference=loaded.model if compare and skips else None,
-            about={"name": loaded.name, "alpha": alpha if skips and plan is None else None},
+            about={"name": loaded.name, **(_ratio(choice) if skips else {"alpha": None})},
             progress=advance,
         )
+
+
+def _ratio(choice: Choice) -> dict[str, Any]:
+    """Return what of a choice is on record: the ratio, and where it counts time."""
+    alpha = choice.alpha if choice.plan is None else None
+    return {"alpha": alpha, **({"context": choice.context} if choice.context else {})}

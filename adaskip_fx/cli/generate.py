@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Alpha, AsJson, Backend, Debug, Device, Dtype, Model, PlanFile, ProfileFolder
+from .options import (
+    Alpha,
+    AsJson,
+    Backend,
+    Debug,
+    Device,
+    Dtype,
+    Model,
+    PlanFile,
+    ProfileFolder,
+    TableFile,
+    TimedContext,
+)
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -26,6 +38,8 @@ def generate(
         Path | None, typer.Option(help="Read the prompt from this file; - is standard input.")
     ] = None,
     alpha: Alpha = 1.2,
+    context: TimedContext = None,
+    table: TableFile = None,
     plan: PlanFile = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 64,
     chat: Annotated[
@@ -56,6 +70,7 @@ def generate(
         if reason is not None:
             steps.say(reason)
         options: dict[str, Any] = {"alpha": alpha, "limit": max_new_tokens, "plan": plan}
+        options |= {"context": context, "table": table}
         options |= {"backend": usable, "chat": chat, "stream": not as_json}
         answer, report = answer_prompt(loaded, measured, words, **options)
         if as_json:
@@ -102,6 +117,8 @@ def answer_prompt(
     backend: str,
     chat: bool,
     plan: Path | None = None,
+    context: int | None = None,
+    table: Path | None = None,
     stream: bool = True,
 ) -> tuple[Answer, str]:
     """Answer a prompt greedily.
@@ -115,6 +132,8 @@ def answer_prompt(
         backend: inner torch.compile backend.
         chat: use the tokenizer's chat template if it has one.
         plan: a fitted plan's file; `alpha` is not looked at then.
+        context: tokens at which alpha counts time; None where it counts sublayers.
+        table: the file of a latency table, for `context`.
         stream: print the answer to stdout as it comes.
 
     Returns:
@@ -133,7 +152,8 @@ def answer_prompt(
 
     tokenizer = loaded.tokenizer
     policy = Fitted(SkipPlan.load(plan)) if plan is not None else None
-    fast: Any = api.compile(loaded.model, profile, alpha, policy=policy, backend=backend)
+    choice: dict[str, Any] = {"policy": policy, "context": context, "table": table}
+    fast: Any = api.compile(loaded.model, profile, alpha, backend=backend, **choice)
     tokens = prompt_ids(tokenizer, prompt) if chat else tokenizer(prompt)["input_ids"]
     if not tokens:
         raise ValueError("the prompt is empty")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import MODEL, AsJson, Debug
+from .options import MODEL, AsJson, Debug, TimedContext
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ def inspect(
             min=1, help="Show what a profile would skip at this ratio.", show_default="1.2"
         ),
     ] = None,
+    context: TimedContext = None,
+    table: Annotated[
+        Path | None, typer.Option(help="File that measure wrote, for --context.")
+    ] = None,
     graph: Annotated[
         bool, typer.Option("--graph", help="Show the outer graph before and after.")
     ] = False,
@@ -44,8 +48,11 @@ def inspect(
     """Show a profile, a decision or a latency table, and what a plan does to a graph."""
     if path.is_file() and alpha is not None:
         raise typer.BadParameter("a plan is made for one alpha already; --alpha is for profiles")
+    if (context is None) != (table is None) or (path.is_file() and table is not None):
+        raise typer.BadParameter("--context and --table go together, with a profile")
     with reported(debug):
-        lines, fields, plan = _read(path, alpha, need_plan=graph)
+        timed = None if table is None or context is None else (table, context)
+        lines, fields, plan = _read(path, alpha, timed, need_plan=graph)
         graphs: list[Explained] = []
         if graph and plan is not None:
             note, graphs = _graphs(plan, model)
@@ -59,7 +66,7 @@ def inspect(
 
 
 def _read(
-    path: Path, alpha: float | None, need_plan: bool
+    path: Path, alpha: float | None, timed: tuple[Path, int] | None, need_plan: bool
 ) -> tuple[list[str], dict[str, Any], SkipPlan | None]:
     """Read what is at `path`: as text, as JSON, and the plan that it holds or leads to."""
     from ..latency.table import LatencyTable, is_table
@@ -71,7 +78,7 @@ def _read(
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if (path / DOCUMENT).is_file():
-        if alpha is not None or need_plan:
+        if alpha is not None or timed is not None or need_plan:
             raise ValueError(f"{path}: holds several plans; name one of its plan files instead")
         decision = load_decision(path)
         return [str(decision)], decision_json(decision), None
@@ -83,24 +90,31 @@ def _read(
     if path.is_file():
         plan = SkipPlan.load(path)
         return [str(plan)], decision_json(plan), plan
-    return _read_profile(Profile.load(path), alpha, need_plan)
+    return _read_profile(Profile.load(path), alpha, timed, need_plan)
 
 
 def _read_profile(
-    profile: Profile, alpha: float | None, need_plan: bool
+    profile: Profile, alpha: float | None, timed: tuple[Path, int] | None, need_plan: bool
 ) -> tuple[list[str], dict[str, Any], SkipPlan | None]:
-    from ..policies import AdaSkip
+    from ..latency.table import LatencyTable
+    from ..policies import AdaSkip, TimedBySimilarity
     from .json_views import decision_json, profile_json
 
     measured = {**profile.calibration, **profile.versions}
     described = ", ".join(f"{key} {value}" for key, value in measured.items())
     lines = [str(profile), f"model: {profile.fingerprint}", f"measured: {described}"]
     fields = profile_json(profile)
-    if alpha is None and not need_plan:
+    if alpha is None and timed is None and not need_plan:
         return lines, fields, None
     ratio = _ALPHA if alpha is None else alpha
-    plan = AdaSkip().plan(profile, ratio)
-    lines.append(f"\nalpha {ratio:g}: {plan}")
+    said = ""
+    if timed is None:
+        plan = AdaSkip().plan(profile, ratio)
+    else:
+        policy = TimedBySimilarity(LatencyTable.load(timed[0]), timed[1])
+        plan = policy.plan(profile, ratio)
+        said = f"\n{policy.describe(plan, profile)}"
+    lines.append(f"\nalpha {ratio:g}: {plan}{said}")
     return lines, {**fields, "alpha": ratio, "plan": decision_json(plan)}, plan
 
 

@@ -20,6 +20,23 @@ Alpha = Annotated[
     float,
     typer.Option(min=1, help="Acceleration ratio: of S sublayers, about S (1 - 1/alpha) go."),
 ]
+TimedContext = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=1,
+        metavar="TOKENS",
+        help="At which alpha is predicted time: how many times as fast prompts and steps are.",
+    ),
+]
+TableFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--table",
+        help="File that measure wrote, for --context; without it times are counted from bytes "
+        "and operations.",
+    ),
+]
 PlanFile = Annotated[
     Path | None,
     typer.Option("--plan", help="File that fit wrote, instead of a choice by alpha."),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import api
 from ..model.load import Loaded, load, usable_backend
 from ..plans.decision_files import load_decision
-from ..plans.decisions import Decision
 
 if TYPE_CHECKING:
     from ..utils.progress import Steps
@@ -42,27 +42,39 @@ def compiled_model(
         return loaded, api.build(loaded.model, None, backend=usable)
 
 
-def skipping_model(
-    loaded: Loaded,
-    profile: Path | None,
-    alpha: float,
-    plan: Path | None,
-    backend: str,
-    steps: Steps,
-) -> Any:
+@dataclass(frozen=True)
+class Choice:
+    """What says which sublayers a model skips, and what its attention sees.
+
+    Attributes:
+        profile: a profile's folder, by which it is chosen.
+        alpha: acceleration ratio of that choice.
+        plan: the path of a plan or another decision, instead of a choice.
+        context: tokens at which alpha counts time; None where it counts sublayers.
+        table: the file of the latency table of those times.
+    """
+
+    profile: Path | None
+    alpha: float
+    plan: Path | None = None
+    context: int | None = None
+    table: Path | None = None
+
+
+def skipping_model(loaded: Loaded, choice: Choice, backend: str, steps: Steps) -> Any:
     """Return the model compiled with a plan, or as it is if nothing says what to skip.
 
     Args:
         loaded: the model.
-        profile: a profile's folder, from which AdaSkip chooses.
-        alpha: acceleration ratio of that choice.
-        plan: the path of a plan or another decision, instead of a choice.
+        choice: what says so.
         backend: inner torch.compile backend.
         steps: shows what is going on.
     """
-    if profile is None and plan is None:
+    if choice.profile is None and choice.plan is None:
         return loaded.model
     usable = inner_backend(backend, loaded.model, steps)
-    decision: Decision | None = None if plan is None else load_decision(plan)
+    options: dict[str, Any] = {"context": choice.context, "table": choice.table}
+    if choice.plan is not None:
+        options["plan"] = load_decision(choice.plan)
     with steps.step("compile"):
-        return api.compile(loaded.model, profile, alpha, plan=decision, backend=usable)
+        return api.compile(loaded.model, choice.profile, choice.alpha, backend=usable, **options)

@@ -171,10 +171,8 @@ class TimedBySimilarity:
         heads = dict(zip(self.table.sublayers, self.table.kv_heads, strict=True))
         narrow = sum(heads[s] - len(window.full_heads) for s, window in windows.items())
         whole = sum(not window.full_heads for window in windows.values())
-        return (
-            f"{said}, windows in {narrow} of {sum(heads.values())} K/V heads: in all of {whole} "
-            f"sublayers and in some of {len(windows) - whole}"
-        )
+        total = sum(heads.values())
+        return f"{said}, windows in {narrow} of {total} K/V heads (whole layers: {whole})"
 
     def _no_windows(self, profile: Profile) -> str:
         """Return why no windows are offered and what to do; nothing if some are."""

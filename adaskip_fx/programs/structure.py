@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
+import torch
 from torch import fx
 
 from adaskip_passes import UnsupportedError
@@ -57,6 +58,30 @@ class ModelStructure:
         weights = [n for n, s in source.items() if not s.startswith(_OF_A_STEP)]
         tokens = [n for n, s in source.items() if s.startswith(_TOKENS)]
         return reads_position_table(captured.graph.graph, weights, tokens)
+
+    @cached_property
+    def weights(self) -> dict[Sublayer | None, tuple[torch.Tensor, ...]]:
+        """For each sublayer the (fake) parameters and buffers that it takes.
+
+        Under None are those of what comes after all sublayers: the last norm and the head.
+        """
+        captured = self._captured
+        places = captured.capture.graph.graph.find_nodes(op="placeholder")
+        pairs = zip(places, captured.capture.sources, strict=True)
+        fixed = {node.name for node, source in pairs if not source.startswith(_OF_A_STEP)}
+        calls = sublayer_calls(captured.outer.graph)
+        last = captured.outer.graph.output_node().all_input_nodes
+        ends = [n for call in last for n in call.all_input_nodes if call not in calls.values()]
+        given: dict[Sublayer | None, list[fx.Node]] = {None: ends}
+        given |= {s: calls[i].all_input_nodes for i, s in enumerate(captured.sublayers)}
+        return {
+            owner: tuple(
+                node.meta["example_value"]
+                for node in nodes
+                if node.name in fixed and isinstance(node.meta["example_value"], torch.Tensor)
+            )
+            for owner, nodes in given.items()
+        }
 
     @cached_property
     def modules(self) -> dict[str, tuple[str, ...]]:

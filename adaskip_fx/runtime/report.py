@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..latency.terms import TableError
 from ..plans.decisions import left_out, plans_of
 from ..plans.skip_plan import Action, Phase, SkipPlan
 from ..plans.tables import by_kind, storage
-from ..policies import DescribedPolicy
 
 if TYPE_CHECKING:
     from ..kv_cache.cache import SkipCache
@@ -69,18 +69,21 @@ def _plan_rows(title: str, plan: SkipPlan, phase: Phase) -> list[tuple[str, str]
 
 
 def _policy_rows(runtime: Runtime) -> list[tuple[str, str]]:
-    policy = runtime.policy
-    return (
-        [("policy", policy.describe(_first(runtime)))]
-        if isinstance(policy, DescribedPolicy)
-        else []
-    )
+    if runtime.describe is None:
+        return []
+    try:
+        first, *more = runtime.describe(_first(runtime)).splitlines()
+    except TableError as error:  # of a plan that was set since
+        first, more = f"no prediction: {error}", []
+    return [("policy", first), *(("", line) for line in more)]
 
 
 def _online(runtime: Runtime) -> str:
     policy = runtime.policy
     if not isinstance(runtime.plan, SkipPlan):
         return f"off: a {runtime.plan.kind} decides how decoding changes"
+    if policy is None and runtime.describe is not None:
+        return "off: the policy that chose the plan learns nothing"
     if policy is None:
         return "off: the plan was given, and there is no policy to change it"
     if not policy.online:

@@ -49,6 +49,7 @@ class Runtime:
         plan: What requests begin with: a plan, a schedule, or a choice by the first prompt.
         profile: What calibration measured; None when an explicit plan needs none.
         policy: It decides the online plan; None when nothing is learned while decoding.
+        describe: What chose the plan says of a plan; None when nobody has something to say.
         cache_argument: What the model's forward calls its cache.
         generate_argument: What ``generate`` calls it among what it keeps for forward.
         decoder_path: The attributes that lead to the decoder in a model around it; () if none is.
@@ -69,6 +70,7 @@ class Runtime:
         *,
         profile: Profile | None = None,
         policy: OnlinePolicy | None = None,
+        describe: Callable[[SkipPlan], str] | None = None,
         backend: str = "inductor",
         link: Link = "pieces",
         max_variants: int = 32,
@@ -81,6 +83,7 @@ class Runtime:
         self.decoder_path = decoder_path(original)
         self.profile = profile
         self.policy = policy
+        self.describe = describe
         self.graphs = Graphs(model, original, sample, backend, link, max_variants)
         self.runner = Runner(self.graphs, static_cache)
         self.buffer_pool = self.runner.buffer_pool

@@ -115,6 +115,14 @@ def test_eval_with_a_profile(folder: Path, tmp_path: Path) -> None:
     (asked,) = report["results"]
     assert asked["ran"]["prefill"]["skipped_fraction"] == 0.25
     assert asked["reference"] is None
+    result = run(
+        *("eval", folder, learned, "--alpha", 1.1, "--backend", "eager", "--out", out),
+        *("--task", "passkey", "--samples", 1, "--max-length", 300, "--no-compare"),
+        *("--context", 250),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert (report["conditions"]["alpha"], report["conditions"]["context"]) == (1.1, 250)
 
 
 def test_eval_of_the_model_as_it_is(folder: Path, tmp_path: Path) -> None:

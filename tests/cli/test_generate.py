@@ -32,6 +32,15 @@ def test_generate_streams_what_the_compiled_model_generates(folder: Path, profil
     assert "window closed after 20" in result.stderr
 
 
+def test_generate_with_a_plan_for_time(folder: Path, profile: Path, tmp_path: Path) -> None:
+    start = ("generate", folder, profile, "A prompt", "--backend", "eager")
+    result = run(*start, "--alpha", 1.2, "--context", 300, "--max-new-tokens", 2, "--stats")
+    assert result.exit_code == 0, result.stderr
+    assert "predicted at 300 tokens: prefill 1." in result.stderr
+    absent = run(*start, "--context", 300, "--table", tmp_path / "absent.json")
+    assert "absent.json" in refused(absent)
+
+
 def test_generate_reads_a_file_or_standard_input(
     folder: Path, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,6 +63,7 @@ def test_generate_reads_a_file_or_standard_input(
     assert [prompt for prompt, _ in seen] == ["from a file", "from a pipe"]
     assert seen[0][1] == {
         **{"alpha": 1.2, "limit": 64, "plan": None},
+        **{"context": None, "table": None},
         **{"backend": "eager", "chat": True, "stream": True},
     }
     assert (seen[1][1]["chat"], seen[1][1]["stream"]) == (False, False)

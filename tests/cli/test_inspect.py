@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import adaskip_fx
 from adaskip_fx.cli.graph_text import excerpt
+from adaskip_fx.latency.table import LatencyTable
+from adaskip_fx.latency.terms import Costs
 from adaskip_fx.plans.decision_files import save_decision
 from adaskip_fx.plans.decisions import Schedule
+from adaskip_fx.plans.skip_plan import Phase
 from adaskip_fx.plans.surrogates import Surrogates
-from adaskip_fx.policies import AdaSkip
+from adaskip_fx.policies import AdaSkip, TimedBySimilarity
 from tests.support.command_line import SUBLAYERS, misused, refused, run
 
 
@@ -26,6 +30,27 @@ def test_inspect_a_profile(profile: Path) -> None:
     preview = run("inspect", profile, "--alpha", 2)
     assert preview.stdout.endswith(f"alpha 2: {AdaSkip().plan(saved, 2)}\n")
     assert "Invalid value for '--alpha'" in misused(run("inspect", profile, "--alpha", 0.9))
+
+
+def test_inspect_what_a_profile_would_skip_for_time(profile: Path, tmp_path: Path) -> None:
+    saved = adaskip_fx.Profile.load(profile)
+    seconds = {"rest": 1.0, "attention": 1.0, "ffn": 8.0, "scale": 0.0}
+    costs = tuple(Costs(phase, 100, seconds) for phase in get_args(Phase))
+    names = tuple(s.kind for s in SUBLAYERS)
+    file = tmp_path / "table.json"
+    table = LatencyTable(saved.fingerprint, {}, SUBLAYERS, names, costs)
+    table.save(file)
+    policy = TimedBySimilarity(table, 100)
+    plan = policy.plan(saved, 1.5)
+    assert [s.kind for s in plan.skipped("decode")] == ["ffn"]
+    timed = ("inspect", profile, "--context", 100, "--table", file)
+    result = run(*timed, "--alpha", 1.5)
+    assert result.stdout.endswith(f"alpha 1.5: {plan}\n{policy.describe(plan, saved)}\n")
+    assert json.loads(run(*timed, "--alpha", 1.5, "--json").stdout)["plan"]["digest"] == plan.digest
+    assert f"alpha 1.2: {policy.plan(saved, 1.2)}" in run(*timed).stdout
+    assert "alpha 30 cannot be met at 100 tokens" in refused(run(*timed, "--alpha", 30))
+    for alone in (timed[:4], (*timed[:2], *timed[4:]), ("inspect", file, *timed[2:])):
+        assert "--context and --table go together, with a profile" in misused(run(*alone))
 
 
 def test_inspect_a_decision(plan: Path, tmp_path: Path) -> None:

@@ -166,8 +166,7 @@ def test_what_it_says_of_a_plan() -> None:
     plan = SkipPlan.of(NAMES, [NAMES[1]], windows=windows)
     assert policy.describe(plan, measured()).splitlines() == [
         "predicted at 100 tokens: prefill 1.45x, decode 1.45x (measured)",
-        "1 of 4 sublayers skipped, windows in 3 of 4 K/V heads: in all of 1 sublayers and in some "
-        "of 1",
+        "1 of 4 sublayers skipped, windows in 3 of 4 K/V heads (whole layers: 1)",
         "change of the stream: 0.1 by skipping and 0.04 by windows (sums of 1 - cosine)",
     ]
     other = plan.with_windows(Windows.of({ATTENTION[0]: NARROW}))
