@@ -17,6 +17,7 @@ from adaskip_fx.latency.terms import Weights, goals_of, named, window_term, wind
 from adaskip_fx.plans.skip_plan import Phase, SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.plans.windows import Window, Windows
+from adaskip_fx.policies.base import for_its_model
 from adaskip_fx.policies.stream_change import StreamChange, measured_as
 from adaskip_fx.profiles.validation import ProfileError
 
@@ -61,6 +62,7 @@ class TimedBySimilarity:
         """
         self.table.check(model)
 
+    @for_its_model
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Return a plan that is predicted to be `alpha` times as fast.
 
