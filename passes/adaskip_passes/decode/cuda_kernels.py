@@ -25,17 +25,18 @@ def _(
     eps: float,
     activation: str,
     residual: torch.Tensor | None,
+    offset: float = 0.0,
 ) -> list[torch.Tensor]:
     from . import triton_kernels
 
-    return triton_kernels.project(x, weights, biases, norm, eps, activation, residual)
+    return triton_kernels.project(x, weights, biases, norm, eps, activation, residual, offset)
 
 
 @normalize.register_kernel("cuda")
-def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def _(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     from . import triton_kernels
 
-    return triton_kernels.normalize(x, weight, eps)
+    return triton_kernels.normalize(x, weight, eps, offset)
 
 
 @run_experts.register_kernel("cuda")

@@ -7,7 +7,7 @@ Before::                                        After::
     k = linear(h, wk)
     v = linear(h, wv)
 
-and likewise ``silu(gate) * up``, and the residual add after the last projection. The weights stay
+and likewise ``silu(gate) * up``, ``gelu(gate) * up`` by its tanh, and the residual add after the last projection. The weights stay
 where they are: the operator takes several of them. Legal because the same values are computed from
 the same operands; they are rounded less often (the norm's result and the gate stay in float32),
 so the pass preserves results to rounding, not to the bit.
@@ -29,7 +29,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..analysis.effects import operation
 from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
 from .matching import (
@@ -115,8 +114,9 @@ def _fuse(
     source, activation, residual = _source(group[0]), "", None
     results = group
     at = group[0]
-    if (product := _gated(group, overwritten)) is not None:
-        results, activation = [product], "silu"
+    if (gated := _gated(group, overwritten)) is not None:
+        *group, product, activation = gated
+        results = [product]
     elif len(group) == 1 and (added := _residual(group[0], overwritten)) is not None:
         at, residual = added
         results = [at]
@@ -124,20 +124,18 @@ def _fuse(
     norm = _rms_norm(source)
     if norm is not None and not overwritten.isdisjoint(_between(source, norm[:2])):
         norm = None
-    x, weight, eps = norm if norm is not None else (source, None, 0.0)
+    x, weight, eps, offset = norm if norm is not None else (source, None, 0.0, 0.0)
     if norm is not None and (shape is None or shape.numel() != shape[-1]):
         if source not in norms:
             with graph.inserting_after(source):
                 norms[source] = graph.call_function(torch.ops.adaskip.normalize.default, norm)
             norms[source].meta["example_value"] = source.meta["example_value"]
-        x, weight, eps = norms[source], None, 0.0
-    if activation:  # the one that goes through the activation is first
-        group = sorted(group, key=lambda n: operation(next(iter(n.users))) != "silu")
+        x, weight, eps, offset = norms[source], None, 0.0, 0.0
     biases = [b for n in group if isinstance(b := _bias(n), fx.Node)]
     with graph.inserting_before(at):
         call = graph.call_function(
             torch.ops.adaskip.project.default,
-            (x, [n.args[1] for n in group], biases, weight, eps, activation, residual),
+            (x, [n.args[1] for n in group], biases, weight, eps, activation, residual, offset),
         )
         items = [graph.call_function(operator.getitem, (call, i)) for i in range(len(results))]
     for item, result in zip(items, results, strict=True):
@@ -182,20 +180,31 @@ def _items(index: object) -> Iterable[object]:
     return index if isinstance(index, tuple | list) else (index,)
 
 
-def _gated(group: list[fx.Node], overwritten: set[fx.Node]) -> fx.Node | None:
-    """Return the product ``silu(a) * b`` of two projections, if nothing else reads them."""
+def _gated(
+    group: list[fx.Node], overwritten: set[fx.Node]
+) -> tuple[fx.Node, fx.Node, fx.Node, str] | None:
+    """Return gate, up, ``function(gate) * up`` and the function, if nothing else reads them."""
     if len(group) != 2 or shape_of(group[0]) != shape_of(group[1]):
         return None
     for gate, up in (group, group[::-1]):
         activated = only_user(gate)
-        if activated is None or not calls(activated, "silu"):
+        function = _activation(activated) if activated is not None else None
+        if activated is None or function is None:
             continue
         product = only_user(activated)
         if product is None or not calls(product, "mul") or only_user(up) is not product:
             continue
         if overwritten.isdisjoint((activated, product)):
-            return product
+            return gate, up, product, function
     return None
+
+
+def _activation(node: fx.Node) -> str | None:
+    """Return which of the functions that `project` knows a node calls."""
+    if calls(node, "silu"):
+        return "silu"
+    by_tanh = calls(node, "gelu") and node.kwargs == {"approximate": "tanh"}
+    return "gelu_tanh" if by_tanh and len(node.args) == 1 else None
 
 
 def _residual(linear: fx.Node, overwritten: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
@@ -214,20 +223,37 @@ def _residual(linear: fx.Node, overwritten: set[fx.Node]) -> tuple[fx.Node, fx.N
     return (add, other) if overwritten.isdisjoint((add, other)) else None
 
 
-# ``weight * (x32 * rsqrt(mean(x32 ** 2) + eps)).to(dtype)``: an RMS norm in transformers ----------
+# ``weight * (x32 * rsqrt(mean(x32 ** 2) + eps)).to(dtype)``: an RMS norm in transformers, and
+# ``(x32 * rsqrt(mean(x32 ** 2) + eps) * (1 + weight32)).to(dtype)``: Gemma's. (OLMo 2 and GPT-OSS
+# cast as late, without the 1.) ------------------------------------------------------------------
 
 
-def _rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
-    """Return input, weight and eps of the RMS norm that made `node`; None if none did."""
-    for weight, inner in operands(node, "mul"):
-        if weight.op != "placeholder" or not _is_vector(weight, node):
+def _rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float, float] | None:
+    """Return input, weight, eps and offset of the RMS norm that made `node`; None if none did."""
+    narrow = argument(node, "to", "type_as")
+    for factor, inner in operands(narrow if narrow is not None else node, "mul"):
+        weight, offset = _factor(factor)
+        if weight is None or weight.op != "placeholder" or not _is_vector(weight, node):
             continue
-        narrow = argument(inner, "to", "type_as")
-        for wide, factor in operands(narrow if narrow is not None else inner, "mul"):
-            found = _normalized(wide, factor)
+        cast = argument(inner, "to", "type_as") if narrow is None else None
+        for wide, scale in operands(cast if cast is not None else inner, "mul"):
+            found = _normalized(wide, scale)
             if found is not None and dtype_of(found[0]) == dtype_of(weight) == dtype_of(node):
-                return found[0], weight, found[1]
+                return found[0], weight, found[1], offset
     return None
+
+
+def _factor(node: fx.Node) -> tuple[fx.Node | None, float]:
+    """Return the weight that a norm multiplies by, and what is added to it before in float32."""
+    if not calls(node, "add"):
+        return node, 0.0
+    if len(node.args) != 2 or node.kwargs or dtype_of(node) != torch.float32:
+        return None, 0.0
+    wide, offset = node.args if isinstance(node.args[0], fx.Node) else node.args[::-1]
+    if not isinstance(wide, fx.Node) or not isinstance(offset, int | float) or not offset:
+        return None, 0.0
+    weight = argument(wide, "to", "float")
+    return (weight if weight is not None else wide), float(offset)
 
 
 def _normalized(wide: fx.Node, factor: fx.Node) -> tuple[fx.Node, float] | None:

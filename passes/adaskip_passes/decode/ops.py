@@ -11,7 +11,10 @@ from __future__ import annotations
 from enum import IntEnum
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, silu
+
+#: Functions of a gate that `project` knows, and their numbers in its kernels.
+GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 
 MAX_ROWS = 32  # of a step: rows of the batch times their tokens that one kernel takes
 
@@ -25,6 +28,7 @@ def project(
     eps: float,
     activation: str,
     residual: torch.Tensor | None,
+    offset: float = 0.0,
 ) -> list[torch.Tensor]:
     """Compute ``y_i = rms_norm(x) @ weights[i].T + biases[i]``, of one input with several weights.
 
@@ -34,14 +38,17 @@ def project(
         biases: [N_i] each; empty when there are none.
         norm: weight of the RMS norm before it, [K]; None: no norm.
         eps: of the norm.
-        activation: ``"silu"`` returns ``silu(y_0) * y_1`` alone; empty: all ``y_i``.
+        activation: ``"silu"`` returns ``silu(y_0) * y_1`` alone, ``"gelu_tanh"`` likewise;
+            empty: all ``y_i``.
         residual: added to the one result; None: nothing.
+        offset: added to the norm's weight; see `normalize`.
     """
     if norm is not None:
-        x = normalize(x, norm, eps)
+        x = normalize(x, norm, eps, offset)
     outputs = [linear(x, w, biases[i] if biases else None) for i, w in enumerate(weights)]
     if activation:
-        outputs = [silu(outputs[0]) * outputs[1]]
+        gate = silu(outputs[0]) if activation == "silu" else gelu(outputs[0], approximate="tanh")
+        outputs = [gate * outputs[1]]
     return outputs if residual is None else [outputs[0] + residual]
 
 
@@ -54,28 +61,35 @@ def _(
     eps: float,
     activation: str,
     residual: torch.Tensor | None,
+    offset: float = 0.0,
 ) -> list[torch.Tensor]:
     kept = weights[:1] if activation else weights
     return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in kept]
 
 
 @torch.library.custom_op("adaskip::normalize", mutates_args=())
-def normalize(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def normalize(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+) -> torch.Tensor:
     """Compute an RMS norm (Zhang and Sennrich, "Root Mean Square Layer Normalization", eq. 4).
 
     Args:
         x: [..., K]; the mean of its squares is taken in float32.
         weight: [K], of x's dtype.
         eps: Added to that mean.
+        offset: Added to the weight, in float32, as is its product then (Gemma); 0: the product is
+            one of x's dtype.
 
     """
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if offset:
+        return (wide * scale * (offset + weight.float())).to(x.dtype)
     return weight * (wide * scale).to(x.dtype)
 
 
 @normalize.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def _(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 

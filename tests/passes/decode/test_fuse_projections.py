@@ -99,7 +99,7 @@ def untouched(function: Function, *inputs: Tensor) -> bool:
 
 
 def arguments(call: fx.Node) -> dict[str, Any]:
-    names = ("x", "weights", "biases", "norm", "eps", "activation", "residual")
+    names = ("x", "weights", "biases", "norm", "eps", "activation", "residual", "offset")
     return dict(zip(names, call.args, strict=True))
 
 
@@ -408,19 +408,12 @@ def of_another(x: Tensor, weight: Tensor) -> Tensor:
     return weight * (h * torch.rsqrt(other.pow(2).mean(-1, keepdim=True) + EPS))
 
 
-def gemma(x: Tensor, weight: Tensor) -> Tensor:
-    h = x.float()
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
-    return (h * (1.0 + weight.float())).type_as(x)
-
-
 NOT_NORMS: Mapping[str, Function] = {
     "pow 3": variant(power=3),
     "no keepdim": variant(keepdim=False),
     "another dim": variant(dim=0),
     "a sum": variant(reduce="sum"),
     "of another": of_another,
-    "1 + weight": gemma,
     "layer norm": lambda x, w: functional.layer_norm(x, (WIDTH,), w),
     "no weight": lambda x, w: variant()(x, torch.tanh(w)),
     "an outer factor": lambda x, w: variant()(x, w) * 2,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops import MAX_ROWS
+from ..ops import GATES, MAX_ROWS
 from .launch import Launch, has_pdl
 
 
@@ -25,8 +25,17 @@ def _pick(pid, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, BN: tl.constexpr)
 
 
 @triton.jit
+def _gated(gate, up, GATED: tl.constexpr):
+    """Return ``silu(gate) * up``, or with 2 for GATED ``gelu(gate) * up``, by its tanh."""
+    asked = gate
+    if GATED == 2:  # 1 + tanh(u) is 2 / (1 + exp(-2 u))
+        asked = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
+    return gate / (1.0 + tl.exp(-asked)) * up
+
+
+@triton.jit
 def _project_row(
-    x, norm, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps,
+    x, norm, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps, offset,
     K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
@@ -56,7 +65,8 @@ def _project_row(
         value = tl.load(x + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
         if NORM:
             squares += value * value
-            value *= tl.load(norm + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
+            factor = tl.load(norm + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
+            value *= factor + offset
         if k > 0:
             mask = inside[:, None] & (k + cols[None, :] < K)
             tile = tl.load(w + at + k, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -75,7 +85,7 @@ def _project_row(
         second = tl.sum(other, 1) * scale
         if BIAS:
             second += tl.load(b1 + rows, mask=inside, other=0.0).to(tl.float32)
-        result = result / (1.0 + tl.exp(-result)) * second
+        result = _gated(result, second, GATED)
     if RESIDUAL:
         result += tl.load(residual + rows, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + rows, result.to(y.dtype.element_ty), mask=inside)
@@ -96,7 +106,8 @@ def _prefetch(w, outs, n, K: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _project_rows(
-    x, norm, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps, rows_in,
+    x, norm, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps, offset,
+    rows_in,
     K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, M: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -134,7 +145,7 @@ def _project_rows(
         if NORM:
             wide = value.to(tl.float32)
             squares += tl.sum(wide * wide, 1)
-            weight = tl.load(norm + k + cols, mask=there, other=0.0).to(tl.float32)
+            weight = tl.load(norm + k + cols, mask=there, other=0.0).to(tl.float32) + offset
             value = (wide * weight[None, :]).to(tile.dtype)
         total = tl.dot(value, tl.trans(tile), total)
         if GATED:
@@ -149,7 +160,7 @@ def _project_rows(
     if GATED:
         if BIAS:
             other += tl.load(b1 + outs, mask=inside, other=0.0).to(tl.float32)[None, :]
-        total = total / (1.0 + tl.exp(-total)) * other
+        total = _gated(total, other, GATED)
     place = row[:, None] * n + outs[None, :]
     mask = (row < rows_in)[:, None] & inside[None, :]
     if RESIDUAL:
@@ -170,6 +181,7 @@ def projection(
     eps: float,
     activation: str,
     residual: torch.Tensor | None,
+    offset: float = 0.0,
 ) -> Launch:
     """Return the launch of :func:`ops.project`, of at most three weights."""
     width = x.shape[-1]
@@ -192,13 +204,14 @@ def projection(
         *_padded(biases or weights),
         *sizes,
         eps,
+        offset,
     )
     pdl = has_pdl(x.device)
     flags = {
         "K": width,
         "MANY": len(outputs) > 1,
         "NORM": norm is not None,
-        "GATED": gated,
+        "GATED": GATES[activation],
         "BIAS": bool(biases),
         "RESIDUAL": residual is not None,
         "PDL": pdl,

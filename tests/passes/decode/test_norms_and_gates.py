@@ -1,0 +1,172 @@
+"""Norms and gates as Gemma has them are parts of projections: ``1 + weight``, and GELU by tanh."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.functional import linear
+
+from adaskip_passes.decode.ops import normalize, project
+from tests.passes.decode.test_fuse_projections import (
+    DTYPES,
+    EPS,
+    NORMALIZE,
+    TOLERANCE,
+    arguments,
+    calls,
+    error,
+    fused,
+    rest,
+    scale,
+    stream,
+    weights,
+)
+
+
+def gemma_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """As transformers writes it."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return (normed * (1.0 + weight.float())).type_as(x)
+
+
+def late_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """As GPT-OSS and OLMo 2 have it."""
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return (weight * wide).to(x.dtype)
+
+
+def gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return functional.gelu(linear(x, gate), approximate="tanh") * linear(x, up)
+
+
+# The pass ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_is_added_to_a_norms_weight(dtype: torch.dtype) -> None:
+    def function(x: Tensor, n: Tensor, q: Tensor, k: Tensor) -> Any:
+        h = gemma_norm(x, n)
+        return linear(h, q), linear(h, k)
+
+    module = fused(function, stream(dtype=dtype), scale(dtype), *weights(12, 8, dtype=dtype))
+    (call,) = calls(module)
+    assert rest(module) == set()
+    got = arguments(call)
+    assert (str(got["x"]), str(got["norm"]), got["eps"], got["offset"]) == ("x", "n", EPS, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weight_in_float32_is_part_of_the_call(dtype: torch.dtype) -> None:
+    x, n, (w,) = stream(dtype=dtype), scale(dtype), weights(8, dtype=dtype)
+    module = fused(lambda x, n, w: linear(late_norm(x, n), w), x, n, w)
+    (call,) = calls(module)
+    assert rest(module) == set()
+    assert (str(arguments(call)["norm"]), arguments(call)["offset"]) == ("n", 0.0)
+
+
+def test_of_several_rows_it_is_an_operator_of_its_own() -> None:
+    half = torch.bfloat16
+    module = fused(
+        lambda x, n, w: linear(gemma_norm(x, n), w),
+        stream(3, half),
+        scale(half),
+        *weights(8, dtype=half),
+    )
+    (norm,) = module.graph.find_nodes(op="call_function", target=NORMALIZE)
+    assert norm.args[2:] == (EPS, 1.0)
+    assert arguments(calls(module)[0])["norm"] is None
+
+
+def added_in_half(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return (normed * (1.0 + weight)).type_as(x)
+
+
+def subtracted(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return (normed * (1.0 - weight.float())).type_as(x)
+
+
+def rounded_between(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return (normed.to(x.dtype) * (1.0 + weight.float())).type_as(x)
+
+
+@pytest.mark.parametrize("norm", [added_in_half, subtracted, rounded_between])
+def test_another_norm_stays(norm: Any) -> None:
+    half = torch.bfloat16
+    module = fused(
+        lambda x, n, w: linear(norm(x, n), w), stream(1, half), scale(half), *weights(8, dtype=half)
+    )
+    (call,) = calls(module)
+    assert arguments(call)["norm"] is None
+    assert "rsqrt" in rest(module)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_gelu_by_tanh_is_part_of_the_call(turned: bool) -> None:
+    def function(x: Tensor, a: Tensor, b: Tensor) -> Any:
+        return gated(x, b, a) if turned else gated(x, a, b)
+
+    module = fused(function, stream(), *weights(8, 8))
+    (call,) = calls(module)
+    assert rest(module) == set()
+    got = arguments(call)
+    assert got["activation"] == "gelu_tanh"
+    assert [str(w) for w in got["weights"]] == (["b", "a"] if turned else ["a", "b"])
+
+
+def test_a_gelu_by_erf_stays() -> None:
+    module = fused(
+        lambda x, a, b: functional.gelu(linear(x, a)) * linear(x, b), stream(), *weights(8, 8)
+    )
+    assert rest(module) == {"gelu", "mul"}
+
+
+# The operators ----------------------------------------------------------------------------------
+
+
+def wide_norm(x: Tensor, weight: Tensor, offset: float) -> Tensor:
+    wide = x.double()
+    return wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * (weight.double() + offset)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_against_float64(dtype: torch.dtype, offset: float) -> None:
+    x, weight = stream(5, dtype), scale(dtype)
+    expected = wide_norm(x, weight, offset)
+    got = normalize(x, weight, EPS, offset)
+    assert got.dtype == dtype
+    assert error(got, expected) < TOLERANCE[dtype]
+    assert error(normalize(x, weight, EPS, 1 - offset), expected) > 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gates_against_float64(dtype: torch.dtype) -> None:
+    x, n, (a, b) = stream(1, dtype), scale(dtype), weights(9, 9, dtype=dtype)
+    h = wide_norm(x, n, 1.0)
+    gate, up = h @ a.double().T, h @ b.double().T
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    expected = gate * (1 + inner.tanh()) / 2 * up
+    (got,) = project(x, [a, b], [], n, EPS, "gelu_tanh", None, 1.0)
+    assert error(got, expected) < 2 * TOLERANCE[dtype]
+    (wrong,) = project(x, [a, b], [], n, EPS, "silu", None, 1.0)
+    assert error(wrong, expected) > 0.05
+
+
+def test_they_are_proper_operators() -> None:
+    x, n, (a, b) = stream(1), scale(), weights(9, 9)
+    torch.library.opcheck(NORMALIZE, (x, n, EPS, 1.0))
+    given = (x, [a, b], [], n, EPS, "gelu_tanh", None, 1.0)
+    torch.library.opcheck(torch.ops.adaskip.project.default, given)
