@@ -141,3 +141,27 @@ def test_the_last_queries_are_causal(
     assert relative_error(got.double(), want) < DTYPES[dtype]
     wrong = attend_causal(query, key.flip(2), value, dim**-0.5)
     assert relative_error(wrong.double(), want) > DTYPES[dtype]
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "stored"), [(2, 900), (300, 1000), (600, 600)])
+def test_values_may_be_narrower_than_keys(
+    dtype: torch.dtype,
+    tokens: int,
+    stored: int,
+    planned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As DeepSeek's are, which are a part of a larger tensor."""
+    monkeypatch.setattr("adaskip_passes.attention.cudnn_plans._PLAN", 0.0 if planned else 1e30)
+    torch.manual_seed(tokens)
+    query = torch.randn(1, 4, tokens, 192, device="cuda").to(dtype)
+    key = torch.randn(1, 4, stored, 192, device="cuda").to(dtype)
+    value = torch.randn(1, 4, stored, 256, device="cuda").to(dtype)[..., 128:]
+    got = attend_causal(query, key, value, 0.07)
+    want = causal(query.double(), key.double(), value.double(), 0.07)
+    assert got.is_contiguous()
+    assert relative_error(got.double(), want) < DTYPES[dtype]
+    wrong = attend_causal(query, key, value.flip(-1), 0.07)
+    assert relative_error(wrong.double(), want) > DTYPES[dtype]
