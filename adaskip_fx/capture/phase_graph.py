@@ -27,9 +27,11 @@ from adaskip_passes import (
     outline,
 )
 from adaskip_passes.analysis.effects import accesses, is_mutation, operation
+from adaskip_passes.decode.absorb_latent import AbsorbLatent
 from adaskip_passes.decode.fuse_attention import FuseAttention
 from adaskip_passes.decode.fuse_experts import FuseExperts
 from adaskip_passes.decode.fuse_rotary import FuseRotary
+from adaskip_passes.infra.pass_manager import run_passes
 from adaskip_passes.partition.outer import sublayer_calls
 from adaskip_passes.tracing.capture import Binder, Capture, ShapeGuards
 from adaskip_passes.tracing.reads import readable
@@ -48,7 +50,7 @@ Memory: TypeAlias = tuple[int, str]
 #: Shape, strides, dtype and device of a tensor; of another value the name of its type.
 Layout: TypeAlias = tuple[object, ...]
 #: Operators that read of a buffer what a table of bounds says.
-_BY_BOUNDS = ("attend.default", "attend")
+_BY_BOUNDS = ("attend.default", "attend", "attend_latent.default")
 _STORED = re.compile(
     r"L\['cache'\]\.layers\[(\d+)\]\.(keys|values|(?:conv|recurrent)_states\[\d+\])"
 )
@@ -149,6 +151,8 @@ def capture_phase(
                 "cannot repeat that"
             )
         if key.static_cache and not key.whole:
+            with captured.reopened():
+                run_passes(captured.graph, (AbsorbLatent(),), copy=False)
             _refuse_whole_reads(captured)
         with captured.reopened():  # what the cutting finds out of shapes is guarded as well
             return _cut(captured, key, backend)

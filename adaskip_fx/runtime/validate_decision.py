@@ -127,6 +127,13 @@ def _check_windows(decision: Decision, graphs: Graphs) -> None:
                     f"{sublayer}: its window leaves K/V head {window.full_heads[-1]} full, but "
                     f"there are {heads}, from 0 on"
                 )
+            stored = graphs.specs[sublayer.layer].key_heads
+            if window.full_heads and 0 < stored < heads:
+                raise PlanError(
+                    f"{sublayer}: its window leaves K/V heads full, but the keys of its {heads} "
+                    "heads are made of one latent, which a step reads for all of them; use a "
+                    "window of the whole layer"
+                )
             if window.sinks and attention.sees != "everything":
                 raise UnsupportedError(
                     f"{sublayer}: its window has sinks, but the model's own mask (a window, say) "

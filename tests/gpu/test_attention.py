@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaskip_passes.attention.ops import attend_causal, causal
+from adaskip_passes.decode.latent_ops import attend_latent, store_and_attend_latent
 from adaskip_passes.decode.ops import EVERY, Bounds, attend, store_and_attend
 from tests.support import attention_oracle as oracle
 from tests.support.eager_reference import relative_error
@@ -49,7 +50,10 @@ def test_padding_that_reaches_into_a_step_is_not_seen(rotary: bool, dtype: torch
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 8, 17, 32])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 4, 256), (16, 2, 256), (32, 8, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"),
+    [(8, 4, 256), (16, 2, 256), (32, 8, 128), (4, 2, 192), (8, 8, 96), (4, 1, 80)],
+)
 def test_wide_heads_fit(
     heads: int, kv_heads: int, dim: int, tokens: int, dtype: torch.dtype
 ) -> None:
@@ -57,8 +61,23 @@ def test_wide_heads_fit(
     shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "lengths": (70,)}
     case = oracle.make(1, tokens=tokens, **shape, dtype=dtype, device="cuda")
     step = oracle.step(case, rotary=True)
-    got: Any = store_and_attend(*step.arguments())
+    for given in (step, oracle.of_pairs(oracle.step(case, rotary=True))):
+        got: Any = store_and_attend(*given.arguments())
+        assert relative_error(got.double().cpu(), oracle.expected(case)) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(24, 8), (512, 64), (256, 32)])
+@pytest.mark.parametrize("name", oracle.LATENT_CASES)
+def test_latents(name: str, sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    case = oracle.latent(1, name, sizes, dtype=dtype, device="cuda")
+    got = attend_latent(*oracle.latent_arguments(case))
     assert relative_error(got.double().cpu(), oracle.expected(case)) < DTYPES[dtype]
+    arguments = oracle.latent_step_arguments(oracle.step(case, rotary=False))
+    got = store_and_attend_latent(*arguments)
+    assert relative_error(got.double().cpu(), oracle.expected(case)) < DTYPES[dtype]
+    stored = torch.cat(arguments[1:3], -1).nan_to_num()
+    assert torch.equal(stored, case.keys.nan_to_num())
 
 
 @pytest.mark.breaks

@@ -36,7 +36,7 @@ ATTENTION_OPERATIONS = frozenset(
         *("scaled_dot_product_attention", "flex_attention"),
         *("attend.default", "attend_causal.default", "attend_packed.default"),
         *("attend_windowed.default", "attend_packed_windowed.default"),
-        "attend_masked_windowed.default",
+        *("attend_masked_windowed.default", "attend_latent.default"),
     }
 )
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .expert_ops import choose_experts, run_experts
+from .latent_ops import attend_latent, store_and_attend_latent
 from .ops import attend, normalize, project, store_and_attend
 
 _counters: ContextVar[torch.Tensor | None] = ContextVar("counters", default=None)
@@ -102,8 +103,38 @@ def _(
     return _attend(query, keys, values, *new, bounds, scale, softcap, sink_scores)
 
 
+@attend_latent.register_kernel("cuda")
+def _(
+    query: torch.Tensor,
+    latents: torch.Tensor,
+    rotated: torch.Tensor,
+    bounds: torch.Tensor,
+    scale: float,
+    softcap: float,
+    sink_scores: torch.Tensor | None,
+) -> torch.Tensor:
+    rest = None, None, None, None, bounds, scale, softcap, sink_scores
+    return _attend(query, latents, rotated, *rest, latent=True)
+
+
+@store_and_attend_latent.register_kernel("cuda")
+def _(
+    query: torch.Tensor,
+    latents: torch.Tensor,
+    rotated: torch.Tensor,
+    new_latents: torch.Tensor,
+    new_rotated: torch.Tensor,
+    bounds: torch.Tensor,
+    scale: float,
+    softcap: float,
+    sink_scores: torch.Tensor | None,
+) -> torch.Tensor:
+    rest = new_latents, new_rotated, None, None, bounds, scale, softcap, sink_scores
+    return _attend(query, latents, rotated, *rest, latent=True)
+
+
 def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: Any
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: Any, latent: bool = False
 ) -> torch.Tensor:
     from . import triton_kernels
 
@@ -111,7 +142,7 @@ def _attend(
     counters = _counters.get()
     if counters is None or counters.numel() < needed:
         counters = torch.zeros(needed, dtype=torch.int32, device=query.device)
-    return triton_kernels.attend(query, keys, values, *rest, counters)
+    return triton_kernels.attend(query, keys, values, *rest, counters, latent=latent)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,15 @@ from torch import fx
 
 from ..analysis.effects import accesses
 from ..infra.pass_base import Pass, PassResult
+from . import latent_ops as latent_ops  # registers its operators
 
 _STORE, _ATTEND = torch.ops.adaskip.store.default, torch.ops.adaskip.attend.default
+_ATTEND_LATENT = torch.ops.adaskip.attend_latent.default
+#: The operators that store, and what they take of angles: none.
+_STORING = {
+    _ATTEND: (torch.ops.adaskip.store_and_attend.default, (None, None)),
+    _ATTEND_LATENT: (torch.ops.adaskip.store_and_attend_latent.default, ()),
+}
 
 
 @dataclass(frozen=True)
@@ -33,14 +40,14 @@ class FuseAttention(Pass):
         """Fuse stores into the attention that reads what they wrote; see :class:`Pass`."""
         graph, changes = graph_module.graph, 0
         for node in list(graph.nodes):
-            if node.op == "call_function" and node.target is _ATTEND and not node.kwargs:
+            if node.op == "call_function" and node.target in _STORING and not node.kwargs:
                 query, keys, values, *rest = node.args
                 stores = [_only_store(graph, buffer, node) for buffer in (keys, values)]
                 if None in stores or stores[0].args[2] is not stores[1].args[2]:  # type: ignore[union-attr]
                     continue
                 new = [store.args[1] for store in stores if store is not None]
-                node.target = torch.ops.adaskip.store_and_attend.default
-                node.args = (query, keys, values, *new, None, None, *rest)
+                node.target, angles = _STORING[node.target]  # type: ignore[index]
+                node.args = (query, keys, values, *new, *angles, *rest)
                 for store in stores:
                     if store is not None:
                         graph.erase_node(store)

@@ -22,6 +22,8 @@ _NORMALIZE = torch.ops.adaskip.normalize.default
 _RUN_EXPERTS = torch.ops.adaskip.run_experts.default
 _CHOOSE_EXPERTS = torch.ops.adaskip.choose_experts.default
 _STORE_AND_ATTEND = torch.ops.adaskip.store_and_attend.default
+_LATENT = torch.ops.adaskip.attend_latent.default
+_STORE_LATENT = torch.ops.adaskip.store_and_attend_latent.default
 
 
 def compile_ahead(module: fx.GraphModule) -> list[Future[None]]:
@@ -33,7 +35,8 @@ def compile_ahead(module: fx.GraphModule) -> list[Future[None]]:
     Returns:
         What to wait for before the piece runs.
     """
-    ours = (_PROJECT, _NORMALIZE, _ATTEND, _STORE_AND_ATTEND, _RUN_EXPERTS, _CHOOSE_EXPERTS)
+    ours = (_PROJECT, _NORMALIZE, _ATTEND, _STORE_AND_ATTEND, _LATENT, _STORE_LATENT)
+    ours += (_RUN_EXPERTS, _CHOOSE_EXPERTS)
     calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target in ours]
     return [future for node in calls for future in _begin(node)]
 
@@ -57,7 +60,10 @@ def _begin(node: fx.Node) -> list[Future[None]]:
         calls = triton_kernels.expert_launches(*values)
     else:
         counters = first.new_empty(1, dtype=torch.int32)
-        if node.target is _ATTEND:
+        if node.target in (_ATTEND, _LATENT):
             values = (*values[:3], None, None, None, None, *values[3:])
-        calls = triton_kernels.attention(*(*values, counters))
+        elif node.target is _STORE_LATENT:
+            values = (*values[:5], None, None, *values[5:])
+        latent = node.target in (_LATENT, _STORE_LATENT)
+        calls = triton_kernels.attention(*values, counters, latent=latent)
     return [_pool.submit(call.compile, first.device) for call in calls]

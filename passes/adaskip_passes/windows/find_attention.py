@@ -9,18 +9,21 @@ import torch
 from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..decode import latent_ops as latent_ops  # registers its operators
 from ..decode.ops import EVERY
 from ..errors import UnsupportedError
 from ..partition.outer import Piece
 
 ATTEND = torch.ops.adaskip.attend.default
+#: Attention by a table of bounds; latent attention has one K/V head.
+BY_BOUNDS = (ATTEND, torch.ops.adaskip.attend_latent.default)
 CAUSAL, PACKED = torch.ops.adaskip.attend_causal.default, torch.ops.adaskip.attend_packed.default
 WINDOWED = torch.ops.adaskip.attend_windowed.default
 PACKED_WINDOWED = torch.ops.adaskip.attend_packed_windowed.default
 MASKED_WINDOWED = torch.ops.adaskip.attend_masked_windowed.default
 _ATTENTIONS = frozenset(
     [
-        *(ATTEND, CAUSAL, PACKED, WINDOWED, PACKED_WINDOWED, MASKED_WINDOWED),
+        *(*BY_BOUNDS, CAUSAL, PACKED, WINDOWED, PACKED_WINDOWED, MASKED_WINDOWED),
         scaled_dot_product_attention,
     ]
 )

@@ -12,7 +12,7 @@ from ..decode.ops import EVERY
 from ..partition.outer import Piece
 from .bounds import narrowed
 from .find_attention import (
-    ATTEND,
+    BY_BOUNDS,
     CAUSAL,
     MASKED_WINDOWED,
     PACKED,
@@ -38,9 +38,12 @@ def attend_in_window(piece: Piece, node: fx.Node, windows: fx.Node) -> fx.Node:
     graph = node.graph
     query, key, value, *more = node.args
     with graph.inserting_before(node):
-        if node.target is ATTEND:
+        if node.target in BY_BOUNDS:
             every = graph.call_function(narrowed, (more[0], windows))
-            target, given = ATTEND, (graph.call_function(operator.getitem, (every, 0)), *more[1:])
+            target, given = (
+                node.target,
+                (graph.call_function(operator.getitem, (every, 0)), *more[1:]),
+            )
         elif node.target is CAUSAL:
             target, given = WINDOWED, (windows, EVERY, *more)
         elif node.target is WINDOWED:

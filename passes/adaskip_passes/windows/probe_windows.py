@@ -35,7 +35,7 @@ from ..infra.pass_base import Pass, PassResult
 from ..partition.outer import PIECE, Piece, piece_of, stream_after, sublayer_calls
 from ..transforms.dead_code import eliminate_dead_code
 from ..transforms.probe import append_output, valid_input
-from .find_attention import ATTEND, attention_node, example_of
+from .find_attention import BY_BOUNDS, attention_node, example_of
 from .narrow_attention import attend_in_window, heads_dimension
 
 #: What is measured, per row, summed over its valid tokens: 1 - cos(a, b) of the stream after the
@@ -122,7 +122,7 @@ def _measuring(
     stream = result[0] if isinstance(result, tuple | list) else result
     attention, inputs = copies[attention_node(piece)], graph.find_nodes(op="placeholder")
     assert isinstance(stream, fx.Node)
-    if attention.target is ATTEND:
+    if attention.target in BY_BOUNDS:
         raise UnsupportedError("windows are measured in prompts, and this graph is a step's")
     with graph.inserting_after(inputs[-1]):
         more = [graph.placeholder(f"given_{i}") for i in reversed(range(len(examples)))][::-1]

@@ -31,7 +31,7 @@ from ..infra.graph_module import Uncoded
 from ..infra.pass_base import Pass, PassResult
 from ..partition.outer import PIECE, Piece, helper_piece, piece_of, sublayer_calls
 from .bounds import narrowed
-from .find_attention import ATTEND, attention_node, example_of
+from .find_attention import BY_BOUNDS, attention_node, example_of
 from .narrow_attention import attend_in_window
 
 WINDOWS = "adaskip_windows"  # marks an input: the positions of the sublayers whose windows it holds
@@ -65,7 +65,7 @@ class WindowAttention(Pass):
                 raise UnsupportedError(f"sublayer {index} is not in the graph: it sees nothing")
             call = calls[index]
             piece, node = found.of(call)
-            if node.target is not ATTEND or found.place(call) is None:
+            if node.target not in BY_BOUNDS or found.place(call) is None:
                 _narrow_in_piece(outer, call, piece, node, narrower)
             else:
                 by_bounds.setdefault(found.reads(call), []).append(call)
@@ -143,7 +143,7 @@ def _narrow_in_piece(
 ) -> None:
     """Have a piece take its window as one more input."""
     heads, query = example_of(node.args[1]).shape[1], example_of(node.args[0])
-    if node.target is ATTEND:  # which reads a table on the device
+    if node.target in BY_BOUNDS:  # which reads a table on the device
         example = query.new_empty((1, heads, 2), dtype=torch.int64)
     else:
         example = query.new_empty((heads, 2), dtype=torch.int64, device="cpu")

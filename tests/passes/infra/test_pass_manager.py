@@ -208,6 +208,7 @@ def passes_of_the_package() -> set[type[Pass]]:
 def test_every_rewrite_has_the_one_interface() -> None:
     found = passes_of_the_package()
     assert {c.__name__ for c in found} == {
+        "AbsorbLatent",
         "DropCacheWrites",
         "EliminateDeadCode",
         "Expand",

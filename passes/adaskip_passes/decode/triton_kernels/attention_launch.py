@@ -7,16 +7,19 @@ from typing import Any
 import torch
 import triton
 
-from .decode_attention import _attend, _combine_apart
+from .combine import combine_apart
+from .decode_attention import _attend
 from .launch import Launch, has_pdl, shared_memory
 
 _PROGRAMS = 128
 _MOST_QUERIES = 128  # of one program
+_MOST_OF_LATENT = 16  # likewise: each is several times as wide, and held in registers
+_MOST_SHARES = 64  # of a group of queries, where its results are that wide
 
 
-def attend(*inputs: Any) -> torch.Tensor:
+def attend(*inputs: Any, latent: bool = False) -> torch.Tensor:
     """Compute :func:`ops.attend`, which describes the inputs; `counters` come last."""
-    launches = attention(*inputs)
+    launches = attention(*inputs, latent=latent)
     for launch in launches:
         launch.run()
     return launches[-1].outputs[0]
@@ -35,6 +38,7 @@ def attention(
     softcap: float,
     sink_scores: torch.Tensor | None,
     counters: torch.Tensor,
+    latent: bool = False,
 ) -> list[Launch]:
     """Return the launches of :func:`ops.store_and_attend`, which describes the other inputs.
 
@@ -51,22 +55,30 @@ def attention(
         softcap: Their bound; 0 for none.
         sink_scores: Of each head, or None.
         counters: int32, one for each row and K/V head; they are zero before and after.
+        latent: Whether keys are latents, which are the values as well, and values the rest of the
+            keys: :func:`latent_ops.store_and_attend_latent`.
 
     """
     batch, heads, tokens, dim = query.shape
-    kv_heads, value_dim = keys.shape[1], values.shape[3]
+    kv_heads, value_dim = keys.shape[1], (keys if latent else values).shape[3]
     output = query.new_empty((batch, tokens, heads, value_dim))
-    padded, padded_values = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
+    first, padded, rest, padded_rest = _parts(dim, value_dim if latent else None)
+    padded_values = max(16, triton.next_power_of_2(value_dim))
     queries = tokens * (heads // kv_heads)
-    group = min(_MOST_QUERIES, max(16, triton.next_power_of_2(queries)))
+    most = _MOST_OF_LATENT if latent else _MOST_QUERIES
+    group = min(most, max(16, triton.next_power_of_2(queries)))
     groups = batch * kv_heads * triton.cdiv(queries, group)
     splits, block, stages, warps = _blocks(groups, group, alike=bounds.shape[1] == 1)
     own = max(16, triton.next_power_of_2(tokens))
     size = keys.element_size()
     limit = shared_memory(query.device) // size
     block = max(16, min(block, 32768 // (max(padded, padded_values) * size)))
-    block, stages = _fitting(limit, block, stages, group, own, padded, padded_values)
-    apart = tokens > 1
+    key_size = padded + (padded_rest if rest else 0)
+    read = key_size + (0 if latent else padded_values)
+    block, stages = _fitting(limit, block, stages, group, own, key_size, read)
+    if latent:
+        splits, warps = min(splits, _MOST_SHARES), 8
+    apart = tokens > 1 or latent
     partial = query.new_empty(groups * splits * group * padded_values, dtype=torch.float32)
     weight = query.new_empty(groups * splits * group * 2, dtype=torch.float32)
     used = query.new_empty(groups if apart else 1, dtype=torch.int32)
@@ -91,7 +103,8 @@ def attention(
     }
     flags = {
         **form,
-        **{"B": batch, "HB": bounds.shape[1], "D": dim, "DP": padded, "PROGRAMS": _PROGRAMS},
+        **{"B": batch, "HB": bounds.shape[1], "D": first, "DP": padded, "PROGRAMS": _PROGRAMS},
+        **{"DR": rest, "DRP": padded_rest, "LATENT": latent},
         "EP": triton.next_power_of_2(batch * bounds.shape[1]),
         **{"GB": min(some, group), "TP": own},
         "BN": block,
@@ -101,14 +114,30 @@ def attention(
     }
     launches = [Launch(_attend, (groups, splits), arguments, flags, [output])]
     if apart:
-        rest = (output, partial, weight, sink_scores, used, tokens)
-        alone = {**form, "GB": 1, "num_warps": 2}
-        launches.append(Launch(_combine_apart, (groups, group), rest, alone, [output]))
+        combined = (output, partial, weight, sink_scores, used, tokens)
+        alone = {**form, "GB": 1, "num_warps": max(2, min(8, splits * padded_values // 4096))}
+        launches.append(Launch(combine_apart, (groups, group), combined, alone, [output]))
     return launches
 
 
+def _parts(dim: int, first: int | None) -> tuple[int, int, int, int]:
+    """Return how a head's numbers are read: in a first part and the rest, each with its padding.
+
+    Args:
+        dim: How many there are.
+        first: How many are in the first part; None where that is free.
+
+    """
+    padded = max(16, triton.next_power_of_2(dim))
+    begin = first if first is not None else 1 << (dim.bit_length() - 1)
+    sizes = tuple(max(16, triton.next_power_of_2(n)) for n in (begin, dim - begin))
+    if first is None and (begin == dim or sum(sizes) >= padded):
+        return dim, padded, 0, 16
+    return begin, sizes[0], dim - begin, sizes[1]
+
+
 def _fitting(
-    limit: int, block: int, stages: int, group: int, own: int, dim: int, value_dim: int
+    limit: int, block: int, stages: int, group: int, own: int, dim: int, read: int
 ) -> tuple[int, int]:
     """Return how many keys at a time and stages fit into shared memory, all counted in numbers.
 
@@ -119,13 +148,13 @@ def _fitting(
         group: Queries.
         own: New tokens.
         dim: Of a head's queries and keys, padded.
-        value_dim: Of its values, padded.
+        read: Of its keys and values together.
 
     """
 
     def taken() -> int:
         keys = stages * block + own
-        return keys * (dim + value_dim) + group * (dim + block)
+        return keys * read + group * (dim + block)
 
     while taken() > limit and (stages > 1 or block > 16):
         if stages > 2 or block <= 16:

@@ -1,6 +1,8 @@
 """Attention of a few queries per row over what a table of bounds lets them see: ``ops.attend``.
 
 The keys and values of the queries' own tokens may be stored at once: ``ops.store_and_attend``.
+A head of a size that is no power of two is read as a first part that is one, and the rest. Of a
+latent cache the first part is the values as well, and the rest lies apart: ``latent_ops``.
 """
 
 from __future__ import annotations
@@ -8,68 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _combine(
-    output, partial, weight, sinks, group, used, b, h, first, T,
-    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GP: tl.constexpr,
-    GB: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Write the results of GB queries of a K/V head: the shares' ones, weighted by their masses.
-
-    `group` is which of the groups of GP queries they are of, `first` the first of them in it.
-    """
-    s, dv = tl.arange(0, SPLITS), tl.arange(0, DVP)
-    c = first + tl.arange(0, GB)
-    slots = (group * SPLITS + s)[:, None] * GP + c[None, :]
-    query = (group % tl.cdiv(T * G, GP)) * GP + c  # of the head's T * G ones
-    real = (query < T * G) & (c < GP)
-    there = real[None, :] & (s < used)[:, None]
-    bests = tl.load(weight + slots * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-    masses = tl.load(weight + slots * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-    parts = tl.load(
-        partial + slots[:, :, None] * DVP + dv[None, None, :],
-        mask=there[:, :, None] & (dv < DV)[None, None, :], other=0.0, cache_modifier=".cg",
-    )  # fmt: skip
-    best = tl.max(bests, 0)
-    best = tl.where(best == float("-inf"), 0.0, best)  # of what is no query
-    if sinks is not None:
-        sink = tl.load(sinks + h * G + query % G, mask=real, other=0.0).to(tl.float32) * _LOG2_E
-        best = tl.maximum(best, sink)
-    factor = tl.exp2(bests - best[None, :])  # 0 for a share without keys
-    mass = tl.sum(masses * factor, 0)
-    if sinks is not None:
-        mass += tl.exp2(sink - best)
-    mass = tl.where(mass == 0.0, 1.0, mass)  # of padding, which sees nothing
-    result = tl.sum(parts * factor[:, :, None], 0) / mass[:, None]
-    place = (b * T + query // G) * H + h * G + query % G
-    tl.store(
-        output + place[:, None] * DV + dv[None, :],
-        result.to(output.dtype.element_ty),
-        mask=real[:, None] & (dv < DV)[None, :],
-    )
-
-
-@triton.jit
-def _combine_apart(
-    output, partial, weight, sinks, shares, T,
-    H: tl.constexpr, HK: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GP: tl.constexpr,
-    GB: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A program GB queries: where there are many of them, one program a head would take long."""
-    G: tl.constexpr = H // HK
-    group = tl.program_id(0)
-    head = group // tl.cdiv(T * G, GP)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    used = tl.load(shares + group)
-    _combine(
-        output, partial, weight, sinks, group, used, head // HK, head % HK,
-        tl.program_id(1) * GB, T, H, G, DV, DVP, GP, GB, SPLITS,
-    )  # fmt: skip
+from .combine import LOG2_E, combine
 
 
 @triton.jit
@@ -133,11 +74,16 @@ def _rotated(x, cosines, sines, rows, at, d, D: tl.constexpr, mask):
 
 
 @triton.jit
-def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+def _scores(
+    q, k, q_rest, k_rest, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if q_rest is not None:
+        scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
+    scores *= scale
     if SOFTCAP:
         scores = softcap * (1 - 2 / (1 + tl.exp(2 * scores / softcap)))
-    return scores * _LOG2_E
+    return scores * LOG2_E
 
 
 @triton.jit
@@ -154,11 +100,12 @@ def _add(best, mass, total, scores, v, PRECISION: tl.constexpr):
 
 @triton.jit
 def _stored(
-    q, t, key_base, value_base, mine, first, kept, begin, low, high, end, key_n, value_n, scale,
-    softcap,
-    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GP: tl.constexpr,
-    BN: tl.constexpr, STAGES: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr,
-    CAUSAL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    q, q_rest, t, key_base, rest_base, value_base, mine, first, kept, begin, low, high, end,
+    key_n, rest_n, value_n, scale, softcap,
+    D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    LATENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to a share of the stored keys, the `low`-th to the `high`-th that are seen.
 
@@ -166,7 +113,7 @@ def _stored(
     """
     shift = tl.load(mine + 4).to(tl.int32)
     window, sink = tl.load(mine + 2).to(tl.int32), first + tl.load(mine + 1).to(tl.int32)
-    d, dv = tl.arange(0, DP), tl.arange(0, DVP)
+    d, dv, dr = tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, DRP)
     best = tl.full([GP], float("-inf"), tl.float32)
     mass = tl.zeros([GP], tl.float32)
     total = tl.zeros([GP, DVP], tl.float32)
@@ -180,17 +127,26 @@ def _stored(
             key_base + slot * key_n + d[None, :],
             mask=(i < high)[:, None] & (d < D)[None, :], other=0.0,
         )  # fmt: skip
-        scores = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+        k_rest = None
+        if DR > 0:
+            k_rest = tl.load(
+                rest_base + slot * rest_n + dr[None, :],
+                mask=(i < high)[:, None] & (dr < DR)[None, :], other=0.0,
+            )  # fmt: skip
+        scores = _scores(q, k, q_rest, k_rest, scale, softcap, SOFTCAP, PRECISION)
         seen = (i < high)[None, :]
         if not PLAIN:
             last = (end - 1 + t)[:, None]
             seen = seen & ((at[None, :] > last - window) | (at < sink)[None, :])
             if CAUSAL:
                 seen = seen & (at[None, :] <= last)
-        v = tl.load(
-            value_base + slot * value_n + dv[None, :],
-            mask=(i < high)[:, None] & (dv < DV)[None, :], other=0.0,
-        )  # fmt: skip
+        if LATENT:
+            v = k
+        else:
+            v = tl.load(
+                value_base + slot * value_n + dv[None, :],
+                mask=(i < high)[:, None] & (dv < DV)[None, :], other=0.0,
+            )  # fmt: skip
         scores = tl.where(seen, scores, float("-inf"))
         best, mass, total = _add(best, mass, total, scores, v, PRECISION)
     return best, mass, total
@@ -203,10 +159,11 @@ def _attend(
     new_value_h, new_value_t, angle_b, angle_t, query_b, query_h, query_t, key_b, key_h, key_n,
     value_b, value_h, value_n, bounds_b, bounds_h, T,
     B: tl.constexpr, H: tl.constexpr, HK: tl.constexpr, HB: tl.constexpr, EP: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GP: tl.constexpr,
-    GB: tl.constexpr, TP: tl.constexpr, PROGRAMS: tl.constexpr, SPLITS: tl.constexpr,
-    BN: tl.constexpr, STAGES: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr,
-    APART: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr, GP: tl.constexpr, GB: tl.constexpr, TP: tl.constexpr,
+    PROGRAMS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr,
+    LATENT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Flash decoding: a program GP queries of a K/V head and a share of what they see.
 
@@ -231,29 +188,45 @@ def _attend(
     if split < used:
         end = tl.load(mine + 3).to(tl.int32)
         high = tl.minimum((split + 1) * share, count)
-        c, d, dv = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, DVP)
+        c, d, dv, dr = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, DRP)
         mine_of_head = (group % groups) * GP + c
         t = mine_of_head // G
         asks = b * query_b + (h * G + mine_of_head % G) * query_h + t * query_t
+        turns = b * angle_b + t * angle_t
         real = (t < T)[:, None] & (d < D)[None, :]
-        q = _rotated(query, cosines, sines, asks, b * angle_b + t * angle_t, d, D, real)
+        q = _rotated(query, cosines, sines, asks, turns, d, D + DR, real)
+        q_rest = None
+        if DR > 0:
+            real = (t < T)[:, None] & (dr < DR)[None, :]
+            q_rest = _rotated(query, cosines, sines, asks, turns, D + dr, D + DR, real)
         key_base = keys + b.to(tl.int64) * key_b + h.to(tl.int64) * key_h
         value_base = values + b.to(tl.int64) * value_b + h.to(tl.int64) * value_h
-        if STORE:  # loaded before the stored ones, and looked at after them
+        rest_base, rest_n = key_base + D, key_n
+        if LATENT:
+            rest_base, rest_n = value_base, value_n
+        if STORE:
             high = tl.minimum(high, count - T)
             e = tl.arange(0, TP)
             own = (e < T) & (end - 1 + e >= first) & (split == used - 1)  # padding is none
             k_mask = own[:, None] & (d < D)[None, :]
+            v_mask = own[:, None] & (dv < DV)[None, :]
+            rest_mask = own[:, None] & (dr < DR)[None, :]
             places = b * new_key_b + h * new_key_h + e * new_key_t
             turns = b * angle_b + e * angle_t
-            k_own = _rotated(new_keys, cosines, sines, places, turns, d, D, k_mask)
-            v_mask = own[:, None] & (dv < DV)[None, :]
-            places = b * new_value_b + h * new_value_h + e * new_value_t
-            v_own = tl.load(new_values + places[:, None] + dv[None, :], mask=v_mask, other=0.0)
+            value_places = b * new_value_b + h * new_value_h + e * new_value_t
+            if not LATENT:  # loaded before the stored ones, and looked at after them
+                k_own = _rotated(new_keys, cosines, sines, places, turns, d, D + DR, k_mask)
+                value_at = value_places[:, None] + dv[None, :]
+                v_own = tl.load(new_values + value_at, mask=v_mask, other=0.0)
+                rest_own = None
+                if DR > 0:
+                    rest_own = _rotated(
+                        new_keys, cosines, sines, places, turns, D + dr, D + DR, rest_mask
+                    )
         best, mass, total = _stored(
-            q, t, key_base, value_base, mine, first, kept, begin, split * share, high, end, key_n,
-            value_n, scale, softcap,
-            D, DP, DV, DVP, GP, BN, STAGES, SOFTCAP, PLAIN, not STORE, WIDE, PRECISION,
+            q, q_rest, t, key_base, rest_base, value_base, mine, first, kept, begin, split * share,
+            high, end, key_n, rest_n, value_n, scale, softcap, D, DP, DR, DRP, DV, DVP, GP, BN,
+            STAGES, SOFTCAP, PLAIN, not STORE, WIDE, LATENT, PRECISION,
         )  # fmt: skip
         if STORE:  # noqa: SIM102  # decided while it is compiled
             if split == used - 1:
@@ -261,9 +234,17 @@ def _attend(
                 window, sink = tl.load(mine + 2).to(tl.int32), tl.load(mine + 1).to(tl.int32)
                 if WIDE:
                     slot = slot.to(tl.int64)
+                if LATENT:  # too wide to be held until now
+                    k_own = tl.load(new_keys + places[:, None] + d[None, :], mask=k_mask, other=0.0)
+                    rest_at = value_places[:, None] + dr[None, :]
+                    rest_own = tl.load(new_values + rest_at, mask=rest_mask, other=0.0)
+                    v_own = k_own
                 tl.store(key_base + slot * key_n + d[None, :], k_own, mask=k_mask)
-                tl.store(value_base + slot * value_n + dv[None, :], v_own, mask=v_mask)
-                scores = _scores(q, k_own, scale, softcap, SOFTCAP, PRECISION)
+                if DR > 0:
+                    tl.store(rest_base + slot * rest_n + dr[None, :], rest_own, mask=rest_mask)
+                if not LATENT:
+                    tl.store(value_base + slot * value_n + dv[None, :], v_own, mask=v_mask)
+                scores = _scores(q, k_own, q_rest, rest_own, scale, softcap, SOFTCAP, PRECISION)
                 near = (e[None, :] > t[:, None] - window) | (end - 1 + e < first + sink)[None, :]
                 seen = own[None, :] & (e[None, :] <= t[:, None]) & near
                 scores = tl.where(seen, scores, float("-inf"))
@@ -280,7 +261,7 @@ def _attend(
                 tl.debug_barrier()
                 queries = tl.minimum(T * G - (group % groups) * GP, GP)
                 for some in range(0, queries, GB):  # so many at a time as registers hold
-                    _combine(
+                    combine(
                         output, partial, weight, sinks, group, used, b, h, some, T,
                         H, G, DV, DVP, GP, GB, SPLITS,
                     )  # fmt: skip
