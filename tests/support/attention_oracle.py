@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -179,6 +179,14 @@ def step(case: Case, rotary: bool, by_row: bool = False) -> Step:
     query, unrotated = (_turned_back(x, angles) for x in (case.query, keys_by_head))
     cosines, sines = (torch.cat((f(angles),) * 2, -1).float() for f in (torch.cos, torch.sin))
     return Step(case, query, keys, values, unrotated, values_by_head, cosines, sines)
+
+
+def of_pairs(made: Step) -> Step:
+    """The same step with an angle for each pair."""
+    assert made.cosines is not None
+    assert made.sines is not None
+    half = made.cosines.shape[-1] // 2
+    return replace(made, cosines=made.cosines[..., :half], sines=made.sines[..., :half])
 
 
 def padded_into(rotary: bool, dtype: torch.dtype, device: str) -> Step:

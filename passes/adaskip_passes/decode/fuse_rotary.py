@@ -11,9 +11,11 @@ After::
     y = store_and_attend(q, keys, values, k, v, cos, sin, bounds)
 
 A kernel less a layer, and one that no other may overlap with. Rotary embeddings of all of a head,
-halves as pairs (Su et al., "RoFormer", eq. 34, in the order of GPT-NeoX), are recognized; others
-stay. Legal because the same values are computed from the same operands; they are rounded once
-instead of three times, so the pass preserves results to rounding, not to the bit.
+halves as pairs (Su et al., "RoFormer", eq. 34, in the order of GPT-NeoX), are recognized, also
+where each half is written out, ``cat((a * cos - b * sin, b * cos + a * sin))``, with an angle for
+each pair (GPT-OSS); others stay. Legal because the same values are computed from the same operands;
+they are rounded once instead of three times, so the pass preserves results to rounding, not to the
+bit.
 """
 
 from __future__ import annotations
@@ -78,19 +80,64 @@ def _rotated(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
             for pairs, sines in operands(crossed, "mul"):
                 if _is_pairs_of(pairs, x) and all(_is_angle(a, x) for a in (cosines, sines)):
                     return x, cosines, sines
+    return _rotated_by_halves(node)
+
+
+def _rotated_by_halves(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Return the same of ``cat((a * cos - b * sin, b * cos + a * sin), -1)``, of halves a and b."""
+    parts = _parts(node)
+    if parts is None or not calls(parts[0], "sub") or len(parts[0].args) != 2:
+        return None
+    plain, crossed = parts[0].args
+    if parts[0].kwargs or not isinstance(plain, fx.Node) or not isinstance(crossed, fx.Node):
+        return None
+    for a, cosines in operands(plain, "mul"):
+        for b, sines in operands(crossed, "mul"):
+            x = _whole_of(a, b)
+            if x is None or not all(_is_angle(n, x, 2) for n in (cosines, sines)):
+                continue
+            for one, other in operands(parts[1], "add"):
+                turned = (b, cosines) in operands(one, "mul")
+                if turned and (a, sines) in operands(other, "mul"):
+                    return x, cosines, sines
     return None
+
+
+def _whole_of(first: fx.Node, second: fx.Node) -> fx.Node | None:
+    """Return what two nodes are the halves of; None if they are not."""
+    one, other = argument(first, "getitem"), argument(second, "getitem")
+    shape = shape_of(first)
+    if one is None or one is not other or shape is None:
+        return None
+    if calls(one, "chunk"):
+        given = {**dict(zip(("input", "chunks", "dim"), one.args, strict=False)), **one.kwargs}
+        x = given.pop("input")
+        both = (first.args[1], second.args[1]) == (0, 1)
+        even = isinstance(x, fx.Node) and (size := shape_of(x)) is not None and size[-1] % 2 == 0
+        return x if both and even and given == {"chunks": 2, "dim": -1} else None
+    half = int(shape[-1])
+    slices = _is_slice(first, one, slice(None, half)) and _is_slice(second, one, slice(half, None))
+    size = shape_of(one)
+    return one if slices and size is not None and size[-1] == 2 * half else None
+
+
+def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return the two tensors that `node` is put together of along the last dimension."""
+    if not calls(node, "cat"):
+        return None
+    given = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
+    parts = given.pop("tensors", ())
+    if given != {"dim": -1} or not isinstance(parts, list | tuple) or len(parts) != 2:
+        return None
+    return (parts[0], parts[1]) if all(isinstance(p, fx.Node) for p in parts) else None
 
 
 def _is_pairs_of(node: fx.Node, x: fx.Node) -> bool:
     """Return whether `node` is ``cat((-second half of x, first half of x), -1)``."""
-    shape = shape_of(x)
-    if not calls(node, "cat") or shape is None or shape[-1] % 2:
+    shape, parts = shape_of(x), _parts(node)
+    if parts is None or shape is None or shape[-1] % 2:
         return False
-    given = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
-    parts = given.pop("tensors", ())
-    if given != {"dim": -1} or not isinstance(parts, list | tuple) or len(parts) != 2:
-        return False
-    second = argument(parts[0], "neg") if isinstance(parts[0], fx.Node) else None
+    second = argument(parts[0], "neg")
     half = int(shape[-1]) // 2
     return _is_slice(second, x, slice(half, None)) and _is_slice(parts[1], x, slice(None, half))
 
@@ -102,10 +149,13 @@ def _is_slice(node: object, x: fx.Node, last: slice) -> bool:
     return tuple(node.args[1]) == (Ellipsis, last) if isinstance(node.args[1], tuple) else False
 
 
-def _is_angle(node: fx.Node, x: fx.Node) -> bool:
-    """Return whether `node` is one angle's for each token and dimension of x, [B or 1, 1, T, D]."""
+def _is_angle(node: fx.Node, x: fx.Node, share: int = 1) -> bool:
+    """Return whether `node` is of an angle for each token and dimension of x, [B or 1, 1, T, D].
+
+    Or for one of `share` dimensions.
+    """
     value, shape = example(node), shape_of(x)
     if value is None or shape is None or value.dim() != 4 or value.dtype != dtype_of(x):
         return False
     rows, heads, *rest = value.shape
-    return rows in (1, shape[0]) and heads == 1 and tuple(rest) == tuple(shape[2:])
+    return rows in (1, shape[0]) and heads == 1 and tuple(rest) == (shape[2], shape[3] // share)

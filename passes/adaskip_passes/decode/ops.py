@@ -223,7 +223,8 @@ def store_and_attend(
         values: Likewise.
         new_keys: [B, H_kv, T, D].
         new_values: [B, H_kv, T, D_v].
-        cosines: Of the angles, [B or 1, 1, T, D]; None: nothing is rotated.
+        cosines: Of the angles, [B or 1, 1, T, D], or [..., D / 2] for the pairs; None: nothing is
+            rotated.
         sines: Likewise.
         bounds: As of `attend`.
         scale: Of the scores.
@@ -246,6 +247,8 @@ def store_and_attend(
 
 
 def _rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    if cosines.shape[-1] != x.shape[-1]:  # of the pairs
+        cosines, sines = (torch.cat((t, t), -1) for t in (cosines, sines))
     first, second = x.float().chunk(2, -1)
     pairs = torch.cat((-second, first), -1)
     return (x.float() * cosines.float() + pairs * sines.float()).to(x.dtype)

@@ -31,6 +31,14 @@ def test_own_tokens_are_stored_and_seen(name: str, rotary: bool) -> None:
         assert relative_error(buffer.nan_to_num(), stored) < 1e-6
 
 
+@pytest.mark.parametrize("by_row", [False, True])
+def test_an_angle_may_be_of_a_pair(by_row: bool) -> None:
+    case = oracle.make(3, batch=2, tokens=3, lengths=(30, 2))
+    step = oracle.of_pairs(oracle.step(case, rotary=True, by_row=by_row))
+    got: Any = store_and_attend(*step.arguments())
+    assert relative_error(got.double(), oracle.expected(case)) < 1e-5
+
+
 @pytest.mark.parametrize("rotary", [False, True])
 def test_padding_that_reaches_into_a_step_is_not_seen(rotary: bool) -> None:
     step = oracle.padded_into(rotary, torch.float32, "cpu")

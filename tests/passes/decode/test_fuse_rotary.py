@@ -43,6 +43,48 @@ def other_order(
     return attend(s * half(q) + c * q, keys, values, half(k) * s + k * c, v, b)
 
 
+def by_halves(
+    q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, c: Tensor, s: Tensor, b: Tensor
+) -> Any:
+    """As GPT-OSS has it, with an angle for each pair."""
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = torch.chunk(x, 2, dim=-1)
+        return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+
+    return attend(turned(q), keys, values, turned(k), v, b)
+
+
+def halves_in_other_order(
+    q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, c: Tensor, s: Tensor, b: Tensor
+) -> Any:
+    def turned(x: Tensor) -> Tensor:
+        first, second = x[..., :4], x[..., 4:]
+        return torch.cat((c * first - s * second, s * first + c * second), -1)
+
+    return attend(turned(q), keys, values, turned(k), v, b)
+
+
+def halves_backwards(
+    q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, c: Tensor, s: Tensor, b: Tensor
+) -> Any:
+    def turned(x: Tensor) -> Tensor:
+        first, second = torch.chunk(x, 2, dim=-1)
+        return torch.cat((second * c - first * s, first * c + second * s), dim=-1)
+
+    return attend(turned(q), keys, values, turned(k), v, b)
+
+
+def halves_of_neighbours(
+    q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, c: Tensor, s: Tensor, b: Tensor
+) -> Any:
+    def turned(x: Tensor) -> Tensor:
+        first, second = x[..., ::2], x[..., 1::2]
+        return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+
+    return attend(turned(q), keys, values, turned(k), v, b)
+
+
 def read_besides(
     q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, c: Tensor, s: Tensor, b: Tensor
 ) -> Any:
@@ -189,3 +231,27 @@ def test_swapped_angles_are_noticed() -> None:
     module.recompile()
     got, expected = module(*[t.clone() for t in given]), rotary(*[t.clone() for t in given])
     assert relative_error(got.double(), expected.double()) > 1e-2
+
+
+@pytest.mark.parametrize("function", [by_halves, halves_in_other_order])
+@pytest.mark.parametrize(("rows", "tokens", "by_row"), [(1, 1, False), (2, 3, True)])
+def test_halves_that_are_written_out_are_rotations(
+    function: Callable[..., Any], rows: int, tokens: int, by_row: bool
+) -> None:
+    module, error = both(function, of_pairs(inputs(rows, tokens, by_row)))
+    assert rotates(module)
+    assert not module.graph.find_nodes(op="call_function", target=torch.cat)
+    assert error < 1e-6
+
+
+@pytest.mark.parametrize("function", [halves_backwards, halves_of_neighbours])
+def test_halves_of_something_else_stay(function: Callable[..., Any]) -> None:
+    module, error = both(function, of_pairs(inputs()))
+    assert not rotates(module)
+    assert error == 0
+
+
+def of_pairs(given: Inputs) -> Inputs:
+    """The same inputs with an angle for each pair."""
+    *before, cosines, sines, bounds = given
+    return (*before, cosines[..., :4], sines[..., :4], bounds)  # type: ignore[return-value]

@@ -85,6 +85,7 @@ def attention(
     query, *query_strides = _strided(query)
     new_keys, *new_key_strides = _strided(new_keys)
     new_values, *new_value_strides = _strided(new_values)
+    pairs = cosines is not None and cosines.shape[3] != dim
     cosines, *angle_strides = _strided(cosines, batch)
     sines, *_ = _strided(sines, batch)
     arguments = (
@@ -104,7 +105,7 @@ def attention(
     flags = {
         **form,
         **{"B": batch, "HB": bounds.shape[1], "D": first, "DP": padded, "PROGRAMS": _PROGRAMS},
-        **{"DR": rest, "DRP": padded_rest, "LATENT": latent},
+        **{"DR": rest, "DRP": padded_rest, "LATENT": latent, "PAIRS": pairs},
         "EP": triton.next_power_of_2(batch * bounds.shape[1]),
         **{"GB": min(some, group), "TP": own},
         "BN": block,

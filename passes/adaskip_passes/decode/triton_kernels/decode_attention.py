@@ -56,8 +56,10 @@ def _share(
 
 
 @triton.jit
-def _rotated(x, cosines, sines, rows, at, d, D: tl.constexpr, mask):
+def _rotated(x, cosines, sines, rows, at, d, D: tl.constexpr, PAIRS: tl.constexpr, mask):
     """Load what `rows` of x point to, rotated by the angles at `at` if there are cosines.
+
+    With PAIRS there is an angle for each pair, and else for each number of a head.
 
     Rotary position embeddings (Su et al., "RoFormer", eq. 34), halves of a head as pairs.
     """
@@ -66,8 +68,11 @@ def _rotated(x, cosines, sines, rows, at, d, D: tl.constexpr, mask):
         other = tl.where(d < D // 2, d + D // 2, d - D // 2)
         sign = tl.where(d < D // 2, -1.0, 1.0)
         pair = tl.load(x + rows[:, None] + other[None, :], mask=mask, other=0.0)
-        cosine = tl.load(cosines + at[:, None] + d[None, :], mask=mask, other=0.0)
-        sine = tl.load(sines + at[:, None] + d[None, :], mask=mask, other=0.0)
+        angle = d
+        if PAIRS:
+            angle = tl.where(d < D // 2, d, d - D // 2)
+        cosine = tl.load(cosines + at[:, None] + angle[None, :], mask=mask, other=0.0)
+        sine = tl.load(sines + at[:, None] + angle[None, :], mask=mask, other=0.0)
         turned = value.to(tl.float32) * cosine + sign[None, :] * pair.to(tl.float32) * sine
         value = turned.to(value.dtype)
     return value
@@ -163,7 +168,7 @@ def _attend(
     DVP: tl.constexpr, GP: tl.constexpr, GB: tl.constexpr, TP: tl.constexpr,
     PROGRAMS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr,
-    LATENT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    LATENT: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Flash decoding: a program GP queries of a K/V head and a share of what they see.
 
@@ -194,11 +199,11 @@ def _attend(
         asks = b * query_b + (h * G + mine_of_head % G) * query_h + t * query_t
         turns = b * angle_b + t * angle_t
         real = (t < T)[:, None] & (d < D)[None, :]
-        q = _rotated(query, cosines, sines, asks, turns, d, D + DR, real)
+        q = _rotated(query, cosines, sines, asks, turns, d, D + DR, PAIRS, real)
         q_rest = None
         if DR > 0:
             real = (t < T)[:, None] & (dr < DR)[None, :]
-            q_rest = _rotated(query, cosines, sines, asks, turns, D + dr, D + DR, real)
+            q_rest = _rotated(query, cosines, sines, asks, turns, D + dr, D + DR, PAIRS, real)
         key_base = keys + b.to(tl.int64) * key_b + h.to(tl.int64) * key_h
         value_base = values + b.to(tl.int64) * value_b + h.to(tl.int64) * value_h
         rest_base, rest_n = key_base + D, key_n
@@ -215,13 +220,13 @@ def _attend(
             turns = b * angle_b + e * angle_t
             value_places = b * new_value_b + h * new_value_h + e * new_value_t
             if not LATENT:  # loaded before the stored ones, and looked at after them
-                k_own = _rotated(new_keys, cosines, sines, places, turns, d, D + DR, k_mask)
+                k_own = _rotated(new_keys, cosines, sines, places, turns, d, D + DR, PAIRS, k_mask)
                 value_at = value_places[:, None] + dv[None, :]
                 v_own = tl.load(new_values + value_at, mask=v_mask, other=0.0)
                 rest_own = None
                 if DR > 0:
                     rest_own = _rotated(
-                        new_keys, cosines, sines, places, turns, D + dr, D + DR, rest_mask
+                        new_keys, cosines, sines, places, turns, D + dr, D + DR, PAIRS, rest_mask
                     )
         best, mass, total = _stored(
             q, q_rest, t, key_base, rest_base, value_base, mine, first, kept, begin, split * share,
