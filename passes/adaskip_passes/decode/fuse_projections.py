@@ -7,10 +7,11 @@ Before::                                        After::
     k = linear(h, wk)
     v = linear(h, wv)
 
-and likewise ``silu(gate) * up``, ``gelu(gate) * up`` by its tanh, and the residual add after the last projection. The weights stay
-where they are: the operator takes several of them. Legal because the same values are computed from
-the same operands; they are rounded less often (the norm's result and the gate stay in float32),
-so the pass preserves results to rounding, not to the bit.
+and likewise ``silu(gate) * up``, ``gelu(gate) * up`` by its tanh, and the residual add after the
+last projection, seen through dropout that drops nothing. The weights stay where they are: the
+operator takes several of them. Legal because the same values are computed from the same operands;
+they are rounded less often (the norm's result and the gate stay in float32), so the pass preserves
+results to rounding, not to the bit.
 For more than one row the norm is an operator of its own, `normalize`: on the matrix units every
 program of the projections would repeat it.
 
@@ -209,11 +210,13 @@ def _activation(node: fx.Node) -> str | None:
 
 def _residual(linear: fx.Node, overwritten: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
     """Return the add after a projection, and what it adds of the same shape and dtype."""
-    add = only_user(linear)
+    last, add = linear, only_user(linear)
+    while add is not None and _drops_nothing(add):
+        last, add = add, only_user(add)
     if add is None or not calls(add, "add") or len(add.args) != 2 or add.kwargs:
         return None
-    other = add.args[1] if add.args[0] is linear else add.args[0]
-    if not isinstance(other, fx.Node) or other is linear:
+    other = add.args[1] if add.args[0] is last else add.args[0]
+    if not isinstance(other, fx.Node) or other is last:
         return None
     mine, theirs = example(linear), example(other)
     if mine is None or theirs is None:
@@ -221,6 +224,13 @@ def _residual(linear: fx.Node, overwritten: set[fx.Node]) -> tuple[fx.Node, fx.N
     if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
         return None
     return (add, other) if overwritten.isdisjoint((add, other)) else None
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Return whether a node is dropout that is switched off."""
+    names = ("input", "p", "training", "inplace")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return calls(node, "dropout") and given.get("training") is False and not given.get("inplace")
 
 
 # ``weight * (x32 * rsqrt(mean(x32 ** 2) + eps)).to(dtype)``: an RMS norm in transformers, and

@@ -75,6 +75,9 @@ def _fuse(attend: fx.Node, overwritten: set[fx.Node]) -> bool:
 
 def _rotated(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """Return what was rotated, the cosines and the sines; None if `node` is something else."""
+    parts = _parts(node)
+    if parts is not None and (rest := shape_of(parts[1])) is not None and rest[-1] == 0:
+        return _rotated(parts[0])  # all of a head, of which a part might have been (Phi-3)
     for plain, crossed in operands(node, "add"):
         for x, cosines in operands(plain, "mul"):
             for pairs, sines in operands(crossed, "mul"):

@@ -827,3 +827,30 @@ def test_weights_of_a_class_of_their_own_are_left(quantized: bool) -> None:
         if node.op != "output":
             node.meta["example_value"] = next(values)
     assert FuseProjections()(module).changes == (0 if quantized else 2)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_dropout_that_drops_nothing_is_seen_through(turned: bool) -> None:
+    """As Phi-3 has it before its adds."""
+
+    def function(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        branch = functional.dropout(linear(x, w), 0.5, False)
+        return branch + r if turned else r + branch
+
+    module = fused(function, stream(), random(1, 1, 8), *weights(8))
+    (call,) = calls(module)
+    assert str(arguments(call)["residual"]) == "r"
+    assert rest(module) == set()
+
+
+def test_dropout_that_drops_stays() -> None:
+    module = traced(
+        lambda x, r, w: r + functional.dropout(linear(x, w), 1.0, True),
+        stream(),
+        random(1, 1, 8),
+        *weights(8),
+    )
+    FuseProjections()(module)
+    (call,) = calls(module)
+    assert arguments(call)["residual"] is None
+    assert rest(module) == {"dropout", "add"}

@@ -65,6 +65,29 @@ def halves_in_other_order(
     return attend(turned(q), keys, values, turned(k), v, b)
 
 
+def a_part_that_is_all(
+    q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, c: Tensor, s: Tensor, b: Tensor
+) -> Any:
+    """As Phi-3 has it."""
+
+    def turned(x: Tensor) -> Tensor:
+        part, others = x[..., :8], x[..., 8:]
+        return torch.cat([part * c + half(part) * s, others], dim=-1)
+
+    return attend(turned(q), keys, values, turned(k), v, b)
+
+
+def a_part(
+    q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, c: Tensor, s: Tensor, b: Tensor
+) -> Any:
+    def turned(x: Tensor) -> Tensor:
+        part, others = x[..., :4], x[..., 4:]
+        pairs = torch.cat((-part[..., 2:], part[..., :2]), dim=-1)
+        return torch.cat([part * c[..., :4] + pairs * s[..., :4], others], dim=-1)
+
+    return attend(turned(q), keys, values, turned(k), v, b)
+
+
 def halves_backwards(
     q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, c: Tensor, s: Tensor, b: Tensor
 ) -> Any:
@@ -231,6 +254,15 @@ def test_swapped_angles_are_noticed() -> None:
     module.recompile()
     got, expected = module(*[t.clone() for t in given]), rotary(*[t.clone() for t in given])
     assert relative_error(got.double(), expected.double()) > 1e-2
+
+
+def test_a_part_may_be_all_of_a_head() -> None:
+    module, error = both(a_part_that_is_all, inputs())
+    assert rotates(module)
+    assert error < 1e-6
+    module, error = both(a_part, inputs())
+    assert not rotates(module)
+    assert error == 0
 
 
 @pytest.mark.parametrize("function", [by_halves, halves_in_other_order])
