@@ -31,7 +31,7 @@ from torch import fx
 from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
 from .latent_ops import into_latent, out_of_latent
-from .matching import argument, calls, example, find_overwritten, only_user, shape_of
+from .matching import argument, calls, example, find_overwritten, only_user, shape_of, two_parts
 
 _ATTEND = torch.ops.adaskip.attend.default
 _ATTEND_LATENT = torch.ops.adaskip.attend_latent.default
@@ -99,12 +99,9 @@ def _expanded(attend: fx.Node) -> _Expanded | None:
 
 def _parts_of(key: fx.Node, attend: fx.Node) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]] | None:
     """Return the two parts of keys along a head, and the writes that put them together."""
-    if calls(key, "cat") and only_user(key) is attend:
-        given = {**dict(zip(("tensors", "dim"), key.args, strict=False)), **key.kwargs}
-        parts = given.pop("tensors", ())
-        if given == {"dim": -1} and isinstance(parts, list | tuple) and len(parts) == 2:
-            return (*parts, ())
-        return None
+    parts = two_parts(key) if only_user(key) is attend else None
+    if parts is not None:
+        return (*parts, ())
     if not calls(key, "new_empty", "empty", "empty_like") or len(key.users) != 3:
         return None
     *slices, last = key.users
@@ -115,7 +112,7 @@ def _parts_of(key: fx.Node, attend: fx.Node) -> tuple[fx.Node, fx.Node, tuple[fx
         return None
     own, shared = (c.args[1] for c in copies if c is not None)
     size = shape_of(own) if isinstance(own, fx.Node) else None
-    if size is None or not isinstance(shared, fx.Node):
+    if size is None or not isinstance(own, fx.Node) or not isinstance(shared, fx.Node):
         return None
     first, second = (s.args[1] for s in slices)
     if first != (Ellipsis, slice(None, size[-1], None)):
@@ -174,14 +171,11 @@ def _absorb(attend: fx.Node, found: _Expanded) -> None:
 
 def _halves(attend: fx.Node, query: fx.Node, dim: int) -> tuple[fx.Node, fx.Node]:
     """Return queries up to `dim` and from there on, as they were before they were put together."""
-    parts = query.args[0] if calls(query, "cat") and query.args else None
-    if isinstance(parts, list | tuple) and len(parts) == 2 and isinstance(parts[0], fx.Node):
-        size = shape_of(parts[0])
-        if size is not None and len(size) == 4 and size[-1] == dim:
-            return parts[0], parts[1]
-    first, second = (slice(None, dim), slice(dim, None))
-    halves = (_call(attend, operator.getitem, query, (..., s)) for s in (first, second))
-    return tuple(halves)  # type: ignore[return-value]
+    parts = two_parts(query)
+    if parts is not None and (size := shape_of(parts[0])) is not None and size[-1] == dim:
+        return parts
+    first = _call(attend, operator.getitem, query, (..., slice(None, dim)))
+    return first, _call(attend, operator.getitem, query, (..., slice(dim, None)))
 
 
 def _call(attend: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:

@@ -46,7 +46,7 @@ class FuseAttention(Pass):
                 if None in stores or stores[0].args[2] is not stores[1].args[2]:  # type: ignore[union-attr]
                     continue
                 new = [store.args[1] for store in stores if store is not None]
-                node.target, angles = _STORING[node.target]  # type: ignore[index]
+                node.target, angles = _STORING[node.target]
                 node.args = (query, keys, values, *new, *angles, *rest)
                 for store in stores:
                     if store is not None:

@@ -35,6 +35,7 @@ from .matching import (
     find_overwritten,
     operands,
     shape_of,
+    two_parts,
 )
 
 _ATTEND = torch.ops.adaskip.store_and_attend.default
@@ -75,7 +76,7 @@ def _fuse(attend: fx.Node, overwritten: set[fx.Node]) -> bool:
 
 def _rotated(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """Return what was rotated, the cosines and the sines; None if `node` is something else."""
-    parts = _parts(node)
+    parts = two_parts(node)
     if parts is not None and (rest := shape_of(parts[1])) is not None and rest[-1] == 0:
         return _rotated(parts[0])  # all of a head, of which a part might have been (Phi-3)
     for plain, crossed in operands(node, "add"):
@@ -88,7 +89,7 @@ def _rotated(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 
 def _rotated_by_halves(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """Return the same of ``cat((a * cos - b * sin, b * cos + a * sin), -1)``, of halves a and b."""
-    parts = _parts(node)
+    parts = two_parts(node)
     if parts is None or not calls(parts[0], "sub") or len(parts[0].args) != 2:
         return None
     plain, crossed = parts[0].args
@@ -115,29 +116,20 @@ def _whole_of(first: fx.Node, second: fx.Node) -> fx.Node | None:
     if calls(one, "chunk"):
         given = {**dict(zip(("input", "chunks", "dim"), one.args, strict=False)), **one.kwargs}
         x = given.pop("input")
-        both = (first.args[1], second.args[1]) == (0, 1)
-        even = isinstance(x, fx.Node) and (size := shape_of(x)) is not None and size[-1] % 2 == 0
-        return x if both and even and given == {"chunks": 2, "dim": -1} else None
+        both = (first.args[1], second.args[1]) == (0, 1) and given == {"chunks": 2, "dim": -1}
+        if not isinstance(x, fx.Node) or not both:
+            return None
+        size = shape_of(x)
+        return x if size is not None and size[-1] % 2 == 0 else None
     half = int(shape[-1])
     slices = _is_slice(first, one, slice(None, half)) and _is_slice(second, one, slice(half, None))
     size = shape_of(one)
     return one if slices and size is not None and size[-1] == 2 * half else None
 
 
-def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Return the two tensors that `node` is put together of along the last dimension."""
-    if not calls(node, "cat"):
-        return None
-    given = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
-    parts = given.pop("tensors", ())
-    if given != {"dim": -1} or not isinstance(parts, list | tuple) or len(parts) != 2:
-        return None
-    return (parts[0], parts[1]) if all(isinstance(p, fx.Node) for p in parts) else None
-
-
 def _is_pairs_of(node: fx.Node, x: fx.Node) -> bool:
     """Return whether `node` is ``cat((-second half of x, first half of x), -1)``."""
-    shape, parts = shape_of(x), _parts(node)
+    shape, parts = shape_of(x), two_parts(node)
     if parts is None or shape is None or shape[-1] % 2:
         return False
     second = argument(parts[0], "neg")

@@ -59,3 +59,17 @@ def find_overwritten(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes whose memory something in the graph writes to in place."""
     roots = {storage_root(n) for n in graph.nodes if is_mutation(n)}
     return {n for n in graph.nodes if storage_root(n) in roots}
+
+
+def two_parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return the two tensors that `node` is put together of along the last dimension."""
+    if not calls(node, "cat"):
+        return None
+    given = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
+    parts = given.pop("tensors", ())
+    if given != {"dim": -1} or not isinstance(parts, list | tuple) or len(parts) != 2:
+        return None
+    first, second = parts
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        return None
+    return first, second

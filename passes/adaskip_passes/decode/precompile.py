@@ -65,5 +65,5 @@ def _begin(node: fx.Node) -> list[Future[None]]:
         elif node.target is _STORE_LATENT:
             values = (*values[:5], None, None, *values[5:])
         latent = node.target in (_LATENT, _STORE_LATENT)
-        calls = triton_kernels.attention(*values, counters, latent=latent)
+        calls = triton_kernels.attention(*(*values, counters), latent=latent)
     return [_pool.submit(call.compile, first.device) for call in calls]

@@ -38,6 +38,7 @@ def attention(
     softcap: float,
     sink_scores: torch.Tensor | None,
     counters: torch.Tensor,
+    *,
     latent: bool = False,
 ) -> list[Launch]:
     """Return the launches of :func:`ops.store_and_attend`, which describes the other inputs.
