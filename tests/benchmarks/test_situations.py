@@ -21,7 +21,7 @@ from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from benchmarks import floors, models, situations, speed
 from benchmarks.__main__ import app
 from benchmarks.ceilings import MatrixRate
-from benchmarks.situations import SITUATIONS, bench
+from benchmarks.situations import SITUATIONS, bench, other_attention
 from benchmarks.situations.bench import TOLERANCE, Bench, left_padded, positions, step_inputs
 from benchmarks.situations.rows import Row, beyond, over
 
@@ -38,7 +38,7 @@ COPIED, MULTIPLIED = 1e9, 1e12  # the rates, a second
 ROWS = {
     **{"main_road": 4, "padded_decode": 2, "unpadded_decode": 3, "padded_prompt": 2},
     **{"new_length": 2, "growth": 2, "turn": 3, "chunks": 1, "verify": 7},
-    **{"logits_to_keep": 1, "generate_padded": 3},
+    **{"logits_to_keep": 1, "generate_padded": 3, "other_attention": 8},
     **{f"family_{name}": 5 for name in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")},
 }
 
@@ -218,7 +218,22 @@ def test_every_situation_has_its_rows() -> None:
     assert set(FLOORS) <= known
     lines = situations.summary(result).splitlines()
     assert len(lines) == 1 + sum(ROWS.values()) + 2
-    assert lines[-2].endswith(" of 48 targets met, 0 situations failed")
+    assert lines[-2].endswith(" of 56 targets met, 0 situations failed")
+
+
+def test_what_a_step_of_another_attention_reads() -> None:
+    """Worked out on paper, of two layers: of DeepSeek's latents, and of windows of 32 tokens."""
+    found = {}
+    for name in ("DeepSeek-V3, dense", "Gemma 2 9B"):
+        one = other_attention._Other(other_attention.SHAPES[name])
+        with torch.inference_mode():
+            found[name] = [one.floor_bytes(one.filled(models.tokens(1, n))) for n in (40, 140)]
+    latents = found["DeepSeek-V3, dense"]
+    assert latents[1] - latents[0] == 4 * 2 * 100 * (32 + 8)
+    slides = found["Gemma 2 9B"]
+    assert slides[1] - slides[0] == 4 * 100 * 2 * 2 * 16  # one of two layers sees everything
+    weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96 + 4 * 64) + 64 * 256
+    assert slides[0] == 4 * (weights + (40 + 32) * 2 * 2 * 16)
 
 
 def test_logits_of_another_model_are_noticed() -> None:
