@@ -35,8 +35,8 @@ def compile_ahead(module: fx.GraphModule) -> list[Future[None]]:
     Returns:
         What to wait for before the piece runs.
     """
-    ours = (_PROJECT, _NORMALIZE, _ATTEND, _STORE_AND_ATTEND, _LATENT, _STORE_LATENT)
-    ours += (_RUN_EXPERTS, _CHOOSE_EXPERTS)
+    attention = (_ATTEND, _STORE_AND_ATTEND, _LATENT, _STORE_LATENT)
+    ours = (_PROJECT, _NORMALIZE, _RUN_EXPERTS, _CHOOSE_EXPERTS, *attention)
     calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target in ours]
     return [future for node in calls for future in _begin(node)]
 
