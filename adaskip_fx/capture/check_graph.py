@@ -57,10 +57,14 @@ def check_graph(
     key = captured.key
     if key.surroundings.autocast or key.one_stored or key.dtype != reference.dtype:
         return
-    compare = _compare_packed if key.packed else _compare
     for step in _steps(reference, key):
-        if step.logits.device == key.device and step.usable:
-            compare(reference, step, captured, model, forward)
+        if step.logits.device != key.device or not step.usable:
+            continue
+        if key.packed:
+            _compare_packed(reference, step, captured, model, forward)
+            continue
+        for batch in key.batch.checked(captured.rows)[: 1 if step.long else None]:
+            _compare(reference, step, captured, model, forward, batch)
 
 
 def is_right_for_padding(
@@ -85,7 +89,7 @@ def is_right_for_padding(
         return False
     try:
         for step in usable:
-            _compare(reference, step, captured, model, forward, padding=_PADDING)
+            _compare(reference, step, captured, model, forward, captured.rows, _PADDING)
     except UnsupportedError:
         return False
     return True
@@ -101,13 +105,14 @@ def _compare(
     captured: CapturedPhase,
     model: Any,
     forward: Forward,
+    batch: int,
     padding: int = 0,
 ) -> None:
     key, available = captured.key, step.ids.shape[0]
     name = f"{key.phase} on a static cache" if key.static_cache else key.phase
     errors = []
     for first in range(available):
-        rows = torch.arange(first, first + key.batch, device=key.device) % available
+        rows = torch.arange(first, first + batch, device=key.device) % available
         cache = _cache_after(step, reference.specs, rows, key, padding)
         arguments = _arguments(key, model, forward, step, rows, cache)
         if not captured.guards().hold(arguments):
@@ -185,7 +190,7 @@ def _cache_after(
     new = max(step.ids.shape[1], key.static_tokens)
     total, dtype = step.past + new, key.dtype
     room = total + padding + _ROOM
-    buffers = CacheBuffers.new(specs, key.batch, room, dtype, key.device, whole=key.whole)
+    buffers = CacheBuffers.new(specs, len(rows), room, dtype, key.device, whole=key.whole)
     for i, (keys, values, states) in enumerate(step.memory):
         pairs = [(buffers.keys[i], keys), (buffers.values[i], values)]
         for mine, theirs in pairs:
@@ -194,7 +199,7 @@ def _cache_after(
         for mine, theirs in zip(buffers.states[i], states, strict=False):
             mine.copy_(theirs[rows])
     if key.static_cache:
-        first = torch.full((key.batch,), padding, dtype=torch.int64, device=key.device)
+        first = torch.full((len(rows),), padding, dtype=torch.int64, device=key.device)
         return StaticCacheView.of(buffers, specs, first + step.past, first, key.whole)
     layers = [LayerView(spec, *buffers.layer(i, spec, total)) for i, spec in enumerate(specs)]
     filled, new_tokens = (buffers.lengths.narrow(0, 0, n) for n in (total, new))
@@ -216,8 +221,8 @@ def _arguments(
     positions = torch.arange(step.past, total, device=key.device)
     positions = positions.clamp_max(step.past + step.ids.shape[1] - 1)
     axes = (key.axes,) if key.axes else ()
-    positions = positions.expand(*axes, key.batch, new)
-    mask = torch.ones(key.batch, total, dtype=torch.bool, device=key.device)
+    positions = positions.expand(*axes, len(rows), new)
+    mask = torch.ones(len(rows), total, dtype=torch.bool, device=key.device)
     ids = torch.nn.functional.pad(step.ids[rows], (0, new - step.ids.shape[1]))
     inputs = step_inputs(
         forward,

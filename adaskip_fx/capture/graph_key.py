@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+
+from .batch_sizes import BatchSizes
 
 GraphPhase = Literal["prefill", "extend", "decode"]
 
@@ -16,7 +18,7 @@ class GraphKey:
 
     Attributes:
         phase: which of the three graphs.
-        batch: rows.
+        batch: for how many rows.
         one_token: a step of one token (a length of one is never symbolic).
         one_stored: that token is the first one.
         masked: the step has a 2D attention mask.
@@ -29,11 +31,11 @@ class GraphKey:
         whole: on a static cache, whether the graph may read all of a buffer, filled or not.
         embedded: tokens are given by their embeddings, not by ids.
         axes: that positions have besides rows and tokens; 0 for [B, T].
-        packed: a prompt's rows without padding, one after the other in one (so `batch` is 1).
+        packed: a prompt's rows without padding, one after the other in one (so `batch` is 1 alone).
     """
 
     phase: GraphPhase
-    batch: int
+    batch: BatchSizes
     one_token: bool
     one_stored: bool
     masked: bool
@@ -51,6 +53,25 @@ class GraphKey:
     def static_cache(self) -> bool:
         """Whether K/V are whole buffers."""
         return self.static_tokens > 0
+
+    @classmethod
+    def plain(cls, phase: GraphPhase, dtype: torch.dtype, device: torch.device) -> GraphKey:
+        """Return the key of one row without a mask whose last token's logits are wanted."""
+        return cls(
+            phase,
+            BatchSizes.only(1),
+            one_token=phase == "decode",
+            one_stored=False,
+            masked=False,
+            last_logits=True,
+            dtype=dtype,
+            device=device,
+            surroundings=Surroundings.now(device),
+        )
+
+    def of_rows(self, rows: int) -> GraphKey:
+        """Return the key of a graph for so many rows alone."""
+        return replace(self, batch=BatchSizes.only(rows))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Three phases, one capture each: ``prefill`` (an empty cache; without padding maskless and causal),
 ``extend`` (several tokens on a filled cache, masked) and ``decode`` (one token). Prompt and cache
-lengths are symbolic. Everything else that a graph depends on is in its key.
+lengths are symbolic, and so are rows from two on. Everything else that a graph depends on is in
+its key.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class CapturedPhase:
 
     Attributes:
         key: what it is for.
+        rows: of the batch that it was captured with.
         capture: graph, sources, tracing context.
         outer: the outer graph with an empty plan.
         sublayers: in the order of the residual stream, as plans name them.
@@ -78,6 +80,7 @@ class CapturedPhase:
     """
 
     key: GraphKey
+    rows: int
     capture: Capture
     outer: fx.GraphModule
     sublayers: tuple[Sublayer, ...]
@@ -127,7 +130,7 @@ def capture_phase(
         forward: the function to trace, called as ``forward(model, input_ids=..., ...)``.
         key: the phase, and what else the graph may depend on.
         specs: what each layer stores.
-        lengths: example numbers of tokens and of logits (see `example_lengths`).
+        lengths: example numbers of tokens, logits and rows (see `example_lengths`).
         backend: inner torch.compile backend, by name.
 
     Raises:
@@ -155,7 +158,7 @@ def capture_phase(
                 run_passes(captured.graph, (AbsorbLatent(),), copy=False)
             _refuse_whole_reads(captured)
         with captured.reopened():  # what the cutting finds out of shapes is guarded as well
-            return _cut(captured, key, backend)
+            return _cut(captured, key, lengths.rows, backend)
 
 
 def _refuse_whole_reads(captured: Capture) -> None:
@@ -173,7 +176,7 @@ def _refuse_whole_reads(captured: Capture) -> None:
                 )
 
 
-def _cut(captured: Capture, key: GraphKey, backend: str) -> CapturedPhase:
+def _cut(captured: Capture, key: GraphKey, rows: int, backend: str) -> CapturedPhase:
     """Find the sublayers of a captured graph, and cut it into pieces."""
     canonicalize(captured.graph)
     found = find_sublayers(captured.graph.graph)
@@ -183,6 +186,7 @@ def _cut(captured: Capture, key: GraphKey, backend: str) -> CapturedPhase:
     tensors = (examples[name] for name in weights)
     return CapturedPhase(
         key,
+        rows,
         captured,
         outer,
         sublayers=tuple(Sublayer(s.layer, _kind(s.kind)) for s in found),

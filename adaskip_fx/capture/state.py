@@ -38,6 +38,7 @@ class State:
             whose layers store the same. (A hook that has effects is refused when it is traced,
             before it is run for a reference.)
         captures: what was captured in this state, by key.
+        one_batch: keys of which a graph holds for one number of rows alone.
         reads: what was read in Python for that, each source once.
         tensors: parameters and buffers as of the last look; None while the model is in another
             state, so that weights which nobody has any more are freed.
@@ -46,6 +47,7 @@ class State:
     reference: ReferenceRun
     has_own_reference: bool = True
     captures: dict[GraphKey, list[CapturedPhase]] = field(default_factory=dict, repr=False)
+    one_batch: set[GraphKey] = field(default_factory=set, repr=False)
     reads: list[Reads] = field(default_factory=list, repr=False)
     tensors: Tensors | None = field(init=False, default=None, repr=False)
     _python: PythonState = field(init=False, repr=False)

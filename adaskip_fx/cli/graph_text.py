@@ -12,7 +12,7 @@ from torch import fx
 
 from adaskip_passes.infra.graph_module import text
 
-from ..capture.graph_key import GraphKey, Surroundings
+from ..capture.graph_key import GraphKey
 from ..capture.reference import run_reference
 from ..model.check_model import check_model
 from ..model.subclass import make_compiled_model
@@ -57,7 +57,7 @@ def explain(model: Any, plan: SkipPlan) -> Iterator[Explained]:
     for phase in get_args(Phase):
         if phase == "decode" and plan.phases_alike:
             return
-        captured = graphs.capture(_key(model, phase))
+        captured = graphs.capture(GraphKey.plain(phase, model.dtype, model.device))
         if captured.sublayers != plan.sublayers:
             raise PlanError(
                 f"the plan is for {len(plan.sublayers)} sublayers, but {type(model).__name__} has "
@@ -66,20 +66,6 @@ def explain(model: Any, plan: SkipPlan) -> Iterator[Explained]:
         outer: fx.GraphModule = captured.outer
         after = rewrite(outer, captured.sublayers, plan, phase)
         yield Explained(phase, text(outer), text(after))
-
-
-def _key(model: Any, phase: Phase) -> GraphKey:
-    return GraphKey(
-        phase,
-        batch=1,
-        one_token=phase == "decode",
-        one_stored=False,
-        masked=False,
-        last_logits=True,
-        dtype=model.dtype,
-        device=model.device,
-        surroundings=Surroundings.now(model.device),
-    )
 
 
 def tiny_llama(layers: int = _TINY_LAYERS) -> Any:

@@ -162,6 +162,7 @@ class DynamicCacheView(CacheView):
         total = self.filled.shape[0]
         if layer.keys.shape[2] != total or layer.values.shape[2] != total:  # told to the tracer
             raise ValueError("layers of one cache have different lengths")
+        _tell_rows(key_states, layer.keys, layer.values)
         start = total - tokens
         layer.keys.narrow(2, start, tokens).copy_(key_states)
         layer.values.narrow(2, start, tokens).copy_(value_states)
@@ -242,6 +243,7 @@ class StaticCacheView(CacheView):
         layer, capacity = self.layers[layer_index(layer_idx)], self.capacity
         if layer.keys.shape[2] != capacity or layer.values.shape[2] != capacity:
             raise ValueError("layers of one cache have different capacities")
+        _tell_rows(key_states, layer.keys, layer.values, self.position)
         store(layer.keys, key_states, self.position)
         store(layer.values, value_states, self.position)
         return layer.keys, layer.values
@@ -257,3 +259,10 @@ class StaticCacheView(CacheView):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, torch.Tensor | int]:
         """Return how many keys attention reads at most, and which key of each row is the first."""
         return self.capacity, 0 if self.whole else self.first
+
+
+def _tell_rows(like: torch.Tensor, *others: torch.Tensor) -> None:
+    """Tell the tracer that tensors have as many rows: a graph has one symbol for them then."""
+    for other in others:
+        if other.shape[0] != like.shape[0]:
+            raise ValueError(f"{like.shape[0]} rows for a cache of {other.shape[0]}")

@@ -29,6 +29,7 @@ class Stats:
         links: Programs linked for a plan.
         link_seconds: Time spent linking, pieces that were compiled meanwhile included.
         dropped: Programs forgotten because there were more than ``max_variants``.
+        one_batch: Kinds of steps that need a graph for every number of rows above one.
         requests: Requests whose cache somebody still holds.
         cache_bytes: Bytes of K/V and states that they hold.
         idle_bytes: Bytes of buffers that are kept for the next request; `Handle.free` frees them.
@@ -40,6 +41,7 @@ class Stats:
     links: int
     link_seconds: float
     dropped: int
+    one_batch: int
     requests: int
     cache_bytes: int
     idle_bytes: int
@@ -148,6 +150,7 @@ class Handle:
             links=counters.links,
             link_seconds=counters.link_seconds,
             dropped=counters.dropped,
+            one_batch=counters.one_batch,
             requests=len(runtime.live_caches()),
             cache_bytes=runtime.cache_bytes,
             idle_bytes=runtime.buffer_pool.idle_bytes,

@@ -7,33 +7,31 @@ import logging
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 
 from adaskip_passes import UnsupportedError
 from adaskip_passes.linking.piece_compiler import start_workers
-from adaskip_passes.tracing.capture import ShapeGuards
 from adaskip_passes.tracing.dynamo import one_at_a_time
 
 from ..capture import attention, phase_graph
 from ..capture.arguments import Forward
-from ..capture.check_graph import check_graph, is_right_for_padding
 from ..capture.example_inputs import Lengths, example_lengths, lengths_of
-from ..capture.graph_key import GraphKey, Surroundings
+from ..capture.graph_key import GraphKey
 from ..capture.obstacles import named_obstacles
 from ..capture.phase_graph import CapturedPhase
 from ..capture.reference import ReferenceRun, positions, relies_on_length
-from ..capture.state import Since, State
+from ..capture.state import ChangedError, Since
 from ..capture.states import States
 from ..capture.traced_part import decoder_name, traced_forward
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..kv_cache.retention import Retention
 from ..plans.compose_surrogates import SurrogateTensors
-from ..plans.skip_plan import SkipPlan
+from ..plans.skip_plan import PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
 from .instruments import Instrument
 from .program import Link, Program, program_key
+from .proofs import Proofs
 from .structure import ModelStructure, piece_keys
 from .variants import Counters, VariantCache
 
@@ -79,10 +77,7 @@ class Graphs:
         self._programs = VariantCache(max_variants, self.counters)
         self._first: CapturedPhase | None = None
         self._structure: ModelStructure | None = None
-        self._padding: WeakKeyDictionary[CapturedPhase, bool] = WeakKeyDictionary()
-        self._guards: WeakKeyDictionary[CapturedPhase, tuple[int, ShapeGuards]] = (
-            WeakKeyDictionary()
-        )
+        self._proofs = Proofs(model, self.states)
 
     @property
     def device(self) -> torch.device:
@@ -156,18 +151,7 @@ class Graphs:
 
     def capture_prefill(self, device: torch.device) -> None:
         """Capture a prefill graph, so that a model that cannot be cut is refused at once."""
-        key = GraphKey(
-            "prefill",
-            batch=1,
-            one_token=False,
-            one_stored=False,
-            masked=False,
-            last_logits=True,
-            dtype=self.model.dtype,
-            device=device,
-            surroundings=Surroundings.now(device),
-        )
-        self.capture(key)
+        self.capture(GraphKey.plain("prefill", self.model.dtype, device))
 
     def _all(self) -> list[CapturedPhase]:
         kept = [c for s in self.states.known for group in s.captures.values() for c in group]
@@ -184,8 +168,8 @@ class Graphs:
     ) -> Program:
         """Return the program for a key and plan whose graph is right for these lengths.
 
-        The first graph of a key is captured with fixed example lengths. Where its guards exclude
-        lengths that come up (a compiler may specialise), another is captured with those.
+        The first graph of a key is captured with fixed example lengths and rows. Where its guards
+        exclude those that come up (a compiler may specialise), another is captured with them.
 
         Args:
             key: What is captured.
@@ -199,9 +183,11 @@ class Graphs:
             UnsupportedError: there is no such graph yet and the model is in another state now.
         """
         wanted = plan, probed, instrument or Instrument()
+        if key in since.state.one_batch:
+            key = key.of_rows(lengths_of(arguments).rows)
         for captured in since.state.captures.get(key, ()):
             program = self._programs.find(program_key(captured, *wanted))
-            if program is not None and self._guards_of(captured).hold(arguments):
+            if program is not None and self._proofs.guards(captured).hold(arguments):
                 return program
         with one_at_a_time:
             return self._made(key, wanted, arguments, since)
@@ -209,16 +195,37 @@ class Graphs:
     def _made(
         self, key: GraphKey, wanted: _Wanted, arguments: dict[str, Any], since: Since
     ) -> Program:
-        """Do what `program` does; meanwhile nothing else is captured or compiled."""
+        """Do what `program` does; meanwhile nothing else is captured or compiled.
+
+        Where code depends on how many rows there are, or a compiler cannot leave them open, there
+        is a graph for every number of them.
+        """
+        try:
+            return self._made_as(key, wanted, arguments, since)
+        except (ChangedError, PlanError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if not key.batch.vary:
+                raise
+            alone = key.of_rows(lengths_of(arguments).rows)
+            program = self._made_as(alone, wanted, arguments, since)
+            logger.info("a %s graph for each number of rows: %s", key.phase, error)
+            since.state.one_batch.add(key)
+            self.counters.one_batch += 1
+            return program
+
+    def _made_as(
+        self, key: GraphKey, wanted: _Wanted, arguments: dict[str, Any], since: Since
+    ) -> Program:
         group = since.state.captures.get(key, ())
         for captured in tuple(group) or [self._captured(key, since)]:
             program = self._linked(captured, wanted)
-            if self._guards_of(captured).hold(arguments):
+            if self._proofs.guards(captured).hold(arguments):
                 return program
         captured = self._captured(key, since, lengths_of(arguments))
         program = self._linked(captured, wanted)
-        if not self._guards_of(captured).hold(arguments):
-            broken = "; ".join(self._guards_of(captured).broken(arguments))
+        if not self._proofs.guards(captured).hold(arguments):
+            broken = "; ".join(self._proofs.guards(captured).broken(arguments))
             raise UnsupportedError(f"no {key.phase} graph holds for these lengths: {broken}")
         return program
 
@@ -229,30 +236,9 @@ class Graphs:
             lambda: Program(captured, plan, probed, self.link, self._placed, instrument),
         )
 
-    def _guards_of(self, captured: CapturedPhase) -> ShapeGuards:
-        """Guards as of what is compiled now; made again when more has been compiled since."""
-        known = self._guards.get(captured)
-        if known is None or known[0] != captured.compiler.compiled:
-            known = self._guards[captured] = (captured.compiler.compiled, captured.guards())
-        return known[1]
-
     def takes_padding(self, captured: CapturedPhase) -> bool:
         """Return whether a graph for a static cache is right for padding; that is tried once."""
-        if captured not in self._padding:
-            self._padding[captured] = is_right_for_padding(
-                self.states.current.reference, captured, self.model, self.forward
-            )
-        return self._padding[captured]
-
-    def _check(self, captured: CapturedPhase, state: State) -> None:
-        """Refuse a graph that gives other logits than the model does."""
-        if not state.has_own_reference or state.reference.device != captured.key.device:
-            self.states.run_reference(state)
-        try:
-            check_graph(state.reference, captured, self.model, self.forward)
-        except UnsupportedError:  # weights may have been changed since
-            self.states.run_reference(state)
-            check_graph(state.reference, captured, self.model, self.forward)
+        return self._proofs.takes_padding(captured, self.forward)
 
     def capture(self, key: GraphKey) -> CapturedPhase:
         """What the model is now, captured for a key."""
@@ -287,7 +273,7 @@ class Graphs:
                 f"was compiled and has {len(captured.sublayers)} now, or others; compile it again"
             )
         with named_obstacles(self.model):
-            self._check(captured, state)
+            self._proofs.check(captured, state, self.forward)
         logger.info(
             "captured %s of %s in %.2f s: %d sublayers",
             key.phase,

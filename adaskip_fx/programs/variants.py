@@ -22,12 +22,14 @@ class Counters:
         links: Programs linked for a plan.
         link_seconds: How long that took in all, pieces that were compiled meanwhile included.
         dropped: Programs forgotten because there were more than ``max_variants``.
+        one_batch: Kinds of steps that need a graph for each number of rows (above one).
     """
 
     captures: int = 0
     links: int = 0
     link_seconds: float = 0.0
     dropped: int = 0
+    one_batch: int = 0
 
 
 class VariantCache:

@@ -15,6 +15,7 @@ import torch
 from adaskip_passes import UnsupportedError
 
 from ..capture.arguments import bind_arguments, is_embedded, step_inputs
+from ..capture.batch_sizes import BatchSizes
 from ..capture.graph_key import GraphKey, Surroundings
 from ..capture.state import ChangedError
 from ..kv_cache.cache import SkipCache
@@ -114,7 +115,7 @@ class PackedRunner:
         kept = kept_logits(graphs.forward, indices, ids)
         key = GraphKey(
             "prefill",
-            batch=1,
+            batch=BatchSizes.only(1),
             one_token=False,
             one_stored=False,
             masked=False,

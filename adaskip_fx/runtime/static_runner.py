@@ -18,6 +18,7 @@ import torch
 from adaskip_passes import Recorder, UnsupportedError
 
 from ..capture.arguments import bind_arguments, step_inputs
+from ..capture.batch_sizes import BatchSizes
 from ..capture.graph_key import GraphKey, GraphPhase, Surroundings
 from ..capture.state import ChangedError
 from ..kv_cache.buffer_pool import BufferPool
@@ -151,7 +152,7 @@ class StaticRunner:
         graphs, tokens = self._graphs, step.tokens.shape[1]
         key = GraphKey(
             phase,
-            buffers.batch,
+            BatchSizes.around(buffers.batch, tokens),
             one_token=tokens == 1,
             one_stored=False,
             masked=False,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from ..capture.arguments import bind_arguments, is_embedded, step_inputs
+from ..capture.batch_sizes import BatchSizes
 from ..capture.graph_key import GraphKey, GraphPhase, Surroundings
 from ..kv_cache.buffer_pool import BufferPool
 from ..kv_cache.cache import SkipCache
@@ -162,7 +163,7 @@ class Runner:
         mask, positions = inputs.normal(cache.length)
         key = GraphKey(
             phase,
-            batch,
+            BatchSizes.around(batch),
             one_token=tokens == 1,
             one_stored=cache.length + tokens == 1,
             masked=mask is not None,

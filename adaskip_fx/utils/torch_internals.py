@@ -13,9 +13,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true as stati
 Subclass = TypeVar("Subclass", bound=torch.Tensor)
 
 
-def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
-    """Have Dynamo take the length of a dimension for a symbol."""
-    torch._dynamo.mark_dynamic(tensor, dim)
+def mark_dynamic(tensor: torch.Tensor, dim: int, bounds: tuple[int, int] | None = None) -> None:
+    """Have Dynamo take the length of a dimension for a symbol, between two numbers if given."""
+    least, most = bounds or (None, None)
+    torch._dynamo.mark_dynamic(tensor, dim, min=least, max=most)
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:

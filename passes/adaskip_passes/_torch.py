@@ -154,6 +154,32 @@ def fake_like(example: torch.Tensor) -> torch.Tensor:
     return fake.requires_grad_(example.requires_grad)
 
 
+def bounds_of(size: int | torch.SymInt) -> tuple[int, int | None]:
+    """Return the least and the largest value of a size; None where there is no limit."""
+    if not isinstance(size, torch.SymInt):
+        return size, size
+    found = size.node.shape_env.bound_sympy(size.node.expr)
+    return int(found.lower), int(found.upper) if found.upper.is_Integer else None
+
+
+def fake_of_rows(example: torch.Tensor, rows: torch.SymInt, count: int) -> torch.Tensor:
+    """Return a fake tensor without symbols, with `count` for the symbol that is `rows`.
+
+    Other symbols are what they were while tracing.
+    """
+    assert isinstance(example, FakeTensor)
+
+    def number(size: int | torch.SymInt) -> int:
+        if not isinstance(size, torch.SymInt):
+            return size
+        value = size.node.expr.subs({rows.node.expr: count})
+        return int(value) if value.is_Integer else int(size.node.hint)
+
+    sizes, strides = map(number, example.shape), map(number, example.stride())
+    meta = torch.empty_strided(tuple(sizes), tuple(strides), dtype=example.dtype, device="meta")
+    return FakeTensor(example.fake_mode, meta, example.device)
+
+
 # Compiling ---------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from adaskip_fx.api import build
+from adaskip_fx.capture.batch_sizes import BatchSizes
 from adaskip_fx.capture.example_inputs import example_lengths
 from adaskip_fx.capture.graph_key import GraphKey, Surroundings
 from adaskip_fx.capture.phase_graph import CapturedPhase, capture_phase
@@ -71,7 +72,7 @@ def check(family: str, phase: str) -> CapturedPhase:
     kind, more, copied = FAMILIES[family]
     model = model_of(kind, more)
     name, options = KEYS[phase]
-    fixed: dict[str, Any] = {"batch": 1, "one_stored": False, "last_logits": True}
+    fixed: dict[str, Any] = {"batch": BatchSizes.only(1), "one_stored": False, "last_logits": True}
     fixed |= {"masked": False, "one_token": False, "dtype": torch.float32}
     fixed["surroundings"] = Surroundings.now(device := torch.device("cpu"))
     key = GraphKey(name, device=device, **{**fixed, **options})  # type: ignore[arg-type]

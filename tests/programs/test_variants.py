@@ -54,15 +54,18 @@ def test_a_second_plan_captures_and_compiles_nothing(data: st.DataObject) -> Non
 
 def test_another_shape_is_counted() -> None:
     """The companion: a capture and its pieces do show in the counters."""
-    bank = entry("grouped")
+    model = make_model("one_layer")
+    bank = Entry(model, build(model, None, backend="eager"), Oracle(model))
     request(bank, bank.plan())
     before = counts(bank)
     with bank.using():
         check_request(bank, bank.plan(), (4,), batch=5)
-    after = counts(bank)
+        after = counts(bank)
+        check_request(bank, bank.plan(), (4,), batch=3)
     assert after["captures"] == before["captures"] + 1
     assert after["pieces"] > before["pieces"]
     assert after["links"] == before["links"] + 1
+    assert counts(bank) == after, "other rows are no other shape, if there are two of them"
 
 
 def distinct(bank: Entry) -> Iterator[SkipPlan]:

@@ -38,6 +38,7 @@ from .matching import (
     dtype_of,
     example,
     find_overwritten,
+    most_rows,
     only_user,
     operands,
     shape_of,
@@ -87,15 +88,15 @@ def _fits(node: fx.Node, overwritten: set[fx.Node]) -> bool:
     bias = example(_bias(node))
     if not isinstance(source, fx.Node) or x is None or weight is None:
         return False
-    if any(isinstance(size, torch.SymInt) for size in (*x.shape, *weight.shape)):
+    if any(isinstance(size, torch.SymInt) for size in (x.shape[-1], *weight.shape)):
         return False
     if any(hasattr(example(p), "__tensor_flatten__") for p in parameters):  # not a plain tensor
         return False
-    rows = x.numel() // max(1, x.shape[-1])
+    rows = most_rows(x.shape)
     half = x.dtype in (torch.bfloat16, torch.float16)
     return (
         all(p.op == "placeholder" for p in parameters)
-        and (rows == 1 or (half and rows <= MAX_ROWS))
+        and (rows == 1 or (half and rows is not None and rows <= MAX_ROWS))
         and x.dtype == weight.dtype
         and (half or x.dtype == torch.float32)
         and (_bias(node) is None or (bias is not None and bias.dtype == x.dtype))
@@ -126,7 +127,7 @@ def _fuse(
     if norm is not None and not overwritten.isdisjoint(_between(source, norm[:2])):
         norm = None
     x, weight, eps, offset = norm if norm is not None else (source, None, 0.0, 0.0)
-    if norm is not None and (shape is None or shape.numel() != shape[-1]):
+    if norm is not None and (shape is None or most_rows(shape) != 1):
         if source not in norms:
             with graph.inserting_after(source):
                 norms[source] = graph.call_function(torch.ops.adaskip.normalize.default, norm)

@@ -5,9 +5,12 @@ Nodes carry their example values.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import fx
 
+from .. import _torch
 from ..analysis.effects import is_mutation, operation, storage_root
 
 
@@ -47,6 +50,11 @@ def shape_of(node: fx.Node) -> torch.Size | None:
     """Return the shape of a node's example value."""
     value = example(node)
     return value.shape if value is not None else None
+
+
+def most_rows(shape: torch.Size) -> int | None:
+    """Return the largest number of vectors in a tensor of this shape; None without a limit."""
+    return _torch.bounds_of(math.prod(shape[:-1]))[1]
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:

@@ -16,7 +16,9 @@ from torch.nn.functional import gelu, linear, silu
 #: Functions of a gate that `project` knows, and their numbers in its kernels.
 GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 
-MAX_ROWS = 32  # of a step: rows of the batch times their tokens that one kernel takes
+#: Rows of the batch times their tokens, up to which a step's kernels are the same.
+ROW_TILES = (16, 32)
+MAX_ROWS = ROW_TILES[-1]  # that one kernel takes
 
 
 @torch.library.custom_op("adaskip::project", mutates_args=())

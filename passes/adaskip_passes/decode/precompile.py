@@ -6,11 +6,19 @@ outside of Python.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
+
+from .. import _torch
+
+if TYPE_CHECKING:
+    from .triton_kernels.launch import Launch
 
 from . import expert_ops as expert_ops
 
@@ -48,22 +56,47 @@ def _begin(node: fx.Node) -> list[Future[None]]:
     first = values[0]
     if first.device.type != "cuda":
         return []
+    calls = [call for some in _of_rows(values) for call in _launches(node.target, some)]
+    distinct = {(call.kernel, *sorted(call.flags.items())): call for call in calls}
+    return [_pool.submit(call.compile, first.device) for call in distinct.values()]
+
+
+def _of_rows(values: Any) -> Iterator[Any]:
+    """Yield example values for each number of rows that has kernels of its own.
+
+    Kernels depend on rows by the powers of two that hold them.
+    """
+    rows = next((size for size in values[0].shape[:1] if isinstance(size, torch.SymInt)), None)
+    if rows is None:
+        yield values
+        return
+    least, most = _torch.bounds_of(rows)
+    counts = {(n - 1).bit_length(): n for n in range(least, (most or least) + 1)}
+    for count in counts.values():
+        with_rows = functools.partial(_with_rows, rows=rows, count=count)
+        yield map_aggregate(values, with_rows)
+
+
+def _with_rows(value: Any, rows: torch.SymInt, count: int) -> Any:
+    is_tensor = isinstance(value, torch.Tensor)
+    return _torch.fake_of_rows(value, rows, count) if is_tensor else value
+
+
+def _launches(target: Any, values: Any) -> list[Launch]:
     from . import triton_kernels
 
-    if node.target is _PROJECT:
-        calls = [triton_kernels.projection(*values)]
-    elif node.target is _NORMALIZE:
-        calls = [triton_kernels.normalization(*values)]
-    elif node.target is _CHOOSE_EXPERTS:
-        calls = [triton_kernels.choice(*values)]
-    elif node.target is _RUN_EXPERTS:
-        calls = triton_kernels.expert_launches(*values)
-    else:
-        counters = first.new_empty(1, dtype=torch.int32)
-        if node.target in (_ATTEND, _LATENT):
-            values = (*values[:3], None, None, None, None, *values[3:])
-        elif node.target is _STORE_LATENT:
-            values = (*values[:5], None, None, *values[5:])
-        latent = node.target in (_LATENT, _STORE_LATENT)
-        calls = triton_kernels.attention(*(*values, counters), latent=latent)
-    return [_pool.submit(call.compile, first.device) for call in calls]
+    if target is _PROJECT:
+        return [triton_kernels.projection(*values)]
+    if target is _NORMALIZE:
+        return [triton_kernels.normalization(*values)]
+    if target is _CHOOSE_EXPERTS:
+        return [triton_kernels.choice(*values)]
+    if target is _RUN_EXPERTS:
+        return triton_kernels.expert_launches(*values)
+    counters = values[0].new_empty(1, dtype=torch.int32)
+    if target in (_ATTEND, _LATENT):
+        values = (*values[:3], None, None, None, None, *values[3:])
+    elif target is _STORE_LATENT:
+        values = (*values[:5], None, None, *values[5:])
+    latent = target in (_LATENT, _STORE_LATENT)
+    return triton_kernels.attention(*(*values, counters), latent=latent)

@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from torch.nn import functional
 from torch.nn.functional import linear, silu
 
-from adaskip_passes import FuseProjections
+from adaskip_passes import FuseProjections, capture
 from adaskip_passes.analysis.effects import operation
+from adaskip_passes.decode import precompile
 from adaskip_passes.decode.ops import project
 from adaskip_passes.decode.precompile import compile_ahead
 
@@ -854,3 +855,70 @@ def test_dropout_that_drops_stays() -> None:
     (call,) = calls(module)
     assert arguments(call)["residual"] is None
     assert rest(module) == {"dropout", "add"}
+
+
+# Rows that are a symbol ------------------------------------------------------------------------
+
+
+def gated_block(x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    wide = x.float()
+    hidden = norm * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    return x + linear(silu(linear(hidden, gate)) * linear(hidden, up), down)
+
+
+def of_symbol(least: int, most: int) -> tuple[fx.GraphModule, list[Tensor]]:
+    """The block, lowered, with rows between two numbers; and its weights."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = (WIDTH,), (2 * WIDTH, WIDTH), (2 * WIDTH, WIDTH), (WIDTH, 2 * WIDTH)
+    weights = [torch.randn(s, generator=draw).to(torch.bfloat16) / WIDTH**0.5 for s in shapes]
+    x = torch.zeros(least + 1, 1, WIDTH, dtype=torch.bfloat16)
+    torch._dynamo.mark_dynamic(x, 0, min=least, max=most)
+    arguments = dict(zip(("x", "norm", "gate", "up", "down"), (x, *weights), strict=True))
+    captured = capture(gated_block, arguments, lambda made: made)
+    module = captured.graph
+    FuseProjections()(module)
+    module.recompile()
+    with captured.reopened():
+        assert not [g for g in captured.shape_guards().conditions if "==" in g]
+    return module, weights
+
+
+@pytest.mark.parametrize(("least", "most"), [(2, 16), (17, 32)])
+def test_rows_that_are_a_symbol_are_fused(least: int, most: int) -> None:
+    module, weights = of_symbol(least, most)
+    assert len(module.graph.find_nodes(op="call_function", target=NORMALIZE)) == 1
+    assert len(calls(module)) == 2
+    for rows in (least, least + 3, most):
+        x = torch.randn(rows, 1, WIDTH, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        given = {"x": x, **dict(zip(("norm", "gate", "up", "down"), weights, strict=True))}
+        nodes = module.graph.find_nodes(op="placeholder")
+        values = [
+            rows if isinstance(n.meta["example_value"], torch.SymInt) else given[_argument(n.name)]
+            for n in nodes
+        ]
+        (got,) = module(*values)
+        assert error(got, gated_block(**given)) <= TOLERANCE[torch.bfloat16]
+
+
+def _argument(name: str) -> str:
+    return name.strip("_").removeprefix("l_")
+
+
+@pytest.mark.parametrize("most", [33, 2**31 - 1])
+def test_more_rows_than_a_kernel_takes_are_not(most: int) -> None:
+    module, _ = of_symbol(2, most)
+    assert not calls(module)
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "expected"), [(2, 16, [2, 4, 8, 16]), (17, 32, [32]), (2, 5, [2, 4, 5])]
+)
+def test_kernels_are_compiled_for_every_power_of_two(
+    least: int, most: int, expected: list[int]
+) -> None:
+    module, _ = of_symbol(least, most)
+    node = calls(module)[0]
+    values = fx.map_arg(node.args, lambda n: n.meta["example_value"])
+    made = list(precompile._of_rows(values))
+    assert [x.shape for x, *_ in made] == [(rows, 1, WIDTH) for rows in expected]
+    assert all(w.shape == (2 * WIDTH, WIDTH) for _, weights, *_ in made for w in weights)

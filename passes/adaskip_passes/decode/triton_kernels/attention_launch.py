@@ -68,8 +68,9 @@ def attention(
     queries = tokens * (heads // kv_heads)
     most = _MOST_OF_LATENT if latent else _MOST_QUERIES
     group = min(most, max(16, triton.next_power_of_2(queries)))
-    groups = batch * kv_heads * triton.cdiv(queries, group)
-    splits, block, stages, warps = _blocks(groups, group, alike=bounds.shape[1] == 1)
+    by_row = kv_heads * triton.cdiv(queries, group)
+    groups, rows = batch * by_row, triton.next_power_of_2(batch)  # one kernel for several batches
+    splits, block, stages, warps = _blocks(rows * by_row, group, alike=bounds.shape[1] == 1)
     own = max(16, triton.next_power_of_2(tokens))
     size = keys.element_size()
     limit = shared_memory(query.device) // size
@@ -94,7 +95,7 @@ def attention(
         *(scale, softcap, new_keys, new_values, cosines, sines),
         *(*new_key_strides, *new_value_strides, angle_strides[0], angle_strides[2]),
         *(*query_strides, *keys.stride()[:3], *values.stride()[:3]),
-        *(bounds.stride(0), bounds.stride(1), tokens),
+        *(bounds.stride(0), bounds.stride(1), tokens, batch),
     )
     some = max(1, min(triton.next_power_of_2(queries), 16384 // (splits * padded_values)))
     pdl = has_pdl(query.device)
@@ -105,9 +106,9 @@ def attention(
     }
     flags = {
         **form,
-        **{"B": batch, "HB": bounds.shape[1], "D": first, "DP": padded, "PROGRAMS": _PROGRAMS},
+        **{"HB": bounds.shape[1], "D": first, "DP": padded, "PROGRAMS": _PROGRAMS},
         **{"DR": rest, "DRP": padded_rest, "LATENT": latent, "PAIRS": pairs},
-        "EP": triton.next_power_of_2(batch * bounds.shape[1]),
+        "EP": triton.next_power_of_2(rows * bounds.shape[1]),
         **{"GB": min(some, group), "TP": own},
         "BN": block,
         "WIDE": max(_numel(keys), _numel(values)) >= 2**31,

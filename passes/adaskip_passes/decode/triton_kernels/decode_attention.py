@@ -25,8 +25,8 @@ def _part(bounds, T):
 
 @triton.jit
 def _share(
-    bounds, bounds_b, bounds_h, mine, T,
-    B: tl.constexpr, HK: tl.constexpr, HB: tl.constexpr, EP: tl.constexpr,
+    bounds, bounds_b, bounds_h, mine, T, B,
+    HK: tl.constexpr, HB: tl.constexpr, EP: tl.constexpr,
     PROGRAMS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Return how many keys a program takes: as many in short rows as in long ones.
@@ -35,7 +35,7 @@ def _share(
     can be, with no more than `PROGRAMS` for all rows, which run at once.
     """
     most = tl.cdiv(mine, BN)
-    if B * HB == 1:
+    if EP == 1:  # one row
         return tl.maximum(tl.cdiv(most, SPLITS), 1) * BN
     e = tl.arange(0, EP)
     there = e < B * HB
@@ -157,13 +157,13 @@ def _stored(
     return best, mass, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _attend(
     query, keys, values, output, partial, weight, counters, shares_used, bounds, sinks, scale,
     softcap, new_keys, new_values, cosines, sines, new_key_b, new_key_h, new_key_t, new_value_b,
     new_value_h, new_value_t, angle_b, angle_t, query_b, query_h, query_t, key_b, key_h, key_n,
-    value_b, value_h, value_n, bounds_b, bounds_h, T,
-    B: tl.constexpr, H: tl.constexpr, HK: tl.constexpr, HB: tl.constexpr, EP: tl.constexpr,
+    value_b, value_h, value_n, bounds_b, bounds_h, T, B,
+    H: tl.constexpr, HK: tl.constexpr, HB: tl.constexpr, EP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, GP: tl.constexpr, GB: tl.constexpr, TP: tl.constexpr,
     PROGRAMS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,

@@ -104,7 +104,7 @@ def _prefetch(w, outs, n, K: tl.constexpr, COLS: tl.constexpr):
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_in"])
 def _project_rows(
     x, norm, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps, offset,
     rows_in,
