@@ -107,8 +107,9 @@ class GrowingMemory:
                 self._mapped.shrink(index, 0)
 
     def spares(self, needed: Sequence[int]) -> bool:
-        """Return whether there is more than twice the memory that so many bytes take, in blocks."""
-        return self.nbytes > 2 * sum(self._mapped.rounded(size) for size in needed)
+        """Return whether any range has more memory than so many bytes take, in blocks."""
+        pairs = zip(self._mapped.filled, map(self._mapped.rounded, needed), strict=True)
+        return any(filled > size for filled, size in pairs)
 
     def trim(self, needed: Sequence[int]) -> None:
         """Have memory behind the first `needed` bytes of each range and no more; content is lost.

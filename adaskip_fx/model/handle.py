@@ -10,6 +10,7 @@ from ..kv_cache.cache import SkipCache
 from ..plans.decisions import Decision
 from ..plans.sublayer import Sublayer
 from ..runtime.runtime import Runtime
+from ..runtime.static_step import recordings_on
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -30,6 +31,11 @@ class Stats:
         link_seconds: Time spent linking, pieces that were compiled meanwhile included.
         dropped: Programs forgotten because there were more than ``max_variants``.
         one_batch: Kinds of steps that need a graph for every number of rows above one.
+        graphs: Captured graphs that are held. At most 64 are, or ``max_variants`` where that is
+            more: what no program needs goes first.
+        programs: Linked programs that are held, at most ``max_variants``.
+        recordings: CUDA graphs that are held: of those programs, on requests' buffers and on those
+            that are kept for the next one.
         requests: Requests whose cache somebody still holds.
         cache_bytes: Bytes of K/V and states that they hold.
         idle_bytes: Bytes of buffers that are kept for the next request; `Handle.free` frees them.
@@ -42,6 +48,9 @@ class Stats:
     link_seconds: float
     dropped: int
     one_batch: int
+    graphs: int
+    programs: int
+    recordings: int
     requests: int
     cache_bytes: int
     idle_bytes: int
@@ -136,13 +145,18 @@ class Handle:
         self._runtime.warmup(max_length, batch_size)
 
     def free(self) -> None:
-        """Free the K/V buffers that are kept for the next request (on a GPU)."""
+        """Free the K/V buffers that are kept for the next request, and what was recorded on them.
+
+        There are such buffers on a GPU alone, and no more than one request had.
+        """
         self._runtime.free()
 
     def stats(self) -> Stats:
         """Return what was captured, compiled and linked so far, and what is held."""
         runtime = self._runtime
-        counters = runtime.counters
+        counters, (graphs, programs) = runtime.counters, runtime.graphs.held
+        leases = [cache.lease for cache in runtime.live_caches()]
+        buffers = (*(lease.buffers for lease in leases), runtime.buffer_pool.idle)
         return Stats(
             captures=counters.captures,
             pieces_compiled=runtime.pieces_compiled,
@@ -151,6 +165,9 @@ class Handle:
             link_seconds=counters.link_seconds,
             dropped=counters.dropped,
             one_batch=counters.one_batch,
+            graphs=graphs,
+            programs=programs,
+            recordings=recordings_on(buffers),
             requests=len(runtime.live_caches()),
             cache_bytes=runtime.cache_bytes,
             idle_bytes=runtime.buffer_pool.idle_bytes,

@@ -30,6 +30,7 @@ from ..plans.compose_surrogates import SurrogateTensors
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
 from .instruments import Instrument
+from .kept_graphs import MOST_GRAPHS, KeptGraphs
 from .program import Link, Program, program_key
 from .proofs import Proofs
 from .structure import ModelStructure, piece_keys
@@ -74,7 +75,8 @@ class Graphs:
         start_workers(backend, model.device)  # while the first graph is traced
         self.trained_length = positions(model)
         self._placed = SurrogateTensors()
-        self._programs = VariantCache(max_variants, self.counters)
+        self._kept = KeptGraphs(self.states, max(MOST_GRAPHS, max_variants))
+        self._programs = VariantCache(max_variants, self.counters, self._kept.lost_program)
         self._first: CapturedPhase | None = None
         self._structure: ModelStructure | None = None
         self._proofs = Proofs(model, self.states)
@@ -105,12 +107,17 @@ class Graphs:
     @property
     def pieces_compiled(self) -> int:
         """How many distinct pieces have been compiled, over all captures."""
-        return sum(c.compiler.compiled for c in self._all())
+        return self._kept.pieces + sum(c.compiler.compiled for c in self._all())
 
     @property
     def compile_seconds(self) -> float:
         """Time spent compiling pieces."""
-        return sum(c.compiler.seconds for c in self._all())
+        return self._kept.seconds + sum(c.compiler.seconds for c in self._all())
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many captured graphs and linked programs are held now."""
+        return len(self._all()), len(self._programs)
 
     @property
     def why_traced(self) -> list[str]:
@@ -154,8 +161,8 @@ class Graphs:
         self.capture(GraphKey.plain("prefill", self.model.dtype, device))
 
     def _all(self) -> list[CapturedPhase]:
-        kept = [c for s in self.states.known for group in s.captures.values() for c in group]
-        return list(dict.fromkeys([*([self._first] if self._first is not None else []), *kept]))
+        first = [self._first] if self._first is not None else []
+        return list(dict.fromkeys([*first, *self._kept.all()]))
 
     def program(
         self,
@@ -287,4 +294,5 @@ class Graphs:
                 ModelStructure(captured, attention.is_own(self.states.original)),
             )
         state.add(captured)
+        self._kept.trim({captured, self._first or captured, *self._programs.captured()})
         return captured

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
+from ..capture.phase_graph import CapturedPhase
 from .program import Program
 
 logger = logging.getLogger(__name__)
@@ -40,16 +41,31 @@ class VariantCache:
         counters: What is counted.
     """
 
-    def __init__(self, limit: int, counters: Counters) -> None:
+    def __init__(
+        self, limit: int, counters: Counters, lost: Callable[[CapturedPhase], None]
+    ) -> None:
+        """Keep nothing yet.
+
+        Args:
+            limit: How many to keep.
+            counters: They count.
+            lost: Is told the captured graph of a program that was dropped.
+        """
         if not isinstance(limit, int) or limit < 1:
             raise ValueError(f"max_variants must be at least 1, got {limit!r}")
         self.limit = limit
         self.counters = counters
+        self._lost = lost
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.Lock()  # of the order, for moments
 
     def __len__(self) -> int:
         return len(self._programs)
+
+    def captured(self) -> set[CapturedPhase]:
+        """Return the captured graphs of the programs that are kept."""
+        with self._lock:
+            return {program.captured for program in self._programs.values()}
 
     def find(self, key: Hashable) -> Program | None:
         """Return the program for `key`; None if it is not there."""
@@ -76,6 +92,7 @@ class VariantCache:
             with self._lock:
                 self._programs[key] = program
                 while len(self._programs) > self.limit:
-                    self._programs.popitem(last=False)
+                    _, dropped = self._programs.popitem(last=False)
+                    self._lost(dropped.captured)
                     self.counters.dropped += 1
         return program

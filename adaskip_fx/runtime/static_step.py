@@ -11,7 +11,7 @@ recorded right after. A plan that is linked from pieces that have run is recorde
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +183,11 @@ class StaticStep:
             self.valid.fill_(True)
             self._all_valid = True
 
+    @property
+    def recordings(self) -> int:
+        """How many graphs are held: of programs that somebody holds."""
+        return len(self._recordings)
+
     @staticmethod
     def _new(buffer: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         """Return the part of a step's input that is given."""
@@ -251,3 +256,9 @@ def _same(recording: _Recording, weights: tuple[Any, ...]) -> bool:
 
 def _addresses(weights: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(v.data_ptr() if isinstance(v, torch.Tensor) else hash(v) for v in weights)
+
+
+def recordings_on(every: Iterable[CacheBuffers | None]) -> int:
+    """Return how many CUDA graphs are held on these buffers."""
+    held = {id(b): b for b in every if b is not None}
+    return sum(step.recordings for b in held.values() for step in list(b.steps.values()))

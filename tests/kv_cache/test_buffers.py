@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Iterator
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adaskip_fx.kv_cache.buffer_pool import BufferLease, BufferPool
 from adaskip_fx.kv_cache.buffers import CacheBuffers
 from adaskip_fx.kv_cache.layer_spec import LayerCacheSpec, State
+from tests.support.cuda_driver import Driver, install_on_cpu
 
 SPECS = (LayerCacheSpec(1, 2, 1, 2, (State("conv", 0, (3,), torch.float32),)),)
 CPU = torch.device("cpu")
@@ -162,3 +166,44 @@ def test_a_lease_gives_back_what_it_held_before() -> None:
     pool.clear()
     lease.release()
     assert pool.idle is None, "it gives nothing back twice"
+
+
+# What a request costs after another one --------------------------------------------------------
+
+ROOM = 4096
+LENGTHS = st.lists(st.integers(1, ROOM), min_size=1, max_size=5)
+
+
+def bytes_of(pool: BufferPool, tokens: int) -> int:
+    """Bytes that a request of so many tokens has, which ends."""
+    form = [LayerCacheSpec(1, 4, 1, 4)] * 2, 1, tokens, torch.float32, torch.device("cpu")
+    buffers = pool.acquire(*form)
+    pool.release(buffers)
+    return buffers.nbytes
+
+
+@given(LENGTHS)
+def test_a_request_costs_no_more_after_a_long_one(lengths: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        driver = install_on_cpu(patch, Driver())
+        pool = BufferPool(keep=True, longest=ROOM)
+        for tokens in (*lengths, 1, ROOM, 1):
+            alone = bytes_of(BufferPool(keep=False, longest=ROOM), tokens)
+            gc.collect()
+            held = bytes_of(pool, tokens)
+            assert held == alone == sum(driver.handles.values()), f"of {tokens} tokens"
+        kept = pool.idle
+        assert bytes_of(pool, ROOM) > held
+        assert pool.idle is kept, "its addresses stay, with what was recorded at them"
+        del kept
+        pool.clear()
+        gc.collect()
+        assert not driver.handles
+
+
+@given(LENGTHS)
+def test_where_memory_does_not_grow_it_costs_at_most_twice_as_much(lengths: list[int]) -> None:
+    pool = BufferPool(keep=True, longest=ROOM)
+    for tokens in (*lengths, 1, ROOM, 1):
+        alone = bytes_of(BufferPool(keep=False, longest=ROOM), tokens)
+        assert alone <= bytes_of(pool, tokens) <= 2 * alone, f"of {tokens} tokens"
