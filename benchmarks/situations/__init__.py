@@ -29,6 +29,7 @@ SITUATIONS: Mapping[str, Situation] = {
     "unpadded_decode": decoding.unpadded_decode,
     "padded_prompt": prompts.padded_prompt,
     "new_length": prompts.new_length,
+    "new_batch": prompts.new_batch,
     "growth": decoding.growth,
     "turn": prompts.turn,
     "chunks": prompts.chunks,

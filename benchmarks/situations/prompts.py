@@ -71,6 +71,46 @@ def new_length(bench: Bench) -> Iterator[Row]:
     yield beyond(what, first, again, 15, chosen=1000 * statistics.median(extra))
 
 
+#: Rows of which the first request is timed, after one of two.
+ROWS = (3, 5, 8, 16)
+
+
+def new_batch(bench: Bench) -> Iterator[Row]:
+    """What the first request of a number of rows takes beyond the next of it, by `generate`.
+
+    One of two rows before has what several rows need captured and compiled.
+    """
+    stats, length = bench.fast.adaskip.stats, bench.sizes.first
+
+    def request(rows: int) -> float:
+        ids = models.tokens(rows, length)
+        make = functools.partial(
+            bench.fast.generate,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=16,
+            do_sample=False,
+        )
+        (took,) = seconds(make, bench.device, 1, 0)
+        return took
+
+    request(1)
+    before = stats()
+    request(2)
+    compiled = stats().compile_seconds - before.compile_seconds
+    notes = {"captures": stats().captures - before.captures}
+    what = "pieces for several rows, compiled at the first request of two"
+    yield Row(what, compiled, None, 6, of="measured", unit="s", notes=notes)
+    for rows in ROWS:
+        ids, before = models.tokens(rows, bench.sizes.compared), stats()
+        pair = request(rows), request(rows)
+        notes = {"captures": stats().captures - before.captures}
+        expected = bench.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        error = relative_error(bench.fast(input_ids=ids, logits_to_keep=1).logits, expected)
+        what = f"16 tokens, first request of {rows} rows: second"
+        yield beyond(what, *pair, 300, eager_error=error, notes=notes)
+
+
 def turn(bench: Bench) -> Iterator[Row]:
     """A second turn's prompt on a long filled cache, against its floor and the eager model."""
     stored, new = bench.sizes.long, bench.sizes.turn
