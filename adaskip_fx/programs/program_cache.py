@@ -75,8 +75,10 @@ class Graphs:
         start_workers(backend, model.device)  # while the first graph is traced
         self.trained_length = positions(model)
         self._placed = SurrogateTensors()
+        self._programs = VariantCache(
+            max_variants, self.counters, lambda graph: self._kept.lost_program(graph)
+        )
         self._kept = KeptGraphs(self.states, max(MOST_GRAPHS, max_variants))
-        self._programs = VariantCache(max_variants, self.counters, self._kept.lost_program)
         self._first: CapturedPhase | None = None
         self._structure: ModelStructure | None = None
         self._proofs = Proofs(model, self.states)

@@ -245,7 +245,7 @@ def test_by_kind() -> None:
 
 def test_transfer_by_hand() -> None:
     """Of three sublayers that A's first half chooses, B's second half chooses two."""
-    entry: Any = SimpleNamespace(sublayers=_six())
+    entry: Any = SimpleNamespace(sublayers=_six(), model=make_model())
     known = {
         ("a", "first"): profile_of(entry, _similar(0, 1, 2)),
         ("a", "second"): profile_of(entry, _similar(0, 1, 2)),
@@ -386,7 +386,7 @@ def test_errors_of_every_compensation(subject: Subject, tmp_path: Path) -> None:
 
 def test_a_window_against_the_rest_by_hand() -> None:
     """beta is 0.9; the window adds ffn 0 and 1; of the rest 1 and 2 pass."""
-    entry: Any = SimpleNamespace(sublayers=_six())
+    entry: Any = SimpleNamespace(sublayers=_six(), model=make_model())
     profile = profile_of(entry, {**_similar(), "0.attention": 0.9})
     plan = SkipPlan.of(_six(), ["0.attention"])
     probed = tuple(s for s in _six() if s.kind == "ffn")

@@ -15,6 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from adaskip_fx.api import build
 from adaskip_fx.capture import experts
+from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.testing.families import tiny_config, tiny_model
 from adaskip_passes.decode.expert_ops import MAX_TOKENS
 from tests.support.eager_reference import relative_error
@@ -119,10 +120,11 @@ def test_weights_that_are_no_parameters_run_as_they_are() -> None:
 # Whole models ------------------------------------------------------------------------------------
 
 
-def step_targets(fast: Any) -> set[Any]:
-    """What the captured graphs of a decode step call."""
+def step_targets(fast: Any, several: bool = False) -> set[Any]:
+    """What the captured graphs of a decode step of one row, or of several, call."""
     (state,) = fast._adaskip.graphs.states.known
-    captured = [c for key, each in state.captures.items() if key.one_token for c in each]
+    keys = [k for k in state.captures if k.one_token and k.batch.vary == several]
+    captured = [c for key in keys for c in state.captures[key]]
     assert captured
     return {node.target for c in captured for node in c.capture.graph.graph.nodes}
 
@@ -135,9 +137,12 @@ def logits(fast: Any, ids: Tensor) -> Tensor:
 
 def test_eager_experts_are_exchanged_in_the_compiled_model_alone() -> None:
     model = tiny_model(tiny_config("mixtral", num_hidden_layers=2, experts_implementation="eager"))
-    fast, ids = build(model, None, backend="eager"), torch.randint(0, 50, (2, 7))
-    assert relative_error(logits(fast, ids), model(input_ids=ids).logits) < 1e-5
-    assert RUN in step_targets(fast)
+    fast = build(model, None, backend="eager")
+    runtime_of(fast).static_cache = True  # as on a GPU
+    for rows in (1, 3):  # a step of several has a graph for up to so many as a kernel takes
+        ids = torch.randint(0, 50, (rows, 7))
+        assert relative_error(logits(fast, ids), model(input_ids=ids).logits) < 1e-5
+        assert RUN in step_targets(fast, rows > 1)
     assert model.get_experts_implementation() == {"": "eager"}
     assert fast.get_experts_implementation() == {"": experts.NAME}
     reference = fast._adaskip.graphs.states.current.reference
