@@ -29,7 +29,7 @@ from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import Action, Kind, SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
-from adaskip_fx.profiles.profile import Profile, fingerprint
+from adaskip_fx.profiles.profile import Fingerprint, Profile, fingerprint
 from adaskip_fx.runtime.runtime import Runtime
 from tests.support.eager_reference import Oracle, assert_close
 
@@ -261,7 +261,10 @@ def profile_of(
         (similarity[str(s)], r := known.get(str(s), 1.0), 1.0, r * r, 1.0)
         for s in model_entry.sublayers
     ]
-    return Profile(model_entry.sublayers, np.array([rows]), fingerprint(model_entry.model), {}, {})
+    model = getattr(model_entry, "model", None)  # of made-up sublayers there is none
+    nobody = Fingerprint("0" * 16, "llama", 1, "0" * 16)
+    of_model = nobody if model is None else fingerprint(model)
+    return Profile(model_entry.sublayers, np.array([rows]), of_model, {}, {})
 
 
 def stored(cache: SkipCache) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
