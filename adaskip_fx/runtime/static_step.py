@@ -113,10 +113,8 @@ class StaticStep:
 
     def use_here(self) -> None:
         """Have the step's tensors for as long as the caller's CUDA stream works on them as well."""
-        current = torch.cuda.current_stream(self.tokens.device)
         inputs = self.tokens, self.positions, self.position, self.first, self.valid, self._order
-        for tensor in (*inputs, *self._outputs()):
-            tensor.record_stream(current)
+        _use_here([*inputs, *self._outputs()])
 
     def _outputs(self) -> list[torch.Tensor]:
         return [*self._statistics.values(), *([] if self._logits is None else [self._logits])]
@@ -215,8 +213,7 @@ class StaticStep:
         if not ready:
             self._recorder.run(body)
             self._ran |= program.functions
-            for output in self._outputs():  # made on another stream
-                output.record_stream(torch.cuda.current_stream(output.device))
+            _use_here(self._outputs())  # made on another stream
         graph = self._recorder.record(body)
         self._recordings[program] = _Recording(graph, weights, addresses)
         if ready:
@@ -235,6 +232,13 @@ class StaticStep:
         if statistics is not None:
             probed = statistics.shape[0]
             self._statistics[probed] = _kept(self._statistics.get(probed), statistics)
+
+
+def _use_here(tensors: Sequence[torch.Tensor]) -> None:
+    """Have tensors for as long as the caller's CUDA stream works on them."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def _kept(buffer: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
