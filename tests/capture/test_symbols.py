@@ -12,7 +12,7 @@ from tests.support.compiled_llamas import entry
 from tests.support.symbols import missing_symbols
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_compilers_cache_finds_every_symbol(padded: bool) -> None:
     bank = entry("grouped")
     cache, seen = bank.runtime.new_cache(), 0

@@ -251,8 +251,8 @@ def test_a_window_that_shows_all_maps_what_there_is() -> None:
     assert held[1] <= held[0]
 
 
-#: Of each way to attend: our operators, a window of its own, masks that the model makes.
-KINDS = ("mistral, sliding window", "falcon, parallel", "llama4", "gpt_neox", "mixtral", "cohere2")
+#: Of two ways to attend: a window of its own, and masks that the model makes.
+KINDS = ("mistral, sliding window", "llama4")
 KINDS_SLOW = tuple(sorted({*FAMILIES} - {*KINDS, *REFUSED}))
 
 

@@ -51,7 +51,7 @@ def follow(model: Any, compiled: Any, counts: tuple[int, ...], steps: tuple[int,
 
 
 @pytest.mark.parametrize(
-    "name", ["grouped", "gemma2", pytest.param("mistral", marks=pytest.mark.slow)]
+    "name", ["grouped", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "mistral"))]
 )
 def test_padded_rows_are_as_in_eager(name: str) -> None:
     model = model_of(name)
@@ -364,7 +364,9 @@ def test_holes_are_said_to_be_slow_once(caplog: pytest.LogCaptureFixture) -> Non
     ]
 
 
-@pytest.mark.parametrize("family", ["gptj", pytest.param("bloom", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) for f in ("gptj", "bloom")]
+)
 def test_attention_that_reads_all_of_a_buffer_has_zeros_there(family: str) -> None:
     """Code that makes masks of its own multiplies with every key, filled or not."""
     from tests.support.families.all import tiny_config, tiny_model

@@ -181,7 +181,7 @@ def test_long_prompts_are_taken_in_blocks() -> None:
         follow(case("llama", False), {0: window}, {}, (240, 9))
 
 
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("layers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_bounds_that_one_layer_alone_reads(layers: int) -> None:
     """They are made in that layer's piece; the static cache stays, for all plans."""
     kinds = ["sliding_attention"] * layers
