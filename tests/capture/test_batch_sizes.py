@@ -18,10 +18,12 @@ from adaskip_fx.api import build
 from adaskip_fx.capture.batch_sizes import BatchSizes
 from adaskip_fx.capture.graph_key import GraphKey
 from adaskip_fx.model.handle import runtime_of
-from adaskip_passes import FuseProjections, run_passes
+from adaskip_passes import FuseProjections, Pass, run_passes
+from adaskip_passes.decode import precompile
 from adaskip_passes.decode.fuse_attention import FuseAttention
+from adaskip_passes.decode.fuse_experts import FuseExperts
 from adaskip_passes.decode.fuse_rotary import FuseRotary
-from adaskip_passes.partition.outer import piece_of
+from adaskip_passes.partition.outer import Piece, piece_of
 from tests.support.compiled_llamas import make_model
 from tests.support.custom_decoders import OwnConfig, OwnDecoder
 from tests.support.families.all import tiny_config, tiny_model
@@ -227,14 +229,18 @@ def test_code_that_needs_its_rows_has_a_graph_for_each() -> None:
 LOWERING = FuseProjections(), FuseAttention(), FuseRotary()
 
 
-def lowered(fast: Any, rows: int) -> dict[str, Counter[str]]:
-    """How often each operator of ours is called in a decode step's pieces, by piece."""
+def pieces_of(fast: Any, rows: int) -> list[Piece]:
+    """The pieces of a decode step of so many rows."""
     plain = GraphKey.plain("decode", torch.bfloat16, torch.device("cpu"))
     key = replace(plain, batch=BatchSizes.around(rows, 1), static_tokens=1)
-    outer, found = runtime_of(fast).graphs.capture(key).outer, {}
-    for call in outer.graph.find_nodes(op="call_module"):
-        piece = piece_of(call)
-        assert piece is not None
+    calls = runtime_of(fast).graphs.capture(key).outer.graph.find_nodes(op="call_module")
+    return [piece for piece in map(piece_of, calls) if piece is not None]
+
+
+def lowered(fast: Any, rows: int) -> dict[str, Counter[str]]:
+    """How often each operator of ours is called in a decode step's pieces, by piece."""
+    found = {}
+    for piece in pieces_of(fast, rows):
         graph = fx.Graph()
         graph.output(graph.graph_copy(piece.module.graph, {}))
         module = run_passes(fx.GraphModule(piece.module, graph), LOWERING, copy=False)
@@ -255,3 +261,33 @@ def test_pieces_of_any_rows_are_fused() -> None:
     assert pieces["layers_0_attention"] == attention
     assert pieces["layers_0_ffn"] == {"adaskip::project": 2, "adaskip::normalize": 1}
     assert lowered(fast, 33)["layers_0_attention"] == {"adaskip::store_and_attend": 1}
+
+
+def test_no_pass_settles_how_many_rows_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the pieces of a GPU's steps are lowered; a router's scores have a symbol of rows."""
+
+    def lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:
+        return (*LOWERING, FuseExperts()) if key.static_cache else ()
+
+    monkeypatch.setattr("adaskip_fx.capture.phase_graph._lowering", lowering)
+    model = tiny_model(tiny_config("mixtral", num_hidden_layers=2))
+    fast = build(model, None, backend="eager", static_cache=True)
+    for rows in (4, 5):
+        ids = torch.randint(3, 60, (rows, PROMPT))
+        cache, theirs = fast(ids[:, :-1]).past_key_values, model(ids[:, :-1]).past_key_values
+        got = fast(ids[:, -1:], past_key_values=cache).logits
+        torch.testing.assert_close(got, model(ids[:, -1:], past_key_values=theirs).logits)
+    (state,) = runtime_of(fast).graphs.states.known
+    assert [len(state.captures[key]) for key in state.captures if key.static_cache] == [1]
+
+
+def test_few_numbers_of_rows_are_foreseen() -> None:
+    """Where any number may come, kernels of the fewest are compiled ahead, and no others."""
+    fast = build(make_model("one_layer", torch.bfloat16), None, backend="eager")
+    counts = {}
+    for rows in (3, 33):
+        piece = next(p for p in pieces_of(fast, rows) if p.name == "layers_0_attention")
+        (attend,) = (n for n in piece.module.graph.nodes if "attend" in str(n.target))
+        queries = attend.args[0].meta["example_value"]
+        counts[rows] = [some[0].shape[0] for some in precompile._of_rows([queries])]
+    assert counts == {3: [2, 4, 8, 16], 33: [33]}

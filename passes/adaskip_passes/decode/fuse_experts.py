@@ -27,7 +27,16 @@ from ..analysis.effects import is_mutation
 from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
 from .expert_ops import MAX_EXPERTS, MAX_TOKENS
-from .matching import argument, calls, dtype_of, example, find_overwritten, only_user, shape_of
+from .matching import (
+    argument,
+    calls,
+    dtype_of,
+    example,
+    find_overwritten,
+    most_rows,
+    only_user,
+    shape_of,
+)
 
 _RUN = torch.ops.adaskip.run_experts.default
 _CHOOSE = torch.ops.adaskip.choose_experts.default
@@ -103,9 +112,9 @@ def _scores_of(topk: fx.Node) -> tuple[fx.Node, int] | None:
     ):
         return None
     usual = given.get("dim", -1) in (-1, len(shape) - 1) and given.get("largest", True) is True
-    rows = shape[:-1].numel()
-    fits = all(isinstance(n, int) for n in (rows, shape[-1])) and shape[-1] <= MAX_EXPERTS
-    if not usual or not fits or rows > _MOST_ROWS:
+    rows = most_rows(shape)  # (not `numel`, which would settle a symbol)
+    fits = rows is not None and rows <= _MOST_ROWS and isinstance(shape[-1], int)
+    if not usual or not fits or shape[-1] > MAX_EXPERTS:
         return None
     return scores, count
 

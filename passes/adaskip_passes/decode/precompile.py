@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 from . import expert_ops as expert_ops
 
 _WORKERS = 8
+_FORESEEN = 256  # rows
 _pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="adaskip-triton")
 
 _PROJECT, _ATTEND = torch.ops.adaskip.project.default, torch.ops.adaskip.attend.default
@@ -64,14 +65,17 @@ def _begin(node: fx.Node) -> list[Future[None]]:
 def _of_rows(values: Any) -> Iterator[Any]:
     """Yield example values for each number of rows that has kernels of its own.
 
-    Kernels depend on rows by the powers of two that hold them.
+    Kernels depend on rows by the powers of two that hold them. Of rows that may be more than
+    `_FORESEEN` the fewest are tried alone.
     """
     rows = next((size for size in values[0].shape[:1] if isinstance(size, torch.SymInt)), None)
     if rows is None:
         yield values
         return
     least, most = _torch.bounds_of(rows)
-    counts = {(n - 1).bit_length(): n for n in range(least, (most or least) + 1)}
+    if most is None or most > _FORESEEN:
+        most = least
+    counts = {(n - 1).bit_length(): n for n in range(least, most + 1)}
     for count in counts.values():
         with_rows = functools.partial(_with_rows, rows=rows, count=count)
         yield map_aggregate(values, with_rows)
