@@ -299,6 +299,7 @@ def measured(subject: Subject) -> dict[str, Any]:
         return kv_cache.kv_cache(subject, (0.3, 0.6))
 
 
+@pytest.mark.slow
 def test_the_study(subject: Subject, measured: dict[str, Any], tmp_path: Path) -> None:
     assert broken(subject, measured) == set()
     named = ["full", "windows 30%", "windows 60%", "1 attention skipped"]

@@ -139,6 +139,7 @@ def ratio(subject: Subject, way: str, first: int) -> float:
     return math.exp(lost / tokens)
 
 
+@pytest.mark.slow
 def test_the_study(subject: Subject, measured: dict[str, Any], tmp_path: Path) -> None:
     rows = {(row["way"], row["from_layer"]): row for row in measured["rows"]}
     assert [*rows] == [(way, first) for way in WAYS for first in (1, 2)]

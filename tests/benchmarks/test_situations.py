@@ -221,6 +221,7 @@ def test_every_situation_has_its_rows() -> None:
     assert lines[-2].endswith(" of 61 targets met, 0 situations failed")
 
 
+@pytest.mark.slow
 def test_what_a_step_of_another_attention_reads() -> None:
     """Worked out on paper, of two layers: of DeepSeek's latents, and of windows of 32 tokens."""
     found = {}

@@ -40,6 +40,7 @@ def test_a_plan_is_saved(folder: Path, book: Path, tmp_path: Path) -> None:
     assert len(SkipPlan.load(out).windows.decode) == 2
 
 
+@pytest.mark.slow
 def test_with_measured_windows(folder: Path, book: Path, tmp_path: Path) -> None:
     table, out = tmp_path / "table.json", tmp_path / "plan.json"
     backend = ("--backend", "eager", "--rounds", 1)

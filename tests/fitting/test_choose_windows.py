@@ -55,6 +55,7 @@ def test_as_much_as_asked_for(per: Any, alpha: float) -> None:
     assert "plans judged; KL of texts" in said[2]
 
 
+@pytest.mark.slow
 def test_the_start_decides_the_number_of_steps() -> None:
     """Nearly all windows are reached from windows everywhere, few from none: both judge little."""
 

@@ -120,7 +120,7 @@ OTHER = {0: Window(4, 0), 1: Window(2, 3)}
 STEPS = (11, 1, 1, 6, 1, 1, -2, 1, 3, 1, 9, 1)
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_request_sees_its_windows(static: bool) -> None:
     found = case("llama", static)
     follow(found, NARROW, NARROW, STEPS)
@@ -166,7 +166,7 @@ def test_however_a_text_is_cut(
     follow(case("llama", static), prefill, decode, steps, firsts, seed=seed)
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model_with_a_window_of_its_own_sees_the_smaller(static: bool) -> None:
     found = case("mistral", static)
     narrow = {0: Window(4, 0), 1: Window(9, 0)}
