@@ -20,8 +20,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from adaskip_passes.decode.expert_ops import MAX_TOKENS, run_experts
 
+from ..utils.expert_internals import experts_gate, has_plain_experts
 from ..utils.torch_internals import statically_known_true
-from ..utils.transformers_internals import experts_gate, has_plain_experts
 from ..utils.transformers_types import CausalLM
 
 NAME = "adaskip"

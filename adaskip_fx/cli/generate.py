@@ -163,9 +163,7 @@ def answer_prompt(
     options |= {"do_sample": False, "return_dict_in_generate": True}  # the request stays alive
     start = time.perf_counter()
     output = fast.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    seconds = time.perf_counter() - start
-    new = output.sequences[0, len(tokens) :].tolist()
+    seconds, new = time.perf_counter() - start, output.sequences[0, len(tokens) :].tolist()
     text = tokenizer.decode(new, skip_special_tokens=True)
-    digest = fast.adaskip.plan.digest
-    answer = Answer(loaded.name, digest, text, len(tokens), len(new), seconds)
-    return answer, str(fast.adaskip)
+    told = fast.adaskip.plan.digest, text, len(tokens), len(new), seconds
+    return Answer(loaded.name, *told), str(fast.adaskip)

@@ -22,7 +22,7 @@ from ..kv_cache.argument_names import output_fields
 from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..programs.instruments import Instrument
-from ..utils.transformers_internals import router_class
+from ..utils.expert_internals import router_class
 from .hidden_states import eager_twin
 from .stand_in import with_stand_in
 

@@ -109,9 +109,8 @@ class PackedRunner:
         alone = cache.for_one_call
         rows, room = (1, len(packing.rows)) if alone else (batch, tokens)
         buffers = cache.reserve(rows, room)
-        view = PackedCacheView.of(
-            buffers, cache.specs, room, at[1], packing.offsets.to(torch.int32)
-        )
+        offsets = packing.offsets.to(torch.int32)
+        view = PackedCacheView.of(buffers, cache.specs, room, at[1], offsets)
         kept = kept_logits(graphs.forward, indices, ids)
         key = GraphKey(
             "prefill",

@@ -1,7 +1,8 @@
 """Small helpers that know nothing of this package.
 
 Files written atomically, progress on a terminal; what torch and transformers do not promise
-(`torch_internals`, `transformers_internals`), and types of transformers' objects.
+(`torch_internals`, `transformers_internals`, `expert_internals`), types of transformers' objects,
+and results kept as long as what they are of (`weak_cache`).
 
 Imports nothing of this package.
 """

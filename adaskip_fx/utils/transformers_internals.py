@@ -1,6 +1,7 @@
 """The parts of transformers that it does not promise, as adaskip_fx uses them.
 
-No other module of adaskip_fx names one; `docs/explanation/private-interfaces.md` lists them.
+No other module of adaskip_fx names one, but `expert_internals` those of experts;
+`docs/explanation/private-interfaces.md` lists them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from transformers.activations import ACT2FN
-from transformers.integrations.moe import _default_apply_gate
 
 from .transformers_types import (
     DecodingCall,
@@ -43,10 +42,6 @@ OFFSETS = "rope_deltas"
 
 #: What accelerate puts on a module besides its forward: a hook, and the forward that it stands for.
 ACCELERATE_HOOK, FORWARD_BEFORE = "_hf_hook", "_old_forward"
-
-#: The class whose gate has clamps.
-_CLAMPED = ("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts")
-_SILU = (torch.nn.SiLU, type(ACT2FN["silu"]))
 
 
 def attention_name(model: Any) -> str | None:
@@ -107,35 +102,6 @@ def attends_by_itself(model: Any) -> bool:
 def can_set_attention(model: Any) -> bool:
     """Return whether a model asks the registry for its attention; a user's own may not."""
     return bool(type(model)._can_set_attn_implementation())
-
-
-def experts_gate(experts: Any) -> tuple[float, float] | None:
-    """Return clamp and alpha of experts' gate, 0 and 0 for SwiGLU; None for any other one."""
-    kind = type(experts)
-    if kind._apply_gate is _default_apply_gate:
-        is_silu = hasattr(experts, "act_fn") and isinstance(experts.act_fn, _SILU)
-        return (0.0, 0.0) if is_silu else None
-    if (kind.__module__, kind.__name__) == _CLAMPED:
-        return float(experts.limit), float(experts.alpha)
-    return None
-
-
-def has_plain_experts(experts: Any) -> bool:
-    """Return whether a token's experts are a gated projection up and one down, all on one device.
-
-    (Nothing is done after them, and no expert's weights are elsewhere.)
-    """
-    normed = hasattr(experts, "has_post_expert_norm") and experts.has_post_expert_norm
-    spread = hasattr(experts, "_is_expert_parallel") and experts._is_expert_parallel
-    return bool(experts.has_gate) and not normed and not spread
-
-
-def router_class(model: Any) -> type | None:
-    """Return the class of the modules whose router logits a model gives; None if it gives none."""
-    recorded = getattr(type(model), "_can_record_outputs", None) or {}
-    recorder = recorded.get("router_logits")
-    kind = getattr(recorder, "target_class", recorder)
-    return kind if isinstance(kind, type) else None
 
 
 def only_records(hook: object) -> bool:
