@@ -91,7 +91,9 @@ def _fuse_choice(graph: fx.Graph, topk: fx.Node, overwritten: set[fx.Node]) -> b
         if old is not None:
             item.meta["example_value"] = example(old)
             old.replace_all_uses_with(item)
-    if writes is not None:
+    if writes is not None and result is not None:
+        if result is not writes:
+            graph.erase_node(result)
         graph.erase_node(writes)
     return True
 

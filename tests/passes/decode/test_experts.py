@@ -72,9 +72,11 @@ class Record(fx.Interpreter):
         return value
 
 
-def fused(function: Any, *inputs: Tensor) -> fx.GraphModule:
-    """Run the pass, and see that results stay the same."""
+def fused(function: Any, *inputs: Tensor, in_place: bool = False) -> fx.GraphModule:
+    """Run the pass, and see that results stay the same; ``/=`` may be written as Dynamo does."""
     module = fx.symbolic_trace(function)
+    for node in module.graph.find_nodes(op="call_function", target=operator.truediv):
+        node.target = operator.itruediv if in_place else node.target
     expected = Record(module).run(*(t.clone() for t in inputs))
     FuseExperts()(module)
     module.graph.lint()
@@ -132,9 +134,10 @@ def places_alone(scores: Tensor) -> Any:
     ],
 )
 def test_a_router_is_one_choice(router: Any, choice: tuple[Any, ...]) -> None:
-    module = fused(router, torch.randn(3, 8))
-    assert choices(module) == [choice]
-    assert left(module) == 0
+    for in_place in (False, True):
+        module = fused(router, torch.randn(3, 8), in_place=in_place)
+        assert choices(module) == [choice]
+        assert left(module) == 0
 
 
 def softmax_is_read(scores: Tensor) -> Any:

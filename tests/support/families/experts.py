@@ -14,7 +14,7 @@ EXPERTS: Mapping[str, Family] = MappingProxyType(
         # experts
         "mixtral": FAMILIES["mixtral"],
         "qwen2_moe": llama_like("qwen2_moe", **_MOE, shared_expert_intermediate_size=32),
-        "qwen3_moe": llama_like("qwen3_moe", **_MOE, head_dim=8),
+        "qwen3_moe": llama_like("qwen3_moe", **_MOE, head_dim=8, norm_topk_prob=True),
         "olmoe": llama_like("olmoe", **ROUTED),
         "flex_olmo": llama_like("flex_olmo", **ROUTED),
         "phimoe": llama_like("phimoe", num_local_experts=4),
