@@ -25,10 +25,6 @@ from .graph_key import GraphKey
 from .phase_graph import CapturedPhase
 from .reference import ReferenceRun, ReferenceStep
 
-#: Relative errors of the logits that other attention kernels may cause; a router's choice between
-#: two experts may flip, so one of the rows is enough. Masks and positions that are wrong cost more.
-_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
-_HALF = 0.2
 #: Tokens that buffers have room for beyond those of a step, as they do while serving.
 _ROOM = 9
 #: Tokens of padding that a graph is tried with.
@@ -124,7 +120,7 @@ def _compare(
         backwards = isinstance(arguments["inputs"].get("logits_to_keep"), torch.Tensor)
         expected = (step.logits.flip(1) if backwards else step.logits)[rows][:, -kept:]
         errors.append(relative_error(logits[:, -kept:], expected, median=step.long))
-        if errors[-1] <= tolerance(reference.dtype):
+        if errors[-1] <= reference.tolerance:  # (a router's choice may flip in one of the rows)
             return
     raise UnsupportedError(
         f"the graph captured for {name} gives other logits than the model: on "
@@ -169,7 +165,7 @@ def _compare_packed(
     if key.last_logits:
         expected = expected[:, :1]
     error = relative_error(_run(captured, arguments, "packed prompts"), expected)
-    if error > tolerance(reference.dtype):
+    if error > reference.tolerance:
         raise UnsupportedError(
             f"the graph captured for packed prompts gives other logits than the model: they differ "
             f"by {error:.1e} of the largest. The model's code does not tell packed rows apart."
@@ -252,11 +248,6 @@ def _run(captured: CapturedPhase, arguments: dict[str, Any], name: str) -> torch
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedError(f"the graph captured for {name} does not run: {reason}") from error
     return logits
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Return the relative error of logits that other kernels may cause."""
-    return _TOLERANCES.get(dtype, _HALF)
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor, median: bool = False) -> float:

@@ -37,6 +37,10 @@ _REACHES = (
     *("sliding_window", "attention_chunk_size", "window_size", "attention_window_size"),
     *("chunk_size", "mamba_chunk_size"),
 )
+#: Relative errors of logits that other attention kernels may cause. Masks and positions that are
+#: wrong cost more.
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
+_HALF = 0.2
 #: Multiplications that a proof on a long prompt may take, by device: about a second.
 _AFFORDABLE = {"cpu": 5e10, "cuda": 1e14}
 
@@ -69,7 +73,7 @@ class ReferenceStep:
         return self.past + self.ids.shape[1] > _PROMPT + _EXTENSION
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReferenceRun:
     """What a model did with a few tokens.
 
@@ -80,6 +84,7 @@ class ReferenceRun:
         experts: the implementation of experts, of each part of it that has a config.
         steps: a prompt, and a step of each other phase after it; each with few tokens, and with
             more than the model's windows hold.
+        tolerance: relative error of logits that is no sign of another computation.
     """
 
     specs: tuple[LayerCacheSpec, ...]
@@ -87,6 +92,7 @@ class ReferenceRun:
     attention: str | None
     experts: dict[str, str | None]
     steps: Mapping[GraphPhase, tuple[ReferenceStep, ...]]
+    tolerance: float
 
     @property
     def device(self) -> torch.device:
@@ -142,7 +148,12 @@ def run_reference(model: CausalLM, forward: Forward | None = None) -> ReferenceR
             specs, ran = _steps(model, forward, _tokens(model, rows, length + _EXTENSION), specs)
             steps = {phase: (*steps.get(phase, ()), step) for phase, step in ran.items()}
     named = attention_name(model), model.get_experts_implementation()
-    return ReferenceRun(specs, model.dtype, *named, steps)
+    return ReferenceRun(specs, model.dtype, *named, steps, tolerance(model.dtype))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the relative error of logits that other kernels may cause."""
+    return _TOLERANCES.get(dtype, _HALF)
 
 
 def _tokens(model: CausalLM, rows: int, count: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from adaskip_passes import UnsupportedError
 
 from ..capture.arguments import by_name
-from ..capture.check_graph import relative_error, tolerance
+from ..capture.check_graph import relative_error
 from ..capture.traced_part import decoder_name
 from ..kv_cache.argument_names import CACHE_NAMES
 from ..kv_cache.cache import SkipCache
@@ -98,7 +98,7 @@ def check_head(model: CompiledCausalLM) -> None:
         raise UnsupportedError(
             f"the head of {name} does not run on its decoder's hidden states: {error}"
         ) from error
-    if not errors or max(errors) > tolerance(state.reference.dtype):
+    if not errors or max(errors) > state.reference.tolerance:
         raise UnsupportedError(
             f"the head of {name} does not give what the model gives when it is handed the hidden "
             "states of its decoder alone"

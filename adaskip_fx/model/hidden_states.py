@@ -18,7 +18,7 @@ import torch
 
 from adaskip_passes._torch import one_at_a_time
 
-from ..capture.check_graph import relative_error, tolerance
+from ..capture.check_graph import relative_error
 from ..capture.state import State
 from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import SkipPlan
@@ -74,7 +74,7 @@ def _are_own(model: CompiledCausalLM, state: State) -> bool:
     if theirs is None or [t.shape for t in theirs] != [t.shape for t in mine]:
         return False
     errors = [relative_error(a, b) for a, b in zip(mine, theirs, strict=True)]
-    return max(errors) <= tolerance(state.reference.dtype)
+    return max(errors) <= state.reference.tolerance
 
 
 def eager_twin(model: CompiledCausalLM) -> Any | None:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..capture.arguments import forward_names
-from ..capture.check_graph import relative_error, tolerance
+from ..capture.check_graph import relative_error
 from ..capture.state import State
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _tells_apart(model: CompiledCausalLM) -> bool:
         cut = len(half)
         apart = [logits(i, p) for i, p in zip(_cut(ids, cut), _cut(positions, cut), strict=True)]
         joined = logits(ids, positions, attention_mask=torch.ones_like(ids))
-        allowed = tolerance(state.reference.dtype)
+        allowed = state.reference.tolerance
         if relative_error(together, torch.cat(apart, 1)) <= allowed:
             _apart[state] = True
         elif relative_error(together, joined) <= allowed:

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from adaskip_passes import UnsupportedError
 from adaskip_passes.transforms.inner_values import InnerValues
 
-from ..capture.check_graph import relative_error, tolerance
+from ..capture.check_graph import relative_error
 from ..capture.state import State
 from ..kv_cache.argument_names import output_fields
 from ..kv_cache.cache import SkipCache
@@ -133,7 +133,7 @@ def _is_same(mine: torch.Tensor, theirs: torch.Tensor, state: State) -> bool:
     if mine.shape != theirs.shape:
         return False
     flat = mine.reshape(1, 1, -1), theirs.reshape(1, 1, -1)
-    return relative_error(*flat) <= tolerance(state.reference.dtype)
+    return relative_error(*flat) <= state.reference.tolerance
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from adaskip_passes import UnsupportedError
 from adaskip_passes.tracing.capture import ShapeGuards
@@ -11,11 +12,14 @@ from adaskip_passes.tracing.capture import ShapeGuards
 from ..capture.arguments import Forward
 from ..capture.check_graph import check_graph, is_right_for_padding
 from ..capture.phase_graph import CapturedPhase
+from ..capture.rounding import allowed_by_rounding
 from ..capture.state import State
 from ..capture.states import States
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..capture.reference import ReferenceRun
 
 
 class Proofs:
@@ -26,6 +30,7 @@ class Proofs:
         self._model = model
         self._states = states
         self._padding: WeakKeyDictionary[CapturedPhase, bool] = WeakKeyDictionary()
+        self._rounded: WeakSet[ReferenceRun] = WeakSet()
         self._guards: WeakKeyDictionary[CapturedPhase, tuple[int, ShapeGuards]] = (
             WeakKeyDictionary()
         )
@@ -47,15 +52,37 @@ class Proofs:
             check_graph(state.reference, captured, self._model, forward)
         except UnsupportedError:  # weights may have been changed since
             self._states.run_reference(state)
-            check_graph(state.reference, captured, self._model, forward)
+            try:
+                check_graph(state.reference, captured, self._model, forward)
+            except UnsupportedError:
+                if not self._allow_rounding(state, forward):
+                    raise
+                check_graph(state.reference, captured, self._model, forward)
 
     def takes_padding(self, captured: CapturedPhase, forward: Forward) -> bool:
         """Return whether a graph for a static cache is right for padding; that is tried once."""
         if captured not in self._padding:
-            self._padding[captured] = is_right_for_padding(
-                self._states.current.reference, captured, self._model, forward
-            )
+            state = self._states.current
+
+            def right() -> bool:
+                return is_right_for_padding(state.reference, captured, self._model, forward)
+
+            self._padding[captured] = right() or (self._allow_rounding(state, forward) and right())
         return self._padding[captured]
+
+    def _allow_rounding(self, state: State, forward: Forward) -> bool:
+        """Allow what another rounding does to the logits of a model; returns if that is more.
+
+        The logits of some models hang on the last bit of each value.
+        """
+        if state.reference in self._rounded:
+            return False
+        allowed = allowed_by_rounding(state.reference, self._model, forward)
+        more = allowed > state.reference.tolerance
+        if more:
+            state.reference = replace(state.reference, tolerance=allowed)
+        self._rounded.add(state.reference)
+        return more
 
     def guards(self, captured: CapturedPhase) -> ShapeGuards:
         """Return the guards as of what is compiled now; made again when more has been since."""

@@ -20,8 +20,9 @@ from adaskip_passes.errors import AdaskipError
 from adaskip_passes.tracing.dynamo import one_at_a_time
 
 from ..capture.arguments import step_inputs
-from ..capture.check_graph import relative_error, tolerance
+from ..capture.check_graph import relative_error
 from ..capture.layer_memory import new_cache
+from ..capture.reference import tolerance
 from ..capture.state import State
 from ..kv_cache.argument_names import cache_argument
 from ..kv_cache.cache import SkipCache
@@ -122,7 +123,9 @@ class Checker:
         error = relative_error(got, want) if want.numel() else 0.0
         self.compared += 1
         self.worst = max(error, self.worst or 0.0)
-        if not error <= tolerance(logits.dtype):
+        reference = self._graphs.states.current.reference
+        own = logits.dtype == reference.dtype
+        if not error <= (reference.tolerance if own else tolerance(logits.dtype)):
             new = inputs.input_ids.shape[1]
             raise CheckError(
                 f"ADASKIP_CHECK: the logits of {new} token(s) after {before} ({phase}, plan "
