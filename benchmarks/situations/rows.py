@@ -24,6 +24,7 @@ class Row:
         chosen: What the target is of, where it is none of `of` of these two numbers but, say, a
             median of differences.
         eager_error: Of the logits against the eager model's, relative; None if not compared.
+        allowed_error: What that may be; None: as of all situations.
         notes: More numbers, for the JSON.
     """
 
@@ -36,6 +37,7 @@ class Row:
     unit: str = "ms"
     chosen: float | None = None
     eager_error: float | None = None
+    allowed_error: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -53,8 +55,11 @@ class Row:
         """Everything, for the JSON.
 
         Args:
-            tolerance: Relative error of the logits beyond which no target is met.
+            tolerance: Relative error of the logits beyond which no target is met, where the row
+                says none.
         """
+        if self.allowed_error is not None:
+            tolerance = self.allowed_error
         right = self.eager_error is None or self.eager_error <= tolerance
         met = None
         if self.target is not None:
@@ -72,6 +77,7 @@ class Row:
             "at_least": self.at_least,
             "met": met,
             "eager_error": self.eager_error,
+            "allowed_error": None if self.eager_error is None else tolerance,
             **self.notes,
         }
 
