@@ -114,10 +114,9 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     for name in workloads:
         module = importlib.import_module(f"benchmarks.{known[name]}")
-        result = _document(name, module, given)
-        text_ = json.dumps(result, indent=1)
         file = out / f"{name}{f'-{label}' if label else ''}.json"
-        file.write_text(text_ + "\n")
+        result = _document(name, module, given, file)
+        text_ = _write(file, result)
         typer.echo(f"{name}:\n{module.summary(result)}" if hasattr(module, "summary") else text_)
         if name in STUDIES:
             _draw(file, module, out)
@@ -232,21 +231,34 @@ def draw(
         typer.echo(f"wrote {path}")
 
 
-def _document(name: str, module: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """One workload's result with its conditions; a thread count it sets ends with it."""
+def _write(file: Path, document: dict[str, Any]) -> str:
+    """Write a result, and return its text."""
+    text = json.dumps(document, indent=1)
+    file.write_text(text + "\n")
+    return text
+
+
+def _document(name: str, module: Any, given: dict[str, Any], file: Path) -> dict[str, Any]:
+    """One workload's result with its conditions; a thread count it sets ends with it.
+
+    Some that take long are saved to the file as far as they are.
+    """
     import torch
 
     from .conditions import conditions
 
+    def save(part: dict[str, Any]) -> None:
+        _write(file, {"workload": name, **part, "conditions": conditions()})
+
     threads = torch.get_num_threads()
     try:
-        measured = _measure(name, module, given)
+        measured = _measure(name, module, {**given, "save": save}, file)
         return {"workload": name, **measured, "conditions": conditions()}
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(name: str, module: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _measure(name: str, module: Any, given: dict[str, Any], file: Path) -> dict[str, Any]:
     result: dict[str, Any]
     if name in STUDIES:
         from .studies.setup import Options
@@ -258,7 +270,9 @@ def _measure(name: str, module: Any, given: dict[str, Any]) -> dict[str, Any]:
     elif name == "peers_whole_graph":
         result = module.measure(whole_graph=True)
     elif name == "situations":
-        result = module.measure(only=given["only"])
+        only = given["only"]
+        earlier = json.loads(file.read_text()) if only and file.is_file() else None
+        result = module.measure(only, earlier, given["save"])
     else:
         result = module.measure()
     return result

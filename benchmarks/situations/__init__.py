@@ -1,10 +1,11 @@
 """Situations that users meet, each as a few ratios with what is aimed at, in one process.
 
 ``python -m benchmarks run situations`` measures all of them, and with ``--only NAME`` (which may be
-repeated) some. A floor is what must be read or multiplied, over what the card was measured to do in
-the same minute; other references are measured beside. Before something is timed a short version of
-it is compared with the eager model. A situation that fails is a row of its own, and those after it
-go on; rows are printed as they come.
+repeated) some; the others of an earlier result stay. A floor is what must be read or multiplied,
+over what the card was measured to do in the same minute; other references are measured beside.
+Before something is timed a short version of it is compared with the eager model. A situation that
+fails is a row of its own, and those after it go on; rows are printed as they come, and saved after
+each situation.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..conditions import conditions
 from . import decoding, families, other_attention, prompts, road
 from .bench import Bench
 from .rows import Row, line, table
@@ -41,30 +43,60 @@ SITUATIONS: Mapping[str, Situation] = {
 }
 
 
-def measure(only: Sequence[str] = ()) -> dict[str, Any]:
+def measure(
+    only: Sequence[str] = (),
+    earlier: Mapping[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
     """Rows of all situations, or of some.
 
     Args:
         only: names of `SITUATIONS`; all when empty.
+        earlier: a result of which the situations that are not measured now are kept, as far as
+            they were on the same card and versions.
+        save: gets the result as far as it is, after each situation.
     """
-    bench, rows, took = Bench(), list[dict[str, Any]](), dict[str, float]()
-    for name, situation in SITUATIONS.items():
-        if only and name not in only:
-            continue
-        start = time.perf_counter()
-        for row in _rows(bench, name, situation):
-            rows.append(row)
-            print(line(row), file=sys.stderr, flush=True)
-        took[name] = time.perf_counter() - start
-    bench.begin()
+    bench = Bench()
     config = bench.model.config
-    return {
+    about = {
         "model": {"layers": config.num_hidden_layers, "hidden": config.hidden_size},
         "dtype": str(bench.model.dtype),
         "tolerance": bench.tolerance,
-        "rows": rows,
-        "seconds": took,
     }
+    rows, runs = _kept(earlier) if earlier and earlier["model"] == about["model"] else ({}, {})
+    result: dict[str, Any] = {}
+    for name, situation in SITUATIONS.items():
+        if only and name not in only:
+            continue
+        start, rows[name] = time.perf_counter(), []
+        for row in _rows(bench, name, situation):
+            rows[name].append(row)
+            print(line(row), file=sys.stderr, flush=True)
+        runs[name] = {"seconds": time.perf_counter() - start, "conditions": conditions()}
+        known = [n for n in SITUATIONS if n in rows]
+        ordered = {
+            "rows": [row for n in known for row in rows[n]],
+            "runs": {n: runs[n] for n in known},
+        }
+        result = {**about, **ordered}
+        save(result)
+    bench.begin()
+    return result
+
+
+def _kept(earlier: Mapping[str, Any]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """Return an earlier result's rows and runs by situation, where they were as they are here."""
+    here, named = conditions(), ("device", "torch", "transformers")
+    runs = {
+        name: run
+        for name, run in earlier["runs"].items()
+        if all(run["conditions"][key] == here[key] for key in named)
+    }
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
+    for row in earlier["rows"]:
+        if row["situation"] in rows:
+            rows[row["situation"]].append(row)
+    return rows, runs
 
 
 @torch.inference_mode()
@@ -80,5 +112,5 @@ def _rows(bench: Bench, name: str, situation: Situation) -> Iterator[dict[str, A
 
 def summary(result: dict[str, Any]) -> str:
     """The rows as a short table, and what each situation took."""
-    took = ", ".join(f"{name} {seconds:.0f}" for name, seconds in result["seconds"].items())
+    took = ", ".join(f"{name} {run['seconds']:.0f}" for name, run in result["runs"].items())
     return f"{table(result['rows'])}\nseconds: {took}"

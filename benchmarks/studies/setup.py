@@ -55,6 +55,7 @@ class Options:
         steps: of study_recipe's refinement, for each alpha; the last holds for those after it.
         most: sublayers to skip at most, where a study goes through all numbers.
         seed: of whatever is drawn.
+        save: gets a result as far as it is, from studies that take long.
     """
 
     model: str | None = None
@@ -74,6 +75,7 @@ class Options:
     steps: tuple[int, ...] = ()
     most: int = 16
     seed: int = 0
+    save: Callable[[dict[str, Any]], None] = lambda result: None
 
 
 @dataclass(frozen=True, eq=False)

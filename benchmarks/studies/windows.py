@@ -43,11 +43,11 @@ def measure(options: Options) -> dict[str, Any]:
     Rounding to bfloat16 is a divergence of its own, which hides small ones.
     """
     subject = open_subject(options)
-    return {**subject.about(), **windows(subject)}
+    return windows(subject)
 
 
 def windows(subject: Subject, shares: Sequence[float] = SHARES) -> dict[str, Any]:
-    """Return the rows, and the order in which heads and layers get windows.
+    """Return the rows, and the order in which heads and layers get windows; saved row by row.
 
     Plans that are given (``--plan``) are judged instead of those that a search finds; ``--keep``
     saves the latter.
@@ -60,10 +60,8 @@ def windows(subject: Subject, shares: Sequence[float] = SHARES) -> dict[str, Any
     order = [*dict.fromkeys(way for way, _, _ in found)]
     found.sort(key=lambda one: (order.index(one[0]), one[1]))
     judge, rows = _Judge(subject, known), list[dict[str, Any]]()
-    for way, share, plan in found:
-        rows.append({"way": way, "share": share, "plan": plan.to_json(), **judge(plan)})
-        print(_line(rows[-1], judge.full), file=sys.stderr, flush=True)
-    return {
+    result = {
+        **subject.about(),
         "calibrated_on": [t.name for t in known],
         "window": window.to_json(),
         "context": subject.length,
@@ -72,6 +70,11 @@ def windows(subject: Subject, shares: Sequence[float] = SHARES) -> dict[str, Any
         "maps": source.maps,
         "seconds": source.seconds,
     }
+    for way, share, plan in found:
+        rows.append({"way": way, "share": share, "plan": plan.to_json(), **judge(plan)})
+        print(_line(rows[-1], judge.full), file=sys.stderr, flush=True)
+        subject.options.save(result)
+    return result
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,16 @@ The rates of the card are set to round numbers, so that a floor is known to the 
 from __future__ import annotations
 
 import copy
-import json
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from adaskip_fx.plans.phase_split import prefill_only
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
-from benchmarks import floors, models, situations, speed
-from benchmarks.__main__ import app
+from benchmarks import floors, models, situations
 from benchmarks.ceilings import MatrixRate
 from benchmarks.situations import SITUATIONS, bench, other_attention
 from benchmarks.situations.bench import TOLERANCE, Bench, left_padded, positions, step_inputs
@@ -192,10 +188,10 @@ def test_what_a_target_is_of(row: Row, value: float, met: bool | None) -> None:
 
 def test_some_situations() -> None:
     result = situations.measure(only=("turn", "chunks"))
-    assert set(result) == {"model", "dtype", "tolerance", "rows", "seconds"}
+    assert set(result) == {"model", "dtype", "tolerance", "rows", "runs"}
     assert result["model"] == {"layers": 8, "hidden": 64}
     assert _counts(result) == {"turn": 3, "chunks": 1}
-    assert list(result["seconds"]) == ["turn", "chunks"]
+    assert list(result["runs"]) == ["turn", "chunks"]
     assert broken(result) == set()
     for path, claim in (
         (("reference",), "floor"),
@@ -243,55 +239,3 @@ def test_logits_of_another_model_are_noticed() -> None:
         assert one.eager_error((32, 1)) < TOLERANCE[torch.float32]
         one.model = models.llama(rms_norm_eps=1e-2)
         assert one.eager_error((32, 1)) > 0.1
-
-
-def _fine(one: Bench) -> Iterator[Row]:
-    yield over("fine", 0.002, 0.001, 3)
-
-
-def _failing(one: Bench) -> Iterator[Row]:
-    yield over("before", 0.002, 0.001, 1)
-    raise RuntimeError("out of\nmemory")
-
-
-def test_a_situation_that_fails_is_a_row(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(situations, "SITUATIONS", {"failing": _failing, "fine": _fine})
-    result = situations.measure()
-    before, failed, fine = result["rows"]
-    assert (before["situation"], before["what"], before["met"]) == ("failing", "before", False)
-    assert failed == {"situation": "failing", "failed": "RuntimeError: out of\nmemory"}
-    assert (fine["situation"], fine["what"], fine["met"]) == ("fine", "fine", True)
-    shown = situations.summary(result).splitlines()
-    assert shown[2] == "failing         failed: RuntimeError: out of"
-    assert shown[-2] == "1 of 2 targets met, 1 situations failed"
-    assert capsys.readouterr().err.splitlines() == shown[1:4]  # as they came
-
-
-# The command line.
-
-
-def test_run_measures_those_that_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names: dict[str, Callable[[Bench], Iterator[Row]]] = {"failing": _failing, "fine": _fine}
-    monkeypatch.setattr(situations, "SITUATIONS", names)
-    arguments = ["run", "situations", "--only", "fine", "--out", str(tmp_path)]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    document = json.loads((tmp_path / "situations.json").read_text())
-    assert [row["what"] for row in document["rows"]] == ["fine"]
-    assert document["conditions"]["torch"] == str(torch.__version__)
-    assert result.stdout == f"situations:\n{situations.summary(document)}\n"
-    report = CliRunner().invoke(app, ["report", "--results", str(tmp_path)])
-    assert "| fine      | fine |    2.000 |     1.000 | ms   | 2.000 |" in report.stdout
-
-
-def test_unknown_situation_is_refused_before_anything_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(speed, "measure", lambda: pytest.fail("it ran"))
-    arguments = ["run", "speed", "situations", "--only", "trun", "--out", str(tmp_path / "new")]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2
-    assert "'trun' is none of" in result.output
-    assert not (tmp_path / "new").exists()
