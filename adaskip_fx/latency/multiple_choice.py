@@ -35,15 +35,12 @@ def choose_options(
     needed = np.asarray(needs, dtype=np.float64)
     items = [_Item(lost, saved, len(needed)) for lost, saved in zip(losses, savings, strict=True)]
     slack = 1e-12 * np.abs(needed)  # sums of floats in another order
-    best, known = list[tuple[float, int]](), np.zeros(len(needed), dtype=np.bool_)
-    while (missing := _saved(items, needed) < needed - slack).any():
-        if not best or (missing != known).any():
-            best, known = [item.best(missing) for item in items], missing
+    while ((total := _saved(items, needed)) < needed - slack).any():
+        best = [item.best(total, needed, slack) for item in items]
         number = min(range(len(items)), key=best.__getitem__, default=-1)
         if number < 0 or best[number][0] == np.inf:
             break
         items[number].chosen = best[number][1]
-        best[number] = items[number].best(missing)
     else:
         _take_back(items, needed - slack)
     return [item.chosen - 1 for item in items], _saved(items, needed)
@@ -58,16 +55,19 @@ class _Item:
         self.saved: Array = np.concatenate([np.zeros((1, needs)), options])
         self.chosen = 0
 
-    def best(self, missing: npt.NDArray[np.bool_]) -> tuple[float, int]:
+    def best(self, total: Array, needed: Array, slack: Array) -> tuple[float, int]:
         """Return what the best change loses for what it saves of what is missing, and its option.
 
-        Of changes that lose nothing, or less than nothing, the one that saves most comes first.
+        Of changes that lose nothing, or less than nothing, the one that saves most comes first. One
+        that takes back as much of what was saved is none.
         """
-        saves = (self.saved - self.saved[self.chosen])[:, missing].sum(axis=1)
+        more, missing = self.saved - self.saved[self.chosen], total < needed - slack
+        saves = more[:, missing].sum(axis=1)
+        nearer = (np.minimum(total + more, needed) - np.minimum(total, needed)).sum(axis=1)
         loses = self.lost - self.lost[self.chosen]
         with np.errstate(divide="ignore", invalid="ignore"):
             slope = np.where(loses > 0, loses / saves, np.minimum(loses, 0.0) - 1e-30 * saves)
-        slope = np.where(saves > 1e-15, slope, np.inf)
+        slope = np.where((saves > 1e-15) & (nearer > slack.sum()), slope, np.inf)
         option = int(slope.argmin())
         return float(slope[option]), option
 

@@ -7,9 +7,9 @@ without: of a sublayer around it (AdaSkip, eq. 2), of a K/V head after its layer
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
+from adaskip_fx.plans.skip_plan import Phase, SkipPlan, Sublayer
 from adaskip_fx.plans.windows import Window
 from adaskip_fx.profiles.validation import ProfileError
 
@@ -41,14 +41,20 @@ class StreamChange:
         self.windowed = {window: _by_sublayer(profile, window) for window in windows}
 
     def __call__(self, plan: SkipPlan, samples: int | None = None) -> float:
-        """Return the sum over what decode skips, and the heads that see a window in it."""
+        """Return the sum over what is skipped, and the heads that see a window.
+
+        What is left out in one phase alone counts half.
+        """
+        return sum(self._of_phase(plan, phase) for phase in get_args(Phase)) / 2
+
+    def _of_phase(self, plan: SkipPlan, phase: Phase) -> float:
         narrow = (
             change
-            for sublayer, window in plan.windows.decode.items()
+            for sublayer, window in plan.windows.of_phase(phase).items()
             for head, change in self.windowed[measured_as(window)][sublayer].items()
             if head not in window.full_heads
         )
-        return sum(self.skipped[s] for s in plan.skipped("decode")) + sum(narrow)
+        return sum(self.skipped[s] for s in plan.skipped(phase)) + sum(narrow)
 
     def most(self) -> Sublayer:
         """Return the sublayer that changes most where it is skipped."""

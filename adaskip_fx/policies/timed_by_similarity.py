@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from adaskip_fx.latency.multiple_choice import choose_options
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adaskip_fx.latency.table import LatencyTable
     from adaskip_fx.profiles.profile import Profile
 
+PHASES: tuple[Phase, ...] = get_args(Phase)
 _SCALE = "scale"  # the cost term of what stands in for a skipped sublayer
 
 
@@ -66,8 +67,10 @@ class TimedBySimilarity:
     def plan(self, profile: Profile, alpha: float) -> SkipPlan:
         """Return a plan that is predicted to be `alpha` times as fast.
 
-        A skipped sublayer becomes AdaSkip's scale of the stream (arXiv 2501.02336, eq. 4). Both
-        phases have the same plan.
+        A skipped sublayer becomes AdaSkip's scale of the stream (arXiv 2501.02336, eq. 4). Phases
+        are chosen apart as far as one request can have both: an FFN may be skipped in decode alone,
+        and a window may be in either phase; what prompts skip stores nothing, so it is skipped in
+        both. What is in one phase alone counts half of what it changes.
 
         Raises:
             ValueError: `alpha` is below 1, or cannot be reached: the message says how far plans go.
@@ -86,12 +89,17 @@ class TimedBySimilarity:
             raise ValueError(self._out_of_reach(profile, alpha, saved))
         taken = [found[n] for found, n in zip(options, chosen, strict=True) if n >= 0]
         factors = profile.scales().factors
-        skip = {option.sublayer for option in taken if option.window is None}
+        skip = {o.sublayer: o.phases for o in taken if o.window is None}
+        narrow = {
+            phase: {o.sublayer: o.window for o in taken if o.window and phase in o.phases}
+            for phase in PHASES
+        }
         return SkipPlan.of(
             profile.sublayers,
-            skip,
+            [s for s, phases in skip.items() if phases == PHASES],
+            decode_extra=[s for s, phases in skip.items() if phases != PHASES],
             surrogates=Surrogates.scale({s: f for s, f in factors.items() if s in skip}),
-            windows=Windows.of({o.sublayer: o.window for o in taken if o.window is not None}),
+            windows=Windows(**narrow),
         )
 
     def windows(self, profile: Profile) -> tuple[Window, ...]:
@@ -103,7 +111,7 @@ class TimedBySimilarity:
         if profile.windows is None or not self.table.kv_heads:
             return ()
         names = {self._class(s) for s in profile.windows.kv_heads} - {""}
-        costs = [self.table.at(phase, self.context) for phase in get_args(Phase)]
+        costs = [self.table.at(phase, self.context) for phase in PHASES]
         return tuple(
             window
             for window in profile.windows.windows
@@ -134,7 +142,7 @@ class TimedBySimilarity:
     def _full(self) -> dict[Phase, float]:
         """Return the seconds of the full model."""
         empty = SkipPlan.empty(self.table.sublayers)
-        return {p: self.table.seconds(empty, p, self.context) for p in get_args(Phase)}
+        return {p: self.table.seconds(empty, p, self.context) for p in PHASES}
 
     def _options(self, sublayer: Sublayer, change: StreamChange) -> Iterator[_Option]:
         """Yield what can be left out of a sublayer, other than nothing."""
@@ -142,7 +150,10 @@ class TimedBySimilarity:
         if not name:
             return
         if "" in self.table.classes or sublayer != change.most():  # something must run
-            yield _Option(sublayer, None, change.skipped[sublayer], {_SCALE: 1.0})
+            skipped = _Option(sublayer, None, change.skipped[sublayer], {_SCALE: 1.0})
+            yield skipped
+            if sublayer.kind == "ffn":
+                yield skipped.in_one("decode")
         for window, by_sublayer in change.windowed.items():
             changes = by_sublayer.get(sublayer, {})
             lost, full = 0.0, sorted(changes, key=changes.__getitem__)
@@ -150,13 +161,16 @@ class TimedBySimilarity:
                 lost += changes[full.pop(0)]
                 narrow = Window(window.tokens, window.sinks, tuple(full))
                 terms = window_terms(name, narrow, len(changes), str(sublayer))
-                yield _Option(sublayer, narrow, lost, terms)
+                windowed = _Option(sublayer, narrow, lost, terms)
+                yield from (windowed, *map(windowed.in_one, PHASES))
 
     def _saved(self, option: _Option, full: Mapping[Phase, float]) -> list[float]:
         """Return what an option saves of each goal, in parts of the full model's time."""
         name = self._class(option.sublayer)
 
         def saved(phase: Phase) -> float:
+            if phase not in option.phases:
+                return 0.0
             costs = (n * self.table.cost(t, phase, self.context) for t, n in option.terms.items())
             return self.table.cost(name, phase, self.context) - sum(costs)
 
@@ -207,19 +221,26 @@ class _Option:
         window: What its attention gets; None where it is skipped.
         lost: What that changes.
         terms: The cost terms that take the place of the sublayer's own.
+        phases: In which it is left out.
     """
 
     sublayer: Sublayer
     window: Window | None
     lost: float
     terms: Mapping[str, float]
+    phases: tuple[Phase, ...] = PHASES
+
+    def in_one(self, phase: Phase) -> _Option:
+        """Return the same in one phase, which changes half as much."""
+        return replace(self, phases=(phase,), lost=self.lost / 2)
 
 
 def _changed(plan: SkipPlan, profile: Profile) -> str:
     """Return what a plan changes; nothing where that was not measured."""
-    skipped = SkipPlan.of(plan.sublayers, plan.skipped("decode"))
+    windows = (*plan.windows.prefill.values(), *plan.windows.decode.values())
+    skipped = plan.with_windows(Windows())
     try:
-        change = StreamChange(profile, map(measured_as, plan.windows.decode.values()))
+        change = StreamChange(profile, map(measured_as, windows))
     except ProfileError:
         return ""
     whole, by_skipping = change(plan), change(skipped)

@@ -103,3 +103,12 @@ def test_two_needs_are_both_met_where_they_can_be(options: list[Any], one: int, 
     )
     reached = [min(have, need) for have, need in zip(met, (one, other), strict=True)]
     assert reached == [min(have, need) for have, need in zip(together, (one, other), strict=True)]
+
+
+def test_what_saves_one_thing_and_takes_back_another() -> None:
+    """Two options of one item, each for one need, do not take turns for ever."""
+    apart = [(1, (5, 0)), (1, (0, 5))]
+    assert choose([[*apart, (3, (5, 5))]], 4, 4) == ((2,), (5, 5))
+    chosen, saved = choose([apart], 4, 4)
+    assert sum(saved) == 5
+    assert chosen != (-1,)
