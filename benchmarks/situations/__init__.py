@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..conditions import conditions
-from . import decoding, families, other_attention, prompts, road
+from . import decoding, families, many_requests, other_attention, prompts, road
 from .bench import Bench
 from .rows import Row, line, table
 
@@ -38,6 +38,7 @@ SITUATIONS: Mapping[str, Situation] = {
     "verify": prompts.verify,
     "logits_to_keep": prompts.logits_to_keep,
     "generate_padded": decoding.generate_padded,
+    "many_requests": many_requests.many_requests,
     "other_attention": other_attention.other_attention,
     **{f"family_{n}": functools.partial(families.family, name=n) for n in families.SHAPES},
 }
