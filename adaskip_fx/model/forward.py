@@ -116,7 +116,7 @@ def _run(model: CompiledCausalLM, arguments: dict[str, Any]) -> Any:
         cache=cache if returns_cache else None,
         hidden_states=tuple(map(texts.row, states)) if states and texts is not None else states,
         kind=_output_kind(model),
-        image_states=reached.image_states,
+        of_images=reached.of_images,
     )
     return output if _flag(arguments, "return_dict", config) else output.to_tuple()
 

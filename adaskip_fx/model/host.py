@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..capture.arguments import by_name
 from ..kv_cache.argument_names import CACHE_NAMES
 from ..utils.transformers_internals import OFFSETS
-from .outputs import IMAGE_STATES, image_output
+from .outputs import image_output, of_images, returned_output
 from .stand_in import with_stand_in
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ class Reached(NamedTuple):
         arguments: of the call, as the decoder takes them.
         offsets: how far positions of the request are behind its tokens, as the model keeps it
             (Qwen's ``rope_deltas``); None where they are not.
-        image_states: what the model's output has of images besides (Llava's, [.., H]), if any.
+        of_images: what the model's output has of images besides, by its fields, if any.
     """
 
     arguments: dict[str, Any]
     offsets: torch.Tensor | None
-    image_states: torch.Tensor | None = None
+    of_images: dict[str, Any] | None = None
 
 
 def through_host(
@@ -79,14 +79,14 @@ def through_host(
     images = any(v is not False for v in more.values())
     given, apart = arguments.get("position_ids"), _tells_apart(arguments)
     if images or given is None:
-        found, after, states = _reaches(model, path, arguments, offsets, images)
+        found, after, besides = _reaches(model, path, arguments, offsets, images)
         positions = _without_axes(found.get("position_ids"), apart)
         if not images:
             return Reached({**arguments, "position_ids": positions}, offsets)
         _refuse_more(type(model).__name__, found)
         kept = {k: v for k, v in arguments.items() if k not in more and k != "input_ids"}
         taken = {k: v for k, v in found.items() if k in _OF_THE_DECODER}
-        return Reached({**kept, **taken, "position_ids": positions}, after, states)
+        return Reached({**kept, **taken, "position_ids": positions}, after, besides)
     return Reached({**arguments, "position_ids": _without_axes(given, apart)}, offsets)
 
 
@@ -128,11 +128,12 @@ def _reaches(
     runtime = model._adaskip
     runtime.graphs.states.look()  # tensors that were replaced on the original are followed
     original = type(runtime.graphs.states.original)
-    parameters = inspect.signature(_at(model, path).forward)
+    forward = _at(model, path).forward
+    parameters, kind = inspect.signature(forward), returned_output(forward)
     passed = {k: v for k, v in arguments.items() if k != "labels"}
 
     goes_on = images and image_output(original.forward) is not None
-    states: torch.Tensor | None = None
+    besides: dict[str, Any] | None = None
     if goes_on:  # behind the decoder, where there is nothing left to do
         passed = {k: v for k, v in passed.items() if k != "logits_to_keep"} | {"return_dict": True}
     seen: list[dict[str, Any]] = []
@@ -141,7 +142,8 @@ def _reaches(
         seen.append(by_name(parameters, args, kwargs))
         if not goes_on:
             raise _ReachedError
-        return BaseModelOutputWithPast(last_hidden_state=seen[0]["inputs_embeds"][:, :0])
+        nothing = seen[0]["inputs_embeds"][:, :0]
+        return (kind or BaseModelOutputWithPast)(last_hidden_state=nothing)
 
     twin = with_stand_in(model, original, path, decoder)
     if arguments.get("position_ids") is None:  # (`generate` makes them, and leaves the offsets)
@@ -149,7 +151,7 @@ def _reaches(
     try:
         with torch.no_grad():
             output = original.forward(twin, **passed)
-        states = getattr(output, IMAGE_STATES, None)
+        besides = of_images(output)
     except _ReachedError:
         pass
     if not seen:
@@ -158,7 +160,7 @@ def _reaches(
             "supported by adaskip_fx yet; call the original model"
         )
     _remember(model, twin, path)
-    return Reached(seen[0], _offsets(twin, path), states)
+    return Reached(seen[0], _offsets(twin, path), besides)
 
 
 def _refuse_more(name: str, found: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
@@ -15,9 +15,13 @@ from ..kv_cache.argument_names import output_fields
 from ..kv_cache.cache import SkipCache
 from ..utils.weak_cache import weakly_cached
 
-#: What outputs of some models of images have besides.
-IMAGE_STATES = "image_hidden_states"
-_FIELDS = {"loss", "logits", "hidden_states", IMAGE_STATES}
+#: What outputs of models of images have besides: states, and since transformers 5.24 all that the
+#: encoder gave (`image_hidden_states` is a property of that).
+_OF_IMAGES = (
+    *("image_hidden_states", "video_hidden_states", "audio_hidden_states"),
+    *("image_outputs", "video_outputs", "audio_outputs"),
+)
+_FIELDS = {"loss", "logits", "hidden_states"}
 
 
 @dataclass
@@ -45,7 +49,7 @@ def model_output(
     cache: SkipCache | None,
     hidden_states: tuple[torch.Tensor, ...] | None,
     kind: type[ModelOutput] = CausalLMOutputWithPast,
-    image_states: torch.Tensor | None = None,
+    of_images: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return the output of a model whose forward calls its cache `cache_name`.
 
@@ -56,20 +60,31 @@ def model_output(
         cache: the request's; None where the caller wants none.
         hidden_states: [B, T, H] each, one more than there are layers; None where nobody asked.
         kind: its class; `image_output` of models that give something of images.
-        image_states: what that is.
+        of_images: what that is, by its fields.
     """
     given: dict[str, Any] = {"loss": loss, "logits": logits, "hidden_states": hidden_states}
     if cache_name == "cache_params":
         return StatefulOutput(**given, cache_params=cache)
-    if image_states is not None:
-        given[IMAGE_STATES] = image_states
-    return kind(**given, **output_fields(kind, cache))
+    return kind(**given, **output_fields(kind, cache), **(of_images or {}))
+
+
+@weakly_cached
+def returned_output(forward: Callable[..., Any]) -> type[ModelOutput] | None:
+    """Return the class of what a forward returns, by its annotation, if it has one."""
+    returned = inspect.signature(forward).return_annotation
+    kinds = (k for k in (returned, *get_args(returned)) if isinstance(k, type))
+    return next((k for k in kinds if issubclass(k, ModelOutput)), None)
 
 
 @weakly_cached
 def image_output(forward: Callable[..., Any]) -> type[ModelOutput] | None:
-    """Return the class of what a forward returns, by its annotation, if it has states of images."""
-    returned = inspect.signature(forward).return_annotation
-    kinds = (k for k in (returned, *get_args(returned)) if isinstance(k, type))
-    own = (k for k in kinds if issubclass(k, ModelOutput))
-    return next((k for k in own if {f.name for f in fields(k)} >= _FIELDS), None)
+    """Return the class of what a forward returns if that has what became of images."""
+    kind = returned_output(forward)
+    names = {f.name for f in fields(kind)} if kind is not None else set()
+    return kind if names >= _FIELDS and not names.isdisjoint(_OF_IMAGES) else None
+
+
+def of_images(output: ModelOutput) -> dict[str, Any]:
+    """Return what an output has of images, by its fields."""
+    names = {f.name for f in fields(output)}.intersection(_OF_IMAGES)
+    return {name: getattr(output, name) for name in names}
