@@ -103,8 +103,11 @@ class CompiledModel(GenerateHooks):
         cache, new = model_kwargs.get(self._adaskip.generate_argument), input_ids.shape[1]
         if not isinstance(cache, SkipCache):
             return nullcontext()
-        if model_kwargs.get("inputs_embeds") is not None:  # the prompt, and there are no ids of it
-            return cache.verifying(Drafting(cache.length + model_kwargs["inputs_embeds"].shape[1]))
+        embedded, mask = (model_kwargs.get(name) for name in ("inputs_embeds", "attention_mask"))
+        if embedded is not None:  # the prompt, and there are no ids of it
+            if mask is not None and bool(mask.all()):  # transformers 5.17 cuts it to the ids
+                del model_kwargs["attention_mask"]
+            return cache.verifying(Drafting(cache.length + embedded.shape[1]))
         if cache.length < new and is_whole_text(input_ids, config, model_kwargs):
             return cache.verifying(Drafting(new, seen=cache.length))
         return cache.verifying(Drafting(cache.length + new))
