@@ -28,7 +28,8 @@ def check_model(model: Any) -> Any:
         The decoder.
 
     Raises:
-        TypeError: it is no decoder of transformers', or a wrapper of one, or it was changed.
+        TypeError: it is no decoder of transformers', or a wrapper of one, or it was changed, or
+            offloaded.
         ValueError: it is in training mode, or its config asks for outputs that are not captured.
         UnsupportedError: its adapters are merged and disabled.
     """
@@ -66,6 +67,11 @@ def check_model(model: Any) -> Any:
             "the model's forward was replaced on the instance (accelerate hooks do that, where "
             "weights are on several devices or offloaded); load it without device_map, or remove "
             "the hook"
+        )
+    if any(weight.is_meta for weight in model.parameters()):
+        raise TypeError(
+            "the model has weights on the meta device, where accelerate leaves those that it "
+            "offloads; put all of it on one device"
         )
     if model.training or any(map(_drops, given.modules())):
         raise ValueError("the model is in training mode; call model.eval() first")

@@ -40,6 +40,8 @@ def test_hooks_that_move_nothing() -> None:
 @pytest.mark.filterwarnings("ignore")  # accelerate's own
 def test_hooks_that_load_weights_are_refused() -> None:
     hooked = accelerate.cpu_offload(copy.deepcopy(make_model("one_layer")), torch.device("cpu"))
+    with pytest.raises(TypeError, match="has weights on the meta device, where accelerate leaves"):
+        build(hooked, None, backend="eager")
     accelerate.hooks.add_hook_to_module(hooked, accelerate.hooks.ModelHook())
     with pytest.raises(TypeError, match=r"on several devices or offloaded.*remove the hook"):
         build(hooked, None, backend="eager")
