@@ -139,7 +139,12 @@ def _case(name: str) -> tuple[Any, ByHand, Profile]:
     return model, ByHand(model, branch), found
 
 
-@pytest.fixture(params=list(MODELS))
+@pytest.fixture(
+    params=[
+        m if m in ("grouped", "parallel") else pytest.param(m, marks=pytest.mark.slow)
+        for m in MODELS
+    ]
+)
 def case(request: pytest.FixtureRequest) -> tuple[Any, ByHand, Profile]:
     return _case(request.param)
 

@@ -40,8 +40,16 @@ def read(plan: SkipPlan, context: int = 300) -> float:
     return total / (6 * context)
 
 
-@pytest.mark.parametrize("per", ["head", "layer"])
-@pytest.mark.parametrize("alpha", [1.0, 1.3, 2.5, 12.0])
+@pytest.mark.parametrize(
+    ("alpha", "per"),
+    [
+        *((1.0, "layer"), (2.5, "layer"), (1.3, "head"), (12.0, "head")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((1.0, "head"), (2.5, "head"), (1.3, "layer"), (12.0, "layer"))
+        ),
+    ],
+)
 def test_as_much_as_asked_for(per: Any, alpha: float) -> None:
     said = list[str]()
     recipe = dataclasses.replace(QUICK, per=per)

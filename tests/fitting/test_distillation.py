@@ -201,6 +201,7 @@ def test_trainings_share_programs_and_nothing_that_they_learn(fitter: Fitter) ->
     assert Training({}, compiled=True).key != trainings[0].key
 
 
+@pytest.mark.slow
 def test_distillation_of_attention_that_sees_windows() -> None:
     """The model's own, and a plan's: gradients flow through both, and the loss is the plan's."""
     torch.manual_seed(0)

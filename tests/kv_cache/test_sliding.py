@@ -27,7 +27,7 @@ from adaskip_fx.plans.phase_split import prefill_only
 from adaskip_fx.plans.skip_plan import PlanError, SkipPlan, Sublayer
 from adaskip_fx.plans.windows import Window, Windows
 from adaskip_passes.windows.find_attention import Attention
-from tests.support.compiled_llamas import make_model
+from tests.support.compiled_llamas import fewer, make_model
 from tests.support.cuda_driver import Driver, install_on_cpu
 from tests.support.eager_windows import WindowedEager
 from tests.support.families.all import FAMILIES, tiny_config, tiny_model
@@ -109,6 +109,7 @@ def test_nothing_that_is_gone_is_read(driver: Driver, fast: Any, rows: int) -> N
     assert gone(cache) == {0: range(3, stored - 9 - SPARE), 2: range(0, stored - 5 - SPARE)}
 
 
+@fewer(1)
 @given(st.data())
 def test_any_cuts_crops_copies_and_rows(data: st.DataObject) -> None:
     """Also in other rows, by a copy, and after tokens were taken back."""
@@ -251,13 +252,13 @@ def test_a_window_that_shows_all_maps_what_there_is() -> None:
     assert held[1] <= held[0]
 
 
-#: Of two ways to attend: a window of its own, and masks that the model makes.
-KINDS = ("mistral, sliding window", "llama4")
-KINDS_SLOW = tuple(sorted({*FAMILIES} - {*KINDS, *REFUSED}))
+#: In `make test` one that makes its masks itself, in two kinds of layers.
+KINDS = sorted({*FAMILIES} - {*REFUSED})
 
 
 @pytest.mark.parametrize(
-    "name", [*KINDS, *(pytest.param(n, marks=pytest.mark.slow) for n in KINDS_SLOW)]
+    "name",
+    [n if n == "llama4" else pytest.param(n, marks=pytest.mark.slow) for n in KINDS],
 )
 def test_no_family_reads_what_is_gone(driver: Driver, name: str) -> None:
     """Whatever computes their attention; also where one token was taken back."""

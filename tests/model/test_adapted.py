@@ -195,7 +195,7 @@ def test_a_saved_cache_is_of_the_adapters_that_it_was_made_with(
     model.set_adapter("first")
     loaded = fast.adaskip.load_cache(path)
     got = logits(fast, input_ids=IDS[:, 8:], **{name: loaded})
-    torch.testing.assert_close(got, whole[:, 8:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-5)
     loaded = fast.adaskip.load_cache(path)
     model.set_adapter("second")
     with pytest.raises(UnsupportedError, match="changed since this request began"):
@@ -399,7 +399,7 @@ def test_dropout_of_an_adapter() -> None:
     ("name", "take_off"),
     [
         ("lm_head", "merge_and_unload"),
-        ("down_proj", "unload"),
+        pytest.param("down_proj", "unload", marks=pytest.mark.slow),
         pytest.param("lm_head", "unload", marks=pytest.mark.slow),
         pytest.param("down_proj", "merge_and_unload", marks=pytest.mark.slow),
     ],
@@ -430,6 +430,7 @@ def test_what_comes_after_the_adapters_went_is_noticed() -> None:
         logits(fast)
 
 
+@pytest.mark.slow
 def test_hidden_states_at_once_after_an_adapter_came() -> None:
     base = made.llama()
     fast = compiled(base)

@@ -167,7 +167,13 @@ def test_sampling_is_that_of_the_eager_model(ahead: bool) -> None:
             bank.runtime.ahead = before
 
 
-@drafts
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow) if kind.endswith("plan") else kind
+        for kind in DRAFTS
+    ],
+)
 def test_a_padded_row(kind: str) -> None:
     bank = entry(SHAPE)
     ids, mask, _ = padded(bank)

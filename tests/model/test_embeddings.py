@@ -19,12 +19,15 @@ from adaskip_fx.model import checked_call, forward
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
 from adaskip_passes import UnsupportedError
+from tests.support.compiled_families import compiled_family
 from tests.support.compiled_llamas import Entry, entry, fixed, make_model, profile_of
 from tests.support.eager_reference import assert_close
-from tests.support.families.all import tiny_config, tiny_model
 from tests.support.generation import running_ahead
 
-FAMILIES = ("llama", "gemma2", "mixtral", "mamba")
+FAMILIES = (
+    *("gemma2", "mamba"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mixtral")),
+)
 LEFT = torch.ones(2, 9, dtype=torch.int64)
 LEFT[0, :3] = 0
 RIGHT = LEFT.flip(1)
@@ -54,8 +57,8 @@ CASES: dict[str, dict[str, Any]] = {
 class Pair:
     """A model, and the same compiled."""
 
-    def __init__(self, model: Any, **options: Any) -> None:
-        self.model, self.compiled = model, build(model, None, backend="eager", **options)
+    def __init__(self, model: Any, compiled: Any = None) -> None:
+        self.model, self.compiled = model, compiled or build(model, None, backend="eager")
 
     @torch.no_grad()
     def check(self, embeddings: torch.Tensor, **arguments: Any) -> None:
@@ -71,7 +74,7 @@ class Pair:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: pytest.FixtureRequest) -> Pair:
-    return Pair(tiny_model(tiny_config(request.param)))
+    return Pair(*compiled_family(request.param))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -163,13 +166,13 @@ def follow(bank: Entry) -> None:
 @pytest.mark.parametrize("bank_of", [entry, fixed])
 @pytest.mark.parametrize(
     ("skipped", "factors"),
-    [([], {}), (["0.ffn", "1.attention"], {"0.ffn": 1.2}), (["2.attention", "2.ffn"], {})],
+    [([], {}), (["0.ffn", "1.attention"], {"0.ffn": 1.2}), (["0.attention", "0.ffn"], {})],
     ids=str,
 )
 def test_a_request_under_a_plan(
     bank_of: Any, skipped: list[str], factors: dict[str, float]
 ) -> None:
-    bank = bank_of("three_layers")
+    bank = bank_of("grouped")
     with bank.using(bank.plan(skipped, ["1.ffn"], factors=factors)):
         follow(bank)
     if skipped:  # the companion
@@ -180,7 +183,7 @@ def test_a_request_under_a_plan(
 
 
 def test_every_step_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    bank = entry("three_layers")
+    bank = entry("grouped")
     monkeypatch.setenv("ADASKIP_CHECK", "1")
     before = bank.runtime.checker.compared
     with bank.using(bank.plan(["1.ffn"], ["0.ffn"])):
@@ -251,11 +254,11 @@ def test_generate_ahead_of_the_host() -> None:
 
 
 def test_gradients_end_there(caplog: pytest.LogCaptureFixture) -> None:
-    model = make_model("one_layer").requires_grad_(False)
-    pair, embedded = Pair(model), drawn(model).requires_grad_(True)
+    bank = entry("grouped")
+    embedded = drawn(bank.model).requires_grad_(True)
     checked_call._say_detached.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="adaskip_fx"):
-        assert not pair.compiled(inputs_embeds=embedded).logits.requires_grad
+    with bank.using(), caplog.at_level(logging.WARNING, logger="adaskip_fx"):
+        assert not bank.compiled(inputs_embeds=embedded).logits.requires_grad
     assert "what it returns is detached" in caplog.text
 
 

@@ -53,8 +53,8 @@ def make(name: str) -> Any:
 
 CLASSIFIER = "LlamaForSequenceClassification"
 MODELS = (
-    CLASSIFIER,
     "LlamaForTokenClassification",
+    pytest.param(CLASSIFIER, marks=pytest.mark.slow),  # which all else here is about
     pytest.param("LlamaForQuestionAnswering", marks=pytest.mark.slow),
     pytest.param("GPT2ForSequenceClassification", marks=pytest.mark.slow),
 )
@@ -63,6 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
     "padded on the left": {"input_ids": IDS * LEFT, "attention_mask": LEFT},
     "padded on the right": {"input_ids": IDS * LEFT.flip(1), "attention_mask": LEFT.flip(1)},
     "hidden states": {"output_hidden_states": True},
+    "labels": {"labels": torch.tensor([0, 2])},
     "positions": {"position_ids": torch.arange(9).expand(2, 9) + 3, "use_cache": False},
 }
 LABELS = {

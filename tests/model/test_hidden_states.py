@@ -15,11 +15,15 @@ import torch
 from adaskip_fx.api import build
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.programs.instruments import HiddenStateRecorder
+from tests.support.compiled_families import compiled_family
 from tests.support.compiled_llamas import Entry, entry, fixed, make_model
 from tests.support.eager_reference import assert_close
 from tests.support.families.all import tiny_config, tiny_model
 
-FAMILIES = ("llama", "gemma2", "mixtral", "gpt_neox")
+FAMILIES = (
+    "gpt_neox",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gemma2", "mixtral")),
+)
 IDS = torch.tensor([[5, 9, 3, 22, 41, 8, 17, 2, 30], [4, 4, 31, 7, 50, 12, 6, 1, 19]])
 LEFT = torch.ones_like(IDS).index_put((torch.tensor([0]), torch.arange(3)), torch.tensor(0))
 CASES: dict[str, dict[str, Any]] = {
@@ -43,8 +47,8 @@ def same(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...], what: st
 class Pair:
     """A model, and the same compiled."""
 
-    def __init__(self, model: Any, **options: Any) -> None:
-        self.model, self.compiled = model, build(model, None, backend="eager", **options)
+    def __init__(self, model: Any, compiled: Any = None) -> None:
+        self.model, self.compiled = model, compiled or build(model, None, backend="eager")
 
     @torch.no_grad()
     def check(self, **arguments: Any) -> None:
@@ -57,7 +61,7 @@ class Pair:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: pytest.FixtureRequest) -> Pair:
-    return Pair(tiny_model(tiny_config(request.param)))
+    return Pair(*compiled_family(request.param))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -91,7 +95,8 @@ def test_generate_returns_them_of_every_step(pair: Pair, mask: torch.Tensor | No
 
 
 def test_linked_as_one_graph() -> None:
-    Pair(make_model("grouped"), link="fused").check()
+    model = make_model("grouped")
+    Pair(model, build(model, None, backend="eager", link="fused")).check()
 
 
 # Under a plan -----------------------------------------------------------------------------------

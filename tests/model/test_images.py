@@ -178,7 +178,7 @@ def test_requests_that_take_turns_keep_their_positions(pair: Pair) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("first", ["text", "the eager model"])
+@pytest.mark.parametrize("first", ["text", pytest.param("the eager model", marks=pytest.mark.slow)])
 def test_the_first_image_that_a_tower_ever_sees(first: str) -> None:
     """It gets hooks then that record, and do nothing else: that is no change of the model."""
     pair, found = Pair("llava"), []

@@ -17,11 +17,14 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from adaskip_fx.api import build
 from adaskip_fx.model import checked_call, loss
+from tests.support.compiled_families import compiled_family
 from tests.support.compiled_llamas import entry, make_model
 from tests.support.eager_reference import assert_close
-from tests.support.families.all import tiny_config, tiny_model
 
-FAMILIES = ("llama", "gemma2", "mixtral", "mamba")
+FAMILIES = (
+    "mamba",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gemma2", "mixtral")),
+)
 IDS = torch.tensor([[5, 9, 3, 22, 41, 8, 17, 2, 30], [4, 4, 31, 7, 50, 12, 6, 1, 19]])
 LEFT = torch.ones_like(IDS).index_put((torch.tensor([0]), torch.arange(3)), torch.tensor(0))
 RIGHT = LEFT.flip(1)
@@ -49,8 +52,8 @@ CASES: dict[str, dict[str, Any]] = {
 class Pair:
     """A model, and the same compiled."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.compiled = model, build(model, None, backend="eager")
+    def __init__(self, model: Any, compiled: Any = None) -> None:
+        self.model, self.compiled = model, compiled or build(model, None, backend="eager")
 
     @torch.no_grad()
     def check(self, **arguments: Any) -> None:
@@ -68,7 +71,7 @@ class Pair:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: pytest.FixtureRequest) -> Pair:
-    return Pair(tiny_model(tiny_config(request.param)))
+    return Pair(*compiled_family(request.param))
 
 
 @pytest.mark.parametrize("case", CASES)

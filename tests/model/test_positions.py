@@ -113,7 +113,7 @@ def pair_of(rope: str) -> Pair:
 
 
 @pytest.fixture(
-    params=[pytest.param(r, marks=pytest.mark.slow) if r == "yarn" else r for r in ROPES]
+    params=[r if r in SWITCH else pytest.param(r, marks=pytest.mark.slow) for r in ROPES]
 )
 def rope(request: pytest.FixtureRequest) -> str:
     name: str = request.param

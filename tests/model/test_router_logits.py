@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import pytest
 import torch
 
 from adaskip_fx import SkipPlan
-from adaskip_fx.api import build
 from adaskip_fx.model import router_logits
+from tests.support.compiled_families import compiled_family
 from tests.support.compiled_llamas import entry
 from tests.support.eager_reference import assert_close
-from tests.support.families.all import tiny_config, tiny_model
 
 IDS = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 LEFT = torch.ones(2, 9, dtype=torch.int64)
@@ -26,12 +24,6 @@ CASES: dict[str, dict[str, Any]] = {
     "padded": {"attention_mask": LEFT},
     "a tuple": {"return_dict": False},
 }
-
-
-@functools.cache
-def pair(family: str) -> tuple[Any, Any]:
-    model = tiny_model(tiny_config(family))
-    return model, build(model, None, backend="eager")
 
 
 @torch.no_grad()
@@ -58,13 +50,13 @@ def check(compiled: Any, eager: Any, layers: tuple[int, ...], **given: Any) -> N
 
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_are_the_models_own(case: str) -> None:
-    model, compiled = pair("mixtral")
+    model, compiled = compiled_family("mixtral")
     check(compiled, model, tuple(range(model.config.num_hidden_layers)), **CASES[case])
 
 
 @pytest.mark.slow
 def test_another_family() -> None:
-    model, compiled = pair("qwen3_moe")
+    model, compiled = compiled_family("qwen3_moe")
     routed = model(IDS, output_router_logits=True).router_logits
     check(compiled, model, tuple(range(len(routed))))
 
@@ -78,7 +70,7 @@ def without_ffn(model: Any, layer: int) -> Any:
 
 
 def test_what_is_skipped_is_left_out() -> None:
-    model, compiled = pair("mixtral")
+    model, compiled = compiled_family("mixtral")
     before, layers = compiled.adaskip.plan, range(model.config.num_hidden_layers)
     compiled.adaskip.plan = SkipPlan.of(before.sublayers, ["0.ffn"])
     try:
@@ -91,7 +83,7 @@ def test_what_is_skipped_is_left_out() -> None:
 
 
 def test_a_decode_step_on_a_cache() -> None:
-    model, compiled = pair("mixtral")
+    model, compiled = compiled_family("mixtral")
     found = []
     with torch.no_grad():
         for one in (compiled, model):
@@ -109,7 +101,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = entry("grouped")
     with bank.using(), pytest.raises(NotImplementedError, match="LlamaForCausalLM has no router"):
         bank.compiled(IDS, output_router_logits=True)
-    _, compiled = pair("mixtral")
+    _, compiled = compiled_family("mixtral")
     with pytest.raises(NotImplementedError, match="with hidden states, is not supported"):
         compiled(IDS, output_router_logits=True, output_hidden_states=True)
     monkeypatch.setattr(router_logits, "_proven", {})

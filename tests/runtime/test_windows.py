@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     Gemma3ForCausalLM,
@@ -31,6 +31,7 @@ from adaskip_fx.plans.windows import Window, Windows
 from adaskip_fx.programs import program
 from adaskip_fx.runtime.checking import CheckError
 from adaskip_fx.testing import assert_equivalent
+from adaskip_fx.testing.equivalence import compiled_for
 from adaskip_passes import UnsupportedError
 from tests.support.compiled_llamas import fewer
 from tests.support.eager_reference import assert_close
@@ -117,6 +118,8 @@ def follow(
 
 NARROW = {0: Window(3, 2), 1: Window(5, 1, (1,))}
 OTHER = {0: Window(4, 0), 1: Window(2, 3)}
+#: How views see windows is in `tests/kv_cache/test_sliding.py` as well.
+STATIC = st.booleans() if settings().max_examples > 20 else st.just(True)
 STEPS = (11, 1, 1, 6, 1, 1, -2, 1, 3, 1, 9, 1)
 
 
@@ -130,7 +133,7 @@ def test_a_request_sees_its_windows(static: bool) -> None:
 
 def test_a_wider_window_is_noticed() -> None:
     """The companion: one token more in one layer, one sink, or a head."""
-    found = case("llama", False)
+    found = case("llama", True)
     for wrong in (Window(4, 2), Window(3, 3), Window(3, 2, (0,))):
         with pytest.raises(AssertionError, match="relative error"):
             follow(found, NARROW, NARROW, (12, 1), told=({**NARROW, 0: wrong}, NARROW))
@@ -152,7 +155,7 @@ def windows() -> st.SearchStrategy[dict[int, Window]]:
         st.integers(1, 16), st.lists(st.one_of(st.just(1), st.integers(1, 9)), max_size=5)
     ).map(lambda drawn: (drawn[0], *drawn[1])),
     firsts=st.one_of(st.just((0,)), st.lists(st.integers(0, 9), min_size=2, max_size=3)),
-    static=st.booleans(),
+    static=STATIC,
     seed=st.integers(0, 99),
 )
 def test_however_a_text_is_cut(
@@ -178,7 +181,7 @@ def test_a_model_with_a_window_of_its_own_sees_the_smaller(static: bool) -> None
 def test_long_prompts_are_taken_in_blocks() -> None:
     """More queries than one block has, and a window longer than a block."""
     for window in (Window(20, 3), Window(150, 1)):
-        follow(case("llama", False), {0: window}, {}, (240, 9))
+        follow(case("llama", True), {0: window}, {}, (240, 9))
 
 
 @pytest.mark.parametrize("layers", [1, pytest.param(3, marks=pytest.mark.slow)])
@@ -208,7 +211,8 @@ def test_bounds_that_one_layer_alone_reads(layers: int) -> None:
                 assert_close(torch.cat(parts, 1), want, 1e-4, "logits")
     assert runtime_of(compiled).static_cache
     assert runtime_of(compiled).why_no_static_cache is None
-    assert assert_equivalent(model, windowed, decode_steps=3) < 1e-4
+    if reference is None:
+        assert assert_equivalent(model, windowed, decode_steps=3) < 1e-4
 
 
 # A plan like others -----------------------------------------------------------------------------
@@ -302,14 +306,14 @@ def test_a_plan_that_cannot_be_linked_does_not_disable_anything(
 def test_an_eager_model_is_checked_with_pytorchs_attention() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     model.set_attn_implementation("eager")
-    sublayers = build(model, None, backend="eager").adaskip.sublayers
+    sublayers = compiled_for(model).adaskip.sublayers
     plan = SkipPlan.empty(sublayers).with_windows(Windows.of(sublayers[:1], Window(2, 1)))
     assert assert_equivalent(model, plan, decode_steps=2) < 1e-4
     assert model.config._attn_implementation == "eager"
 
 
 def test_what_is_printed_names_the_windows() -> None:
-    found = case("llama", False)
+    found = case("llama", True)
     found.compiled.adaskip.plan = plan_of(found, {0: Window(3, 2)}, {})
     lines = str(found.compiled.adaskip).splitlines()
     assert any("window 2+3" in line and "attention 0" in line for line in lines)
@@ -317,13 +321,13 @@ def test_what_is_printed_names_the_windows() -> None:
 
 
 def test_schedules_have_one_window_in_prompts() -> None:
-    found = case("llama", False)
+    found = case("llama", True)
     plans = plan_of(found, {0: Window(3)}, {}), plan_of(found, {0: Window(4)}, {})
     with pytest.raises(PlanError, match="step 2: prefill has other windows than at step 0"):
         Schedule(((0, plans[0]), (2, plans[1])))
 
 
 def test_a_head_that_is_not_there_is_refused() -> None:
-    found = case("llama", False)
+    found = case("llama", True)
     with pytest.raises(ValueError, match=r"leaves K/V head 2 full, but there are 2, from 0 on"):
         found.compiled.adaskip.plan = plan_of(found, {1: Window(4, 0, (0, 2))}, {})

@@ -51,8 +51,8 @@ def adapted(*configs: Any, model: Any = None) -> Any:
 
 @torch.no_grad()
 def logits(model: Any, **inputs: Any) -> torch.Tensor:
-    """Logits of a prompt, [B, T, V]."""
-    found: torch.Tensor = model(**{"input_ids": IDS, **inputs}).logits
+    """Logits of a prompt's last token, [B, 1, V], whose graph `build` captures."""
+    found: torch.Tensor = model(**{"input_ids": IDS, "logits_to_keep": 1, **inputs}).logits
     return found
 
 

@@ -152,6 +152,12 @@ def wrong_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "surrogate_tensors", wrong)
 
 
+@functools.cache
+def broken() -> Any:
+    """A model whose programs are linked with the defect, and no other test's."""
+    return own()
+
+
 def scaled(model: Any, prefill: str = "", decode: str = "") -> SkipPlan:
     sublayers = {str(s): s for s in compiled_for(model).adaskip.sublayers}
     skip, extra = ([sublayers[n] for n in (name,) if n] for name in (prefill, decode))
@@ -160,7 +166,7 @@ def scaled(model: Any, prefill: str = "", decode: str = "") -> SkipPlan:
 
 
 def test_the_first_difference_is_named(wrong_factors: None) -> None:
-    model = own()
+    model = broken()
     plan = scaled(model, prefill="1.ffn")
     with pytest.raises(AssertionError) as caught:
         assert_equivalent(model, plan, decode_steps=1)
@@ -176,15 +182,14 @@ def test_the_first_difference_is_named(wrong_factors: None) -> None:
 
 
 def test_a_difference_in_a_later_step_is_found_there(wrong_factors: None) -> None:
-    model = own()
+    model = broken()
     found = r"step 1 \(decode, token 1\) differ.*after 0.ffn .*, step 1 \(decode, token 1\)"
     with pytest.raises(AssertionError, match=found):
         assert_equivalent(model, scaled(model, decode="0.ffn"), decode_steps=2)
 
 
 def test_without_the_defect_there_is_no_difference() -> None:
-    model = own()
-    assert_equivalent(model, scaled(model, prefill="1.ffn"), decode_steps=1)
+    assert_equivalent(pre_norm, scaled(pre_norm, prefill="1.ffn"), decode_steps=1)
 
 
 @pytest.mark.slow
@@ -340,5 +345,5 @@ def test_refusals_are_the_compilers() -> None:
 def test_every_family_is_known_to_the_newest_transformers() -> None:
     from tests.model_support.matrix import versions
 
-    if versions().endswith("5.23"):
+    if versions().endswith(("5.23", "5.24")):
         assert all(family.known for family in FAMILIES.values())
