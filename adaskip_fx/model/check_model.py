@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..capture.adapters import refuse_unmerging
 from ..capture.traced_part import decoder_name
+from ..parallel.shards import check_shards
 from ..utils.peft_layers import is_adapter
 from .accelerate_hooks import is_replaced
 from .adapted import decoder_in
@@ -31,7 +32,8 @@ def check_model(model: Any) -> Any:
         TypeError: it is no decoder of transformers', or a wrapper of one, or it was changed, or
             offloaded.
         ValueError: it is in training mode, or its config asks for outputs that are not captured.
-        UnsupportedError: its adapters are merged and disabled.
+        UnsupportedError: its adapters are merged and disabled, or it is spread over processes in
+            another way than by tensor parallelism.
     """
     given, model = model, decoder_in(model)
     if isinstance(model, CompiledModel):
@@ -76,6 +78,7 @@ def check_model(model: Any) -> Any:
     if model.training or any(map(_drops, given.modules())):
         raise ValueError("the model is in training mode; call model.eval() first")
     refuse_unmerging(model)
+    check_shards(model)
     return model
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..capture import attention, experts, rotary
 from ..capture.traced_part import decoder_name
+from ..parallel.shards import localize
 from ..utils.transformers_internals import can_set_attention, set_attention
 from .accelerate_hooks import leave_out
 from .compiled_model import CompiledModel
@@ -37,6 +38,7 @@ def make_compiled_model(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(base, "prepare_inputs_for_generation"):
         methods["prepare_inputs_for_generation"] = following(base.prepare_inputs_for_generation)
     compiled.__class__ = type(base.__name__, (CompiledModel, base), {**name, **methods})
+    localize(compiled)
     rotary.make_pure(compiled)
     if can_set_attention(compiled) and not attention.is_own(model):
         set_attention(compiled, attention.NAME)

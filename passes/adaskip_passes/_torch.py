@@ -126,8 +126,17 @@ def modified_sources() -> Iterator[Any]:
     """Yield the sources of the Python objects that the function being traced has changed."""
     effects = InstructionTranslator.current_tx().output.side_effects
     for variable in effects.id_to_variable.values():
-        if effects.is_modified(variable) and variable.source is not None:
+        changed = effects.is_modified(variable) and not _is_restored(variable)
+        if changed and variable.source is not None:
             yield variable.source
+
+
+def _is_restored(variable: Any) -> bool:
+    """Return whether a dictionary holds again what it held before it was changed."""
+    before = getattr(variable, "original_items", None)  # of a ConstDictVariable
+    if before is None or variable.has_new_items():
+        return False
+    return len(before) == int(variable.len())
 
 
 def guarded_sources() -> Iterator[tuple[Any, str]]:

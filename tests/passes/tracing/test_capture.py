@@ -462,6 +462,41 @@ def test_python_effects_on_arguments_are_recorded_and_not_done() -> None:
     assert (box.number, box.items) == (1, [])
 
 
+def swaps(table: dict[str, int], x: Tensor) -> tuple[Tensor]:
+    before = table["factor"]
+    table.update(factor=3)
+    try:
+        return (x * table["factor"],)
+    finally:
+        table["factor"] = before
+
+
+def swaps_and_adds(table: dict[str, int], x: Tensor) -> tuple[Tensor]:
+    result = swaps(table, x)
+    table["more"] = 1
+    return result
+
+
+def swaps_and_leaves(table: dict[str, int], x: Tensor) -> tuple[Tensor]:
+    result = swaps(table, x)
+    table["factor"] = 4
+    return result
+
+
+def swaps_and_removes(table: dict[str, int], x: Tensor) -> tuple[Tensor]:
+    result = swaps(table, x)
+    del table["other"]
+    return result
+
+
+def test_a_dictionary_that_holds_again_what_it_held_is_not_changed() -> None:
+    table = {"factor": 2, "other": 5}
+    assert trace(swaps, table=table, x=torch.ones(3)).python_effects == ()
+    for changing in (swaps_and_adds, swaps_and_leaves, swaps_and_removes):
+        assert trace(changing, table=table, x=torch.ones(3)).python_effects == ("L['table']",)
+    assert table == {"factor": 2, "other": 5}
+
+
 def test_reading_python_state_is_no_effect() -> None:
     assert trace(reads, box=Box(), x=torch.ones(3)).python_effects == ()
     assert shared(Shape()).capture.python_effects == ()

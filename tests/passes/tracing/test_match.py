@@ -105,6 +105,42 @@ def test_what_differs_is_no_twin(change: Callable[[Layer], Any]) -> None:
     assert pair(change) is None
 
 
+def _around(layer: Layer, factor: float = 2.0) -> None:
+    """Put a function around a layer's forward that is made for it, as parallelism does."""
+    own, linear = layer.forward, layer.linear
+
+    def forward(x: Tensor) -> Tensor:
+        return own(x) * factor + linear(x)
+
+    layer.forward = forward  # type: ignore[method-assign]
+
+
+def _pair_around(**second: float) -> Any:
+    one, other = Layer(0), Layer(1)
+    _around(one)
+    _around(other, **second)
+    return one, other, twins(one, other, 0, 1)
+
+
+def test_functions_made_for_a_module_correspond_by_what_they_hold() -> None:
+    one, other, found = _pair_around()
+    assert found is not None
+    assert found.tensors[id(one.linear.weight)] == (one.linear.weight, other.linear.weight)
+    assert _pair_around(factor=3.0)[2] is None  # the near miss
+
+
+def test_a_function_that_holds_the_other_module_is_no_counterpart() -> None:
+    one, other = Layer(0), Layer(1)
+    _around(one)
+    own = other.forward
+    other.forward = Layer(0).forward  # type: ignore[method-assign]
+    _around(other)
+    assert twins(one, other, 0, 1) is None
+    other.forward = own  # type: ignore[method-assign]
+    _around(other)
+    assert twins(one, other, 0, 1) is not None
+
+
 class Slotted:
     """Keeps its state where `vars` does not show it."""
 

@@ -136,12 +136,23 @@ class _Walk:
         elif kind is types.MethodType:
             _require(one.__func__ is other.__func__)
             self.compare(one.__self__, other.__self__)
+        elif kind is types.FunctionType:
+            self._function(one, other)
         elif kind is functools.partial:
             self.compare(
                 (one.func, one.args, one.keywords), (other.func, other.args, other.keywords)
             )
         else:
             self._object(kind, one, other)
+
+    def _function(self, one: types.FunctionType, other: types.FunctionType) -> None:
+        """Compare functions that were made for their modules, which their closures hold."""
+        _require(one.__code__ is other.__code__ and one.__globals__ is other.__globals__)
+        for function in (one, other):
+            _require(not vars(function))
+        for mine, theirs in ((one.__defaults__, other.__defaults__), (_held(one), _held(other))):
+            self.compare(mine, theirs)
+        self.compare(one.__kwdefaults__, other.__kwdefaults__)
 
     def _items(self, one: Any, other: Any) -> None:
         _require(len(one) == len(other))
@@ -172,6 +183,11 @@ class _Walk:
                 self.found.places.append((one, name))
             else:
                 self.compare(value, theirs[name])
+
+
+def _held(function: types.FunctionType) -> tuple[Any, ...]:
+    """Return what a function's closure holds."""
+    return tuple(cell.cell_contents for cell in function.__closure__ or ())
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,64 @@
+"""Modules that transformers' tensor parallelism shards: the compiled model's hold local tensors.
+
+transformers gives such a module a ``forward`` of its own on the instance, a closure over the
+module, which swaps its ``DTensor`` parameters for local ones in every call and sums or gathers what
+comes out of it over the ranks. A copied module has the closure of the original's. Here it gets its
+own, made by transformers' code as well, and where that would run on local tensors the module holds
+them from the start: views of the same memory. So a captured graph is that of one process with a
+rank's widths, and with collectives where the ranks meet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from adaskip_passes import UnsupportedError
+
+from ..utils.parallel_internals import installed, reinstall, unfollowed_parallelism
+
+
+def check_shards(model: Any) -> None:
+    """Refuse a model that is spread over processes in another way than by tensor parallelism.
+
+    Raises:
+        UnsupportedError: it is.
+    """
+    other = unfollowed_parallelism(model)
+    if other is not None:
+        raise UnsupportedError(
+            f"the model is spread over processes by {other}, which is not followed; load it with "
+            "tensor parallelism alone: DistributedConfig(tp_size=N)"
+        )
+    for path, module in model.named_modules():
+        sharded = [n for n, p in module._parameters.items() if isinstance(p, DTensor)]
+        if sharded and installed(module) is None:
+            raise UnsupportedError(
+                f"{path}.{sharded[0]} is a DTensor, and its module's forward is none that "
+                "transformers' tensor parallelism installs, which alone is followed"
+            )
+
+
+def localize(compiled: nn.Module) -> None:
+    """Have the sharded modules of a copied model hold local tensors and forwards of their own."""
+    for module in compiled.modules():
+        found = installed(module)
+        if found is None:
+            continue
+        with torch.no_grad():
+            local = found.runs_on_local(module)
+        if local:
+            for name, parameter in module._parameters.items():
+                if isinstance(parameter, DTensor):
+                    module._parameters[name] = local_of(parameter)
+        reinstall(module, found)
+
+
+def local_of(parameter: DTensor) -> nn.Parameter:
+    """Return a rank's part of a sharded parameter, in the same memory."""
+    with torch.no_grad():
+        local: torch.Tensor = parameter.to_local()
+    return nn.Parameter(local.detach(), requires_grad=parameter.requires_grad)

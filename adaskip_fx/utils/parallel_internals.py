@@ -1,0 +1,114 @@
+"""What transformers does not promise of its tensor parallelism, as adaskip_fx reads it."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+#: The modules whose functions transformers installs as forwards; one for experts since 5.21.
+_OF_TENSORS = "transformers.distributed.tensor_parallel"
+_OF_EXPERTS = "transformers.distributed.expert_parallel"
+#: Fields of a model's ``distributed_config`` that spread it in another way, where they are above 1.
+_OTHER_WAYS = {
+    "pp_size": "pipeline parallelism",
+    "fsdp_size": "FSDP",
+    "dp_replicate_size": "replicas of FSDP",
+    "ep_size": "expert parallelism",
+    "enable_expert_parallel": "expert parallelism",
+    "enable_sequence_parallel": "sequence parallelism",
+}
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What a module's forward on the instance does before and after that of its class.
+
+    Attributes:
+        style: an object of transformers' with the three steps of it; None where there is nothing to
+            do without gradients.
+        mesh: the devices that the module is spread over.
+    """
+
+    style: Any
+    mesh: Any
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The processes that the module is spread over."""
+        group: dist.ProcessGroup = (
+            self.mesh.get_group() if self.mesh.ndim == 1 else self.mesh.get_group("tp")
+        )
+        return group
+
+    def runs_on_local(self, module: nn.Module) -> bool:
+        """Return whether the forward works on a rank's part of the parameters, as of now."""
+        return bool(self.style is not None and self.style.should_use_local_tensors(module))
+
+
+def installed(module: nn.Module) -> Installed | None:
+    """Return what tensor parallelism has put around a module's forward; None if nothing."""
+    forward = vars(module).get("forward")
+    if not isinstance(forward, types.FunctionType) or forward.__module__ != _OF_TENSORS:
+        return None
+    held = inspect.getclosurevars(forward).nonlocals
+    if "mesh" in held and "self" in held:
+        return Installed(held["self"], held["mesh"])
+    return Installed(None, None)  # its closure has what gradients need, and no style
+
+
+def reinstall(module: nn.Module, was: Installed) -> None:
+    """Put the same around the forward of a module's class, for the module itself."""
+    del module.forward
+    for hook, function in list(module._backward_hooks.items()):  # (5.17 sums gradients with hooks)
+        if function.__module__ == _OF_TENSORS:
+            del module._backward_hooks[hook]
+    if was.style is None:
+        return
+    if "source" in inspect.signature(was.style.transform_output_post_forward).parameters:
+        module.forward = _summed(module, was)
+    else:
+        was.style.install_forward(module, was.mesh)
+
+
+def _summed(experts: nn.Module, was: Installed) -> Callable[..., Any]:
+    """Return a forward that sums what each rank's part of the experts gives.
+
+    Before 5.21 transformers' own does so only where the parameters are DTensors.
+    """
+    own, style, mesh, group = experts.forward, was.style, was.mesh, was.group
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = style.transform_inputs_pre_forward(experts, args, kwargs, mesh)
+        output = own(*args, **kwargs)
+        dist.all_reduce(output, group=group)
+        return output
+
+    return forward
+
+
+def unfollowed_parallelism(model: Any) -> str | None:
+    """Return in which way besides tensor parallelism a model is spread over processes, if any."""
+    config = getattr(model.config, "distributed_config", None)
+    for field, way in _OTHER_WAYS.items():
+        if int(getattr(config, field, None) or 0) > int(not field.startswith("enable")):
+            return way
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if getattr(forward, "__module__", None) == _OF_EXPERTS:
+            return "expert parallelism"
+    return None
+
+
+def parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """Return the processes that a model's tensors are spread over; None where it is in one."""
+    for module in model.modules():
+        found = installed(module)
+        if found is not None and found.mesh is not None:
+            return found.group
+    return None
