@@ -15,10 +15,12 @@ from .model.check_model import check_model
 from .model.heads import check_causal, check_head
 from .model.load import usable_backend
 from .model.subclass import make_compiled_model
+from .parallel.ranks import Ranks
 from .plans.decision_files import load_decision
 from .plans.decisions import Decision
 from .policies import AdaSkip, DescribedPolicy, OnlinePolicy, Policy, TimedBySimilarity
 from .policies.base import check_policy
+from .profiles.fingerprint import fingerprint
 from .profiles.profile import Profile
 from .programs.counted_times import counted_times
 from .programs.program import Link
@@ -82,13 +84,21 @@ def compile(
             `ProfileError` or `TableError` says which), or no plan reaches alpha at `context`.
         RuntimeError: Inductor is to compile for the CPU and there is no C++ compiler.
         UnsupportedError: The architecture's sublayers cannot be captured or proven.
+        RanksError: The model is on several ranks, and they do not compile the same.
     """
     decoder = check_model(model)
-    _check_options(backend, link, decoder)
-    measured = Profile.load(profile) if isinstance(profile, str | Path) else profile
-    if measured is not None:
-        measured.check(decoder)
-    chosen = _chosen(decoder, measured, alpha, policy, plan, context, table)
+    ranks = joined(decoder)
+
+    def choose() -> tuple[Profile | None, dict[str, Any]]:
+        _check_options(backend, link, decoder)
+        measured = Profile.load(profile) if isinstance(profile, str | Path) else profile
+        if measured is not None:
+            measured.check(decoder)
+        return measured, _chosen(decoder, measured, alpha, policy, plan, context, table)
+
+    measured, chosen = ranks.together("choosing what to skip", choose)
+    digest = None if measured is None else measured.digest
+    ranks.agree("the profile, alpha and options to compile with", (digest, alpha, context, link))
     options: dict[str, Any] = {"backend": backend, "link": link, "max_variants": max_variants}
     return build(model, profile=measured, **chosen, **options)
 
@@ -141,8 +151,13 @@ def build(
     `prepare` is given what the model runs on before anybody else is.
     """
     decoder = check_model(model)
+    ranks = joined(decoder)
+    named = (str(options.get(name)) for name in ("backend", "link", "max_variants"))
+    digest = None if plan is None else plan.digest
+    ranks.agree("the plan and options to compile with", (digest, *named))
     compiled: Any = make_compiled_model(decoder)
-    reference, headed = run_reference(decoder), decoder_name(decoder) is not None
+    headed = decoder_name(decoder) is not None
+    reference = ranks.together("the model's own logits", lambda: run_reference(decoder))
     if headed:
         check_causal(decoder, reference.steps["prefill"][0].ids[:1])
     compiled._adaskip = Runtime(compiled, decoder, reference, plan, **options)
@@ -151,6 +166,14 @@ def build(
     if prepare is not None:
         prepare(compiled._adaskip)
     return put_around(compiled, model)  # type: ignore[no-any-return]
+
+
+def joined(model: Any) -> Ranks:
+    """Return the ranks of a decoder, which have come to this place and know its fingerprint."""
+    ranks = Ranks.of(model)
+    if not ranks.alone:
+        fingerprint(model)
+    return ranks
 
 
 def _choose_in_time(

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from adaskip_passes import UnsupportedError
 
+from ..parallel.ranks import Ranks
 from ..plans.decisions import Decision, Schedule, plans_of
 from ..plans.skip_plan import SkipPlan
 from ..policies import AdaSkip, OnlinePolicy
@@ -91,7 +92,10 @@ def _requests_of(options: dict[str, Any], inputs: Sequence[Any]) -> Requests:
     known: dict[Hashable, Requests] = {} if first is None else _models.setdefault(first, {})
     key = frozenset((name, _hashable(value)) for name, value in options.items())
     if key not in known:
-        known[key] = Requests(_first_request(options), options)
+        ranks = Ranks.holding(inputs)
+        request = ranks.together("the options of a backend", lambda: _first_request(options, ranks))
+        ranks.agree("the options of a backend", request.decision.digest)
+        known[key] = Requests(request, options)
     return known[key]
 
 
@@ -104,7 +108,7 @@ def _hashable(value: Any) -> Hashable:
     return value  # type: ignore[no-any-return]
 
 
-def _first_request(options: dict[str, Any]) -> BackendRequest:
+def _first_request(options: dict[str, Any], ranks: Ranks) -> BackendRequest:
     profile = options.get("profile")
     plan, policy = options.get("plan"), options.get("policy", AdaSkip())
     if plan is not None:
@@ -114,7 +118,7 @@ def _first_request(options: dict[str, Any]) -> BackendRequest:
             'backend adaskip needs options={"profile": path, "alpha": 1.2} or {"plan": plan}'
         )
     decision = _usable(policy.plan(profile, options.get("alpha", 1.2)))
-    learner = Learner(policy, profile) if isinstance(policy, OnlinePolicy) else None
+    learner = Learner(policy, profile, ranks=ranks) if isinstance(policy, OnlinePolicy) else None
     return BackendRequest(decision, learner)
 
 

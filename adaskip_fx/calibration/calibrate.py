@@ -16,6 +16,7 @@ from adaskip_fx.runtime.similarity import measure_prompt, measure_windows
 
 from ..api import build
 from ..model.check_model import check_model
+from ..parallel.ranks import Ranks
 from ..plans.sublayer import Sublayer
 from ..plans.windows import Window
 from ..profiles.fingerprint import fingerprint
@@ -64,9 +65,14 @@ def calibrate(
             attention cannot be measured through windows.
     """
     decoder = check_model(model)
+    if windows:
+        Ranks.of(decoder).refuse(
+            "calibrating windows by K/V head", "each has heads of its own: calibrate on one"
+        )
     samples = tokenize(decoder, tokenizer, texts, max_length)
     check_windows(windows, max(ids.shape[1] for ids in samples))
     runtime = runtime_of(build(decoder, None, backend=backend))
+    runtime.ranks.agree("the texts to calibrate on", _digest(samples))
     readings, through = _run(runtime, samples, windows, progress)
     statistics, layers = np.split(readings, [len(runtime.sublayers)], axis=1)
     return Profile(

@@ -9,6 +9,7 @@ from torch import nn
 
 from adaskip_passes.tracing.python_state import Change, PythonState
 
+from ..parallel.shards import followed
 from ..utils.transformers_internals import COPIED_APART
 from .adapters import FollowedAdapters
 from .same_objects import alike, equal, same_tensors
@@ -76,8 +77,8 @@ class Original:
         for (path, name), old, new in zip(names, self._shared, now, strict=True):
             if new is not old:
                 holder = _tensors_of(self._compiled, path, name)
-                if holder is not None and holder[name] is old:
-                    holder[name] = new
+                if holder is not None:
+                    holder[name] = followed(holder[name], old, new)
         self._shared = now
 
     @property

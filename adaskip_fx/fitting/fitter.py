@@ -21,6 +21,7 @@ from adaskip_fx.calibration.calibrate import tokenize
 from adaskip_fx.calibration.tokenizer import Tokenizer
 from adaskip_fx.model.check_model import check_model
 from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.parallel.ranks import Ranks
 from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogate import Surrogate
@@ -71,6 +72,7 @@ class Fitter:
         group_size: int = 16,
     ) -> None:
         model = check_model(model)
+        Ranks.of(model).refuse("fitting surrogates", "fit on one, where plans are of use as well")
         self._source = model, tokenizer, max_length
         self.runtime: Runtime = runtime_of(build(model, None, backend=backend))
         self.group_size = group_size

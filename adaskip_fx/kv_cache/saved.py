@@ -21,6 +21,7 @@ from safetensors.torch import save as bytes_of
 
 from adaskip_passes.errors import AdaskipError
 
+from ..parallel.ranks import Ranks
 from ..plans.decisions import Decision, PlanChooser, plans_of
 from ..plans.skip_plan import SkipPlan
 from ..profiles.fingerprint import Fingerprint, fingerprint, is_of
@@ -35,6 +36,7 @@ SCHEMA = 1
 _KEY = "adaskip_cache"
 _ABOUT = ("model", "plan", "dtype", "length", "batch", "padded", "sha256")
 _REDO = "run the prefix again and save its cache"
+_KEEP = "keep it in its processes, or run the prefix again"
 
 
 class SavedCacheError(AdaskipError, ValueError):
@@ -46,7 +48,9 @@ def save(cache: SkipCache, path: Path) -> None:
 
     Raises:
         SavedCacheError: nothing is stored yet, or the model keeps a part of a request on itself.
+        UnsupportedError: the model is on several ranks.
     """
+    Ranks.of(cache.owner.model).refuse("saving a cache, of which each has a part,", _KEEP)
     if not cache.length:
         raise SavedCacheError(f"{path}: this cache is empty; save it after a prompt")
     model = cache.owner.model
@@ -84,8 +88,10 @@ def load_cache(runtime: Runtime, path: str | Path, plan: Decision | None = None)
     Raises:
         SavedCacheError: the file is not one of these, is truncated, or belongs to another model or
             plan; the message says what is wrong and what to do.
+        UnsupportedError: the model is on several ranks.
     """
     path = Path(path)
+    runtime.ranks.refuse("a saved cache", _KEEP)
     about, tensors = _read(path)
     _check_model(path, about, runtime)
     cache = runtime.new_cache(about["length"], plan=plan)

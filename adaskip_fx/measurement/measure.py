@@ -91,7 +91,7 @@ def measure(
             costs.append(_costs(clock, phase, context, plans, counts, rounds))
             if progress is not None:
                 progress(len(costs), len(PHASES) * len(lengths))
-    about = fingerprint(runtime.model), conditions(runtime.model, batch)
+    about = fingerprint(runtime.graphs.states.original), conditions(runtime.model, batch)
     return LatencyTable(*about, runtime.sublayers, classes, tuple(costs), counted)
 
 

@@ -12,6 +12,8 @@ from transformers.generation import GenerationMode
 from ..kv_cache.adopt_cache import own_cache
 from ..kv_cache.cache import SkipCache
 from ..kv_cache.drafting import Drafting
+from ..parallel.random_numbers import share_random_numbers
+from ..parallel.ranks import Ranks
 from ..runtime.runtime import Runtime
 from ..utils.transformers_internals import GenerateHooks, is_whole_text, stop_tokens
 from ..utils.transformers_types import DecodingCall, GenerationConfigLike, ModelKwargs
@@ -63,6 +65,9 @@ class CompiledModel(GenerateHooks):
             ValueError: a cache is passed and another one asked for, as in transformers.
         """
         _refuse_ways(config, mode)
+        _refuse_clocks(config, self._adaskip.ranks)
+        if config.do_sample:
+            share_random_numbers(self._adaskip.ranks, self._adaskip.device)
         ends = stop_tokens(config)
         name = self._adaskip.generate_argument
         cache = model_kwargs.get(name)
@@ -170,6 +175,16 @@ class CompiledModel(GenerateHooks):
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "a compiled model cannot be pickled; save the original model and the profile"
+        )
+
+
+def _refuse_clocks(config: GenerationConfigLike, ranks: Ranks) -> None:
+    """Refuse a limit of time where several ranks generate one text."""
+    limit = getattr(config, "max_time", None)
+    if limit is not None and not ranks.alone:
+        raise NotImplementedError(
+            f"max_time={limit!r} is not supported where a model runs on several ranks: each would "
+            "stop by its own clock; use max_new_tokens"
         )
 
 

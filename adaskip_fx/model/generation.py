@@ -109,6 +109,7 @@ def run(model: CompiledCausalLM, call: DecodingCall) -> Any:
         if ahead:
             request.run_step()
         stop, invalid = request.host.receive()
+        model._adaskip.ranks.check()  # what came may be of a step that was aborted
         if ahead and (stop or invalid) and request.cache is cache:
             cache.keep_first(cache.length - 1)
         if invalid:

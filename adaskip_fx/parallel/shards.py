@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from adaskip_passes import UnsupportedError
 
-from ..utils.parallel_internals import installed, reinstall, unfollowed_parallelism
+from ..utils.parallel_internals import installed, is_sharded, reinstall, unfollowed_parallelism
 
 
 def check_shards(model: Any) -> None:
@@ -34,7 +33,7 @@ def check_shards(model: Any) -> None:
             "tensor parallelism alone: DistributedConfig(tp_size=N)"
         )
     for path, module in model.named_modules():
-        sharded = [n for n, p in module._parameters.items() if isinstance(p, DTensor)]
+        sharded = [n for n, p in module._parameters.items() if is_sharded(p)]
         if sharded and installed(module) is None:
             raise UnsupportedError(
                 f"{path}.{sharded[0]} is a DTensor, and its module's forward is none that "
@@ -52,12 +51,28 @@ def localize(compiled: nn.Module) -> None:
             local = found.runs_on_local(module)
         if local:
             for name, parameter in module._parameters.items():
-                if isinstance(parameter, DTensor):
+                if is_sharded(parameter):
                     module._parameters[name] = local_of(parameter)
         reinstall(module, found)
 
 
-def local_of(parameter: DTensor) -> nn.Parameter:
+def followed(held: Any, old: Any, new: Any) -> Any:
+    """Return what a compiled model is to hold where the original has a tensor in place of another.
+
+    Args:
+        held: what it holds; something else than `old`, or a part of it, is its own and stays.
+        old: what the original had.
+        new: what it has now.
+    """
+    if held is old:
+        return new
+    if held is None or not (is_sharded(old) and is_sharded(new)) or is_sharded(held):
+        return held
+    same = held.data_ptr() == local_of(old).data_ptr()
+    return local_of(new) if same else held
+
+
+def local_of(parameter: Any) -> nn.Parameter:
     """Return a rank's part of a sharded parameter, in the same memory."""
     with torch.no_grad():
         local: torch.Tensor = parameter.to_local()

@@ -12,11 +12,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from adaskip_fx.plans.fingerprint import Fingerprint
 from adaskip_fx.utils.files import JSON, canonical_digest
+from adaskip_fx.utils.parallel_internals import is_sharded
 from adaskip_fx.utils.peft_layers import BASES, Adapters, is_adapter, is_plain, runs_adapters
 
 __all__ = ["Fingerprint", "digests_of", "fingerprint", "is_of", "unusual_layers"]
@@ -40,11 +42,16 @@ _NOT_ARCHITECTURE_SUFFIXES = ("_token_id", "_token_ids", "_dropout", "_pdrop")
 _ROTATED = "partial_rotary_factor"
 _WEIGHT_SAMPLES = 256
 
+#: Of models whose weights are sharded, as they were at the first look, which all ranks take: a rank
+#: that has to tell a model in a message asks nobody.
+_of_sharded: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
 
 def fingerprint(model: Any) -> Fingerprint:
     """Return what identifies a transformers model: its configuration and its layers' shapes.
 
-    Cheap for any size (at most 256 elements of a parameter are read) and free of side effects.
+    Cheap for any size (at most 256 elements of a parameter are read) and free of side effects. Of a
+    model that is sharded all ranks must take it once, which gathers no more than these elements.
     """
     return Fingerprint(
         digest=_digest(model),
@@ -170,15 +177,36 @@ def _count(module: Any, seen: set[int]) -> int:
 
 
 def _weights_digest(model: Any) -> str:
+    sharded = {n: p for n, p in model.named_parameters() if is_sharded(p)}
+    if not sharded:
+        return _digest_of_values(model, {})
+    known: str | None = _of_sharded.get(model)
+    if known is None:
+        from adaskip_fx.parallel.held_values import sampled_on_all_ranks  # needs torch
+
+        values = sampled_on_all_ranks(sharded, _sampled)
+        known = _of_sharded[model] = _digest_of_values(model, values)
+    return known
+
+
+def _sampled(tensor: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the indices of the elements of a tensor that are read."""
+    count = min(tensor.numel(), _WEIGHT_SAMPLES)
+    return np.linspace(0, tensor.numel() - 1, count).round().astype(np.int64)
+
+
+def _digest_of_values(model: Any, sharded: Mapping[str, Any]) -> str:
+    """Return the digest of a model's weights; the bits of those of `sharded` are given."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda item: str(item[0])):
         digest.update(name.encode())
+        if name in sharded:
+            digest.update(sharded[name].astype("<i4").tobytes())
+            continue
         for stored in _stored(parameter):
             if stored.is_meta or not stored.numel():  # no storage: nothing to read
                 continue
-            count = min(stored.numel(), _WEIGHT_SAMPLES)
-            indices = np.linspace(0, stored.numel() - 1, count).round().astype(np.int64).tolist()
-            sample = stored.detach().flatten()[indices].float().cpu().numpy()
+            sample = stored.detach().flatten()[_sampled(stored).tolist()].float().cpu().numpy()
             digest.update(sample.astype("<f4").tobytes())
     for name, value in sorted(Adapters.of(model).facts.items()):
         if is_plain(value):

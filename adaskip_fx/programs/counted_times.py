@@ -102,7 +102,7 @@ def counted_times(graphs: Graphs, context: int, windows: Sequence[Window] = ()) 
     heads = tuple(structure.kv_heads.get(s, 0) for s in structure.sublayers) if windows else ()
     named = tuple(classes.get(s, "") for s in structure.sublayers)
     return LatencyTable(
-        fingerprint(graphs.model), about, structure.sublayers, named, tuple(costs), heads
+        fingerprint(graphs.states.original), about, structure.sublayers, named, tuple(costs), heads
     )
 
 

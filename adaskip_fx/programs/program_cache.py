@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -26,6 +26,7 @@ from ..capture.states import States
 from ..capture.traced_part import decoder_name, traced_forward
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..kv_cache.retention import Retention
+from ..parallel.ranks import Ranks
 from ..plans.compose_surrogates import SurrogateTensors
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
@@ -54,6 +55,7 @@ class Graphs:
 
     Attributes:
         counters: captures, links and dropped programs so far.
+        ranks: the processes that run the model together.
         trained_length: positions that the model's config says; None if it says nothing.
     """
 
@@ -68,6 +70,7 @@ class Graphs:
     ) -> None:
         self.model = model
         self.states = States(model, original, sample)
+        self.ranks = Ranks.of(original)
         self._decoder = decoder_name(original)
         self.backend = backend
         self.link = link
@@ -81,7 +84,7 @@ class Graphs:
         self._kept = KeptGraphs(self.states, max(MOST_GRAPHS, max_variants))
         self._first: CapturedPhase | None = None
         self._structure: ModelStructure | None = None
-        self._proofs = Proofs(model, self.states)
+        self._proofs = Proofs(model, self.states, self.ranks)
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +103,7 @@ class Graphs:
         assert self._structure is not None, "a prefill graph is captured first"
         return self._structure
 
-    @functools.cached_property
+    @cached_property
     def max_length(self) -> int | None:
         """Positions that the model has a table of; None if a formula makes them, without end."""
         has_table = self.structure.has_position_table or relies_on_length(self.model)
@@ -229,21 +232,20 @@ class Graphs:
         group = since.state.captures.get(key, ())
         for captured in tuple(group) or [self._captured(key, since)]:
             program = self._linked(captured, wanted)
-            if self._proofs.guards(captured).hold(arguments):
+            if self._proofs.hold(captured, arguments):
                 return program
         captured = self._captured(key, since, lengths_of(arguments))
         program = self._linked(captured, wanted)
-        if not self._proofs.guards(captured).hold(arguments):
+        if not self._proofs.hold(captured, arguments):
             broken = "; ".join(self._proofs.guards(captured).broken(arguments))
             raise UnsupportedError(f"no {key.phase} graph holds for these lengths: {broken}")
         return program
 
     def _linked(self, captured: CapturedPhase, wanted: _Wanted) -> Program:
         plan, probed, instrument = wanted
-        return self._programs.get(
-            program_key(captured, *wanted),
-            lambda: Program(captured, plan, probed, self.link, self._placed, instrument),
-        )
+        make = partial(Program, captured, plan, probed, self.link, self._placed, instrument)
+        key = program_key(captured, *wanted)
+        return self._programs.get(key, lambda: self.ranks.together("a program", make))
 
     def takes_padding(self, captured: CapturedPhase) -> bool:
         """Return whether a graph for a static cache is right for padding; that is tried once."""
@@ -266,15 +268,11 @@ class Graphs:
                 "the model's code branches on them"
             )
         start = time.perf_counter()
+        specs, lengths = state.reference.specs, lengths or example_lengths(key, self.trained_length)
+        to_trace = self.model, self.forward, key, specs, lengths, self.backend
         with named_obstacles(self.model):
-            captured = phase_graph.capture_phase(
-                self.model,
-                self.forward,
-                key,
-                state.reference.specs,
-                lengths or example_lengths(key, self.trained_length),
-                self.backend,
-            )
+            trace = partial(phase_graph.capture_phase, *to_trace)
+            captured = self.ranks.together("a graph", trace)
         self.counters.captures += 1
         if self._first is not None and captured.sublayers != self._first.sublayers:
             raise UnsupportedError(

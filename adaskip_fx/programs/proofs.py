@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from adaskip_passes import UnsupportedError
@@ -15,6 +15,7 @@ from ..capture.phase_graph import CapturedPhase
 from ..capture.rounding import allowed_by_rounding
 from ..capture.state import State
 from ..capture.states import States
+from ..parallel.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 class Proofs:
     """Compares captured graphs of one model with what the model gives, each thing once."""
 
-    def __init__(self, model: PreTrainedModel, states: States) -> None:
-        """Know nothing yet of the graphs of `model`."""
+    def __init__(self, model: PreTrainedModel, states: States, ranks: Ranks) -> None:
+        """Know nothing yet of the graphs of `model`, which `ranks` run together."""
         self._model = model
+        self._ranks = ranks
         self._states = states
         self._padding: WeakKeyDictionary[CapturedPhase, bool] = WeakKeyDictionary()
         self._rounded: WeakSet[ReferenceRun] = WeakSet()
@@ -46,6 +48,9 @@ class Proofs:
         Raises:
             UnsupportedError: the logits are others.
         """
+        self._ranks.together("the proof of a graph", lambda: self._check(captured, state, forward))
+
+    def _check(self, captured: CapturedPhase, state: State, forward: Forward) -> None:
         if not state.has_own_reference or state.reference.device != captured.key.device:
             self._states.run_reference(state)
         try:
@@ -65,7 +70,8 @@ class Proofs:
             state = self._states.current
 
             def right() -> bool:
-                return is_right_for_padding(state.reference, captured, self._model, forward)
+                found = is_right_for_padding(state.reference, captured, self._model, forward)
+                return self._ranks.every("a graph for padding", found)
 
             self._padding[captured] = right() or (self._allow_rounding(state, forward) and right())
         return self._padding[captured]
@@ -78,11 +84,16 @@ class Proofs:
         if state.reference in self._rounded:
             return False
         allowed = allowed_by_rounding(state.reference, self._model, forward)
-        more = allowed > state.reference.tolerance
+        more = self._ranks.every("another rounding", allowed > state.reference.tolerance)
         if more:
             state.reference = replace(state.reference, tolerance=allowed)
         self._rounded.add(state.reference)
         return more
+
+    def hold(self, captured: CapturedPhase, arguments: dict[str, Any]) -> bool:
+        """Return whether a graph's guards hold, of every rank's graph for its arguments."""
+        holds = self.guards(captured).hold(arguments)
+        return self._ranks.every("the guards of a graph", holds)
 
     def guards(self, captured: CapturedPhase) -> ShapeGuards:
         """Return the guards as of what is compiled now; made again when more has been since."""

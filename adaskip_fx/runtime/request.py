@@ -41,6 +41,7 @@ class Request:
         decoding_from: How many tokens were stored then.
         finished: Rows, bool [B], that have ended; they count for nothing in the window.
         bindings: What the turn's steps on a static cache repeat, by their number of tokens.
+        agreed: The digest of the last plan that all ranks were seen to run; None before.
         since: The state of the model that the request began with; None before its first prompt.
         weights: The inputs that stay the same during the request, by captured graph.
     """
@@ -58,6 +59,7 @@ class Request:
     decoding_from: int = field(init=False, default=0)
     finished: torch.Tensor | None = field(init=False, default=None)
     bindings: dict[int, StaticBinding] = field(init=False, default_factory=dict, repr=False)
+    agreed: str | None = field(init=False, default=None, repr=False)
     since: Since | None = field(init=False, default=None, repr=False)
     weights: dict[CapturedPhase, tuple[Any, ...]] = field(
         init=False, default_factory=dict, repr=False

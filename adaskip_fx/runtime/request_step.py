@@ -8,19 +8,23 @@ that the tokens are those that are decoded one by one.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..capture.arguments import is_embedded
 from ..capture.graph_key import GraphPhase
 from ..kv_cache.cache import SkipCache
 from ..kv_cache.drafting import Drafting
 from ..plans.decisions import Schedule
 from ..plans.phase_split import as_decode
+from ..plans.skip_plan import SkipPlan
 from ..programs.rewrite import plan_phase
 from . import turns
 from .checking import checks
 from .inputs import Inputs
+from .request import Request
 from .step import take_back
 
 if TYPE_CHECKING:
@@ -90,11 +94,14 @@ def _run(
     plan, statistics = request.plan, None
     if phase == "decode":
         plan, probed = request.plan_at(cache.length), request.decode.probed
+        _agree_on_plan(runtime, request, plan)
         logits, statistics = runtime.runner.run(phase, request, plan, probed, inputs, cache, keep)
     elif decoded:  # in a prompt's graph; nothing is measured, since some may be taken back
         plan = as_decode(request.plan_at(cache.length))
+        _agree_on_plan(runtime, request, plan)
         logits, _ = runtime.runner.run(phase, request, plan, (), inputs, cache, keep)
     else:
+        _agree_on_prompt(runtime, request, inputs, cache)
         logits = runtime.runner.run_prompt(phase, request, inputs, cache, keep)
     cache.request = request  # only now: a step that was refused has changed nothing
     if checked:
@@ -103,3 +110,23 @@ def _run(
     if statistics is not None:
         request.decode.learn(statistics)
     return logits
+
+
+def _agree_on_prompt(runtime: Runtime, request: Request, inputs: Inputs, cache: SkipCache) -> None:
+    """Compare with the other ranks what a prompt is, and the plan that it runs with."""
+    if runtime.ranks.alone:
+        return
+    ids = inputs.input_ids
+    given = b"" if is_embedded(ids) else ids.cpu().numpy().tobytes()
+    told = hashlib.sha256(given).hexdigest()[:8]
+    step = request.plan.digest, cache.length, tuple(ids.shape), told
+    runtime.ranks.agree("a prompt and its plan", step)
+    request.agreed = request.plan.digest
+
+
+def _agree_on_plan(runtime: Runtime, request: Request, plan: SkipPlan) -> None:
+    """Compare the plan of decoded tokens with the other ranks, where it is another than before."""
+    if runtime.ranks.alone or request.agreed == plan.digest:
+        return
+    runtime.ranks.agree("the plan of decoding", plan.digest)
+    request.agreed = plan.digest

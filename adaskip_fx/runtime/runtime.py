@@ -54,6 +54,7 @@ class Runtime:
         generate_argument: What ``generate`` calls it among what it keeps for forward.
         decoder_path: The attributes that lead to the decoder in a model around it; () if none is.
         graphs: What has been captured, compiled and linked.
+        ranks: The processes that run the model together.
         runner: It runs a step with the plan that is in force.
         buffer_pool: K/V buffers between requests.
         checker: What ``ADASKIP_CHECK=1`` has found.
@@ -81,10 +82,9 @@ class Runtime:
         self.cache_argument = cache_argument(forward)
         self.generate_argument = generate_argument(forward)
         self.decoder_path = decoder_path(original)
-        self.profile = profile
-        self.policy = policy
-        self.describe = describe
+        self.profile, self.policy, self.describe = profile, policy, describe
         self.graphs = Graphs(model, original, sample, backend, link, max_variants)
+        self.ranks = self.graphs.ranks
         self.runner = Runner(self.graphs, static_cache)
         self.buffer_pool = self.runner.buffer_pool
         self.checker = Checker(self.graphs)
@@ -273,7 +273,8 @@ class Runtime:
             padding: what the mask says, if it is that rows begin with padding and no more.
         """
         inputs = Inputs(input_ids, attention_mask, position_ids, padding)
-        return run_step(self, inputs, cache, keep)
+        with self.ranks.step():
+            return run_step(self, inputs, cache, keep)
 
     def may_run_ahead(self, cache: SkipCache) -> bool:
         """Whether a decode step may be begun that ``cache.crop(-1)`` may have to take back.
@@ -297,4 +298,4 @@ class Runtime:
         """Return what a turn learns with; None where nothing is learned."""
         if self.policy is None or self.profile is None:
             return None
-        return Learner(self.policy, self.profile, self.graphs.structure.unskippable)
+        return Learner(self.policy, self.profile, self.graphs.structure.unskippable, self.ranks)

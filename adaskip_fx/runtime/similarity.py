@@ -76,8 +76,9 @@ def _measured(
     cache = runtime.new_cache(input_ids.shape[1], plan=full, learn=False, instrument=instrument)
     turns.begin(cache, runtime.graphs)
     inputs = Inputs(input_ids, attention_mask)
-    _, statistics = runtime.runner.run(
-        "prefill", cache.request, full, runtime.sublayers, inputs, cache, 1
-    )
+    with runtime.ranks.step():
+        _, statistics = runtime.runner.run(
+            "prefill", cache.request, full, runtime.sublayers, inputs, cache, 1
+        )
     assert statistics is not None, "every sublayer is probed"
     return statistics

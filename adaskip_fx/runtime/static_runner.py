@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from typing import TypeAlias
+from weakref import WeakSet
 
 import torch
 
@@ -55,6 +56,8 @@ class StaticRunner:
         self._buffer_pool = buffer_pool
         self._recorder: Recorder | None = None  # on a GPU, at the first step
         self._refused: set[GraphPhase] = set()  # that cannot be captured so
+        self._steps: WeakSet[StaticStep] = WeakSet()
+        graphs.ranks.at_end(self._let_go)
 
     def run(
         self,
@@ -137,7 +140,13 @@ class StaticRunner:
                 self._recorder = Recorder(device)
             step = StaticStep(buffers, self._graphs.specs, tokens, device, self._recorder)
             buffers.steps[tokens] = step
+            self._steps.add(step)
         return step
+
+    def _let_go(self) -> None:
+        """Free every CUDA graph: the process group whose collectives are in them ends."""
+        for step in list(self._steps):
+            step.let_go()
 
     def _bind(
         self,

@@ -186,6 +186,14 @@ class StaticStep:
         """How many graphs are held: of programs that somebody holds."""
         return len(self._recordings)
 
+    def let_go(self) -> None:
+        """Free the graphs, when what they launched is through; the next steps record others."""
+        if self._recordings:
+            torch.cuda.synchronize(self.tokens.device)
+        for recording in self._recordings.values():
+            recording.graph.reset()
+        self._recordings.clear()
+
     @staticmethod
     def _new(buffer: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         """Return the part of a step's input that is given."""

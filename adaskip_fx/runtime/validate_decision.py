@@ -36,8 +36,13 @@ class Validator:
         return fingerprint(self._original)
 
     def check(self, decision: Decision) -> None:
-        """Refuse a decision that the model cannot run; see `validate_decision`."""
+        """Refuse a decision that the model cannot run; see `validate_decision`.
+
+        Raises:
+            RanksError: the model is on several ranks, and others are given another decision.
+        """
         if decision is not self._valid:
+            self._graphs.ranks.agree("a plan", getattr(decision, "digest", decision))
             name = type(self._original).__name__
             validate_decision(decision, self._graphs, name, self._digests)
             self._valid = decision
@@ -120,6 +125,11 @@ def _check_windows(decision: Decision, graphs: Graphs) -> None:
             if attention is None:
                 raise UnsupportedError(
                     f"{sublayer}: a window, but the model has no attention there"
+                )
+            if window.full_heads:
+                graphs.ranks.refuse(
+                    f"{sublayer}: a window that leaves K/V heads full",
+                    "each has heads of its own: use a window of the whole layer",
                 )
             heads = attention.kv_heads
             if window.full_heads and window.full_heads[-1] >= heads:

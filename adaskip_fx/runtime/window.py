@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..kv_cache.retention import widened
+from ..parallel.ranks import Ranks
 from ..plans.decisions import Schedule, plans_of
 from ..plans.skip_plan import Action, PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
@@ -73,11 +74,13 @@ class Learner:
         policy: It decides once the window has closed.
         profile: What calibration measured.
         unskippable: Sublayers that cannot be skipped, and are not measured.
+        ranks: The processes that learn together; the first decides.
     """
 
     policy: OnlinePolicy
     profile: Profile
     unskippable: frozenset[Sublayer] = frozenset()
+    ranks: Ranks = field(default_factory=Ranks, compare=False, repr=False)
 
     def open(self, plan: SkipPlan) -> Window | None:
         """Return a window for a turn that begins with `plan`; None if nothing can be learned.
@@ -96,7 +99,11 @@ class Learner:
         Raises:
             PlanError: It widens a window: what that shows more is not held.
         """
-        decided = self.policy.online_plan(self.profile, plan, window.read(), window.probed)
+        sums = window.read()
+        decided = self.ranks.first(
+            "the plan of a window",
+            lambda: self.policy.online_plan(self.profile, plan, sums, window.probed),
+        )
         wider = widened((plan,), decided)
         if wider is not None:
             raise PlanError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -23,6 +26,9 @@ _OTHER_WAYS = {
     "enable_expert_parallel": "expert parallelism",
     "enable_sequence_parallel": "sequence parallelism",
 }
+
+#: On our ``destroy_process_group``: what is called before torch's own.
+_RELEASES = "_adaskip_releases"
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,25 @@ class Installed:
     @property
     def group(self) -> dist.ProcessGroup:
         """The processes that the module is spread over."""
-        group: dist.ProcessGroup = (
-            self.mesh.get_group() if self.mesh.ndim == 1 else self.mesh.get_group("tp")
-        )
-        return group
+        return group_of(self.mesh)
 
     def runs_on_local(self, module: nn.Module) -> bool:
         """Return whether the forward works on a rank's part of the parameters, as of now."""
         return bool(self.style is not None and self.style.should_use_local_tensors(module))
+
+
+def is_sharded(tensor: object) -> bool:
+    """Return whether a tensor is a ``DTensor``: it has a part of its values on each rank.
+
+    (torch is built without its class where there is no ``torch.distributed``.)
+    """
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def group_of(mesh: Any) -> dist.ProcessGroup:
+    """Return the processes of a mesh that has one dimension, or one that is called ``tp``."""
+    group: dist.ProcessGroup = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+    return group
 
 
 def installed(module: nn.Module) -> Installed | None:
@@ -112,3 +129,44 @@ def parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
         if found is not None and found.mesh is not None:
             return found.group
     return None
+
+
+# Process groups ----------------------------------------------------------------------------------
+
+
+def store_of_processes(prefix: str) -> Any:
+    """Return the store that all processes met in, under names that begin with `prefix`."""
+    module: Any = dist.distributed_c10d
+    return module.PrefixStore(prefix, module._get_default_store())
+
+
+def abort(group: dist.ProcessGroup) -> bool:
+    """Have whoever waits for a collective of a group go on; return whether that can be done."""
+    if not torch.cuda.is_available():
+        return False
+    backend: Any = group._get_backend(torch.device("cuda"))
+    if "NCCL" not in type(backend).__name__:
+        return False
+    backend.abort()
+    return True
+
+
+def before_process_groups_end(release: Callable[[], None]) -> None:
+    """Call `release` before ``destroy_process_group`` ends all groups, and before Python ends.
+
+    torch has no hook for that, so the function is put in front of its own, once.
+    """
+    module: Any = dist.distributed_c10d
+    destroy = module.destroy_process_group
+    if getattr(destroy, _RELEASES, None) is release:
+        return
+
+    @functools.wraps(destroy)
+    def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
+        if group is None or group is dist.group.WORLD:
+            release()
+        destroy(group)
+
+    setattr(destroy_process_group, _RELEASES, release)
+    module.destroy_process_group = dist.destroy_process_group = destroy_process_group
+    atexit.register(release)

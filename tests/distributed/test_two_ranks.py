@@ -1,0 +1,287 @@
+"""Models that transformers' tensor parallelism spreads over two processes (gloo, CPU).
+
+Two processes run the checks of `worker` once for all tests of this file, which look at what each
+of them wrote.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.processes import Found, run
+
+_CHECKS = (
+    *(
+        "forward",
+        "replaced",
+        "generate",
+        "skipping",
+        "plan_changes",
+        "sampled",
+        "disagreements",
+        "refused",
+    ),
+    *("calibrated", "experts", "killed"),
+)
+_SLOW = ("further", "profiles", "backend", "inductor")
+_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return run(tmp_path_factory.mktemp("ranks"), *_CHECKS)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return run(tmp_path_factory.mktemp("slow_ranks"), *_SLOW)
+
+
+# What is computed ------------------------------------------------------------------------------
+
+
+def test_logits_are_those_of_one_process(found: Found) -> None:
+    for result in found.of("forward"):
+        errors = {k: v for k, v in result.items() if isinstance(v, float)}
+        assert errors.keys() == {"transformers", "ours", "ours beside theirs", "padded"}
+        assert max(errors.values()) < _TOLERANCE
+
+
+def test_layers_that_are_alike_are_copied_and_hold_plain_tensors(found: Found) -> None:
+    for result in found.of("forward"):
+        assert result["why traced"] == []
+        assert result["tensors"] == ["Parameter"]  # no DTensor
+
+
+def test_a_sharded_tensor_that_is_replaced_in_the_original_is_followed(found: Found) -> None:
+    for result in found.of("replaced"):
+        assert result["error"] < _TOLERANCE
+        assert result["changed"] > 0.01
+        assert result["back"] == 0
+
+
+def test_generate_gives_the_tokens_of_one_process_and_stores_a_ranks_heads(found: Found) -> None:
+    for result in found.of("generate"):
+        assert result["equal"]
+        assert result["heads"] == [1]  # of two
+
+
+def test_skipping_gives_the_references_logits(found: Found) -> None:
+    for result in found.of("skipping"):
+        assert len(result) == 3
+        for plan, steps in result.items():
+            assert max(steps["errors"]) < _TOLERANCE, plan
+
+
+def test_a_skipped_sublayer_has_no_collective(found: Found) -> None:
+    """One sum for each sublayer that runs, and one for the embeddings."""
+    of_plans = {
+        "nothing": [9, 9, 9, 9],
+        "1.attention 2.ffn in decode": [8, 7, 7, 8],
+        "0.attention 3.ffn": [7, 7, 7, 7],
+    }
+    for result in found.of("skipping"):
+        assert {plan: steps["sums"] for plan, steps in result.items()} == of_plans
+
+
+def test_what_is_skipped_stores_nothing(found: Found) -> None:
+    for result in found.of("skipping"):
+        assert [steps["stored"] for steps in result.values()] == [
+            *([0, 1, 2, 3], [0, 2, 3]),
+            [1, 2, 3],
+        ]
+
+
+def test_plans_change_in_mid_request(found: Found) -> None:
+    for result in found.of("plan_changes"):
+        assert max(result["errors"]) < _TOLERANCE
+
+
+def test_experts(found: Found) -> None:
+    for result in found.of("experts"):
+        assert max(result["whole"], result["skipped"]) < _TOLERANCE
+        assert result["fingerprint"]  # as of the model in one process
+
+
+def test_calibration_gives_what_one_process_computes(found: Found) -> None:
+    first, second = found.of("calibrated")
+    assert first["statistics"] == second["statistics"]  # to the bit
+    assert first["fingerprint"]
+    assert second["fingerprint"]
+    measured, expected = np.array(first["statistics"]), np.array(first["by hand"])
+    np.testing.assert_allclose(measured, expected, rtol=1e-5)
+
+
+# What ranks agree on ---------------------------------------------------------------------------
+
+
+def test_all_ranks_have_the_tokens_that_the_first_draws(found: Found) -> None:
+    first, second = found.of("sampled")
+    assert first == second
+    assert first["drawn"] == first["alone"]  # with the first one's seed
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ("plan", "ranks do not agree on a plan: "),
+        ("plan of a request", "ranks do not agree on a plan: "),
+        ("alpha", "ranks do not agree on the profile, alpha and options to compile with: "),
+        ("prompt", "ranks do not agree on a prompt and its plan: "),
+        ("tokens", "ranks do not agree on a prompt and its plan: "),
+    ],
+)
+def test_what_differs_is_refused_on_both(found: Found, asked: str, text: str) -> None:
+    results = found.of("disagreements")
+    assert results[0][asked] == results[1][asked]
+    assert results[0][asked].startswith(f"RanksError: {text}")
+    assert " on rank 0, " in results[0][asked]
+    assert results[0][asked].endswith(
+        " on rank 1; give every rank the same profile, plan, alpha and inputs, of the same files"
+    )
+
+
+def test_plans_that_differ_while_decoding_are_refused_on_both(found: Found) -> None:
+    for result in found.of("plan_changes"):
+        assert result["other plans"].startswith(
+            "RanksError: ranks do not agree on the plan of decoding: "
+        )
+
+
+def test_other_calls_are_refused_on_both(found: Found) -> None:
+    for result in found.of("disagreements"):
+        assert result["calls"] == (
+            "RanksError: ranks are not at the same place: rank 0 at a prompt and its plan, rank 1 "
+            "at a plan; make the same calls on all"
+        )
+
+
+def test_what_one_rank_refuses_all_refuse(found: Found) -> None:
+    first, second = found.of("disagreements")
+    assert first["one fails"] == second["one fails"]
+    assert first["one fails"].startswith("ValueError: alpha, the acceleration ratio, must be")
+
+
+def test_after_a_disagreement_all_go_on_as_before(found: Found) -> None:
+    for result in found.of("disagreements"):
+        assert result["plan still"]
+        assert result["goes on"] == "nothing was raised"
+
+
+def test_what_is_not_supported_is_refused_by_name(found: Found) -> None:
+    several = "is not supported where a model is on several ranks; "
+    texts = {
+        "saved": f"saving a cache, of which each has a part, {several}keep it",
+        "loaded": f"a saved cache {several}keep it",
+        "by head": f"1.attention: a window that leaves K/V heads full {several}each has heads",
+        "clock": "max_time=1.0 is not supported where a model runs on several ranks",
+        "fit": f"fitting surrogates {several}fit on one",
+        "calibrated windows": f"calibrating windows by K/V head {several}each has heads",
+        "pipeline": "the model is spread over processes by pipeline parallelism, which is not",
+    }
+    for result in found.of("refused"):
+        assert result.keys() == texts.keys()
+        for what, text in texts.items():
+            assert text in result[what], what
+
+
+# What goes wrong -------------------------------------------------------------------------------
+
+
+def test_a_killed_rank_is_told_to_the_other_at_once(found: Found) -> None:
+    told = found.results[0]["killed"]
+    for step in ("step", "next"):
+        assert told[step]["text"].startswith("RanksError: another rank of this model is gone: ")
+        assert told[step]["seconds"] < 30
+    assert found.codes == (0, 7)
+    assert found.results[0]["end"]  # it ended by itself
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_and_lives_on_is_told_to_one_that_waits_on_the_host(
+    tmp_path: Path,
+) -> None:
+    found = run(tmp_path, "raising")
+    first, second = found.of("raising")
+    assert second["text"] == "OutOfMemoryError: the device is full"
+    assert first["text"] == (
+        "RanksError: rank 1 of this model failed, and the others cannot go on: "
+        "OutOfMemoryError: the device is full"
+    )
+    assert first["seconds"] < 30
+    assert found.codes == (0, 0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_in_a_collective_of_gloo_says_why_and_ends(tmp_path: Path) -> None:
+    found = run(tmp_path, "blocked")
+    assert "RanksError: rank 1 of this model failed" in found.errors[0]
+    assert found.codes[0] == 1
+    assert found.results[1]["blocked"]["text"] == "OutOfMemoryError: the device is full"
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_is_told_to_the_other(tmp_path: Path) -> None:
+    found = run(tmp_path, "stopped", seconds=90)
+    told = found.results[0]["stopped"]
+    assert "is gone, or has stopped: nothing was heard of it" in told["text"]
+    assert told["seconds"] < 30
+
+
+# Slow relatives --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_whole_prompts_and_second_turns(slow: Found) -> None:
+    for result in slow.of("further"):
+        assert result["whole"] < _TOLERANCE
+        assert result["second turn"]
+
+
+@pytest.mark.slow
+def test_profiles_serve_any_number_of_ranks(slow: Found) -> None:
+    first, second = slow.of("profiles")
+    alone = first.pop("alone")
+    assert first == second
+    assert first["tokens"] == first["by the profile of one"] == alone["tokens"]
+    assert first["decode"] == alone["decode"]
+    assert set(first["decode"]) > set(first["prefill"])  # the window has added something
+    assert (first["fingerprint"], first["weights"]) == (alone["fingerprint"], alone["weights"])
+    measured, expected = np.array(first["statistics"]), np.array(alone["statistics"])
+    largest = np.abs(expected).max((0, 1))
+    assert (np.abs(measured - expected) / largest).max() < 1e-6
+
+
+@pytest.mark.slow
+def test_the_torch_compile_backend(slow: Found) -> None:
+    for result in slow.of("backend"):
+        assert max(result["errors"]) < _TOLERANCE
+
+
+@pytest.mark.slow
+def test_pieces_that_inductor_compiles(slow: Found) -> None:
+    for result in slow.of("inductor"):
+        assert result["forward"] < _TOLERANCE
+        assert result["generate"]
+
+
+@pytest.mark.slow
+def test_processes_end_by_themselves(slow: Found) -> None:
+    assert slow.codes == (0, 0)
+    assert all(results["end"] for results in slow.results)
+
+
+# That the tests can fail -----------------------------------------------------------------------
+
+
+def test_a_check_that_fails_is_an_error_with_its_traceback() -> None:
+    failed: dict[str, Any] = {"forward": {"traceback": "Traceback: of rank 1"}}
+    results = Found(({"forward": {"ours": 0.0}}, failed), (0, 1), ("", "said to stderr"))
+    with pytest.raises(AssertionError, match="Traceback: of rank 1"):
+        results.of("forward")
+    with pytest.raises(AssertionError, match="rank 0 did not come to generate"):
+        results.of("generate")

@@ -1,0 +1,450 @@
+"""One of the processes of `processes.run`: runs checks in order and writes what it found.
+
+A check is a function of this file, or of `failures`; it gets what the checks share and returns what
+JSON can hold. Every rank runs the same ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.distributed import DistributedConfig
+
+import adaskip_fx
+from adaskip_fx import AdaSkip, Profile, SkipPlan
+from adaskip_fx.api import build
+from adaskip_fx.plans.decisions import Schedule
+from adaskip_fx.plans.windows import Window, Windows
+from adaskip_fx.profiles.fingerprint import fingerprint
+from tests.distributed import failures
+from tests.support.compiled_llamas import follow
+from tests.support.eager_reference import Oracle, moments, plain_streams, relative_error
+
+torch.set_num_threads(1)
+_SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_GREEDY = {"do_sample": False, "pad_token_id": 0}
+
+
+class Eager(AdaSkip):
+    """AdaSkip that adds FFN sublayers of models whose weights are random."""
+
+    def threshold(self, profile: Profile, plan: SkipPlan) -> float | None:
+        beta = super().threshold(profile, plan)
+        return None if beta is None else beta - 0.25
+
+
+class Tokenizer:
+    """Ids drawn by the length of the text."""
+
+    name_or_path = "drawn"
+
+    def __call__(self, text: str, **_options: Any) -> dict[str, torch.Tensor]:
+        return {"input_ids": tokens(1, 24, len(text))}
+
+
+def tokens(rows: int, count: int, seed: int) -> torch.Tensor:
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.randint(1, _SIZES["vocab_size"], (rows, count), generator=drawn)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts sums over ranks while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.sums += "all_reduce" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Shared:
+    """What the checks share: models, made when they are asked for first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rank = int(os.environ["RANK"])
+        (folder / f"process-{self.rank}").write_text(str(os.getpid()))
+
+    def pair(self, kind: type, config: Any) -> tuple[Any, Any]:
+        """A model in one process, and the same on all ranks."""
+        saved = self.folder / kind.__name__
+        if self.rank == 0:
+            torch.manual_seed(0)
+            kind(config).save_pretrained(saved)
+        dist.barrier()
+        alone = kind.from_pretrained(saved).eval()
+        spread = kind.from_pretrained(saved, distributed_config=DistributedConfig(tp_size=2))
+        return alone, spread.eval()
+
+    @functools.cached_property
+    def llamas(self) -> tuple[Any, Any]:
+        return self.pair(LlamaForCausalLM, LlamaConfig(**_SIZES))
+
+    @functools.cached_property
+    def fast(self) -> Any:
+        """The model on all ranks, compiled without anything skipped."""
+        return build(self.llamas[1], None, backend="eager")
+
+    @functools.cached_property
+    def oracle(self) -> Oracle:
+        return Oracle(self.llamas[0])
+
+    @functools.cached_property
+    def profile(self) -> Profile:
+        """Measured on all ranks."""
+        return adaskip_fx.calibrate(self.llamas[1], Tokenizer(), ["a", "bb"], max_length=64)
+
+
+def last(model: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
+    """The logits of the last token, [B, 1, V]: prompts that ask for them have a graph by now."""
+    logits: torch.Tensor = model(ids, logits_to_keep=1, **more).logits
+    return logits
+
+
+def by_hand(model: Any, ids: torch.Tensor) -> list[list[float]]:
+    """The statistics of each sublayer for one text, [sublayers, 5]."""
+    return [moments(*stream)[0].tolist() for stream in plain_streams(model, ids).values()]
+
+
+def said(work: Callable[[], Any]) -> str:
+    """The class and text of what is raised."""
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+# What a model on several ranks gives -----------------------------------------------------------
+
+
+def forward(shared: Shared) -> Any:
+    alone, spread = shared.llamas
+    ids = tokens(2, 11, 1)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        expected, theirs, ours = (last(m, ids) for m in (alone, spread, shared.fast))
+        padded, ours_padded = (last(m, ids, attention_mask=mask) for m in (alone, shared.fast))
+    return {
+        "transformers": relative_error(theirs, expected),
+        "ours": relative_error(ours, expected),
+        "ours beside theirs": relative_error(ours, theirs),
+        "padded": relative_error(ours_padded, padded),
+        "why traced": shared.fast._adaskip.graphs.why_traced,
+        "tensors": sorted({type(p).__name__ for p in shared.fast.model.layers.parameters()}),
+    }
+
+
+def replaced(shared: Shared) -> Any:
+    """Another tensor in place of a sharded one, in the original alone, and back."""
+    ids, layer = tokens(2, 11, 1), shared.llamas[1].model.layers[1].mlp.down_proj
+    before = layer.weight
+    with torch.no_grad():
+        first = last(shared.fast, ids)
+        layer.weight = torch.nn.Parameter(before * 2)
+        ours, theirs = last(shared.fast, ids), last(shared.llamas[1], ids)
+        layer.weight = before
+        again = last(shared.fast, ids)
+    return {
+        "error": relative_error(ours, theirs),
+        "changed": relative_error(ours, first),
+        "back": relative_error(again, first),
+    }
+
+
+def generate(shared: Shared) -> Any:
+    ids = tokens(2, 7, 2)
+    cache = shared.fast.adaskip.new_cache()
+    more = {"max_new_tokens": 8, **_GREEDY}
+    made = shared.fast.generate(ids, past_key_values=cache, **more)
+    expected = shared.llamas[0].generate(ids, **more)
+    heads = {k.shape[1] for k in cache.keys if k is not None}
+    return {"equal": made.tolist() == expected.tolist(), "heads": sorted(heads)}
+
+
+def further(shared: Shared) -> Any:
+    """All logits of a prompt, and a second turn on one cache."""
+    ids = tokens(2, 11, 1)
+    more = {"max_new_tokens": 8, **_GREEDY}
+    cache = shared.fast.adaskip.new_cache()
+    with torch.no_grad():
+        whole = relative_error(shared.fast(ids).logits, shared.llamas[0](ids).logits)
+    made = shared.fast.generate(ids, past_key_values=cache, **more)
+    again = torch.cat([made, tokens(2, 3, 3)], 1)
+    turn = shared.fast.generate(again, past_key_values=cache, **more)
+    expected = shared.llamas[0].generate(again, **more)
+    return {"whole": whole, "second turn": turn.tolist() == expected.tolist()}
+
+
+def skipping(shared: Shared) -> Any:
+    """Prompts, decode steps and an extension under plans, and the collectives of each."""
+    fast, sublayers = shared.fast, shared.fast.adaskip.sublayers
+    found: dict[str, Any] = {}
+    for skip, extra in (([], []), (["1.attention"], ["2.ffn"]), (["0.attention", "3.ffn"], [])):
+        plan = SkipPlan.of(sublayers, skip, decode_extra=extra)
+        follow(shared.oracle, plan)
+        steps = [tokens(2, count, number) for number, count in enumerate((9, 1, 1, 3))]
+        first = fast.adaskip.new_cache(plan=plan)
+        for ids in steps:  # captures and links
+            last(fast, ids, past_key_values=first)
+        cache, reference = fast.adaskip.new_cache(plan=plan), DynamicCache()
+        errors, sums = [], []
+        for ids in steps:
+            with Collectives() as counted:
+                logits = last(fast, ids, past_key_values=cache)
+            errors.append(relative_error(logits, shared.oracle.step(ids, reference)[:, -1:]))
+            sums.append(counted.sums)
+        stored = [layer for layer, keys in enumerate(cache.keys) if keys is not None]
+        name = " ".join([*skip, *(f"{s} in decode" for s in extra)]) or "nothing"
+        found[name] = {"errors": errors, "sums": sums, "stored": stored}
+    return found
+
+
+def plan_changes(shared: Shared) -> Any:
+    """A schedule that changes its plan in mid-request, and a plan put on while decoding."""
+    fast, sublayers = shared.fast, shared.fast.adaskip.sublayers
+    first = SkipPlan.of(sublayers, ["1.attention"])
+    later = SkipPlan.of(sublayers, ["1.attention"], decode_extra=["0.ffn", "2.ffn"])
+    cache = fast.adaskip.new_cache(plan=Schedule(((0, first), (2, later))))
+    reference, errors = DynamicCache(), []
+    for number, count in enumerate((6, 1, 1, 1, 1)):
+        follow(shared.oracle, first if number < 3 else later)
+        ids = tokens(1, count, number)
+        logits = last(fast, ids, past_key_values=cache)
+        errors.append(relative_error(logits, shared.oracle.step(ids, reference)[:, -1:]))
+    others = (["3.ffn"], ["2.ffn"])
+    other = SkipPlan.of(sublayers, ["1.attention"], decode_extra=others[shared.rank])
+    cache.request.decode_with(other)
+    text = said(lambda: last(fast, tokens(1, 1, 9), past_key_values=cache))
+    return {"errors": errors, "other plans": text}
+
+
+def calibrated(shared: Shared) -> Any:
+    """What a profile of all ranks says, beside sums in float64 of what one process computes."""
+    sums = [by_hand(shared.llamas[0], Tokenizer()(t)["input_ids"]) for t in ("a", "bb")]
+    return {
+        "statistics": shared.profile.statistics.tolist(),
+        "by hand": sums,
+        "fingerprint": shared.profile.fingerprint == fingerprint(shared.llamas[0]),
+    }
+
+
+def profiles(shared: Shared) -> Any:
+    """A profile measured on all ranks, and on one; each used on the other."""
+    profile, alone = shared.profile, None
+    more = {"max_new_tokens": 12, **_GREEDY}
+    ids = tokens(1, 9, 4)
+    policy = Eager(window=4)
+    fast = adaskip_fx.compile(shared.llamas[1], profile, 1.3, policy=policy, backend="eager")
+    cache = fast.adaskip.new_cache()
+    made = fast.generate(ids, past_key_values=cache, **more)
+    decode = sorted(map(str, cache.request.decode_plan.skipped("decode")))
+    found: dict[str, Any] = {
+        "statistics": profile.statistics.tolist(),
+        "digest": profile.digest,
+        "fingerprint": str(profile.fingerprint),
+        "weights": profile.fingerprint.weights,
+        "tokens": made.tolist(),
+        "decode": decode,
+        "prefill": sorted(map(str, fast.adaskip.plan.skipped("prefill"))),
+    }
+    if shared.rank == 0:  # in one process
+        alone = adaskip_fx.calibrate(shared.llamas[0], Tokenizer(), ["a", "bb"], max_length=64)
+        model = adaskip_fx.compile(shared.llamas[0], profile, 1.3, policy=policy, backend="eager")
+        cache = model.adaskip.new_cache()
+        found["alone"] = {
+            "statistics": alone.statistics.tolist(),
+            "fingerprint": str(alone.fingerprint),
+            "weights": alone.fingerprint.weights,
+            "tokens": model.generate(ids, past_key_values=cache, **more).tolist(),
+            "decode": sorted(map(str, cache.request.decode_plan.skipped("decode"))),
+        }
+        alone.save(shared.folder / "alone")
+    dist.barrier()
+    theirs = Profile.load(shared.folder / "alone")
+    of_one = adaskip_fx.compile(shared.llamas[1], theirs, 1.3, policy=policy, backend="eager")
+    found["by the profile of one"] = of_one.generate(ids, **more).tolist()
+    return found
+
+
+def sampled(shared: Shared) -> Any:
+    """Tokens drawn by ranks whose seeds differ."""
+    torch.manual_seed(100 + shared.rank)
+    ids = tokens(2, 7, 2)
+    drawn = shared.fast.generate(ids, do_sample=True, max_new_tokens=8, pad_token_id=0)
+    after = torch.rand(1).item()
+    torch.manual_seed(100)
+    alone = shared.llamas[0].generate(ids, do_sample=True, max_new_tokens=8, pad_token_id=0)
+    return {"drawn": drawn.tolist(), "alone": alone.tolist(), "after": after}
+
+
+def disagreements(shared: Shared) -> Any:
+    """What ranks are told that are given other plans, alphas, prompts, calls or texts."""
+    fast, sublayers, rank = shared.fast, shared.fast.adaskip.sublayers, shared.rank
+    plan = SkipPlan.of(sublayers, [f"{rank}.attention"])
+
+    def set_plan() -> None:
+        fast.adaskip.plan = plan
+
+    def compile_other(alpha: float) -> None:
+        adaskip_fx.compile(shared.llamas[1], shared.profile, alpha, backend="eager")
+
+    def other_calls() -> None:
+        set_plan() if rank else last(fast, tokens(1, 5, 0))
+
+    def one_fails() -> None:
+        adaskip_fx.compile(shared.llamas[1], shared.profile, 1.3 if rank else 0.5, backend="eager")
+
+    return {
+        "plan": said(set_plan),
+        "plan of a request": said(lambda: fast.adaskip.new_cache(plan=plan)),
+        "alpha": said(lambda: compile_other(1.3 + rank / 10)),
+        "prompt": said(lambda: last(fast, tokens(1, 5 + rank, 0))),
+        "tokens": said(lambda: last(fast, tokens(1, 5, rank))),
+        "calls": said(other_calls),
+        "one fails": said(one_fails),
+        "plan still": fast.adaskip.plan.digest == SkipPlan.empty(sublayers).digest,
+        "goes on": said(lambda: last(fast, tokens(1, 5, 0))),
+    }
+
+
+def refused(shared: Shared) -> Any:
+    """What a model on several ranks cannot do."""
+    fast, spread = shared.fast, shared.llamas[1]
+    sublayers = fast.adaskip.sublayers
+    cache = fast.adaskip.new_cache()
+    last(fast, tokens(1, 5, 0), past_key_values=cache)
+    window = Windows.of({"1.attention": Window(8, full_heads=(0,))})
+    by_head = SkipPlan.of(sublayers, [], windows=window)
+    from adaskip_fx.fitting.fitter import Fitter
+
+    spread.config.distributed_config.pp_size = 2
+    piped = said(lambda: build(spread, None, backend="eager"))
+    spread.config.distributed_config.pp_size = None
+    return {
+        "saved": said(lambda: cache.save(shared.folder / "cache.safetensors")),
+        "loaded": said(lambda: fast.adaskip.load_cache(shared.folder / "cache.safetensors")),
+        "by head": said(lambda: fast.adaskip.new_cache(plan=by_head)),
+        "clock": said(lambda: fast.generate(tokens(1, 5, 0), max_time=1.0, pad_token_id=0)),
+        "fit": said(lambda: Fitter(spread, Tokenizer(), ["a"], max_length=64)),
+        "calibrated windows": said(
+            lambda: adaskip_fx.calibrate(spread, Tokenizer(), ["a"], 64, windows=[Window(8)])
+        ),
+        "pipeline": piped,
+    }
+
+
+def experts(shared: Shared) -> Any:
+    """A mixture of experts, with and without something skipped."""
+    config = transformers.MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2)
+    alone, spread = shared.pair(transformers.MixtralForCausalLM, config)
+    fast = build(spread, None, backend="eager")
+    ids = tokens(2, 9, 5)
+    plan = SkipPlan.of(fast.adaskip.sublayers, ["1.ffn"])
+    with torch.no_grad():
+        whole = relative_error(last(fast, ids), last(alone, ids))
+        alone.model.layers[1].mlp.forward = torch.zeros_like  # its branch adds nothing
+        cache = fast.adaskip.new_cache(plan=plan)
+        skipped = relative_error(last(fast, ids, past_key_values=cache), last(alone, ids))
+    return {
+        "whole": whole,
+        "skipped": skipped,
+        "fingerprint": fingerprint(alone) == fingerprint(spread),
+    }
+
+
+def backend(shared: Shared) -> Any:
+    """The same plan by way of torch.compile, on a static cache of the user's."""
+    alone, spread = shared.llamas
+    plan = SkipPlan.of(shared.fast.adaskip.sublayers, ["1.attention"], decode_extra=["2.ffn"])
+    follow(shared.oracle, plan)
+    options = {"plan": plan, "inner_backend": "eager"}
+    compiled = torch.compile(spread, backend="adaskip", options=options, dynamic=False)
+    cache, reference, errors = StaticCache(alone.config, max_cache_len=32), DynamicCache(), []
+    for past, count in ((0, 8), (8, 1), (9, 1)):
+        ids = tokens(2, count, past)
+        order = torch.arange(past, past + count).expand(2, -1)
+        with torch.no_grad():
+            given = {"past_key_values": cache, "use_cache": True, "position_ids": order}
+            logits = compiled(ids, **given).logits
+        errors.append(relative_error(logits, shared.oracle.step(ids, reference)))
+    return {"errors": errors}
+
+
+def inductor(shared: Shared) -> Any:
+    """Pieces that Inductor compiles."""
+    fast = build(shared.llamas[1], None, backend="inductor")
+    ids = tokens(2, 11, 1)
+    more = {"max_new_tokens": 6, **_GREEDY}
+    with torch.no_grad():
+        return {
+            "forward": relative_error(fast(ids).logits, shared.llamas[0](ids).logits),
+            "generate": fast.generate(ids, **more).tolist()
+            == shared.llamas[0].generate(ids, **more).tolist(),
+        }
+
+
+_HERE = (
+    *(forward, replaced, generate, further, skipping, plan_changes, calibrated, profiles, sampled),
+    *(disagreements, refused, experts, backend, inductor),
+)
+CHECKS: dict[str, Callable[[Shared], Any]] = {
+    **{check.__name__: check for check in _HERE},
+    **failures.CHECKS,
+}
+
+
+def main(folder: Path, *names: str) -> None:
+    gc.collect()
+    gc.freeze()  # every capture ends with a full collection, which need not look at the imports
+    dist.init_process_group("gloo")
+    shared, results = Shared(folder), dict[str, Any]()
+    file = folder / f"results-{shared.rank}.json"
+    for name in names:
+        start = time.process_time()
+        try:
+            results[name] = CHECKS[name](shared)
+        except Exception:
+            results[name] = {"traceback": traceback.format_exc()}
+        results[f"seconds of {name}"] = time.process_time() - start
+        file.write_text(json.dumps(results))
+        if isinstance(results[name], dict) and "traceback" in results[name]:
+            os._exit(1)  # the others are told by the connection
+    dist.destroy_process_group()
+    results["end"] = True
+    file.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise")
+    main(Path(sys.argv[1]), *sys.argv[2:])
