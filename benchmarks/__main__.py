@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,8 +40,11 @@ WORKLOADS = {
     "windows": "windows",
     "imports": "imports",
     "situations": "situations",
+    "tensor_parallel": "tensor_parallel",
 }
 RESULTS = Path(__file__).parent / "results"
+#: Of several processes the first one writes.
+_WRITES = os.environ.get("RANK", "0") == "0"
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -63,7 +67,7 @@ def run(
         list[str] | None, typer.Option(metavar="NAME=PATH", help="another text for studies")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="folder: each *.txt is a text")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="texts, or situations; all")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="texts, situations or shapes; all")] = None,
     calibrate: Annotated[
         list[str] | None, typer.Option(help="texts that study_recipe calibrates on; two of all")
     ] = None,
@@ -116,21 +120,30 @@ def run(
         module = importlib.import_module(f"benchmarks.{known[name]}")
         file = out / f"{name}{f'-{label}' if label else ''}.json"
         result = _document(name, module, given, file)
+        if not _WRITES:
+            continue
         text_ = _write(file, result)
         typer.echo(f"{name}:\n{module.summary(result)}" if hasattr(module, "summary") else text_)
         if name in STUDIES:
             _draw(file, module, out)
+    if "tensor_parallel" in workloads:
+        importlib.import_module("benchmarks.tensor_parallel.processes").leave()
 
 
 def _check_situations(workloads: Sequence[str], only: Sequence[str]) -> None:
     """What `--only` names must be there, before minutes go by without it."""
-    if "situations" not in workloads:
-        return
-    from .situations import SITUATIONS
+    known: list[str] = []
+    if "situations" in workloads:
+        from .situations import SITUATIONS
 
-    for name in only:
-        if name not in SITUATIONS:
-            raise typer.BadParameter(f"--only {name!r} is none of {', '.join(SITUATIONS)}")
+        known += SITUATIONS
+    if "tensor_parallel" in workloads:
+        from .tensor_parallel.subject import SHAPES
+
+        known += SHAPES
+    for name in only if known else ():
+        if name not in known:
+            raise typer.BadParameter(f"--only {name!r} is none of {', '.join(known)}")
 
 
 def _files(option: str, named: Sequence[str]) -> tuple[tuple[str, Path], ...]:
@@ -273,6 +286,8 @@ def _measure(name: str, module: Any, given: dict[str, Any], file: Path) -> dict[
         only = given["only"]
         earlier = json.loads(file.read_text()) if only and file.is_file() else None
         result = module.measure(only, earlier, given["save"])
+    elif name == "tensor_parallel":
+        result = module.measure(only=given["only"])
     else:
         result = module.measure()
     return result
