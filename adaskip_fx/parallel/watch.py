@@ -27,11 +27,12 @@ logger = logging.getLogger(__name__)
 
 _BETWEEN = 1.0  # seconds between two looks
 #: Looks after which a rank that does not count any more is gone.
-_GONE_AFTER = 15
+_GONE_AFTER = 20
 #: Seconds that a rank has to find by itself what another one has found in the same step.
 _GRACE = 8.0
 #: Seconds after which a process that was woken up and is still waiting is ended.
 _END_AFTER = 6.0
+_LEFT = -2  # in place of a step: the rank has ended
 _PREFIX = "adaskip_fx"
 #: What errors of gloo and NCCL say that are of the connections between processes.
 _LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "gloo", "NCCL")
@@ -50,7 +51,7 @@ class Watch:
         self._own_failures: set[int] = set()  # steps
         self._reason: str | None = None
         self._counts: dict[int, tuple[bytes, int]] = {}
-        self._seen: dict[int, tuple[int, float]] = {}
+        self._seen: dict[int, tuple[int | None, float]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="adaskip-ranks", daemon=True)
         self._thread.start()
@@ -144,11 +145,13 @@ class Watch:
     def _look(self) -> str | None:
         """Return why this rank cannot go on; None if it can."""
         for other in self._others:
-            if self._get("left", other) is not None:
-                continue
             step, text = self._failure(other)
             if step >= 0 and self._is_left_alone(other, step):
                 return self._failed_text(other, text)
+            if self._get("left", other) is not None:
+                if self._depth and self._lasts(other, _LEFT, _GRACE):
+                    return f"rank {other} of this model is gone: it has ended, and this one goes on"
+                continue
             count = self._get("count", other)
             before, looks = self._counts.get(other, (b"", 0))
             if count is None:  # it has not begun to count, or there is no store any more
@@ -163,26 +166,29 @@ class Watch:
 
     def _is_left_alone(self, other: int, step: int) -> bool:
         """Return whether this rank waits in a step that another has left, or went on after it."""
-        if step < self._own_steps:
-            return step not in self._own_failures
-        if step > self._own_steps or not self._depth:
+        if step > self._own_steps or step in self._own_failures:
             return False
-        seen, since = self._seen.get(other, (-1, 0.0))
+        inside = self._depth and step == self._own_steps  # it may yet fail in the same way
+        return self._lasts(other, step, _GRACE if inside else 2 * _BETWEEN)
+
+    def _lasts(self, other: int, step: int, seconds: float) -> bool:
+        """Return whether a rank has been seen in one state for so long."""
+        seen, since = self._seen.get(other, (None, 0.0))
         if seen != step:
             self._seen[other] = step, time.monotonic()
             return False
-        return time.monotonic() - since > _GRACE
+        return time.monotonic() - since > seconds
 
     def _wake(self, reason: str) -> None:
         """Have the main thread go on, if it waits for the others."""
         if self._group is None:
             return
         logger.error("%s", reason)
-        aborted = abort(self._group)
-        inside, step = self._depth, self._own_steps
-        if not inside or aborted:
+        step = self._own_steps if self._depth else None
+        abort(self._group)
+        if step is None or self._stop.wait(_END_AFTER):
             return
-        if not self._stop.wait(_END_AFTER) and self._depth and self._own_steps == step:
+        if self._depth and self._own_steps == step:
             sys.stderr.write(f"adaskip_fx: RanksError: {reason}\n")
             sys.stderr.flush()
             os._exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import inspect
 import types
@@ -140,15 +141,14 @@ def store_of_processes(prefix: str) -> Any:
     return module.PrefixStore(prefix, module._get_default_store())
 
 
-def abort(group: dist.ProcessGroup) -> bool:
-    """Have whoever waits for a collective of a group go on; return whether that can be done."""
+def abort(group: dist.ProcessGroup) -> None:
+    """Have whoever waits for a collective of a group over NCCL go on, with an error."""
     if not torch.cuda.is_available():
-        return False
-    backend: Any = group._get_backend(torch.device("cuda"))
-    if "NCCL" not in type(backend).__name__:
-        return False
-    backend.abort()
-    return True
+        return
+    with contextlib.suppress(RuntimeError):  # there is no communicator, or no longer
+        backend: Any = group._get_backend(torch.device("cuda"))
+        if "NCCL" in type(backend).__name__:
+            backend.abort()
 
 
 def before_process_groups_end(release: Callable[[], None]) -> None:

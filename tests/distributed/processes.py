@@ -50,7 +50,7 @@ def run(folder: Path, *checks: str, seconds: float = 400) -> Found:
             **os.environ,
             **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-            **{"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "passes")])},
+            **{"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "passes"), *sys.path[1:]])},
         }
         with logs[rank].open("w") as log:
             processes.append(
