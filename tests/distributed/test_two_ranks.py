@@ -27,7 +27,7 @@ _CHECKS = (
     ),
     *("calibrated", "experts", "killed"),
 )
-_SLOW = ("further", "profiles", "backend", "inductor")
+_SLOW = ("further", "profiles", "lowered", "backend", "inductor")
 _TOLERANCE = 1e-5
 
 
@@ -55,6 +55,7 @@ def test_layers_that_are_alike_are_copied_and_hold_plain_tensors(found: Found) -
     for result in found.of("forward"):
         assert result["why traced"] == []
         assert result["tensors"] == ["Parameter"]  # no DTensor
+        assert result["contiguous"]  # as kernels of a GPU's steps ask for
 
 
 def test_a_sharded_tensor_that_is_replaced_in_the_original_is_followed(found: Found) -> None:
@@ -256,6 +257,14 @@ def test_profiles_serve_any_number_of_ranks(slow: Found) -> None:
     measured, expected = np.array(first["statistics"]), np.array(alone["statistics"])
     largest = np.abs(expected).max((0, 1))
     assert (np.abs(measured - expected) / largest).max() < 1e-6
+
+
+@pytest.mark.slow
+def test_the_operators_of_a_gpus_steps(slow: Found) -> None:
+    for result in slow.of("lowered"):
+        assert max(result["errors"]) < _TOLERANCE
+        assert result["sums"] == 6  # sublayers that run
+        assert result["operators"] >= 2 * 6
 
 
 @pytest.mark.slow

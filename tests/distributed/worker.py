@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,14 @@ from transformers.distributed import DistributedConfig
 import adaskip_fx
 from adaskip_fx import AdaSkip, Profile, SkipPlan
 from adaskip_fx.api import build
+from adaskip_fx.capture import phase_graph
 from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.plans.windows import Window, Windows
 from adaskip_fx.profiles.fingerprint import fingerprint
+from adaskip_passes.decode.fuse_attention import FuseAttention
+from adaskip_passes.decode.fuse_experts import FuseExperts
+from adaskip_passes.decode.fuse_projections import FuseProjections
+from adaskip_passes.decode.fuse_rotary import FuseRotary
 from tests.distributed import failures
 from tests.support.compiled_llamas import follow
 from tests.support.eager_reference import Oracle, moments, plain_streams, relative_error
@@ -74,15 +80,16 @@ def tokens(rows: int, count: int, seed: int) -> torch.Tensor:
     return torch.randint(1, _SIZES["vocab_size"], (rows, count), generator=drawn)
 
 
-class Collectives(TorchDispatchMode):
-    """Counts sums over ranks while it is on."""
+class Calls(TorchDispatchMode):
+    """Counts sums over ranks, and operators of our own, while it is on."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sums = 0
+        self.sums = self.own = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.sums += "all_reduce" in str(func)
+        self.own += str(func).startswith("adaskip.")
         return func(*args, **(kwargs or {}))
 
 
@@ -166,6 +173,7 @@ def forward(shared: Shared) -> Any:
         "ours beside theirs": relative_error(ours, theirs),
         "padded": relative_error(ours_padded, padded),
         "why traced": shared.fast._adaskip.graphs.why_traced,
+        "contiguous": all(p.is_contiguous() for p in shared.fast.parameters()),
         "tensors": sorted({type(p).__name__ for p in shared.fast.model.layers.parameters()}),
     }
 
@@ -233,7 +241,7 @@ def skipping(shared: Shared) -> Any:
         cache, reference = fast.adaskip.new_cache(plan=plan), DynamicCache()
         errors, sums = [], []
         for ids in steps:
-            with Collectives() as counted:
+            with Calls() as counted:
                 logits = last(fast, ids, past_key_values=cache)
             errors.append(relative_error(logits, shared.oracle.step(ids, reference)[:, -1:]))
             sums.append(counted.sums - shards_embeddings(shared.llamas[1]))
@@ -414,6 +422,31 @@ def backend(shared: Shared) -> Any:
     return {"errors": errors}
 
 
+def lowered(shared: Shared) -> Any:
+    """Steps on a static cache with the operators of a GPU's steps, as they are on the CPU."""
+    passes = FuseProjections(), FuseAttention(), FuseRotary(), FuseExperts()
+    lowering = phase_graph._lowering
+    phase_graph._lowering = lambda key, backend: passes if key.static_cache else ()
+    try:
+        fast = build(shared.llamas[1], None, backend="eager")
+        fast._adaskip.static_cache = True
+        plan = SkipPlan.of(fast.adaskip.sublayers, ["1.attention"], decode_extra=["2.ffn"])
+        follow(shared.oracle, plan)
+        cache, reference, errors = fast.adaskip.new_cache(plan=plan), DynamicCache(), []
+        for number, count in enumerate((9, 1, 1)):
+            ids = tokens(1, count, number)
+            with Calls() if number == 2 else nullcontext() as counted:
+                logits = last(fast, ids, past_key_values=cache)
+            errors.append(relative_error(logits, shared.oracle.step(ids, reference)[:, -1:]))
+    finally:
+        phase_graph._lowering = lowering
+    return {
+        "errors": errors,
+        "operators": counted.own,
+        "sums": counted.sums - shards_embeddings(shared.llamas[1]),
+    }
+
+
 def inductor(shared: Shared) -> Any:
     """Pieces that Inductor compiles."""
     fast = build(shared.llamas[1], None, backend="inductor")
@@ -429,7 +462,7 @@ def inductor(shared: Shared) -> Any:
 
 _HERE = (
     *(forward, replaced, generate, further, skipping, plan_changes, calibrated, profiles, sampled),
-    *(disagreements, refused, experts, backend, inductor),
+    *(disagreements, refused, experts, backend, lowered, inductor),
 )
 CHECKS: dict[str, Callable[[Shared], Any]] = {
     **{check.__name__: check for check in _HERE},
