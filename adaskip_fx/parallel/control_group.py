@@ -19,7 +19,7 @@ from .errors import RanksError
 from .watch import Watch
 
 #: Seconds after which a rank that is alive, and does not come to where the others are, is an error.
-_LIMIT = float(os.environ.get("ADASKIP_RANKS_TIMEOUT", "600"))
+_LIMIT = float(os.environ.get("ADASKIP_RANKS_TIMEOUT", "1800"))
 #: Bytes of a first message; a longer one is announced in it and follows.
 _FIRST = 1024
 _LENGTH = 8  # bytes that say how long a message is

@@ -33,7 +33,6 @@ _GRACE = 8.0
 #: Seconds after which a process that was woken up and is still waiting is ended.
 _END_AFTER = 6.0
 _LEFT = -2  # in place of a step: the rank has ended
-_PREFIX = "adaskip_fx"
 #: What errors of gloo and NCCL say that are of the connections between processes.
 _LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "gloo", "NCCL")
 
@@ -45,13 +44,15 @@ class Watch:
         """Watch over the ranks of `group`, which are `members` of all processes."""
         self._group: dist.ProcessGroup | None = group
         self._rank, self._others = rank, [r for r in range(len(members)) if r != rank]
-        self._store = store_of_processes(f"{_PREFIX}/{'-'.join(map(str, members))}")
+        self._store = store_of_processes(group, members)
         self._own_steps = 0  # begun by this rank
         self._depth = 0
         self._own_failures: set[int] = set()  # steps
         self._reason: str | None = None
         self._counts: dict[int, tuple[bytes, int]] = {}
         self._seen: dict[int, tuple[int | None, float]] = {}
+        self.recovered()  # a store may have what was said in a group that has ended
+        self._set("left", "no")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="adaskip-ranks", daemon=True)
         self._thread.start()
@@ -126,7 +127,7 @@ class Watch:
     def close(self) -> None:
         """Stop watching."""
         self._stop.set()
-        self._set("left", "1")
+        self._set("left", "yes")
         if self._thread is not threading.current_thread():
             self._thread.join(3 * _BETWEEN)
         self._group = None
@@ -148,7 +149,7 @@ class Watch:
             step, text = self._failure(other)
             if step >= 0 and self._is_left_alone(other, step):
                 return self._failed_text(other, text)
-            if self._get("left", other) is not None:
+            if self._get("left", other) == b"yes":
                 if self._depth and self._lasts(other, _LEFT, _GRACE):
                     return f"rank {other} of this model is gone: it has ended, and this one goes on"
                 continue

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,9 +135,10 @@ def parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
 # Process groups ----------------------------------------------------------------------------------
 
 
-def store_of_processes(prefix: str) -> Any:
-    """Return the store that all processes met in, under names that begin with `prefix`."""
+def store_of_processes(group: Any, members: Sequence[int]) -> Any:
+    """Return the store that all processes met in, for one group of `members` of them."""
     module: Any = dist.distributed_c10d
+    prefix = f"adaskip_fx/{group.group_name}/{'-'.join(map(str, members))}"
     return module.PrefixStore(prefix, module._get_default_store())
 
 

@@ -83,7 +83,7 @@ class Collectives:
             run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for _ in range(_TOGETHER):
                 run()
         took = processes.seconds(graph.replay, rounds) / _TOGETHER

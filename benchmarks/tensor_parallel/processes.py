@@ -22,7 +22,7 @@ def join() -> None:
     if count() > 1 and not dist.is_initialized():
         on_gpu = models.device().type == "cuda"
         here = {"device_id": torch.device("cuda", torch.cuda.current_device())} if on_gpu else {}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **here)
+        dist.init_process_group("nccl" if on_gpu else "gloo", **here)
 
 
 def leave() -> None:

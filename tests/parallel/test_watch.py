@@ -50,7 +50,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def ranks(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> tuple[Watch, Watch]:
     """Two ranks that look when a test says so."""
     store = Store()
-    monkeypatch.setattr(watch, "store_of_processes", lambda prefix: store)
+    monkeypatch.setattr(watch, "store_of_processes", lambda group, members: store)
     monkeypatch.setattr(threading.Thread, "start", lambda self: None)
     group = cast(dist.ProcessGroup, None)
     return Watch(group, (0, 1), 0), Watch(group, (0, 1), 1)
@@ -155,7 +155,7 @@ def test_a_rank_that_has_ended_is_missed_by_one_that_waits_for_it(
     ranks: tuple[Watch, Watch], clock: Clock
 ) -> None:
     first, second = ranks
-    second._set("left", "1")
+    second._set("left", "yes")
     assert looks(first, clock) is None
     first.enter()
     assert looks(first, clock) == (
