@@ -88,19 +88,24 @@ def compile(
     """
     decoder = check_model(model)
     ranks = joined(decoder)
-
-    def choose() -> tuple[Profile | None, dict[str, Any]]:
-        _check_options(backend, link, decoder)
-        measured = Profile.load(profile) if isinstance(profile, str | Path) else profile
-        if measured is not None:
-            measured.check(decoder)
-        return measured, _chosen(decoder, measured, alpha, policy, plan, context, table)
-
+    given = profile, alpha, policy, plan, context, table
+    choose = partial(_choose, decoder, backend, link, *given)
     measured, chosen = ranks.together("choosing what to skip", choose)
     digest = None if measured is None else measured.digest
     ranks.agree("the profile, alpha and options to compile with", (digest, alpha, context, link))
     options: dict[str, Any] = {"backend": backend, "link": link, "max_variants": max_variants}
     return build(model, profile=measured, **chosen, **options)
+
+
+def _choose(
+    model: Any, backend: str, link: str, profile: Profile | str | Path | None, *given: Any
+) -> tuple[Profile | None, dict[str, Any]]:
+    """Return the profile, and what `_chosen` returns of the same arguments."""
+    _check_options(backend, link, model)
+    measured = Profile.load(profile) if isinstance(profile, str | Path) else profile
+    if measured is not None:
+        measured.check(model)
+    return measured, _chosen(model, measured, *given)
 
 
 def _chosen(

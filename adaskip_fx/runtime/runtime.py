@@ -223,8 +223,7 @@ class Runtime:
         )
         specs, kept = self.graphs.specs, self.graphs.stored(request.plan)
         cache = SkipCache(self, specs, kept, self.model.dtype, self.device, capacity)
-        cache.request = request
-        cache.retention = self.graphs.retention(request.plans)
+        cache.request, cache.retention = request, self.graphs.retention(request.plans)
         self.track(cache)
         return cache
 
