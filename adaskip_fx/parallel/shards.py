@@ -17,7 +17,13 @@ from torch import nn
 
 from adaskip_passes import UnsupportedError
 
-from ..utils.parallel_internals import installed, is_sharded, reinstall, unfollowed_parallelism
+from ..utils.parallel_internals import (
+    installed,
+    is_sharded,
+    reinstall,
+    remove_gradient_sums,
+    unfollowed_parallelism,
+)
 
 
 def check_shards(model: Any) -> None:
@@ -44,6 +50,7 @@ def check_shards(model: Any) -> None:
 def localize(compiled: nn.Module) -> None:
     """Have the sharded modules of a copied model hold local tensors and forwards of their own."""
     for module in compiled.modules():
+        remove_gradient_sums(module)
         found = installed(module)
         if found is None:
             continue

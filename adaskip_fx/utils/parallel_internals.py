@@ -83,15 +83,19 @@ def installed(module: nn.Module) -> Installed | None:
 def reinstall(module: nn.Module, was: Installed) -> None:
     """Put the same around the forward of a module's class, for the module itself."""
     del module.forward
-    for hook, function in list(module._backward_hooks.items()):  # (5.17 sums gradients with hooks)
-        if function.__module__ == _OF_TENSORS:
-            del module._backward_hooks[hook]
     if was.style is None:
         return
     if "source" in inspect.signature(was.style.transform_output_post_forward).parameters:
         module.forward = _summed(module, was)
     else:
         was.style.install_forward(module, was.mesh)
+
+
+def remove_gradient_sums(module: nn.Module) -> None:
+    """Take off a module the hooks that sum its gradients over ranks, as 5.17 has them."""
+    for hook, function in list(module._backward_hooks.items()):
+        if getattr(function, "__module__", None) == _OF_TENSORS:
+            del module._backward_hooks[hook]
 
 
 def _summed(experts: nn.Module, was: Installed) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.distributed.families import FAMILIES
 from tests.distributed.processes import Found, run
 
 _CHECKS = (
@@ -257,6 +258,20 @@ def test_profiles_serve_any_number_of_ranks(slow: Found) -> None:
     measured, expected = np.array(first["statistics"]), np.array(alone["statistics"])
     largest = np.abs(expected).max((0, 1))
     assert (np.abs(measured - expected) / largest).max() < 1e-6
+
+
+@pytest.fixture(scope="module")
+def of_families(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return run(tmp_path_factory.mktemp("families"), "families", seconds=1500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(of_families: Found, family: str) -> None:
+    for result in of_families.of("families"):
+        assert result[family]["error"] < _TOLERANCE
+        assert result[family]["generate"]
+        assert result[family]["stored"] == [True, False, True]
 
 
 @pytest.mark.slow

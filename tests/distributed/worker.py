@@ -37,7 +37,7 @@ from adaskip_passes.decode.fuse_attention import FuseAttention
 from adaskip_passes.decode.fuse_experts import FuseExperts
 from adaskip_passes.decode.fuse_projections import FuseProjections
 from adaskip_passes.decode.fuse_rotary import FuseRotary
-from tests.distributed import failures
+from tests.distributed import failures, families
 from tests.support.compiled_llamas import follow
 from tests.support.eager_reference import Oracle, moments, plain_streams, relative_error
 
@@ -106,12 +106,13 @@ class Shared:
         self.rank = int(os.environ["RANK"])
         (folder / f"process-{self.rank}").write_text(str(os.getpid()))
 
-    def pair(self, kind: type, config: Any) -> tuple[Any, Any]:
+    def pair(self, kind: Any, config: Any) -> tuple[Any, Any]:
         """A model in one process, and the same on all ranks."""
-        saved = self.folder / kind.__name__
+        saved = self.folder / config.model_type
         if self.rank == 0:
             torch.manual_seed(0)
-            kind(config).save_pretrained(saved)
+            made = kind.from_config if hasattr(kind, "from_config") else kind
+            made(config).save_pretrained(saved)
         dist.barrier()
         alone = kind.from_pretrained(saved).eval()
         spread = kind.from_pretrained(saved, distributed_config=DistributedConfig(tp_size=2))
@@ -466,6 +467,7 @@ _HERE = (
 )
 CHECKS: dict[str, Callable[[Shared], Any]] = {
     **{check.__name__: check for check in _HERE},
+    "families": families.families,
     **failures.CHECKS,
 }
 
