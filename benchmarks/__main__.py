@@ -261,7 +261,8 @@ def _document(name: str, module: Any, given: dict[str, Any], file: Path) -> dict
     from .conditions import conditions
 
     def save(part: dict[str, Any]) -> None:
-        _write(file, {"workload": name, **part, "conditions": conditions()})
+        if _WRITES:
+            _write(file, {"workload": name, **part, "conditions": conditions()})
 
     threads = torch.get_num_threads()
     try:
