@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .plans.sublayer import Sublayer
     from .policies import AdaSkip
     from .profiles.profile import Profile
+    from .speculation.options import Lossless
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "AdaSkip",
     "AdaskipError",
     "CompiledModel",
+    "Lossless",
     "Profile",
     "SkipPlan",
     "Sublayer",
@@ -46,6 +48,7 @@ _HOMES = MappingProxyType(
         "AdaSkip": "adaskip_fx.policies",
         "AdaskipError": "adaskip_passes.errors",
         "CompiledModel": "adaskip_fx.model.compiled_model",
+        "Lossless": "adaskip_fx.speculation.options",
         "Profile": "adaskip_fx.profiles.profile",
         "SkipPlan": "adaskip_fx.plans.skip_plan",
         "Sublayer": "adaskip_fx.plans.sublayer",

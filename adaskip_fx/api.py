@@ -24,8 +24,10 @@ from .profiles.fingerprint import fingerprint
 from .profiles.profile import Profile
 from .programs.counted_times import counted_times
 from .programs.program import Link
+from .runtime.draft_with import draft_with
 from .runtime.runtime import Runtime
 from .runtime.turns import check_length
+from .speculation.options import Lossless
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +44,7 @@ def compile(
     plan: Decision | str | Path | None = None,
     context: int | None = None,
     table: LatencyTable | str | Path | None = None,
+    decoding: Lossless | None = None,
     backend: str = "inductor",
     link: Link = "pieces",
     max_variants: int = 32,
@@ -70,6 +73,9 @@ def compile(
         table: The times at `context`, or the path they were saved to (``adaskip-fx measure``). If
             None they are counted from bytes and operations: at once, and the same on every device,
             but small models and short contexts gain less than that promises.
+        decoding: ``Lossless()`` has requests run the full model: what is left out by the plan only
+            drafts tokens, which are verified several at once (`adaskip_fx.Lossless`). Then a
+            profile or plan is not needed; without, drafts are looked up in the text.
         backend: The name of the torch.compile backend that compiles the pieces.
         link: ``"pieces"`` calls pieces compiled once; ``"fused"`` compiles the whole graph again
             for each plan.
@@ -89,23 +95,29 @@ def compile(
     decoder = check_model(model)
     ranks = joined(decoder)
     given = profile, alpha, policy, plan, context, table
-    choose = partial(_choose, decoder, backend, link, *given)
+    without = decoding is not None and profile is None and plan is None
+    choose = partial(_choose, decoder, backend, link, without, *given)
     measured, chosen = ranks.together("choosing what to skip", choose)
     digest = None if measured is None else measured.digest
     ranks.agree("the profile, alpha and options to compile with", (digest, alpha, context, link))
     options: dict[str, Any] = {"backend": backend, "link": link, "max_variants": max_variants}
-    return build(model, profile=measured, **chosen, **options)
+    return build(model, profile=measured, decoding=decoding, **chosen, **options)
 
 
 def _choose(
-    model: Any, backend: str, link: str, profile: Profile | str | Path | None, *given: Any
+    model: Any,
+    backend: str,
+    link: str,
+    without: bool,
+    profile: Profile | str | Path | None,
+    *given: Any,
 ) -> tuple[Profile | None, dict[str, Any]]:
-    """Return the profile, and what `_chosen` returns of the same arguments."""
+    """Return the profile, and what `_chosen` returns of the same arguments; `without` any, none."""
     _check_options(backend, link, model)
     measured = Profile.load(profile) if isinstance(profile, str | Path) else profile
     if measured is not None:
         measured.check(model)
-    return measured, _chosen(model, measured, *given)
+    return measured, {"plan": None} if without else _chosen(model, measured, *given)
 
 
 def _chosen(
@@ -149,11 +161,13 @@ def build(
     plan: Decision | None,
     *,
     prepare: Callable[[Runtime], None] | None = None,
+    decoding: Lossless | None = None,
     **options: Any,
 ) -> CompiledModel:
     """Return a compiled model with an explicit plan; None for the empty one; see `Runtime`.
 
-    `prepare` is given what the model runs on before anybody else is.
+    `prepare` is given what the model runs on before anybody else is. With `decoding` the plan is
+    what drafts leave out, and requests begin with the empty one.
     """
     decoder = check_model(model)
     ranks = joined(decoder)
@@ -170,6 +184,8 @@ def build(
         check_head(compiled)
     if prepare is not None:
         prepare(compiled._adaskip)
+    if decoding is not None:
+        draft_with(compiled._adaskip, decoding)
     return put_around(compiled, model)  # type: ignore[no-any-return]
 
 

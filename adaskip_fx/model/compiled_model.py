@@ -17,7 +17,7 @@ from ..parallel.ranks import Ranks
 from ..runtime.runtime import Runtime
 from ..utils.transformers_internals import GenerateHooks, is_whole_text, stop_tokens
 from ..utils.transformers_types import DecodingCall, GenerationConfigLike, ModelKwargs
-from . import generation
+from . import drafted, generation
 from .handle import Handle
 from .host import recall_offsets
 
@@ -102,7 +102,10 @@ class CompiledModel(GenerateHooks):
         return nullcontext()
 
     def _adaskip_assisted(
-        self, input_ids: torch.Tensor, config: GenerationConfigLike, model_kwargs: ModelKwargs
+        self: CompiledCausalLM,
+        input_ids: torch.Tensor,
+        config: GenerationConfigLike,
+        model_kwargs: ModelKwargs,
     ) -> AbstractContextManager[None]:
         """Return the context for a prompt and drafts of what follows it, which are verified."""
         cache, new = model_kwargs.get(self._adaskip.generate_argument), input_ids.shape[1]
@@ -118,11 +121,15 @@ class CompiledModel(GenerateHooks):
         return cache.verifying(Drafting(cache.length + new))
 
     def _adaskip_decode(self: CompiledCausalLM, call: DecodingCall) -> Any:
-        """Decode without waiting for a GPU; see :mod:`adaskip_fx.model.generation`."""
-        cache = call.model_kwargs.get(self._adaskip.generate_argument)
-        if isinstance(cache, SkipCache) and generation.serves(call):
-            return generation.run(self, call)
-        return None
+        """Decode without waiting for a GPU (`generation`), or with drafts (`drafted`)."""
+        runtime = self._adaskip
+        cache, speculation = call.model_kwargs.get(runtime.generate_argument), runtime.speculation
+        if not isinstance(cache, SkipCache) or not generation.serves(call):
+            return None
+        if speculation is None or not drafted.serves(cache):
+            return generation.run(self, generation.DecodedRequest(self, call))
+        with CompiledModel._adaskip_assisted(self, call.input_ids, call.config, call.model_kwargs):
+            return generation.run(self, drafted.DraftedRequest(self, call, speculation))
 
     def _adaskip_recall(self: CompiledCausalLM, model_kwargs: ModelKwargs) -> None:
         cache = model_kwargs.get(self._adaskip.generate_argument)

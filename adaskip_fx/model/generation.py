@@ -29,6 +29,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..kv_cache.argument_names import output_fields
 from ..kv_cache.cache import SkipCache
+from ..speculation.acceptance import Greedy, Rule, Sampling
 from ..utils.transformers_internals import next_kwargs, pad_token, prefill
 from ..utils.transformers_types import DecodingCall, GenerationConfigLike, Output, Streamer
 
@@ -85,13 +86,12 @@ def serves(call: DecodingCall) -> bool:
     return alone and not more and call.model_kwargs.get("use_cache") is not False
 
 
-def run(model: CompiledCausalLM, call: DecodingCall) -> Any:
-    """Prefill, then decode until the criteria say stop.
+def run(model: CompiledCausalLM, request: DecodedRequest) -> Any:
+    """Decode until the criteria say stop.
 
     Args:
         model: a compiled model.
-        call: what ``generate`` called its loop with. The request's cache is among the arguments of
-            forward; the model may go on with another one.
+        request: the request, whose prompt has been read. The model may go on with another cache.
 
     Returns:
         The tokens, int64 [B, T + new], or a ``GenerateDecoderOnlyOutput`` if the config says so.
@@ -99,13 +99,12 @@ def run(model: CompiledCausalLM, call: DecodingCall) -> Any:
     Raises:
         RuntimeError: the probabilities of a token are not numbers.
     """
-    request = _Request(model, call)
-    longest = call.stopping_criteria.max_length
+    longest, streamer = request.call.stopping_criteria.max_length, request.call.streamer
     while True:
         cache = request.cache
         request.choose_tokens()
         full = longest is not None and request.input_ids.shape[1] >= longest
-        ahead = not full and model._adaskip.may_run_ahead(cache)
+        ahead = not full and model._adaskip.may_run_ahead(cache) and request.goes_ahead
         if ahead:
             request.run_step()
         stop, invalid = request.host.receive()
@@ -116,27 +115,37 @@ def run(model: CompiledCausalLM, call: DecodingCall) -> Any:
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         if stop or full:
             break
-        if not ahead:
-            request.run_step()
-    if call.streamer is not None:
-        call.streamer.end()
+        if not ahead and request.advance():
+            cache = request.cache
+            break
+    if streamer is not None:
+        streamer.end()
     return request.result(cache)
 
 
-class _Request:
+class DecodedRequest:
     """A request while it is decoded.
 
     Attributes:
+        call: what ``generate`` called its loop with. The request's cache is among the arguments of
+            forward.
         input_ids: the tokens so far, int64 [B, T].
         logits: of the token after them, float32 [B, V].
         model_kwargs: forward's arguments for the next step.
         unfinished: which rows go on, int64 [B].
         recorded: what the caller asked to have of every step.
         host: what the host has to know of a step.
+        rule: how tokens are chosen by scores.
     """
 
     def __init__(self, model: CompiledCausalLM, call: DecodingCall) -> None:
-        self._model, self._call = model, call
+        """Read the prompt.
+
+        Args:
+            model: a compiled model.
+            call: see the class.
+        """
+        self._model, self.call = model, call
         self._ends = any(hasattr(rule, "eos_token_id") for rule in call.stopping_criteria)
         self.input_ids = call.input_ids
         self.model_kwargs = call.model_kwargs
@@ -144,6 +153,7 @@ class _Request:
         self.unfinished = torch.ones(rows, dtype=torch.int64, device=device)
         self.recorded = _Recorded.nothing(call.config)
         self.host = _Host(call.input_ids, call.streamer)
+        self.rule: Rule = Sampling() if call.config.do_sample else Greedy()
         self._take(prefill(model, call.input_ids, call.config, self.model_kwargs))
 
     @property
@@ -152,24 +162,50 @@ class _Request:
         cache: SkipCache = self.model_kwargs[self._model._adaskip.generate_argument]
         return cache
 
+    @property
+    def goes_ahead(self) -> bool:
+        """Whether the next step may be begun before the host knows this one's token."""
+        return True
+
     def choose_tokens(self) -> None:
         """Choose a token of each row by the logits, and send the host whether to stop."""
-        call = self._call
-        scores = call.logits_processor(self.input_ids, self.logits)
-        self.recorded.add(scores, self.logits)
-        invalid: torch.Tensor | None = None
-        if call.config.do_sample:
-            tokens, invalid = _draw(scores)
-        else:
-            tokens = scores.argmax(-1)
-        pad = pad_token(call.config)
-        if self._ends and pad is not None:  # a row that has ended goes on with padding
-            pad = pad.to(self.input_ids.device)
-            tokens = tokens * self.unfinished + pad * (1 - self.unfinished)
-        self.input_ids = torch.cat((self.input_ids, tokens.unsqueeze(1)), 1)
-        ended = call.stopping_criteria(self.input_ids, self.recorded.scores)
-        self.unfinished = self.unfinished & ~ended
+        scores = self.call.logits_processor(self.input_ids, self.logits)
+        tokens, invalid = self.rule.choose(scores)
+        tokens = self.append(tokens, scores, self.logits)
         self.host.send(tokens, self.unfinished.max() == 0, invalid)
+
+    def append(
+        self, tokens: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Append a token of each row, and see which rows have ended with it.
+
+        Args:
+            tokens: int64 [B].
+            scores: what they were chosen by, float32 [B, V].
+            logits: what scores were made of, float32 [B, V].
+
+        Returns:
+            The tokens, with padding for rows that had ended before.
+        """
+        self.recorded.add(scores, logits)
+        tokens = self.padded(tokens.unsqueeze(1)).squeeze(1)
+        self.input_ids = torch.cat((self.input_ids, tokens.unsqueeze(1)), 1)
+        ended = self.call.stopping_criteria(self.input_ids, self.recorded.scores)
+        self.unfinished = self.unfinished & ~ended
+        return tokens
+
+    def padded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return tokens int64 [B, n], padding in their place where a row has ended."""
+        pad = pad_token(self.call.config)
+        if not self._ends or pad is None:
+            return tokens
+        going = self.unfinished.unsqueeze(1)
+        return tokens * going + pad.to(tokens.device) * (1 - going)
+
+    def advance(self) -> bool:
+        """Run what comes after the last token; returns whether the request has ended with it."""
+        self.run_step()
+        return False
 
     def run_step(self) -> None:
         """Run one decode step, for the logits of the token after the last."""
@@ -187,7 +223,7 @@ class _Request:
 
     def result(self, cache: SkipCache) -> Any:
         """Return what ``generate`` returns, with the cache of the last step."""
-        if not self._call.config.return_dict_in_generate:
+        if not self.call.config.return_dict_in_generate:
             return self.input_ids
         return GenerateDecoderOnlyOutput(
             sequences=self.input_ids,
@@ -195,18 +231,6 @@ class _Request:
             logits=self.recorded.logits,
             **output_fields(GenerateDecoderOnlyOutput, cache),
         )
-
-
-def _draw(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a token of each row of `scores` [B, V], and whether that is impossible.
-
-    The tokens are those that `torch.multinomial` draws: of exponential variables with rates p, the
-    least is the i-th with probability p[i].
-    """
-    probabilities = torch.softmax(scores, -1)
-    race = torch.empty_like(probabilities).exponential_(1)
-    invalid = probabilities[:, 0].isnan().any()  # if one of a row is, all are
-    return (probabilities / race).argmax(-1), invalid
 
 
 @dataclass
@@ -229,6 +253,13 @@ class _Recorded:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (logits,)
+
+    def drop(self, steps: int) -> None:
+        """Forget the last steps."""
+        if steps and self.scores is not None:
+            self.scores = self.scores[:-steps]
+        if steps and self.logits is not None:
+            self.logits = self.logits[:-steps]
 
 
 class _Host:

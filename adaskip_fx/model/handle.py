@@ -11,6 +11,7 @@ from ..plans.decisions import Decision
 from ..plans.sublayer import Sublayer
 from ..runtime.runtime import Runtime
 from ..runtime.static_step import recordings_on
+from ..speculation.statistics import DraftStats
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -103,6 +104,12 @@ class Handle:
     def policy(self) -> OnlinePolicy | None:
         """The policy that learns while decoding; None if nothing is learned."""
         return self._runtime.policy
+
+    @property
+    def drafts(self) -> DraftStats | None:
+        """What drafts have come to so far; None if the model was compiled without `decoding`."""
+        speculation = self._runtime.speculation
+        return speculation.stats if speculation is not None else None
 
     def new_cache(
         self, capacity: int = 0, plan: Decision | None = None, learn: bool = True

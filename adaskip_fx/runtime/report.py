@@ -29,6 +29,7 @@ def runtime_report(runtime: Runtime) -> str:
         *_decision_rows(runtime),
         *_plan_rows("prefill", _first(runtime), "prefill"),
         *_policy_rows(runtime),
+        *_draft_rows(runtime),
         ("online", _online(runtime)),
         *_request_rows(runtime),
         ("compiled", _compiled(runtime)),
@@ -78,8 +79,23 @@ def _policy_rows(runtime: Runtime) -> list[tuple[str, str]]:
     return [("policy", first), *(("", line) for line in more)]
 
 
+def _draft_rows(runtime: Runtime) -> list[tuple[str, str]]:
+    speculation = runtime.speculation
+    if speculation is None:
+        return []
+    plan, (first, *more) = speculation.plan, str(speculation.stats).splitlines()
+    skipped = plan.skipped("decode")
+    heading = f"plan {plan.digest[:8]}, skips {len(skipped)} of {len(plan.sublayers)} sublayers"
+    rows = [("drafts", heading if skipped or plan.windows else "no plan: looked up in the text")]
+    if skipped:
+        rows.append((f"{_INDENT}skipped", by_kind(skipped)))
+    return [*rows, (f"{_INDENT}so far", first), *(("", line) for line in more)]
+
+
 def _online(runtime: Runtime) -> str:
     policy = runtime.policy
+    if runtime.speculation is not None:
+        return "off: requests run in full"
     if not isinstance(runtime.plan, SkipPlan):
         return f"off: a {runtime.plan.kind} decides how decoding changes"
     if policy is None and runtime.describe is not None:

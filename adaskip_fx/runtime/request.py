@@ -40,7 +40,7 @@ class Request:
         decoding: Whether the current turn has begun to decode.
         decoding_from: How many tokens were stored then.
         finished: Rows, bool [B], that have ended; they count for nothing in the window.
-        bindings: What the turn's steps on a static cache repeat, by their number of tokens.
+        bindings: What the turn's steps on a static cache repeat, by number of tokens and plan.
         agreed: The digest of the last plan that all ranks were seen to run; None before.
         since: The state of the model that the request began with; None before its first prompt.
         weights: The inputs that stay the same during the request, by captured graph.
@@ -58,7 +58,9 @@ class Request:
     decoding: bool = field(init=False, default=False)
     decoding_from: int = field(init=False, default=0)
     finished: torch.Tensor | None = field(init=False, default=None)
-    bindings: dict[int, StaticBinding] = field(init=False, default_factory=dict, repr=False)
+    bindings: dict[tuple[int, SkipPlan], StaticBinding] = field(
+        init=False, default_factory=dict, repr=False
+    )
     agreed: str | None = field(init=False, default=None, repr=False)
     since: Since | None = field(init=False, default=None, repr=False)
     weights: dict[CapturedPhase, tuple[Any, ...]] = field(
@@ -142,12 +144,18 @@ class Request:
         Raises:
             PlanError: It does.
         """
-        self._check_stored(plan)
+        self.check_stored(plan)
         self.learns, self.decode = False, DecodePlans(plan)
         if plan.decode or plan.windows:
             self.left_out = True
 
-    def _check_stored(self, plan: SkipPlan) -> None:
+    def check_stored(self, plan: SkipPlan) -> None:
+        """Refuse to decode with a plan that reads what this request does not store.
+
+        Raises:
+            PlanError: It does.
+        """
+
         def needs(sublayer: Sublayer) -> bool:
             stored = self.plan.action("prefill", sublayer) is not Action.SKIP
             skipped = plan.action("decode", sublayer) is Action.SKIP

@@ -3,7 +3,8 @@
 Most steps are of one kind: a prompt, or a decoded token of each row. Where drafts are verified
 (assisted generation), a step is a prompt and decoded tokens after it, or several of these at once.
 Each part runs as what it is: a draft is accepted if the plan for decoding would have chosen it, so
-that the tokens are those that are decoded one by one.
+that the tokens are those that are decoded one by one. A draft that the model makes itself is a
+decode step with a plan of its own, of which the request remembers nothing.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ def run_step(
     drafting: Drafting | None = cache.drafting
     if drafting is None or drafting.ended:
         return _run(runtime, phase, phase == "decode", inputs, cache, keep)
+    if drafting.plan is not None:
+        request, plan = cache.request, drafting.plan
+        return runtime.runner.run("decode", request, plan, (), inputs, cache, keep)[0]
     new = inputs.input_ids.shape[1]
     prompt = min(max(drafting.prompt - cache.length, 0), new)
     counts = [prompt] if prompt else []

@@ -25,6 +25,7 @@ from ..programs.instruments import Instrument
 from ..programs.program import Link, Program
 from ..programs.program_cache import Graphs
 from ..programs.variants import Counters
+from ..speculation.speculation import Speculation
 from . import turns
 from .checking import Checker, checks
 from .inputs import Inputs
@@ -58,6 +59,7 @@ class Runtime:
         runner: It runs a step with the plan that is in force.
         buffer_pool: K/V buffers between requests.
         checker: What ``ADASKIP_CHECK=1`` has found.
+        speculation: What drafts are made with; None where tokens are decoded one by one.
         ahead: Whether steps are begun before it is known that the request goes on, or that their
             mask is as before, so that a GPU need not wait for the host; the default on one.
     """
@@ -89,6 +91,7 @@ class Runtime:
         self.buffer_pool = self.runner.buffer_pool
         self.checker = Checker(self.graphs)
         self.ahead = self.device.type == "cuda"
+        self.speculation: Speculation | None = None
         self._live: weakref.WeakSet[SkipCache] = weakref.WeakSet()
         self.graphs.capture_prefill(self.device)
         self.sublayers = self.graphs.sublayers
@@ -171,12 +174,7 @@ class Runtime:
 
     @torch.no_grad()
     def warmup(self, max_length: int, batch_size: int = 1) -> None:
-        """Capture, compile and link what a first request needs, so that it does not wait.
-
-        Args:
-            max_length: tokens of the longest request to come.
-            batch_size: rows of the requests to come.
-        """
+        """Capture, compile and link what first requests of this size need; see `Handle.warmup`."""
         turns.check_length(self.graphs, max_length)
         begins = self.plan.plans if isinstance(self.plan, PlanChooser) else (self.plan,)
         for begin in begins:

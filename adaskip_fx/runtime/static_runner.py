@@ -103,7 +103,8 @@ class StaticRunner:
         while True:
             buffers = cache.reserve(ids.shape[0], size)
             step = self._step(buffers, size)
-            binding, wanted = request.bindings.get(size), (buffers, plan, probed, surroundings)
+            binding = request.bindings.get((size, plan))
+            wanted = buffers, plan, probed, surroundings
             if binding is not None and binding.serves(*wanted, self._graphs.counters):
                 return binding, step
             try:
@@ -116,7 +117,7 @@ class StaticRunner:
                     continue
                 self._give_up(phase, error)
                 return None, step
-            request.bindings[size] = binding
+            request.bindings[size, plan] = binding
             return binding, step
 
     def _size(self, phase: GraphPhase, tokens: int, cache: SkipCache) -> int | None:

@@ -151,9 +151,21 @@ def is_whole_text(
     return length in (None, input_ids.shape[1])
 
 
-def next_kwargs(model: Any, outputs: Output, model_kwargs: ModelKwargs) -> ModelKwargs:
-    """Return the arguments of forward that ``generate`` keeps for the step after this one."""
-    updated: ModelKwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+def next_kwargs(
+    model: Any, outputs: Output | None, model_kwargs: ModelKwargs, tokens: int = 1
+) -> ModelKwargs:
+    """Return the arguments of forward that ``generate`` keeps for the step after this one.
+
+    Args:
+        model: of transformers'.
+        outputs: the step's; None for tokens that are to be read.
+        model_kwargs: its arguments.
+        tokens: how many more the text has.
+    """
+    known: Any = outputs if outputs is not None else {}
+    updated: ModelKwargs = model._update_model_kwargs_for_generation(
+        known, model_kwargs, num_new_tokens=tokens
+    )
     return updated
 
 

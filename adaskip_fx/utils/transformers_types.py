@@ -11,8 +11,6 @@ from torch import nn
 
 #: Keyword arguments of forward that ``generate`` keeps from step to step.
 ModelKwargs: TypeAlias = dict[str, Any]
-#: From the tokens so far, int64 [B, T], and scores [B, V] to scores [B, V].
-LogitsProcessor: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ModelConfig(Protocol):
@@ -97,6 +95,16 @@ class GenerationConfigLike(Protocol):
     output_logits: bool
     output_hidden_states: bool | None
     output_attentions: bool | None
+
+
+class LogitsProcessor(Protocol):
+    """The list of what changes scores."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return scores [B, V], of the tokens so far, int64 [B, T], and scores [B, V]."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the processors one by one."""
 
 
 class StoppingCriteria(Protocol):

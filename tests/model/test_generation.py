@@ -25,6 +25,7 @@ from adaskip_fx.model import generation
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip
+from adaskip_fx.speculation.acceptance import Sampling
 from adaskip_fx.testing import plans
 from tests.support.compiled_llamas import SEEDS, VOCABULARY, Entry, entry, fewer, profile_of
 from tests.support.generation import (
@@ -227,7 +228,7 @@ def test_the_draw_is_that_of_torch() -> None:
     scores[2, 7] = 30.0
     for seed in range(50):
         torch.manual_seed(seed)
-        mine, invalid = generation._draw(scores)
+        mine, invalid = Sampling().choose(scores)
         torch.manual_seed(seed)
         theirs = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
         assert torch.equal(mine, theirs)
@@ -238,9 +239,9 @@ def test_the_draw_is_that_of_torch() -> None:
 def test_one_number_tells_whether_a_row_is_valid(broken: float) -> None:
     scores = torch.randn(3, 20)
     scores[1, 11] = broken
-    assert generation._draw(scores)[1]
+    assert Sampling().choose(scores)[1]
     scores[1] = -torch.inf  # nothing is left to draw
-    assert generation._draw(scores)[1]
+    assert Sampling().choose(scores)[1]
 
 
 # A cache that the model drops --------------------------------------------------------------------

@@ -1,0 +1,261 @@
+"""Decoding with drafts: propose a few tokens, verify them in one program, keep what is accepted.
+
+A round begins with a text of which all but the last token is stored. A proposer drafts k tokens;
+the full program reads the last token and the drafts, which gives k + 1 tokens' logits; of the
+drafts those stand that all rows accept, and what was stored beyond them is forgotten by position.
+The token after them is chosen by the full program's logits, as `generation` does it. A round that
+has nothing to verify is a plain step.
+
+A block is accepted as far as every row accepts it, so that rows stay of one length: processors,
+criteria and streamers see each column once, in order, as they do without drafts. It ends where a
+row ends. Processors and criteria of transformers' are asked about a whole block at once where they
+remember nothing; others column by column, about columns that are accepted alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..capture.rotary import switches_at
+from ..kv_cache.cache import SkipCache
+from ..plans.decisions import Schedule
+from ..plans.skip_plan import PlanError, SkipPlan
+from ..speculation.acceptance import Column, leading
+from ..speculation.proposals import Drafts
+from ..speculation.speculation import Speculation
+from ..utils.stateless_rules import remember_nothing
+from ..utils.transformers_internals import next_kwargs
+from ..utils.transformers_types import DecodingCall, Output, Streamer
+from .generation import DecodedRequest
+
+if TYPE_CHECKING:
+    from .types import CompiledCausalLM
+
+
+class _Text:
+    """The tokens of a request on the host, which are streamed to whom the caller named."""
+
+    def __init__(self, rows: list[list[int]], streamer: Streamer | None) -> None:
+        self.rows = rows
+        self._streamer = streamer
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take a token of each row."""
+        for row, token in zip(self.rows, value.tolist(), strict=True):
+            row.append(token)
+        if self._streamer is not None:
+            self._streamer.put(value)
+
+    def end(self) -> None:
+        """Tell the streamer."""
+        if self._streamer is not None:
+            self._streamer.end()
+
+
+class DraftedRequest(DecodedRequest):
+    """A request whose tokens are drafted; also what proposers see of it (`Context`).
+
+    Attributes:
+        rows: the tokens so far on the host, by row.
+        plan: what drafts of the model itself leave out.
+    """
+
+    def __init__(
+        self, model: CompiledCausalLM, call: DecodingCall, speculation: Speculation
+    ) -> None:
+        """Read the prompt; arguments as of `DecodedRequest`, and what the model drafts with."""
+        text = _Text(call.input_ids.tolist(), call.streamer)
+        self.rows: Sequence[Sequence[int]] = text.rows
+        self.plan = speculation.plan
+        self._stats, self._longest = speculation.stats, speculation.decoding.longest
+        self._drafters = [(p.free, p.name, p.begin()) for p in speculation.decoding.proposers]
+        self._found = True
+        self._refused: Column | None = None
+        self._at_once = remember_nothing((*call.logits_processor, *call.stopping_criteria))
+        self._positions = _positions(model)
+        super().__init__(model, replace(call, streamer=text))
+        self._text = text
+
+    # What proposers see ----------------------------------------------------------------------
+
+    def draft(self, plan: SkipPlan, most: int) -> Drafts | None:
+        """Return `most` tokens decoded under `plan`; see `Context`."""
+        cache = self.cache
+        try:
+            cache.request.check_stored(plan)
+        except PlanError:  # of a request that begins with a plan of its own
+            return None
+        stored, text, kwargs = cache.length, self.input_ids, self.model_kwargs
+        tokens, probabilities = list[torch.Tensor](), list[torch.Tensor]()
+        assert cache.drafting is not None
+        cache.drafting.plan = plan
+        try:
+            for _ in range(most):
+                logits = self._read(text, kwargs, 1).logits[:, -1].to(torch.float32)
+                scores = self.call.logits_processor(text, logits) if self._at_once else logits
+                tokens.append(self.rule.choose(scores)[0])
+                if self.call.config.do_sample:
+                    probabilities.append(torch.softmax(scores, -1))
+                text = torch.cat((text, tokens[-1].unsqueeze(1)), 1)
+                kwargs = next_kwargs(self._model, None, dict(kwargs))
+        finally:
+            cache.drafting.plan = None
+            cache.keep_first(stored)
+        drawn = torch.stack(probabilities, 1) if probabilities else None
+        return Drafts(torch.stack(tokens, 1), drawn)
+
+    # Rounds ----------------------------------------------------------------------------------
+
+    @property
+    def goes_ahead(self) -> bool:
+        """Whether there is nothing to propose, as far as the tokens are on the host by now."""
+        if not self._found:
+            asked = (drafter for free, _, drafter in self._drafters if free)
+            self._found = any(drafter.propose(self, 1) is not None for drafter in asked)
+        return not self._found
+
+    def choose_tokens(self) -> None:
+        """Choose a token of each row, in place of the first draft that was not accepted if any."""
+        refused, self._refused = self._refused, None
+        if refused is None:
+            super().choose_tokens()
+            return
+        tokens, invalid = self.rule.replace(refused)
+        tokens = self.append(tokens, refused.scores, self.logits)
+        self.host.send(tokens, self.unfinished.max() == 0, invalid)
+
+    def append(
+        self, tokens: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Append a token of each row; see `DecodedRequest`."""
+        self._stats.tokens += 1
+        return super().append(tokens, scores, logits)
+
+    def run_step(self) -> None:
+        """Run one decode step, which has nothing to verify."""
+        self._stats.steps += 1
+        super().run_step()
+
+    def advance(self) -> bool:
+        """Verify drafts, or run a plain step where there are none; see `DecodedRequest`."""
+        name, drafts = self._propose()
+        if drafts is None:
+            return super().advance()
+        return self._verify(name, drafts)
+
+    def _propose(self) -> tuple[str, Drafts | None]:
+        most, last = self._positions - self.cache.length - 1, self.call.stopping_criteria.max_length
+        if last is not None:  # one more token follows those that are accepted
+            most = min(most, last - self.input_ids.shape[1] - 1)
+        most = min(most, self._longest)
+        self._found = False
+        for _, name, drafter in self._drafters if most > 0 else ():
+            drafts = drafter.propose(self, most)
+            if drafts is not None:
+                self._found = True
+                return name, replace(drafts, tokens=self.padded(drafts.tokens)).first(most)
+        return "", None
+
+    def _verify(self, name: str, drafts: Drafts) -> bool:
+        """Read drafts, and append those that stand; returns whether the request has ended."""
+        stored, count = self.cache.length, drafts.count
+        text = torch.cat((self.input_ids, drafts.tokens), 1)
+        grown = next_kwargs(self._model, None, dict(self.model_kwargs), count)
+        outputs = self._read(text, grown, count + 1)
+        logits = outputs.logits[:, -count - 1 :].to(torch.float32)
+        accepted = self._accept(drafts, logits)
+        self._stats.count(name, count, accepted, len(self.rows))
+        self.model_kwargs = next_kwargs(self._model, outputs, self.model_kwargs, accepted + 1)
+        ended = bool(self.unfinished.max() == 0)
+        self.cache.keep_first(stored + 1 + accepted - ended)
+        self.logits = logits[:, accepted]
+        return ended
+
+    def _accept(self, drafts: Drafts, logits: torch.Tensor) -> int:
+        """Append the drafts that stand, and keep the first that does not; returns how many do."""
+        accepted, ended = 0, False
+        while accepted < drafts.count and not ended:
+            end = drafts.count if self._at_once else accepted + 1
+            scores = self._scores(drafts, logits, accepted, end)
+            tokens = drafts.tokens[:, accepted:end]
+            chances = drafts.probabilities
+            chances = None if chances is None else chances[:, accepted:end]
+            stand = self.rule.accepts(scores, tokens, chances)
+            stand = stand | (self.unfinished == 0).unsqueeze(1)
+            taken = int(leading(stand))
+            kept, ended = self._append_columns(tokens, scores, logits, accepted, taken)
+            if taken < tokens.shape[1] and not ended:
+                self._refused = Column(
+                    scores[:, taken],
+                    tokens[:, taken],
+                    stand[:, taken],
+                    None if chances is None else chances[:, taken],
+                )
+            accepted += kept
+            if taken < tokens.shape[1]:
+                break
+        return accepted
+
+    def _append_columns(
+        self,
+        tokens: torch.Tensor,
+        scores: torch.Tensor,
+        logits: torch.Tensor,
+        first: int,
+        count: int,
+    ) -> tuple[int, bool]:
+        """Append the first `count` columns of tokens [B, C], up to one with which a row ends.
+
+        Returns:
+            How many were appended, and whether a row has ended.
+        """
+        going, before = [self.unfinished], self.input_ids.shape[1]
+        for column in range(count):
+            self.append(tokens[:, column], scores[:, column], logits[:, first + column])
+            going.append(self.unfinished)
+        left = torch.stack(going).sum(1).tolist()
+        kept = next((i for i in range(1, count + 1) if left[i] < left[0]), count)
+        self.unfinished = going[kept]
+        self.input_ids = self.input_ids[:, : before + kept]
+        self.recorded.drop(count - kept)
+        for column in tokens[:, :kept].T.cpu():
+            self._text.put(column.contiguous())
+        self._stats.tokens -= count - kept
+        return kept, left[kept] < left[0]
+
+    def _scores(self, drafts: Drafts, logits: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """Return the scores of columns of logits [B, k + 1, V], each given the drafts before it."""
+        process: Callable[..., torch.Tensor] = self.call.logits_processor
+        text, begun = self.input_ids, self.input_ids.shape[1] - first
+        text = torch.cat((text, drafts.tokens[:, first:end]), 1)
+        columns = [process(text[:, : begun + i], logits[:, i]) for i in range(first, end)]
+        return torch.stack(columns, 1)
+
+    def _read(self, text: torch.Tensor, kwargs: dict[str, object], tokens: int) -> Output:
+        """Run the last `tokens` tokens of a text, and return logits of all of these."""
+        inputs = self._model.prepare_inputs_for_generation(
+            text, next_sequence_length=tokens, **kwargs
+        )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = tokens
+        outputs: Output = self._model(**inputs, return_dict=True)
+        return outputs
+
+
+def serves(cache: SkipCache) -> bool:
+    """Return whether tokens can be drafted: they can be taken back, and steps have one plan."""
+    return not cache.stateful and not isinstance(cache.request.decision, Schedule)
+
+
+def _positions(model: CompiledCausalLM) -> int:
+    """Return how many tokens a block may reach: what is beyond is decoded in plain steps.
+
+    A model may have no more positions, or another set of rotary frequencies there, while a plain
+    step has those of its own length.
+    """
+    table = model._adaskip.graphs.max_length
+    return min([*switches_at(model), *([] if table is None else [table])], default=2**62)

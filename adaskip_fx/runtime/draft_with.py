@@ -1,0 +1,43 @@
+"""Whether a model can have drafts, and with which plan: `compile(decoding=...)`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaskip_passes import UnsupportedError
+
+from ..plans.skip_plan import SkipPlan
+from ..speculation.options import Lossless
+from ..speculation.speculation import Speculation
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
+
+
+def draft_with(runtime: Runtime, decoding: Lossless) -> None:
+    """Have requests run in full from now on, and drafts with the plan that there is.
+
+    Raises:
+        TypeError: `decoding` is something else.
+        ValueError: Drafts cannot be made with that plan, or a proposer's is another model's.
+        UnsupportedError: The model cannot take back a token.
+    """
+    if not isinstance(decoding, Lossless):
+        raise TypeError(f"decoding must be adaskip_fx.Lossless(...), got {decoding!r}")
+    if any(spec.mixes for spec in runtime.graphs.specs):
+        raise UnsupportedError(
+            f"{type(runtime.model).__name__} has mixers with a state, which cannot forget a token "
+            "that was drafted and is not accepted; leave decoding= out"
+        )
+    plan = runtime.plan
+    if not isinstance(plan, SkipPlan):
+        raise ValueError(
+            f"drafts are decoded with one plan, but a {plan.kind} has several; give one of them"
+        )
+    for proposer in decoding.proposers:
+        own = getattr(proposer, "plan", None)
+        if own is not None:
+            runtime.set_plan(own)  # which refuses what cannot be linked
+    runtime.set_plan(SkipPlan.empty(runtime.sublayers))
+    runtime.policy = runtime.describe = None
+    runtime.speculation = Speculation(decoding, plan)

@@ -1,0 +1,121 @@
+"""Which drafts are accepted, and which token takes the place of the first that is not.
+
+Sampling is speculative rejection sampling (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1;
+Chen et al. 2023, arXiv 2302.01318): a draft x that was drawn with probability q(x) is accepted with
+probability min(1, p(x) / q(x)), and else a token is drawn with weights max(p - q, 0). So tokens
+have the probabilities p of the full program, whatever q is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """One draft of each row that not all rows accept.
+
+    Attributes:
+        scores: of the full program, processed, float32 [B, V].
+        drafts: int64 [B].
+        accepted: which rows accept theirs, bool [B].
+        probabilities: with which the drafts were drawn, float32 [B, V]; None where they were not.
+    """
+
+    scores: torch.Tensor
+    drafts: torch.Tensor
+    accepted: torch.Tensor
+    probabilities: torch.Tensor | None
+
+
+class Rule(Protocol):
+    """How tokens are chosen by scores, and which drafts are as good as those."""
+
+    def accepts(
+        self, scores: torch.Tensor, drafts: torch.Tensor, probabilities: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return which drafts may stand, bool [B, C], each given that those before it do.
+
+        Args:
+            scores: of the full program, processed, float32 [B, C, V].
+            drafts: int64 [B, C].
+            probabilities: see `Drafts`, [B, C, V].
+        """
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a token of each row by scores [B, V], int64 [B], and whether that is impossible.
+
+        The second is a bool tensor []; None where it cannot be.
+        """
+
+    def replace(self, column: Column) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what `choose` does, for a column of drafts that not all rows accept."""
+
+
+class Greedy:
+    """The token with the best score."""
+
+    def accepts(
+        self, scores: torch.Tensor, drafts: torch.Tensor, probabilities: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return which drafts are those tokens."""
+        return scores.argmax(-1) == drafts
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the best token of each row."""
+        return scores.argmax(-1), None
+
+    def replace(self, column: Column) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the best token of each row: of one that accepts its draft it is the draft."""
+        return self.choose(column.scores)
+
+
+class Sampling:
+    """A token that is drawn with the probabilities that scores are the logarithms of."""
+
+    def accepts(
+        self, scores: torch.Tensor, drafts: torch.Tensor, probabilities: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Accept each draft with probability min(1, p / q)."""
+        chances = torch.softmax(scores, -1).gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
+        drawn = torch.rand_like(chances)
+        if probabilities is not None:
+            drawn = drawn * probabilities.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
+        return drawn < chances
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a drawn token of each row, and whether the probabilities are no numbers.
+
+        The tokens are those that `torch.multinomial` draws of the same random numbers.
+        """
+        return _drawn(torch.softmax(scores, -1))
+
+    def replace(self, column: Column) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the drafts of the rows that accept them; else a token by max(p - q, 0)."""
+        chances = torch.softmax(column.scores, -1)
+        if column.probabilities is None:
+            left = chances.scatter(-1, column.drafts.unsqueeze(-1), 0.0)
+        else:
+            left = (chances - column.probabilities).clamp_min(0.0)
+        # (p and q that differ by a rounding leave nothing: then q is p)
+        left = torch.where(left.sum(-1, keepdim=True) > 0, left, chances)
+        drawn, invalid = _drawn(left)
+        return torch.where(column.accepted, column.drafts, drawn), invalid
+
+
+def _drawn(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a token of each row of `weights` [B, V], and whether that is impossible.
+
+    Of exponential variables with rates p, the least is the i-th with probability p[i].
+    """
+    race = torch.empty_like(weights).exponential_(1)
+    invalid = weights[:, 0].isnan().any()  # if one of a row is, all are
+    return (weights / race).argmax(-1), invalid
+
+
+def leading(accepted: torch.Tensor) -> torch.Tensor:
+    """Return how many columns of bool [B, C] all rows accept before the first they do not, []."""
+    return accepted.all(0).to(torch.int64).cumprod(0).sum()

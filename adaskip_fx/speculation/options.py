@@ -1,0 +1,35 @@
+"""How a compiled model decodes: what ``compile(decoding=...)`` takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .lookup import Lookup
+from .proposals import Proposer
+from .skipped import Skipped
+
+
+@dataclass(frozen=True)
+class Lossless:
+    """Generate what the full model generates: what a plan leaves out only drafts.
+
+    Proposers draft the next tokens, the full program reads all of them at once, and those are kept
+    that it would have generated. Greedy search gives the full model's tokens, as far as its
+    programs for one token and for several round alike; sampling gives tokens with the full model's
+    probabilities, but others than without drafts from the same seed (Leviathan et al. 2023,
+    arXiv 2211.17192).
+
+    Attributes:
+        proposers: Who drafts, in the order in which they are asked.
+        longest: The most tokens that are drafted before they are verified, 1 to 31.
+    """
+
+    proposers: tuple[Proposer, ...] = (Lookup(), Skipped())
+    longest: int = 7
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "proposers", tuple(self.proposers))
+        if not self.proposers:
+            raise ValueError("Lossless needs at least one proposer; without, leave decoding= out")
+        if not isinstance(self.longest, int) or not 1 <= self.longest <= 31:
+            raise ValueError(f"Lossless(longest=...) must be 1 to 31, got {self.longest!r}")

@@ -1,0 +1,89 @@
+"""What a proposer is: it drafts the next tokens of a request, by itself or with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from ..plans.skip_plan import SkipPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Drafts:
+    """Tokens that may follow a text, for the full program to verify.
+
+    Attributes:
+        tokens: int64 [B, k], k at least 1.
+        probabilities: float32 [B, k, V], with which each token was drawn, given those before it;
+            None where nothing was drawn: each token is what its proposer always proposes.
+    """
+
+    tokens: torch.Tensor
+    probabilities: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """How many tokens of each row, k."""
+        return self.tokens.shape[1]
+
+    def first(self, count: int) -> Drafts:
+        """Return the first `count` of them."""
+        probabilities = self.probabilities
+        return replace(
+            self,
+            tokens=self.tokens[:, :count],
+            probabilities=None if probabilities is None else probabilities[:, :count],
+        )
+
+
+class Context(Protocol):
+    """A request as proposers see it, between two of its tokens."""
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """The tokens so far, int64 [B, T], on the model's device."""
+
+    @property
+    def rows(self) -> Sequence[Sequence[int]]:
+        """The same tokens on the host, by row; they only grow during a request."""
+
+    @property
+    def plan(self) -> SkipPlan:
+        """What `compile` chose to leave out; nothing where it was given no profile and no plan."""
+
+    def draft(self, plan: SkipPlan, most: int) -> Drafts | None:
+        """Return `most` tokens as the model decodes them under `plan`, on the request's cache.
+
+        Its K/V are forgotten again. None where the request does not store what the plan reads.
+        """
+
+
+class Drafter(Protocol):
+    """Proposes for one request."""
+
+    def propose(self, context: Context, most: int) -> Drafts | None:
+        """Return up to `most` tokens that may follow; None where there is nothing to propose."""
+
+
+class Proposer(Protocol):
+    """A way to propose, for any request.
+
+    Attributes:
+        name: what statistics call it.
+        free: whether it costs nothing to ask, next to a step of the model.
+    """
+
+    @property
+    def name(self) -> str:
+        """See the class."""
+
+    @property
+    def free(self) -> bool:
+        """See the class."""
+
+    def begin(self) -> Drafter:
+        """Return what proposes for a new request."""

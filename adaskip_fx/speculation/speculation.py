@@ -1,0 +1,22 @@
+"""What a compiled model keeps of its drafts, beside its requests."""
+
+from __future__ import annotations
+
+from ..plans.skip_plan import SkipPlan
+from .options import Lossless
+from .statistics import DraftStats
+
+
+class Speculation:
+    """The drafts of one compiled model.
+
+    Attributes:
+        decoding: what `compile` was given.
+        plan: what drafts of the model itself leave out, unless a proposer has a plan of its own.
+        stats: what they have come to.
+    """
+
+    def __init__(self, decoding: Lossless, plan: SkipPlan) -> None:
+        self.decoding = decoding
+        self.plan = plan
+        self.stats = DraftStats()

@@ -1,0 +1,77 @@
+"""What drafts have come to: how many were proposed and accepted, by proposer and position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Proposed:
+    """What one proposer has drafted, over all requests; a row of a batch counts as a text.
+
+    Attributes:
+        verifications: Steps that have verified its drafts.
+        drafted: How many drafts were verified, by position: the first of each step, the second...
+        accepted: How many of these were accepted, with all before them.
+    """
+
+    verifications: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """The share that was accepted of drafts whose predecessors were, by position."""
+        reached = [self.drafted[:1], self.accepted]
+        before = [*reached[0], *reached[1]]
+        pairs = zip(self.accepted, self.drafted, before, strict=False)
+        return tuple(taken / min(tried, had) for taken, tried, had in pairs if min(tried, had))
+
+    def count(self, drafted: int, accepted: int, rows: int) -> None:
+        """Count a verification of `drafted` tokens of `rows` rows, of which `accepted` stand."""
+        self.verifications += 1
+        while len(self.drafted) < drafted:
+            self.drafted.append(0)
+            self.accepted.append(0)
+        for position in range(drafted):
+            self.drafted[position] += rows
+            self.accepted[position] += rows * (position < accepted)
+
+
+@dataclass
+class DraftStats:
+    """What a compiled model's drafts have come to so far, over all requests.
+
+    Attributes:
+        tokens: Tokens of each row that were generated, drafts that were accepted included.
+        verifications: Steps of the full program that verified drafts.
+        steps: Steps of the full program that had nothing to verify.
+        proposers: By name.
+    """
+
+    tokens: int = 0
+    verifications: int = 0
+    steps: int = 0
+    proposers: dict[str, Proposed] = field(default_factory=dict)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens for each step of the full program; 0 before the first."""
+        steps = self.steps + self.verifications
+        return self.tokens / steps if steps else 0.0
+
+    def count(self, name: str, drafted: int, accepted: int, rows: int) -> None:
+        """Count a verification of drafts by the proposer `name`."""
+        self.verifications += 1
+        self.proposers.setdefault(name, Proposed()).count(drafted, accepted, rows)
+
+    def __str__(self) -> str:
+        """Return a heading and one line for each proposer."""
+        lines = [
+            f"{self.tokens:,} tokens in {self.verifications:,} verifications and {self.steps:,} "
+            f"plain steps, {self.tokens_per_step:.2f} tokens a step"
+        ]
+        for name, proposed in self.proposers.items():
+            shares = " ".join(f"{share:.2f}" for share in proposed.acceptance)
+            lines.append(f"{name}: {proposed.verifications:,} times, accepted by position {shares}")
+        return "\n".join(lines)

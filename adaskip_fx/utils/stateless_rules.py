@@ -1,0 +1,29 @@
+"""Which logits processors and stopping criteria may be asked about tokens that do not stand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+#: Processors and criteria of transformers' that answer by their arguments alone, and so may be
+#: asked about tokens that are not accepted in the end.
+_REMEMBER_NOTHING = frozenset(
+    {
+        *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"),
+        *("TopHLogitsWarper", "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper"),
+        *("RepetitionPenaltyLogitsProcessor", "EncoderRepetitionPenaltyLogitsProcessor"),
+        *("NoRepeatNGramLogitsProcessor", "EncoderNoRepeatNGramLogitsProcessor"),
+        *("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"),
+        *("NoBadWordsLogitsProcessor", "SequenceBiasLogitsProcessor"),
+        *("SuppressTokensLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor"),
+        *("ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor"),
+        *("InfNanRemoveLogitsProcessor", "LogitNormalization", "ExponentialDecayLengthPenalty"),
+        *("MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "StopStringCriteria"),
+    }
+)
+
+
+def remember_nothing(rules: Iterable[object]) -> bool:
+    """Return whether logits processors and stopping criteria are known to keep no state."""
+    kinds = [type(rule) for rule in rules]
+    ours = all(kind.__module__.startswith("transformers.generation.") for kind in kinds)
+    return ours and all(kind.__name__ in _REMEMBER_NOTHING for kind in kinds)

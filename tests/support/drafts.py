@@ -1,0 +1,108 @@
+"""Models that draft, and what is compared with them: the eager model, token by token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adaskip_fx.api import build
+from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.runtime.runtime import Runtime
+from adaskip_fx.speculation.acceptance import Column, Sampling
+from adaskip_fx.speculation.lookup import Lookup
+from adaskip_fx.speculation.options import Lossless
+from adaskip_fx.speculation.proposals import Context, Drafts, Proposer
+from adaskip_fx.speculation.speculation import Speculation
+from tests.support.compiled_llamas import KINDS, SHAPES, make_model
+
+
+@dataclass(frozen=True, eq=False)
+class Drafting:
+    """A model in float64, and the same compiled with what drafts."""
+
+    model: Any
+    fast: Any
+
+    @property
+    def runtime(self) -> Runtime:
+        runtime: Runtime = runtime_of(self.fast)
+        return runtime
+
+    def tokens(self, batch: int, count: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, self.model.config.vocab_size, (batch, count), generator=generator)
+
+    def begin(self, *proposers: Proposer, longest: int = 4) -> Speculation:
+        """Draft with these from now on; returns what is counted."""
+        before = self.runtime.speculation
+        assert before is not None
+        decoding = Lossless(proposers, longest) if proposers else Lossless(longest=longest)
+        self.runtime.speculation = Speculation(decoding, before.plan)
+        return self.runtime.speculation
+
+
+@functools.cache
+def drafting(
+    shape: str = "grouped", skip: Sequence[str] = ("1.attention",), static: bool = False
+) -> Drafting:
+    """The process's one model of this shape that drafts with a plan."""
+    model = make_model(shape, torch.float64)
+    layers = range(SHAPES[shape]["num_hidden_layers"])
+    names = [f"{layer}.{kind}" for layer in layers for kind in KINDS]
+    plan = SkipPlan.of([*map(_sublayer, names)], skip)
+    options = {"backend": "eager", "static_cache": static, "max_variants": 64}
+    return Drafting(model, build(model, plan, decoding=Lossless((Lookup(),)), **options))
+
+
+def _sublayer(name: str) -> Any:
+    from adaskip_fx.plans.sublayer import Sublayer
+
+    return Sublayer.parse(name)
+
+
+@dataclass
+class Oracle:
+    """Proposes what the text will be, but for some places, where it is wrong.
+
+    Attributes:
+        text: all tokens, int64 [B, T].
+        wrong: every so many-th draft is another token; 0: none is.
+    """
+
+    text: torch.Tensor
+    wrong: int = 0
+    name: str = "oracle"
+    free: bool = True
+
+    def begin(self) -> Oracle:
+        return self
+
+    def propose(self, context: Context, most: int) -> Drafts | None:
+        begin = context.input_ids.shape[1]
+        tokens = self.text[:, begin : begin + most].clone()
+        if self.wrong:
+            places = torch.arange(begin, begin + tokens.shape[1])
+            tokens[:, places % self.wrong == 0] += 1
+        return Drafts(tokens) if tokens.numel() else None
+
+
+class AlwaysAccepts(Sampling):
+    """Wrong: a draft stands however likely it was to be proposed."""
+
+    def accepts(
+        self, scores: torch.Tensor, drafts: torch.Tensor, probabilities: object
+    ) -> torch.Tensor:
+        return torch.ones_like(drafts, dtype=torch.bool)
+
+
+class DrawsAnew(Sampling):
+    """Wrong: what takes a draft's place may be what would have been proposed anyway."""
+
+    def replace(self, column: Column) -> tuple[torch.Tensor, torch.Tensor | None]:
+        drawn, invalid = self.choose(column.scores)
+        return torch.where(column.accepted, column.drafts, drawn), invalid
