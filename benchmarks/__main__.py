@@ -41,6 +41,7 @@ WORKLOADS = {
     "imports": "imports",
     "situations": "situations",
     "tensor_parallel": "tensor_parallel",
+    "lossless": "lossless",
 }
 RESULTS = Path(__file__).parent / "results"
 #: Of several processes the first one writes.
@@ -67,7 +68,9 @@ def run(
         list[str] | None, typer.Option(metavar="NAME=PATH", help="another text for studies")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="folder: each *.txt is a text")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="texts, situations or shapes; all")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="texts, situations, shapes or parts; all")
+    ] = None,
     calibrate: Annotated[
         list[str] | None, typer.Option(help="texts that study_recipe calibrates on; two of all")
     ] = None,
@@ -287,7 +290,7 @@ def _measure(name: str, module: Any, given: dict[str, Any], file: Path) -> dict[
         only = given["only"]
         earlier = json.loads(file.read_text()) if only and file.is_file() else None
         result = module.measure(only, earlier, given["save"])
-    elif name == "tensor_parallel":
+    elif name in ("tensor_parallel", "lossless"):
         result = module.measure(only=given["only"])
     else:
         result = module.measure()

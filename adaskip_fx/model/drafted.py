@@ -25,6 +25,7 @@ from ..kv_cache.cache import SkipCache
 from ..plans.decisions import Schedule
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..speculation.acceptance import Column, leading
+from ..speculation.chooser import Chooser
 from ..speculation.proposals import Drafts
 from ..speculation.speculation import Speculation
 from ..utils.stateless_rules import remember_nothing
@@ -72,8 +73,8 @@ class DraftedRequest(DecodedRequest):
         self.rows: Sequence[Sequence[int]] = text.rows
         self.plan = speculation.plan
         self._stats, self._longest = speculation.stats, speculation.decoding.longest
-        self._drafters = [(p.free, p.name, p.begin()) for p in speculation.decoding.proposers]
-        self._found = True
+        self._chooser = Chooser(speculation, call.input_ids.shape[0])
+        self._work = (-1, -1)
         self._refused: Column | None = None
         self._at_once = remember_nothing((*call.logits_processor, *call.stopping_criteria))
         self._positions = _positions(model)
@@ -112,11 +113,14 @@ class DraftedRequest(DecodedRequest):
 
     @property
     def goes_ahead(self) -> bool:
-        """Whether there is nothing to propose, as far as the tokens are on the host by now."""
-        if not self._found:
-            asked = (drafter for free, _, drafter in self._drafters if free)
-            self._found = any(drafter.propose(self, 1) is not None for drafter in asked)
-        return not self._found
+        """Whether nothing is worth drafting, as far as the tokens are on the host by now."""
+        return self._chooser.offer(self, self._most(), self.cache.length) is None
+
+    def received(self) -> None:
+        """Take the time of what was run since the last token."""
+        counters, before = self._model._adaskip.counters, self._work
+        self._work = counters.captures, counters.links
+        self._chooser.took(self.cache.length, undisturbed=self._work == before)
 
     def choose_tokens(self) -> None:
         """Choose a token of each row, in place of the first draft that was not accepted if any."""
@@ -142,38 +146,40 @@ class DraftedRequest(DecodedRequest):
 
     def advance(self) -> bool:
         """Verify drafts, or run a plain step where there are none; see `DecodedRequest`."""
-        name, drafts = self._propose()
-        if drafts is None:
+        offer = self._chooser.offer(self, self._most(), self.cache.length)
+        drafts = None if offer is None else self._chooser.drafts(self, offer)
+        if offer is None or drafts is None:
             return super().advance()
-        return self._verify(name, drafts)
+        padded = replace(drafts, tokens=self.padded(drafts.tokens))
+        accepted, ended = self._verify(padded)
+        self._stats.count(offer.name, drafts.count, accepted, len(self.rows))
+        self._chooser.verified(offer, drafts.count, accepted)
+        return ended
 
-    def _propose(self) -> tuple[str, Drafts | None]:
+    def _most(self) -> int:
+        """Return how many drafts there may be now."""
         most, last = self._positions - self.cache.length - 1, self.call.stopping_criteria.max_length
         if last is not None:  # one more token follows those that are accepted
             most = min(most, last - self.input_ids.shape[1] - 1)
-        most = min(most, self._longest)
-        self._found = False
-        for _, name, drafter in self._drafters if most > 0 else ():
-            drafts = drafter.propose(self, most)
-            if drafts is not None:
-                self._found = True
-                return name, replace(drafts, tokens=self.padded(drafts.tokens)).first(most)
-        return "", None
+        return min(most, self._longest)
 
-    def _verify(self, name: str, drafts: Drafts) -> bool:
-        """Read drafts, and append those that stand; returns whether the request has ended."""
+    def _verify(self, drafts: Drafts) -> tuple[int, bool]:
+        """Read drafts, and append those that stand.
+
+        Returns:
+            How many do, and whether the request has ended with them.
+        """
         stored, count = self.cache.length, drafts.count
         text = torch.cat((self.input_ids, drafts.tokens), 1)
         grown = next_kwargs(self._model, None, dict(self.model_kwargs), count)
         outputs = self._read(text, grown, count + 1)
         logits = outputs.logits[:, -count - 1 :].to(torch.float32)
         accepted = self._accept(drafts, logits)
-        self._stats.count(name, count, accepted, len(self.rows))
         self.model_kwargs = next_kwargs(self._model, outputs, self.model_kwargs, accepted + 1)
         ended = bool(self.unfinished.max() == 0)
         self.cache.keep_first(stored + 1 + accepted - ended)
         self.logits = logits[:, accepted]
-        return ended
+        return accepted, ended
 
     def _accept(self, drafts: Drafts, logits: torch.Tensor) -> int:
         """Append the drafts that stand, and keep the first that does not; returns how many do."""

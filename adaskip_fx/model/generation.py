@@ -113,6 +113,7 @@ def run(model: CompiledCausalLM, request: DecodedRequest) -> Any:
             cache.keep_first(cache.length - 1)
         if invalid:
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        request.received()
         if stop or full:
             break
         if not ahead and request.advance():
@@ -166,6 +167,9 @@ class DecodedRequest:
     def goes_ahead(self) -> bool:
         """Whether the next step may be begun before the host knows this one's token."""
         return True
+
+    def received(self) -> None:
+        """Take note that the host has the last token."""
 
     def choose_tokens(self) -> None:
         """Choose a token of each row by the logits, and send the host whether to stop."""

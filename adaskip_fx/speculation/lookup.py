@@ -13,6 +13,14 @@ import torch
 
 from .proposals import Context, Drafts
 
+#: By tokens that were there before: what such drafts are called, and how likely they seem.
+_KINDS = (
+    (8, "after 8 or more", 0.8),
+    (4, "after 4 to 7", 0.6),
+    (1, "after fewer", 0.4),
+    (0, "in some rows", 0.1),
+)
+
 
 @dataclass(frozen=True)
 class Lookup:
@@ -66,10 +74,13 @@ class LookupDrafter:
         if len(self._indices) != len(rows):
             self._indices = [_Index(self._options) for _ in rows]
         found = [index.find(row, most) for index, row in zip(self._indices, rows, strict=True)]
-        if not any(found):
+        if not any(tokens for tokens, _ in found):
             return None
-        drafts = [tokens or [row[-1]] * most for tokens, row in zip(found, rows, strict=True)]
-        return Drafts(torch.tensor(drafts, device=context.input_ids.device))
+        copied = [tokens or [row[-1]] * most for (tokens, _), row in zip(found, rows, strict=True)]
+        least = min(common for _, common in found)  # of a row without a copy 0
+        kind, chance = next((kind, chance) for begin, kind, chance in _KINDS if least >= begin)
+        tokens = torch.tensor(copied, device=context.input_ids.device)
+        return Drafts(tokens, kind=kind, chance=chance)
 
 
 class _Index:
@@ -80,19 +91,22 @@ class _Index:
         self._ends: dict[tuple[int, ...], list[int]] = {}  # n-gram -> the places after it
         self._read = 0
 
-    def find(self, text: Sequence[int], most: int) -> list[int]:
-        """Return what followed the longest copy of the end of `text`; [] if there is no copy."""
+    def find(self, text: Sequence[int], most: int) -> tuple[list[int], int]:
+        """Return what followed the longest copy of the end of `text`, and how long that is.
+
+        The first is [] if there is no copy.
+        """
         self._grow(text)
         places = self._ends.get(tuple(text[-self._options.least :]))
         if not places or len(text) < self._options.least:
-            return []
+            return [], 0
         recent = places[-self._options.places :]
         best = max(recent, key=lambda place: (self._common(text, place), place))
         known = list(text[best : best + most])
         period = len(text) - best  # a copy that reaches the end goes on with what it has become
         while len(known) < most:
             known.append(known[len(known) - period])
-        return known
+        return known, self._common(text, best)
 
     def _grow(self, text: Sequence[int]) -> None:
         least = self._options.least

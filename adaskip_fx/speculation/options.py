@@ -20,12 +20,16 @@ class Lossless:
     arXiv 2211.17192).
 
     Attributes:
-        proposers: Who drafts, in the order in which they are asked.
+        proposers: Who drafts.
         longest: The most tokens that are drafted before they are verified, 1 to 31.
+        adaptive: Whether it is measured which drafts are worth their time, and how many: nothing is
+            drafted where plain steps are faster. Else the first proposer that has drafts makes
+            `longest` of them, however many stand.
     """
 
     proposers: tuple[Proposer, ...] = (Lookup(), Skipped())
-    longest: int = 7
+    longest: int = 15
+    adaptive: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "proposers", tuple(self.proposers))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -117,10 +119,14 @@ def test_what_is_done_wrongly_shows(what: str, monkeypatch: pytest.MonkeyPatch) 
         assert_same(bank, kind, prompt(bank))
 
 
+@functools.cache
+def undrafted() -> Any:
+    return build(drafting().model, None, backend="eager", static_cache=False)
+
+
 @proposers
 def test_what_is_stored_is_what_is_stored_without_drafts(kind: str) -> None:
-    bank = drafting()
-    plain = build(bank.model, None, backend="eager", static_cache=False)
+    bank, plain = drafting(), undrafted()
     options = {"return_dict_in_generate": True, "max_new_tokens": 15}
     want = generated(plain, prompt(bank), **options)
     bank.begin(PROPOSERS[kind](want.sequences))
@@ -275,6 +281,22 @@ def test_ahead_of_the_host(kind: str) -> None:
     assert counted.tokens == NEW
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_whatever_the_clock_says(batch: int) -> None:
+    """Blocks of other lengths, by other proposers, give the same tokens."""
+    bank, chance = drafting(), random.Random(0)
+    now = itertools.accumulate(chance.choice([0.1, 1.0, 5.0]) for _ in itertools.count())
+    ids = prompt(bank, batch)
+    want = generated(bank.model, ids, max_new_tokens=60)
+    proposers = Lookup(), Skipped(), Oracle(want, wrong=7)
+    counted = bank.begin(*proposers, longest=15, clock=lambda: next(now)).stats
+    for _ in range(3):
+        assert torch.equal(generated(bank.fast, ids, max_new_tokens=60), want)
+    assert counted.steps > 3, "times of plain steps are taken"
+    lengths = counted.proposers["oracle"].drafted
+    assert lengths[0] > lengths[-1], "and blocks of several lengths"
+
+
 # Sampling ----------------------------------------------------------------------------------------
 
 
@@ -323,12 +345,19 @@ def distance(bank: Drafting, requests: int, rows: int) -> float:
     return float(parts.sum() / (len(parts) - 1))
 
 
-@pytest.mark.parametrize("proposer", [Skipped(), Lookup(least=1)])
-@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize(
+    ("proposer", "rows"),
+    [
+        (Skipped(), 1),
+        pytest.param(Skipped(), 6, marks=pytest.mark.slow),
+        pytest.param(Lookup(least=1), 1, marks=pytest.mark.slow),
+        (Lookup(least=1), 6),
+    ],
+)
 def test_sampled_tokens_have_the_full_models_probabilities(proposer: Proposer, rows: int) -> None:
     bank = small()
     counted = bank.begin(proposer).stats
-    assert distance(bank, 400 if rows == 1 else 250, rows) < 1.8
+    assert distance(bank, 300 if rows == 1 else 200, rows) < 1.8
     accepted = counted.proposers[proposer.name].acceptance[0]
     assert accepted < 0.98
     if rows == 1:
@@ -350,7 +379,8 @@ def test_a_wrong_acceptance_shows(what: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_a_profile_drafts_are_looked_up() -> None:
-    fast = adaskip_fx.compile(make_model("one_layer"), decoding=Lossless(), backend="eager")
+    decoding = Lossless(adaptive=False)
+    fast = adaskip_fx.compile(make_model("one_layer"), decoding=decoding, backend="eager")
     ids = torch.tensor([[4, 5, 6, 7, 4, 5]])
     assert generated(fast, ids).shape == (1, 6 + NEW)
     assert fast.adaskip.drafts is not None
@@ -367,7 +397,7 @@ def test_what_was_counted_is_shown() -> None:
     assert "skips 1 of 4 sublayers" in report
     assert f"{NEW} tokens in" in report
     assert "accepted by position" in report
-    assert build(bank.model, None, backend="eager").adaskip.drafts is None
+    assert undrafted().adaskip.drafts is None
 
 
 def test_a_state_cannot_be_taken_back() -> None:
@@ -384,14 +414,14 @@ def test_several_plans_do_not_draft() -> None:
         build(bank.model, schedule, decoding=Lossless(), backend="eager")
 
 
-@pytest.mark.parametrize("longest", [0, 32, 2.5])
-def test_options_that_mean_nothing(longest: Any) -> None:
-    with pytest.raises(ValueError, match=r"must be 1 to 31"):
-        Lossless(longest=longest)
+def test_options_that_mean_nothing() -> None:
+    for longest in (0, 32, 2.5):
+        with pytest.raises(ValueError, match=r"must be 1 to 31"):
+            Lossless(longest=longest)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one proposer"):
         Lossless(())
     with pytest.raises(TypeError, match="decoding must be"):
-        build(make_model("one_layer"), None, decoding=longest, backend="eager")
+        build(make_model("one_layer"), None, decoding=4, backend="eager")
 
 
 def test_a_block_ends_before_another_set_of_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:

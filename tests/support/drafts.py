@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +38,17 @@ class Drafting:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, self.model.config.vocab_size, (batch, count), generator=generator)
 
-    def begin(self, *proposers: Proposer, longest: int = 4) -> Speculation:
-        """Draft with these from now on; returns what is counted."""
+    def begin(
+        self,
+        *proposers: Proposer,
+        longest: int = 4,
+        clock: Callable[[], float] | None = None,
+    ) -> Speculation:
+        """Draft with these from now on, as they are worth it by a clock or always."""
         before = self.runtime.speculation
         assert before is not None
-        decoding = Lossless(proposers, longest) if proposers else Lossless(longest=longest)
-        self.runtime.speculation = Speculation(decoding, before.plan)
+        decoding = Lossless(proposers, longest, adaptive=clock is not None)
+        self.runtime.speculation = Speculation(decoding, before.plan, clock or time.perf_counter)
         return self.runtime.speculation
 
 

@@ -1,0 +1,124 @@
+"""How many tokens to draft, and who drafts: the most tokens for the time, as far as was measured.
+
+A block of k drafts of which the i-th stands with probability a(i), given those before it, gives
+1 + a(1) + a(1) a(2) + ... tokens. Over its time in plain steps that is its worth; a plain step's is
+1. What is worth less is not drafted, but tried again now and then, on credit: each token earns a
+fiftieth of a plain step, and what rounds have lost against plain steps is taken from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .times import PLAIN, Round, Times
+
+#: Drafts of a block: with the token before them as many as a GPU's recorded steps have.
+LENGTHS = (1, 3, 7, 15)
+_EARNED = 0.02  # of a plain step, by each token
+_MOST_CREDIT = 8.0  # plain steps
+_AGAIN = 32  # tokens after which what is not worth it may be tried again
+_FRESH = 64  # tokens for which the time of a plain step is believed
+_DECAY = 0.95  # of what was seen, at each new block
+_SUPPOSED = 2.0  # drafts that what is supposed of a source counts as
+_WEIGHT = 0.5  # drafts that a position counts as for the next one
+
+
+class Source:
+    """What is known of one kind of drafts: of a proposer, or of a part of what it proposes.
+
+    Attributes:
+        since: tokens since the last block.
+    """
+
+    def __init__(self, chance: float) -> None:
+        """Suppose that the first draft of a block stands with this probability."""
+        self.since = 0
+        # by position: drafts whose predecessors stand, and how many of them do; earlier ones less
+        self._tried, self._stood = [_SUPPOSED], [_SUPPOSED * chance]
+
+    def acceptance(self, position: int) -> float:
+        """Return how likely a draft is to stand, if those before it do.
+
+        Of a position that was not reached for long that is what is known of the one before.
+        """
+        last = min(position, len(self._tried) - 1)
+        known = self._stood[0] / self._tried[0]
+        for tried, stood in zip(self._tried[1 : last + 1], self._stood[1 : last + 1], strict=True):
+            known = (stood + _WEIGHT * known) / (tried + _WEIGHT)
+        return known
+
+    def tokens(self, count: int) -> float:
+        """Return how many tokens to expect of a block of `count` drafts."""
+        total, all_stand = 1.0, 1.0
+        for position in range(count):
+            all_stand *= self.acceptance(position)
+            total += all_stand
+        return total
+
+    def verified(self, count: int, accepted: int) -> None:
+        """Count a block of `count` drafts, of which the first ones stand."""
+        missing = [0.0] * (count - len(self._tried))
+        self._tried = [seen * _DECAY for seen in self._tried + missing]
+        self._stood = [seen * _DECAY for seen in self._stood + missing]
+        for position in range(min(accepted + 1, count)):
+            self._tried[position] += 1
+            self._stood[position] += position < accepted
+        self.since = 0
+
+
+class Controller:
+    """Chooses blocks for one compiled model.
+
+    Attributes:
+        times: of rounds.
+        credit: plain steps that may be lost by trying.
+        clock: where seconds come from.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """Begin with nothing seen."""
+        self.times = Times()
+        self.credit = 0.0
+        self.clock = clock
+        self._sources: dict[tuple[str, str], Source] = {}
+        self._since_plain = _FRESH
+
+    def source(self, name: str, kind: str, chance: float) -> Source:
+        """Return what is known of drafts of a kind, by the proposer of this name."""
+        return self._sources.setdefault((name, kind), Source(chance))
+
+    def worth(
+        self, name: str, source: Source, most: int, rows: int, length: int, slope: float
+    ) -> tuple[float, int]:
+        """Return the worth of the best block, and how many drafts it has; 0 if none is worth it.
+
+        Args:
+            name: of the proposer.
+            source: the drafts.
+            most: how many there can be.
+            rows: of the batch.
+            length: tokens stored.
+            slope: what a draft takes if that was never measured, in plain steps.
+        """
+        lengths = [k for k in LENGTHS if k < most] + [most]
+        if self.times.plain(rows, length) is None or self._since_plain >= _FRESH:
+            return 0.0, 0  # there is nothing to compare with
+        known = [(self.times.ratio(rows, length, (name, k), slope), k) for k in lengths]
+        worth, best = max((source.tokens(k) / ratio, k) for ratio, k in known)
+        if worth > 1:
+            return worth, best
+        ratio, least = known[0]
+        if source.since >= _AGAIN and self.credit >= ratio - 1:
+            return 1.0, least
+        return worth, 0
+
+    def took(self, rows: int, length: int, kind: Round, tokens: int, seconds: float) -> None:
+        """Count a round that gave `tokens` tokens of each row."""
+        self._since_plain = 0 if kind == PLAIN else self._since_plain + tokens
+        for source in self._sources.values():
+            source.since += tokens
+        counts = self.times.add(rows, length, kind, seconds)
+        plain = self.times.plain(rows, length)
+        if counts and plain is not None:
+            gained = tokens - seconds / plain
+            self.credit = min(_MOST_CREDIT, self.credit + gained + _EARNED * tokens)

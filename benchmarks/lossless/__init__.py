@@ -1,0 +1,43 @@
+"""Drafts that the full program verifies: what they gain on real text, and what their steps take.
+
+`tasks` is SmolLM2-135M-Instruct against its own full program in the same process; `steps` is the 8B
+shape's verification and drafts at length, from which a speed-up follows for each acceptance.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from . import steps, tasks
+
+#: Parts of the workload by name, in order.
+PARTS = {"tasks": tasks.rows, "steps": steps.rows}
+
+
+def measure(only: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the rows of each part, or of some; each is printed as it comes.
+
+    Args:
+        only: names of parts; all of them when empty.
+    """
+    return {name: list(_printed(PARTS[name]())) for name in PARTS if not only or name in only}
+
+
+def _printed(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        print(line(row), file=sys.stderr, flush=True)
+        yield row
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row as a line of text."""
+    target = "" if row.get("target") is None else f", target {row['target']:g}"
+    ratio = f"{row['ratio']:.3g}x" if row.get("ratio") is not None else ""
+    return f"{row['what']}: {ratio}{target}  {row.get('notes', '')}".rstrip()
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return the rows as lines, by part."""
+    return "\n".join(line(row) for name in PARTS for row in result.get(name, ()))

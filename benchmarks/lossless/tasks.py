@@ -1,0 +1,169 @@
+"""SmolLM2-135M-Instruct with drafts against its own full program, by what a text has in common.
+
+The prompts are made of Python's own documentation and source, and of numbered records.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import statistics
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+
+import adaskip_fx
+from adaskip_fx.api import build
+from adaskip_fx.data.reference_text import calibration_samples
+from adaskip_fx.model.handle import runtime_of
+from adaskip_fx.model.load import load, packaged_model, usable_backend
+from adaskip_fx.speculation.options import Lossless
+from adaskip_fx.speculation.statistics import DraftStats
+
+from ..ceilings import synchronize
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is asked for.
+
+    Attributes:
+        context: tokens of a prompt, about.
+        new: tokens of an answer.
+        prompts: of each task.
+        rounds: how often each is answered.
+        calibrated: tokens of each of four texts that the drafts' plan is calibrated on.
+    """
+
+    context: int
+    new: int
+    prompts: int
+    rounds: int
+    calibrated: int
+
+
+_ON_GPU = Sizes(context=2048, new=256, prompts=4, rounds=3, calibrated=1024)
+_ELSEWHERE = Sizes(context=512, new=96, prompts=2, rounds=1, calibrated=256)
+#: What a task is to gain at least.
+TARGETS = {"quoting": 1.8, "summaries": 1.35, "edits": 2.2, "stories": 0.97}
+
+
+def prompts(name: str, count: int, characters: int) -> list[str]:
+    """Return prompts of a task, the same ones every time."""
+    draw = random.Random(name)
+    make: dict[str, Callable[[random.Random, int], str]] = {
+        "quoting": _quoting,
+        "summaries": _summary,
+        "edits": _edit,
+        "stories": _story,
+    }
+    return [make[name](draw, characters) for _ in range(count)]
+
+
+def _quoting(draw: random.Random, characters: int) -> str:
+    words = ("red", "green", "blue", "tall", "small", "round", "old", "new", "warm", "cold")
+    records = [
+        f"Record {number}: the {draw.choice(words)} box of shelf {draw.randrange(100)} holds "
+        f"{draw.randrange(1000)} {draw.choice(words)} parts, last counted in {draw.randrange(12)}."
+        for number in range(max(8, characters // 90))
+    ]
+    first = draw.randrange(len(records) - 6)
+    return "\n".join(
+        [*records, f"Repeat the records {first} to {first + 5} word for word, one on each line."]
+    )
+
+
+def _summary(draw: random.Random, characters: int) -> str:
+    name = draw.choice([n for n, text in sorted(topics.items()) if len(text) > characters])
+    return f"{topics[name][:characters]}\n\nSummarize the text above in a few sentences."
+
+
+def _edit(draw: random.Random, characters: int) -> str:
+    functions = textwrap, statistics, random, inspect
+    source = inspect.getsource(draw.choice(functions))
+    start = draw.randrange(max(1, len(source) - characters // 2))
+    code = source[start : start + characters // 2]
+    return f"```python\n{code}\n```\nWrite this code again with the name `self` changed to `this`."
+
+
+def _story(draw: random.Random, characters: int) -> str:
+    who = ("a sailor", "two sisters", "an old clock", "a lost dog", "a young baker", "a teacher")
+    where = ("a town by the sea", "a forest in winter", "a train at night", "an empty school")
+    return f"Write a story about {draw.choice(who)} in {draw.choice(where)}."
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """Yield a row for each task: the time of plain tokens over that of drafted ones."""
+    small = load(str(packaged_model()))
+    on_gpu = small.model.device.type == "cuda"
+    sizes = _ON_GPU if on_gpu else _ELSEWHERE
+    backend, _ = usable_backend("inductor", small.model.device)
+    texts = calibration_samples(None, sizes.calibrated, 4)
+    profile = adaskip_fx.calibrate(small.model, small.tokenizer, texts, sizes.calibrated)
+    plain = build(small.model, None, backend=backend)
+    fast = adaskip_fx.compile(small.model, profile, decoding=Lossless(), backend=backend)
+    for name, target in TARGETS.items():
+        yield _row(name, target, small.tokenizer, plain, fast, sizes)
+
+
+def _row(
+    name: str, target: float, tokenizer: Any, plain: Any, fast: Any, sizes: Sizes
+) -> dict[str, Any]:
+    runtime_of(fast).speculation.stats = DraftStats()  # type: ignore[union-attr]
+    times: dict[str, list[float]] = {"plain": [], "fast": []}
+    same, lengths = 0, 0
+    for number, text in enumerate(prompts(name, sizes.prompts, 4 * sizes.context)):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt"
+        )
+        ids = (ids if isinstance(ids, torch.Tensor) else ids["input_ids"]).to(plain.device)
+        for turn in range(-1 if number == 0 else 0, sizes.rounds):  # the first sets things up
+            answers = {}
+            for kind, model in (("plain", plain), ("fast", fast)):
+                seconds, answers[kind] = _answer(model, ids, sizes.new)
+                if turn >= 0:
+                    times[kind].append(seconds)
+        lengths += ids.shape[1]
+        same += int(torch.equal(answers["plain"], answers["fast"]))
+    stats = fast.adaskip.drafts
+    return {
+        "what": f"{name}, {lengths // sizes.prompts} tokens, {sizes.new} new: plain over drafted",
+        "ratio": sum(times["plain"]) / sum(times["fast"]),
+        "target": target,
+        "notes": {
+            "plain_ms": 1000 * sum(times["plain"]) / len(times["plain"]) / sizes.new,
+            "drafted_ms": 1000 * sum(times["fast"]) / len(times["fast"]) / sizes.new,
+            "same_answers": f"{same} of {sizes.prompts}",
+            "tokens_per_step": stats.tokens_per_step,
+            "acceptance": {
+                n: [round(share, 3) for share in proposed.acceptance]
+                for n, proposed in stats.proposers.items()
+            },
+        },
+    }
+
+
+def _answer(model: Any, ids: torch.Tensor, new: int) -> tuple[float, torch.Tensor]:
+    """Return the seconds of the tokens after the first, and all tokens."""
+    options = {"do_sample": False, "attention_mask": torch.ones_like(ids)}
+    began: list[float] = []
+
+    class First:
+        """Takes the time at which the first new token comes."""
+
+        def put(self, value: torch.Tensor) -> None:
+            began.append(time.perf_counter())
+
+        def end(self) -> None:
+            began.append(time.perf_counter())
+
+    tokens: torch.Tensor = model.generate(
+        ids, streamer=First(), max_new_tokens=new, min_new_tokens=new, **options
+    )
+    synchronize(model.device)
+    return began[-1] - began[1], tokens  # the first is the prompt

@@ -1,0 +1,153 @@
+"""What is worth drafting: by a clock that the test moves, nothing is left to chance."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from adaskip_fx.speculation.controller import Controller, Source
+from adaskip_fx.speculation.times import PLAIN, Times
+
+ROWS, LENGTH = 1, 1000
+NAME = "drafts"
+
+
+@dataclass
+class Device:
+    """A device on which a plain step takes 1 and a block 1 + fixed + slope * k.
+
+    Attributes:
+        chance: how likely a draft is to stand.
+    """
+
+    fixed: float
+    slope: float
+    chance: float
+    seed: int = 0
+    controller: Controller = field(init=False)
+    spent: float = 0.0
+    blocks: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.controller = Controller(lambda: self.spent)
+        self._random = random.Random(self.seed)
+
+    def run(self, tokens: int, begin: float = 0.9, most: int = 15, supposed: float = 0.1) -> float:
+        """Generate so many tokens; returns the plain steps that they took."""
+        source, total = self.controller.source(NAME, "", begin), 0
+        started, self.blocks = self.spent, []
+        while total < tokens:
+            _, count = self.controller.worth(NAME, source, most, ROWS, LENGTH, supposed)
+            before, accepted = self.spent, 0
+            if count:
+                stand = (self._random.random() < self.chance for _ in range(count))
+                accepted = sum(itertools.takewhile(bool, stand))
+                self.spent += 1 + self.fixed + self.slope * count
+                source.verified(count, accepted)
+            else:
+                self.spent += 1
+            self.blocks.append(count)
+            kind = (NAME, count) if count else PLAIN
+            took = self.spent - before
+            self.controller.took(ROWS, LENGTH, kind, accepted + 1, took)
+            total += accepted + 1
+        return (self.spent - started) * tokens / total
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("fixed", "slope", "chance"),
+    [(0.05, 0.0, 0.0), (0.5, 0.3, 0.05), (0.1, 0.9, 0.3), (2.0, 1.0, 0.0), (0.0, 0.0, 0.0)],
+)
+def test_what_does_not_pay_costs_a_fiftieth(
+    fixed: float, slope: float, chance: float, seed: int
+) -> None:
+    device = Device(fixed, slope, chance, seed)
+    device.run(200)  # what was supposed is unlearned
+    assert device.run(2000) <= 2000 / 0.97
+    assert device.blocks.count(0) > len(device.blocks) * 0.5 or slope == 0
+
+
+@pytest.mark.parametrize(
+    ("fixed", "slope", "chance", "least"),
+    [(0.05, 0.0, 0.9, 4.0), (0.1, 0.05, 0.8, 2.2), (0.05, 0.5, 0.95, 1.3), (0.05, 0.0, 0.5, 1.6)],
+)
+def test_what_pays_is_drafted(fixed: float, slope: float, chance: float, least: float) -> None:
+    device = Device(fixed, slope, chance)
+    device.run(200)
+    assert device.run(2000) < 2000 / least
+
+
+@pytest.mark.breaks
+def test_without_measuring_it_would_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companion: a controller that believes what was supposed of the times."""
+    monkeypatch.setattr(Times, "ratio", lambda *args: 1.05)
+    device = Device(0.1, 0.9, 0.3)
+    device.run(200)
+    assert device.run(2000) > 2000 / 0.97
+
+
+def test_a_text_that_begins_to_copy_is_noticed() -> None:
+    device = Device(0.1, 0.05, 0.0)
+    device.run(1000)
+    device.chance = 0.95
+    device.run(300)
+    assert device.run(1000) < 1000 / 2
+    device.chance = 0.0
+    device.run(100)
+    assert device.run(1000) <= 1000 / 0.97
+
+
+def test_longer_blocks_where_more_stands() -> None:
+    lengths = []
+    for chance in (0.3, 0.7, 0.95):
+        device = Device(0.05, 0.08, chance)
+        device.run(500)
+        device.run(500)
+        used = [count for count in device.blocks if count]
+        lengths.append(sum(used) / len(used))
+    assert lengths == sorted(lengths)
+    assert lengths[2] > 2 * lengths[0]
+
+
+def test_the_tokens_to_expect() -> None:
+    source = Source(0.5)
+    assert source.tokens(2) == 1 + 0.5 + 0.25
+    source.verified(3, 3)
+    source.verified(3, 3)
+    assert source.tokens(3) > 2.5
+    for _ in range(50):
+        source.verified(3, 1)
+    assert source.acceptance(0) > 0.9
+    assert source.acceptance(1) < 0.1
+    assert source.tokens(3) == pytest.approx(2, abs=0.2)
+
+
+def test_what_was_seen_long_ago_is_forgotten() -> None:
+    source = Source(0.5)
+    for _ in range(30):
+        source.verified(3, 3)
+    for _ in range(200):
+        source.verified(3, 0)
+    assert source.tokens(15) < 1.01
+
+
+def test_times_of_what_was_not_measured() -> None:
+    times = Times()
+    assert times.plain(1, 100) is None
+    assert times.ratio(1, 100, ("a", 4), 0.1) == pytest.approx(1.4)
+    for kind, seconds in ((PLAIN, 2.0), (("a", 2), 3.0)):
+        assert not times.add(1, 100, kind, 50.0), "the first of a kind sets things up"
+        assert times.add(1, 100, kind, seconds)
+    assert times.plain(1, 100) == 2.0
+    assert times.plain(1, 1000) is None
+    assert times.ratio(1, 100, ("a", 2), 0.1) == 1.5
+    assert times.ratio(1, 100, ("a", 4), 0.1) == 2.0, "as much more for each token"
+    assert times.ratio(1, 1000, ("a", 2), 0.1) == 1.5, "as at another length"
+    assert times.ratio(2, 100, ("a", 2), 0.1) == pytest.approx(1.2), "other rows are another thing"
+    for _ in range(5):
+        times.add(1, 100, PLAIN, 3.0)
+    assert times.ratio(1, 100, ("a", 2), 0.1) == 1.0, "the last five count"
