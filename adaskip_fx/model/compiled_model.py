@@ -16,7 +16,12 @@ from ..parallel.random_numbers import share_random_numbers
 from ..parallel.ranks import Ranks
 from ..runtime.runtime import Runtime
 from ..utils.transformers_internals import GenerateHooks, is_whole_text, stop_tokens
-from ..utils.transformers_types import DecodingCall, GenerationConfigLike, ModelKwargs
+from ..utils.transformers_types import (
+    DecodingCall,
+    GenerationConfigLike,
+    MakeCandidates,
+    ModelKwargs,
+)
 from . import drafted, generation
 from .handle import Handle
 from .host import recall_offsets
@@ -130,6 +135,22 @@ class CompiledModel(GenerateHooks):
             return generation.run(self, generation.DecodedRequest(self, call))
         with CompiledModel._adaskip_assisted(self, call.input_ids, call.config, call.model_kwargs):
             return generation.run(self, drafted.DraftedRequest(self, call, speculation))
+
+    def _adaskip_draft(
+        self: CompiledCausalLM, call: DecodingCall, assistant: MakeCandidates
+    ) -> Any:
+        """Decode with an assistant's drafts as well, where the model decodes with drafts anyway."""
+        runtime = self._adaskip
+        cache, speculation = call.model_kwargs.get(runtime.generate_argument), runtime.speculation
+        lossy = getattr(call.config, "assistant_ensemble_weight", None) is not None
+        if speculation is None or lossy or call.input_ids.shape[0] > 1:
+            return None
+        if not isinstance(cache, SkipCache) or not generation.serves(call):
+            return None
+        if not drafted.serves(cache):
+            return None
+        with CompiledModel._adaskip_assisted(self, call.input_ids, call.config, call.model_kwargs):
+            return generation.run(self, drafted.DraftedRequest(self, call, speculation, assistant))
 
     def _adaskip_recall(self: CompiledCausalLM, model_kwargs: ModelKwargs) -> None:
         cache = model_kwargs.get(self._adaskip.generate_argument)

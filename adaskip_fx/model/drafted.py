@@ -30,7 +30,8 @@ from ..speculation.proposals import Drafts
 from ..speculation.speculation import Speculation
 from ..utils.stateless_rules import remember_nothing
 from ..utils.transformers_internals import next_kwargs
-from ..utils.transformers_types import DecodingCall, Output, Streamer
+from ..utils.transformers_types import DecodingCall, MakeCandidates, Output, Streamer
+from .assistant import Assistant
 from .generation import DecodedRequest
 
 if TYPE_CHECKING:
@@ -62,18 +63,32 @@ class DraftedRequest(DecodedRequest):
 
     Attributes:
         rows: the tokens so far on the host, by row.
+        samples: whether tokens are drawn.
         plan: what drafts of the model itself leave out.
     """
 
     def __init__(
-        self, model: CompiledCausalLM, call: DecodingCall, speculation: Speculation
+        self,
+        model: CompiledCausalLM,
+        call: DecodingCall,
+        speculation: Speculation,
+        assistant: MakeCandidates | None = None,
     ) -> None:
-        """Read the prompt; arguments as of `DecodedRequest`, and what the model drafts with."""
+        """Read the prompt.
+
+        Args:
+            model: a compiled model.
+            call: as of `DecodedRequest`.
+            speculation: what the model drafts with.
+            assistant: who drafts besides, in this request.
+        """
         text = _Text(call.input_ids.tolist(), call.streamer)
         self.rows: Sequence[Sequence[int]] = text.rows
         self.plan = speculation.plan
         self._stats, self._longest = speculation.stats, speculation.decoding.longest
-        self._chooser = Chooser(speculation, call.input_ids.shape[0])
+        self.samples = call.config.do_sample
+        more = [] if assistant is None else [Assistant(assistant, self, call.config)]
+        self._chooser = Chooser(speculation, call.input_ids.shape[0], more)
         self._work = (-1, -1)
         self._refused: Column | None = None
         self._at_once = remember_nothing((*call.logits_processor, *call.stopping_criteria))
@@ -99,7 +114,7 @@ class DraftedRequest(DecodedRequest):
                 logits = self._read(text, kwargs, 1).logits[:, -1].to(torch.float32)
                 scores = self.call.logits_processor(text, logits) if self._at_once else logits
                 tokens.append(self.rule.choose(scores)[0])
-                if self.call.config.do_sample:
+                if self.samples:
                     probabilities.append(torch.softmax(scores, -1))
                 text = torch.cat((text, tokens[-1].unsqueeze(1)), 1)
                 kwargs = next_kwargs(self._model, None, dict(kwargs))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .controller import Source
-from .proposals import Context, Drafter, Drafts
+from .proposals import Context, Drafter, Drafts, Proposer
 from .speculation import Speculation
 from .times import PLAIN
 
@@ -35,12 +36,12 @@ class Offer:
 class Chooser:
     """Asks the proposers of one request, and counts what became of their drafts."""
 
-    def __init__(self, speculation: Speculation, rows: int) -> None:
-        """Begin with a request of `rows` rows."""
+    def __init__(self, speculation: Speculation, rows: int, more: Sequence[Proposer] = ()) -> None:
+        """Begin with a request of `rows` rows; `more` propose in it besides, and first."""
         decoding = speculation.decoding
         self._adaptive, self._rows = decoding.adaptive, rows
         self._controller = speculation.controller
-        self._drafters = [(p, p.begin()) for p in decoding.proposers]
+        self._drafters = [(p, p.begin()) for p in (*more, *decoding.proposers)]
         self._round, self._tokens = PLAIN, 1
         self._since: float | None = None
 

@@ -56,6 +56,10 @@ class Context(Protocol):
         """The same tokens on the host, by row; they only grow during a request."""
 
     @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn; else the best ones are taken."""
+
+    @property
     def plan(self) -> SkipPlan:
         """What `compile` chose to leave out; nothing where it was given no profile and no plan."""
 

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from .transformers_types import (
+    Candidates,
     DecodingCall,
     GenerationConfigLike,
     LogitsProcessor,
+    MakeCandidates,
     ModelKwargs,
     Output,
     StoppingCriteria,
@@ -154,18 +156,13 @@ def is_whole_text(
 def next_kwargs(
     model: Any, outputs: Output | None, model_kwargs: ModelKwargs, tokens: int = 1
 ) -> ModelKwargs:
-    """Return the arguments of forward that ``generate`` keeps for the step after this one.
+    """Return the arguments of forward that ``generate`` keeps for a text with `tokens` more.
 
-    Args:
-        model: of transformers'.
-        outputs: the step's; None for tokens that are to be read.
-        model_kwargs: its arguments.
-        tokens: how many more the text has.
+    `outputs` are of the step that has read it so far; None where it is still to be read.
     """
-    known: Any = outputs if outputs is not None else {}
-    updated: ModelKwargs = model._update_model_kwargs_for_generation(
-        known, model_kwargs, num_new_tokens=tokens
-    )
+    known: Any = {} if outputs is None else outputs
+    update = model._update_model_kwargs_for_generation
+    updated: ModelKwargs = update(known, model_kwargs, num_new_tokens=tokens)
     return updated
 
 
@@ -195,6 +192,10 @@ class GenerateHooks:
 
     def _adaskip_decode(self, call: DecodingCall) -> Any:
         """Decode, greedy or sampling; None where transformers' own loop is to do it."""
+        raise NotImplementedError
+
+    def _adaskip_draft(self, call: DecodingCall, assistant: MakeCandidates) -> Any:
+        """Decode with an assistant's drafts; None where transformers' own loop is to do it."""
         raise NotImplementedError
 
     def _adaskip_recall(self, model_kwargs: ModelKwargs) -> None:
@@ -267,6 +268,23 @@ class GenerateHooks:
         **kwargs: Any,
     ) -> Any:
         steps = (input_ids, logits_processor, stopping_criteria, generation_config)
+        named = "synced_gpus", "streamer", "assistant_model", "assistant_tokenizer", "tokenizer"
+        given = {name: kwargs.get(name) for name in named}
+        others = {name: value for name, value in kwargs.items() if name not in named}
+
+        def assistant(text: torch.Tensor, of_text: ModelKwargs) -> Candidates:
+            made: Candidates = self._get_candidate_generator(  # type: ignore[attr-defined]
+                *(generation_config, text, inputs_tensor, logits_processor, of_text),
+                assistant_model=given["assistant_model"],
+                target_tokenizer=given["tokenizer"],
+                assistant_tokenizer=given["assistant_tokenizer"],
+            )
+            return made
+
+        call = DecodingCall(*steps, bool(given["synced_gpus"]), given["streamer"], others)
+        drafted = self._adaskip_draft(call, assistant)
+        if drafted is not None:
+            return drafted
         with self._adaskip_assisted(input_ids, generation_config, kwargs):
             return super()._assisted_decoding(  # type: ignore[misc]
                 *steps, inputs_tensor=inputs_tensor, **kwargs

@@ -107,6 +107,17 @@ class LogitsProcessor(Protocol):
         """Yield the processors one by one."""
 
 
+class Candidates(Protocol):
+    """Who drafts in assisted generation."""
+
+    def get_candidates(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a text with drafts after it, int64 [B, T + k], and their scores [B, k, V]."""
+
+
+#: Makes who drafts, of the tokens so far and the arguments of forward that go with them.
+MakeCandidates: TypeAlias = Callable[[torch.Tensor, ModelKwargs], Candidates]
+
+
 class StoppingCriteria(Protocol):
     """The list of criteria that ends a request."""
 

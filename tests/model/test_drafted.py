@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import random
@@ -295,6 +296,53 @@ def test_whatever_the_clock_says(batch: int) -> None:
     assert counted.steps > 3, "times of plain steps are taken"
     lengths = counted.proposers["oracle"].drafted
     assert lengths[0] > lengths[-1], "and blocks of several lengths"
+
+
+# Assistants of transformers' ---------------------------------------------------------------------
+
+
+@functools.cache
+def assistants() -> dict[str, dict[str, Any]]:
+    other = make_model("one_layer", torch.float64, seed=5)
+    itself = copy.deepcopy(drafting().model)
+    itself.generation_config.assistant_confidence_threshold = 0.0  # drafts do not end early
+    return {
+        "another model": {"assistant_model": other},
+        "another model, compiled": {"assistant_model": build(other, None, backend="eager")},
+        "the model itself": {"assistant_model": itself},
+        "the text": {"prompt_lookup_num_tokens": 3},
+    }
+
+
+ASSISTANTS = ("another model", "another model, compiled", "the model itself", "the text")
+
+
+@pytest.mark.parametrize("kind", ASSISTANTS)
+def test_assistants_go_through_the_same_loop(kind: str) -> None:
+    bank, streamer = drafting(), Collected()
+    want = generated(bank.model, prompt(bank), eos_token_id=59)
+    counted = bank.begin(Lookup(least=9)).stats
+    options = {"eos_token_id": 59, "streamer": streamer, **assistants()[kind]}
+    assert torch.equal(generated(bank.fast, prompt(bank), **options), want)
+    assert streamer.tokens == want[0].tolist()
+    assert counted.tokens == want.shape[1] - 14
+    if kind == "the model itself":
+        assert counted.proposers["assistant"].acceptance == (1.0, 1.0, 1.0, 1.0)
+
+
+def test_an_assistants_draws_are_accepted_by_their_probabilities() -> None:
+    """Of the model itself all are."""
+    bank = drafting()
+    counted = bank.begin(Lookup(least=9)).stats
+    options = {"do_sample": True, "top_k": 0, **assistants()["the model itself"]}
+    generated(bank.fast, prompt(bank), **options)
+    assert counted.proposers["assistant"].acceptance == (1.0, 1.0, 1.0, 1.0)
+
+
+def test_an_assistant_of_several_rows_is_refused_as_in_transformers() -> None:
+    bank = drafting()
+    with pytest.raises(ValueError, match="only supported for batch_size = 1"):
+        generated(bank.fast, prompt(bank, 2), **assistants()["another model"])
 
 
 # Sampling ----------------------------------------------------------------------------------------
