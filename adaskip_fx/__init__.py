@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from .plans.sublayer import Sublayer
     from .policies import AdaSkip
     from .profiles.profile import Profile
-    from .speculation.options import Lossless
+    from .speculation.options import Bounded, Lossless
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaSkip",
     "AdaskipError",
+    "Bounded",
     "CompiledModel",
     "Lossless",
     "Profile",
@@ -47,6 +48,7 @@ _HOMES = MappingProxyType(
     {
         "AdaSkip": "adaskip_fx.policies",
         "AdaskipError": "adaskip_passes.errors",
+        "Bounded": "adaskip_fx.speculation.options",
         "CompiledModel": "adaskip_fx.model.compiled_model",
         "Lossless": "adaskip_fx.speculation.options",
         "Profile": "adaskip_fx.profiles.profile",

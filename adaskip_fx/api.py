@@ -74,7 +74,7 @@ def compile(
             None they are counted from bytes and operations: at once, and the same on every device,
             but small models and short contexts gain less than that promises.
         decoding: ``Lossless()`` has requests run the full model: what is left out by the plan only
-            drafts tokens, which are verified several at once (`adaskip_fx.Lossless`). Then a
+            drafts tokens, which are verified several at once; ``Bounded()`` loses a little. Then a
             profile or plan is not needed; without, drafts are looked up in the text.
         backend: The name of the torch.compile backend that compiles the pieces.
         link: ``"pieces"`` calls pieces compiled once; ``"fused"`` compiles the whole graph again

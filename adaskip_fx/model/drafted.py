@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,8 @@ from ..plans.decisions import Schedule
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..speculation.acceptance import Column, leading
 from ..speculation.chooser import Chooser
+from ..speculation.divergence import Within
+from ..speculation.options import Bounded
 from ..speculation.proposals import Drafts
 from ..speculation.speculation import Speculation
 from ..utils.stateless_rules import remember_nothing
@@ -89,11 +91,16 @@ class DraftedRequest(DecodedRequest):
         self.samples = call.config.do_sample
         more = [] if assistant is None else [Assistant(assistant, self, call.config)]
         self._chooser = Chooser(speculation, call.input_ids.shape[0], more)
-        self._work = (-1, -1)
+        self._work = (-1, -1, -1)
         self._refused: Column | None = None
         self._at_once = remember_nothing((*call.logits_processor, *call.stopping_criteria))
         self._positions = _positions(model)
+        self._within: Within | None = None
         super().__init__(model, replace(call, streamer=text))
+        decoding = speculation.decoding
+        if isinstance(decoding, Bounded):
+            form = decoding.max_divergence, *call.input_ids.shape[:1], call.input_ids.device
+            self.rule = self._within = Within(self.rule, *form)
         self._text = text
 
     # What proposers see ----------------------------------------------------------------------
@@ -106,7 +113,7 @@ class DraftedRequest(DecodedRequest):
         except PlanError:  # of a request that begins with a plan of its own
             return None
         stored, text, kwargs = cache.length, self.input_ids, self.model_kwargs
-        tokens, probabilities = list[torch.Tensor](), list[torch.Tensor]()
+        tokens, chances, given = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
         assert cache.drafting is not None
         cache.drafting.plan = plan
         try:
@@ -114,15 +121,16 @@ class DraftedRequest(DecodedRequest):
                 logits = self._read(text, kwargs, 1).logits[:, -1].to(torch.float32)
                 scores = self.call.logits_processor(text, logits) if self._at_once else logits
                 tokens.append(self.rule.choose(scores)[0])
+                given.append(logits)
                 if self.samples:
-                    probabilities.append(torch.softmax(scores, -1))
+                    chances.append(torch.softmax(scores, -1))
                 text = torch.cat((text, tokens[-1].unsqueeze(1)), 1)
                 kwargs = next_kwargs(self._model, None, dict(kwargs))
         finally:
             cache.drafting.plan = None
             cache.keep_first(stored)
-        drawn = torch.stack(probabilities, 1) if probabilities else None
-        return Drafts(torch.stack(tokens, 1), drawn)
+        drawn = torch.stack(chances, 1) if chances else None
+        return Drafts(torch.stack(tokens, 1), drawn, logits=torch.stack(given, 1))
 
     # Rounds ----------------------------------------------------------------------------------
 
@@ -133,8 +141,9 @@ class DraftedRequest(DecodedRequest):
 
     def received(self) -> None:
         """Take the time of what was run since the last token."""
-        counters, before = self._model._adaskip.counters, self._work
-        self._work = counters.captures, counters.links
+        runtime, before = self._model._adaskip, self._work
+        counters, recorded = runtime.counters, runtime.runner.static.recorded
+        self._work = counters.captures, counters.links, recorded
         self._chooser.took(self.cache.length, undisturbed=self._work == before)
 
     def choose_tokens(self) -> None:
@@ -152,6 +161,8 @@ class DraftedRequest(DecodedRequest):
     ) -> torch.Tensor:
         """Append a token of each row; see `DecodedRequest`."""
         self._stats.tokens += 1
+        if self._within is not None:
+            self._within.tokens = self._within.tokens + self.unfinished
         return super().append(tokens, scores, logits)
 
     def run_step(self) -> None:
@@ -202,23 +213,17 @@ class DraftedRequest(DecodedRequest):
         while accepted < drafts.count and not ended:
             end = drafts.count if self._at_once else accepted + 1
             scores = self._scores(drafts, logits, accepted, end)
-            tokens = drafts.tokens[:, accepted:end]
-            chances = drafts.probabilities
-            chances = None if chances is None else chances[:, accepted:end]
-            stand = self.rule.accepts(scores, tokens, chances)
+            part = drafts.columns(accepted, end)
+            stand = self.rule.accepts(scores, part, logits[:, accepted:end])
             stand = stand | (self.unfinished == 0).unsqueeze(1)
             taken = int(leading(stand))
-            kept, ended = self._append_columns(tokens, scores, logits, accepted, taken)
-            if taken < tokens.shape[1] and not ended:
-                self._refused = Column(
-                    scores[:, taken],
-                    tokens[:, taken],
-                    stand[:, taken],
-                    None if chances is None else chances[:, taken],
-                )
+            kept, ended = self._append_columns(part.tokens, scores, logits, accepted, taken)
             accepted += kept
-            if taken < tokens.shape[1]:
+            if taken < part.count:
+                if not ended:
+                    self._refused = Column.of(scores, part, stand, taken)
                 break
+        self.rule.settle(accepted + (self._refused is not None))
         return accepted
 
     def _append_columns(
@@ -240,6 +245,9 @@ class DraftedRequest(DecodedRequest):
             going.append(self.unfinished)
         left = torch.stack(going).sum(1).tolist()
         kept = next((i for i in range(1, count + 1) if left[i] < left[0]), count)
+        if self._within is not None:
+            dropped = torch.stack([*going[kept:-1], torch.zeros_like(going[0])])
+            self._within.tokens = self._within.tokens - dropped.sum(0)
         self.unfinished = going[kept]
         self.input_ids = self.input_ids[:, : before + kept]
         self.recorded.drop(count - kept)
@@ -255,6 +263,14 @@ class DraftedRequest(DecodedRequest):
         text = torch.cat((text, drafts.tokens[:, first:end]), 1)
         columns = [process(text[:, : begun + i], logits[:, i]) for i in range(first, end)]
         return torch.stack(columns, 1)
+
+    def result(self, cache: SkipCache) -> Any:
+        """Return what ``generate`` returns, when its divergence is counted."""
+        within = self._within
+        if within is not None:
+            paid = torch.stack((within.spent, within.tokens)).tolist()
+            self._stats.diverged(within.most, *paid)
+        return super().result(cache)
 
     def _read(self, text: torch.Tensor, kwargs: dict[str, object], tokens: int) -> Output:
         """Run the last `tokens` tokens of a text, and return logits of all of these."""

@@ -59,6 +59,11 @@ class StaticRunner:
         self._steps: WeakSet[StaticStep] = WeakSet()
         graphs.ranks.at_end(self._let_go)
 
+    @property
+    def recorded(self) -> int:
+        """How many CUDA graphs have been recorded so far."""
+        return self._recorder.recorded if self._recorder is not None else 0
+
     def run(
         self,
         phase: GraphPhase,

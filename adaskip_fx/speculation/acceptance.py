@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 
+from .proposals import Drafts
+
 
 @dataclass(frozen=True, eq=False)
 class Column:
@@ -30,19 +32,26 @@ class Column:
     accepted: torch.Tensor
     probabilities: torch.Tensor | None
 
+    @classmethod
+    def of(
+        cls, scores: torch.Tensor, drafts: Drafts, accepted: torch.Tensor, column: int
+    ) -> Column:
+        """Return one of the columns of scores [B, C, V], drafts and bool [B, C]."""
+        chances = drafts.probabilities
+        chances = None if chances is None else chances[:, column]
+        return cls(scores[:, column], drafts.tokens[:, column], accepted[:, column], chances)
+
 
 class Rule(Protocol):
     """How tokens are chosen by scores, and which drafts are as good as those."""
 
-    def accepts(
-        self, scores: torch.Tensor, drafts: torch.Tensor, probabilities: torch.Tensor | None
-    ) -> torch.Tensor:
+    def accepts(self, scores: torch.Tensor, drafts: Drafts, logits: torch.Tensor) -> torch.Tensor:
         """Return which drafts may stand, bool [B, C], each given that those before it do.
 
         Args:
             scores: of the full program, processed, float32 [B, C, V].
-            drafts: int64 [B, C].
-            probabilities: see `Drafts`, [B, C, V].
+            drafts: C of each row.
+            logits: what scores were made of, float32 [B, C, V].
         """
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -54,15 +63,22 @@ class Rule(Protocol):
     def replace(self, column: Column) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return what `choose` does, for a column of drafts that not all rows accept."""
 
+    def settle(self, columns: int) -> None:
+        """Take note that the first drafts of the last block stand, in each row that accepts them.
+
+        (`columns` of them, with that of which some rows do not.)
+        """
+
 
 class Greedy:
     """The token with the best score."""
 
-    def accepts(
-        self, scores: torch.Tensor, drafts: torch.Tensor, probabilities: torch.Tensor | None
-    ) -> torch.Tensor:
+    def settle(self, columns: int) -> None:
+        """Nothing is kept of a block."""
+
+    def accepts(self, scores: torch.Tensor, drafts: Drafts, logits: torch.Tensor) -> torch.Tensor:
         """Return which drafts are those tokens."""
-        return scores.argmax(-1) == drafts
+        return scores.argmax(-1) == drafts.tokens
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the best token of each row."""
@@ -76,14 +92,16 @@ class Greedy:
 class Sampling:
     """A token that is drawn with the probabilities that scores are the logarithms of."""
 
-    def accepts(
-        self, scores: torch.Tensor, drafts: torch.Tensor, probabilities: torch.Tensor | None
-    ) -> torch.Tensor:
+    def settle(self, columns: int) -> None:
+        """Nothing is kept of a block."""
+
+    def accepts(self, scores: torch.Tensor, drafts: Drafts, logits: torch.Tensor) -> torch.Tensor:
         """Accept each draft with probability min(1, p / q)."""
-        chances = torch.softmax(scores, -1).gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
+        place = drafts.tokens.unsqueeze(-1)
+        chances = torch.softmax(scores, -1).gather(-1, place).squeeze(-1)
         drawn = torch.rand_like(chances)
-        if probabilities is not None:
-            drawn = drawn * probabilities.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
+        if drafts.probabilities is not None:
+            drawn = drawn * drafts.probabilities.gather(-1, place).squeeze(-1)
         return drawn < chances
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

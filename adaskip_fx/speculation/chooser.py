@@ -78,7 +78,7 @@ class Chooser:
         if drafts is None:
             self._drafters = [pair for pair in self._drafters if pair[1] is not offer.drafter]
             return None
-        return drafts.first(offer.count)
+        return drafts.columns(0, offer.count)
 
     def verified(self, offer: Offer, count: int, accepted: int) -> None:
         """Count a block of which the first tokens stand."""
@@ -90,7 +90,7 @@ class Chooser:
 
         Args:
             length: see above.
-            undisturbed: whether nothing was captured or linked meanwhile.
+            undisturbed: whether nothing was captured, linked or recorded meanwhile.
         """
         now, before = self._controller.clock(), self._since
         if before is not None and undisturbed:

@@ -117,8 +117,8 @@ class Controller:
         self._since_plain = 0 if kind == PLAIN else self._since_plain + tokens
         for source in self._sources.values():
             source.since += tokens
-        counts = self.times.add(rows, length, kind, seconds)
+        self.times.add(rows, length, kind, seconds)
         plain = self.times.plain(rows, length)
-        if counts and plain is not None:
+        if plain is not None:
             gained = tokens - seconds / plain
             self.credit = min(_MOST_CREDIT, self.credit + gained + _EARNED * tokens)

@@ -37,3 +37,31 @@ class Lossless:
             raise ValueError("Lossless needs at least one proposer; without, leave decoding= out")
         if not isinstance(self.longest, int) or not 1 <= self.longest <= 31:
             raise ValueError(f"Lossless(longest=...) must be 1 to 31, got {self.longest!r}")
+
+
+@dataclass(frozen=True)
+class Bounded(Lossless):
+    """Skip, and lose no more than a bound: tokens of a plan stand while they diverge that little.
+
+    As `Lossless`, but a draft that the model itself has decoded under a plan stands also where the
+    full program would have generated another token, as long as the mean of KL(full || draft) over
+    the request's tokens stays within a bound: in nats, of raw logits at temperature 1, with each
+    token's own text. The full program reads every token before it is released, and replaces its
+    keys and values in all layers, so the divergence is that of the text that is written. Where it
+    would be exceeded, tokens are the full program's, which have none.
+
+    Attributes:
+        proposers, longest, adaptive: see `Lossless`.
+        max_divergence: The bound, above 0.
+    """
+
+    proposers: tuple[Proposer, ...] = (Skipped(),)
+    max_divergence: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.max_divergence < float("inf"):
+            raise ValueError(
+                f"Bounded(max_divergence=...) must be above 0, got {self.max_divergence!r}; for "
+                "none at all there is Lossless()"
+            )

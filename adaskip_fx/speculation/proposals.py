@@ -22,25 +22,28 @@ class Drafts:
             None where nothing was drawn: each token is what its proposer always proposes.
         kind: drafts of a proposer that are accepted about as often have the same word here.
         chance: how likely the first token is to stand, as long as none of this kind was verified.
+        logits: that the model itself gave for each token, float32 [B, k, V]; None of any other.
     """
 
     tokens: torch.Tensor
     probabilities: torch.Tensor | None = None
     kind: str = ""
     chance: float = 0.8
+    logits: torch.Tensor | None = None
 
     @property
     def count(self) -> int:
         """How many tokens of each row, k."""
         return self.tokens.shape[1]
 
-    def first(self, count: int) -> Drafts:
-        """Return the first `count` of them."""
-        probabilities = self.probabilities
+    def columns(self, first: int, end: int) -> Drafts:
+        """Return those from `first` up to `end`, exclusively."""
+        probabilities, logits = self.probabilities, self.logits
         return replace(
             self,
-            tokens=self.tokens[:, :count],
-            probabilities=None if probabilities is None else probabilities[:, :count],
+            tokens=self.tokens[:, first:end],
+            probabilities=None if probabilities is None else probabilities[:, first:end],
+            logits=None if logits is None else logits[:, first:end],
         )
 
 

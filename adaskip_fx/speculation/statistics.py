@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -47,12 +48,20 @@ class DraftStats:
         verifications: Steps of the full program that verified drafts.
         steps: Steps of the full program that had nothing to verify.
         proposers: By name.
+        divergence: Mean KL(full || draft) of all tokens, in nats, where it is bounded; else None.
+        worst: The greatest mean of a row of a request.
+        bound: What it is bounded by.
     """
 
     tokens: int = 0
     verifications: int = 0
     steps: int = 0
     proposers: dict[str, Proposed] = field(default_factory=dict)
+    divergence: float | None = None
+    worst: float | None = None
+    bound: float | None = None
+    _spent: float = field(default=0.0, repr=False)
+    _rows: float = field(default=0.0, repr=False)
 
     @property
     def tokens_per_step(self) -> float:
@@ -65,6 +74,14 @@ class DraftStats:
         self.verifications += 1
         self.proposers.setdefault(name, Proposed()).count(drafted, accepted, rows)
 
+    def diverged(self, bound: float, spent: Sequence[float], tokens: Sequence[float]) -> None:
+        """Count a request whose rows have so many tokens, with divergence of so many nats."""
+        self.bound = bound
+        self._spent, self._rows = self._spent + sum(spent), self._rows + sum(tokens)
+        self.divergence = self._spent / max(self._rows, 1.0)
+        means = (nats / count for nats, count in zip(spent, tokens, strict=True) if count)
+        self.worst = max(self.worst or 0.0, *means)
+
     def __str__(self) -> str:
         """Return a heading and one line for each proposer."""
         lines = [
@@ -74,4 +91,9 @@ class DraftStats:
         for name, proposed in self.proposers.items():
             shares = " ".join(f"{share:.2f}" for share in proposed.acceptance)
             lines.append(f"{name}: {proposed.verifications:,} times, accepted by position {shares}")
+        if self.divergence is not None:
+            lines.append(
+                f"divergence {self.divergence:.2g} nats a token, {self.worst:.2g} in the worst "
+                f"row, of at most {self.bound:.2g}"
+            )
         return "\n".join(lines)

@@ -19,20 +19,15 @@ class Times:
     def __init__(self) -> None:
         """Begin with nothing measured."""
         self._seconds: dict[tuple[int, int], dict[Round, deque[float]]] = {}
-        self._begun: set[tuple[int, Round]] = set()
         self._ratios: dict[tuple[int, Round], float] = {}
 
-    def add(self, rows: int, length: int, kind: Round, seconds: float) -> bool:
-        """Count a round; returns whether it counts: the first of a kind sets things up."""
-        if (rows, kind) not in self._begun:
-            self._begun.add((rows, kind))
-            return False
+    def add(self, rows: int, length: int, kind: Round, seconds: float) -> None:
+        """Count a round in which nothing was set up."""
         here = self._seconds.setdefault((rows, length.bit_length()), {})
         here.setdefault(kind, deque(maxlen=_KEPT)).append(seconds)
         if PLAIN in here:
             plain = statistics.median(here[PLAIN])
             self._ratios[rows, kind] = statistics.median(here[kind]) / plain
-        return True
 
     def plain(self, rows: int, length: int) -> float | None:
         """Return the seconds of a plain step with so many tokens stored; None before the first."""

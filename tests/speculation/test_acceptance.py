@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adaskip_fx.speculation.acceptance import Column, Greedy, Sampling, leading
+from adaskip_fx.speculation.proposals import Drafts
 from tests.support.drafts import AlwaysAccepts, DrawsAnew
 
 ROWS = 60_000
@@ -32,7 +33,8 @@ def tokens_of(rule: Sampling, proposed: torch.Tensor | None, seed: int = 0) -> t
         chances = proposed.expand(ROWS, -1)
         drafts = torch.multinomial(proposed, ROWS, replacement=True)
     columns = None if chances is None else chances.unsqueeze(1)
-    accepted = rule.accepts(scores.unsqueeze(1), drafts.unsqueeze(1), columns)[:, 0]
+    proposals = Drafts(drafts.unsqueeze(1), columns)
+    accepted = rule.accepts(scores.unsqueeze(1), proposals, scores.unsqueeze(1))[:, 0]
     tokens, invalid = rule.replace(Column(scores, drafts, accepted, chances))
     assert invalid is None or not invalid
     return tokens
@@ -62,7 +64,7 @@ def test_a_wrong_rule_shows(rule: Sampling, kind: str) -> None:
 def test_drafts_of_the_full_model_are_all_accepted() -> None:
     scores = TARGET.log().expand(500, 1, -1)
     drafts = torch.multinomial(TARGET, 500, replacement=True).unsqueeze(1)
-    assert Sampling().accepts(scores, drafts, TARGET.expand(500, 1, -1)).all()
+    assert Sampling().accepts(scores, Drafts(drafts, TARGET.expand(500, 1, -1)), scores).all()
 
 
 def test_what_differs_by_a_rounding_leaves_something_to_draw() -> None:
@@ -78,7 +80,8 @@ def test_scores_that_are_no_numbers_are_told(draft: int) -> None:
     scores = torch.full((1, 5), torch.nan)
     drafts = torch.tensor([draft])
     rule = Sampling()
-    accepted = rule.accepts(scores.unsqueeze(1), drafts.unsqueeze(1), None)[:, 0]
+    block = scores.unsqueeze(1)
+    accepted = rule.accepts(block, Drafts(drafts.unsqueeze(1)), block)[:, 0]
     assert not accepted.any()
     assert rule.replace(Column(scores, drafts, accepted, None))[1]
 
@@ -86,7 +89,7 @@ def test_scores_that_are_no_numbers_are_told(draft: int) -> None:
 def test_greedy() -> None:
     scores = torch.tensor([[[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]], [[0.0, 2.0, 1.0], [0.0, 0.0, 9.0]]])
     drafts = torch.tensor([[1, 0], [1, 1]])
-    accepted = Greedy().accepts(scores, drafts, None)
+    accepted = Greedy().accepts(scores, Drafts(drafts), scores)
     assert accepted.tolist() == [[True, True], [True, False]]
     column = Column(scores[:, 1], drafts[:, 1], accepted[:, 1], None)
     assert Greedy().replace(column)[0].tolist() == [0, 2]

@@ -100,10 +100,8 @@ class Oracle:
 class AlwaysAccepts(Sampling):
     """Wrong: a draft stands however likely it was to be proposed."""
 
-    def accepts(
-        self, scores: torch.Tensor, drafts: torch.Tensor, probabilities: object
-    ) -> torch.Tensor:
-        return torch.ones_like(drafts, dtype=torch.bool)
+    def accepts(self, scores: torch.Tensor, drafts: Drafts, logits: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(drafts.tokens, dtype=torch.bool)
 
 
 class DrawsAnew(Sampling):

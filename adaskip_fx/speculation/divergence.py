@@ -1,0 +1,76 @@
+"""Drafts that may differ from the full program, as long as they differ little on the whole."""
+
+from __future__ import annotations
+
+import torch
+
+from .acceptance import Column, Rule
+from .proposals import Drafts
+
+
+def divergence(full: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+    """Return KL(full || draft) in nats, of logits [B, C, V] at temperature 1; float32 [B, C]."""
+    ours, theirs = torch.log_softmax(full, -1), torch.log_softmax(draft, -1)
+    # (a probability of zero adds nothing, also where both are zero)
+    parts = torch.where(ours > -torch.inf, ours.exp() * (ours - theirs), 0.0)
+    return parts.sum(-1).clamp_min(0.0)
+
+
+class Within:
+    """Accepts drafts while their mean divergence is within a bound, and by another rule beyond it.
+
+    A draft that stands by the bound costs its divergence; a token that the other rule accepts or
+    chooses is the full program's and costs nothing. So after each token of a row the sum of what
+    was paid is at most the bound times its tokens.
+
+    Attributes:
+        most: the bound, in nats for each token.
+        spent: what was paid, in nats, float64 [B].
+        tokens: how many tokens have been released, float64 [B].
+    """
+
+    def __init__(self, rule: Rule, most: float, rows: int, device: torch.device) -> None:
+        """Begin with nothing paid.
+
+        Args:
+            rule: the other one.
+            most: the bound, in nats for each token.
+            rows: of the request.
+            device: where its tokens are.
+        """
+        self._rule, self.most = rule, most
+        self.spent = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(rows, dtype=torch.float64, device=device)
+        self._costs = list[torch.Tensor]()  # of the block that is being verified, by column
+        self._before = self.tokens  # it
+
+    def accepts(self, scores: torch.Tensor, drafts: Drafts, logits: torch.Tensor) -> torch.Tensor:
+        """Return which drafts may stand; those of another model by the other rule alone."""
+        if not self._costs:
+            self._before = self.tokens
+        stand = self._rule.accepts(scores, drafts, logits)
+        if drafts.logits is None:
+            self._costs += [torch.zeros_like(self.spent)] * drafts.count
+            return stand
+        apart = divergence(logits, drafts.logits).to(torch.float64)
+        allowed = list[torch.Tensor]()
+        for cost in apart.unbind(1):
+            paid = self.spent + sum(self._costs, torch.zeros_like(self.spent)) + cost
+            allowed.append(paid <= self.most * (self._before + len(self._costs) + 1))
+            self._costs.append(torch.where(allowed[-1], cost, 0.0))
+        return stand | torch.stack(allowed, 1)
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what the other rule chooses."""
+        return self._rule.choose(scores)
+
+    def replace(self, column: Column) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the drafts of the rows that accept them, and what the other rule puts in place."""
+        tokens, invalid = self._rule.replace(column)
+        return torch.where(column.accepted, column.drafts, tokens), invalid
+
+    def settle(self, columns: int) -> None:
+        """Pay for the drafts that stand."""
+        for cost in self._costs[:columns]:
+            self.spent = self.spent + cost
+        self._costs.clear()
