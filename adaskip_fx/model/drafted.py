@@ -95,6 +95,7 @@ class DraftedRequest(DecodedRequest):
         self._refused: Column | None = None
         self._at_once = remember_nothing((*call.logits_processor, *call.stopping_criteria))
         self._positions = _positions(model)
+        self._stats.requests += 1
         self._within: Within | None = None
         super().__init__(model, replace(call, streamer=text))
         decoding = speculation.decoding

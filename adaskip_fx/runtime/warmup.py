@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..kv_cache.cache import SkipCache
+from ..kv_cache.drafting import Drafting
 from ..plans.decisions import Schedule
 from ..plans.skip_plan import SkipPlan
+from ..speculation.controller import LENGTHS
+from ..speculation.speculation import Speculation
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -36,3 +40,26 @@ def warm_up(runtime: Runtime, begin: SkipPlan | Schedule, max_length: int, batch
             cache.keep_first(prompt.shape[1])  # as far as there may be room
         cache.request.decoding_from = cache.length - first
         runtime.step(token, None, None, cache, 1)
+    if runtime.speculation is not None:
+        _warm_up_drafts(runtime, cache, runtime.speculation, prompt)
+
+
+def _warm_up_drafts(
+    runtime: Runtime, cache: SkipCache, speculation: Speculation, prompt: torch.Tensor
+) -> None:
+    """Run a verification of each length that may come, and a draft."""
+    stored, longest = prompt.shape[1], speculation.decoding.longest
+    room = runtime.graphs.max_length or 2**62
+    plans = {getattr(p, "plan", None) or speculation.plan for p in speculation.decoding.proposers}
+    drafting, token = Drafting(stored), prompt[:, :1]
+    with cache.verifying(drafting):
+        for count in sorted({k for k in LENGTHS if k < longest} | {longest}):
+            cache.keep_first(stored)
+            if stored + count + 1 <= room:
+                block = token.expand(-1, count + 1).contiguous()
+                runtime.step(block, None, None, cache, count + 1)
+        for plan in plans:
+            cache.keep_first(stored)
+            if plan.decode or plan.windows.decode:
+                drafting.plan = plan
+                runtime.step(token, None, None, cache, 1)

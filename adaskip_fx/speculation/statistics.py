@@ -44,6 +44,7 @@ class DraftStats:
     """What a compiled model's drafts have come to so far, over all requests.
 
     Attributes:
+        requests: How many there were.
         tokens: Tokens of each row that were generated, drafts that were accepted included.
         verifications: Steps of the full program that verified drafts.
         steps: Steps of the full program that had nothing to verify.
@@ -53,6 +54,7 @@ class DraftStats:
         bound: What it is bounded by.
     """
 
+    requests: int = 0
     tokens: int = 0
     verifications: int = 0
     steps: int = 0
@@ -65,9 +67,9 @@ class DraftStats:
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens for each step of the full program; 0 before the first."""
+        """Tokens for each step of the full program, but those of prompts; 0 before the first."""
         steps = self.steps + self.verifications
-        return self.tokens / steps if steps else 0.0
+        return (self.tokens - self.requests) / steps if steps else 0.0
 
     def count(self, name: str, drafted: int, accepted: int, rows: int) -> None:
         """Count a verification of drafts by the proposer `name`."""

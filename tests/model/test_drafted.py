@@ -76,6 +76,7 @@ def test_one_row(kind: str, static: bool) -> None:
     bank = drafting(static=static)
     counted = assert_same(bank, kind, prompt(bank))
     assert counted.tokens == NEW
+    assert counted.tokens_per_step == (NEW - 1) / (counted.verifications + counted.steps)
     if kind == "right":
         assert counted.verifications == 5, "a token of the prompt, 4 x 5 + 3"
         assert counted.steps == 0
@@ -435,6 +436,21 @@ def test_without_a_profile_drafts_are_looked_up() -> None:
     assert "skipped" not in fast.adaskip.drafts.proposers
     assert "no plan: looked up in the text" in str(fast.adaskip)
     assert "off: requests run in full" in str(fast.adaskip)
+
+
+def test_nothing_is_captured_or_linked_after_a_warmup() -> None:
+    model = make_model("one_layer")
+    plan = SkipPlan.of(drafting("one_layer", ("0.ffn",)).runtime.sublayers, ["0.ffn"])
+    decoding = Lossless((Lookup(), Skipped()), adaptive=False)
+    fast = build(model, plan, decoding=decoding, backend="eager")
+    fast.adaskip.warmup(60)
+    before = fast.adaskip.stats()
+    for seed in range(2):
+        ids = torch.tensor([[4, 5, 6, 7, 4, 5]]) + seed
+        generated(fast, ids)
+    after = fast.adaskip.stats()
+    assert (after.captures, after.links) == (before.captures, before.links)
+    assert set(fast.adaskip.drafts.proposers) == {"lookup", "skipped"}
 
 
 def test_what_was_counted_is_shown() -> None:
