@@ -28,6 +28,7 @@ from .reporting import print_json, reported
 if TYPE_CHECKING:
     from ..model.load import Loaded
     from ..profiles.profile import Profile
+    from ..speculation.options import Lossless
 
 
 def generate(
@@ -45,6 +46,14 @@ def generate(
     chat: Annotated[
         bool, typer.Option(help="Put the prompt into the tokenizer's chat template, if any.")
     ] = True,
+    lossless: Annotated[
+        bool,
+        typer.Option("--lossless", help="The full model's answer: what is skipped only drafts."),
+    ] = False,
+    max_divergence: Annotated[
+        float | None,
+        typer.Option(help="Lossy up to this many nats a token on average; the full model checks."),
+    ] = None,
     backend: Backend = "inductor",
     dtype: Dtype = None,
     device: Device = "auto",
@@ -58,9 +67,12 @@ def generate(
     """
     if (prompt is None) == (prompt_file is None):
         raise typer.BadParameter("give a prompt, either as argument or with --prompt-file")
+    if lossless and max_divergence is not None:
+        raise typer.BadParameter("give --lossless or --max-divergence, not both")
     with reported(debug) as steps:
         from ..model.load import load, usable_backend
         from ..profiles.profile import Profile
+        from ..speculation.options import Bounded, Lossless
 
         words = prompt if prompt is not None else _read(prompt_file)
         measured = Profile.load(profile)
@@ -71,6 +83,10 @@ def generate(
             steps.say(reason)
         options: dict[str, Any] = {"alpha": alpha, "limit": max_new_tokens, "plan": plan}
         options |= {"context": context, "table": table}
+        if lossless:
+            options["decoding"] = Lossless()
+        elif max_divergence is not None:
+            options["decoding"] = Bounded(max_divergence=max_divergence)
         options |= {"backend": usable, "chat": chat, "stream": not as_json}
         answer, report = answer_prompt(loaded, measured, words, **options)
         if as_json:
@@ -97,6 +113,7 @@ class Answer:
         prompt_tokens: tokens of the prompt, those of a chat template included.
         new_tokens: tokens that were generated.
         seconds: time of ``generate``, with what it had to compile.
+        tokens_per_step: of drafts that the full model verified; None without.
     """
 
     model: str
@@ -105,6 +122,7 @@ class Answer:
     prompt_tokens: int
     new_tokens: int
     seconds: float
+    tokens_per_step: float | None = None
 
 
 def answer_prompt(
@@ -119,6 +137,7 @@ def answer_prompt(
     plan: Path | None = None,
     context: int | None = None,
     table: Path | None = None,
+    decoding: Lossless | None = None,
     stream: bool = True,
 ) -> tuple[Answer, str]:
     """Answer a prompt greedily.
@@ -134,6 +153,7 @@ def answer_prompt(
         plan: a fitted plan's file; `alpha` is not looked at then.
         context: tokens at which alpha counts time; None where it counts sublayers.
         table: the file of a latency table, for `context`.
+        decoding: how the full model verifies what is skipped; None: it does not.
         stream: print the answer to stdout as it comes.
 
     Returns:
@@ -153,6 +173,7 @@ def answer_prompt(
     tokenizer = loaded.tokenizer
     policy = Fitted(SkipPlan.load(plan)) if plan is not None else None
     choice: dict[str, Any] = {"policy": policy, "context": context, "table": table}
+    choice["decoding"] = decoding
     fast: Any = api.compile(loaded.model, profile, alpha, backend=backend, **choice)
     tokens = prompt_ids(tokenizer, prompt) if chat else tokenizer(prompt)["input_ids"]
     if not tokens:
@@ -165,5 +186,7 @@ def answer_prompt(
     output = fast.generate(ids, attention_mask=torch.ones_like(ids), **options)
     seconds, new = time.perf_counter() - start, output.sequences[0, len(tokens) :].tolist()
     text = tokenizer.decode(new, skip_special_tokens=True)
+    drafts = fast.adaskip.drafts
     told = fast.adaskip.plan.digest, text, len(tokens), len(new), seconds
-    return Answer(loaded.name, *told), str(fast.adaskip)
+    per_step = drafts.tokens_per_step if drafts is not None else None
+    return Answer(loaded.name, *told, per_step), str(fast.adaskip)

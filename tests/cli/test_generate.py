@@ -32,6 +32,25 @@ def test_generate_streams_what_the_compiled_model_generates(folder: Path, profil
     assert "window closed after 20" in result.stderr
 
 
+@pytest.mark.parametrize("options", [("--lossless",), ("--max-divergence", 1e-9)])
+def test_generate_as_the_full_model(folder: Path, profile: Path, options: tuple[Any, ...]) -> None:
+    start = ("generate", folder, profile, "A prompt", "--backend", "eager", "--alpha", 1.5)
+    result = run(*start, "--max-new-tokens", 12, "--stats", "--json", *options)
+    assert result.exit_code == 0, result.stderr
+    model, tokenizer = make_model(), make_tokenizer()
+    ids = tokenizer("A prompt", return_tensors="pt")["input_ids"]
+    output = model.generate(ids, max_new_tokens=12, do_sample=False)
+    told = json.loads(result.stdout)
+    expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert told["text"] == expected
+    assert told["tokens_per_step"] >= 1
+    assert "tokens a step" in result.stderr
+    if options[0] != "--lossless":
+        assert "nats a token" in result.stderr
+    both = run(*start, "--lossless", "--max-divergence", 0.1)
+    assert "--lossless or --max-divergence" in misused(both)
+
+
 def test_generate_with_a_plan_for_time(folder: Path, profile: Path, tmp_path: Path) -> None:
     start = ("generate", folder, profile, "A prompt", "--backend", "eager")
     result = run(*start, "--alpha", 1.2, "--context", 300, "--max-new-tokens", 2, "--stats")
