@@ -32,32 +32,13 @@ from ..speculation.proposals import Drafts
 from ..speculation.speculation import Speculation
 from ..utils.stateless_rules import remember_nothing
 from ..utils.transformers_internals import next_kwargs
-from ..utils.transformers_types import DecodingCall, MakeCandidates, Output, Streamer
+from ..utils.transformers_types import DecodingCall, MakeCandidates, Output
 from .assistant import Assistant
 from .generation import DecodedRequest
+from .host_text import HostText
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
-
-
-class _Text:
-    """The tokens of a request on the host, which are streamed to whom the caller named."""
-
-    def __init__(self, rows: list[list[int]], streamer: Streamer | None) -> None:
-        self.rows = rows
-        self._streamer = streamer
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take a token of each row."""
-        for row, token in zip(self.rows, value.tolist(), strict=True):
-            row.append(token)
-        if self._streamer is not None:
-            self._streamer.put(value)
-
-    def end(self) -> None:
-        """Tell the streamer."""
-        if self._streamer is not None:
-            self._streamer.end()
 
 
 class DraftedRequest(DecodedRequest):
@@ -84,7 +65,7 @@ class DraftedRequest(DecodedRequest):
             speculation: what the model drafts with.
             assistant: who drafts besides, in this request.
         """
-        text = _Text(call.input_ids.tolist(), call.streamer)
+        text = HostText(call.input_ids.tolist(), call.streamer)
         self.rows: Sequence[Sequence[int]] = text.rows
         self.plan = speculation.plan
         self._stats, self._longest = speculation.stats, speculation.decoding.longest
@@ -201,31 +182,34 @@ class DraftedRequest(DecodedRequest):
         grown = next_kwargs(self._model, None, dict(self.model_kwargs), count)
         outputs = self._read(text, grown, count + 1)
         logits = outputs.logits[:, -count - 1 :].to(torch.float32)
-        accepted = self._accept(drafts, logits)
+        accepted, ended = self._accept(drafts, logits)
         self.model_kwargs = next_kwargs(self._model, outputs, self.model_kwargs, accepted + 1)
-        ended = bool(self.unfinished.max() == 0)
         self.cache.keep_first(stored + 1 + accepted - ended)
         self.logits = logits[:, accepted]
         return accepted, ended
 
-    def _accept(self, drafts: Drafts, logits: torch.Tensor) -> int:
-        """Append the drafts that stand, and keep the first that does not; returns how many do."""
-        accepted, ended = 0, False
-        while accepted < drafts.count and not ended:
+    def _accept(self, drafts: Drafts, logits: torch.Tensor) -> tuple[int, bool]:
+        """Append the drafts that stand, and keep the first that does not.
+
+        Returns:
+            How many do, and whether all rows have ended with them.
+        """
+        accepted, fewer, left = 0, False, 1
+        while accepted < drafts.count and not fewer:
             end = drafts.count if self._at_once else accepted + 1
             scores = self._scores(drafts, logits, accepted, end)
             part = drafts.columns(accepted, end)
             stand = self.rule.accepts(scores, part, logits[:, accepted:end])
             stand = stand | (self.unfinished == 0).unsqueeze(1)
             taken = int(leading(stand))
-            kept, ended = self._append_columns(part.tokens, scores, logits, accepted, taken)
+            kept, fewer, left = self._append_columns(part.tokens, scores, logits, accepted, taken)
             accepted += kept
             if taken < part.count:
-                if not ended:
+                if not fewer:
                     self._refused = Column.of(scores, part, stand, taken)
                 break
         self.rule.settle(accepted + (self._refused is not None))
-        return accepted
+        return accepted, not left
 
     def _append_columns(
         self,
@@ -234,17 +218,18 @@ class DraftedRequest(DecodedRequest):
         logits: torch.Tensor,
         first: int,
         count: int,
-    ) -> tuple[int, bool]:
+    ) -> tuple[int, bool, int]:
         """Append the first `count` columns of tokens [B, C], up to one with which a row ends.
 
         Returns:
-            How many were appended, and whether a row has ended.
+            How many were appended, whether a row has ended, and how many go on.
         """
         going, before = [self.unfinished], self.input_ids.shape[1]
         for column in range(count):
             self.append(tokens[:, column], scores[:, column], logits[:, first + column])
             going.append(self.unfinished)
-        left = torch.stack(going).sum(1).tolist()
+        known = torch.cat((torch.stack(going).sum(1), tokens[:, :count].T.flatten())).tolist()
+        left, columns = known[: count + 1], known[count + 1 :]  # of one look at the device
         kept = next((i for i in range(1, count + 1) if left[i] < left[0]), count)
         if self._within is not None:
             dropped = torch.stack([*going[kept:-1], torch.zeros_like(going[0])])
@@ -252,10 +237,10 @@ class DraftedRequest(DecodedRequest):
         self.unfinished = going[kept]
         self.input_ids = self.input_ids[:, : before + kept]
         self.recorded.drop(count - kept)
-        for column in tokens[:, :kept].T.cpu():
-            self._text.put(column.contiguous())
+        for column in torch.tensor(columns).view(count, -1)[:kept] if kept else ():
+            self._text.put(column.clone())
         self._stats.tokens -= count - kept
-        return kept, left[kept] < left[0]
+        return kept, left[kept] < left[0], left[kept]
 
     def _scores(self, drafts: Drafts, logits: torch.Tensor, first: int, end: int) -> torch.Tensor:
         """Return the scores of columns of logits [B, k + 1, V], each given the drafts before it."""

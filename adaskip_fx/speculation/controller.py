@@ -3,7 +3,8 @@
 A block of k drafts of which the i-th stands with probability a(i), given those before it, gives
 1 + a(1) + a(1) a(2) + ... tokens. Over its time in plain steps that is its worth; a plain step's is
 1. What is worth less is not drafted, but tried again now and then, on credit: each token earns a
-fiftieth of a plain step, and what rounds have lost against plain steps is taken from it.
+fiftieth of a plain step, and what rounds have lost against plain steps is taken from it. The more
+it is below nothing, the more a block must be worth.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from .times import PLAIN, Round, Times
 #: Drafts of a block: with the token before them as many as a GPU's recorded steps have.
 LENGTHS = (1, 3, 7, 15)
 _EARNED = 0.02  # of a plain step, by each token
-_MOST_CREDIT = 8.0  # plain steps
+_MOST_CREDIT = 3.0  # plain steps
+_CAUTION = 0.5  # that a block must be worth more for each plain step that was lost
 _AGAIN = 32  # tokens after which what is not worth it may be tried again
 _FRESH = 64  # tokens for which the time of a plain step is believed
-_DECAY = 0.95  # of what was seen, at each new block
+_DECAY = 0.9  # of what was seen, at each new block
 _SUPPOSED = 2.0  # drafts that what is supposed of a source counts as
 _WEIGHT = 0.5  # drafts that a position counts as for the next one
 
@@ -105,7 +107,7 @@ class Controller:
             return 0.0, 0  # there is nothing to compare with
         known = [(self.times.ratio(rows, length, (name, k), slope), k) for k in lengths]
         worth, best = max((source.tokens(k) / ratio, k) for ratio, k in known)
-        if worth > 1:
+        if worth > 1 + _CAUTION * max(0.0, -self.credit):
             return worth, best
         ratio, least = known[0]
         if source.since >= _AGAIN and self.credit >= ratio - 1:

@@ -32,7 +32,10 @@ def test_generate_streams_what_the_compiled_model_generates(folder: Path, profil
     assert "window closed after 20" in result.stderr
 
 
-@pytest.mark.parametrize("options", [("--lossless",), ("--max-divergence", 1e-9)])
+@pytest.mark.parametrize(
+    "options",
+    [("--lossless",), pytest.param(("--max-divergence", 1e-9), marks=pytest.mark.slow)],
+)
 def test_generate_as_the_full_model(folder: Path, profile: Path, options: tuple[Any, ...]) -> None:
     start = ("generate", folder, profile, "A prompt", "--backend", "eager", "--alpha", 1.5)
     result = run(*start, "--max-new-tokens", 12, "--stats", "--json", *options)

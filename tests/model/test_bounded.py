@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.speculation.options import Bounded
 from adaskip_fx.speculation.skipped import Skipped
 from adaskip_fx.speculation.speculation import Speculation
@@ -23,7 +24,7 @@ NEW = 43  # the first, and six blocks of six with a token of the full model's af
 
 
 def bank() -> Drafting:
-    return drafting("grouped", ("1.ffn",))
+    return drafting()
 
 
 @functools.cache
@@ -35,10 +36,9 @@ def without() -> Oracle:
 def generated(ids: torch.Tensor, most: float, longest: int = 6, **options: Any) -> tuple[Any, Any]:
     """What is generated within a bound, and what is counted."""
     model = bank()
-    before = model.runtime.speculation
-    assert before is not None
+    plan = SkipPlan.of(model.runtime.sublayers, ["1.ffn"])
     decoding = Bounded((Skipped(),), longest, adaptive=False, max_divergence=most)
-    model.runtime.speculation = Speculation(decoding, before.plan)
+    model.runtime.speculation = Speculation(decoding, plan)
     given = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     given |= {"attention_mask": torch.ones_like(ids), **options}
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def measured(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (ours.exp() * (ours - theirs)).sum(-1), full.argmax(-1) == text[:, -NEW:]
 
 
-@pytest.mark.parametrize("most", [0.002, 0.02, 0.2, 1.0])
+@pytest.mark.parametrize("most", [0.02, 0.2, 1.0])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_mean_is_within_the_bound(most: float, batch: int) -> None:
     text, counted = generated(bank().tokens(batch, 9, 4), most)

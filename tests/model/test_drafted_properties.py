@@ -35,7 +35,10 @@ def assert_lossless(bank: Drafting, ids: torch.Tensor, mask: torch.Tensor | None
     for pair, layer in zip(stored(got.past_key_values), want.past_key_values.layers, strict=True):
         if pair is not None and mask is None:
             for mine, theirs in zip(pair, (layer.keys, layer.values), strict=True):
-                torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+                # (transformers forgets what is outside of a model's own windows)
+                mine = mine[:, :, -theirs.shape[2] :]
+                near = 1e-10 if mine.dtype == torch.float64 else 1e-5
+                torch.testing.assert_close(mine, theirs, rtol=near, atol=near)
 
 
 @fewer(3)
@@ -64,14 +67,17 @@ def test_any_plan_any_block_any_prompt(
     assert_lossless(bank, ids)
 
 
-#: Other structures: parallel branches, soft caps and windows of the model's own, experts, latents,
-#: a table of positions, queries that are normalized.
-FAMILIES = ("gpt_neox", "gemma2", "mixtral", "deepseek_v3", "gpt2", "qwen3")
+#: Other structures: parallel branches, a table of positions, queries that are normalized; and soft
+#: caps and windows of the model's own, experts, latents, whose code runs in float32 alone.
+FAMILIES = {
+    **dict.fromkeys(("gpt_neox", "gpt2", "qwen3"), torch.float64),
+    **dict.fromkeys(("gemma2", "mixtral", "deepseek_v3"), torch.float32),
+}
 
 
 @functools.cache
 def family(name: str) -> Drafting:
-    model = tiny_model(tiny_config(name)).to(torch.float64)
+    model = tiny_model(tiny_config(name)).to(FAMILIES[name])
     plain = build(model, None, backend="eager")
     skippable = [s for s in plain.adaskip.sublayers if s.layer > 0]
     plan = SkipPlan.of(plain.adaskip.sublayers, skippable[:1])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from adaskip_fx.speculation import controller
 from adaskip_fx.speculation.controller import Controller, Source
 from adaskip_fx.speculation.times import PLAIN, Times
 
@@ -83,8 +84,9 @@ def test_what_pays_is_drafted(fixed: float, slope: float, chance: float, least: 
 
 @pytest.mark.breaks
 def test_without_measuring_it_would_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The companion: a controller that believes what was supposed of the times."""
+    """The companion: a controller that believes what was supposed of the times, and no account."""
     monkeypatch.setattr(Times, "ratio", lambda *args: 1.05)
+    monkeypatch.setattr(controller, "_CAUTION", 0.0)
     device = Device(0.1, 0.9, 0.3)
     device.run(200)
     assert device.run(2000) > 2000 / 0.97
@@ -99,6 +101,13 @@ def test_a_text_that_begins_to_copy_is_noticed() -> None:
     device.chance = 0.0
     device.run(100)
     assert device.run(1000) <= 1000 / 0.97
+
+
+def test_a_text_that_no_longer_copies_costs_a_few_steps() -> None:
+    device = Device(0.3, 0.1, 0.9)
+    device.run(1000)
+    device.chance = 0.0
+    assert device.run(100) < 100 + 10
 
 
 def test_longer_blocks_where_more_stands() -> None:
