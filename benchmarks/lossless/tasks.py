@@ -54,7 +54,7 @@ TARGETS = {"quoting": 1.8, "summaries": 1.35, "edits": 2.2, "stories": 0.97}
 
 
 def prompts(name: str, count: int, characters: int) -> list[str]:
-    """Return prompts of a task, the same ones every time."""
+    """Return prompts of a task, no two alike, the same ones every time."""
     draw = random.Random(name)
     make: dict[str, Callable[[random.Random, int], str]] = {
         "quoting": _quoting,
@@ -62,7 +62,10 @@ def prompts(name: str, count: int, characters: int) -> list[str]:
         "edits": _edit,
         "stories": _story,
     }
-    return [make[name](draw, characters) for _ in range(count)]
+    made: dict[str, None] = {}
+    while len(made) < count:
+        made[make[name](draw, characters)] = None
+    return list(made)
 
 
 def _quoting(draw: random.Random, characters: int) -> str:
