@@ -171,6 +171,8 @@ def build(
     """
     decoder = check_model(model)
     ranks = joined(decoder)
+    if decoding is not None:  # how much is drafted is measured, by each rank for itself
+        ranks.refuse("decoding=", "compile without it, or on one GPU")
     named = (str(options.get(name)) for name in ("backend", "link", "max_variants"))
     digest = None if plan is None else plan.digest
     ranks.agree("the plan and options to compile with", (digest, *named))

@@ -68,9 +68,7 @@ def run(
         list[str] | None, typer.Option(metavar="NAME=PATH", help="another text for studies")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="folder: each *.txt is a text")] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="texts, situations, shapes or parts; all")
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="texts, situations, parts; all")] = None,
     calibrate: Annotated[
         list[str] | None, typer.Option(help="texts that study_recipe calibrates on; two of all")
     ] = None,
