@@ -67,12 +67,10 @@ def generate(
     """
     if (prompt is None) == (prompt_file is None):
         raise typer.BadParameter("give a prompt, either as argument or with --prompt-file")
-    if lossless and max_divergence is not None:
-        raise typer.BadParameter("give --lossless or --max-divergence, not both")
+    decoding = _decoding(lossless, max_divergence)
     with reported(debug) as steps:
         from ..model.load import load, usable_backend
         from ..profiles.profile import Profile
-        from ..speculation.options import Bounded, Lossless
 
         words = prompt if prompt is not None else _read(prompt_file)
         measured = Profile.load(profile)
@@ -82,17 +80,28 @@ def generate(
         if reason is not None:
             steps.say(reason)
         options: dict[str, Any] = {"alpha": alpha, "limit": max_new_tokens, "plan": plan}
-        options |= {"context": context, "table": table}
-        if lossless:
-            options["decoding"] = Lossless()
-        elif max_divergence is not None:
-            options["decoding"] = Bounded(max_divergence=max_divergence)
+        options |= {"context": context, "table": table, **decoding}
         options |= {"backend": usable, "chat": chat, "stream": not as_json}
         answer, report = answer_prompt(loaded, measured, words, **options)
         if as_json:
             print_json(asdict(answer))
         if stats:
             steps.say(report)
+
+
+def _decoding(lossless: bool, max_divergence: float | None) -> dict[str, Any]:
+    """Return how the full model verifies the answer, as an option; nothing where it does not."""
+    if not lossless and max_divergence is None:
+        return {}
+    if lossless and max_divergence is not None:
+        raise typer.BadParameter("give --lossless or --max-divergence, not both")
+    from ..speculation.options import Bounded, Lossless
+
+    try:
+        made = Lossless() if max_divergence is None else Bounded(max_divergence=max_divergence)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return {"decoding": made}
 
 
 def _read(path: Path | None) -> str:
