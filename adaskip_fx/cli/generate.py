@@ -174,19 +174,14 @@ def answer_prompt(
     import torch
     from transformers import TextStreamer
 
-    from .. import api
     from ..data.reference_text import prompt_ids
-    from ..plans.skip_plan import SkipPlan
-    from ..policies import Fitted
 
     tokenizer = loaded.tokenizer
-    policy = Fitted(SkipPlan.load(plan)) if plan is not None else None
-    choice: dict[str, Any] = {"policy": policy, "context": context, "table": table}
-    choice["decoding"] = decoding
-    fast: Any = api.compile(loaded.model, profile, alpha, backend=backend, **choice)
     tokens = prompt_ids(tokenizer, prompt) if chat else tokenizer(prompt)["input_ids"]
     if not tokens:
         raise ValueError("the prompt is empty")
+    how = {"backend": backend, "context": context, "table": table, "decoding": decoding}
+    fast = _compiled(loaded, profile, alpha, plan, **how)
     ids = torch.tensor([tokens], device=loaded.model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     options: dict[str, Any] = {"max_new_tokens": limit, "streamer": streamer if stream else None}
@@ -199,3 +194,15 @@ def answer_prompt(
     told = fast.adaskip.plan.digest, text, len(tokens), len(new), seconds
     per_step = drafts.tokens_per_step if drafts is not None else None
     return Answer(loaded.name, *told, per_step), str(fast.adaskip)
+
+
+def _compiled(
+    loaded: Loaded, profile: Profile, alpha: float, plan: Path | None, **options: Any
+) -> Any:
+    """Return the compiled model, whose policy adds to a fitted plan if one is given."""
+    from .. import api
+    from ..plans.skip_plan import SkipPlan
+    from ..policies import Fitted
+
+    policy = Fitted(SkipPlan.load(plan)) if plan is not None else None
+    return api.compile(loaded.model, profile, alpha, policy=policy, **options)
