@@ -13,11 +13,14 @@ from transformers.utils import ModelOutput
 
 from ..kv_cache.argument_names import output_fields
 from ..kv_cache.cache import SkipCache
+from ..utils.transformers_internals import OFFSETS
 from ..utils.weak_cache import weakly_cached
 
 #: What outputs of models of images have besides: states, and since transformers 5.24 all that the
-#: encoder gave (`image_hidden_states` is a property of that).
+#: encoder gave (`image_hidden_states` is a property of that); up to 5.19 how far positions are
+#: behind tokens.
 _OF_IMAGES = (
+    OFFSETS,
     *("image_hidden_states", "video_hidden_states", "audio_hidden_states"),
     *("image_outputs", "video_outputs", "audio_outputs"),
 )

@@ -137,7 +137,8 @@ def test_of_no_image_nothing_is_in_the_output(pair: Pair) -> None:
     ids = torch.tensor([[5, 9, 3, 22, 41]])
     got, want = pair.compiled(input_ids=ids), pair.model(input_ids=ids)
     assert type(got) is type(want)
-    assert list(got) == list(want)
+    behind = {"rope_deltas"}  # zeros, up to transformers 5.19
+    assert [*got] == [name for name in want if name not in behind]
     assert of_images(got) == []
 
 
