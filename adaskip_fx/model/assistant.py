@@ -28,6 +28,7 @@ class Assistant:
         """Draft for `request`; the other arguments are of its call of ``generate``."""
         self._make, self._request = make, request
         self._candidates: Candidates | None = None
+        self._drafted: torch.Tensor | None = None
         self.free = getattr(config, "prompt_lookup_num_tokens", None) is not None
 
     def begin(self) -> Assistant:
@@ -41,7 +42,9 @@ class Assistant:
             self._candidates = self._make(text, self._request.model_kwargs)
         if hasattr(self._candidates, "num_assistant_tokens"):
             self._candidates.num_assistant_tokens = most
+        self._forget(text)
         found, scores = self._candidates.get_candidates(text)
+        self._drafted = found
         tokens = found[:, text.shape[1] :][:, :most].to(text.device)
         if not tokens.shape[1]:
             return None
@@ -49,3 +52,19 @@ class Assistant:
             return Drafts(tokens)
         chances = torch.softmax(scores[:, : tokens.shape[1]].to(text.device), -1)
         return Drafts(tokens, chances)
+
+    def _forget(self, text: torch.Tensor) -> None:
+        """Have an assistant's cache hold no draft that the text does not have.
+
+        It forgets drafts by itself where it is asked in every round, which it is not here.
+        """
+        cache = getattr(self._candidates, "assistant_kwargs", {}).get("past_key_values")
+        kind = type(self._candidates).__name__
+        if cache is None or self._drafted is None or kind != "AssistedCandidateGenerator":
+            return
+        shared = min(self._drafted.shape[1], text.shape[1])
+        same = self._drafted[0, :shared].to(text.device) == text[0, :shared]
+        known = int(same.to(torch.int64).cumprod(0).sum())
+        beyond = cache.get_seq_length() - known
+        if beyond > 0:
+            cache.crop(-beyond)

@@ -74,13 +74,14 @@ class DraftedRequest(DecodedRequest):
         self._chooser = Chooser(speculation, call.input_ids.shape[0], more)
         self._work = (-1, -1, -1)
         self._refused: Column | None = None
-        self._at_once = remember_nothing((*call.logits_processor, *call.stopping_criteria))
+        self._processed = remember_nothing(call.logits_processor)
+        self._at_once = self._processed and remember_nothing(call.stopping_criteria)
         self._positions = _positions(model)
         self._stats.requests += 1
         self._within: Within | None = None
         super().__init__(model, replace(call, streamer=text))
         decoding = speculation.decoding
-        if isinstance(decoding, Bounded):
+        if isinstance(decoding, Bounded) and self._processed:  # (else nothing stands by the bound)
             form = decoding.max_divergence, *call.input_ids.shape[:1], call.input_ids.device
             self.rule = self._within = Within(self.rule, *form)
         self._text = text
@@ -101,7 +102,7 @@ class DraftedRequest(DecodedRequest):
         try:
             for _ in range(most):
                 logits = self._read(text, kwargs, 1).logits[:, -1].to(torch.float32)
-                scores = self.call.logits_processor(text, logits) if self._at_once else logits
+                scores = self.call.logits_processor(text, logits) if self._processed else logits
                 tokens.append(self.rule.choose(scores)[0])
                 given.append(logits)
                 if self.samples:
@@ -144,7 +145,7 @@ class DraftedRequest(DecodedRequest):
         """Append a token of each row; see `DecodedRequest`."""
         self._stats.tokens += 1
         if self._within is not None:
-            self._within.tokens = self._within.tokens + self.unfinished
+            self._within.tokens = self._within.tokens + self._counted(self.unfinished)
         return super().append(tokens, scores, logits)
 
     def run_step(self) -> None:
@@ -182,7 +183,11 @@ class DraftedRequest(DecodedRequest):
         grown = next_kwargs(self._model, None, dict(self.model_kwargs), count)
         outputs = self._read(text, grown, count + 1)
         logits = outputs.logits[:, -count - 1 :].to(torch.float32)
-        accepted, ended = self._accept(drafts, logits)
+        try:
+            accepted, ended = self._accept(drafts, logits)
+        except BaseException:  # of a processor, a criterion or a streamer
+            self.cache.keep_first(min(stored + count, len(self.rows[0]) - 1))
+            raise
         self.model_kwargs = next_kwargs(self._model, outputs, self.model_kwargs, accepted + 1)
         self.cache.keep_first(stored + 1 + accepted - ended)
         self.logits = logits[:, accepted]
@@ -199,8 +204,11 @@ class DraftedRequest(DecodedRequest):
             end = drafts.count if self._at_once else accepted + 1
             scores = self._scores(drafts, logits, accepted, end)
             part = drafts.columns(accepted, end)
+            if self._within is not None:
+                self._within.counted = self._counted(self.unfinished)
             stand = self.rule.accepts(scores, part, logits[:, accepted:end])
-            stand = stand | (self.unfinished == 0).unsqueeze(1)
+            if self.pads:
+                stand = stand | (self.unfinished == 0).unsqueeze(1)
             taken = int(leading(stand))
             kept, fewer, left = self._append_columns(part.tokens, scores, logits, accepted, taken)
             accepted += kept
@@ -232,8 +240,8 @@ class DraftedRequest(DecodedRequest):
         left, columns = known[: count + 1], known[count + 1 :]  # of one look at the device
         kept = next((i for i in range(1, count + 1) if left[i] < left[0]), count)
         if self._within is not None:
-            dropped = torch.stack([*going[kept:-1], torch.zeros_like(going[0])])
-            self._within.tokens = self._within.tokens - dropped.sum(0)
+            dropped = [*map(self._counted, going[kept:-1]), torch.zeros_like(going[0])]
+            self._within.tokens = self._within.tokens - torch.stack(dropped).sum(0)
         self.unfinished = going[kept]
         self.input_ids = self.input_ids[:, : before + kept]
         self.recorded.drop(count - kept)
@@ -241,6 +249,10 @@ class DraftedRequest(DecodedRequest):
             self._text.put(column.clone())
         self._stats.tokens -= count - kept
         return kept, left[kept] < left[0], left[kept]
+
+    def _counted(self, unfinished: torch.Tensor) -> torch.Tensor:
+        """Return the rows whose tokens are no padding, int64 [B]."""
+        return unfinished if self.pads else torch.ones_like(unfinished)
 
     def _scores(self, drafts: Drafts, logits: torch.Tensor, first: int, end: int) -> torch.Tensor:
         """Return the scores of columns of logits [B, k + 1, V], each given the drafts before it."""

@@ -198,10 +198,15 @@ class DecodedRequest:
         self.unfinished = self.unfinished & ~ended
         return tokens
 
+    @property
+    def pads(self) -> bool:
+        """Whether padding follows where a row has ended; else the model's own tokens do."""
+        return self._ends and pad_token(self.call.config) is not None
+
     def padded(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return tokens int64 [B, n], padding in their place where a row has ended."""
         pad = pad_token(self.call.config)
-        if not self._ends or pad is None:
+        if not self.pads or pad is None:
             return tokens
         going = self.unfinished.unsqueeze(1)
         return tokens * going + pad.to(tokens.device) * (1 - going)

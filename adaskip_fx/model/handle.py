@@ -78,11 +78,17 @@ class Handle:
         Raises:
             PlanError: (when set) The plan is for another model.
             UnsupportedError: (when set) The plan skips what cannot be skipped.
+            ValueError: (when set) The model was compiled with ``decoding=``, whose plan only drafts.
         """
         return self._runtime.plan_of_model()
 
     @plan.setter
     def plan(self, plan: Decision) -> None:
+        if self._runtime.speculation is not None:
+            raise ValueError(
+                "requests of a model that was compiled with decoding= run in full, and its plan "
+                "only drafts; compile again with another one (compile(plan=...))"
+            )
         self._runtime.set_plan(plan)
 
     @property

@@ -27,6 +27,7 @@ class Within:
         most: the bound, in nats for each token.
         spent: what was paid, in nats, float64 [B].
         tokens: how many tokens have been released, float64 [B].
+        counted: of which rows tokens are released, int64 [B]; the others have ended.
     """
 
     def __init__(self, rule: Rule, most: float, rows: int, device: torch.device) -> None:
@@ -41,6 +42,7 @@ class Within:
         self._rule, self.most = rule, most
         self.spent = torch.zeros(rows, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.counted = torch.ones(rows, dtype=torch.int64, device=device)
         self._costs = list[torch.Tensor]()  # of the block that is being verified, by column
         self._before = self.tokens  # it
 
@@ -54,7 +56,7 @@ class Within:
             return stand
         apart = divergence(logits, drafts.logits).to(torch.float64)
         allowed = list[torch.Tensor]()
-        for cost in apart.unbind(1):
+        for cost in (apart * self.counted.unsqueeze(1)).unbind(1):
             paid = self.spent + sum(self._costs, torch.zeros_like(self.spent)) + cost
             allowed.append(paid <= self.most * (self._before + len(self._costs) + 1))
             self._costs.append(torch.where(allowed[-1], cost, 0.0))

@@ -56,7 +56,7 @@ class Context(Protocol):
 
     @property
     def rows(self) -> Sequence[Sequence[int]]:
-        """The same tokens on the host, by row; they only grow during a request."""
+        """The same tokens on the host, by row, or all but the last; they grow during a request."""
 
     @property
     def samples(self) -> bool:
