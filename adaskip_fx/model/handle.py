@@ -78,7 +78,7 @@ class Handle:
         Raises:
             PlanError: (when set) The plan is for another model.
             UnsupportedError: (when set) The plan skips what cannot be skipped.
-            ValueError: (when set) The model was compiled with ``decoding=``, whose plan only drafts.
+            ValueError: (when set) The model was compiled with ``decoding=``: its plan only drafts.
         """
         return self._runtime.plan_of_model()
 

@@ -70,7 +70,7 @@ class LatencyBudget:
         """
         self.table.check(model)
         if self.table.warning:
-            warnings.warn(self.table.warning, stacklevel=5)  # the caller of `compile`
+            warnings.warn(self.table.warning, stacklevel=7)  # the caller of `compile`
 
     def describe(self, plan: SkipPlan) -> str:
         """Return a line with the speed-up that is predicted for a plan, by phase."""

@@ -16,6 +16,7 @@ from tests.support.compiled_llamas import entry
 from tests.support.decisions import EMPTY, SHAPE, SUBLAYERS
 
 PUBLIC = {
+    "drafts",
     "explain",
     "kv_heads",
     "free",
