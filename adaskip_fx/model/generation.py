@@ -137,6 +137,7 @@ class DecodedRequest:
         recorded: what the caller asked to have of every step.
         host: what the host has to know of a step.
         rule: how tokens are chosen by scores.
+        pads: whether padding follows where a row has ended; else the model's own tokens do.
     """
 
     def __init__(self, model: CompiledCausalLM, call: DecodingCall) -> None:
@@ -147,7 +148,8 @@ class DecodedRequest:
             call: see the class.
         """
         self._model, self.call = model, call
-        self._ends = any(hasattr(rule, "eos_token_id") for rule in call.stopping_criteria)
+        ends = any(hasattr(rule, "eos_token_id") for rule in call.stopping_criteria)
+        self.pads = ends and pad_token(call.config) is not None
         self.input_ids = call.input_ids
         self.model_kwargs = call.model_kwargs
         rows, device = call.input_ids.shape[0], call.input_ids.device
@@ -197,11 +199,6 @@ class DecodedRequest:
         ended = self.call.stopping_criteria(self.input_ids, self.recorded.scores)
         self.unfinished = self.unfinished & ~ended
         return tokens
-
-    @property
-    def pads(self) -> bool:
-        """Whether padding follows where a row has ended; else the model's own tokens do."""
-        return self._ends and pad_token(self.call.config) is not None
 
     def padded(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return tokens int64 [B, n], padding in their place where a row has ended."""
