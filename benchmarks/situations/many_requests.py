@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .. import models
@@ -86,18 +87,9 @@ def _promise(bench: Bench, requests: Sequence[Request]) -> float:
         prompts.append(runs["prompt"])
         steps.append(bench.step_seconds(bench.filled(ids)))
         bench.begin()
-    return sum(
-        between(lengths, prompts, r.prompt)
-        + (r.new - 1) * between(lengths, steps, r.prompt + r.new // 2)
-        for r in requests
-    )
-
-
-def between(at: Sequence[int], values: Sequence[float], point: float) -> float:
-    """Return the value at a point on the lines through some points; of the last one beyond."""
-    low = max(n for n in range(len(at) - 1) if n == 0 or at[n] <= point)
-    share = (point - at[low]) / (at[low + 1] - at[low])
-    return values[low] + share * (values[low + 1] - values[low])
+    read = np.interp([r.prompt for r in requests], lengths, prompts)
+    halfway = np.interp([r.prompt + r.new // 2 for r in requests], lengths, steps)
+    return float(read.sum() + halfway @ [r.new - 1 for r in requests])
 
 
 def _answer(bench: Bench, request: Request) -> None:

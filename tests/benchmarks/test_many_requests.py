@@ -1,10 +1,17 @@
-"""What many requests are measured against: their lengths, and times between those measured."""
+"""What many requests are measured against: their lengths, and what these take by themselves."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
-from benchmarks.situations.many_requests import Request, between, drawn
+import pytest
+import torch
+
+from benchmarks import models
+from benchmarks.situations import many_requests
+from benchmarks.situations.many_requests import Request, drawn
 
 
 def test_requests_are_the_same_in_every_run() -> None:
@@ -16,9 +23,31 @@ def test_requests_are_the_same_in_every_run() -> None:
     assert drawn(40, 128, 1)[0] == Request(89, 4), "tiny ones have new tokens too"
 
 
-@pytest.mark.parametrize(
-    ("point", "value"), [(10, 1.0), (15, 2.0), (20, 3.0), (30, 5.0), (50, 13.0), (0, -1.0)]
-)
-def test_between_what_was_measured(point: float, value: float) -> None:
-    """Lines through (10, 1), (20, 3) and (40, 7) up to there; of (40, 7) and (45, 10) beyond."""
-    assert between([10, 20, 40, 45], [1.0, 3.0, 7.0, 10.0], point) == pytest.approx(value)
+class Card:
+    """A card on which a token of a prompt takes 2 s, and a step as long as there are tokens."""
+
+    def __init__(self, steps: float = 1.0) -> None:
+        self.sizes = SimpleNamespace(first=40, short=130)
+        self._steps, self._length = steps, 0
+
+    def filled(self, ids: torch.Tensor) -> int:
+        return ids.shape[1]
+
+    def times(self, runs: dict[str, Callable[[], int]], settle: int) -> Any:
+        return {name: 2.0 * run() for name, run in runs.items()}, None
+
+    def step_seconds(self, length: int) -> float:
+        return self._steps * length
+
+    def begin(self) -> None:
+        pass
+
+
+def test_what_requests_take_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: prompts of 50 and 100 tokens, and steps at 52 and 101; between what was measured."""
+    monkeypatch.setattr(models, "tokens", lambda batch, count: torch.zeros(batch, count))
+    requests = [Request(50, 5), Request(100, 3)]
+    by_hand = 2 * 50 + 2 * 100 + 4 * 52 + 2 * 101
+    assert many_requests._promise(Card(), requests) == pytest.approx(by_hand)  # type: ignore[arg-type]
+    slower = many_requests._promise(Card(1.1), requests)  # type: ignore[arg-type]
+    assert slower == pytest.approx(by_hand + 0.1 * (4 * 52 + 2 * 101))
