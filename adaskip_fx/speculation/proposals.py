@@ -77,7 +77,10 @@ class Drafter(Protocol):
     """Proposes for one request."""
 
     def propose(self, context: Context, most: int) -> Drafts | None:
-        """Return up to `most` tokens that may follow; None where there is nothing to propose."""
+        """Return up to `most` tokens that may follow; None where there is nothing to propose.
+
+        Whose proposals are not free is not asked again in a request after None.
+        """
 
 
 class Proposer(Protocol):
