@@ -37,6 +37,7 @@ from adaskip_passes.partition.outer import sublayer_calls
 from adaskip_passes.tracing.capture import Binder, Capture, ShapeGuards
 from adaskip_passes.tracing.reads import readable
 from adaskip_passes.tracing.repeated_layers.mark import Repeat
+from adaskip_passes.transforms.short_sums import WriteOutShortSums
 
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..plans.sublayer import Sublayer
@@ -192,7 +193,7 @@ def _cut(captured: Capture, key: GraphKey, rows: int, backend: str) -> CapturedP
         sublayers=tuple(Sublayer(s.layer, _kind(s.kind)) for s in found),
         modules=tuple(s.modules for s in found),
         memory=_memory(captured, outer),
-        compiler=PieceCompiler(captured, backend, _lowering(key, backend)),
+        compiler=_compiler(captured, key, backend),
         input_index={name: i for i, name in enumerate([*weights, *step])},
         bind_weights=captured.binder(list(weights.values())),
         bind_step=captured.binder(list(step.values())),
@@ -213,10 +214,20 @@ def _memory(captured: Capture, outer: fx.GraphModule) -> tuple[frozenset[Memory]
     return tuple(found)
 
 
+def _compiler(captured: Capture, key: GraphKey, backend: str) -> PieceCompiler:
+    lowering = _lowering(key, backend)
+    return PieceCompiler(
+        captured, backend, lowering, short_kernels=bool(lowering) and key.static_cache
+    )
+
+
 def _lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:
     """Return inner passes for the pieces: fused operators for a GPU's steps of a few tokens."""
-    fused = key.static_cache and key.device.type == "cuda" and backend == "inductor"
-    return (FuseProjections(), FuseAttention(), FuseRotary(), FuseExperts()) if fused else ()
+    if key.device.type != "cuda" or backend != "inductor":
+        return ()
+    if not key.static_cache:
+        return (WriteOutShortSums(),)
+    return FuseProjections(), FuseAttention(), FuseRotary(), FuseExperts()
 
 
 def _layout(value: object) -> Layout:

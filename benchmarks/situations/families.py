@@ -107,7 +107,7 @@ def family(main: Bench, name: str) -> Iterator[Row]:
     ids = models.tokens(1, context)
     eager = functools.partial(model, input_ids=ids, logits_to_keep=1)
     runs: dict[str, Callable[[], Any]] = {"ours": functools.partial(bench.filled, ids)}
-    prompts, rate = bench.times({**runs, "eager": eager}, settle=10)
+    prompts, rate = bench.times({**runs, "eager": eager}, settle=24)
     floor = _prompt_flop(model, context) / rate
     what = f"{name}: prompt of {context}"
     yield over(f"{what}: floor", prompts["ours"], floor, 1.3, **right)

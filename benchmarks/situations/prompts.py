@@ -124,7 +124,7 @@ def turn(bench: Bench) -> Iterator[Row]:
 
     ours()
     others = [seconds(functools.partial(ours, new - n), bench.device, 1, 0)[0] for n in range(1, 6)]
-    took, rate = bench.times({"turn": ours}, warmup=1, settle=12)
+    took, rate = bench.times({"turn": ours}, warmup=1, settle=40)
     floor = turn_flop(bench.model, bench.plan, new, stored) / rate
     what = f"turn of {new} tokens on {stored}"
     yield over(f"{what}: floor", took["turn"], floor, 1.25, eager_error=error)
@@ -153,7 +153,7 @@ def chunks(bench: Bench) -> Iterator[Row]:
             bench.fast(input_ids=piece, past_key_values=cache, logits_to_keep=1)
 
     whole = functools.partial(bench.filled, ids)
-    took, _ = bench.times({"pieces": pieces, "whole": whole}, settle=5)
+    took, _ = bench.times({"pieces": pieces, "whole": whole}, settle=10)
     what = f"prompt of {length} in chunks of {chunk}: in one piece"
     yield over(what, took["pieces"], took["whole"], 1.10, eager_error=error)
 

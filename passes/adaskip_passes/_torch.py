@@ -171,8 +171,8 @@ def bounds_of(size: int | torch.SymInt) -> tuple[int, int | None]:
     return int(found.lower), int(found.upper) if found.upper.is_Integer else None
 
 
-def fake_of_rows(example: torch.Tensor, rows: torch.SymInt, count: int) -> torch.Tensor:
-    """Return a fake tensor without symbols, with `count` for the symbol that is `rows`.
+def fake_of_rows(example: torch.Tensor, rows: torch.SymInt | None, count: int) -> torch.Tensor:
+    """Return a fake tensor without symbols, with `count` for the symbol that is `rows`, if any.
 
     Other symbols are what they were while tracing.
     """
@@ -181,7 +181,7 @@ def fake_of_rows(example: torch.Tensor, rows: torch.SymInt, count: int) -> torch
     def number(size: int | torch.SymInt) -> int:
         if not isinstance(size, torch.SymInt):
             return size
-        value = size.node.expr.subs({rows.node.expr: count})
+        value = size.node.expr.subs({} if rows is None else {rows.node.expr: count})
         return int(value) if value.is_Integer else int(size.node.hint)
 
     sizes, strides = map(number, example.shape), map(number, example.stride())

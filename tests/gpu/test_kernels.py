@@ -115,8 +115,8 @@ def test_another_weight_is_noticed() -> None:
 @pytest.mark.parametrize("rows", [1, 4])
 def test_kernels_compiled_ahead_are_those_that_run(rows: int) -> None:
     """Nothing is left to compile for calls like those in the graph."""
-    from adaskip_passes.decode.precompile import compile_ahead
     from adaskip_passes.decode.triton_kernels import decode_attention, projections
+    from adaskip_passes.linking.precompile import compile_ahead
 
     class Calls(torch.nn.Module):
         def forward(self, x: Tensor, w: Tensor, q: Tensor, kv: Tensor, bounds: Tensor) -> Any:

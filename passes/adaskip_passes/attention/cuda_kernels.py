@@ -1,15 +1,18 @@
-"""The operators of :mod:`ops` on CUDA, by PyTorch's fused kernels.
+"""The operators of :mod:`ops` on CUDA, by PyTorch's fused kernels and one in tiles.
 
-cuDNN's attention is nearly twice as fast as flash attention 2 on Hopper, but it makes a plan for
+On Hopper cuDNN's attention is nearly twice as fast as flash attention 2, but it makes a plan for
 every new shape (:mod:`.cudnn_plans`), and its causal mask begins with the first key. With
 plans, attention of a chunk is therefore computed in two parts: to what was stored before it,
-without a mask, and to itself; the two are weighted by their masses.
+without a mask, and to itself; the two are weighted by their masses. Without, heads of the usual
+sizes run on :mod:`.tiled_attention`, which knows the matrix units of Hopper and needs no plan.
 
 Flash attention takes values as wide as keys. Narrower ones (DeepSeek's, 128 beside 192) get zeros
 there, which costs less than PyTorch's other kernels.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
@@ -20,6 +23,10 @@ from .cudnn_plans import CudnnPlans
 from .ops import causal
 
 _FEW_QUERIES = 128  # up to so many, flash attention splits the keys, and is as fast
+_TILED = (64, 128, 256)  # numbers of a head; measured on an H200
+_HALF = (torch.float16, torch.bfloat16)
+#: Seconds that an operation takes longer than on cuDNN, on an H200.
+_LONGER_ON_FLASH, _LONGER_IN_TILES = 1.8e-15, 0.6e-15
 _plans = CudnnPlans()
 
 
@@ -33,6 +40,10 @@ def _attend_causal(
     flash = can_use_flash_attention(SDPAParams(query, key, as_wide, *more))
     flash = flash and query.shape[3] % 8 == 0
     if flash and not (cudnn and _pays_for_a_plan(query, key, value, past)):
+        if query.shape[2] > _FEW_QUERIES and knows_tiles(query, value):
+            from . import tiled_attention
+
+            return tiled_attention.attend_causal(query, key, value, scale)
         if narrower <= 0:
             return flash_attention(query, key, value, scale)
         output = flash_attention(query, key, pad(value, (0, narrower)), scale)
@@ -45,6 +56,23 @@ def _attend_causal(
 torch.library.impl("adaskip::attend_causal", "cuda", _attend_causal)
 
 
+def knows_tiles(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether attention in tiles is faster than flash attention for many such queries."""
+    dim = query.shape[3]
+    return (
+        dim == value.shape[3]
+        and dim in _TILED
+        and query.dtype in _HALF
+        and query.is_cuda
+        and _is_hopper(query.device)
+    )
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _pays_for_a_plan(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past: int
 ) -> bool:
@@ -55,7 +83,8 @@ def _pays_for_a_plan(
     layouts = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
     shape = *layouts, query.dtype, query.device
     operations = 2.0 * batch * heads * (dim + value.shape[3]) * tokens * (past + tokens / 2)
-    return _plans.pay(shape, operations, 2 if past else 1)
+    longer = _LONGER_IN_TILES if knows_tiles(query, value) else _LONGER_ON_FLASH
+    return _plans.pay(shape, longer * operations, 2 if past else 1)
 
 
 def _in_two_parts(

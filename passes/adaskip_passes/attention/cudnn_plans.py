@@ -1,8 +1,8 @@
 """Whether cuDNN's attention is worth its plan.
 
 cuDNN makes an execution plan for every shape that is new to a thread, which takes the host as long
-whatever the shape. Flash attention 2 needs none, and takes longer for each operation. A shape runs
-on flash attention until that has cost what the plan costs. So it never takes more than twice the
+whatever the shape. Other kernels need none, and take longer for each operation. A shape runs on
+another until that has cost what the plan costs. So it never takes more than twice the
 time of a choice that knew how often the shape would come (renting skis, and buying them when the
 rent has come to their price: Karlin et al., "Competitive Snoopy Caching").
 
@@ -18,32 +18,30 @@ from collections.abc import Hashable
 
 import torch
 
-# Operations on flash attention that cost as much as a plan: its seconds, by the seconds that an
-# operation takes longer than on cuDNN. Both were chosen on an H200.
-_PLAN = 80e-3 / 1.8e-15
+_PLAN = 80e-3  # seconds that a plan takes, on an H200's host
 _SHAPES = 4096  # that are remembered
 
 
 class CudnnPlans(threading.local):
-    """What the shapes of one thread have cost on flash attention, by operations."""
+    """What the shapes of one thread have cost on other kernels."""
 
     def __init__(self) -> None:
         """Begin a thread, which has no plan."""
-        self._operations: OrderedDict[Hashable, float] = OrderedDict()
+        self._seconds: OrderedDict[Hashable, float] = OrderedDict()
 
-    def pay(self, shape: Hashable, operations: float, plans: int = 1) -> bool:
-        """Return whether a call is to run on cuDNN, which is told how many operations it has.
+    def pay(self, shape: Hashable, seconds: float, plans: int = 1) -> bool:
+        """Return whether a call is to run on cuDNN.
 
         Args:
             shape: All that its plans depend on.
-            operations: Additions and multiplications of the call.
+            seconds: That the call takes longer on another kernel.
             plans: How many it needs.
 
         """
         if torch.are_deterministic_algorithms_enabled():
             return True
-        total = self._operations.pop(shape, 0.0) + operations
-        self._operations[shape] = total
-        if len(self._operations) > _SHAPES:
-            self._operations.popitem(last=False)  # the one that has not come for the longest time
+        total = self._seconds.pop(shape, 0.0) + seconds
+        self._seconds[shape] = total
+        if len(self._seconds) > _SHAPES:
+            self._seconds.popitem(last=False)  # the one that has not come for the longest time
         return total >= plans * _PLAN

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from .. import _torch
-from ..decode.precompile import compile_ahead
 from ..infra.logs import logger_of
 from ..infra.pass_base import Pass
 from ..infra.pass_manager import run_passes
@@ -17,11 +16,12 @@ from ..partition.outer import Piece
 from ..tracing.capture import Capture
 from ..tracing.dynamo import one_at_a_time
 from .link import Compiled
+from .precompile import compile_ahead
 
 _LOG = logger_of(__name__)
 
-#: Inductor's options for lowered pieces. What is left to it are kernels of microseconds: those
-#: that do not depend on each other become one, and each starts while the one before it ends.
+#: Inductor's options for short kernels: those that do not depend on each other become one, and
+#: each starts while the one before it ends.
 _SHORT_KERNELS = {"combo_kernels": True, "triton.enable_pdl": True}
 
 
@@ -37,14 +37,23 @@ class PieceCompiler:
     Attributes:
         backend: name of the inner backend (``inductor``, ``eager``, ``aot_eager``, ...).
         lowering: inner passes that each piece goes through first.
+        short_kernels: whether Inductor's kernels take microseconds, as those of a step.
         compiled: how many pieces it has compiled.
         seconds: how long that took in all.
     """
 
-    def __init__(self, capture: Capture, backend: str, lowering: Sequence[Pass] = ()) -> None:
+    def __init__(
+        self,
+        capture: Capture,
+        backend: str,
+        lowering: Sequence[Pass] = (),
+        *,
+        short_kernels: bool = False,
+    ) -> None:
         self.capture = capture
         self.backend = backend
         self.lowering = tuple(lowering)
+        self.short_kernels = short_kernels
         self.compiled = 0
         self.seconds = 0.0
         self._inner = _torch.backend_of(backend)
@@ -91,7 +100,7 @@ class PieceCompiler:
         kernels = compile_ahead(lowered)
         examples = [n.meta["example_value"] for n in graph.find_nodes(op="placeholder")]
         with self.capture.reopened():
-            options = {"config_patches": _SHORT_KERNELS} if self.lowering else {}
+            options = {"config_patches": _SHORT_KERNELS} if self.short_kernels else {}
             function: Compiled = self._inner(lowered, examples, **options)
         for kernel in kernels:
             kernel.result()

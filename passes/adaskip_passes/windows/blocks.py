@@ -5,12 +5,11 @@ Queries are taken a few at a time, with the keys that they see, so the work foll
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from ..attention.ops import attend_causal
 from ..decode.ops import EVERY
+from ..infra.launch import on_device
 from .seen import attend_seen
 
 _EVERYTHING = (0, EVERY)  # sinks and tokens
@@ -83,15 +82,6 @@ def heads_of(
     queries = on_device(tuple(h * group + i for h in chosen for i in range(group)), query.device)
     heads = on_device(tuple(chosen), query.device)
     return query[:, queries], key[:, heads], value[:, heads], queries
-
-
-@functools.lru_cache(maxsize=4096)
-def on_device(
-    numbers: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64
-) -> torch.Tensor:
-    """Return indices on a device; to copy them there at every call would make the host wait."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _in_blocks(

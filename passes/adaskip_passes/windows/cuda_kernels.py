@@ -1,6 +1,6 @@
 """The operators of :mod:`ops` on CUDA: a kernel for heads with windows, cuDNN or flash for others.
 
-Heads that see everything run on PyTorch's fused kernels, which are faster there but know neither
+Heads that see everything run as causal attention does, which is faster there but knows neither
 soft caps nor sink scores; where they lie between others they are copied. The kernel reads and
 writes heads where they are.
 """
@@ -36,7 +36,7 @@ def _attend_windowed(
     plain = not softcap and sink_scores is None
     if plain and len(groups) == 1 and groups[0][1][1] >= stored:
         return attend_causal(query, key, value, scale)
-    from . import triton_kernels
+    from ..attention.tiled_attention import Seeing, attend
 
     batch, heads, tokens, _ = query.shape
     output = query.new_empty((batch, tokens, heads, value.shape[3]))
@@ -44,8 +44,8 @@ def _attend_windowed(
         if plain and seen >= stored:
             _see_everything(query, key, value, output, tuple(chosen), scale)
         else:
-            seeing = triton_kernels.Seeing(sinks, seen, scale, softcap, sink_scores)
-            triton_kernels.attend(query, key, value, output, chosen, seeing)
+            seeing = Seeing(sinks, seen, scale, softcap, sink_scores)
+            attend(query, key, value, output, chosen, seeing)
     return output
 
 

@@ -15,9 +15,9 @@ from torch.nn.functional import linear, silu
 
 from adaskip_passes import FuseProjections, capture
 from adaskip_passes.analysis.effects import operation
-from adaskip_passes.decode import precompile
 from adaskip_passes.decode.ops import project
-from adaskip_passes.decode.precompile import compile_ahead
+from adaskip_passes.linking import precompile
+from adaskip_passes.linking.precompile import compile_ahead
 
 PROJECT = torch.ops.adaskip.project.default
 NORMALIZE = torch.ops.adaskip.normalize.default

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import triton
 
+from ...infra.launch import Launch, has_pdl, shared_memory
 from .combine import combine_apart
 from .decode_attention import _attend
-from .launch import Launch, has_pdl, shared_memory
 
 _PROGRAMS = 128
 _MOST_QUERIES = 128  # of one program

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import triton
 
+from ...infra.launch import Launch, has_pdl
 from .expert_parts import combine
 from .expert_row import down_row, down_row_transposed, up_row
 from .expert_rows import down_rows, up_rows
-from .launch import Launch, has_pdl
 from .router import choose
 
 #: Programs that keep a GPU's memory busy, each with a few kilobytes on their way.

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, has_pdl
+from ...infra.launch import Launch, has_pdl
 
 
 @triton.jit

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...infra.launch import Launch, has_pdl
 from ..ops import GATES, MAX_ROWS
-from .launch import Launch, has_pdl
 
 
 @triton.jit

@@ -16,11 +16,12 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from .. import _torch
+from ..attention.cuda_kernels import knows_tiles
+from ..decode import expert_ops as expert_ops
+from ..decode import latent_ops as latent_ops
 
 if TYPE_CHECKING:
-    from .triton_kernels.launch import Launch
-
-from . import expert_ops as expert_ops
+    from ..infra.launch import Launch
 
 _WORKERS = 8
 _FORESEEN = 256  # rows
@@ -33,6 +34,7 @@ _CHOOSE_EXPERTS = torch.ops.adaskip.choose_experts.default
 _STORE_AND_ATTEND = torch.ops.adaskip.store_and_attend.default
 _LATENT = torch.ops.adaskip.attend_latent.default
 _STORE_LATENT = torch.ops.adaskip.store_and_attend_latent.default
+_CAUSAL = torch.ops.adaskip.attend_causal.default
 
 
 def compile_ahead(module: fx.GraphModule) -> list[Future[None]]:
@@ -45,7 +47,7 @@ def compile_ahead(module: fx.GraphModule) -> list[Future[None]]:
         What to wait for before the piece runs.
     """
     attention = (_ATTEND, _STORE_AND_ATTEND, _LATENT, _STORE_LATENT)
-    ours = (_PROJECT, _NORMALIZE, _RUN_EXPERTS, _CHOOSE_EXPERTS, *attention)
+    ours = (_PROJECT, _NORMALIZE, _RUN_EXPERTS, _CHOOSE_EXPERTS, *attention, _CAUSAL)
     calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target in ours]
     return [future for node in calls for future in _begin(node)]
 
@@ -57,9 +59,24 @@ def _begin(node: fx.Node) -> list[Future[None]]:
     first = values[0]
     if first.device.type != "cuda":
         return []
-    calls = [call for some in _of_rows(values) for call in _launches(node.target, some)]
+    if node.target is _CAUSAL:
+        calls = _of_prompts(*values)
+    else:
+        calls = [call for some in _of_rows(values) for call in _launches(node.target, some)]
     distinct = {(call.kernel, *sorted(call.flags.items())): call for call in calls}
     return [_pool.submit(call.compile, first.device) for call in distinct.values()]
+
+
+def _of_prompts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> list[Launch]:
+    """Return launches of a prompt's attention, for any length."""
+    if not knows_tiles(query, value):
+        return []
+    from ..attention.tiled_attention import causal_of_any_length
+
+    query, key, value = (_torch.fake_of_rows(t, None, 0) for t in (query, key, value))
+    return causal_of_any_length(query, key, value, scale)
 
 
 def _of_rows(values: Any) -> Iterator[Any]:
@@ -87,7 +104,7 @@ def _with_rows(value: Any, rows: torch.SymInt, count: int) -> Any:
 
 
 def _launches(target: Any, values: Any) -> list[Launch]:
-    from . import triton_kernels
+    from ..decode import triton_kernels
 
     if target is _PROJECT:
         return [triton_kernels.projection(*values)]

@@ -86,3 +86,12 @@ def shared_memory(device: torch.device) -> int:
 def has_pdl(device: torch.device) -> bool:
     """Return whether the device knows programmatic dependent launch (compute capability 9)."""
     return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@functools.lru_cache(maxsize=4096)
+def on_device(
+    numbers: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
+    """Return indices on a device; to copy them there at every call would make the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype, device=device)
