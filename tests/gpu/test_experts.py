@@ -24,16 +24,18 @@ KINDS = (
 )
 
 
-def random(kind: tuple[Any, ...], tokens: int, dtype: torch.dtype, **sizes: int) -> Experts:
-    return random_experts(tokens, 8, 3, *kind, dtype=dtype, device="cuda", **sizes)
+def random(
+    kind: tuple[Any, ...], tokens: int, dtype: torch.dtype, count: int = 3, **sizes: int
+) -> Experts:
+    return random_experts(tokens, 8, count, *kind, dtype=dtype, device="cuda", **sizes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 32])
+@pytest.mark.parametrize(("tokens", "count"), [(1, 3), (1, 5), (2, 3), (16, 3), (17, 3), (32, 3)])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_kernels(kind: tuple[Any, ...], tokens: int, dtype: torch.dtype) -> None:
+def test_the_kernels(kind: tuple[Any, ...], tokens: int, count: int, dtype: torch.dtype) -> None:
     for sizes in ({"width": 320, "inner": 136}, {"width": 2880, "inner": 1024}):
-        one = random(kind, tokens, dtype, **sizes)
+        one = random(kind, tokens, dtype, count, **sizes)
         got, expected = run_experts(*one.inputs), written_out(one)
         assert relative_error(got.double(), expected) < DTYPES[dtype]
         one.chosen = one.chosen.flip(0) if tokens > 1 else (one.chosen + 1) % 8
@@ -51,10 +53,12 @@ def test_errors_beside_those_of_plain_torch() -> None:
     assert ours <= 1.1 * theirs
 
 
-@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize(("tokens", "count"), [(1, 3), (1, 5), (8, 3)])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_recorded_graph_follows_the_choice(kind: tuple[Any, ...], tokens: int) -> None:
-    one = random(kind, tokens, torch.bfloat16, width=320, inner=136)
+def test_a_recorded_graph_follows_the_choice(
+    kind: tuple[Any, ...], tokens: int, count: int
+) -> None:
+    one = random(kind, tokens, torch.bfloat16, count, width=320, inner=136)
     run_experts(*one.inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
