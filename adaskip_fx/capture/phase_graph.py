@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -41,7 +42,7 @@ from adaskip_passes.transforms.short_sums import WriteOutShortSums
 
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..plans.sublayer import Sublayer
-from . import attention, rotary
+from . import attention, mixers, rotary
 from .arguments import Forward
 from .example_inputs import Lengths, example_arguments
 from .graph_key import GraphKey
@@ -147,7 +148,13 @@ def capture_phase(
         arguments = example_arguments(model, forward, key, specs, lengths)
         cache = arguments["cache"]
         layers = Repeat.of("model", model, {"L['cache'].layers": cache.layers}, (cache,))
-        captured = capture(traced_function(forward), arguments, lambda made: made, layers)
+        captured = capture(
+            traced_function(forward),
+            arguments,
+            lambda made: made,
+            layers,
+            partial(mixers.exchanged, model),
+        )
         if captured.python_effects:
             changed = ", ".join(map(readable, captured.python_effects))
             raise UnsupportedError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -165,6 +165,7 @@ def capture(
     arguments: Mapping[str, Any],
     build: Callable[[Capture], Built],
     repeat: Repeat | None = None,
+    exchange: dynamo.Exchange = nullcontext,
 ) -> Built:
     """Trace ``function(**arguments)`` into one graph and give it to `build`.
 
@@ -180,6 +181,7 @@ def capture(
         build: receives the capture; its result is returned.
         repeat: modules that the function calls one after the other; of those that are alike two
             are traced, which saves most of the time. The graph is the same.
+        exchange: a context in which Dynamo reads other code; see `dynamo.trace`.
 
     Raises:
         UnsupportedError: when Dynamo cannot make one graph of the function.
@@ -194,12 +196,17 @@ def capture(
             try:
                 with marked(repeat, first):
                     return _captured(
-                        function, arguments, lambda c: build(_expanded(c, arguments, repeat, first))
+                        function,
+                        arguments,
+                        lambda c: build(_expanded(c, arguments, repeat, first)),
+                        exchange,
                     )
             except (NotRepeatedError, dynamo.NoGraphError) as reason:
                 why_traced = str(reason)
     try:
-        return _captured(function, arguments, lambda c: build(replace(c, why_traced=why_traced)))
+        return _captured(
+            function, arguments, lambda c: build(replace(c, why_traced=why_traced)), exchange
+        )
     except dynamo.NoGraphError as error:
         raise UnsupportedError(
             f"torch.compile cannot capture {function.__name__} as one graph: {error}. The model's "
@@ -212,6 +219,7 @@ def _captured(
     function: Callable[..., Any],
     arguments: Mapping[str, Any],
     build: Callable[[Capture], Built],
+    exchange: dynamo.Exchange,
 ) -> Built:
     """Trace once; `build` receives what the trace gave."""
     start = time.perf_counter()
@@ -234,7 +242,7 @@ def _captured(
             # a cycle through C++, which no collection finds; nothing asks for them any more
             described.shape_env.tracked_fakes = None
 
-    dynamo.trace(traced, arguments, receive)
+    dynamo.trace(traced, arguments, receive, exchange)
     if not built:
         raise UnsupportedError(_SWITCHED_OFF.format(function.__name__))
     return built[0]

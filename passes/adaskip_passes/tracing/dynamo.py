@@ -10,7 +10,7 @@ import itertools
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -29,6 +29,9 @@ __all__ = [  # also used by the modules beside this one
     "one_at_a_time",
     "tracing",
 ]
+
+#: What functions are read while a trace lasts is changed in such a context.
+Exchange = Callable[[], AbstractContextManager[Any]]
 
 _serial = itertools.count()
 _CONTEXT = "Developer debug context: "
@@ -68,10 +71,18 @@ def trace(
     function: types.FunctionType,
     arguments: Mapping[str, Any],
     receive: Callable[[fx.GraphModule], None],
+    exchange: Exchange = nullcontext,
 ) -> None:
     """Trace a function of `own_code`; `receive` is called with the graph inside Dynamo's backend.
 
     Nothing is run, unless Dynamo is switched off by a stance: then `receive` is not called.
+
+    Args:
+        function: what to trace.
+        arguments: by name.
+        receive: gets the graph.
+        exchange: a context in which Dynamo reads code that computes the same in another way; it
+            is left before `receive` is called, which finds what is there otherwise.
 
     Raises:
         NoGraphError: Dynamo cannot make one graph of the function.
@@ -79,9 +90,11 @@ def trace(
     """
     failed: list[Exception] = []
     receivers = [receive]  # not `receive` itself: Dynamo never lets go of a backend
+    exchanged = ExitStack()
 
     def backend(graph: fx.GraphModule, example_inputs: list[Any], **_options: Any) -> NoReturn:
         try:
+            exchanged.close()
             receivers[0](graph)
         except Exception as error:  # raised below, outside Dynamo, which would wrap it
             failed.append(error)
@@ -89,7 +102,8 @@ def trace(
 
     with one_at_a_time, _swept():
         try:
-            with _tracing(), warnings.catch_warnings():
+            with _tracing(), exchanged, warnings.catch_warnings():
+                exchanged.enter_context(exchange())
                 # models ask such functions which libraries are installed, and for what is constant
                 warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.")
                 # Dynamo makes one of every autograd function that it traces (Bloom's GELU)
