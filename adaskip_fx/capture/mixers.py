@@ -13,6 +13,7 @@ A function that a user put in the place of transformers' is traced as it is.
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -42,17 +43,18 @@ def exchanged(model: nn.Module) -> Iterator[None]:
         for name in names:
             if not name.startswith("transformers.models."):
                 continue
-            scope = vars(sys.modules[name])
-            stack.enter_context(patch.dict(scope, _exchanges(scope)))
+            module = sys.modules[name]
+            for known, ours in _exchanges(module).items():
+                stack.enter_context(patch.object(module, known, ours))
         yield
 
 
-def _exchanges(scope: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+def _exchanges(module: types.ModuleType) -> dict[str, Callable[..., Any]]:
     """Return what to read instead of the functions of a module of transformers', by name."""
     found: dict[str, Callable[..., Any]] = {}
-    for name, value in scope.items():
+    for name, value in vars(module).items():
         form = kernel_or_torch(value)
-        if form is None or form.written.__module__ != scope["__name__"]:
+        if form is None or form.written.__module__ != module.__name__:
             continue
         if name in _PROMPTS:
             found[name] = _PROMPTS[name]

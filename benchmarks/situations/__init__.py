@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..conditions import conditions
-from . import decoding, families, many_requests, other_attention, prompts, road
+from . import decoding, families, many_requests, mixers, other_attention, prompts, road
 from .bench import Bench
 from .rows import Row, line, table
 
@@ -41,6 +41,7 @@ SITUATIONS: Mapping[str, Situation] = {
     "many_requests": many_requests.many_requests,
     "other_attention": other_attention.other_attention,
     **{f"family_{n}": functools.partial(families.family, name=n) for n in families.SHAPES},
+    **{f"family_{n}": functools.partial(mixers.mixer, name=n) for n in mixers.SHAPES},
 }
 
 

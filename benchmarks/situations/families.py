@@ -23,7 +23,7 @@ from ..ceilings import seconds
 from .bench import Bench
 from .rows import Row, over
 
-_ROWS = 8  # of a batch
+ROWS = 8  # of a batch
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ SHAPES: Mapping[str, Shape] = {
 def family(main: Bench, name: str) -> Iterator[Row]:
     """A family's step of one row and of several, and its prompt; see `SHAPES`."""
     shape = SHAPES[name]
-    model = _model(main.device, name, shape)
+    model = made(main.device, name, shape)
     backend = "inductor" if main.device.type == "cuda" else "eager"
     bench = Bench((model, build(model, None, backend=backend)))
     context = bench.sizes.short
-    right = dict(zip(("eager_error", "allowed_error"), _errors(bench), strict=True))
-    for rows, target in ((1, shape.step), (_ROWS, 1.4)):
+    right = dict(zip(("eager_error", "allowed_error"), errors(bench), strict=True))
+    for rows, target in ((1, shape.step), (ROWS, 1.4)):
         cache = bench.filled(models.tokens(rows, context))
         took = bench.step_seconds(cache)
         del cache
@@ -115,7 +115,8 @@ def family(main: Bench, name: str) -> Iterator[Row]:
     bench.begin()
 
 
-def _model(device: torch.device, name: str, shape: Shape) -> Any:
+def made(device: torch.device, name: str, shape: Shape) -> Any:
+    """Return a random model of a family's shape; a tiny one on a CPU."""
     vocabulary = {"vocab_size": 32000, "max_position_embeddings": 131072}
     sizes = {**vocabulary, **shape.sizes} if device.type == "cuda" else {**_TINY, **shape.tiny}
     named = dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id"))
@@ -127,7 +128,7 @@ def _model(device: torch.device, name: str, shape: Shape) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _errors(bench: Bench) -> tuple[float, float]:
+def errors(bench: Bench) -> tuple[float, float]:
     """Return the relative error of a prompt's and of steps' logits, and what it may be.
 
     Each is the larger median of tokens: a router's choice between two experts that are equally good
@@ -203,21 +204,32 @@ def _each(module: Any) -> float:
 
 def _step_bytes(model: Any, context: int, rows: int) -> float:
     """Return the bytes that a step of so many rows reads, all of which have `context` tokens."""
+    stored = rows * sum(min(seen, context) for seen in _windows(model)) * _stored(model)
+    return weight_bytes(model, rows) + stored * float(model.dtype.itemsize)
+
+
+def weight_bytes(model: Any, rows: int) -> float:
+    """Return the bytes of the weights that a step of so many rows reads."""
     numbers = float(_others(model))
     for module, count in zip(_experts(model), _chosen(model, rows), strict=True):
         numbers += count * _each(module)
-    numbers += rows * sum(min(seen, context) for seen in _windows(model)) * _stored(model)
     return numbers * float(model.dtype.itemsize)
 
 
 def _prompt_flop(model: Any, tokens: int) -> float:
     """Return the operations of a prompt, logits for the last token."""
-    config, head = model.config, model.lm_head.weight.numel()
-    active = _others(model) - head
-    active += sum(config.num_experts_per_tok * _each(m) for m in _experts(model))
+    config = model.config
     group = config.num_attention_heads / _heads(model)
     pairs = sum(s * s / 2 + (tokens - s) * s for s in (min(w, tokens) for w in _windows(model)))
-    return float(2 * active * tokens + 2 * pairs * group * sum(_widths(model)) + 2 * head)
+    return float(product_flop(model, tokens) + 2 * pairs * group * sum(_widths(model)))
+
+
+def product_flop(model: Any, tokens: int) -> float:
+    """Return the operations of a prompt's products with weights, logits for the last token."""
+    head = model.lm_head.weight.numel()
+    active = _others(model) - head
+    active += sum(model.config.num_experts_per_tok * _each(m) for m in _experts(model))
+    return float(2 * active * tokens + 2 * head)
 
 
 def _windows(model: Any) -> list[int]:
