@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # As many lengths may break a key's guards before it is an error: code that counts the chunks of a
-# prompt (Mamba 2's) is another graph for other counts.
+# prompt is another graph for other counts, and so may be a model's own.
 _GRAPHS_PER_KEY = 24
 
 #: A plan, the sublayers to measure, and what the program is to do besides.
