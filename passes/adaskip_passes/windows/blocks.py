@@ -114,5 +114,8 @@ def _in_blocks(
         if end - begin > 1:
             near = (at <= own) & ((at > own - seen) | (at < sinks))
         q = query.narrow(2, begin, end - begin)
-        output[:, begin:end] = attend_seen(q, k, v, near, scale, softcap, sink_scores)
+        mixed = attend_seen(q, k, v, near, scale, softcap, sink_scores)
+        if end - begin == tokens:
+            return mixed
+        output[:, begin:end] = mixed
     return output
