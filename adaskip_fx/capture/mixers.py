@@ -96,9 +96,10 @@ def _delta_rule(
     if cu_seqlens is not None:
         raise NotImplementedError("a mixer's packed rows")
     if other_kernels.delta_rule_is_installed(query.device):
-        return other_kernels.fla_delta_rule(
+        with_kernel: tuple[torch.Tensor, torch.Tensor] = other_kernels.fla_delta_rule(
             query, key, value, g, beta, initial_state, use_qk_l2norm_in_kernel
         )
+        return with_kernel
     dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
     repeats = value.shape[2] // key.shape[2]
     query, key = (
@@ -108,9 +109,7 @@ def _delta_rule(
         for t in (query, key)
     )
     if use_qk_l2norm_in_kernel:
-        query, key = (
-            t * torch.rsqrt((t * t).sum(-1, keepdim=True) + 1e-6) for t in (query, key)
-        )
+        query, key = (t * torch.rsqrt((t * t).sum(-1, keepdim=True) + 1e-6) for t in (query, key))
     output, state = gated_delta_rule(
         query * query.shape[-1] ** -0.5,
         key,

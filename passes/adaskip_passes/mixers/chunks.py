@@ -23,4 +23,4 @@ def chunked(x: torch.Tensor, chunk: int, dim: int) -> torch.Tensor:
     tokens = x.shape[dim]
     count = (tokens + chunk - 1) // chunk + 1
     behind = [0] * (2 * (x.dim() - dim - 1)) + [0, count * chunk - tokens]
-    return pad(x, behind).unflatten(dim, (count, chunk))
+    return torch.unflatten(pad(x, behind), dim, (count, chunk))

@@ -254,4 +254,6 @@ def _(
 def _apart(state: torch.Tensor, initial: torch.Tensor | None) -> torch.Tensor:
     """Return a state in float32, in memory of its own: an operator must not return its input."""
     state = state.float().contiguous()
-    return state.clone() if initial is not None and state.data_ptr() == initial.data_ptr() else state
+    return (
+        state.clone() if initial is not None and state.data_ptr() == initial.data_ptr() else state
+    )

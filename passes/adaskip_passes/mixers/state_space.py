@@ -54,17 +54,17 @@ def scan_in_chunks(
     b, c = (chunked(t, chunk, 1).transpose(2, 3) for t in (b, c))  # [B, c, G, l, N]
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
     between = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(x.dtype)
-    between = between.masked_fill(later, float("-inf")).exp().unflatten(2, shape)
+    between = torch.unflatten(between.masked_fill(later, float("-inf")).exp(), 2, shape)
     scores = (c @ b.transpose(-1, -2)).unsqueeze(3)  # [B, c, G, 1, l, l]
-    within = (scores * between) @ taken.unflatten(2, shape)  # [B, c, G, H/G, l, P]
+    within = (scores * between) @ torch.unflatten(taken, 2, shape)  # [B, c, G, H/G, l, P]
     end = total[..., -1:]
     left = taken * (end - total).to(x.dtype).exp().unsqueeze(-1)
-    left = left.unflatten(2, shape).transpose(-1, -2).flatten(3, 4)  # [B, c, G, H/G P, l]
-    terms = (left @ b).unflatten(3, (-1, width)).flatten(2, 3)  # [B, c, H, P, N]
+    left = torch.unflatten(left, 2, shape).transpose(-1, -2).flatten(3, 4)  # [B, c, G, H/G P, l]
+    terms = torch.unflatten(left @ b, 3, (-1, width)).flatten(2, 3)  # [B, c, H, P, N]
     states = carry_decayed(end.squeeze(-1).to(x.dtype).exp(), terms, initial)
     before = states[:, :-1].reshape(rows, -1, groups, shape[1] * width, size)
-    read = (c @ before.transpose(-1, -2)).unflatten(-1, (-1, width)).transpose(3, 4)
-    result = within + read * total.to(x.dtype).exp().unflatten(2, shape).unsqueeze(-1)
+    read = torch.unflatten(c @ before.transpose(-1, -2), -1, (-1, width)).transpose(3, 4)
+    result = within + read * torch.unflatten(total.to(x.dtype).exp(), 2, shape).unsqueeze(-1)
     result = result.permute(0, 1, 4, 2, 3, 5).reshape(rows, -1, heads, width)
     return result[:, :tokens], states[:, -1]
 

@@ -56,7 +56,7 @@ def recurrence(factors: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
     whole = tokens // _BLOCK * _BLOCK if tokens > 2 * _BLOCK else 0
     if whole:
         a, b, inner = (
-            t[:, :whole].unflatten(1, (-1, _BLOCK)) for t in (factors, terms, states)
+            torch.unflatten(t[:, :whole], 1, (-1, _BLOCK)) for t in (factors, terms, states)
         )
         inner[:, :, 0] = b[:, :, 0]
         for i in range(1, _BLOCK):

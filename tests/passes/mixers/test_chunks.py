@@ -179,12 +179,15 @@ def test_kernels_of_others_get_what_their_names_say(monkeypatch: pytest.MonkeyPa
     stand_in(monkeypatch, chunk_gated_delta_rule=rule, mamba_chunk_scan_combined=scan)
     q, k, v, g, beta, state = (t.float() for t in delta_inputs(7, False, True))
     output, last = other_kernels.fla_delta_rule(q, k, v, g, beta, state, True)
-    assert torch.equal(output, v) and torch.equal(last, state)
+    assert torch.equal(output, v)
+    assert torch.equal(last, state)
     assert last.data_ptr() != state.data_ptr()
-    assert asked[0]["use_qk_l2norm_in_kernel"] and asked[0]["output_final_state"]
+    assert asked[0]["use_qk_l2norm_in_kernel"]
+    assert asked[0]["output_final_state"]
     x, dt, a, b, c, _ = state_inputs(7, 1, False)
     other_kernels.mamba_ssm_chunk_scan(x, dt, a, b, c, 64, None, a, None, True, 0.0, 2.0)
-    assert asked[1]["dt_limit"] == (0.0, 2.0) and asked[1]["return_final_states"]
+    assert asked[1]["dt_limit"] == (0.0, 2.0)
+    assert asked[1]["return_final_states"]
     assert torch.equal(asked[1]["dt_bias"], a)
 
 
