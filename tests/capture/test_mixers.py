@@ -139,7 +139,7 @@ def _difference(module: types.ModuleType, count: int) -> float:
     return float((mixers._delta_rule(q, k, v, **given)[0] - theirs).abs().max())
 
 
-# What is exchanged ---------------------------------------------------------------------------------
+# What is exchanged -------------------------------------------------------------------------------
 
 
 def _module(model: Any) -> types.ModuleType:
@@ -172,12 +172,14 @@ def test_what_dynamo_cannot_see_into_is_exchanged_for_torch(
     model = remembering("mamba2")
     function = _module(model).causal_conv1d_update
     known = kernel_or_torch(function)
-    assert known is not None and not known.has_kernel
+    assert known is not None
+    assert not known.has_kernel
     cell = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
     monkeypatch.setattr(cell["implementation"], "cell_contents", print)
     with mixers.exchanged(model):
         assert _module(model).causal_conv1d_update is known.written
-    assert kernel_or_torch(print) is None and kernel_or_torch(tokens) is None
+    assert kernel_or_torch(print) is None
+    assert kernel_or_torch(tokens) is None
 
 
 def test_packed_rows_are_refused() -> None:

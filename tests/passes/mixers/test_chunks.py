@@ -158,7 +158,7 @@ def test_the_operators_are_what_they_say_they_are(filled: bool) -> None:
     torch.library.opcheck(selective_scan, scanned, test_utils=checks)
 
 
-# Kernels of other libraries, for which plain functions stand here ----------------------------------
+# Kernels of other libraries, for which plain functions stand here --------------------------------
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, **kernels: Callable[..., Any]) -> None:
