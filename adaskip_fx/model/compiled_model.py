@@ -22,7 +22,7 @@ from ..utils.transformers_types import (
     MakeCandidates,
     ModelKwargs,
 )
-from . import drafted, generation
+from . import draftable, drafted, generation
 from .handle import Handle
 from .host import recall_offsets
 
@@ -131,7 +131,7 @@ class CompiledModel(GenerateHooks):
         cache, speculation = call.model_kwargs.get(runtime.generate_argument), runtime.speculation
         if not isinstance(cache, SkipCache) or not generation.serves(call):
             return None
-        if speculation is None or not drafted.serves(cache):
+        if speculation is None or not draftable.serves(cache):
             return generation.run(self, generation.DecodedRequest(self, call))
         with CompiledModel._adaskip_assisted(self, call.input_ids, call.config, call.model_kwargs):
             return generation.run(self, drafted.DraftedRequest(self, call, speculation))
@@ -147,7 +147,7 @@ class CompiledModel(GenerateHooks):
             return None
         if not isinstance(cache, SkipCache) or not generation.serves(call):
             return None
-        if not drafted.serves(cache):
+        if not draftable.serves(cache):
             return None
         with CompiledModel._adaskip_assisted(self, call.input_ids, call.config, call.model_kwargs):
             return generation.run(self, drafted.DraftedRequest(self, call, speculation, assistant))

@@ -20,13 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..capture.rotary import switches_at
 from ..kv_cache.cache import SkipCache
-from ..plans.decisions import Schedule
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..speculation.acceptance import Column, leading
+from ..speculation.budget import Budget
 from ..speculation.chooser import Chooser
-from ..speculation.divergence import Within
 from ..speculation.options import Bounded
 from ..speculation.proposals import Drafts
 from ..speculation.speculation import Speculation
@@ -34,6 +32,7 @@ from ..utils.stateless_rules import remember_nothing
 from ..utils.transformers_internals import next_kwargs
 from ..utils.transformers_types import DecodingCall, MakeCandidates, Output
 from .assistant import Assistant
+from .draftable import positions
 from .generation import DecodedRequest
 from .host_text import HostText
 
@@ -76,17 +75,22 @@ class DraftedRequest(DecodedRequest):
         self._refused: Column | None = None
         self._processed = remember_nothing(call.logits_processor)
         self._at_once = self._processed and remember_nothing(call.stopping_criteria)
-        self._positions = _positions(model)
+        self._positions = positions(model)
         self._stats.requests += 1
-        self._within: Within | None = None
+        self._budget: Budget | None = None
         super().__init__(model, replace(call, streamer=text))
         decoding = speculation.decoding
         if isinstance(decoding, Bounded) and self._processed:  # (else nothing stands by the bound)
-            form = decoding.max_divergence, *call.input_ids.shape[:1], call.input_ids.device
-            self.rule = self._within = Within(self.rule, *form)
+            bound = decoding.max_divergence, speculation, call.input_ids
+            self._budget = Budget(self.rule, *bound)
+            self.rule = self._budget.within
         self._text = text
 
     # What proposers see ----------------------------------------------------------------------
+
+    def due(self, plan: SkipPlan, weaker: Sequence[SkipPlan] | None) -> SkipPlan:
+        """Return the plan to draft with; see `Context`."""
+        return plan if self._budget is None else self._budget.due(plan, weaker)
 
     def draft(self, plan: SkipPlan, most: int) -> Drafts | None:
         """Return `most` tokens decoded under `plan`; see `Context`."""
@@ -113,7 +117,8 @@ class DraftedRequest(DecodedRequest):
             cache.drafting.plan = None
             cache.keep_first(stored)
         drawn = torch.stack(chances, 1) if chances else None
-        return Drafts(torch.stack(tokens, 1), drawn, logits=torch.stack(given, 1))
+        found = Drafts(torch.stack(tokens, 1), drawn, kind=plan.digest[:8])
+        return replace(found, logits=torch.stack(given, 1), plan=plan)
 
     # Rounds ----------------------------------------------------------------------------------
 
@@ -144,8 +149,8 @@ class DraftedRequest(DecodedRequest):
     ) -> torch.Tensor:
         """Append a token of each row; see `DecodedRequest`."""
         self._stats.tokens += 1
-        if self._within is not None:
-            self._within.tokens = self._within.tokens + self._counted(self.unfinished)
+        if self._budget is not None:
+            self._budget.within.tokens = self._budget.within.tokens + self._counted(self.unfinished)
         return super().append(tokens, scores, logits)
 
     def run_step(self) -> None:
@@ -161,8 +166,11 @@ class DraftedRequest(DecodedRequest):
             return super().advance()
         padded = replace(drafts, tokens=self.padded(drafts.tokens))
         accepted, ended = self._verify(padded)
-        self._stats.count(offer.name, drafts.count, accepted, len(self.rows))
-        self._chooser.verified(offer, drafts.count, accepted)
+        self._stats.count(offer.name, drafts.count, accepted, len(self.rows), drafts.kind)
+        kind = drafts.kind
+        if self._budget is not None and drafts.plan is not None:
+            kind = self._budget.verified(drafts.plan, accepted + 1).digest[:8]
+        self._chooser.verified(offer, drafts, accepted, kind)
         return ended
 
     def _most(self) -> int:
@@ -204,8 +212,8 @@ class DraftedRequest(DecodedRequest):
             end = drafts.count if self._at_once else accepted + 1
             scores = self._scores(drafts, logits, accepted, end)
             part = drafts.columns(accepted, end)
-            if self._within is not None:
-                self._within.counted = self._counted(self.unfinished)
+            if self._budget is not None:
+                self._budget.within.counted = self._counted(self.unfinished)
             stand = self.rule.accepts(scores, part, logits[:, accepted:end])
             if self.pads:
                 stand = stand | (self.unfinished == 0).unsqueeze(1)
@@ -239,9 +247,9 @@ class DraftedRequest(DecodedRequest):
         known = torch.cat((torch.stack(going).sum(1), tokens[:, :count].T.flatten())).tolist()
         left, columns = known[: count + 1], known[count + 1 :]  # of one look at the device
         kept = next((i for i in range(1, count + 1) if left[i] < left[0]), count)
-        if self._within is not None:
+        if self._budget is not None:
             dropped = [*map(self._counted, going[kept:-1]), torch.zeros_like(going[0])]
-            self._within.tokens = self._within.tokens - torch.stack(dropped).sum(0)
+            self._budget.within.tokens = self._budget.within.tokens - torch.stack(dropped).sum(0)
         self.unfinished = going[kept]
         self.input_ids = self.input_ids[:, : before + kept]
         self.recorded.drop(count - kept)
@@ -264,10 +272,8 @@ class DraftedRequest(DecodedRequest):
 
     def result(self, cache: SkipCache) -> Any:
         """Return what ``generate`` returns, when its divergence is counted."""
-        within = self._within
-        if within is not None:
-            paid = torch.stack((within.spent, within.tokens)).tolist()
-            self._stats.diverged(within.most, *paid)
+        if self._budget is not None:
+            self._budget.end()
         return super().result(cache)
 
     def _read(self, text: torch.Tensor, kwargs: dict[str, object], tokens: int) -> Output:
@@ -279,18 +285,3 @@ class DraftedRequest(DecodedRequest):
             inputs["logits_to_keep"] = tokens
         outputs: Output = self._model(**inputs, return_dict=True)
         return outputs
-
-
-def serves(cache: SkipCache) -> bool:
-    """Return whether tokens can be drafted: they can be taken back, and steps have one plan."""
-    return not cache.stateful and not isinstance(cache.request.decision, Schedule)
-
-
-def _positions(model: CompiledCausalLM) -> int:
-    """Return how many tokens a block may reach: what is beyond is decoded in plain steps.
-
-    A model may have no more positions, or another set of rotary frequencies there, while a plain
-    step has those of its own length.
-    """
-    table = model._adaskip.graphs.max_length
-    return min([*switches_at(model), *([] if table is None else [table])], default=2**62)

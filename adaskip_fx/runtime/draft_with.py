@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from adaskip_passes import UnsupportedError
 
 from ..plans.skip_plan import SkipPlan
+from ..speculation.frontier import check_weaker
 from ..speculation.options import Lossless
 from ..speculation.speculation import Speculation
 
@@ -35,9 +36,15 @@ def draft_with(runtime: Runtime, decoding: Lossless) -> None:
             f"drafts are decoded with one plan, but a {plan.kind} has several; give one of them"
         )
     for proposer in decoding.proposers:
-        own = getattr(proposer, "plan", None)
+        own, weaker = getattr(proposer, "plan", None), getattr(proposer, "weaker", None)
         if own is not None:
             runtime.set_plan(own)  # which refuses what cannot be linked
+        if weaker:
+            check_weaker((own if own is not None else plan, *weaker))
     runtime.set_plan(SkipPlan.empty(runtime.sublayers))
     runtime.policy = runtime.describe = None
-    runtime.speculation = Speculation(decoding, plan)
+    profile = runtime.profile
+    similarity = None
+    if profile is not None:
+        similarity = dict(zip(profile.sublayers, profile.similarity().tolist(), strict=True))
+    runtime.speculation = Speculation(decoding, plan, similarity=similarity)

@@ -12,6 +12,7 @@ from .times import PLAIN
 
 #: What a draft that was never measured is supposed to take, in plain steps: to verify, and to make.
 _VERIFIED, _MADE = 0.1, 0.9
+_CHANCE = 0.8  # that a draft stands of a kind that was never verified, unless its proposer says so
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,8 @@ class Chooser:
         self._adaptive, self._rows = decoding.adaptive, rows
         self._controller = speculation.controller
         self._drafters = [(p, p.begin()) for p in (*more, *decoding.proposers)]
+        self._kinds = dict(self._controller.kinds)  # of drafts to come, where they are not free
+        self._begun = set[str]()  # who has drafted, of those that are not free
         self._round, self._tokens = PLAIN, 1
         self._since: float | None = None
 
@@ -58,8 +61,10 @@ class Chooser:
             drafts = drafter.propose(context, most) if proposer.free else None
             if proposer.free and drafts is None:
                 continue
-            known = ("", 0.8) if drafts is None else (drafts.kind, drafts.chance)
-            source = self._controller.source(proposer.name, *known)
+            kind, chance = self._kinds.get(proposer.name, ""), _CHANCE
+            if drafts is not None:
+                kind, chance = drafts.kind, drafts.chance
+            source = self._controller.source(proposer.name, kind, chance)
             count = most if drafts is None else drafts.count
             worth = 1.0
             if self._adaptive:
@@ -80,10 +85,23 @@ class Chooser:
             return None
         return drafts.columns(0, offer.count)
 
-    def verified(self, offer: Offer, count: int, accepted: int) -> None:
-        """Count a block of which the first tokens stand."""
-        offer.source.verified(count, accepted)
-        self._round, self._tokens = (offer.name, count), accepted + 1
+    def verified(self, offer: Offer, drafts: Drafts, accepted: int, following: str = "") -> None:
+        """Count a block of which the first tokens stand.
+
+        Args:
+            offer: whose it is.
+            drafts: the block.
+            accepted: how many of its tokens.
+            following: the kind of that proposer's next drafts, if they are not free.
+        """
+        self._controller.source(offer.name, drafts.kind, _CHANCE).verified(drafts.count, accepted)
+        if offer.drafts is None:
+            if offer.name not in self._begun:
+                self._controller.kinds[offer.name] = drafts.kind
+            self._begun.add(offer.name)
+            self._kinds[offer.name] = following
+            offer.source.since = 0
+        self._round, self._tokens = (offer.name, drafts.count), accepted + 1
 
     def took(self, length: int, undisturbed: bool) -> None:
         """Take the time since the last token, with so many tokens stored.

@@ -75,6 +75,7 @@ class Controller:
         times: of rounds.
         credit: plain steps that may be lost by trying.
         clock: where seconds come from.
+        kinds: of the drafts that requests begin with, by proposers that are not free.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -82,6 +83,7 @@ class Controller:
         self.times = Times()
         self.credit = 0.0
         self.clock = clock
+        self.kinds: dict[str, str] = {}
         self._sources: dict[tuple[str, str], Source] = {}
         self._since_plain = _FRESH
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from .acceptance import Column, Rule
@@ -16,6 +18,23 @@ def divergence(full: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
     return parts.sum(-1).clamp_min(0.0)
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What one block of drafts has cost.
+
+    Attributes:
+        nats: of the drafts that were verified, in the row where that is most.
+        drafts: how many those are, up to the first that does not stand and with it.
+        refused: whether one was beyond the bound.
+        left: nats that may be spent from here on, of the row where that is least.
+    """
+
+    nats: float
+    drafts: int
+    refused: bool
+    left: float
+
+
 class Within:
     """Accepts drafts while their mean divergence is within a bound, and by another rule beyond it.
 
@@ -28,6 +47,7 @@ class Within:
         spent: what was paid, in nats, float64 [B].
         tokens: how many tokens have been released, float64 [B].
         counted: of which rows tokens are released, int64 [B]; the others have ended.
+        beyond: how many drafts the bound has refused that all before them stood, float64 [B].
     """
 
     def __init__(self, rule: Rule, most: float, rows: int, device: torch.device) -> None:
@@ -43,7 +63,11 @@ class Within:
         self.spent = torch.zeros(rows, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(rows, dtype=torch.float64, device=device)
         self.counted = torch.ones(rows, dtype=torch.int64, device=device)
+        self.beyond = torch.zeros_like(self.spent)
         self._costs = list[torch.Tensor]()  # of the block that is being verified, by column
+        self._apart = list[torch.Tensor]()  # likewise: what drafts cost that do not stand as well
+        self._refused = list[torch.Tensor]()  # likewise: whether a draft was beyond the bound
+        self._block = list[torch.Tensor]()  # what `block` is made of
         self._before = self.tokens  # it
 
     def accepts(self, scores: torch.Tensor, drafts: Drafts, logits: torch.Tensor) -> torch.Tensor:
@@ -52,7 +76,9 @@ class Within:
             self._before = self.tokens
         stand = self._rule.accepts(scores, drafts, logits)
         if drafts.logits is None:
-            self._costs += [torch.zeros_like(self.spent)] * drafts.count
+            nothing = [torch.zeros_like(self.spent)] * drafts.count
+            for kept in (self._costs, self._apart, self._refused):
+                kept += nothing
             return stand
         apart = divergence(logits, drafts.logits).to(torch.float64)
         allowed = list[torch.Tensor]()
@@ -60,6 +86,8 @@ class Within:
             paid = self.spent + sum(self._costs, torch.zeros_like(self.spent)) + cost
             allowed.append(paid <= self.most * (self._before + len(self._costs) + 1))
             self._costs.append(torch.where(allowed[-1], cost, 0.0))
+            self._apart.append(cost)
+            self._refused.append((~allowed[-1]).to(torch.float64))
         return stand | torch.stack(allowed, 1)
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -73,6 +101,16 @@ class Within:
 
     def settle(self, columns: int) -> None:
         """Pay for the drafts that stand."""
-        for cost in self._costs[:columns]:
-            self.spent = self.spent + cost
-        self._costs.clear()
+        none, self._columns = torch.zeros_like(self.spent), columns
+        kept = (self._costs, self._apart, self._refused)
+        paid, apart, refused = (sum(columns_of[:columns], none) for columns_of in kept)
+        self.spent, self.beyond = self.spent + paid, self.beyond + refused
+        self._block = [apart, refused]
+        for columns_of in kept:
+            columns_of.clear()
+
+    def block(self) -> Spent:
+        """Return what the last block has cost that was settled; the host waits for it."""
+        left = torch.where(self.counted > 0, self.most * self.tokens - self.spent, torch.inf)
+        apart, refused, left = torch.stack((*self._block, left)).tolist()
+        return Spent(max(apart), self._columns, any(refused), min(left))

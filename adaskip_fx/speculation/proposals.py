@@ -23,6 +23,7 @@ class Drafts:
         kind: drafts of a proposer that are accepted about as often have the same word here.
         chance: how likely the first token is to stand, as long as none of this kind was verified.
         logits: that the model itself gave for each token, float32 [B, k, V]; None of any other.
+        plan: that the model itself decoded them with; None of any other.
     """
 
     tokens: torch.Tensor
@@ -30,6 +31,7 @@ class Drafts:
     kind: str = ""
     chance: float = 0.8
     logits: torch.Tensor | None = None
+    plan: SkipPlan | None = None
 
     @property
     def count(self) -> int:
@@ -65,6 +67,17 @@ class Context(Protocol):
     @property
     def plan(self) -> SkipPlan:
         """What `compile` chose to leave out; nothing where it was given no profile and no plan."""
+
+    def due(self, plan: SkipPlan, weaker: Sequence[SkipPlan] | None) -> SkipPlan:
+        """Return the plan to draft with: `plan`, or a weaker one where it diverges too much.
+
+        That is so within a bound alone; else it is `plan`.
+
+        Args:
+            plan: the strongest.
+            weaker: others, which leave out less and less; None for some that leave out the least
+                important of the same sublayers, as far as there is a profile that says so.
+        """
 
     def draft(self, plan: SkipPlan, most: int) -> Drafts | None:
         """Return `most` tokens as the model decodes them under `plan`, on the request's cache.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..plans.skip_plan import SkipPlan
+from .frontier import check_weaker
 from .proposals import Context, Drafts
 
 
@@ -18,9 +19,23 @@ class Skipped:
     Attributes:
         plan: What drafts are decoded with; its decode phase counts. None for what `compile` chose
             by its policy, or was given.
+        weaker: Plans that leave out less and less in decode, which take its place within a bound
+            (`Bounded`) that it spends too fast. None for some that are made of it, where there is
+            a profile: half of its sublayers, a quarter and so on to one, by similarity. () for
+            none.
+
+    Raises:
+        ValueError: A plan in `weaker` does not leave out less than the one before it.
     """
 
     plan: SkipPlan | None = None
+    weaker: tuple[SkipPlan, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.weaker is not None:
+            object.__setattr__(self, "weaker", tuple(self.weaker))
+            plans = (*([self.plan] if self.plan is not None else []), *self.weaker)
+            check_weaker(plans)
 
     @property
     def name(self) -> str:
@@ -41,4 +56,4 @@ class Skipped:
         plan = self.plan if self.plan is not None else context.plan
         if not plan.decode and not plan.windows.decode:
             return None
-        return context.draft(plan, most)
+        return context.draft(context.due(plan, self.weaker), most)

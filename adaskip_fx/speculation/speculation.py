@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from ..plans.skip_plan import SkipPlan
+from ..plans.sublayer import Sublayer
 from .controller import Controller
+from .frontier import weaker_plans
 from .options import Lossless
 from .statistics import DraftStats
 
@@ -22,10 +24,28 @@ class Speculation:
     """
 
     def __init__(
-        self, decoding: Lossless, plan: SkipPlan, clock: Callable[[], float] = time.perf_counter
+        self,
+        decoding: Lossless,
+        plan: SkipPlan,
+        clock: Callable[[], float] = time.perf_counter,
+        similarity: Mapping[Sublayer, float] | None = None,
     ) -> None:
-        """Begin with nothing drafted; `clock` tells seconds."""
+        """Begin with nothing drafted.
+
+        Args:
+            decoding: see the class.
+            plan: see the class.
+            clock: tells seconds.
+            similarity: of each sublayer, as far as there is a profile.
+        """
         self.decoding = decoding
         self.plan = plan
         self.stats = DraftStats()
         self.controller = Controller(clock)
+        self._similarity = similarity
+
+    def frontier(self, plan: SkipPlan, weaker: Sequence[SkipPlan] | None) -> tuple[SkipPlan, ...]:
+        """Return a plan and weaker ones: those given, or such as are made of it; see `Skipped`."""
+        if weaker is None and self._similarity is not None:
+            weaker = weaker_plans(plan, self._similarity)
+        return (plan, *(weaker or ()))

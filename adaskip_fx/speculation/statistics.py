@@ -14,11 +14,13 @@ class Proposed:
         verifications: Steps that have verified its drafts.
         drafted: How many drafts were verified, by position: the first of each step, the second...
         accepted: How many of these were accepted, with all before them.
+        kinds: The same of each kind of its drafts, by name: of those of a plan its digest.
     """
 
     verifications: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    kinds: dict[str, Proposed] = field(default_factory=dict)
 
     @property
     def acceptance(self) -> tuple[float, ...]:
@@ -28,8 +30,10 @@ class Proposed:
         pairs = zip(self.accepted, self.drafted, before, strict=False)
         return tuple(taken / min(tried, had) for taken, tried, had in pairs if min(tried, had))
 
-    def count(self, drafted: int, accepted: int, rows: int) -> None:
+    def count(self, drafted: int, accepted: int, rows: int, kind: str = "") -> None:
         """Count a verification of `drafted` tokens of `rows` rows, of which `accepted` stand."""
+        if kind:
+            self.kinds.setdefault(kind, Proposed()).count(drafted, accepted, rows)
         self.verifications += 1
         while len(self.drafted) < drafted:
             self.drafted.append(0)
@@ -37,6 +41,11 @@ class Proposed:
         for position in range(drafted):
             self.drafted[position] += rows
             self.accepted[position] += rows * (position < accepted)
+
+    def __str__(self) -> str:
+        """Return how often there were some, and how many stand."""
+        shares = " ".join(f"{share:.2f}" for share in self.acceptance)
+        return f"{self.verifications:,} times, accepted by position {shares}"
 
 
 @dataclass
@@ -52,6 +61,9 @@ class DraftStats:
         divergence: Mean KL(full || draft) of all tokens, in nats, where it is bounded; else None.
         worst: The greatest mean of a row of a request.
         bound: What it is bounded by.
+        fell_back: Requests in which the bound refused a draft, so that tokens were the full
+            program's from there on until there was something left to spend.
+        weakened: How often a weaker plan was taken for drafts, since they diverged too much.
     """
 
     requests: int = 0
@@ -62,6 +74,8 @@ class DraftStats:
     divergence: float | None = None
     worst: float | None = None
     bound: float | None = None
+    fell_back: int = 0
+    weakened: int = 0
     _spent: float = field(default=0.0, repr=False)
     _rows: float = field(default=0.0, repr=False)
 
@@ -71,14 +85,28 @@ class DraftStats:
         steps = self.steps + self.verifications
         return (self.tokens - self.requests) / steps if steps else 0.0
 
-    def count(self, name: str, drafted: int, accepted: int, rows: int) -> None:
-        """Count a verification of drafts by the proposer `name`."""
+    def count(self, name: str, drafted: int, accepted: int, rows: int, kind: str = "") -> None:
+        """Count a verification of drafts of a kind by the proposer `name`."""
         self.verifications += 1
-        self.proposers.setdefault(name, Proposed()).count(drafted, accepted, rows)
+        self.proposers.setdefault(name, Proposed()).count(drafted, accepted, rows, kind)
 
-    def diverged(self, bound: float, spent: Sequence[float], tokens: Sequence[float]) -> None:
-        """Count a request whose rows have so many tokens, with divergence of so many nats."""
+    def diverged(
+        self,
+        bound: float,
+        spent: Sequence[float],
+        tokens: Sequence[float],
+        refused: Sequence[float] = (),
+    ) -> None:
+        """Count a request that ended.
+
+        Args:
+            bound: of its divergence.
+            spent: nats of each row.
+            tokens: of each row.
+            refused: how many drafts of each row were beyond the bound.
+        """
         self.bound = bound
+        self.fell_back += any(refused)
         self._spent, self._rows = self._spent + sum(spent), self._rows + sum(tokens)
         self.divergence = self._spent / max(self._rows, 1.0)
         means = (nats / count for nats, count in zip(spent, tokens, strict=True) if count)
@@ -91,11 +119,18 @@ class DraftStats:
             f"plain steps, {self.tokens_per_step:.2f} tokens a step"
         ]
         for name, proposed in self.proposers.items():
-            shares = " ".join(f"{share:.2f}" for share in proposed.acceptance)
-            lines.append(f"{name}: {proposed.verifications:,} times, accepted by position {shares}")
+            lines.append(f"{name}: {proposed}")
+            if len(proposed.kinds) > 1:
+                lines += [f"  {kind}: {one}" for kind, one in proposed.kinds.items()]
         if self.divergence is not None:
             lines.append(
                 f"divergence {self.divergence:.2g} nats a token, {self.worst:.2g} in the worst "
                 f"row, of at most {self.bound:.2g}"
+            )
+        if self.fell_back:
+            lines.append(
+                f"fell back to the full program's tokens in {self.fell_back:,} of "
+                f"{self.requests:,} requests, whose drafts were beyond the bound; took a weaker "
+                f"plan {self.weakened:,} times"
             )
         return "\n".join(lines)

@@ -7,12 +7,16 @@ what drafts are chosen by is what the eager model without that FFN says of the w
 from __future__ import annotations
 
 import functools
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from adaskip_fx.plans.decisions import left_out
 from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.speculation.divergence import Within
 from adaskip_fx.speculation.options import Bounded
 from adaskip_fx.speculation.skipped import Skipped
 from adaskip_fx.speculation.speculation import Speculation
@@ -85,9 +89,13 @@ def test_the_mean_is_within_the_bound(most: float, batch: int) -> None:
 @pytest.mark.breaks
 def test_a_bound_that_is_not_kept_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: what was spent is forgotten."""
-    monkeypatch.setattr(
-        "adaskip_fx.speculation.divergence.Within.settle", lambda self, n: self._costs.clear()
-    )
+    settle = Within.settle
+
+    def forgets(self: Within, columns: int) -> None:
+        settle(self, columns)
+        self.spent = torch.zeros_like(self.spent)
+
+    monkeypatch.setattr(Within, "settle", forgets)
     with pytest.raises(AssertionError):
         test_the_mean_is_within_the_bound(0.2, 3)
 
@@ -104,6 +112,46 @@ def test_a_bound_that_is_never_reached_gives_the_plans_own_tokens() -> None:
     assert not same[0, drafted].all()
     assert torch.equal(eager(text, True).argmax(-1)[0, drafted], text[0, -NEW:][drafted])
     assert counted.divergence == pytest.approx(apart[0, drafted].sum().item() / NEW, rel=1e-4)
+
+
+def frontier(skipped: Sequence[Sequence[str]], most: float) -> tuple[Any, Any, list[SkipPlan]]:
+    """Like `generated`, but with weaker plans; returns these plans as well, the strongest first."""
+    model, ids = bank(), bank().tokens(1, 9, 4)
+    plans = [SkipPlan.of(model.runtime.sublayers, names) for names in skipped]
+    decoding = Bounded((Skipped(plans[0], tuple(plans[1:])),), 6, False, max_divergence=most)
+    model.runtime.speculation = Speculation(decoding, plans[0])
+    tokens = model.fast.generate(ids, **greedily(ids))
+    return tokens, model.runtime.speculation.stats, plans
+
+
+def test_a_plan_that_spends_too_fast_is_weakened(caplog: pytest.LogCaptureFixture) -> None:
+    """By a link: the second time nothing is linked, and nothing is ever captured for it."""
+    bank().fast.adaskip.warmup(60)
+    frontier([["1.ffn"]], 0.02)
+    before = bank().fast.adaskip.stats()
+    with caplog.at_level(logging.INFO, "adaskip_fx.speculation"):
+        _, counted, plans = frontier([["0.ffn", "1.ffn"], ["1.ffn"]], 0.02)
+    assert counted.weakened >= 1
+    assert counted.fell_back == 1
+    assert counted.worst <= 0.02 * (1 + 1e-6)
+    assert list(counted.proposers["skipped"].kinds) == [plan.digest[:8] for plan in plans]
+    after = bank().fast.adaskip.stats()
+    assert after.captures == before.captures
+    assert after.links <= before.links + 1
+    told = [record.getMessage() for record in caplog.records]
+    weak, strong = plans[1].digest[:8], plans[0].digest[:8]
+    expected = f"drafts go on with plan {weak} ({left_out(plans[1])}), since those of plan "
+    assert f"{expected}{strong} diverge too much" in told
+    assert "a draft was beyond the bound of 0.02 nats a token: the full" in told[0]
+    report = str(counted)
+    assert "fell back to the full program's tokens in 1 of 1 requests" in report
+    assert f"  {weak}: " in report
+
+
+def test_a_plan_that_does_not_is_not() -> None:
+    _, counted, plans = frontier([["0.ffn", "1.ffn"], ["1.ffn"]], 1e6)
+    assert (counted.weakened, counted.fell_back) == (0, 0)
+    assert list(counted.proposers["skipped"].kinds) == [plans[0].digest[:8]]
 
 
 def test_a_bound_of_almost_nothing_gives_the_full_models_tokens() -> None:

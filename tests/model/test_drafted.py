@@ -498,7 +498,7 @@ def test_options_that_mean_nothing() -> None:
 
 def test_a_block_ends_before_another_set_of_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = drafting()
-    monkeypatch.setattr("adaskip_fx.model.drafted.switches_at", lambda model: [22])
+    monkeypatch.setattr("adaskip_fx.model.draftable.switches_at", lambda model: [22])
     read, steps = DraftedRequest._read, list[tuple[int, int]]()
 
     def reads(self: Any, text: torch.Tensor, kwargs: Any, tokens: int) -> Any:

@@ -1,0 +1,27 @@
+"""Whether tokens of a request can be drafted, and how far."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..capture.rotary import switches_at
+from ..kv_cache.cache import SkipCache
+from ..plans.decisions import Schedule
+
+if TYPE_CHECKING:
+    from .types import CompiledCausalLM
+
+
+def serves(cache: SkipCache) -> bool:
+    """Return whether tokens can be drafted: they can be taken back, and steps have one plan."""
+    return not cache.stateful and not isinstance(cache.request.decision, Schedule)
+
+
+def positions(model: CompiledCausalLM) -> int:
+    """Return how many tokens a block may reach: what is beyond is decoded in plain steps.
+
+    A model may have no more positions, or another set of rotary frequencies there, while a plain
+    step has those of its own length.
+    """
+    table = model._adaskip.graphs.max_length
+    return min([*switches_at(model), *([] if table is None else [table])], default=2**62)

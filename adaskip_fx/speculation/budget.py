@@ -1,0 +1,76 @@
+"""What one request may diverge: the rule that keeps to it, and the plans that spend it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from ..plans.decisions import left_out
+from ..plans.skip_plan import SkipPlan
+from .acceptance import Rule
+from .divergence import Within
+from .frontier import Frontier
+from .speculation import Speculation
+
+logger = logging.getLogger(__name__)
+
+
+class Budget:
+    """The bound of one request.
+
+    Attributes:
+        within: the rule by which its drafts stand.
+    """
+
+    def __init__(
+        self, rule: Rule, most: float, speculation: Speculation, ids: torch.Tensor
+    ) -> None:
+        """Begin with nothing spent.
+
+        Args:
+            rule: by which drafts stand that the bound does not allow.
+            most: the bound, in nats for each token.
+            speculation: of the model.
+            ids: the prompt, int64 [B, T].
+        """
+        self.within = Within(rule, most, ids.shape[0], ids.device)
+        self._speculation = speculation
+        self._frontiers: dict[SkipPlan, Frontier] = {}
+        self._fell_back = False
+
+    def due(self, plan: SkipPlan, weaker: Sequence[SkipPlan] | None) -> SkipPlan:
+        """Return the plan to draft with; see `Context.due`."""
+        if plan not in self._frontiers:
+            plans = self._speculation.frontier(plan, weaker)
+            self._frontiers[plan] = Frontier(plans, self.within.most)
+        return self._frontiers[plan].plan
+
+    def verified(self, plan: SkipPlan, tokens: int) -> SkipPlan:
+        """Take note of a block of drafts by `plan`; returns what is drafted with next."""
+        block = self.within.block()
+        if block.refused and not self._fell_back:
+            self._fell_back = True
+            logger.info(
+                "a draft was beyond the bound of %g nats a token: the full program's token stands",
+                self.within.most,
+            )
+        frontier = next((f for f in self._frontiers.values() if f.plan == plan), None)
+        if frontier is None or not frontier.verified(block, tokens):
+            return plan
+        logger.info(
+            "drafts go on with plan %s (%s), since those of plan %s %s",
+            frontier.plan.digest[:8],
+            left_out(frontier.plan),
+            plan.digest[:8],
+            "diverge too much" if frontier.plan < plan else "leave something to spend",
+        )
+        return frontier.plan
+
+    def end(self) -> None:
+        """Count what the request has spent, in the statistics of the model."""
+        within, stats = self.within, self._speculation.stats
+        paid = torch.stack((within.spent, within.tokens, within.beyond)).tolist()
+        stats.diverged(within.most, *paid)
+        stats.weakened += sum(frontier.weakened for frontier in self._frontiers.values())
