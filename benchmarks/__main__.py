@@ -62,7 +62,8 @@ def run(
     ],
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = RESULTS,
     model: Annotated[
-        str | None, typer.Option(help="of studies", show_default="SmolLM2-135M-Instruct")
+        str | None,
+        typer.Option(help="of studies and lossless", show_default="SmolLM2-135M-Instruct"),
     ] = None,
     text: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="another text for studies")
@@ -288,8 +289,10 @@ def _measure(name: str, module: Any, given: dict[str, Any], file: Path) -> dict[
         only = given["only"]
         earlier = json.loads(file.read_text()) if only and file.is_file() else None
         result = module.measure(only, earlier, given["save"])
-    elif name in ("tensor_parallel", "lossless"):
+    elif name == "tensor_parallel":
         result = module.measure(only=given["only"])
+    elif name == "lossless":
+        result = module.measure(only=given["only"], model=given["model"])
     else:
         result = module.measure()
     return result

