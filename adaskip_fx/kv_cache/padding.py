@@ -100,6 +100,13 @@ class LastMask:
             self._trusted, self._width, self._padding = None, mask.shape[1], padding
         return padding, same if suppose else None
 
+    def keep_first(self, tokens: int) -> None:
+        """Forget what was said of tokens after the first ones: a row's padding is among these."""
+        self._trusted = None
+        if self._padding is None or tokens <= max(self._padding.counts):
+            self._width, self._padding = 0, None
+        self._width = min(self._width, tokens)
+
     def goes_on(self, mask: torch.Tensor | None) -> None:
         """Say that `mask` is the last one, with ones for tokens that are new."""
         if self._width and mask is not None and mask.shape[1] > self._width:

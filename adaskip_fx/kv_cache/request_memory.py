@@ -226,8 +226,8 @@ class RequestMemory:
                 "this cache cannot be cropped: a recurrent mixer's state cannot forget a token"
             )
         self._unshare(tokens)
-        self.length, self.mask = tokens, LastMask()
-        self.padded = self.padded and tokens > 0
+        self.length, self.padded = tokens, self.padded and tokens > 0
+        self.mask.keep_first(tokens)
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Go on with other rows: `rows` of those there are, in that order, each as often as named.

@@ -106,7 +106,7 @@ class DraftedRequest(DecodedRequest):
         try:
             for _ in range(most):
                 logits = self._read(text, kwargs, 1).logits[:, -1].to(torch.float32)
-                scores = self.call.logits_processor(text, logits) if self._processed else logits
+                scores = self._process(text, logits) if self._processed else logits
                 tokens.append(self.rule.choose(scores)[0])
                 given.append(logits)
                 if self.samples:
@@ -196,8 +196,8 @@ class DraftedRequest(DecodedRequest):
         except BaseException:  # of a processor, a criterion or a streamer
             self.cache.keep_first(min(stored + count, len(self.rows[0]) - 1))
             raise
+        self.cache.keep_first(stored + 1 + accepted - ended)  # first: then its mask goes on
         self.model_kwargs = next_kwargs(self._model, outputs, self.model_kwargs, accepted + 1)
-        self.cache.keep_first(stored + 1 + accepted - ended)
         self.logits = logits[:, accepted]
         return accepted, ended
 
@@ -264,11 +264,15 @@ class DraftedRequest(DecodedRequest):
 
     def _scores(self, drafts: Drafts, logits: torch.Tensor, first: int, end: int) -> torch.Tensor:
         """Return the scores of columns of logits [B, k + 1, V], each given the drafts before it."""
-        process: Callable[..., torch.Tensor] = self.call.logits_processor
         text, begun = self.input_ids, self.input_ids.shape[1] - first
         text = torch.cat((text, drafts.tokens[:, first:end]), 1)
-        columns = [process(text[:, : begun + i], logits[:, i]) for i in range(first, end)]
-        return torch.stack(columns, 1)
+        read = range(first, end)
+        return torch.stack([self._process(text[:, : begun + i], logits[:, i]) for i in read], 1)
+
+    def _process(self, text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the scores of logits [B, V], which stay as they are: some write on their own."""
+        process: Callable[..., torch.Tensor] = self.call.logits_processor
+        return process(text, logits.clone()) if self.call.logits_processor else logits
 
     def result(self, cache: SkipCache) -> Any:
         """Return what ``generate`` returns, when its divergence is counted."""

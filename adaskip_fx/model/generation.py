@@ -256,9 +256,9 @@ class _Recorded:
 
     def add(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
         if self.scores is not None:
-            self.scores += (scores,)
+            self.scores += (_alone(scores),)
         if self.logits is not None:
-            self.logits += (logits,)
+            self.logits += (_alone(logits),)
 
     def drop(self, steps: int) -> None:
         """Forget the last steps."""
@@ -266,6 +266,11 @@ class _Recorded:
             self.scores = self.scores[:-steps]
         if steps and self.logits is not None:
             self.logits = self.logits[:-steps]
+
+
+def _alone(values: torch.Tensor) -> torch.Tensor:
+    """Return values that keep no others alive: those of a block's other tokens."""
+    return values.clone() if values.untyped_storage().nbytes() > values.nbytes else values
 
 
 class _Host:

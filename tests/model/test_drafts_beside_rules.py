@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StoppingCriteria
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from adaskip_fx.kv_cache.padding import LastMask, Padding
 from adaskip_fx.model.assistant import Assistant
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.speculation.options import Bounded
@@ -147,3 +148,91 @@ def test_an_assistant_forgets_what_it_drafted_when_others_were_asked() -> None:
     context.input_ids = torch.tensor([[1, 2, 3, 4, 9, 7, 7, 7]])  # of which the first one stands
     assistant.propose(context, 3)  # type: ignore[arg-type]
     assert cache.get_seq_length() == 5
+
+
+# What is kept of a block -------------------------------------------------------------------------
+
+
+def test_what_is_recorded_of_a_token_keeps_no_other_alive() -> None:
+    model, ids = bank(), bank().tokens(1, 14)
+    model.begin(Oracle(generated(model.model, ids)), longest=6)
+    asked = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    got: Any = generated(model.fast, ids, **asked)
+    for values in (*got.scores, *got.logits):
+        assert values.untyped_storage().nbytes() == values.numel() * values.itemsize
+
+
+class Halves(LogitsProcessor):
+    """Makes every second token very unlikely, in place."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, ::2] -= 4.0
+        return scores
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_divergence_is_that_of_raw_logits(in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a processor does to what it is given."""
+    monkeypatch.setattr("adaskip_fx.model.drafted.remember_nothing", lambda rules: True)
+    out_of_place = type("Copies", (Halves,), {"__call__": lambda s, i, x: x - 4.0 * (_even(x))})
+    ids, spent = bank().tokens(2, 7), list[float]()
+    for rule in (Halves() if in_place else out_of_place(), out_of_place()):
+        stats = within(0.5).stats
+        generated(bank().fast, ids, logits_processor=LogitsProcessorList([rule]))
+        assert stats.divergence is not None
+        spent.append(stats.divergence)
+    assert spent[0] == pytest.approx(spent[1])
+    assert spent[0] > 0
+
+
+def _even(values: torch.Tensor) -> torch.Tensor:
+    return (torch.arange(values.shape[-1]) % 2 == 0).to(values.dtype)
+
+
+@pytest.mark.breaks
+def test_logits_that_a_processor_has_changed_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companion."""
+    monkeypatch.setattr(
+        "adaskip_fx.model.drafted.DraftedRequest._process",
+        lambda self, text, logits: self.call.logits_processor(text, logits),
+    )
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        test_divergence_is_that_of_raw_logits(True, patch)
+
+
+# Padding -----------------------------------------------------------------------------------------
+
+
+def masks_read(monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the host reads a mask in a request of padded rows, of which many drafts stand."""
+    model, ids = bank(), bank().tokens(3, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    want = generated(model.model, ids, attention_mask=mask)
+    model.begin(Oracle(want, wrong=3), Skipped(SkipPlan.of(model.runtime.sublayers, ["0.ffn"])))
+    read, says = Padding.of.__func__, Padding.says  # type: ignore[attr-defined]
+    count = [0]
+
+    def counted(reads: Any) -> Any:
+        def call(*given: Any) -> Any:
+            count[0] += 1
+            return reads(*given)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Padding, "of", classmethod(counted(read)))
+        patch.setattr(Padding, "says", counted(says))
+        assert torch.equal(generated(model.fast, ids, attention_mask=mask), want)
+    return count[0]
+
+
+def test_the_mask_of_padded_rows_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert masks_read(monkeypatch) == 1
+
+
+@pytest.mark.breaks
+def test_a_mask_that_is_read_in_every_round_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companion."""
+    monkeypatch.setattr(LastMask, "keep_first", lambda self, tokens: self.__init__())
+    assert masks_read(monkeypatch) > 4
