@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +30,8 @@ from ..kv_cache.argument_names import output_fields
 from ..kv_cache.cache import SkipCache
 from ..speculation.acceptance import Greedy, Rule, Sampling
 from ..utils.transformers_internals import next_kwargs, pad_token, prefill
-from ..utils.transformers_types import DecodingCall, GenerationConfigLike, Output, Streamer
+from ..utils.transformers_types import DecodingCall, Output, Streamer
+from .recorded import Recorded
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
@@ -154,7 +154,7 @@ class DecodedRequest:
         self.model_kwargs = call.model_kwargs
         rows, device = call.input_ids.shape[0], call.input_ids.device
         self.unfinished = torch.ones(rows, dtype=torch.int64, device=device)
-        self.recorded = _Recorded.nothing(call.config)
+        self.recorded = Recorded.nothing(call.config)
         self.host = _Host(call.input_ids, call.streamer)
         self.rule: Rule = Sampling() if call.config.do_sample else Greedy()
         self._take(prefill(model, call.input_ids, call.config, self.model_kwargs))
@@ -237,40 +237,6 @@ class DecodedRequest:
             logits=self.recorded.logits,
             **output_fields(GenerateDecoderOnlyOutput, cache),
         )
-
-
-@dataclass
-class _Recorded:
-    """The scores and logits [B, V] of every step; None where the caller did not ask for them."""
-
-    scores: tuple[torch.Tensor, ...] | None
-    logits: tuple[torch.Tensor, ...] | None
-
-    @classmethod
-    def nothing(cls, config: GenerationConfigLike) -> _Recorded:
-        asked = bool(config.return_dict_in_generate)
-        return cls(
-            () if asked and config.output_scores else None,
-            () if asked and config.output_logits else None,
-        )
-
-    def add(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
-        if self.scores is not None:
-            self.scores += (_alone(scores),)
-        if self.logits is not None:
-            self.logits += (_alone(logits),)
-
-    def drop(self, steps: int) -> None:
-        """Forget the last steps."""
-        if steps and self.scores is not None:
-            self.scores = self.scores[:-steps]
-        if steps and self.logits is not None:
-            self.logits = self.logits[:-steps]
-
-
-def _alone(values: torch.Tensor) -> torch.Tensor:
-    """Return values that keep no others alive: those of a block's other tokens."""
-    return values.clone() if values.untyped_storage().nbytes() > values.nbytes else values
 
 
 class _Host:
