@@ -4,17 +4,12 @@ A round begins with a text of which all but the last token is stored. A proposer
 the full program reads the last token and the drafts, which gives k + 1 tokens' logits; of the
 drafts those stand that all rows accept, and what was stored beyond them is forgotten by position.
 The token after them is chosen by the full program's logits, as `generation` does it. A round that
-has nothing to verify is a plain step.
-
-A block is accepted as far as every row accepts it, so that rows stay of one length: processors,
-criteria and streamers see each column once, in order, as they do without drafts. It ends where a
-row ends. Processors and criteria of transformers' are asked about a whole block at once where they
-remember nothing; others column by column, about columns that are accepted alone.
+has nothing to verify is a plain step. (What becomes of a block is in `blocks`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,29 +17,23 @@ import torch
 
 from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import PlanError, SkipPlan
-from ..speculation.acceptance import Column, leading
-from ..speculation.budget import Budget
-from ..speculation.chooser import Chooser
-from ..speculation.options import Bounded
+from ..speculation.chooser import Chooser, Offer
 from ..speculation.proposals import Drafts
 from ..speculation.speculation import Speculation
-from ..utils.stateless_rules import remember_nothing
 from ..utils.transformers_internals import next_kwargs
 from ..utils.transformers_types import DecodingCall, MakeCandidates, Output
 from .assistant import Assistant
+from .blocks import BlockRequest
 from .draftable import positions
-from .generation import DecodedRequest
-from .host_text import HostText
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
 
 
-class DraftedRequest(DecodedRequest):
+class DraftedRequest(BlockRequest):
     """A request whose tokens are drafted; also what proposers see of it (`Context`).
 
     Attributes:
-        rows: the tokens so far on the host, by row.
         samples: whether tokens are drawn.
         plan: what drafts of the model itself leave out.
     """
@@ -64,33 +53,20 @@ class DraftedRequest(DecodedRequest):
             speculation: what the model drafts with.
             assistant: who drafts besides, in this request.
         """
-        text = HostText(call.input_ids.tolist(), call.streamer)
-        self.rows: Sequence[Sequence[int]] = text.rows
-        self.plan = speculation.plan
-        self._stats, self._longest = speculation.stats, speculation.decoding.longest
+        self.plan, self._longest = speculation.plan, speculation.decoding.longest
         self.samples = call.config.do_sample
         more = [] if assistant is None else [Assistant(assistant, self, call.config)]
         self._chooser = Chooser(speculation, call.input_ids.shape[0], more)
         self._work = (-1, -1, -1)
-        self._refused: Column | None = None
-        self._processed = remember_nothing(call.logits_processor)
-        self._at_once = self._processed and remember_nothing(call.stopping_criteria)
         self._positions = positions(model)
-        self._stats.requests += 1
-        self._budget: Budget | None = None
-        super().__init__(model, replace(call, streamer=text))
-        decoding = speculation.decoding
-        if isinstance(decoding, Bounded) and self._processed:  # (else nothing stands by the bound)
-            bound = decoding.max_divergence, speculation, call.input_ids
-            self._budget = Budget(self.rule, *bound)
-            self.rule = self._budget.within
-        self._text = text
+        self._verifies = True  # the next block
+        super().__init__(model, call, speculation)
 
     # What proposers see ----------------------------------------------------------------------
 
     def due(self, plan: SkipPlan, weaker: Sequence[SkipPlan] | None) -> SkipPlan:
         """Return the plan to draft with; see `Context`."""
-        return plan if self._budget is None else self._budget.due(plan, weaker)
+        return plan if self.budget is None else self.budget.due(plan, weaker)
 
     def draft(self, plan: SkipPlan, most: int) -> Drafts | None:
         """Return `most` tokens decoded under `plan`; see `Context`."""
@@ -106,15 +82,19 @@ class DraftedRequest(DecodedRequest):
         try:
             for _ in range(most):
                 logits = self._read(text, kwargs, 1).logits[:, -1].to(torch.float32)
-                scores = self._process(text, logits) if self._processed else logits
+                scores = self.process(text, logits) if self.processed else logits
                 tokens.append(self.rule.choose(scores)[0])
                 given.append(logits)
                 if self.samples:
                     chances.append(torch.softmax(scores, -1))
                 text = torch.cat((text, tokens[-1].unsqueeze(1)), 1)
                 kwargs = next_kwargs(self._model, None, dict(kwargs))
+        except BaseException:
+            cache.keep_first(stored)
+            raise
         finally:
             cache.drafting.plan = None
+        if self._verifies:
             cache.keep_first(stored)
         drawn = torch.stack(chances, 1) if chances else None
         found = Drafts(torch.stack(tokens, 1), drawn, kind=plan.digest[:8])
@@ -134,44 +114,54 @@ class DraftedRequest(DecodedRequest):
         self._work = counters.captures, counters.links, recorded
         self._chooser.took(self.cache.length, undisturbed=self._work == before)
 
-    def choose_tokens(self) -> None:
-        """Choose a token of each row, in place of the first draft that was not accepted if any."""
-        refused, self._refused = self._refused, None
-        if refused is None:
-            super().choose_tokens()
-            return
-        tokens, invalid = self.rule.replace(refused)
-        tokens = self.append(tokens, refused.scores, self.logits)
-        self.host.send(tokens, self.unfinished.max() == 0, invalid)
-
-    def append(
-        self, tokens: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor
-    ) -> torch.Tensor:
-        """Append a token of each row; see `DecodedRequest`."""
-        self._stats.tokens += 1
-        if self._budget is not None:
-            self._budget.within.tokens = self._budget.within.tokens + self._counted(self.unfinished)
-        return super().append(tokens, scores, logits)
-
     def run_step(self) -> None:
         """Run one decode step, which has nothing to verify."""
-        self._stats.steps += 1
+        self.stats.steps += 1
         super().run_step()
 
     def advance(self) -> bool:
         """Verify drafts, or run a plain step where there are none; see `DecodedRequest`."""
         offer = self._chooser.offer(self, self._most(), self.cache.length)
+        self._verifies = offer is None or offer.drafts is not None or self._tossed()
         drafts = None if offer is None else self._chooser.drafts(self, offer)
         if offer is None or drafts is None:
             return super().advance()
         padded = replace(drafts, tokens=self.padded(drafts.tokens))
+        if not self._verifies and drafts.logits is not None:
+            return self._release(offer, padded, drafts.logits)
         accepted, ended = self._verify(padded)
-        self._stats.count(offer.name, drafts.count, accepted, len(self.rows), drafts.kind)
+        self.stats.count(offer.name, drafts.count, accepted, len(self.rows), drafts.kind)
         kind = drafts.kind
-        if self._budget is not None and drafts.plan is not None:
-            kind = self._budget.verified(drafts.plan, accepted + 1).digest[:8]
+        if self.budget is not None and drafts.plan is not None:
+            kind = self.budget.verified(drafts.plan, accepted + 1).digest[:8]
         self._chooser.verified(offer, drafts, accepted, kind)
         return ended
+
+    def _tossed(self) -> bool:
+        return self.budget is None or self.budget.toss()
+
+    def _release(self, offer: Offer, drafts: Drafts, logits: torch.Tensor) -> bool:
+        """Append drafts that are not verified, and leave the last to be chosen by its logits.
+
+        Returns:
+            Whether all rows have ended with them.
+        """
+        coin = self.budget.coin if self.budget is not None else None
+        assert coin is not None, "without a coin every block is verified"
+        stored, count = self.cache.length - drafts.count, drafts.count - 1
+        first = drafts.columns(0, count)
+        try:
+            scores = self.scores(first, logits, 0, count) if count else logits[:, :0]
+            kept, _, left = self.append_columns(first.tokens, scores, logits, 0, count)
+        except BaseException:
+            self.cache.keep_first(min(stored + count, len(self.rows[0]) - 1))
+            raise
+        self.cache.keep_first(stored + 1 + kept - (not left))
+        self.model_kwargs = next_kwargs(self._model, None, self.model_kwargs, kept + 1)
+        self.logits = logits[:, kept]
+        coin.released(kept + (left > 0))
+        self._chooser.released(offer, drafts.count, kept)
+        return not left
 
     def _most(self) -> int:
         """Return how many drafts there may be now."""
@@ -191,8 +181,10 @@ class DraftedRequest(DecodedRequest):
         grown = next_kwargs(self._model, None, dict(self.model_kwargs), count)
         outputs = self._read(text, grown, count + 1)
         logits = outputs.logits[:, -count - 1 :].to(torch.float32)
+        if self.budget is not None and self.budget.coin is not None:
+            self.budget.coin.verified(drafts, logits[:, :-1], self.counted(self.unfinished))
         try:
-            accepted, ended = self._accept(drafts, logits)
+            accepted, ended = self.accept(drafts, logits)
         except BaseException:  # of a processor, a criterion or a streamer
             self.cache.keep_first(min(stored + count, len(self.rows[0]) - 1))
             raise
@@ -201,83 +193,10 @@ class DraftedRequest(DecodedRequest):
         self.logits = logits[:, accepted]
         return accepted, ended
 
-    def _accept(self, drafts: Drafts, logits: torch.Tensor) -> tuple[int, bool]:
-        """Append the drafts that stand, and keep the first that does not.
-
-        Returns:
-            How many do, and whether all rows have ended with them.
-        """
-        accepted, fewer, left = 0, False, 1
-        while accepted < drafts.count and not fewer:
-            end = drafts.count if self._at_once else accepted + 1
-            scores = self._scores(drafts, logits, accepted, end)
-            part = drafts.columns(accepted, end)
-            if self._budget is not None:
-                self._budget.within.counted = self._counted(self.unfinished)
-            stand = self.rule.accepts(scores, part, logits[:, accepted:end])
-            if self.pads:
-                stand = stand | (self.unfinished == 0).unsqueeze(1)
-            taken = int(leading(stand))
-            kept, fewer, left = self._append_columns(part.tokens, scores, logits, accepted, taken)
-            accepted += kept
-            if taken < part.count:
-                if not fewer:
-                    self._refused = Column.of(scores, part, stand, taken)
-                break
-        self.rule.settle(accepted + (self._refused is not None))
-        return accepted, not left
-
-    def _append_columns(
-        self,
-        tokens: torch.Tensor,
-        scores: torch.Tensor,
-        logits: torch.Tensor,
-        first: int,
-        count: int,
-    ) -> tuple[int, bool, int]:
-        """Append the first `count` columns of tokens [B, C], up to one with which a row ends.
-
-        Returns:
-            How many were appended, whether a row has ended, and how many go on.
-        """
-        going, before = [self.unfinished], self.input_ids.shape[1]
-        for column in range(count):
-            self.append(tokens[:, column], scores[:, column], logits[:, first + column])
-            going.append(self.unfinished)
-        known = torch.cat((torch.stack(going).sum(1), tokens[:, :count].T.flatten())).tolist()
-        left, columns = known[: count + 1], known[count + 1 :]  # of one look at the device
-        kept = next((i for i in range(1, count + 1) if left[i] < left[0]), count)
-        if self._budget is not None:
-            dropped = [*map(self._counted, going[kept:-1]), torch.zeros_like(going[0])]
-            self._budget.within.tokens = self._budget.within.tokens - torch.stack(dropped).sum(0)
-        self.unfinished = going[kept]
-        self.input_ids = self.input_ids[:, : before + kept]
-        self.recorded.drop(count - kept)
-        for column in torch.tensor(columns).view(count, -1)[:kept] if kept else ():
-            self._text.put(column.clone())
-        self._stats.tokens -= count - kept
-        return kept, left[kept] < left[0], left[kept]
-
-    def _counted(self, unfinished: torch.Tensor) -> torch.Tensor:
-        """Return the rows whose tokens are no padding, int64 [B]."""
-        return unfinished if self.pads else torch.ones_like(unfinished)
-
-    def _scores(self, drafts: Drafts, logits: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        """Return the scores of columns of logits [B, k + 1, V], each given the drafts before it."""
-        text, begun = self.input_ids, self.input_ids.shape[1] - first
-        text = torch.cat((text, drafts.tokens[:, first:end]), 1)
-        read = range(first, end)
-        return torch.stack([self._process(text[:, : begun + i], logits[:, i]) for i in read], 1)
-
-    def _process(self, text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the scores of logits [B, V], which stay as they are: some write on their own."""
-        process: Callable[..., torch.Tensor] = self.call.logits_processor
-        return process(text, logits.clone()) if self.call.logits_processor else logits
-
     def result(self, cache: SkipCache) -> Any:
         """Return what ``generate`` returns, when its divergence is counted."""
-        if self._budget is not None:
-            self._budget.end()
+        if self.budget is not None:
+            self.budget.end()
         return super().result(cache)
 
     def _read(self, text: torch.Tensor, kwargs: dict[str, object], tokens: int) -> Output:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from adaskip_passes import UnsupportedError
 
 from ..plans.skip_plan import SkipPlan
+from ..plans.tables import by_kind
 from ..speculation.frontier import check_weaker
-from ..speculation.options import Lossless
+from ..speculation.options import Bounded, Lossless
 from ..speculation.speculation import Speculation
 
 if TYPE_CHECKING:
@@ -35,12 +36,16 @@ def draft_with(runtime: Runtime, decoding: Lossless) -> None:
         raise ValueError(
             f"drafts are decoded with one plan, but a {plan.kind} has several; give one of them"
         )
+    sampled = isinstance(decoding, Bounded) and decoding.verify_share < 1
     for proposer in decoding.proposers:
         own, weaker = getattr(proposer, "plan", None), getattr(proposer, "weaker", None)
         if own is not None:
             runtime.set_plan(own)  # which refuses what cannot be linked
+        drafted = own if own is not None else plan
         if weaker:
-            check_weaker((own if own is not None else plan, *weaker))
+            check_weaker((drafted, *weaker))
+        if sampled and hasattr(proposer, "plan"):
+            _check_written(drafted)
     runtime.set_plan(SkipPlan.empty(runtime.sublayers))
     runtime.policy = runtime.describe = None
     profile = runtime.profile
@@ -48,3 +53,14 @@ def draft_with(runtime: Runtime, decoding: Lossless) -> None:
     if profile is not None:
         similarity = dict(zip(profile.sublayers, profile.similarity().tolist(), strict=True))
     runtime.speculation = Speculation(decoding, plan, similarity=similarity)
+
+
+def _check_written(plan: SkipPlan) -> None:
+    """Refuse a plan that leaves K/V out which nobody writes where a block is not verified."""
+    missing = [s for s in plan.skipped("decode") if s.kind != "ffn"]
+    if missing:
+        raise ValueError(
+            f"with verify_share below 1 the K/V of drafts stay, but the plan skips attention "
+            f"({by_kind(missing)}); give one that skips ffn, has windows or is kv_only there, or "
+            "leave verify_share out"
+        )

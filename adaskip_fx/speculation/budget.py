@@ -12,6 +12,8 @@ from ..plans.skip_plan import SkipPlan
 from .acceptance import Rule
 from .divergence import Within
 from .frontier import Frontier
+from .options import Bounded
+from .sampled import Coin
 from .speculation import Speculation
 
 logger = logging.getLogger(__name__)
@@ -22,20 +24,23 @@ class Budget:
 
     Attributes:
         within: the rule by which its drafts stand.
+        coin: which blocks are verified; None if all are.
     """
 
     def __init__(
-        self, rule: Rule, most: float, speculation: Speculation, ids: torch.Tensor
+        self, rule: Rule, decoding: Bounded, speculation: Speculation, ids: torch.Tensor
     ) -> None:
         """Begin with nothing spent.
 
         Args:
             rule: by which drafts stand that the bound does not allow.
-            most: the bound, in nats for each token.
+            decoding: has the bound.
             speculation: of the model.
             ids: the prompt, int64 [B, T].
         """
-        self.within = Within(rule, most, ids.shape[0], ids.device)
+        self.within = Within(rule, decoding.max_divergence, ids.shape[0], ids.device)
+        self.coin = Coin(decoding, ids.shape[0]) if decoding.verify_share < 1 else None
+        self._left = -1.0  # so that the first block is verified
         self._speculation = speculation
         self._frontiers: dict[SkipPlan, Frontier] = {}
         self._fell_back = False
@@ -47,9 +52,17 @@ class Budget:
             self._frontiers[plan] = Frontier(plans, self.within.most)
         return self._frontiers[plan].plan
 
+    def toss(self) -> bool:
+        """Return whether the next block is verified; asked before it is drafted."""
+        return self.coin is None or self.coin.toss(self._left >= 0)
+
     def verified(self, plan: SkipPlan, tokens: int) -> SkipPlan:
         """Take note of a block of drafts by `plan`; returns what is drafted with next."""
+        if self.coin is not None:
+            estimates = [row.estimate for row in self.coin.rows()]
+            self.within.reserved = torch.tensor(estimates).to(self.within.spent)
         block = self.within.block()
+        self._left = block.left
         if block.refused and not self._fell_back:
             self._fell_back = True
             logger.info(
@@ -73,4 +86,6 @@ class Budget:
         within, stats = self.within, self._speculation.stats
         paid = torch.stack((within.spent, within.tokens, within.beyond)).tolist()
         stats.diverged(within.most, *paid)
+        if self.coin is not None:
+            stats.sampled(paid[0], paid[1], self.coin.tokens, self.coin.rows())
         stats.weakened += sum(frontier.weakened for frontier in self._frontiers.values())

@@ -103,6 +103,10 @@ class Chooser:
             offer.source.since = 0
         self._round, self._tokens = (offer.name, drafts.count), accepted + 1
 
+    def released(self, offer: Offer, count: int, kept: int) -> None:
+        """Count a block of which the first tokens were written without being verified."""
+        self._round, self._tokens = (offer.name, count), kept + 1
+
     def took(self, length: int, undisturbed: bool) -> None:
         """Take the time since the last token, with so many tokens stored.
 

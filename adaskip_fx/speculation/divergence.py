@@ -48,6 +48,7 @@ class Within:
         tokens: how many tokens have been released, float64 [B].
         counted: of which rows tokens are released, int64 [B]; the others have ended.
         beyond: how many drafts the bound has refused that all before them stood, float64 [B].
+        reserved: nats that others may have spent, float64 [B].
     """
 
     def __init__(self, rule: Rule, most: float, rows: int, device: torch.device) -> None:
@@ -63,7 +64,7 @@ class Within:
         self.spent = torch.zeros(rows, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(rows, dtype=torch.float64, device=device)
         self.counted = torch.ones(rows, dtype=torch.int64, device=device)
-        self.beyond = torch.zeros_like(self.spent)
+        self.beyond, self.reserved = torch.zeros_like(self.spent), torch.zeros_like(self.spent)
         self._costs = list[torch.Tensor]()  # of the block that is being verified, by column
         self._apart = list[torch.Tensor]()  # likewise: what drafts cost that do not stand as well
         self._refused = list[torch.Tensor]()  # likewise: whether a draft was beyond the bound
@@ -83,7 +84,7 @@ class Within:
         apart = divergence(logits, drafts.logits).to(torch.float64)
         allowed = list[torch.Tensor]()
         for cost in (apart * self.counted.unsqueeze(1)).unbind(1):
-            paid = self.spent + sum(self._costs, torch.zeros_like(self.spent)) + cost
+            paid = self.spent + sum(self._costs, self.reserved) + cost
             allowed.append(paid <= self.most * (self._before + len(self._costs) + 1))
             self._costs.append(torch.where(allowed[-1], cost, 0.0))
             self._apart.append(cost)
@@ -111,6 +112,7 @@ class Within:
 
     def block(self) -> Spent:
         """Return what the last block has cost that was settled; the host waits for it."""
-        left = torch.where(self.counted > 0, self.most * self.tokens - self.spent, torch.inf)
+        paid = self.spent + self.reserved
+        left = torch.where(self.counted > 0, self.most * self.tokens - paid, torch.inf)
         apart, refused, left = torch.stack((*self._block, left)).tolist()
         return Spent(max(apart), self._columns, any(refused), min(left))

@@ -53,13 +53,34 @@ class Bounded(Lossless):
     Attributes:
         proposers, longest, adaptive: see `Lossless`.
         max_divergence: The bound, above 0.
+        verify_share: How many of the blocks are verified, above 0 and at most 1. Below 1 the mean
+            is estimated, and only bounded with some confidence: a coin that knows nothing of the
+            text decides for each block, the others are written as they were drafted, and keep the
+            K/V that the plan wrote, so a plan must write those of all layers. Divergence is that of
+            the full program on this cache, whose past it would have read otherwise. Where the
+            estimate is beyond `max_divergence` every block is verified.
+        clip: Nats that a token counts at most where not all blocks are verified.
+        error: How likely the bound of a row (`DraftStats.upper`) may be exceeded, at any time of
+            its request.
     """
 
     proposers: tuple[Proposer, ...] = (Skipped(),)
     max_divergence: float = 0.02
+    verify_share: float = 1.0
+    clip: float = 1.0
+    error: float = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.verify_share <= 1:
+            raise ValueError(
+                f"Bounded(verify_share=...) must be above 0 and at most 1, got "
+                f"{self.verify_share!r}; for tokens that nobody verifies leave decoding= out"
+            )
+        if not 0 < self.clip < float("inf"):
+            raise ValueError(f"Bounded(clip=...) must be above 0 nats, got {self.clip!r}")
+        if not 0 < self.error < 1:
+            raise ValueError(f"Bounded(error=...) must be within 0 and 1, got {self.error!r}")
         if not 0 < self.max_divergence < float("inf"):
             raise ValueError(
                 f"Bounded(max_divergence=...) must be above 0, got {self.max_divergence!r}; for "

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .sampled import Sampled
 
 
 @dataclass
@@ -64,6 +68,9 @@ class DraftStats:
         fell_back: Requests in which the bound refused a draft, so that tokens were the full
             program's from there on until there was something left to spend.
         weakened: How often a weaker plan was taken for drafts, since they diverged too much.
+        unverified: Tokens of each row that were written as they were drafted (`verify_share`).
+        estimate: The greatest estimated mean of a row of a request, its unverified tokens included.
+        upper: The greatest upper bound of such a mean; see `Bounded`.
     """
 
     requests: int = 0
@@ -76,6 +83,9 @@ class DraftStats:
     bound: float | None = None
     fell_back: int = 0
     weakened: int = 0
+    unverified: int = 0
+    estimate: float | None = None
+    upper: float | None = None
     _spent: float = field(default=0.0, repr=False)
     _rows: float = field(default=0.0, repr=False)
 
@@ -112,6 +122,28 @@ class DraftStats:
         means = (nats / count for nats, count in zip(spent, tokens, strict=True) if count)
         self.worst = max(self.worst or 0.0, *means)
 
+    def sampled(
+        self,
+        spent: Sequence[float],
+        tokens: Sequence[float],
+        unverified: int,
+        rows: Sequence[Sampled],
+    ) -> None:
+        """Count a request of which only some blocks were verified.
+
+        Args:
+            spent: nats of the verified tokens of each row.
+            tokens: of each row.
+            unverified: how many of these were not verified.
+            rows: what they have come to.
+        """
+        self.unverified += unverified
+        for nats, count, row in zip(spent, tokens, rows, strict=True):
+            means = ((nats + more) / max(count, 1.0) for more in (row.estimate, row.upper))
+            estimate, upper = means
+            self.estimate = max(self.estimate or 0.0, estimate)
+            self.upper = max(self.upper or 0.0, upper)
+
     def __str__(self) -> str:
         """Return a heading and one line for each proposer."""
         lines = [
@@ -132,5 +164,10 @@ class DraftStats:
                 f"fell back to the full program's tokens in {self.fell_back:,} of "
                 f"{self.requests:,} requests, whose drafts were beyond the bound; took a weaker "
                 f"plan {self.weakened:,} times"
+            )
+        if self.upper is not None:
+            lines.append(
+                f"{self.unverified:,} tokens not verified; in the worst row the mean is about "
+                f"{self.estimate:.2g} and, by confidence, at most {self.upper:.2g} nats"
             )
         return "\n".join(lines)

@@ -173,7 +173,7 @@ class Halves(LogitsProcessor):
 @pytest.mark.parametrize("in_place", [True, False])
 def test_divergence_is_that_of_raw_logits(in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a processor does to what it is given."""
-    monkeypatch.setattr("adaskip_fx.model.drafted.remember_nothing", lambda rules: True)
+    monkeypatch.setattr("adaskip_fx.model.blocks.remember_nothing", lambda rules: True)
     out_of_place = type("Copies", (Halves,), {"__call__": lambda s, i, x: x - 4.0 * (_even(x))})
     ids, spent = bank().tokens(2, 7), list[float]()
     for rule in (Halves() if in_place else out_of_place(), out_of_place()):
@@ -193,7 +193,7 @@ def _even(values: torch.Tensor) -> torch.Tensor:
 def test_logits_that_a_processor_has_changed_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion."""
     monkeypatch.setattr(
-        "adaskip_fx.model.drafted.DraftedRequest._process",
+        "adaskip_fx.model.blocks.BlockRequest.process",
         lambda self, text, logits: self.call.logits_processor(text, logits),
     )
     with monkeypatch.context() as patch, pytest.raises(AssertionError):
