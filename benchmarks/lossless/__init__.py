@@ -2,7 +2,8 @@
 
 `tasks` is SmolLM2-135M-Instruct against its own full program in the same process; `bounded` is the
 same model within a bound of divergence, which is measured anew at every token; `steps` is the 8B
-shape's verification and drafts at length, from which a speed-up follows for each acceptance.
+shape's verification and drafts at length, from which a speed-up follows for each acceptance;
+`overhead` is what a round takes on that shape beside its program.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import bounded, steps, tasks
+from . import bounded, overhead, steps, tasks
 
 #: Parts of the workload by name, in order.
-PARTS = {"tasks": tasks.rows, "bounded": bounded.rows, "steps": steps.rows}
+PARTS = {
+    "tasks": tasks.rows,
+    "bounded": bounded.rows,
+    "steps": steps.rows,
+    "overhead": overhead.rows,
+}
 
 
 def measure(only: Sequence[str] = (), model: str | None = None) -> dict[str, Any]:

@@ -150,7 +150,8 @@ def _answers(
         answer = text[0, ids.shape[1] :]
         with torch.inference_mode():
             full = model(text, logits_to_keep=len(answer) + 1).logits[0, :-1]
-        counted = account(full, answer, recorded.taken(ids.shape[1]), MOST)
+        ends = np.atleast_1d(model.generation_config.eos_token_id).tolist()  # (not before the end)
+        counted = account(full, answer, recorded.taken(ids.shape[1]), MOST, ends)
         yield Answered(counted, took, stats.fell_back > before)
 
 
