@@ -18,7 +18,7 @@ import torch
 import adaskip_fx
 from adaskip_fx.api import build
 from adaskip_fx.data.reference_text import calibration_samples, prompt_ids
-from adaskip_fx.model.load import load, packaged_model, usable_backend
+from adaskip_fx.model.load import Loaded, load, packaged_model, usable_backend
 from adaskip_fx.policies import AdaSkip
 from adaskip_fx.speculation.options import Bounded
 from adaskip_fx.speculation.proposals import Context, Drafter, Drafts
@@ -94,31 +94,40 @@ def _given(drafts: Drafts) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Answered:
-    """One request: what it has cost, and seconds of its tokens after the first, by way."""
+    """One request.
 
-    account: Account
+    Attributes:
+        seconds: of its tokens after the first, by way.
+        accounts: what it has cost, by way of drafting.
+        told: whether it said that it fell back, likewise.
+    """
+
     seconds: dict[str, float]
-    told: bool
+    accounts: dict[str, Account]
+    told: dict[str, bool]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The model as it is asked.
+
+    Attributes:
+        original: transformers' own.
+        compiled: by name: `plain`, `unbounded`, and the bounded ways of `recorded`.
+        recorded: what the bounded ways draft: `bounded` as it pays, `always` whether or not.
+    """
+
+    original: Any
+    compiled: dict[str, Any]
+    recorded: dict[str, Recorded]
 
 
 def rows(name: str | None = None) -> Iterator[dict[str, Any]]:
     """Yield a row for each kind of request, and one for all; `name` is the model's."""
     small = load(name or str(packaged_model()), dtype="float32")
-    on_gpu = small.model.device.type == "cuda"
-    sizes = _ON_GPU if on_gpu else _ELSEWHERE
-    backend, _ = usable_backend("inductor" if on_gpu else "eager", small.model.device)
-    texts = calibration_samples(None, sizes.calibrated, 4)
-    profile = adaskip_fx.calibrate(small.model, small.tokenizer, texts, sizes.calibrated)
-    ranking = np.argsort(-profile.similarity("paper"), kind="stable")
-    plan = AdaSkip().plan_of(profile, {profile.sublayers[i] for i in ranking[: sizes.skipped]})
-    recorded = Recorded(Skipped())
-    bounded = Bounded((recorded,), max_divergence=MOST)
-    models = {
-        "plain": build(small.model, None, backend=backend),
-        "unbounded": build(small.model, plan, backend=backend),
-        "bounded": build(small.model, plan, decoding=bounded, profile=profile, backend=backend),
-    }
-    for fast in models.values():
+    sizes = _ON_GPU if small.model.device.type == "cuda" else _ELSEWHERE
+    ways = _ways(small, sizes)
+    for fast in ways.compiled.values():
         fast.adaskip.warmup(4 * sizes.context + sizes.new)
     ordinary = list[Answered]()
     for kind in (*tasks.TARGETS, *hostile.KINDS):
@@ -126,51 +135,81 @@ def rows(name: str | None = None) -> Iterator[dict[str, Any]]:
         count = sizes.requests if made is tasks else sizes.hostile
         prompts = made.prompts(kind, count, 4 * sizes.context)
         ids = [torch.tensor([prompt_ids(small.tokenizer, text)]) for text in prompts]
-        answers = list(_answers(small.model, models, ids, recorded, sizes.new))
+        answers = list(_answers(ways, ids, sizes.new))
         ordinary += answers if made is tasks else []
         yield _row(kind, answers, made is hostile)
     yield _row(f"all {len(ordinary)} requests of four kinds", ordinary, False)
 
 
-def _answers(
-    model: Any,
-    models: dict[str, Any],
-    prompts: Sequence[torch.Tensor],
-    recorded: Recorded,
-    new: int,
-) -> Iterator[Answered]:
-    stats = models["bounded"].adaskip.drafts
+def _ways(small: Loaded, sizes: Sizes) -> Ways:
+    on_gpu = small.model.device.type == "cuda"
+    backend, _ = usable_backend("inductor" if on_gpu else "eager", small.model.device)
+    texts = calibration_samples(None, sizes.calibrated, 4)
+    profile = adaskip_fx.calibrate(small.model, small.tokenizer, texts, sizes.calibrated)
+    ranking = np.argsort(-profile.similarity("paper"), kind="stable")
+    plan = AdaSkip().plan_of(profile, {profile.sublayers[i] for i in ranking[: sizes.skipped]})
+    compiled = {
+        "plain": build(small.model, None, backend=backend),
+        "unbounded": build(small.model, plan, backend=backend),
+    }
+    recorded = {"bounded": Recorded(Skipped()), "always": Recorded(Skipped())}
+    for way, proposer in recorded.items():
+        decoding = Bounded((proposer,), adaptive=way == "bounded", max_divergence=MOST)
+        options: dict[str, Any] = {"decoding": decoding, "profile": profile, "backend": backend}
+        compiled[way] = build(small.model, plan, **options)
+    return Ways(small.model, compiled, recorded)
+
+
+def _answers(ways: Ways, prompts: Sequence[torch.Tensor], new: int) -> Iterator[Answered]:
     for number, prompt in enumerate(prompts):
-        ids, took = prompt.to(model.device), dict[str, float]()
+        ids, took, answers = prompt.to(ways.original.device), dict[str, float](), {}
         for _ in range(2 if number == 0 else 1):  # the first one sets things up
-            recorded.taken(0)
-            before = stats.fell_back
-            for name, fast in models.items():
-                took[name], text = tasks.answer(fast, ids, new)
-        answer = text[0, ids.shape[1] :]
-        with torch.inference_mode():
-            full = model(text, logits_to_keep=len(answer) + 1).logits[0, :-1]
-        ends = np.atleast_1d(model.generation_config.eos_token_id).tolist()  # (not before the end)
-        counted = account(full, answer, recorded.taken(ids.shape[1]), MOST, ends)
-        yield Answered(counted, took, stats.fell_back > before)
+            before = {name: ways.compiled[name].adaskip.drafts.fell_back for name in ways.recorded}
+            for recorded in ways.recorded.values():
+                recorded.taken(0)
+            for name, fast in ways.compiled.items():
+                took[name], answers[name] = tasks.answer(fast, ids, new)
+        accounts = {name: _account(ways, name, answers[name], ids) for name in ways.recorded}
+        after = {name: ways.compiled[name].adaskip.drafts.fell_back for name in ways.recorded}
+        yield Answered(took, accounts, {name: after[name] > before[name] for name in before})
+
+
+@torch.inference_mode()
+def _account(ways: Ways, name: str, text: torch.Tensor, prompt: torch.Tensor) -> Account:
+    answer, begin = text[0, prompt.shape[1] :], prompt.shape[1]
+    full = ways.original(text, logits_to_keep=len(answer) + 1).logits[0, :-1]
+    ends = np.atleast_1d(
+        ways.original.generation_config.eos_token_id
+    ).tolist()  # not before the end
+    return account(full, answer, ways.recorded[name].taken(begin), MOST, ends)
 
 
 def _row(kind: str, answers: Sequence[Answered], is_hostile: bool) -> dict[str, Any]:
-    means = [a.account.mean for a in answers]
-    allowed = [a for a in answers if not a.told] or answers
+    allowed = [a for a in answers if not a.told["bounded"]] or answers
     times = {n: sum(a.seconds[n] for a in allowed) for n in answers[0].seconds}
     return {
         "what": f"{kind} within {MOST:g} nats: speed of the plan that is kept",
         "ratio": times["unbounded"] / times["bounded"],
         "target": None if is_hostile or allowed is answers else KEPT,
         "notes": {
-            "within": f"{sum(mean <= MOST + TOLERANCE for mean in means)} of {len(means)}",
-            "worst_mean": max(means),
-            "median_mean": statistics.median(means),
-            "all_drafts_median": statistics.median(a.account.drafted for a in answers),
-            "fell_back": f"{sum(a.account.fell_back for a in answers)} of {len(answers)}",
-            "said_so": f"{sum(a.told for a in answers)} of {len(answers)}",
+            **_told(answers, "bounded"),
             "timed": len(allowed),
-            "plain_over_bounded": times["plain"] / times["bounded"],
+            "unbounded_over_plain": times["plain"] / times["unbounded"],
+            "drafting_always": {
+                **_told(answers, "always"),
+                "kept": times["unbounded"] / times["always"],
+            },
         },
+    }
+
+
+def _told(answers: Sequence[Answered], way: str) -> dict[str, Any]:
+    accounts = [a.accounts[way] for a in answers]
+    return {
+        "within": f"{sum(a.mean <= MOST + TOLERANCE for a in accounts)} of {len(accounts)}",
+        "worst_mean": max(a.mean for a in accounts),
+        "median_mean": statistics.median(a.mean for a in accounts),
+        "all_drafts_median": statistics.median(a.drafted for a in accounts),
+        "fell_back": f"{sum(a.fell_back for a in accounts)} of {len(accounts)}",
+        "said_so": f"{sum(a.told[way] for a in answers)} of {len(answers)}",
     }
