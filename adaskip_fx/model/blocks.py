@@ -19,7 +19,7 @@ from ..speculation.budget import Budget
 from ..speculation.options import Bounded
 from ..speculation.proposals import Drafts
 from ..speculation.speculation import Speculation
-from ..utils.stateless_rules import remember_nothing
+from ..utils.stateless_rules import ends_by_token, remember_nothing
 from ..utils.transformers_types import DecodingCall
 from .generation import DecodedRequest
 from .host_text import HostText
@@ -115,22 +115,45 @@ class BlockRequest(DecodedRequest):
             How many were appended, whether a row has ended, and how many go on.
         """
         going, before = [self.unfinished], self.input_ids.shape[1]
-        for column in range(count):
-            self.append(tokens[:, column], scores[:, column], logits[:, first + column])
-            going.append(self.unfinished)
+        if ends_by_token(self.call.stopping_criteria, before + count):
+            going += self._append_at_once(tokens[:, :count], scores, logits[:, first:])
+        else:
+            for column in range(count):
+                super().append(tokens[:, column], scores[:, column], logits[:, first + column])
+                going.append(self.unfinished)
         known = torch.cat((torch.stack(going).sum(1), tokens[:, :count].T.flatten())).tolist()
         left, columns = known[: count + 1], known[count + 1 :]  # of one look at the device
         kept = next((i for i in range(1, count + 1) if left[i] < left[0]), count)
         if self.budget is not None:
-            dropped = [*map(self.counted, going[kept:-1]), torch.zeros_like(going[0])]
-            self.budget.within.tokens = self.budget.within.tokens - torch.stack(dropped).sum(0)
+            released = kept * self.counted(going[0])
+            self.budget.within.tokens = self.budget.within.tokens + released
         self.unfinished = going[kept]
         self.input_ids = self.input_ids[:, : before + kept]
         self.recorded.drop(count - kept)
         for column in torch.tensor(columns).view(count, -1)[:kept] if kept else ():
             self._text.put(column.clone())
-        self.stats.tokens -= count - kept
+        self.stats.tokens += kept
         return kept, left[kept] < left[0], left[kept]
+
+    def _append_at_once(
+        self, tokens: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Append columns of tokens [B, C], where the last token alone says whether a row has ended.
+
+        Returns:
+            Which rows go on after each column, int64 [B] each.
+        """
+        count = tokens.shape[1]
+        for column in range(count if self.recorded.asked else 0):
+            self.recorded.add(scores[:, column], logits[:, column])
+        self.input_ids = torch.cat((self.input_ids, tokens), 1)
+        ended = torch.zeros_like(tokens)
+        for rule in self.call.stopping_criteria:
+            ends = getattr(rule, "eos_token_id", None)
+            if ends is not None:
+                ended = ended | torch.isin(tokens, ends.to(tokens.device))
+        before = self.unfinished.unsqueeze(1)
+        return list((before & (ended.cumsum(1) == 0)).unbind(1))
 
     def counted(self, unfinished: torch.Tensor) -> torch.Tensor:
         """Return the rows whose tokens are no padding, int64 [B]."""
@@ -138,6 +161,8 @@ class BlockRequest(DecodedRequest):
 
     def scores(self, drafts: Drafts, logits: torch.Tensor, first: int, end: int) -> torch.Tensor:
         """Return the scores of columns of logits [B, k + 1, V], each given the drafts before it."""
+        if not self.call.logits_processor:
+            return logits[:, first:end]
         text, begun = self.input_ids, self.input_ids.shape[1] - first
         text = torch.cat((text, drafts.tokens[:, first:end]), 1)
         read = range(first, end)

@@ -9,6 +9,7 @@ has nothing to verify is a plain step. (What becomes of a block is in `blocks`.)
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ from .draftable import positions
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
+
+logger = logging.getLogger(__name__)
 
 
 class DraftedRequest(BlockRequest):
@@ -60,6 +63,7 @@ class DraftedRequest(BlockRequest):
         self._work = (-1, -1, -1)
         self._positions = positions(model)
         self._verifies = True  # the next block
+        self._before = speculation.stats.verifications, speculation.stats.steps
         super().__init__(model, call, speculation)
 
     # What proposers see ----------------------------------------------------------------------
@@ -194,9 +198,16 @@ class DraftedRequest(BlockRequest):
         return accepted, ended
 
     def result(self, cache: SkipCache) -> Any:
-        """Return what ``generate`` returns, when its divergence is counted."""
+        """Return what ``generate`` returns, when what it took is counted and told."""
         if self.budget is not None:
             self.budget.end()
+        verifications, steps = self._before
+        logger.info(
+            "%d tokens in %d verifications and %d plain steps",
+            self.input_ids.shape[1] - self.call.input_ids.shape[1],
+            self.stats.verifications - verifications,
+            self.stats.steps - steps,
+        )
         return super().result(cache)
 
     def _read(self, text: torch.Tensor, kwargs: dict[str, object], tokens: int) -> Output:

@@ -25,6 +25,11 @@ class Recorded:
             () if asked and config.output_logits else None,
         )
 
+    @property
+    def asked(self) -> bool:
+        """Whether anything is recorded."""
+        return self.scores is not None or self.logits is not None
+
     def add(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
         """Record a step."""
         if self.scores is not None:

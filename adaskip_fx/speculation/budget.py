@@ -86,6 +86,11 @@ class Budget:
         within, stats = self.within, self._speculation.stats
         paid = torch.stack((within.spent, within.tokens, within.beyond)).tolist()
         stats.diverged(within.most, *paid)
+        logger.info(
+            "diverged %.2g nats a token in the worst row, of at most %g",
+            max(nats / max(count, 1.0) for nats, count in zip(*paid[:2], strict=True)),
+            within.most,
+        )
         if self.coin is not None:
             stats.sampled(paid[0], paid[1], self.coin.tokens, self.coin.rows())
         stats.weakened += sum(frontier.weakened for frontier in self._frontiers.values())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .controller import Source
 from .proposals import Context, Drafter, Drafts, Proposer
@@ -42,11 +43,15 @@ class Chooser:
         decoding = speculation.decoding
         self._adaptive, self._rows = decoding.adaptive, rows
         self._controller = speculation.controller
-        self._drafters = [(p, p.begin()) for p in (*more, *decoding.proposers)]
+        proposers = (*more, *decoding.proposers)
+        self._drafters = [
+            (name, p, p.begin()) for name, p in zip(_names(proposers), proposers, strict=True)
+        ]
         self._kinds = dict(self._controller.kinds)  # of drafts to come, where they are not free
         self._begun = set[str]()  # who has drafted, of those that are not free
         self._round, self._tokens = PLAIN, 1
         self._since: float | None = None
+        self._tried: Offer | None = None  # the last offer, if another seemed to be worth more
 
     def offer(self, context: Context, most: int, length: int) -> Offer | None:
         """Return the block that is worth most; None where plain steps are faster.
@@ -56,32 +61,46 @@ class Chooser:
             most: how many drafts there may be.
             length: tokens stored.
         """
-        best, best_worth = None, 0.0
-        for proposer, drafter in self._drafters if most > 0 else ():
+        best, best_worth, others = None, 0.0, list[Offer]()
+        for name, proposer, drafter in self._drafters if most > 0 else ():
             drafts = drafter.propose(context, most) if proposer.free else None
             if proposer.free and drafts is None:
                 continue
-            kind, chance = self._kinds.get(proposer.name, ""), _CHANCE
+            kind, chance = self._kinds.get(name, ""), _CHANCE
             if drafts is not None:
                 kind, chance = drafts.kind, drafts.chance
-            source = self._controller.source(proposer.name, kind, chance)
+            source = self._controller.source(name, kind, chance)
             count = most if drafts is None else drafts.count
             worth = 1.0
             if self._adaptive:
                 slope = _VERIFIED if proposer.free else _MADE
                 worth, count = self._controller.worth(
-                    proposer.name, source, count, self._rows, length, slope
+                    name, source, count, self._rows, length, slope
                 )
+            found = Offer(name, drafter, source, count, drafts)
             if count and worth > best_worth:
-                best_worth = worth
-                best = Offer(proposer.name, drafter, source, count, drafts)
-        return best
+                best_worth, best = worth, found
+            if drafts is None:
+                others.append(found)
+        self._tried = self._overdue(best, others)
+        return best if self._tried is None else self._tried
+
+    def _overdue(self, best: Offer | None, others: Sequence[Offer]) -> Offer | None:
+        """Return an offer to try instead of the best one, of drafts that are not free either.
+
+        (What pays more than plain steps is drafted; so another plan that pays even more would never
+        be seen.) One that was tried in vain is tried less and less often.
+        """
+        if best is None or best.drafts is not None or not self._adaptive:
+            return None
+        waiting = [o for o in others if o is not best and o.source.overdue]
+        return replace(waiting[0], count=1) if waiting else None
 
     def drafts(self, context: Context, offer: Offer) -> Drafts | None:
         """Return the drafts of an offer; None where its proposer has none after all."""
         drafts = offer.drafts or offer.drafter.propose(context, offer.count)
         if drafts is None:
-            self._drafters = [pair for pair in self._drafters if pair[1] is not offer.drafter]
+            self._drafters = [known for known in self._drafters if known[0] != offer.name]
             return None
         return drafts.columns(0, offer.count)
 
@@ -101,6 +120,7 @@ class Chooser:
             self._begun.add(offer.name)
             self._kinds[offer.name] = following
             offer.source.since = 0
+            offer.source.tries = offer.source.tries + 1 if offer is self._tried else 0
         self._round, self._tokens = (offer.name, drafts.count), accepted + 1
 
     def released(self, offer: Offer, count: int, kept: int) -> None:
@@ -120,3 +140,11 @@ class Chooser:
             self._controller.took(*took)
         self._since = now
         self._round, self._tokens = PLAIN, 1
+
+
+def _names(proposers: Sequence[Proposer]) -> list[str]:
+    """Return the names that statistics know proposers by: of several alike with their plans."""
+    alike = Counter(p.name for p in proposers)
+    plans = [getattr(p, "plan", None) if alike[p.name] > 1 else None for p in proposers]
+    named = zip(proposers, plans, strict=True)
+    return [p.name if plan is None else f"{p.name} {plan.digest[:8]}" for p, plan in named]

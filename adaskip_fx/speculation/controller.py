@@ -19,6 +19,7 @@ _EARNED = 0.02  # of a plain step, by each token
 _MOST_CREDIT = 3.0  # plain steps
 _CAUTION = 0.5  # that a block must be worth more for each plain step that was lost
 _AGAIN = 32  # tokens after which what is not worth it may be tried again
+_MOST_TRIES = 4  # after which that is no rarer
 _FRESH = 64  # tokens for which the time of a plain step is believed
 _DECAY = 0.9  # of what was seen, at each new block
 _SUPPOSED = 2.0  # drafts that what is supposed of a source counts as
@@ -30,13 +31,19 @@ class Source:
 
     Attributes:
         since: tokens since the last block.
+        tries: blocks in vain, while another kind was worth more.
     """
 
     def __init__(self, chance: float) -> None:
         """Suppose that the first draft of a block stands with this probability."""
-        self.since = 0
+        self.since = self.tries = 0
         # by position: drafts whose predecessors stand, and how many of them do; earlier ones less
         self._tried, self._stood = [_SUPPOSED], [_SUPPOSED * chance]
+
+    @property
+    def overdue(self) -> bool:
+        """Whether another block may be tried, although another kind is worth more."""
+        return self.since >= _AGAIN << min(self.tries, _MOST_TRIES)
 
     def acceptance(self, position: int) -> float:
         """Return how likely a draft is to stand, if those before it do.

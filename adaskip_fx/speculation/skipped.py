@@ -14,6 +14,8 @@ class Skipped:
     """Proposes what the same model decodes under a plan: no weights and no cache of its own.
 
     Its steps write K/V where those of the full program are written when the drafts are verified.
+    Of several with plans of their own the one is asked whose drafts give most tokens for their
+    time, as far as was measured: so plans can be tried on the text itself.
     (Self-speculative decoding: Zhang et al. 2024, arXiv 2309.08168; SWIFT, arXiv 2410.06916.)
 
     Attributes:

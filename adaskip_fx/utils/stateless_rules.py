@@ -27,3 +27,13 @@ def remember_nothing(rules: Iterable[object]) -> bool:
     kinds = [type(rule) for rule in rules]
     ours = all(kind.__module__.startswith("transformers.generation.") for kind in kinds)
     return ours and all(kind.__name__ in _REMEMBER_NOTHING for kind in kinds)
+
+
+def ends_by_token(criteria: Iterable[object], length: int) -> bool:
+    """Return whether a row ends, up to a length in tokens, by a token of the config alone."""
+    for rule in criteria:
+        kind, ours = type(rule), type(rule).__module__.startswith("transformers.generation.")
+        longest = getattr(rule, "max_length", 0) if kind.__name__ == "MaxLengthCriteria" else 0
+        if not ours or not (kind.__name__ == "EosTokenCriteria" or longest > length):
+            return False
+    return True

@@ -48,8 +48,9 @@ def test_generate_as_the_full_model(folder: Path, profile: Path, options: tuple[
     assert told["text"] == expected
     assert told["tokens_per_step"] >= 1
     assert "tokens a step" in result.stderr
+    assert "12 tokens in " in result.stderr, "an event of the request"
     if options[0] != "--lossless":
-        assert "nats a token" in result.stderr
+        assert "nats a token in the worst row, of at most 1e-09" in result.stderr
     both = run(*start, "--lossless", "--max-divergence", 0.1)
     assert "--lossless or --max-divergence" in misused(both)
 

@@ -143,6 +143,8 @@ def test_a_plan_that_spends_too_fast_is_weakened(caplog: pytest.LogCaptureFixtur
     expected = f"drafts go on with plan {weak} ({left_out(plans[1])}), since those of plan "
     assert f"{expected}{strong} diverge too much" in told
     assert "a draft was beyond the bound of 0.02 nats a token: the full" in told[0]
+    assert told[-1].startswith("diverged ")
+    assert told[-1].endswith(" nats a token in the worst row, of at most 0.02")
     report = str(counted)
     assert "fell back to the full program's tokens in 1 of 1 requests" in report
     assert f"  {weak}: " in report
