@@ -6,14 +6,20 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaskip_fx.plans.actions import PlanError
 from adaskip_fx.plans.fingerprint import Fingerprint
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.plans.windows import NO_WINDOWS, Windows
-from adaskip_fx.utils.files import JSON, check_digest, read_document, write_atomically
+from adaskip_fx.utils.files import (
+    JSON,
+    check_digest,
+    check_document,
+    read_document,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from adaskip_fx.plans.skip_plan import SkipPlan
@@ -52,9 +58,15 @@ def actions_json(plan: SkipPlan) -> dict[str, JSON]:
 def save(plan: SkipPlan, path: Path) -> None:
     """Write `plan` to the file `path`, and its tensors, if it has any, to a file beside it."""
     data = document(plan)
-    if data["tensors"] is not None:
-        _with_tensors(plan).save(path.parent / str(data["tensors"]))
+    save_tensors(plan, path.parent)
     write_atomically(path, json.dumps(data, indent=1).encode())
+
+
+def save_tensors(plan: SkipPlan, folder: Path) -> None:
+    """Write the tensors of `plan`, if it has any, to the file that its JSON names, in `folder`."""
+    tensors = _with_tensors(plan)
+    if tensors:
+        tensors.save(folder / f"compensation-{tensors.digest}.safetensors")
 
 
 def load(plan_type: type[SkipPlan], path: Path) -> SkipPlan:
@@ -64,12 +76,34 @@ def load(plan_type: type[SkipPlan], path: Path) -> SkipPlan:
         PlanError: the message says which file, what is wrong and what to do.
     """
     data = read_document(path, SCHEMA, _KEYS, PlanError, _REDO)
+    return _plan(plan_type, path, data, path.parent)
+
+
+def parse(plan_type: type[SkipPlan], data: object, source: str, folder: Path) -> SkipPlan:
+    """Return the plan whose JSON is `data`, made by `plan_type`.
+
+    Args:
+        plan_type: the class of plans.
+        data: what `document` returned.
+        source: where it is from, for messages.
+        folder: where the file of its tensors is.
+
+    Raises:
+        PlanError: the message says what is wrong and what to do.
+    """
+    checked = check_document(source, data, SCHEMA, _KEYS, PlanError, _REDO)
+    return _plan(plan_type, source, checked, folder)
+
+
+def _plan(
+    plan_type: type[SkipPlan], path: Path | str, data: dict[str, Any], folder: Path
+) -> SkipPlan:
     try:
         plan = plan_type(
             tuple(map(Sublayer.parse, data["sublayers"])),
             {Sublayer.parse(name): action for name, action in data["prefill"].items()},
             {Sublayer.parse(name): action for name, action in data["decode"].items()},
-            Surrogates.from_json(data["compensation"], _load_tensors(path, data["tensors"])),
+            Surrogates.from_json(data["compensation"], _load_tensors(folder, data["tensors"])),
             data.get("last_token_full", False) is True,
             Windows.from_json(data["windows"]) if "windows" in data else NO_WINDOWS,
             Fingerprint(**data["fingerprint"]) if "fingerprint" in data else None,
@@ -86,12 +120,12 @@ def _with_tensors(plan: SkipPlan) -> Surrogates:
     return Surrogates({s: c for s, c in by_sublayer.items() if c.factor is None})
 
 
-def _load_tensors(path: Path, name: object) -> Surrogates | None:
-    """Return the surrogates in the file beside the plan's that it names, if it names one."""
+def _load_tensors(folder: Path, name: object) -> Surrogates | None:
+    """Return the surrogates in the file in `folder` that a plan names, if it names one."""
     if name is None:
         return None
     if not isinstance(name, str) or not _TENSOR_FILE.fullmatch(name):  # never outside the folder
         raise ValueError(f"{name!r} is not the name of a file of surrogates")
-    if not (path.parent / name).is_file():
-        raise ValueError(f"{path.parent / name} is missing: copy it along with the plan")
-    return Surrogates.load(path.parent / name)
+    if not (folder / name).is_file():
+        raise ValueError(f"{folder / name} is missing: copy it along with the plan")
+    return Surrogates.load(folder / name)

@@ -113,22 +113,46 @@ def read_document(
         raise error(f"{path}: cannot be read ({cause.strerror}); check the path") from cause
     except (ValueError, RecursionError) as cause:
         raise error(f"{path}: truncated or not JSON ({cause}); {redo}") from cause
+    return check_document(path, data, schema, keys, error, redo)
+
+
+def check_document(
+    source: Path | str,
+    data: object,
+    schema: int,
+    keys: Sequence[str],
+    error: type[ValueError],
+    redo: str,
+) -> dict[str, Any]:
+    """Return `data` if it is the object that was wanted; see `read_document`.
+
+    Args:
+        source: the file or place that it is from, for the message.
+        data: what was read.
+        schema: the number of the schema that it must have.
+        keys: what it must hold.
+        error: the class of what is raised where it does not.
+        redo: what to do then, for the message.
+
+    Raises:
+        ValueError: an `error` that says what is wrong with which file and what to do.
+    """
     if not isinstance(data, dict) or type(data.get("schema")) is not int:
-        raise error(f"{path}: no schema number, so not a file of this kind; check the path")
+        raise error(f"{source}: no schema number, so not a file of this kind; check the path")
     if data["schema"] > schema:
         raise error(
-            f"{path}: schema {data['schema']} is newer than this version reads ({schema}); "
+            f"{source}: schema {data['schema']} is newer than this version reads ({schema}); "
             f"upgrade adaskip-fx, or {redo}"
         )
     missing = [key for key in keys if key not in data]
     if missing or data["schema"] != schema:
         what = f"missing {', '.join(missing)}" if missing else f"unknown schema {data['schema']}"
-        raise error(f"{path}: {what}; {redo}")
+        raise error(f"{source}: {what}; {redo}")
     return data
 
 
 def check_digest(
-    path: Path, stored: object, content: str, error: type[ValueError], redo: str
+    path: Path | str, stored: object, content: str, error: type[ValueError], redo: str
 ) -> None:
     """Raise `error` when the file's own digest is not the digest of its content."""
     if stored != content:
