@@ -12,6 +12,7 @@ from .calibrate import calibrate
 from .demo.command import demo
 from .doctor import doctor
 from .evaluate import evaluate
+from .export import export
 from .fit import fit
 from .generate import generate
 from .inspect import inspect
@@ -111,6 +112,14 @@ COMMANDS: dict[str, Command] = {
         (
             "adaskip-fx measure ./llama table.json --context 1024 --context 8192",
             "adaskip-fx measure ./llama table.json --context 32768 --window 2048",
+        ),
+    ),
+    "export": Command(
+        export,
+        "Print a plan as vLLM takes it.",
+        (
+            "adaskip-fx export --vllm plan.json",
+            "adaskip-fx export --vllm plan.json --phase prefill",
         ),
     ),
 }

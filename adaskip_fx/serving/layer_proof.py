@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,9 +24,6 @@ from adaskip_fx.serving.stand_ins import Nothing, PassOn, StreamSurrogate
 
 _FACTORS: Mapping[Kind, float] = {"attention": 0.5, "ffn": 0.25}
 _TOLERANCE = 1e-5  #: of a multiplier's rounding; without one the numbers are exact
-
-Make = Callable[..., StreamSurrogate]
-
 
 def skip(
     layer: nn.Module,
@@ -114,17 +111,17 @@ def _computes_by(layer: nn.Module, layout: Layout, hidden: int, as_tuple: bool) 
     dtype = next(layer.parameters()).dtype if layout.others else torch.float32
     h, r = (torch.arange(s, s + 2 * hidden, dtype=dtype).remainder(7) - 3 for s in (0, 4))
     h, r = h.view(2, hidden), r.view(2, hidden)
-    pair = "residual" in inspect.signature(layer.forward).parameters
-    first = _run(bare, h, None)
-    if not _equal(first, factor * h):
-        return False
-    return not pair or any(
-        _equal(_run(bare, h, r), factor * stream) for stream in (h + r, h)
-    )
+    alone = _run(bare, h, None)
+    if "residual" not in inspect.signature(layer.forward).parameters:
+        return _equal(alone[0], factor * h)
+    both = _run(bare, h, r)
+    # Either the stream is a pair, or the residual is a name that the layer does not look at.
+    as_pair = _equal(sum(alone), factor * h) and _equal(sum(both), factor * (h + r))
+    return as_pair or (_equal(alone[0], factor * h) and _equal(both[0], factor * h))
 
 
 def _run(layer: nn.Module, h: torch.Tensor, r: torch.Tensor | None) -> list[torch.Tensor]:
-    """Return the streams that a layer's result may be: its first part, and the sum of a pair."""
+    """Return the tensors that a layer gives for a stream, which may be a pair."""
     given: dict[str, Any] = {"hidden_states": h}
     parameters = inspect.signature(layer.forward).parameters
     if "residual" in parameters:
@@ -136,9 +133,10 @@ def _run(layer: nn.Module, h: torch.Tensor, r: torch.Tensor | None) -> list[torc
     with torch.no_grad():
         result = layer.forward(**given)
     parts = result if isinstance(result, tuple) else (result,)
-    tensors = [p for p in parts if isinstance(p, torch.Tensor)]
-    return [tensors[0], *([tensors[0] + tensors[1]] if len(tensors) > 1 else [])]
+    return [p for p in parts if isinstance(p, torch.Tensor)]
 
 
-def _equal(found: list[torch.Tensor], wanted: torch.Tensor) -> bool:
-    return any(torch.allclose(f, wanted, rtol=_TOLERANCE, atol=_TOLERANCE) for f in found)
+def _equal(found: torch.Tensor | int, wanted: torch.Tensor) -> bool:
+    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
+        return False
+    return torch.allclose(found.to(wanted.dtype), wanted, rtol=_TOLERANCE, atol=_TOLERANCE)

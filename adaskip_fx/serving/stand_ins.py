@@ -78,9 +78,9 @@ class StreamSurrogate(nn.Module):
         """
         super().__init__()
         self.kind = surrogate.kind if surrogate is not None else None
-        self.factor = surrogate.factor if surrogate is not None else None
+        self.number = surrogate.factor if surrogate is not None else None  # of a scale
         self.multiplier, self.as_tuple = multiplier, as_tuple
-        tensors = surrogate.tensors if surrogate is not None and self.factor is None else {}
+        tensors = surrogate.tensors if surrogate is not None and self.number is None else {}
         wanted = torch.float32 if self.kind in _WIDE else dtype
         for name, value in tensors.items():
             tensor = torch.tensor(value, dtype=wanted, device=device)
@@ -88,7 +88,7 @@ class StreamSurrogate(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the kind of surrogate, in words."""
-        return f"{self.kind or 'identity'}{f' {self.factor:g}' if self.factor else ''}"
+        return f"{self.kind or 'identity'}{f' {self.number:g}' if self.number else ''}"
 
     def added(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the skipped branch adds to the stream [..., hidden]."""
@@ -124,7 +124,7 @@ class StreamSurrogate(nn.Module):
         return torch.zeros_like(stream), stream
 
     def _tensors(self) -> _Tensors:
-        return {"factor": self.factor} if self.factor is not None else dict(self.named_buffers())
+        return {"factor": self.number} if self.number is not None else dict(self.named_buffers())
 
 
 class PassOn(nn.Module):

@@ -37,6 +37,7 @@ NAMES = (
         "eval",
         "bench",
         "measure",
+        "export",
     ),
 )
 

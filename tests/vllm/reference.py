@@ -21,11 +21,13 @@ _POST_NORM = {
     "attention": ("self_attn", "post_attention_layernorm"),
     "ffn": ("mlp", "post_feedforward_layernorm"),
 }
+_PARALLEL = {"attention": ("self_attn", "self_attn"), "ffn": ("mlp", "mlp")}
 #: model type -> kind -> the first and the last module of its branch; others are as in Llama
 BRANCHES: dict[str, dict[str, tuple[str, str]]] = {
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
     "olmo2": _POST_NORM,
+    "cohere": _PARALLEL,
 }
 
 
