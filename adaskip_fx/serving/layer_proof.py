@@ -25,6 +25,7 @@ from adaskip_fx.serving.stand_ins import Nothing, PassOn, StreamSurrogate
 _FACTORS: Mapping[Kind, float] = {"attention": 0.5, "ffn": 0.25}
 _TOLERANCE = 1e-5  #: of a multiplier's rounding; without one the numbers are exact
 
+
 def skip(
     layer: nn.Module,
     layout: Layout,

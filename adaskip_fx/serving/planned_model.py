@@ -114,6 +114,12 @@ def _check_served(plan: SkipPlan, config: Any, vllm_config: Any) -> None:
             f"the plan is for a {fingerprint.model_type} model, this one is {config.model_type}; "
             "make a plan for this model"
         )
+    for sublayer, surrogate in plan.surrogates.by_sublayer.items():
+        if surrogate.width not in (None, config.hidden_size):
+            raise PlanError(
+                f"{sublayer}: its {surrogate.kind} surrogate is {surrogate.width} wide, and the "
+                f"model's stream {config.hidden_size}; make a plan for this model"
+            )
     if all(s in plan.prefill for s in plan.sublayers if s.kind == "attention"):
         raise PlanError(
             "the plan skips all attention, and vLLM schedules requests by their K/V; keep one"

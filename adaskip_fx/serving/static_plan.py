@@ -52,9 +52,7 @@ def _check_alike(plan: SkipPlan) -> None:
         seen = [plan.window(p, sublayer) for p in phases]
         if runs[0] == runs[1] and seen[0] == seen[1]:
             continue
-        said = [
-            _described(plan.action(p, sublayer), w) for p, w in zip(phases, seen, strict=True)
-        ]
+        said = [_described(plan.action(p, sublayer), w) for p, w in zip(phases, seen, strict=True)]
         raise PlanError(
             f"{sublayer}: {said[0]} in prefill but {said[1]} in decode; an engine runs prompts and "
             "decode steps in one batch, so a plan must be the same in both: choose the part that "

@@ -54,7 +54,9 @@ def by_hand(s: Surrogate | None) -> L.Replace:
     return replaced
 
 
-def assert_skipped(layers: list[nn.Module], x: torch.Tensor, s: dict[str, Surrogate | None]) -> None:
+def assert_skipped(
+    layers: list[nn.Module], x: torch.Tensor, s: dict[str, Surrogate | None]
+) -> None:
     """Layers without those branches compute what the textbook says."""
     served = copy.deepcopy(layers)
     for name, found in s.items():
@@ -187,7 +189,7 @@ class Swapped(L.PairLayer):
     """Built like Llama's; it does not hand the stream on."""
 
     def forward(self, positions: Any, hidden_states: Any, residual: Any) -> Any:
-        h, residual = super().forward(positions, hidden_states, residual)
+        _, residual = super().forward(positions, hidden_states, residual)
         return residual, residual
 
 

@@ -32,7 +32,7 @@ def config(data: object) -> Any:
     return made
 
 
-# One plan for both phases --------------------------------------------------------------------------
+# One plan for both phases -----------------------------------------------------------------------
 
 
 def test_a_plan_that_is_one_for_both_phases_stays_as_it_is() -> None:
@@ -68,7 +68,7 @@ def test_windows_that_differ_by_phase() -> None:
     assert not static_plan(plan, "prefill").windows
 
 
-# In a configuration --------------------------------------------------------------------------------
+# In a configuration -----------------------------------------------------------------------------
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -102,17 +102,17 @@ def test_tensors_are_named_by_what_is_in_them(tmp_path: Path) -> None:
 def test_a_plan_that_was_edited_is_refused(tmp_path: Path) -> None:
     data: Any = overrides(PLAN, tmp_path)["adaskip"]
     edited = {**data, "prefill": {"0.ffn": "skip"}, "decode": {"0.ffn": "skip"}}
-    with pytest.raises(PlanError, match="adaskip of the model's configuration: edited after"):
+    with pytest.raises(PlanError, match=r"adaskip of the model's configuration: edited after"):
         plan_of(config(edited))
     with pytest.raises(PlanError, match="missing digest"):
         plan_of(config({k: v for k, v in data.items() if k != "digest"}))
-    with pytest.raises(PlanError, match="not an object but 'plan.json'; give what"):
+    with pytest.raises(PlanError, match=r"not an object but 'plan\.json'; give what"):
         plan_of(config("plan.json"))
     with pytest.raises(PlanError, match="not a valid plan"):
         plan_of(config({**data, "windows": 3}))
 
 
-# The command ---------------------------------------------------------------------------------------
+# The command ------------------------------------------------------------------------------------
 
 
 def test_export_prints_what_vllm_takes(tmp_path: Path) -> None:

@@ -141,7 +141,11 @@ def run(layers: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
     h, r = x, None
     for layer in layers:
         result = layer(hidden_states=h, positions=None, **_residual(layer, r))
-        h, r = (result[0], result[1] if pair else None) if isinstance(result, tuple) else (result, None)
+        h, r = (
+            (result[0], result[1] if pair else None)
+            if isinstance(result, tuple)
+            else (result, None)
+        )
     return h if r is None else h + r
 
 

@@ -74,3 +74,19 @@ def generated(llm: Any, prompt: list[int], count: int) -> tuple[list[int], list[
 def runner(llm: Any) -> Any:
     """The engine's model runner, in this process."""
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def known_in_process(model: Path) -> None:
+    """Have vLLM look at a model's class here, not in a process that imports all of vLLM first."""
+    import json
+
+    from vllm import ModelRegistry
+
+    from adaskip_fx.serving.vllm_plugin import register
+
+    names = json.loads((model / "config.json").read_text("utf-8"))["architectures"]
+    for name in (*names, "TransformersForCausalLM"):
+        if name in ModelRegistry.models:
+            stock = ModelRegistry.models[name].load_model_cls()
+            ModelRegistry.register_model(name, stock)
+    register()

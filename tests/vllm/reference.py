@@ -48,7 +48,9 @@ def affine(weight: Any, bias: Any, *, normed: bool = False, eps: float = 1e-6) -
 
 
 @contextlib.contextmanager
-def replaced(model: Any, branches: Mapping[str, Replace], windows: Mapping[int, int]) -> Iterator[None]:
+def replaced(
+    model: Any, branches: Mapping[str, Replace], windows: Mapping[int, int]
+) -> Iterator[None]:
     """Run a model with branches (``"3.ffn"``) replaced, and layers that see so many last tokens."""
     handles = []
     names = BRANCHES.get(model.config.model_type, _LLAMA)
