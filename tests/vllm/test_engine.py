@@ -1,0 +1,140 @@
+"""What a plan does to an engine: its K/V cache, its compiled programs, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adaskip_fx.plans.skip_plan import PlanError, SkipPlan, Sublayer
+from adaskip_fx.plans.surrogates import Surrogates
+from adaskip_fx.plans.windows import Window, Windows
+from adaskip_fx.serving.overrides import overrides
+from tests.vllm import models, reference
+from tests.vllm.engines import PROMPT, engine, generated, known_in_process, runner
+
+SUBLAYERS = [Sublayer(i, k) for i in range(models.LAYERS) for k in ("attention", "ffn")]
+EMPTY = SkipPlan.empty(SUBLAYERS)
+HALF = SkipPlan.of(SUBLAYERS, ["1.attention", "2.attention"])
+WINDOWED = EMPTY.with_windows(Windows.of(["1.attention", "2.attention"], Window(32, 0)))
+BLOCK = 32  # tokens
+
+
+@pytest.fixture(scope="module")
+def llama(folders: models.Folders) -> Path:
+    known_in_process(folders["llama"])
+    return folders["llama"]
+
+
+def stored(llm: Any, prompt: int, steps: int) -> float:
+    """Tokens of one layer that a request holds while it decodes."""
+    from vllm import SamplingParams
+
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    config = runner(llm).kv_cache_config
+    free = pool.get_num_free_blocks()
+    wanted = SamplingParams(
+        temperature=0.0, max_tokens=steps + 8, ignore_eos=True, detokenize=False
+    )
+    tokens = {"prompt_token_ids": [7 + i % 50 for i in range(prompt)]}
+    llm.llm_engine.add_request("one", tokens, wanted)
+    for _ in range(steps):
+        llm.llm_engine.step()
+    used = free - pool.get_num_free_blocks()
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    layers = max(len(group.layer_names) for group in config.kv_cache_groups)
+    return float(used * layers * BLOCK)
+
+
+def test_skipped_attention_holds_no_keys_and_values(llama: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, plan in (("stock", None), ("half", HALF), ("windowed", WINDOWED)):
+        given = overrides(plan, tmp_path) if plan is not None else None
+        with engine(llama, given, block_size=BLOCK) as llm:
+            blocks = runner(llm).kv_cache_config.num_blocks
+            layers = len(runner(llm).kv_caches)
+            found[name] = blocks, layers, stored(llm, 200, 10)
+    whole = 7 * BLOCK  # 209 tokens in whole blocks
+    assert found["stock"][1:] == (4, 4 * whole)
+    assert found["half"][1:] == (2, 2 * whole)
+    assert found["half"][0] == 2 * found["stock"][0]  # of the same memory, twice the blocks
+    assert found["windowed"][1] == 4
+    # Two layers hold everything; two hold the window, which may begin and end inside of blocks.
+    assert found["windowed"][2] <= 2 * whole + 2 * 2 * BLOCK
+
+
+def test_a_changed_plan_with_a_warm_cache(folders: models.Folders, tmp_path: Path) -> None:
+    """Two plans whose graphs differ in one number, compiled: neither runs the other's program."""
+    known_in_process(folders["qwen3"])
+    model = folders.reference("qwen3")
+    one = Sublayer(1, "attention")
+    seen = set()
+    for factor in (0.8, 1.25, 0.8):
+        plan = SkipPlan.of(SUBLAYERS, [one], surrogates=Surrogates.scale({one: factor}))
+        with engine(folders["qwen3"], overrides(plan, tmp_path), enforce_eager=False) as llm:
+            seen.add(llm.llm_engine.vllm_config.model_config.compute_hash())
+            tokens, found = generated(llm, PROMPT, 4)
+        instead = {str(one): reference.scale(factor)}
+        wanted = reference.log_probabilities(model, PROMPT + tokens, instead)
+        errors = [
+            abs(float(wanted[at, token]) - value)
+            for at, values in enumerate(found)
+            for token, value in values.items()
+        ]
+        assert max(errors) < 1e-4, factor
+    assert len(seen) == 2  # what vLLM names its compiled programs by
+
+
+def another_model(plan: SkipPlan) -> dict[str, Any]:
+    more = [*SUBLAYERS, Sublayer(models.LAYERS, "attention"), Sublayer(models.LAYERS, "ffn")]
+    return json.loads(json.dumps(overrides(SkipPlan.of(more, plan.prefill), ".")))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"adaskip": {"schema": 2}}, "adaskip of the model's configuration: missing digest"),
+        ({"adaskip": "plan.json"}, "not an object but 'plan.json'"),
+        (another_model(HALF), "has 10 sublayers, 0.attention to 4.ffn, but the model's 4 layers"),
+        (
+            overrides(EMPTY.with_windows(Windows.of(["1.attention"], Window(32, 4))), "."),
+            r"1.attention: window 4\+32 shows the first 4 tokens, .*--layers --sinks 0",
+        ),
+        (
+            overrides(EMPTY.with_windows(Windows.of(["1.attention"], Window(32, 0, (1,)))), "."),
+            r"window 0\+32 \(K/V heads 1 full\) is of some K/V heads",
+        ),
+    ],
+    ids=["no plan", "a path", "another model", "sinks", "heads"],
+)
+def test_a_bad_plan_is_refused(given: dict[str, Any], message: str, llama: Path) -> None:
+    with pytest.raises(PlanError, match=message), engine(llama, given):
+        pass
+
+
+def test_an_architecture_without_a_layout_refuses_a_plan(
+    folders: models.Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And runs without one."""
+    from adaskip_fx.serving import layer_proof
+
+    known_in_process(folders["qwen2"])
+    monkeypatch.setattr(layer_proof, "layouts_of", lambda layer: ())
+    with engine(folders["qwen2"]) as llm:
+        assert len(generated(llm, PROMPT, 2)[0]) == 2
+    refusal = pytest.raises(PlanError, match="Qwen2DecoderLayer: no plan can be served")
+    with refusal, engine(folders["qwen2"], overrides(HALF, tmp_path)):
+        pass
+
+
+def test_a_window_that_shows_every_token_is_no_window(llama: Path, tmp_path: Path) -> None:
+    """Also with sinks, which vLLM has not: no request is long enough to notice."""
+    plan = EMPTY.with_windows(Windows.of(["1.attention"], Window(60, 4)))
+    with engine(llama) as llm:
+        stock = generated(llm, PROMPT, 4)
+    with engine(llama, overrides(plan, tmp_path), max_model_len=64) as llm:
+        assert generated(llm, PROMPT, 4) == stock
