@@ -24,6 +24,8 @@ else:
 _LOGGER = logging.getLogger(__name__)
 _TRANSFORMERS = "vllm.model_executor.models.transformers"
 _MISSING = "PPMissingLayer"  #: what vLLM puts where another rank has the layer
+#: what bodies are called in most checkpoints, whatever the engine calls them
+_CHECKPOINT = {"attention": "self_attn", "ffn": "mlp"}
 
 
 class PlannedModel(_Model):
@@ -89,7 +91,8 @@ def _follow(model: nn.Module, plan: SkipPlan, vllm_config: Any) -> tuple[str, ..
                 skip(layer, layout, sublayer.kind, found, as_tuple=as_tuple, dtype=dtype)
             except PlanError as error:
                 raise PlanError(f"{sublayer}: {error}") from error
-            dead += [f"{name}.{number}.{part}" for part in layout.chain(sublayer.kind)]
+            parts = (*layout.chain(sublayer.kind), _CHECKPOINT[sublayer.kind])
+            dead += [f"{name}.{number}.{part}" for part in parts]
         if window is not None:
             from adaskip_fx.serving.vllm_windows import set_window  # needs vLLM
 
@@ -109,7 +112,8 @@ def _check_served(plan: SkipPlan, config: Any, vllm_config: Any) -> None:
             "each: the plan is of another model, or the model has mixers, which are not served"
         )
     fingerprint = plan.fingerprint
-    if fingerprint is not None and fingerprint.model_type != config.model_type:
+    types = {config.model_type, vllm_config.model_config.hf_config.model_type}
+    if fingerprint is not None and fingerprint.model_type not in types:
         raise PlanError(
             f"the plan is for a {fingerprint.model_type} model, this one is {config.model_type}; "
             "make a plan for this model"

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from adaskip_fx.plans.skip_plan import PlanError, SkipPlan, Sublayer
+from adaskip_fx.plans.surrogate import Surrogate
 from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.plans.windows import Window, Windows
 from adaskip_fx.serving.overrides import overrides
@@ -71,14 +73,18 @@ def test_a_changed_plan_with_a_warm_cache(folders: models.Folders, tmp_path: Pat
     """Two plans whose graphs differ in one number, compiled: neither runs the other's program."""
     known_in_process(folders["qwen3"])
     model = folders.reference("qwen3")
-    one = Sublayer(1, "attention")
+    one, other = Sublayer(1, "attention"), Sublayer(2, "ffn")
+    weight = np.random.default_rng(0).normal(0, 0.05, (128, 128))
+    linear = Surrogate("linear", {"weight": weight, "bias": np.zeros(128)})
     seen = set()
     for factor in (0.8, 1.25, 0.8):
-        plan = SkipPlan.of(SUBLAYERS, [one], surrogates=Surrogates.scale({one: factor}))
+        surrogates = Surrogates({one: Surrogate.scale(factor), other: linear})
+        plan = SkipPlan.of(SUBLAYERS, [one, other], surrogates=surrogates)
         with engine(folders["qwen3"], overrides(plan, tmp_path), enforce_eager=False) as llm:
             seen.add(llm.llm_engine.vllm_config.model_config.compute_hash())
             tokens, found = generated(llm, PROMPT, 4)
-        instead = {str(one): reference.scale(factor)}
+        instead = {"1.attention": reference.scale(factor)}
+        instead["2.ffn"] = reference.affine(weight, np.zeros(128))
         wanted = reference.log_probabilities(model, PROMPT + tokens, instead)
         errors = [
             abs(float(wanted[at, token]) - value)
