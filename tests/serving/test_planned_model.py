@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -183,3 +186,18 @@ def test_a_surrogate_in_parallel_branches_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(PlanError, match=r"^1\.attention: a scale surrogate in a layer whose"):
         planned_class(Parallel)(vllm_config=settings(PLAN, tmp_path))
+
+
+def test_registering_leaves_no_architecture_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And doing it again, as vLLM may, changes nothing."""
+    stock = {name: SimpleNamespace(load_model_cls=lambda: Stock) for name in ("One", "Two")}
+    registry = SimpleNamespace(models=dict(stock))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+    module, _, name = pyproject["project"]["entry-points"]["vllm.general_plugins"][
+        "adaskip"
+    ].partition(":")
+    for _ in range(2):
+        getattr(importlib.import_module(module), name)()
+        assert registry.models == {name: PlannedEntry(entry) for name, entry in stock.items()}
+    assert issubclass(registry.models["One"].load_model_cls(), planned_model.PlannedModel)

@@ -77,7 +77,7 @@ def test_a_changed_plan_with_a_warm_cache(folders: models.Folders, tmp_path: Pat
     weight = np.random.default_rng(0).normal(0, 0.05, (128, 128))
     linear = Surrogate("linear", {"weight": weight, "bias": np.zeros(128)})
     seen = set()
-    for factor in (0.8, 1.25, 0.8):
+    for factor in (0.8, 1.25):
         surrogates = Surrogates({one: Surrogate.scale(factor), other: linear})
         plan = SkipPlan.of(SUBLAYERS, [one, other], surrogates=surrogates)
         with engine(folders["qwen3"], overrides(plan, tmp_path), enforce_eager=False) as llm:
