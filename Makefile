@@ -58,6 +58,7 @@ test-matrix: test-all .venv-oldest/test .venv-newest/test
 test-vllm: .venv-vllm/test
 	.venv-vllm/bin/python -m pytest -q -W default -m '' tests/vllm
 
+# torch for a CPU is in PyTorch's own index, which PIP_EXTRA_INDEX_URL may have to name.
 # What comes along for images and sound is built for CUDA, and does not load beside torch for a CPU.
 .venv-vllm/test: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
