@@ -229,13 +229,13 @@ def test_progress_on_a_terminal_is_a_bar_with_the_time_that_remains() -> None:
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
     assert re.search(r"work .*2/4 \d:\d\d:\d\d left [-\d]:[-\d]{2}:[-\d]{2}", plain)
     assert "a message\n" in plain
-    assert "work: 0.0 s\n" in plain
+    assert re.search(r"work: \d\.\d s\n", plain)
     assert set(steps.seconds) == {"work"}
 
 
 def test_elsewhere_nothing_is_drawn() -> None:
     output, steps = shown(terminal=False)
-    assert output == "work ...\na message\nwork: 0.0 s\n"
+    assert re.fullmatch(r"work \.\.\.\na message\nwork: \d\.\d s\n", output)
     assert set(steps.seconds) == {"work"}
 
 

@@ -229,6 +229,7 @@ def test_every_rewrite_has_the_one_interface() -> None:
         "Unflatten",
         "Upcast",
         "WindowAttention",
+        "WriteOutShortSums",
     }
     for kind in found:
         assert kind.__dataclass_params__.frozen, kind  # type: ignore[attr-defined]
