@@ -125,10 +125,13 @@ def test_many_clients_at_once_get_what_the_plan_says(server: str, folders: model
 
 _TWO = """
 import json, sys
+from pathlib import Path
 from vllm import LLM, SamplingParams
+from tests.vllm.engines import known_in_process
 
 if __name__ == "__main__":
     model, given, prompt, count, length = json.loads(sys.argv[1])
+    known_in_process(Path(model))
     llm = LLM(model=model, dtype="float32", max_model_len=length, enforce_eager=True,
               tensor_parallel_size=2, skip_tokenizer_init=True, hf_overrides=given)
     wanted = SamplingParams(temperature=0.0, max_tokens=count, detokenize=False, ignore_eos=True)
@@ -142,7 +145,7 @@ def test_two_ranks_compute_what_one_does(folders: models.Folders, tmp_path: Path
     script.write_text(_TWO)
     given = json.loads(exported(tmp_path))
     call = json.dumps([str(folders["llama"]), given, PROMPT, TOKENS, LENGTH])
-    binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, str(script), call],
         capture_output=True,
