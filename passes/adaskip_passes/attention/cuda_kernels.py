@@ -4,7 +4,7 @@ On Hopper cuDNN's attention is nearly twice as fast as flash attention 2, but it
 every new shape (:mod:`.cudnn_plans`), and its causal mask begins with the first key. With
 plans, attention of a chunk is therefore computed in two parts: to what was stored before it,
 without a mask, and to itself; the two are weighted by their masses. Without, heads of the usual
-sizes run on :mod:`.tiled_attention`, which knows the matrix units of Hopper and needs no plan.
+sizes run on :mod:`.triton_kernels.tiles`, which knows the matrix units of Hopper and needs no plan.
 
 Flash attention takes values as wide as keys. Narrower ones (DeepSeek's, 128 beside 192) get zeros
 there, which costs less than PyTorch's other kernels.
@@ -41,9 +41,9 @@ def _attend_causal(
     flash = flash and query.shape[3] % 8 == 0
     if flash and not (cudnn and _pays_for_a_plan(query, key, value, past)):
         if query.shape[2] > _FEW_QUERIES and knows_tiles(query, value):
-            from . import tiled_attention
+            from .triton_kernels import tiles
 
-            return tiled_attention.attend_causal(query, key, value, scale)
+            return tiles.attend_causal(query, key, value, scale)
         if narrower <= 0:
             return flash_attention(query, key, value, scale)
         output = flash_attention(query, key, pad(value, (0, narrower)), scale)
@@ -90,7 +90,7 @@ def _pays_for_a_plan(
 def _in_two_parts(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past: int, scale: float
 ) -> torch.Tensor:
-    from . import triton_kernels
+    from .triton_kernels.merge import merge
 
     tokens = query.shape[2]
     before = cudnn_attention(
@@ -99,4 +99,4 @@ def _in_two_parts(
     itself = cudnn_attention(
         query, key.narrow(2, past, tokens), value.narrow(2, past, tokens), scale, causal=True
     )
-    return triton_kernels.merge(*before, *itself)
+    return merge(*before, *itself)

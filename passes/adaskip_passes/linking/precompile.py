@@ -73,7 +73,7 @@ def _of_prompts(
     """Return launches of a prompt's attention, for any length."""
     if not knows_tiles(query, value):
         return []
-    from ..attention.tiled_attention import causal_of_any_length
+    from ..attention.triton_kernels.tiles import causal_of_any_length
 
     query, key, value = (_torch.fake_of_rows(t, None, 0) for t in (query, key, value))
     return causal_of_any_length(query, key, value, scale)

@@ -36,7 +36,7 @@ def _attend_windowed(
     plain = not softcap and sink_scores is None
     if plain and len(groups) == 1 and groups[0][1][1] >= stored:
         return attend_causal(query, key, value, scale)
-    from ..attention.tiled_attention import Seeing, attend
+    from ..attention.triton_kernels.tiles import Seeing, attend
 
     batch, heads, tokens, _ = query.shape
     output = query.new_empty((batch, tokens, heads, value.shape[3]))

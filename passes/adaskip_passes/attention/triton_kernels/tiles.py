@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..infra.launch import Launch, on_device, shared_memory
+from ...infra.launch import Launch, on_device, shared_memory
 
 
 @triton.jit

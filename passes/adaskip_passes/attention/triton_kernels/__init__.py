@@ -1,0 +1,1 @@
+"""Triton kernels of attention over prompts; imported on CUDA alone."""
