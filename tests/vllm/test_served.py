@@ -53,7 +53,6 @@ def server(folders: models.Folders, tmp_path_factory: pytest.TempPathFactory) ->
         port = free.getsockname()[1]
     options = ["--port", str(port), "--host", "127.0.0.1", "--max-model-len", str(LENGTH)]
     options += ["--dtype", "float32", "--enforce-eager", "--hf-overrides", exported(folder)]
-    options += ["--distributed-executor-backend", "uni"]  # one process less to begin
     # What `vllm serve` runs; the CPU package's own command looks for a package called vllm.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(folders["llama"])]
