@@ -1,9 +1,9 @@
 """A plan as a plain checkpoint: a folder that any engine loads, without adaskip_fx.
 
-Of a plan that is the same in both phases the sublayers that run are packed into as few decoder
-layers as they fit (`packing`), whose weights are the model's (`weights`) under a configuration that
-was cut to them (`configuration`); which tensors belong to which branch a table says (`layout`). What
-was written is loaded again and compared with the compiled model (`export`).
+What of a plan can be said there is found out first (`foldable`). The sublayers that run are packed
+into as few decoder layers as they fit (`packing`), whose weights are the model's (`weights`), under
+a configuration that was cut to them (`configuration`); a table says which tensors belong to which
+branch (`layout`). What was written is loaded again and compared with the compiled model (`export`).
 
 Imports `api` and what is below it; nothing but `cli` imports it.
 """

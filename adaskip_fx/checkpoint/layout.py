@@ -104,8 +104,8 @@ def layout_of(model: Any) -> Layout:
     unknown = sorted(held - _ATTENTION - _FFN - {_BOTH})
     if unknown:
         raise UnsupportedError(
-            f"{path}: a {type(layers[0]).__name__} has {unknown[0]!r}, and it is not known to which "
-            "branch that belongs, so its plan does not become a plain checkpoint: run it with "
+            f"{path}: a {type(layers[0]).__name__} has {unknown[0]!r}, which is not known to be "
+            "of attention or FFN, so its plan does not become a plain checkpoint: run it with "
             "adaskip_fx.compile"
         )
     parallel = not parts & _BEFORE_FFN or any(getattr(model.config, n, False) for n in _PARALLEL)

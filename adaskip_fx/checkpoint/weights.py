@@ -62,7 +62,7 @@ def _divided(own: Weights, divisor: float | None, sublayer: str) -> dict[str, to
     ends = {name for name in own if ends_branch(name)}
     if not ends:
         raise UnsupportedError(
-            f"{sublayer} ends in nothing that is known by name, among {', '.join(sorted(own))}; its "
+            f"{sublayer} ends in nothing that is known by name ({', '.join(sorted(own))}), so its "
             "plan does not become a plain checkpoint: run it with adaskip_fx.compile"
         )
 

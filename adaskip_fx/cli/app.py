@@ -116,10 +116,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         export,
-        "Print a plan as vLLM takes it.",
+        "Print or write a plan in the form in which something else takes it.",
         (
             "adaskip-fx export --vllm plan.json",
             "adaskip-fx export --vllm plan.json --phase prefill",
+            "adaskip-fx export plan.json --checkpoint ./smaller --model ./llama",
         ),
     ),
 }

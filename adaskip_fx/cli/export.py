@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from ..plans.actions import Phase
-from .options import AsJson, Debug
+from .export_checkpoint import write_checkpoint
+from .options import MODEL, AsJson, Debug
 from .reporting import print_json, reported
 
 
@@ -17,6 +18,25 @@ def export(
     plan: Annotated[Path, typer.Argument(help="File of a plan, as fit and windows write it.")],
     vllm: Annotated[
         bool, typer.Option("--vllm", help="Print what vllm serve takes as --hf-overrides.")
+    ] = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write the model with the plan there, as a plain checkpoint."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help=f"For --checkpoint. {MODEL}")] = None,
+    fold_scales: Annotated[
+        bool,
+        typer.Option(
+            "--fold-scales", help="Fold scales into weights; exact but for the epsilon of norms."
+        ),
+    ] = False,
+    per_layer_config: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer-config", help="Name what is zeros in the configuration, for transformers."
+        ),
     ] = False,
     phase: Annotated[
         Phase | None,
@@ -28,25 +48,35 @@ def export(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Print a plan in the form in which an engine takes it."""
-    if not vllm:
-        raise typer.BadParameter("say for whom: --vllm")
-    with reported(debug):
-        from ..plans.skip_plan import PlanError, SkipPlan
-        from ..serving.overrides import KEY, overrides
-        from ..serving.static_plan import static_plan
-
-        if plan.is_dir():
-            raise PlanError(
-                f"{plan}: a folder, and an engine runs one plan; name one of the plan files in it"
-            )
-        loaded = SkipPlan.load(plan)
-        result = overrides(loaded, plan.parent, phase)
-        served = static_plan(loaded, phase)
-        if as_json:
-            skipped = [str(s) for s in served.skipped("prefill")]
-            windows = [str(s) for s in served.windows.prefill]
-            about = {"digest": served.digest, "skipped": skipped, "windows": windows}
-            print_json({"hf_overrides": {KEY: result[KEY]}, **about})
+    """Print or write a plan in the form in which something else takes it."""
+    if vllm == (checkpoint is not None):
+        raise typer.BadParameter("say what is wanted: --vllm, or --checkpoint FOLDER")
+    if checkpoint is not None and model is None:
+        raise typer.BadParameter("--checkpoint needs the model: --model MODEL")
+    with reported(debug) as steps:
+        if checkpoint is None or model is None:
+            _print_overrides(plan, phase, as_json)
         else:
-            typer.echo(json.dumps(result, separators=(",", ":")))
+            folds = fold_scales, per_layer_config
+            write_checkpoint(plan, model, checkpoint, phase, *folds, as_json, steps)
+
+
+def _print_overrides(plan: Path, phase: Phase | None, as_json: bool) -> None:
+    from ..plans.skip_plan import PlanError, SkipPlan
+    from ..serving.overrides import KEY, overrides
+    from ..serving.static_plan import static_plan
+
+    if plan.is_dir():
+        raise PlanError(
+            f"{plan}: a folder, and an engine runs one plan; name one of the plan files in it"
+        )
+    loaded = SkipPlan.load(plan)
+    result = overrides(loaded, plan.parent, phase)
+    served = static_plan(loaded, phase)
+    if as_json:
+        skipped = [str(s) for s in served.skipped("prefill")]
+        windows = [str(s) for s in served.windows.prefill]
+        about = {"digest": served.digest, "skipped": skipped, "windows": windows}
+        print_json({"hf_overrides": {KEY: result[KEY]}, **about})
+    else:
+        typer.echo(json.dumps(result, separators=(",", ":")))
