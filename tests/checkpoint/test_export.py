@@ -180,6 +180,7 @@ def windowed(family: str, folder: Path, tokens: dict[int, int], **changes: Any) 
     return result, loaded_logits(folder, model), reference.logits(IDS, [0], seen)
 
 
+@pytest.mark.slow
 def test_a_window_of_every_layer(tmp_path: Path) -> None:
     result, got, want = windowed("mistral", tmp_path / "new", dict.fromkeys(range(3), 5))
     assert relative_error(got, want) <= 1e-10
@@ -201,9 +202,9 @@ def test_a_window_of_one_layer(tmp_path: Path) -> None:
 FACTORS = {"0.ffn": 1.3, "1.attention": 0.8, "2.attention": 1.1}
 
 
-def scaled(folder: Path, epsilon: float) -> tuple[ExportedCheckpoint, float]:
+def scaled(folder: Path, **changes: float) -> tuple[ExportedCheckpoint, float]:
     """A checkpoint with scales folded in, and how far it is from a Llama that is written out."""
-    model = model_of("llama", rms_norm_eps=epsilon)
+    model = model_of("llama", **changes)
     plan = SkipPlan.of(sublayers("llama", model), FACTORS)
     factors = {s: FACTORS[str(s)] for s in plan.prefill}
     plan = plan.with_surrogates(Surrogates.scale(factors))
@@ -215,7 +216,7 @@ def scaled(folder: Path, epsilon: float) -> tuple[ExportedCheckpoint, float]:
 
 
 def test_scales_fold_but_for_epsilon(tmp_path: Path) -> None:
-    result, error = scaled(tmp_path / "none", 0.0)
+    result, error = scaled(tmp_path / "none")
     assert error <= 1e-6  # the reference scales in float32, as the compiled model does
     assert result.error <= 1e-6
     assert "scales folded into weights: 0.ffn, 1.attention, 2.attention" in str(result)
@@ -223,8 +224,8 @@ def test_scales_fold_but_for_epsilon(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_epsilon_is_what_scales_are_off_by(tmp_path: Path) -> None:
-    some, error = scaled(tmp_path / "some", 1e-4)
+    some, error = scaled(tmp_path / "some", rms_norm_eps=1e-4)
     assert 1e-6 < error < 1e-2
     assert some.error == pytest.approx(error, rel=3)
     with pytest.raises(UnsupportedError, match=r"differ by .* allowed 1e-02; nothing was written"):
-        scaled(tmp_path / "more", 0.1)
+        scaled(tmp_path / "more", rms_norm_eps=0.1)

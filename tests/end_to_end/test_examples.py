@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from adaskip_fx.checkpoint import export, export_checkpoint
+from adaskip_fx.plans.skip_plan import SkipPlan
+from tests.support.checkpoints import IDS, compiled_once, model_of, sublayers, without
 from tests.support.command_line import save
+from tests.support.eager_reference import relative_error
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -63,3 +68,18 @@ def test_a_second_plan_compiles_nothing(capsys: pytest.CaptureFixture[str]) -> N
     assert second.startswith("skips 3.attention, 4.ffn: ")
     assert first.split(": ")[1] == second.split(": ")[1]
     assert any("silu" in piece or "linear" in piece for piece in pieces)
+
+
+def test_a_frozen_plan_as_an_exported_program(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program gives what the hooked eager model does, and has the layers that are left."""
+    monkeypatch.setattr(export, "build", compiled_once)
+    model, skipped = model_of("llama"), ("0.ffn", "1.attention")
+    plan = SkipPlan.of(sublayers("llama", model), skipped)
+    export_checkpoint(model, plan, tmp_path / "smaller")
+    load("torch_export").main([str(tmp_path / "smaller"), str(tmp_path / "program.pt2")])
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path / 'program.pt2'}: 15 linear layers; the largest difference")
+    program = torch.export.load(tmp_path / "program.pt2").module()
+    assert relative_error(program(IDS), without("llama", model, skipped)) <= 1e-10
