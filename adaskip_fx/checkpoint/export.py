@@ -242,7 +242,8 @@ def _compared(model: Any, plan: SkipPlan, folder: Path, said: Foldable) -> float
     errors: list[float] = []
     while len(errors) < _PROMPTS:
         ids = _prompt(model, said, seed=len(errors))
-        errors.append(relative_error(*(_logits(run, model, ids) for run in (written, compiled))))
+        got, want = (_logits(run, model, ids) for run in (written, compiled))
+        errors.append(relative_error(got, want))
         if errors[-1] <= allowed:  # (a router's choice may flip in one of them)
             return errors[-1]
     raise UnsupportedError(
