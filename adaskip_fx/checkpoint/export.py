@@ -202,6 +202,11 @@ def _check_plain(model: Any) -> None:
             "the model's weights are quantized: load it without quantization, export, and quantize "
             "what was exported"
         )
+    if getattr(model.config, "is_heterogeneous", False):
+        raise UnsupportedError(
+            "the model's layers differ by a per_layer_config already, which is not cut: run the "
+            "plan with adaskip_fx.compile"
+        )
     if any(is_sharded(weight) for weight in model.parameters()):
         raise UnsupportedError("the model is on several ranks: load it on one device to export it")
     if model.config.get_text_config(decoder=True) is not model.config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,13 @@ def test_a_part_that_is_not_known() -> None:
     layer["gain"] = nn.Linear(2, 2)
     with pytest.raises(UnsupportedError, match=r"layers: a ModuleDict has 'gain', which is not kn"):
         layout_of(model)
+
+
+def test_layers_that_differ_already(tmp_path: Path) -> None:
+    model = copy.deepcopy(model_of("llama"))
+    model.config.per_layer_config = {0: {"skip": ["mlp"]}}
+    with pytest.raises(UnsupportedError, match="layers differ by a per_layer_config already"):
+        export_checkpoint(model, SKIPPED, tmp_path / "new")
 
 
 def test_weights_that_are_not_plain(tmp_path: Path) -> None:
