@@ -80,7 +80,8 @@ def check_family(family: str, folder: Path, dtype: torch.dtype, allowed: float) 
     "family", [*OFTEN, *(pytest.param(f, marks=pytest.mark.slow) for f in SELDOM)]
 )
 def test_a_family(family: str, tmp_path: Path) -> None:
-    check_family(family, tmp_path, torch.float64, 1e-10)
+    # (When it is loaded, GPT-J makes its table of positions in another dtype.)
+    check_family(family, tmp_path, torch.float64, 1e-8 if family == "gptj" else 1e-10)
 
 
 @pytest.mark.slow
