@@ -49,7 +49,7 @@ def test_a_checkpoint(model: Path, tmp_path: Path) -> None:
 
 def test_what_is_refused(model: Path, tmp_path: Path) -> None:
     plan = saved(tmp_path, SkipPlan.of(SUBLAYERS, ["0.ffn"]))
-    assert "say what is wanted: --checkpoint FOLDER" in misused(run("export", plan))
+    assert "say what is wanted: --vllm, or --checkpoint FOLDER" in misused(run("export", plan))
     asked = ("export", plan, "--checkpoint", tmp_path / "new")
     assert "--checkpoint needs the model: --model MODEL" in misused(run(*asked))
     line = refused(run("export", tmp_path, *asked[2:], "--model", model))
