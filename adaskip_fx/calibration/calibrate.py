@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from adaskip_fx.runtime.similarity import measure_prompt, measure_windows
 from ..api import build
 from ..model.check_model import check_model
 from ..parallel.ranks import Ranks
+from ..parallel.replicas import DataParallel, Replicas, replicas_of
 from ..plans.sublayer import Sublayer
 from ..plans.windows import Window
 from ..profiles.fingerprint import fingerprint
@@ -36,12 +38,13 @@ def calibrate(
     backend: str = "eager",
     progress: Callable[[int, int], None] | None = None,
     windows: Sequence[Window] = (),
+    data_parallel: DataParallel = False,
 ) -> Profile:
     """Measure how much each sublayer changes the residual stream (AdaSkip, eq. 1 to 3).
 
     Each text is one sample; of a longer one the first `max_length` tokens are used. Probes run in
-    float32 on the device, over all tokens of the prompt. A token whose stream at a sublayer is zero
-    or not finite does not count for it; the profile says how many did not.
+    float32 on the device, over all tokens. A token whose stream at a sublayer is zero or not finite
+    does not count for it; the profile says how many did not.
 
     Args:
         model: a transformers decoder in evaluation mode, or a ``PeftModel`` around one, which is
@@ -51,68 +54,109 @@ def calibrate(
         texts: what the model will be used on, or close to it.
         max_length: tokens of a sample at most.
         backend: inner torch.compile backend; ``"eager"`` needs no compilation.
-        progress: called with (samples done, samples in all).
+        progress: called with (samples done, samples in all), on the first process alone.
         windows: measure besides, in the same runs, how much the stream after a layer changes if one
             of its K/V heads sees such a window, for `WindowedBySimilarity`; where one can.
+        data_parallel: share the texts among the processes of ``torch.distributed``, or of a group,
+            each of which has the model and makes this call.
 
     Returns:
-        The profile of the model.
+        The profile of the model, on each process.
 
     Raises:
         ValueError: no text, a text of fewer than 16 tokens, such a `max_length`, or a text of
             which less than half counts for some sublayer; windows that say nothing, or none can be.
         UnsupportedError, PlanError: the model's sublayers cannot be captured or proven; its
             attention cannot be measured through windows.
+        RanksError: processes have other models or texts, or one is gone.
     """
+    replicas = replicas_of(model, data_parallel)
+    read = partial(_read, model, tokenizer, texts, max_length, windows)
+    decoder, samples = replicas.ranks.apart("preparing to calibrate", read)
+    known, tokens = fingerprint(decoder), token_digest(samples)
+    replicas.check_model(known.weights, known.digest, decoder.dtype)
+    replicas.ranks.agree("the texts to calibrate on", (tokens, max_length, tuple(windows)))
+    compiled = partial(_compiled, decoder, tokens, backend)
+    runtime = replicas.ranks.apart("compiling to calibrate", compiled)
+    statistics, layers, through = _run(replicas, runtime, samples, windows, progress)
+    return Profile(
+        sublayers=runtime.sublayers,
+        statistics=statistics,
+        layers=layers,
+        left_out=left_out_counts(runtime.sublayers, statistics, _lengths(samples)),
+        fingerprint=known,
+        versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
+        calibration=_about(decoder, tokenizer, len(samples), max_length, tokens),
+        windows=through,
+    )
+
+
+def _read(
+    model: Any,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    max_length: int,
+    windows: Sequence[Window],
+) -> tuple[Any, list[torch.Tensor]]:
+    """Return the decoder and the samples [1, T], after what can be refused at once."""
     decoder = check_model(model)
     if windows:
         Ranks.of(decoder).refuse(
             "calibrating windows by K/V head", "each has heads of its own: calibrate on one"
         )
     samples = tokenize(decoder, tokenizer, texts, max_length)
-    check_windows(windows, max(ids.shape[1] for ids in samples))
+    check_windows(windows, max(_lengths(samples)))
+    return decoder, samples
+
+
+def _compiled(decoder: Any, tokens: str, backend: str) -> Runtime:
+    """Return what runs a decoder whose ranks all have the samples of one digest."""
     runtime = runtime_of(build(decoder, None, backend=backend))
-    runtime.ranks.agree("the texts to calibrate on", _digest(samples))
-    readings, through = _run(runtime, samples, windows, progress)
-    statistics, layers = np.split(readings, [len(runtime.sublayers)], axis=1)
-    return Profile(
-        sublayers=runtime.sublayers,
-        statistics=statistics,
-        layers=layers,
-        left_out=left_out_counts(runtime.sublayers, statistics, [ids.shape[1] for ids in samples]),
-        fingerprint=fingerprint(decoder),
-        versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
-        calibration={
-            "samples": len(samples),
-            "max_length": max_length,
-            "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
-            "tokens_sha256": _digest(samples),
-            "dtype": str(decoder.dtype).removeprefix("torch."),
-        },
-        windows=through,
-    )
+    runtime.ranks.agree("the texts to calibrate on", tokens)
+    return runtime
+
+
+def _about(
+    decoder: Any, tokenizer: Tokenizer, samples: int, max_length: int, tokens: str
+) -> dict[str, Any]:
+    """Return what a profile says of its texts."""
+    return {
+        "samples": samples,
+        "max_length": max_length,
+        "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
+        "tokens_sha256": tokens,
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+    }
+
+
+def _lengths(samples: Iterable[torch.Tensor]) -> list[int]:
+    return [ids.shape[1] for ids in samples]
 
 
 def _run(
+    replicas: Replicas,
     runtime: Runtime,
     samples: Sequence[torch.Tensor],
     windows: Sequence[Window],
     progress: Callable[[int, int], None] | None,
-) -> tuple[Array, HeadWindows | None]:
-    """Return the statistics [samples, sublayers + layers, 5], and those of windows, if any."""
-    readings, through = list[Array](), list[Array]()
-    for done, ids in enumerate(samples):
-        if progress is not None:
-            progress(done, len(samples))
-        reading, changes = _measured(runtime, ids.to(runtime.device), windows)
-        readings.append(reading)
-        through += [] if changes is None else [changes]
-    if progress is not None:
-        progress(len(samples), len(samples))
-    if not through:
-        return np.stack(readings), None
+) -> tuple[Array, Array, HeadWindows | None]:
+    """Return the statistics [samples, sublayers or layers, 5], and those of windows, if any."""
+    if progress is not None and replicas.ranks.rank == 0:
+        progress(0, len(samples))
+    readings = replicas.share(
+        "calibrating on a text",
+        _lengths(samples),
+        lambda index: _measured(runtime, samples[index].to(runtime.device), windows),
+        progress,
+    )
+    of_texts, of_layers = np.split(
+        np.stack([reading for reading, _ in readings]), [len(runtime.sublayers)], axis=1
+    )
+    changes = [c for _, c in readings if c is not None]
+    if not changes:
+        return of_texts, of_layers, None
     kv_heads = runtime.graphs.structure.kv_heads
-    return np.stack(readings), HeadWindows(tuple(windows), kv_heads, np.stack(through))
+    return of_texts, of_layers, HeadWindows(tuple(windows), kv_heads, np.stack(changes))
 
 
 def _measured(
@@ -206,7 +250,8 @@ def left_out_counts(
     return missing
 
 
-def _digest(samples: list[torch.Tensor]) -> str:
+def token_digest(samples: Iterable[torch.Tensor]) -> str:
+    """Return the digest of the token ids of samples, in their order."""
     joined = hashlib.sha256()
     for ids in samples:
         joined.update(np.ascontiguousarray(ids.cpu().numpy(), dtype="<i8").tobytes())

@@ -116,6 +116,7 @@ def distill(
         UnsupportedError: gradients cannot flow through the model's graph.
     """
     config = config or DistillConfig()
+    fitter.runtime.ranks.refuse("distilling surrogates", "leave it out, or distil on one")
     if not groups or not all(groups) or not validation:
         raise ValueError("distillation needs samples to descend on and samples for validation")
     if not any(s in plan.surrogates.by_sublayer for s in plan.prefill):

@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from adaskip_fx.api import build
-from adaskip_fx.calibration.calibrate import tokenize
+from adaskip_fx.calibration.calibrate import token_digest, tokenize
 from adaskip_fx.calibration.tokenizer import Tokenizer
 from adaskip_fx.model.check_model import check_model
 from adaskip_fx.model.handle import runtime_of
-from adaskip_fx.parallel.ranks import Ranks
+from adaskip_fx.parallel.replicas import DataParallel, replicas_of
 from adaskip_fx.plans.skip_plan import Action, SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogate import Surrogate
 from adaskip_fx.plans.surrogates import Surrogates
+from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_fx.programs.instruments import ResidualRecorder
 from adaskip_fx.runtime.runtime import Runtime
 
@@ -49,8 +51,10 @@ class Fitter:
         max_length: tokens of a text at most.
         backend: inner torch.compile backend.
         group_size: sublayers whose moments are taken in one pass, where they do not see each other.
+        data_parallel: share the texts among processes, as for :func:`adaskip_fx.calibrate`.
 
     Attributes:
+        replicas: the processes that share the texts.
         runtime: of the compiled model that it runs.
         samples: token ids int64 [1, T].
         folds: for each sample the cross-validation fold that it is in: its kind's, or, where there
@@ -59,6 +63,7 @@ class Fitter:
     Raises:
         ValueError: no texts.
         TypeError: one string instead of several texts.
+        RanksError: processes have other models or texts, or one is gone.
     """
 
     def __init__(
@@ -70,11 +75,16 @@ class Fitter:
         max_length: int = 2048,
         backend: str = "eager",
         group_size: int = 16,
+        data_parallel: DataParallel = False,
     ) -> None:
-        model = check_model(model)
-        Ranks.of(model).refuse("fitting surrogates", "fit on one, where plans are of use as well")
+        self.replicas = replicas_of(model, data_parallel)
+        model = self.replicas.ranks.apart("preparing to fit", lambda: check_model(model))
+        known = fingerprint(model)
+        self.replicas.check_model(known.weights, known.digest, model.dtype)
         self._source = model, tokenizer, max_length
-        self.runtime: Runtime = runtime_of(build(model, None, backend=backend))
+        self.runtime: Runtime = self.replicas.ranks.apart(
+            "compiling to fit", lambda: runtime_of(build(model, None, backend=backend))
+        )
         self.group_size = group_size
         self._set_texts(texts)
 
@@ -90,13 +100,10 @@ class Fitter:
         return sum(ids.shape[1] for ids in self.samples)
 
     def _set_texts(self, texts: Texts) -> None:
-        pairs = _with_folds(texts)
-        if not pairs:
-            raise ValueError("no text was given to fit on; pass at least one")
-        model, tokenizer, longest = self._source
-        found = (_ids(model, tokenizer, text, longest) for _, text in pairs)
-        self.samples = [ids.to(model.device) for ids in found]
-        self.folds = [fold for fold, _ in pairs]
+        read = partial(_read, *self._source, texts)
+        self.samples, self.folds = self.replicas.ranks.apart("the texts to fit on", read)
+        for ranks in (self.replicas.ranks, self.runtime.ranks):
+            ranks.agree("the texts to fit on", (token_digest(self.samples), self.folds))
         self._fitted: dict[tuple[object, ...], Surrogate] = {}
 
     def fit(
@@ -137,7 +144,7 @@ class Fitter:
         surrogate = self._fitted.pop(key, None)
         if surrogate is None:
             moments = self.second_moments(Surrogates(done), tuple(done), [sublayer], spec)
-            surrogate = spec.fit(moments[sublayer], spec.largest_rank(sublayer))
+            surrogate = self._solved(spec, sublayer, moments[sublayer])
         self._fitted[key] = surrogate  # as the last one used
         while len(self._fitted) > _CACHED:
             del self._fitted[next(iter(self._fitted))]
@@ -185,8 +192,17 @@ class Fitter:
         for start in range(0, len(wanted), self.group_size):
             group = wanted[start : start + self.group_size]
             moments = self.second_moments(surrogates, skipped, group, spec)
-            fitted.update({s: spec.fit(m, spec.largest_rank(s)) for s, m in moments.items()})
+            fitted.update({s: self._solved(spec, s, m) for s, m in moments.items()})
         return Surrogates(fitted)
+
+    def _solved(
+        self, spec: SurrogateSpec, sublayer: Sublayer, folds: list[SecondMoments]
+    ) -> Surrogate:
+        """Return the surrogate of a sublayer, the first process' on all of them."""
+        what = f"the surrogate of {sublayer}"
+        solve = partial(spec.fit, folds, spec.largest_rank(sublayer))
+        of_model = partial(self.runtime.ranks.first, what, solve)
+        return self.replicas.ranks.first(what, of_model)
 
     def second_moments(
         self,
@@ -208,15 +224,22 @@ class Fitter:
         behind = sublayers[max(index[s] for s in wanted) + 1 :]
         skipping = SkipPlan.of(sublayers, (*skipped, *behind), surrogates=surrogates)
         full = SkipPlan.of(sublayers, behind)
-        moments: dict[Sublayer, list[SecondMoments]] = {}
-        for ids, fold in zip(self.samples, self.folds, strict=True):
+        chosen = (skipping.digest, full.digest, tuple(map(str, wanted)), spec.kind)
+        self.replicas.ranks.agree("what to fit", chosen)
+        like = self.runtime.graphs.structure.width, self.runtime.device, spec.kind == "normalized"
+        folds = range(max(self.folds) + 1)
+        moments = {s: [SecondMoments.zeros(*like) for _ in folds] for s in wanted}
+
+        def add(sample: int) -> None:
+            ids = self.samples[sample]
             inputs, targets = (self._streams(ids, p) for p in (skipping, full))
             for s in wanted:
-                if s not in moments:
-                    like = inputs[0].shape[-1], inputs[0].device, spec.kind == "normalized"
-                    folds = range(max(self.folds) + 1)
-                    moments[s] = [SecondMoments.zeros(*like) for _ in folds]
-                moments[s][fold].add(inputs[index[s]], targets[index[s] + 1])
+                of_fold = moments[s][self.folds[sample]]
+                of_fold.add(inputs[index[s]], targets[index[s] + 1])
+
+        self.replicas.share("second moments", [ids.shape[1] for ids in self.samples], add)
+        sums = (t for of_folds in moments.values() for fold in of_folds for t in fold.tensors)
+        self.replicas.add_up("second moments", list(sums))
         return moments
 
     @torch.no_grad()
@@ -239,6 +262,17 @@ def _skipped(plan: SkipPlan) -> tuple[Sublayer, ...]:
             "and give the windows to the fitted plan (plan.with_windows)"
         )
     return tuple(s for s in plan.sublayers if plan.action("prefill", s) is not Action.RUN)
+
+
+def _read(
+    model: Any, tokenizer: Tokenizer, longest: int, texts: Texts
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Return the samples [1, T] on the model's device, and the fold of each."""
+    pairs = _with_folds(texts)
+    if not pairs:
+        raise ValueError("no text was given to fit on; pass at least one")
+    found = (_ids(model, tokenizer, text, longest) for _, text in pairs)
+    return [ids.to(model.device) for ids in found], [fold for fold, _ in pairs]
 
 
 def _ids(model: Any, tokenizer: Tokenizer, text: str | torch.Tensor, longest: int) -> torch.Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from adaskip_fx.calibration.tokenizer import Tokenizer
 from adaskip_fx.model.check_model import check_model
+from adaskip_fx.parallel.ranks import Ranks
+from adaskip_fx.parallel.replicas import DataParallel
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.policies import AdaSkip, PlanPolicy
 from adaskip_fx.profiles.profile import Profile
@@ -57,6 +60,7 @@ def fit(
     policy: PlanPolicy | None = None,
     backend: str = "eager",
     say: Say = lambda _: None,
+    data_parallel: DataParallel = False,
 ) -> SkipPlan:
     """Return a plan that skips as many sublayers as `alpha` says, with fitted surrogates.
 
@@ -71,6 +75,8 @@ def fit(
         policy: chooses sublayers where the recipe does not search; AdaSkip if None.
         backend: inner torch.compile backend; ``"eager"`` needs no compilation.
         say: called with a line of text at each stage.
+        data_parallel: share the texts of moments among processes, as for
+            :func:`adaskip_fx.calibrate`; all get the plan of the first.
 
     Raises:
         ValueError: no texts, or too few; an alpha that cannot be met; a profile of another model.
@@ -87,9 +93,11 @@ def fit(
         seed=recipe.seed,
         backend=backend,
         say=say,
+        data_parallel=data_parallel,
     )
+    first = partial(_of_first, session.fitter.replicas.ranks)
     if recipe.search:
-        plan = session.search(profile, alpha, recipe.spec, recipe.shortlist)[-1]
+        plan = first(session.search(profile, alpha, recipe.spec, recipe.shortlist)[-1])
     else:
         plan = (policy or AdaSkip()).plan(profile, alpha)
     plan = plan.with_fingerprint(profile.fingerprint)
@@ -97,5 +105,10 @@ def fit(
         return plan
     plan = session.fit(plan, recipe.spec, recipe.in_order)
     if recipe.steps:
-        plan = session.distill(plan, recipe.steps)
-    return session.add_extras(plan, recipe.spec) if recipe.extras else plan
+        plan = first(session.distill(plan, recipe.steps))
+    return first(session.add_extras(plan, recipe.spec)) if recipe.extras else plan
+
+
+def _of_first(ranks: Ranks, plan: SkipPlan) -> SkipPlan:
+    """Return the first process' plan: rounding may have had others decide otherwise."""
+    return ranks.first("a plan of a fit", lambda: plan)

@@ -53,6 +53,11 @@ class SecondMoments:
         return self.products.shape[1]
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The sums themselves."""
+        return self.inputs, self.products, self.targets, self.counted
+
+    @property
     def tokens(self) -> int:
         """How many tokens count; reading it waits for the device."""
         return int(self.counted)

@@ -11,6 +11,9 @@ import torch
 from adaskip_fx.calibration.calibrate import tokenize
 from adaskip_fx.calibration.loss import CalibrationLoss
 from adaskip_fx.calibration.tokenizer import Tokenizer
+from adaskip_fx.model.check_model import check_model
+from adaskip_fx.parallel.ranks import Ranks
+from adaskip_fx.parallel.replicas import DataParallel
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
@@ -57,6 +60,8 @@ class FittingSession:
         seed: of all random choices.
         backend: inner torch.compile backend.
         say: called with a line of text at each stage.
+        data_parallel: share the texts of moments among processes, as for
+            :func:`adaskip_fx.calibrate`; each does all else by itself.
 
     Attributes:
         train: token ids int64 [1, T], by kind, to fit on.
@@ -79,12 +84,17 @@ class FittingSession:
         seed: int = 0,
         backend: str = "eager",
         say: Say = lambda _: None,
+        data_parallel: DataParallel = False,
     ) -> None:
+        Ranks.of(check_model(model)).refuse(
+            "searching and distilling", "fit on one, or use a Fitter for a plan that a policy chose"
+        )
         self.tokenizer, self.max_length, self.seed, self.say = tokenizer, max_length, seed, say
         tokens = tokenized(model, tokenizer, texts, max_length)
         first = {kind: samples[:1] for kind, samples in tokens.items()}
+        options: dict[str, Any] = {"backend": backend, "data_parallel": data_parallel}
         fitter = Fitter(
-            model, tokenizer, first, max_length=max_length, backend=backend, group_size=_GROUP_SIZE
+            model, tokenizer, first, max_length=max_length, group_size=_GROUP_SIZE, **options
         )
         if synthetic_samples:
             tokens |= self._write(fitter, synthetic_samples)

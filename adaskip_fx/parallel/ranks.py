@@ -113,8 +113,8 @@ class Ranks:
         if len(dict(of_all)) > 1:
             each = ", ".join(f"{text} on rank {r}" for r, (_, text) in enumerate(of_all))
             raise RanksError(
-                f"ranks do not agree on {what}: {each}; give every rank the same profile, plan, "
-                "alpha and inputs, of the same files"
+                f"ranks do not agree on {what}: {each}; give every rank the same model, profile, "
+                "plan, alpha and inputs, of the same files"
             )
 
     def first(self, what: str, make: Callable[[], T]) -> T:
@@ -128,6 +128,23 @@ class Ranks:
         made = _tried(make) if self.rank == 0 else None
         results: Sequence[Any] = self._gather(what, made)
         return _result(results[0])  # type: ignore[no-any-return]
+
+    def each(self, what: str, work: Callable[[], T]) -> list[T]:
+        """Return what `work` gives on each rank; nobody waits for another one in it.
+
+        Raises:
+            Exception: on every rank, what the first of those raised in which it failed.
+        """
+        if self.alone:
+            return [work()]
+        of_all: list[Any] = self._gather(what, _tried(work))
+        return [_result(tried) for tried in of_all]
+
+    def apart(self, what: str, work: Callable[[], T]) -> T:
+        """Return what `work` gives on this rank, if it was done on all; as `each`."""
+        own: list[T] = []
+        self.each(what, lambda: own.append(work()))
+        return own[0]
 
     def together(self, what: str, work: Callable[[], T]) -> T:
         """Return what `work` gives on this rank, if it was done on all of them.

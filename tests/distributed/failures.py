@@ -16,7 +16,7 @@ from adaskip_fx.runtime.step import Runner
 _IDS = torch.tensor([[5, 6, 7, 8]])
 
 
-def _told(work: Callable[[], Any]) -> dict[str, Any]:
+def told(work: Callable[[], Any]) -> dict[str, Any]:
     start = time.monotonic()
     try:
         work()
@@ -32,8 +32,8 @@ def killed(shared: Any) -> Any:
     shared.fast(_IDS, past_key_values=cache)
     if shared.rank == 1:
         os._exit(7)
-    step = _told(lambda: shared.fast(_IDS[:, :1], past_key_values=cache))
-    return {"step": step, "next": _told(lambda: shared.fast(_IDS))}
+    step = told(lambda: shared.fast(_IDS[:, :1], past_key_values=cache))
+    return {"step": step, "next": told(lambda: shared.fast(_IDS))}
 
 
 def raising(shared: Any) -> Any:
@@ -53,9 +53,9 @@ def _one_fails(shared: Any, cache: Any) -> Any:
     shared.fast(_IDS, past_key_values=cache)
     if shared.rank == 1:
         Runner._on_views = _out_of_memory  # type: ignore[method-assign]
-    told = _told(lambda: shared.fast(_IDS[:, :1], past_key_values=cache))
+    step = told(lambda: shared.fast(_IDS[:, :1], past_key_values=cache))
     _until_all_are_told(shared)
-    return told
+    return step
 
 
 def _until_all_are_told(shared: Any) -> None:
@@ -73,7 +73,7 @@ def stopped(shared: Any) -> Any:
     shared.fast(_IDS)
     if shared.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
-    return _told(lambda: shared.fast(_IDS))
+    return told(lambda: shared.fast(_IDS))
 
 
 def _out_of_memory(*_step: Any) -> Any:

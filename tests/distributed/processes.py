@@ -39,16 +39,16 @@ class Found:
         return [results[check] for results in self.results]
 
 
-def run(folder: Path, *checks: str, seconds: float = 400) -> Found:
-    """Run checks of `worker` in two processes; whoever is not through in time is killed."""
+def run(folder: Path, *checks: str, seconds: float = 400, ranks: int = RANKS) -> Found:
+    """Run checks of `worker` in some processes; whoever is not through in time is killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes, logs = [], [folder / f"stderr-{rank}" for rank in range(RANKS)]
-    for rank in range(RANKS):
+    processes, logs = [], [folder / f"stderr-{rank}" for rank in range(ranks)]
+    for rank in range(ranks):
         surroundings = {
             **os.environ,
-            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)},
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
             **{"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "passes"), *sys.path[1:]])},
         }
@@ -73,6 +73,6 @@ def run(folder: Path, *checks: str, seconds: float = 400) -> Found:
         for process in processes:
             process.kill()
             process.wait()
-    written = (folder / f"results-{rank}.json" for rank in range(RANKS))
+    written = (folder / f"results-{rank}.json" for rank in range(ranks))
     results = tuple(json.loads(f.read_text()) if f.is_file() else {} for f in written)
     return Found(results, codes, tuple(log.read_text()[-6000:] for log in logs))

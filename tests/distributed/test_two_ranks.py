@@ -26,7 +26,7 @@ _CHECKS = (
         "disagreements",
         "refused",
     ),
-    *("calibrated", "experts", "killed"),
+    *("calibrated", "experts", "replicas", "killed"),
 )
 _SLOW = ("further", "profiles", "lowered", "backend", "inductor")
 _TOLERANCE = 1e-5
@@ -143,7 +143,8 @@ def test_what_differs_is_refused_on_both(found: Found, asked: str, text: str) ->
     assert results[0][asked].startswith(f"RanksError: {text}")
     assert " on rank 0, " in results[0][asked]
     assert results[0][asked].endswith(
-        " on rank 1; give every rank the same profile, plan, alpha and inputs, of the same files"
+        " on rank 1; give every rank the same model, profile, plan, alpha and inputs, of the same "
+        "files"
     )
 
 
@@ -181,7 +182,7 @@ def test_what_is_not_supported_is_refused_by_name(found: Found) -> None:
         "loaded": f"a saved cache {several}keep it",
         "by head": f"1.attention: a window that leaves K/V heads full {several}each has heads",
         "clock": "max_time=1.0 is not supported where a model runs on several ranks",
-        "fit": f"fitting surrogates {several}fit on one",
+        "fit": f"searching and distilling {several}fit on one",
         "calibrated windows": f"calibrating windows by K/V head {several}each has heads",
         "pipeline": "the model is spread over processes by pipeline parallelism, which is not",
     }
@@ -189,6 +190,79 @@ def test_what_is_not_supported_is_refused_by_name(found: Found) -> None:
         assert result.keys() == texts.keys()
         for what, text in texts.items():
             assert text in result[what], what
+
+
+# Texts that are shared out ----------------------------------------------------------------------
+
+
+def of_replicas(found: Found, check: str) -> list[Any]:
+    return [result[check] for result in found.of("replicas")]
+
+
+def test_a_profile_of_shared_texts_is_that_of_one_process(found: Found) -> None:
+    for result in of_replicas(found, "calibrated"):
+        assert result["statistics"] == result["alone"]  # to the bit, in the order of the texts
+        assert len(set(result["digests"])) == 1
+        np.testing.assert_allclose(result["statistics"], result["by hand"], rtol=1e-5)
+
+
+def test_each_process_measures_its_share_and_the_first_tells_of_it(found: Found) -> None:
+    first, second = of_replicas(found, "calibrated")
+    assert (first["measured"], second["measured"]) == (3, 2)
+    assert first["progress"] == [[0, 5], [2, 5], [4, 5], [5, 5]]
+    assert second["progress"] == []
+
+
+def test_surrogates_fitted_to_shared_texts_are_those_of_one_process(found: Found) -> None:
+    first, second = of_replicas(found, "fitted")
+    assert first["digests"] == second["digests"]
+    for result in (first, second):
+        assert result["sums"] < 1e-12
+        assert all(mine == own > 0 for mine, own in result["tokens"])
+        assert result["errors"].keys() == {"scale", "diagonal", "linear"}
+        assert max(result["errors"].values()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("differing", "text"),
+    [
+        ("models", "RanksError: ranks do not agree on the model that each has: ("),
+        ("texts", "RanksError: ranks do not agree on the texts to calibrate on: ("),
+        ("spread", "ValueError: the model is itself spread over processes that data_parallel "),
+    ],
+)
+def test_texts_are_shared_for_one_model_alone(found: Found, differing: str, text: str) -> None:
+    first, second = of_replicas(found, "unlike")
+    assert first[differing] == second[differing]
+    assert first[differing].startswith(text)
+
+
+def test_a_process_that_fails_at_a_text_is_told_to_the_others_who_can_go_on(found: Found) -> None:
+    first, second = of_replicas(found, "failing")
+    assert (first["measured"], second["measured"]) == (2, 2)  # of three: then it was heard
+    for result in (first, second):
+        assert result["texts"]["text"].startswith("ValueError: calibration text 0 has 3 tokens")
+        assert result["device"]["text"] == "OutOfMemoryError: the device is full"
+        assert max(result[at]["seconds"] for at in ("texts", "device")) < 30
+        assert result["goes on"] == "nothing was raised"
+
+
+@pytest.mark.slow
+def test_models_on_two_ranks_each_share_texts_out(tmp_path: Path) -> None:
+    results = run(tmp_path, "two_by_two", ranks=4).of("two_by_two")
+    assert [result["measured"] for result in results] == [3, 3, 2, 2]
+    for result in results:
+        assert result["sharded"] == "DTensor"
+        assert result["statistics"] == results[0]["statistics"]
+        np.testing.assert_allclose(result["statistics"], result["alone"], rtol=1e-5)
+        assert result["fitted"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_is_told_to_the_others(tmp_path: Path) -> None:
+    told = run(tmp_path, "one_gone").results[0]["one_gone"]
+    assert told["text"].startswith("RanksError: another rank of this model is gone: ")
+    assert told["seconds"] < 30
 
 
 # What goes wrong -------------------------------------------------------------------------------

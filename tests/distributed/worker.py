@@ -37,7 +37,7 @@ from adaskip_passes.decode.fuse_attention import FuseAttention
 from adaskip_passes.decode.fuse_experts import FuseExperts
 from adaskip_passes.decode.fuse_projections import FuseProjections
 from adaskip_passes.decode.fuse_rotary import FuseRotary
-from tests.distributed import failures, families
+from tests.distributed import failures, families, replicas
 from tests.support.compiled_llamas import follow
 from tests.support.eager_reference import Oracle, moments, plain_streams, relative_error
 
@@ -368,7 +368,7 @@ def refused(shared: Shared) -> Any:
     last(fast, tokens(1, 5, 0), past_key_values=cache)
     window = Windows.of({"1.attention": Window(8, full_heads=(0,))})
     by_head = SkipPlan.of(sublayers, [], windows=window)
-    from adaskip_fx.fitting.fitter import Fitter
+    from adaskip_fx.fitting import FittingSession
 
     spread.config.distributed_config.pp_size = 2
     piped = said(lambda: build(spread, None, backend="eager"))
@@ -378,7 +378,7 @@ def refused(shared: Shared) -> Any:
         "loaded": said(lambda: fast.adaskip.load_cache(shared.folder / "cache.safetensors")),
         "by head": said(lambda: fast.adaskip.new_cache(plan=by_head)),
         "clock": said(lambda: fast.generate(tokens(1, 5, 0), max_time=1.0, pad_token_id=0)),
-        "fit": said(lambda: Fitter(spread, Tokenizer(), ["a"], max_length=64)),
+        "fit": said(lambda: FittingSession(spread, Tokenizer(), {"a": ["a", "b"]})),
         "calibrated windows": said(
             lambda: adaskip_fx.calibrate(spread, Tokenizer(), ["a"], 64, windows=[Window(8)])
         ),
@@ -469,6 +469,7 @@ CHECKS: dict[str, Callable[[Shared], Any]] = {
     **{check.__name__: check for check in _HERE},
     "families": families.families,
     **failures.CHECKS,
+    **replicas.CHECKS,
 }
 
 
