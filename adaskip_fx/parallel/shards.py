@@ -2,10 +2,11 @@
 
 transformers gives such a module a ``forward`` of its own on the instance, a closure over the
 module, which swaps its ``DTensor`` parameters for local ones in every call and sums or gathers what
-comes out of it over the ranks. A copied module has the closure of the original's. Here it gets its
-own, made by transformers' code as well, and where that would run on local tensors the module holds
-them from the start: views of the same memory. So a captured graph is that of one process with a
-rank's widths, and with collectives where the ranks meet.
+comes out of it over the ranks; also where experts are whole, each on one rank. A copied module has
+the closure of the original's. Here it gets its own, made by transformers' code as well, and where
+that would run on local tensors the module holds them from the start: views of the same memory. So a
+captured graph is that of one process with a rank's widths, and with collectives where the ranks
+meet.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def check_shards(model: Any) -> None:
     if other is not None:
         raise UnsupportedError(
             f"the model is spread over processes by {other}, which is not followed; load it with "
-            "tensor parallelism alone: DistributedConfig(tp_size=N)"
+            "tensor parallelism: DistributedConfig(tp_size=N), with ep_size=N for whole experts"
         )
     for path, module in model.named_modules():
         sharded = [n for n, p in module._parameters.items() if is_sharded(p)]

@@ -23,10 +23,10 @@ _OTHER_WAYS = {
     "pp_size": "pipeline parallelism",
     "fsdp_size": "FSDP",
     "dp_replicate_size": "replicas of FSDP",
-    "ep_size": "expert parallelism",
-    "enable_expert_parallel": "expert parallelism",
     "enable_sequence_parallel": "sequence parallelism",
 }
+#: Fields of it that say that experts are spread whole.
+_OF_EP = ("ep_size", "enable_expert_parallel")
 
 #: On our ``destroy_process_group``: what is called before torch's own.
 _RELEASES = "_adaskip_releases"
@@ -40,10 +40,12 @@ class Installed:
         style: an object of transformers' with the three steps of it; None where there is nothing to
             do without gradients.
         mesh: the devices that the module is spread over.
+        experts: transformers' object that brings tokens to whole experts, where those are spread.
     """
 
     style: Any
     mesh: Any
+    experts: Any = None
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -72,9 +74,13 @@ def group_of(mesh: Any) -> dist.ProcessGroup:
 def installed(module: nn.Module) -> Installed | None:
     """Return what tensor parallelism has put around a module's forward; None if nothing."""
     forward = vars(module).get("forward")
-    if not isinstance(forward, types.FunctionType) or forward.__module__ != _OF_TENSORS:
+    if not isinstance(forward, types.FunctionType):
+        return None
+    if forward.__module__ not in (_OF_TENSORS, _OF_EXPERTS):
         return None
     held = inspect.getclosurevars(forward).nonlocals
+    if "implementation" in held and "self" in held:
+        return Installed(held["self"], held["implementation"].ep_mesh, held["implementation"])
     if "mesh" in held and "self" in held:
         return Installed(held["self"], held["mesh"])
     return Installed(None, None)  # its closure has what gradients need, and no style
@@ -85,7 +91,10 @@ def reinstall(module: nn.Module, was: Installed) -> None:
     del module.forward
     if was.style is None:
         return
-    if "source" in inspect.signature(was.style.transform_output_post_forward).parameters:
+    if was.experts is not None:
+        meshes = {"ep_mesh": was.mesh, "tp_mesh": was.experts.tp_mesh}
+        was.style.install_forward(module, **meshes, ep_implementation="all_reduce")
+    elif "source" in inspect.signature(was.style.transform_output_post_forward).parameters:
         module.forward = _summed(module, was)
     else:
         was.style.install_forward(module, was.mesh)
@@ -115,16 +124,28 @@ def _summed(experts: nn.Module, was: Installed) -> Callable[..., Any]:
 
 
 def unfollowed_parallelism(model: Any) -> str | None:
-    """Return in which way besides tensor parallelism a model is spread over processes, if any."""
+    """Return in which way besides tensor parallelism a model is spread over processes, if any.
+
+    Whole experts on ranks are followed where all of them have the same tokens: what each rank's
+    experts give is summed, as with parts of experts.
+    """
     config = getattr(model.config, "distributed_config", None)
     for field, way in _OTHER_WAYS.items():
-        if int(getattr(config, field, None) or 0) > int(not field.startswith("enable")):
+        if _set(config, field):
             return way
-    for module in model.modules():
-        forward = vars(module).get("forward")
-        if getattr(forward, "__module__", None) == _OF_EXPERTS:
-            return "expert parallelism"
+    found = [f for f in map(installed, model.modules()) if f is not None and f.experts is not None]
+    for experts in (f.experts for f in found):
+        if type(experts).__name__ not in ("AutoEP", "AllReduceEP"):
+            return f"expert parallelism that exchanges tokens ({type(experts).__name__})"
+        if not experts.shares_batch or getattr(experts, "megamoe", None) is not None:
+            return "expert parallelism of ranks that do not have the same tokens"
+    if not found and any(_set(config, field) for field in _OF_EP):
+        return "expert parallelism"  # as transformers before 5.21 does it
     return None
+
+
+def _set(config: Any, field: str) -> bool:
+    return int(getattr(config, field, None) or 0) > int(not field.startswith("enable"))
 
 
 def parallel_group(model: nn.Module) -> dist.ProcessGroup | None:

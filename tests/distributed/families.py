@@ -46,14 +46,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+#: Mixtures whose experts are whole, each on one rank.
+WHOLE_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
+
+
+def whole_experts(shared: Any) -> Any:
+    """As `families`, of mixtures whose experts are whole."""
+    return {name: _family(shared, name, ep_size=2) for name in WHOLE_EXPERTS}
+
+
 def families(shared: Any) -> Any:
     """Logits and tokens of each family beside one process, and of a plan on all ranks."""
     return {name: _family(shared, name) for name in FAMILIES}
 
 
-def _family(shared: Any, name: str) -> Any:
-    config = AutoConfig.for_model(name, **{**_SIZES, **FAMILIES[name]})
-    alone, spread = shared.pair(AutoModelForCausalLM, config)
+def _family(shared: Any, name: str, **spread_by: int) -> Any:
+    config = AutoConfig.for_model(name, **{**_SIZES, **FAMILIES.get(name, _EXPERTS)})
+    alone, spread = shared.pair(AutoModelForCausalLM, config, **spread_by)
     fast = build(spread, None, backend="eager")
     ids = torch.randint(1, 128, (2, 11), generator=torch.Generator().manual_seed(1))
     more = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -68,4 +77,12 @@ def _family(shared: Any, name: str) -> Any:
         "error": relative_error(got, expected),
         "generate": made.tolist() == alone.generate(ids, **more).tolist(),
         "stored": [keys is not None for keys in cache.keys],
+        "experts": _local_experts(spread) if spread_by else None,
     }
+
+
+def _local_experts(model: Any) -> int:
+    """How many experts of a layer a rank has."""
+    spread = (m for m in model.modules() if getattr(m, "_is_expert_parallel", False))
+    (count,) = {int(module.num_experts) for module in spread}
+    return count

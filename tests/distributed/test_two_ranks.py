@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.families import FAMILIES
+from tests.distributed.families import FAMILIES, WHOLE_EXPERTS
 from tests.distributed.processes import Found, run
 
 _CHECKS = (
@@ -28,7 +28,7 @@ _CHECKS = (
     ),
     *("calibrated", "experts", "replicas", "killed"),
 )
-_SLOW = ("further", "profiles", "lowered", "backend", "inductor")
+_SLOW = ("further", "profiles", "lowered", "backend", "inductor", "whole_experts")
 _TOLERANCE = 1e-5
 
 
@@ -332,6 +332,42 @@ def test_profiles_serve_any_number_of_ranks(slow: Found) -> None:
     measured, expected = np.array(first["statistics"]), np.array(alone["statistics"])
     largest = np.abs(expected).max((0, 1))
     assert (np.abs(measured - expected) / largest).max() < 1e-6
+
+
+@pytest.mark.slow
+def test_whole_experts(slow: Found) -> None:
+    for result in slow.of("whole_experts"):
+        assert max(result["whole"], result["skipped"]) < _TOLERANCE
+        assert result["experts"] == 2  # of four
+        assert result["sums"] == 8  # one for each sublayer, none of tokens that are exchanged
+        assert result["why traced"] == []
+        assert result["fingerprint"]
+
+
+@pytest.mark.slow
+def test_experts_that_exchange_tokens_are_refused_by_name(slow: Found) -> None:
+    for result in slow.of("whole_experts"):
+        assert result["exchanged"] == (
+            "UnsupportedError: the model is spread over processes by expert parallelism that "
+            "exchanges tokens (AllToAllEP), which is not followed; load it with tensor parallelism"
+            ": DistributedConfig(tp_size=N), with ep_size=N for whole experts"
+        )
+
+
+@pytest.fixture(scope="module")
+def of_whole_experts(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    folder = tmp_path_factory.mktemp("whole_experts")
+    return run(folder, "families of whole experts", seconds=900)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", WHOLE_EXPERTS)
+def test_families_with_whole_experts(of_whole_experts: Found, family: str) -> None:
+    for result in of_whole_experts.of("families of whole experts"):
+        assert result[family]["error"] < _TOLERANCE
+        assert result[family]["generate"]
+        assert result[family]["stored"] == [True, False, True]
+        assert result[family]["experts"] == 2
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import json
 import os
 import sys
@@ -106,7 +107,7 @@ class Shared:
         self.rank = int(os.environ["RANK"])
         (folder / f"process-{self.rank}").write_text(str(os.getpid()))
 
-    def pair(self, kind: Any, config: Any) -> tuple[Any, Any]:
+    def pair(self, kind: Any, config: Any, **spread_by: int) -> tuple[Any, Any]:
         """A model in one process, and the same on all ranks."""
         saved = self.folder / config.model_type
         if self.rank == 0:
@@ -115,7 +116,8 @@ class Shared:
             made(config).save_pretrained(saved)
         dist.barrier()
         alone = kind.from_pretrained(saved).eval()
-        spread = kind.from_pretrained(saved, distributed_config=DistributedConfig(tp_size=2))
+        how = DistributedConfig(tp_size=2, **spread_by)
+        spread = kind.from_pretrained(saved, distributed_config=how)
         return alone, spread.eval()
 
     @functools.cached_property
@@ -405,6 +407,37 @@ def experts(shared: Shared) -> Any:
     }
 
 
+def whole_experts(shared: Shared) -> Any:
+    """A mixture whose experts are whole, two on each rank, and what is refused of such ones."""
+    config = transformers.MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2)
+    alone, spread = shared.pair(transformers.MixtralForCausalLM, config, ep_size=2)
+    fast = build(spread, None, backend="eager")
+    ids = tokens(2, 9, 5)
+    with torch.no_grad():
+        whole = relative_error(last(fast, ids), last(alone, ids))
+        with Calls() as counted:
+            last(fast, ids)
+        alone.model.layers[1].mlp.forward = torch.zeros_like  # its branch adds nothing
+        plan = SkipPlan.of(fast.adaskip.sublayers, ["1.ffn"])
+        cache = fast.adaskip.new_cache(plan=plan)
+        skipped = relative_error(last(fast, ids, past_key_values=cache), last(alone, ids))
+    experts = spread.model.layers[0].mlp.experts
+    implementations = importlib.import_module("transformers.distributed.expert_parallel")
+    del experts.forward
+    held = implementations.EpDispatchExpertsParallel()
+    mesh = spread._device_mesh["tp"]
+    held.install_forward(experts, mesh, tp_mesh=mesh, ep_implementation="all_to_all")
+    return {
+        "whole": whole,
+        "skipped": skipped,
+        "sums": counted.sums - shards_embeddings(spread),
+        "experts": experts.gate_up_proj.to_local().shape[0],
+        "why traced": list(fast._adaskip.graphs.why_traced),
+        "fingerprint": fingerprint(alone) == fingerprint(spread),
+        "exchanged": said(lambda: build(spread, None, backend="eager")),
+    }
+
+
 def backend(shared: Shared) -> Any:
     """The same plan by way of torch.compile, on a static cache of the user's."""
     alone, spread = shared.llamas
@@ -463,11 +496,12 @@ def inductor(shared: Shared) -> Any:
 
 _HERE = (
     *(forward, replaced, generate, further, skipping, plan_changes, calibrated, profiles, sampled),
-    *(disagreements, refused, experts, backend, lowered, inductor),
+    *(disagreements, refused, experts, whole_experts, backend, lowered, inductor),
 )
 CHECKS: dict[str, Callable[[Shared], Any]] = {
     **{check.__name__: check for check in _HERE},
     "families": families.families,
+    "families of whole experts": families.whole_experts,
     **failures.CHECKS,
     **replicas.CHECKS,
 }
