@@ -11,6 +11,9 @@ meet.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +28,9 @@ from ..utils.parallel_internals import (
     remove_gradient_sums,
     unfollowed_parallelism,
 )
+
+#: The projection of a layer's keys, with the layer's number.
+_KEYS = re.compile(r".*\.(\d+)\.\w+\.k_proj")
 
 
 def check_shards(model: Any) -> None:
@@ -78,6 +84,45 @@ def followed(held: Any, old: Any, new: Any) -> Any:
         return held
     same = held.data_ptr() == local_of(old).data_ptr()
     return local_of(new) if same else held
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """Which of a layer's K/V heads a rank has: one of as many equal parts, in the heads' order.
+
+    Attributes:
+        index: of the part.
+        parts: how many there are.
+    """
+
+    index: int
+    parts: int
+
+    def own(self, heads: Iterable[int], held: int) -> tuple[int, ...]:
+        """Return those of a layer's `heads` that are here, as a rank counts the `held` it has."""
+        first = self.index * held
+        return tuple(head - first for head in heads if first <= head < first + held)
+
+
+def head_shares(model: nn.Module) -> dict[int, HeadShare]:
+    """Return the share of each layer's K/V heads, where its keys have a projection of their own.
+
+    A layer is not there whose parts are not equal, or whose keys are made together with others.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        name = _KEYS.fullmatch(path)
+        weight = module._parameters.get("weight")
+        if name is None or weight is None:
+            continue
+        if not is_sharded(weight):
+            found[int(name[1])] = HeadShare(0, 1)
+            continue
+        index, parts = weight.device_mesh.get_local_rank(), weight.device_mesh.size()
+        rows: Any = weight.to_local().shape[0]
+        if rows * parts == weight.shape[0]:
+            found[int(name[1])] = HeadShare(index, parts)
+    return found
 
 
 def local_of(parameter: Any) -> nn.Parameter:

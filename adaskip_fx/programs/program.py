@@ -24,6 +24,7 @@ from ..capture.phase_graph import CapturedPhase
 from ..plans.compose_surrogates import SurrogateTensors, compose_surrogates
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
+from ..plans.windows import Window
 from .instruments import Instrument
 from .rewrite import plan_phase, rewrite, surrogate_tensors, window_tensors
 
@@ -52,6 +53,7 @@ class Program:
         how: Link,
         placed: SurrogateTensors,
         instrument: Instrument | None = None,
+        local: Callable[[Mapping[Sublayer, Window]], Mapping[Sublayer, Window]] = dict,
     ) -> None:
         """Link `captured` for a plan.
 
@@ -62,6 +64,7 @@ class Program:
             how: Whether pieces are called, or the whole graph is compiled.
             placed: The tensors of surrogates on the device, shared among programs.
             instrument: What the program is to do besides.
+            local: Gives windows as they are for the K/V heads of this rank.
 
         Raises:
             PlanError: The graph cannot be rewritten for this plan.
@@ -92,7 +95,7 @@ class Program:
         self.surrogate_names = tuple(
             (captured.sublayers[inputs[n][0]], inputs[n][1]) for n in self.surrogates
         )
-        windows = plan.windows.of_phase(phase)
+        windows = local(plan.windows.of_phase(phase))
         self.windows = window_tensors(outer, captured.sublayers, windows)
         self._tensors, self._tables = (tuple(t.values()) for t in (self.surrogates, self.windows))
         self._take = self._in_order(outer.graph)

@@ -27,6 +27,7 @@ from ..capture.traced_part import decoder_name, traced_forward
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..kv_cache.retention import Retention
 from ..parallel.ranks import Ranks
+from ..parallel.shards import head_shares
 from ..plans.compose_surrogates import SurrogateTensors
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
@@ -243,7 +244,8 @@ class Graphs:
 
     def _linked(self, captured: CapturedPhase, wanted: _Wanted) -> Program:
         plan, probed, instrument = wanted
-        make = partial(Program, captured, plan, probed, self.link, self._placed, instrument)
+        how = self.link, self._placed, instrument, self.structure.local
+        make = partial(Program, captured, plan, probed, *how)
         key = program_key(captured, *wanted)
         return self._programs.get(key, lambda: self.ranks.together("a program", make))
 
@@ -289,10 +291,9 @@ class Graphs:
             len(captured.sublayers),
         )
         if self._first is None:
-            self._first, self._structure = (
-                captured,
-                ModelStructure(captured, attention.is_own(self.states.original)),
-            )
+            own = attention.is_own(self.states.original)
+            shares = None if self.ranks.alone else head_shares(self.states.original)
+            self._first, self._structure = captured, ModelStructure(captured, own, shares)
         state.add(captured)
         self._kept.trim({captured, self._first or captured, *self._programs.captured()})
         return captured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -16,24 +17,33 @@ from adaskip_passes.windows.find_attention import Attention, attention_of
 from ..capture.phase_graph import CapturedPhase, Memory
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..kv_cache.retention import Retention, retention
+from ..parallel.shards import HeadShare
 from ..plans.skip_plan import Action, SkipPlan
 from ..plans.sublayer import Sublayer
 from ..plans.windows import Window
 
 _OF_A_STEP = "L['cache']", "L['inputs']"
+_ALL = HeadShare(0, 1)
 _TOKENS = "L['inputs']['input_ids']", "L['inputs']['inputs_embeds']"
 
 
 class ModelStructure:
     """The sublayers of a model; they are the same in all of its graphs."""
 
-    def __init__(self, captured: CapturedPhase, own_attention: bool = False) -> None:
+    def __init__(
+        self,
+        captured: CapturedPhase,
+        own_attention: bool = False,
+        shares: Mapping[int, HeadShare] | None = None,
+    ) -> None:
         """Read the structure from any captured graph of the model.
 
         Args:
             captured: The graph.
             own_attention: Whether attention is a function that a user registered.
+            shares: Which K/V heads of a layer are on this rank, by layer; None: all of all.
         """
+        self._shares = shares
         self._captured = captured
         self._own_attention = own_attention
 
@@ -150,15 +160,33 @@ class ModelStructure:
 
     @cached_property
     def kv_heads(self) -> dict[Sublayer, int]:
-        """For each attention sublayer that can have any window how many K/V heads it has."""
+        """For each attention that can have any window how many K/V heads all ranks have."""
         pairs = self.attention.items()
         known = {s: a for s, a in pairs if isinstance(a, Attention) and a.sees == "everything"}
-        return {s: attention.kv_heads for s, attention in known.items()}
+        return {s: attention.kv_heads * self._parts(s) for s, attention in known.items()}
+
+    def _parts(self, sublayer: Sublayer) -> int:
+        share = self.share(sublayer)
+        return 1 if share is None else share.parts
+
+    def share(self, sublayer: Sublayer) -> HeadShare | None:
+        """Which K/V heads of an attention are on this rank; None if that is not known."""
+        return _ALL if self._shares is None else self._shares.get(sublayer.layer)
+
+    def local(self, windows: Mapping[Sublayer, Window]) -> dict[Sublayer, Window]:
+        """Return windows with those full heads that are on this rank, as it counts them."""
+        found = dict(windows)
+        for sublayer, window in windows.items():
+            attention, share = self.attention.get(sublayer), self.share(sublayer)
+            if window.full_heads and isinstance(attention, Attention) and share is not None:
+                own = share.own(window.full_heads, attention.kv_heads)
+                found[sublayer] = replace(window, full_heads=own)
+        return found
 
     def heads(self, windows: Mapping[Sublayer, Window]) -> dict[str, list[tuple[int, int]]]:
-        """Return (sinks, tokens) of each K/V head of attention sublayers that have windows."""
+        """Return (sinks, tokens) of each K/V head of this rank, where attention has windows."""
         found = {}
-        for sublayer, window in windows.items():
+        for sublayer, window in self.local(windows).items():
             attention = self.attention[sublayer]
             if isinstance(attention, Attention):
                 found[str(sublayer)] = window.by_head(attention.kv_heads)

@@ -126,19 +126,20 @@ def _check_windows(decision: Decision, graphs: Graphs) -> None:
                 raise UnsupportedError(
                     f"{sublayer}: a window, but the model has no attention there"
                 )
-            if window.full_heads:
+            share = graphs.structure.share(sublayer)
+            if window.full_heads and share is None:
                 graphs.ranks.refuse(
                     f"{sublayer}: a window that leaves K/V heads full",
-                    "each has heads of its own: use a window of the whole layer",
+                    "which rank has which is not known: use a window of the whole layer",
                 )
-            heads = attention.kv_heads
+            heads = attention.kv_heads * (1 if share is None else share.parts)
             if window.full_heads and window.full_heads[-1] >= heads:
                 raise PlanError(
                     f"{sublayer}: its window leaves K/V head {window.full_heads[-1]} full, but "
                     f"there are {heads}, from 0 on"
                 )
             stored = graphs.specs[sublayer.layer].key_heads
-            if window.full_heads and 0 < stored < heads:
+            if window.full_heads and 0 < stored < attention.kv_heads:
                 raise PlanError(
                     f"{sublayer}: its window leaves K/V heads full, but the keys of its {heads} "
                     "heads are made of one latent, which a step reads for all of them; use a "

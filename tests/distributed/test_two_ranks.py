@@ -21,6 +21,7 @@ _CHECKS = (
         "replaced",
         "generate",
         "skipping",
+        "head_windows",
         "plan_changes",
         "sampled",
         "disagreements",
@@ -96,6 +97,14 @@ def test_what_is_skipped_stores_nothing(found: Found) -> None:
             *([0, 1, 2, 3], [0, 2, 3]),
             [1, 2, 3],
         ]
+
+
+def test_windows_leave_the_heads_full_that_are_asked_for(found: Found) -> None:
+    for result in found.of("head_windows"):
+        assert result["heads"] == [2]  # of both ranks
+        assert result["as asked"] < _TOLERANCE
+        assert result["on the other"] > 0.01  # companion: it is seen which rank's head it is
+        assert result["over"].endswith("full, but there are 2, from 0 on")
 
 
 def test_plans_change_in_mid_request(found: Found) -> None:
@@ -180,7 +189,7 @@ def test_what_is_not_supported_is_refused_by_name(found: Found) -> None:
     texts = {
         "saved": f"saving a cache, of which each has a part, {several}keep it",
         "loaded": f"a saved cache {several}keep it",
-        "by head": f"1.attention: a window that leaves K/V heads full {several}each has heads",
+        "by head": f"1.attention: a window that leaves K/V heads full {several}which rank has",
         "clock": "max_time=1.0 is not supported where a model runs on several ranks",
         "fit": f"searching and distilling {several}fit on one",
         "calibrated windows": f"calibrating windows by K/V head {several}each has heads",

@@ -41,6 +41,7 @@ from adaskip_passes.decode.fuse_rotary import FuseRotary
 from tests.distributed import failures, families, replicas
 from tests.support.compiled_llamas import follow
 from tests.support.eager_reference import Oracle, moments, plain_streams, relative_error
+from tests.support.eager_windows import WindowedEager
 
 torch.set_num_threads(1)
 _SIZES = {
@@ -254,6 +255,27 @@ def skipping(shared: Shared) -> Any:
     return found
 
 
+def head_windows(shared: Shared) -> Any:
+    """Windows that leave K/V heads full, which are on one rank each; and on the other one."""
+    fast, reference = shared.fast, WindowedEager(shared.llamas[0])
+    ids, prompt = tokens(2, 12, 6), 9
+    found: dict[str, Any] = {"heads": sorted(set(fast.adaskip.kv_heads.values()))}
+    for name, full in (("as asked", 1), ("on the other", 0)):
+        windows = {"1.attention": Window(3, 1, (full,)), "2.attention": Window(2, 0, (0,))}
+        plan = SkipPlan.of(fast.adaskip.sublayers, [], windows=Windows.of(windows))
+        cache = fast.adaskip.new_cache(plan=plan)
+        steps = [ids[:, :prompt], *ids[:, prompt:].split(1, 1)]
+        got = torch.cat([last(fast, step, past_key_values=cache) for step in steps], 1)
+        seen = {1: (1, 3, (1,)), 2: (0, 2, (0,))}
+        expected = reference.logits(ids, (0, 0), [seen] * 12)
+        found[name] = relative_error(got, expected[:, prompt - 1 :])
+    over = SkipPlan.of(
+        fast.adaskip.sublayers, [], windows=Windows.of({"1.attention": Window(3, 0, (2,))})
+    )
+    found["over"] = said(lambda: fast.adaskip.new_cache(plan=over))
+    return found
+
+
 def plan_changes(shared: Shared) -> Any:
     """A schedule that changes its plan in mid-request, and a plan put on while decoding."""
     fast, sublayers = shared.fast, shared.fast.adaskip.sublayers
@@ -370,6 +392,10 @@ def refused(shared: Shared) -> Any:
     last(fast, tokens(1, 5, 0), past_key_values=cache)
     window = Windows.of({"1.attention": Window(8, full_heads=(0,))})
     by_head = SkipPlan.of(sublayers, [], windows=window)
+    structure = fast._adaskip.graphs.structure
+    known, structure._shares = structure._shares, {}  # as of a layer whose projections are fused
+    of_fused = said(lambda: fast.adaskip.new_cache(plan=by_head))
+    structure._shares = known
     from adaskip_fx.fitting import FittingSession
 
     spread.config.distributed_config.pp_size = 2
@@ -378,7 +404,7 @@ def refused(shared: Shared) -> Any:
     return {
         "saved": said(lambda: cache.save(shared.folder / "cache.safetensors")),
         "loaded": said(lambda: fast.adaskip.load_cache(shared.folder / "cache.safetensors")),
-        "by head": said(lambda: fast.adaskip.new_cache(plan=by_head)),
+        "by head": of_fused,
         "clock": said(lambda: fast.generate(tokens(1, 5, 0), max_time=1.0, pad_token_id=0)),
         "fit": said(lambda: FittingSession(spread, Tokenizer(), {"a": ["a", "b"]})),
         "calibrated windows": said(
@@ -495,7 +521,18 @@ def inductor(shared: Shared) -> Any:
 
 
 _HERE = (
-    *(forward, replaced, generate, further, skipping, plan_changes, calibrated, profiles, sampled),
+    *(
+        forward,
+        replaced,
+        generate,
+        further,
+        skipping,
+        head_windows,
+        plan_changes,
+        calibrated,
+        profiles,
+        sampled,
+    ),
     *(disagreements, refused, experts, whole_experts, backend, lowered, inductor),
 )
 CHECKS: dict[str, Callable[[Shared], Any]] = {
