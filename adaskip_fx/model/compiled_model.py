@@ -25,6 +25,7 @@ from ..utils.transformers_types import (
 from . import draftable, drafted, generation
 from .handle import Handle
 from .host import recall_offsets
+from .shared_clock import share_clock
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
@@ -36,6 +37,7 @@ _MODES = (
     GenerationMode.BEAM_SAMPLE,
     GenerationMode.ASSISTED_GENERATION,
 )
+_ONE_TOKEN_A_STEP = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 #: What ``cache_implementation`` may be: the cache that a compiled model has grows, and stays put.
 _CACHES = (None, "dynamic", "static")
 #: Drafts that cannot be had from a compiled model, by the field of the generation config.
@@ -70,7 +72,7 @@ class CompiledModel(GenerateHooks):
             ValueError: a cache is passed and another one asked for, as in transformers.
         """
         _refuse_ways(config, mode)
-        _refuse_clocks(config, self._adaskip.ranks)
+        _refuse_clocks(config, mode, self._adaskip.ranks)
         if config.do_sample:
             share_random_numbers(self._adaskip.ranks, self._adaskip.device)
         ends = stop_tokens(config)
@@ -128,6 +130,7 @@ class CompiledModel(GenerateHooks):
     def _adaskip_decode(self: CompiledCausalLM, call: DecodingCall) -> Any:
         """Decode without waiting for a GPU (`generation`), or with drafts (`drafted`)."""
         runtime = self._adaskip
+        share_clock(call.stopping_criteria, runtime.ranks)
         cache, speculation = call.model_kwargs.get(runtime.generate_argument), runtime.speculation
         if not isinstance(cache, SkipCache) or not generation.serves(call):
             return None
@@ -206,13 +209,13 @@ class CompiledModel(GenerateHooks):
         )
 
 
-def _refuse_clocks(config: GenerationConfigLike, ranks: Ranks) -> None:
-    """Refuse a limit of time where several ranks generate one text."""
+def _refuse_clocks(config: GenerationConfigLike, mode: GenerationMode, ranks: Ranks) -> None:
+    """Refuse a limit of time where several ranks generate, in loops that do not ask the first."""
     limit = getattr(config, "max_time", None)
-    if limit is not None and not ranks.alone:
+    if limit is not None and not ranks.alone and mode not in _ONE_TOKEN_A_STEP:
         raise NotImplementedError(
-            f"max_time={limit!r} is not supported where a model runs on several ranks: each would "
-            "stop by its own clock; use max_new_tokens"
+            f"max_time={limit!r} of {mode.value.replace('_', ' ')} is not supported where a model "
+            "runs on several ranks: each would stop by its own clock; use max_new_tokens"
         )
 
 

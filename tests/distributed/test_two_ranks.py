@@ -24,6 +24,7 @@ _CHECKS = (
         "head_windows",
         "plan_changes",
         "sampled",
+        "clocks",
         "disagreements",
         "refused",
     ),
@@ -136,6 +137,11 @@ def test_all_ranks_have_the_tokens_that_the_first_draws(found: Found) -> None:
     assert first["drawn"] == first["alone"]  # with the first one's seed
 
 
+def test_time_is_over_where_it_is_on_the_first_rank(found: Found) -> None:
+    for result in found.of("clocks"):
+        assert result == {"first": 1, "other": 4}
+
+
 @pytest.mark.parametrize(
     ("asked", "text"),
     [
@@ -190,7 +196,7 @@ def test_what_is_not_supported_is_refused_by_name(found: Found) -> None:
         "saved": f"saving a cache, of which each has a part, {several}keep it",
         "loaded": f"a saved cache {several}keep it",
         "by head": f"1.attention: a window that leaves K/V heads full {several}which rank has",
-        "clock": "max_time=1.0 is not supported where a model runs on several ranks",
+        "clock": "max_time=1.0 of beam search is not supported where a model runs on several",
         "fit": f"searching and distilling {several}fit on one",
         "calibrated windows": f"calibrating windows by K/V head {several}each has heads",
         "pipeline": "the model is spread over processes by pipeline parallelism, which is not",

@@ -354,6 +354,15 @@ def sampled(shared: Shared) -> Any:
     return {"drawn": drawn.tolist(), "alone": alone.tolist(), "after": after}
 
 
+def clocks(shared: Shared) -> Any:
+    """How many tokens there are where time is over on one rank: on the first, on the other."""
+    counts, ids = dict[str, int](), tokens(2, 7, 2)
+    for name, seconds in (("first", (0.0, 1e6)), ("other", (1e6, 0.0))):
+        made = shared.fast.generate(ids, max_new_tokens=4, max_time=seconds[shared.rank], **_GREEDY)
+        counts[name] = made.shape[1] - ids.shape[1]
+    return counts
+
+
 def disagreements(shared: Shared) -> Any:
     """What ranks are told that are given other plans, alphas, prompts, calls or texts."""
     fast, sublayers, rank = shared.fast, shared.fast.adaskip.sublayers, shared.rank
@@ -405,7 +414,9 @@ def refused(shared: Shared) -> Any:
         "saved": said(lambda: cache.save(shared.folder / "cache.safetensors")),
         "loaded": said(lambda: fast.adaskip.load_cache(shared.folder / "cache.safetensors")),
         "by head": of_fused,
-        "clock": said(lambda: fast.generate(tokens(1, 5, 0), max_time=1.0, pad_token_id=0)),
+        "clock": said(
+            lambda: fast.generate(tokens(1, 5, 0), max_time=1.0, num_beams=2, pad_token_id=0)
+        ),
         "fit": said(lambda: FittingSession(spread, Tokenizer(), {"a": ["a", "b"]})),
         "calibrated windows": said(
             lambda: adaskip_fx.calibrate(spread, Tokenizer(), ["a"], 64, windows=[Window(8)])
@@ -533,7 +544,7 @@ _HERE = (
         profiles,
         sampled,
     ),
-    *(disagreements, refused, experts, whole_experts, backend, lowered, inductor),
+    *(clocks, disagreements, refused, experts, whole_experts, backend, lowered, inductor),
 )
 CHECKS: dict[str, Callable[[Shared], Any]] = {
     **{check.__name__: check for check in _HERE},
