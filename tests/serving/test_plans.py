@@ -139,6 +139,7 @@ def test_export_of_one_phase(tmp_path: Path) -> None:
 
 
 def test_export_refuses(tmp_path: Path) -> None:
-    assert "say what is wanted: --vllm, or --checkpoint FOLDER" in misused(run("export", tmp_path / "plan.json"))
+    told = misused(run("export", tmp_path / "plan.json"))
+    assert "say what is wanted: --vllm, or --checkpoint FOLDER" in told
     assert "no such file" in refused(run("export", "--vllm", tmp_path / "plan.json"))
     assert "an engine runs one plan" in refused(run("export", "--vllm", tmp_path))
