@@ -19,10 +19,10 @@ from adaskip_fx.capture.batch_sizes import BatchSizes
 from adaskip_fx.capture.graph_key import GraphKey
 from adaskip_fx.model.handle import runtime_of
 from adaskip_passes import FuseProjections, Pass, run_passes
-from adaskip_passes.decode import precompile
 from adaskip_passes.decode.fuse_attention import FuseAttention
 from adaskip_passes.decode.fuse_experts import FuseExperts
 from adaskip_passes.decode.fuse_rotary import FuseRotary
+from adaskip_passes.linking import precompile
 from adaskip_passes.partition.outer import Piece, piece_of
 from tests.support.compiled_llamas import make_model
 from tests.support.custom_decoders import OwnConfig, OwnDecoder
