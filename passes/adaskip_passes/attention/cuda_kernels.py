@@ -23,7 +23,7 @@ from .cudnn_plans import CudnnPlans
 from .ops import causal
 
 _FEW_QUERIES = 128  # up to so many, flash attention splits the keys, and is as fast
-_TILED = (64, 128, 256)  # numbers of a head; measured on an H200
+_TILED = (128, 256)  # numbers of a head; measured on an H200
 _HALF = (torch.float16, torch.bfloat16)
 #: Seconds that an operation takes longer than on cuDNN, on an H200.
 _LONGER_ON_FLASH, _LONGER_IN_TILES = 1.8e-15, 0.6e-15

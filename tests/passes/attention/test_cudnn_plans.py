@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +127,29 @@ def test_a_chunk_needs_two_plans(ran: list[str], monkeypatch: pytest.MonkeyPatch
     for _ in range(3):
         attend(200, 500)
     assert ran == ["flash_attention", "_in_two_parts", "_in_two_parts"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("tokens", [128, 129])
+def test_tiles_stand_in_for_flash_attention(
+    ran: list[str], monkeypatch: pytest.MonkeyPatch, tokens: int, known: bool
+) -> None:
+    """Of more than a few queries, where they are known to be faster."""
+
+    def attend_causal(query: torch.Tensor, *_: object) -> torch.Tensor:
+        ran.append("tiles")
+        return query
+
+    name = "adaskip_passes.attention.triton_kernels.tiles"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(attend_causal=attend_causal))
+    monkeypatch.setattr(cuda_kernels, "knows_tiles", lambda *_: known)
+    attend(tokens, 500)
+    assert ran == ["tiles" if known and tokens == 129 else "flash_attention"]
+
+
+def test_tiles_are_of_hopper_alone() -> None:
+    query = torch.empty(1, 8, 300, 128, dtype=torch.bfloat16)
+    assert not cuda_kernels.knows_tiles(query, query)
 
 
 def test_few_queries_never_have_one(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
