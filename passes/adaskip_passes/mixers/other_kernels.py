@@ -52,16 +52,22 @@ def _kernel(kernel: tuple[str, str]) -> Callable[..., Any]:
     return function
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def delta_rule_is_installed(device: torch.device) -> bool:
-    """Return whether flash-linear-attention's delta rules can be had for a device."""
+    """Return whether flash-linear-attention's delta rules can be had for a device.
+
+    A trace asks for the answer and does not look inside, where Dynamo could not follow an import.
+    """
     return _installed(device, _DELTA_RULE, _BY_CHANNEL)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def chunk_scan_is_installed(device: torch.device) -> bool:
     """Return whether mamba-ssm's scan of Mamba 2 can be had for a device."""
     return _installed(device, _CHUNK_SCAN)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def selective_scan_is_installed(device: torch.device) -> bool:
     """Return whether mamba-ssm's scan of Mamba can be had for a device."""
     return _installed(device, _SELECTIVE_SCAN)

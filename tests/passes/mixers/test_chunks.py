@@ -6,6 +6,8 @@ double precision lose in another order, with room.
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -203,3 +205,19 @@ def test_kernels_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [known(torch.device("cpu")) for known in ask] == [False, False]
     assert [known(torch.device("cuda")) for known in ask] == [True, True]
     assert not other_kernels.chunk_scan_is_installed(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_trace_does_not_import_them(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    for module, name in (other_kernels._DELTA_RULE, other_kernels._BY_CHANNEL):
+        library = types.SimpleNamespace(**{name: print}) if installed else None
+        monkeypatch.setitem(sys.modules, module, library)
+    other_kernels._found.cache_clear()
+    torch._dynamo.reset()
+
+    def traced(x: Tensor) -> Tensor:
+        return x + other_kernels.delta_rule_is_installed(torch.device("cuda"))
+
+    graph = torch.compile(traced, backend="eager", fullgraph=True)
+    assert graph(torch.zeros(1)).item() == installed
+    other_kernels._found.cache_clear()
