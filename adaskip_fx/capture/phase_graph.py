@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from adaskip_passes import (
     FuseProjections,
+    FuseRankSums,
     Pass,
     PieceCompiler,
     UnsupportedError,
@@ -234,7 +235,7 @@ def _lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:
         return ()
     if not key.static_cache:
         return (WriteOutShortSums(),)
-    return FuseProjections(), FuseAttention(), FuseRotary(), FuseExperts()
+    return FuseRankSums(), FuseProjections(), FuseAttention(), FuseRotary(), FuseExperts()
 
 
 def _layout(value: object) -> Layout:

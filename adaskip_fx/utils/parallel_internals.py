@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from adaskip_passes.decode.shared_memory import stop_waiting
+
 #: The modules whose functions transformers installs as forwards; one for experts since 5.21.
 _OF_TENSORS = "transformers.distributed.tensor_parallel"
 _OF_EXPERTS = "transformers.distributed.expert_parallel"
@@ -168,7 +170,8 @@ def store_of_processes(group: Any, members: Sequence[int]) -> Any:
 
 
 def abort(group: dist.ProcessGroup) -> None:
-    """Have whoever waits for a collective of a group over NCCL go on, with an error."""
+    """Have whoever waits for a collective of a group on a GPU go on, with an error if over NCCL."""
+    stop_waiting(group.group_name)
     if not torch.cuda.is_available():
         return
     with contextlib.suppress(RuntimeError):  # there is no communicator, or no longer

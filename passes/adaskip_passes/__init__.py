@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .analysis.residual_branches import find_sublayers
     from .decode.cuda_graphs import Recorder
     from .decode.fuse_projections import FuseProjections
+    from .decode.fuse_rank_sums import FuseRankSums
     from .errors import AdaskipError, UnsupportedError
     from .infra.pass_base import Pass, PassResult
     from .infra.pass_manager import run_passes
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaskipError",
     "FuseProjections",
+    "FuseRankSums",
     "Pass",
     "PassResult",
     "PieceCompiler",
@@ -66,6 +68,7 @@ _HOMES = MappingProxyType(
     {
         "AdaskipError": "errors",
         "FuseProjections": "decode.fuse_projections",
+        "FuseRankSums": "decode.fuse_rank_sums",
         "Pass": "infra.pass_base",
         "PassResult": "infra.pass_base",
         "PieceCompiler": "linking.piece_compiler",

@@ -256,3 +256,33 @@ def flash_attention(
     sizes = (None, None, query.shape[2], key.shape[2])
     output: torch.Tensor = attend(*inputs, *sizes, 0.0, True, False, scale=scale)[0]
     return output.contiguous()
+
+
+# Several GPUs ------------------------------------------------------------------------------------
+
+
+def ranks_of(group: str) -> int:
+    """Return how many ranks a process group has, by its name; 1 where there is none."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 1
+    module: Any = torch.distributed.distributed_c10d
+    return int(module._resolve_process_group(group).size())
+
+
+def symmetric_memory(nbytes: int, device: torch.device, group: str) -> tuple[Any, int, list[int]]:
+    """Return zeroed memory that all ranks of a group have mapped; each of them asks for it.
+
+    Returns:
+        What it lives by, this rank's place in the group, and the addresses of all ranks' memory.
+
+    Raises:
+        RuntimeError: the ranks cannot write into each other's memory.
+    """
+    module: Any = importlib.import_module("torch.distributed._symmetric_memory")
+    memory = module.empty(nbytes, dtype=torch.uint8, device=device)
+    handle = module.rendezvous(memory, group)
+    memory.zero_()
+    torch.cuda.synchronize(device)
+    handle.barrier()
+    torch.cuda.synchronize(device)
+    return (memory, handle), int(handle.rank), list(map(int, handle.buffer_ptrs))

@@ -12,6 +12,8 @@ import torch
 from .expert_ops import choose_experts, run_experts
 from .latent_ops import attend_latent, store_and_attend_latent
 from .ops import attend, normalize, project, store_and_attend
+from .rank_sums import MOST_NUMBERS, all_reduced, sum_over_ranks
+from .shared_memory import shared_memory
 
 _counters: ContextVar[torch.Tensor | None] = ContextVar("counters", default=None)
 _COUNTERS = 4096  # K/V heads times rows that attention may count splits for
@@ -38,6 +40,16 @@ def _(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) ->
     from . import triton_kernels
 
     return triton_kernels.normalize(x, weight, eps, offset)
+
+
+@sum_over_ranks.register_kernel("cuda")
+def _(x: torch.Tensor, residual: torch.Tensor | None, group: str) -> torch.Tensor:
+    shared = shared_memory(group, x.device) if x.numel() <= MOST_NUMBERS else None
+    if shared is None:
+        return all_reduced(x, residual, group)
+    from . import triton_kernels
+
+    return triton_kernels.rank_sum(x, residual, shared).run()[0]
 
 
 @run_experts.register_kernel("cuda")

@@ -10,6 +10,7 @@ from .attention_launch import attend, attention
 from .experts import choice, choose_experts, expert_launches, run_experts
 from .norms import normalization, normalize
 from .projections import project, projection
+from .rank_sums import rank_sum
 
 __all__ = [
     "attend",
@@ -21,5 +22,6 @@ __all__ = [
     "normalize",
     "project",
     "projection",
+    "rank_sum",
     "run_experts",
 ]
