@@ -267,9 +267,13 @@ def _document(name: str, module: Any, given: dict[str, Any], file: Path) -> dict
         if _WRITES:
             _write(file, {"workload": name, **part, "conditions": conditions()})
 
+    def earlier() -> dict[str, Any] | None:
+        return json.loads(file.read_text()) if file.is_file() else None
+
     threads = torch.get_num_threads()
     try:
-        measured = _measure(name, module, {**given, "save": save}, file)
+        given = {**given, "save": save, "earlier": earlier}
+        measured = _measure(name, module, given, file)
         return {"workload": name, **measured, "conditions": conditions()}
     finally:
         torch.set_num_threads(threads)
@@ -288,8 +292,7 @@ def _measure(name: str, module: Any, given: dict[str, Any], file: Path) -> dict[
         result = module.measure(whole_graph=True)
     elif name == "situations":
         only = given["only"]
-        earlier = json.loads(file.read_text()) if only and file.is_file() else None
-        result = module.measure(only, earlier, given["save"])
+        result = module.measure(only, given["earlier"]() if only else None, given["save"])
     elif name == "tensor_parallel":
         result = module.measure(only=given["only"])
     elif name == "lossless":

@@ -15,7 +15,7 @@ STUDIES = MappingProxyType(
         for name in (
             *("similarity", "transfer", "window", "domain"),
             *("errors", "summaries", "families", "pareto", "recipe", "windows"),
-            *("kv_cache", "shallow_prefill"),
+            *("kv_cache", "shallow_prefill", "window_stand_ins"),
         )
     }
 )

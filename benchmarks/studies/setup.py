@@ -56,6 +56,7 @@ class Options:
         most: sublayers to skip at most, where a study goes through all numbers.
         seed: of whatever is drawn.
         save: gets a result as far as it is, from studies that take long.
+        earlier: gives the result that an earlier run has left; None where there is none.
     """
 
     model: str | None = None
@@ -76,6 +77,7 @@ class Options:
     most: int = 16
     seed: int = 0
     save: Callable[[dict[str, Any]], None] = lambda result: None
+    earlier: Callable[[], dict[str, Any] | None] = lambda: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +165,17 @@ class Subject:
         """The half's windows on the model's device."""
         cut = text.windows(half, self.samples, self.length)
         return [window.to(self.device) for window in cut]
+
+    def held_out(self, known: Sequence[Text]) -> dict[str, list[torch.Tensor]]:
+        """Windows to read, by text, where `known` are what something was chosen or fitted on.
+
+        Both halves of the other texts; second halves of all where there is no other.
+        """
+        others = [text for text in self.texts if text not in known]
+        cut = {text.name: self.windows(text, "second") for text in others or self.texts}
+        for text in others:
+            cut[text.name] += self.windows(text, "first")
+        return cut
 
     @functools.cache  # noqa: B019  # a subject lives as long as the process
     def profile(self, text: Text, half: Half = "first") -> Profile:

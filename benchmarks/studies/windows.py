@@ -98,10 +98,7 @@ class _Judge:
 
     def __init__(self, subject: Subject, known: Sequence[Text]) -> None:
         self._subject = subject
-        others = [t for t in subject.texts if t not in known]
-        self._texts = {t.name: subject.windows(t, "second") for t in others or subject.texts}
-        for text in others:  # nothing was chosen on their first halves
-            self._texts[text.name] += subject.windows(text, "first")
+        self._texts = subject.held_out(known)
         on_gpu = subject.device.type == "cuda"
         size: dict[str, Any] = {
             "samples": 200 if on_gpu else 2,
