@@ -26,24 +26,13 @@ from .studies import STUDIES
 
 #: name -> the module that measures it; imported when it runs, since `report` needs no torch
 WORKLOADS = {
-    "link": "link",
-    "speed": "speed",
-    "speed_batch8": "speed",
-    "plans": "plans",
-    "window": "window",
-    "generate": "generate",
-    "peers": "peers",
-    "peers_whole_graph": "peers",
-    "cold": "cold",
-    "budget": "budget",
-    "states": "states",
-    "windows": "windows",
-    "imports": "imports",
-    "situations": "situations",
-    "tensor_parallel": "tensor_parallel",
-    "lossless": "lossless",
-    "vllm": "vllm_serving",
-}
+    name: {"speed_batch8": "speed", "peers_whole_graph": "peers"}.get(name, name)
+    for name in (
+        *("link", "speed", "speed_batch8", "plans", "window", "generate", "peers"),
+        *("peers_whole_graph", "cold", "budget", "states", "windows", "imports", "situations"),
+        *("tensor_parallel", "lossless"),
+    )
+} | {"vllm": "vllm_serving"}
 RESULTS = Path(__file__).parent / "results"
 #: Of several processes the first one writes.
 _WRITES = os.environ.get("RANK", "0") == "0"
@@ -87,12 +76,14 @@ def run(
     plan: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=PATH", help="saved, for study_pareto, _summaries, _windows, _kv_cache"
+            metavar="NAME=PATH",
+            help="saved, for study_pareto, _summaries, _windows, _kv_cache, _window_stand_ins",
         ),
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="folder for found plans")] = None,
     steps: Annotated[
-        list[int] | None, typer.Option(min=1, help="of study_recipe's refinement, for each alpha")
+        list[int] | None,
+        typer.Option(min=1, help="of refinement: study_recipe, each alpha; _window_stand_ins"),
     ] = None,
     most: Annotated[int, typer.Option(min=1, help="sublayers study_errors goes up to")] = 16,
     seed: Annotated[int, typer.Option(help="of studies")] = 0,

@@ -48,11 +48,11 @@ class Options:
             2 of 256 elsewhere when None.
         alphas: acceleration ratios.
         plans: (name, file) of plans that study_pareto and study_summaries compare too, and
-            study_windows and study_kv_cache take instead of their own.
+            study_windows, study_kv_cache and study_window_stand_ins take instead of their own.
         keep: folder for the plans that study_recipe and study_windows make; None: they are not
             kept.
         policies, surrogates: which; the usual ones when empty.
-        steps: of study_recipe's refinement, for each alpha; the last holds for those after it.
+        steps: of refinement; of study_recipe's for each alpha, the last for those after it.
         most: sublayers to skip at most, where a study goes through all numbers.
         seed: of whatever is drawn.
         save: gets a result as far as it is, from studies that take long.
