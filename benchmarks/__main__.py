@@ -1,10 +1,11 @@
 """``python -m benchmarks run NAME [NAME ...]`` measures, prints and writes ``results/NAME.json``.
 
-Names that begin with ``study_`` are studies of the method on a real model, which take options
-for the model and the texts, and draw pictures beside the JSON.
+Names that begin with ``study_`` are studies of the method on a real model, which take options for
+the model and the texts, and draw pictures beside the JSON.
 
 ``python -m benchmarks studies`` says what their results hold and draws them again;
-``python -m benchmarks report`` prints what the others hold as Markdown tables, with pictures;
+``python -m benchmarks report`` prints what the others hold as Markdown tables, with pictures,
+``python -m benchmarks tradeoff`` quality against speed;
 ``python -m benchmarks plot KIND FILE...`` draws profiles, plans or results.
 """
 
@@ -20,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from . import report as reports
-from . import report_pictures
+from . import report_pictures, tradeoff
 from .plots import KINDS, PlotError, plot
 from .studies import STUDIES
 
@@ -216,6 +217,9 @@ def report(
             typer.echo(f"wrote {path}", err=True)
 
 
+app.command("tradeoff")(tradeoff.command)
+
+
 @app.command("plot")
 def draw(
     kind: Annotated[str, typer.Argument(help=", ".join(KINDS))],
@@ -263,14 +267,13 @@ def _document(name: str, module: Any, given: dict[str, Any], file: Path) -> dict
 
     threads = torch.get_num_threads()
     try:
-        given = {**given, "save": save, "earlier": earlier}
-        measured = _measure(name, module, given, file)
+        measured = _measure(name, module, {**given, "save": save, "earlier": earlier})
         return {"workload": name, **measured, "conditions": conditions()}
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(name: str, module: Any, given: dict[str, Any], file: Path) -> dict[str, Any]:
+def _measure(name: str, module: Any, given: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any]
     if name in STUDIES:
         from .studies.setup import Options

@@ -153,8 +153,8 @@ def summary(result: Mapping[str, Any]) -> str:
         other = alone.get((row["plan"], row["share"]))
         gains = against(row, other) if other and other is not row else {}
         kl = gains.get("kl")
-        line += [_with_error(-kl[0], kl[1], "+") if kl else "-"]
-        line += [_with_error(*gains[t], "+") if gains else "-" for t in tasks]
+        line += [_with_error(-kl[0], kl[1], sign="+") if kl else "-"]
+        line += [_with_error(*gains[t], sign="+") if gains else "-" for t in tasks]
         cells.append(line)
     found = ", ".join(f"{task} {score['mean']:.3f}" for task, score in tasks.items())
     return (

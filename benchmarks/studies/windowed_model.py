@@ -209,8 +209,8 @@ def _in_blocks(
     firsts = torch.arange(sinks, device=query.device).expand(blocks, 1, -1)
     near = (back >= 0) & (back <= at) & (back > at - size)
     mask = torch.cat((firsts <= at - size, near), 2).repeat(heads, 1, 1)
-    flat = (x.flatten(1, 2) for x in (q, k, v))
-    output = scaled_dot_product_attention(*flat, attn_mask=mask, scale=scale)
+    q, k, v = (x.flatten(1, 2) for x in (q, k, v))
+    output = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return output.unflatten(1, (heads, blocks)).flatten(2, 3)[:, :, :tokens]
 
 
