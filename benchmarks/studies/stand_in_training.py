@@ -65,7 +65,7 @@ def refine(
         for parameter, gradient in zip(
             parameters, torch.autograd.grad(loss, parameters), strict=True
         ):
-            parameter.grad = gradient
+            parameter.grad = gradient.nan_to_num(0.0, 0.0, 0.0)  # what float16 cannot hold
         for group in optimizer.param_groups:
             group["lr"] = _rate(step, steps)
         optimizer.step()
