@@ -18,6 +18,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import nn
 
+from adaskip_passes.decode.shared_memory import forget
 from adaskip_passes.errors import UnsupportedError
 
 from ..utils.parallel_internals import (
@@ -57,6 +58,7 @@ class Ranks:
         self._releases: list[WeakMethod[Release]] = []
         if group is None or dist.get_world_size(group) == 1:
             return
+        self._group_name = group.group_name
         members = dist.get_process_group_ranks(group)
         self.rank, self.size = dist.get_rank(group), len(members)
         self._watch = Watch(group, members, self.rank)
@@ -213,6 +215,7 @@ class Ranks:
         self._releases.clear()
         if self._watch is not None:
             self._watch.close()
+            forget(self._group_name)
         self._control = None
 
     def _gather(self, what: str, value: object) -> list[Any]:

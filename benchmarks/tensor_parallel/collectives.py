@@ -1,14 +1,18 @@
-"""What the sums over ranks take by themselves: of a step in a CUDA graph, of a prompt as it is."""
+"""What the sums over ranks take by themselves: of a step in a CUDA graph, of a prompt as it is.
+
+A step's are those of `adaskip::sum_over_ranks`, a prompt's the process group's own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from adaskip_fx.plans.skip_plan import Action, SkipPlan
+from adaskip_fx.utils.parallel_internals import parallel_group
 
 from . import processes
 
@@ -41,15 +45,22 @@ class Collectives:
         """Whether there is a sum of the embeddings: newer transformers shard them."""
         return hasattr(self._subject.model.get_input_embeddings().weight, "device_mesh")
 
+    def of_group(self) -> tuple[float, float]:
+        """Return the seconds of a step's sum, and of the same by the process group alone."""
+        return self._sum(1), self._of("all-reduce", 1, lambda: dist.all_reduce(self._values(1)))
+
     def _sum(self, tokens: int) -> float:
         """Return the seconds of one sum of [1, tokens, hidden]."""
-        hidden = self._subject.model.config.hidden_size
+        values = self._values(tokens)
+        group = parallel_group(self._subject.fast.model)
+        if tokens > 1 or group is None:
+            return self._of("sum", tokens, lambda: dist.all_reduce(values))
+        name = group.group_name
+        return self._of("sum", 1, lambda: torch.ops.adaskip.sum_over_ranks(values, None, name))
 
-        def run() -> None:
-            dist.all_reduce(values)
-
-        values = torch.zeros(1, tokens, hidden, dtype=self._dtype, device=self._subject.device)
-        return self._of("sum", tokens, run)
+    def _values(self, tokens: int) -> torch.Tensor:
+        size = 1, tokens, self._subject.model.config.hidden_size
+        return torch.zeros(size, dtype=self._dtype, device=self._subject.device)
 
     def _gather(self) -> float:
         """Return the seconds of one gathering of the logits of a token."""
@@ -67,7 +78,7 @@ class Collectives:
         dtype: torch.dtype = self._subject.model.dtype
         return dtype
 
-    def _of(self, name: str, tokens: int, run: Callable[[], None]) -> float:
+    def _of(self, name: str, tokens: int, run: Callable[[], Any]) -> float:
         if processes.count() == 1:
             return 0.0
         key = name, tokens
@@ -75,7 +86,7 @@ class Collectives:
             self._known[key] = self._measured(run, recorded=tokens == 1)
         return self._known[key]
 
-    def _measured(self, run: Callable[[], None], recorded: bool) -> float:
+    def _measured(self, run: Callable[[], Any], recorded: bool) -> float:
         rounds = self._subject.sizes.rounds
         if not recorded or self._subject.device.type != "cuda":
             return processes.seconds(run, rounds)

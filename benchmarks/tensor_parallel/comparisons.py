@@ -81,6 +81,9 @@ def decode(subject: Subject) -> Iterator[Row]:
         theirs = subject.their_step_seconds(context)
         yield over(f"step at {context}: transformers", took, theirs, None)
         subject.begin()
+    ours, alone = collectives.of_group()
+    if alone:
+        yield over("a sum over ranks in a step: the process group's", ours, alone, None)
 
 
 def prompt(subject: Subject) -> Iterator[Row]:

@@ -37,6 +37,7 @@ from adaskip_fx.profiles.fingerprint import fingerprint
 from adaskip_passes.decode.fuse_attention import FuseAttention
 from adaskip_passes.decode.fuse_experts import FuseExperts
 from adaskip_passes.decode.fuse_projections import FuseProjections
+from adaskip_passes.decode.fuse_rank_sums import FuseRankSums
 from adaskip_passes.decode.fuse_rotary import FuseRotary
 from tests.distributed import failures, families, replicas
 from tests.support.compiled_llamas import follow
@@ -495,7 +496,10 @@ def backend(shared: Shared) -> Any:
 
 def lowered(shared: Shared) -> Any:
     """Steps on a static cache with the operators of a GPU's steps, as they are on the CPU."""
-    passes = FuseProjections(), FuseAttention(), FuseRotary(), FuseExperts()
+    passes = (
+        *(FuseRankSums(), FuseProjections(), FuseAttention(), FuseRotary()),
+        FuseExperts(),
+    )
     lowering = phase_graph._lowering
     phase_graph._lowering = lambda key, backend: passes if key.static_cache else ()
     try:

@@ -69,6 +69,7 @@ def test_the_public_names() -> None:
     assert adaskip_passes.__all__ == [
         "AdaskipError",
         "FuseProjections",
+        "FuseRankSums",
         "Pass",
         "PassResult",
         "PieceCompiler",

@@ -6,10 +6,9 @@ Before::                                        After::
     x.copy_(total)
     h = residual + x
 
-Legal because nothing reads `x` between its product and the copy: what reads it later reads the sum.
-The operator adds the residual before it rounds the sum, so the pass preserves results to rounding.
-A sum that is written elsewhere, is none of a floating dtype, or whose `x` is written to by anything
-else stays as it is.
+Legal because nothing but the all-reduce reads `x` before the copy, under this name or another, and
+what reads it later reads the sum. The operator stands where the residual is added, and adds it
+before it rounds the sum, so the pass preserves results to rounding. Any other sum stays as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..analysis.effects import is_mutation, storage_root
+from ..analysis.effects import storage_root
 from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
 from .matching import calls, dtype_of, example, only_user
@@ -81,10 +80,20 @@ def _copied(reduced: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     copy, dtype = only_user(total), dtype_of(x)
     if copy is None or not calls(copy, "copy_") or copy.args != (x, total) or copy.users:
         return None
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.op == "placeholder":
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32) or not _is_its_own(x):
         return None
-    writes = [n for n in x.graph.nodes if is_mutation(n) and storage_root(n) is storage_root(x)]
-    return (x, copy) if writes == [copy] else None
+    return x, copy
+
+
+def _is_its_own(x: fx.Node) -> bool:
+    """Return whether nobody sees what is written to a value but those who read it by its name."""
+    root = storage_root(x)
+    while x is not root:
+        base = x.all_input_nodes[0]
+        if only_user(base) is not x:
+            return False
+        x = base
+    return root.op != "placeholder"
 
 
 def _residual(x: fx.Node, later: list[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
@@ -99,5 +108,4 @@ def _residual(x: fx.Node, later: list[fx.Node]) -> tuple[fx.Node, fx.Node] | Non
     if not isinstance(other, fx.Node) or other is x or mine is None or theirs is None:
         return None
     same = mine.shape == theirs.shape and mine.dtype == theirs.dtype
-    overwritten = {storage_root(n) for n in x.graph.nodes if is_mutation(n)}
-    return (add, other) if same and storage_root(other) not in overwritten else None
+    return (add, other) if same else None
