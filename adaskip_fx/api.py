@@ -28,6 +28,7 @@ from .runtime.draft_with import draft_with
 from .runtime.runtime import Runtime
 from .runtime.turns import check_length
 from .speculation.options import Lossless
+from .utils.memory_budget import MemoryBudget, default_budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ def compile(
     decoding: Lossless | None = None,
     backend: str = "inductor",
     link: Link = "pieces",
-    max_variants: int = 32,
+    memory_budget: int | None = None,
 ) -> CompiledModel:
     """Return a model that runs `model` with its least important sublayers skipped.
 
@@ -79,7 +80,10 @@ def compile(
         backend: The name of the torch.compile backend that compiles the pieces.
         link: ``"pieces"`` calls pieces compiled once; ``"fused"`` compiles the whole graph again
             for each plan.
-        max_variants: How many linked programs to keep; the least recently used are dropped.
+        memory_budget: How many bytes to keep for later steps and requests: captured graphs, linked
+            programs, CUDA graphs, and K/V buffers of requests that have ended. What was not used
+            for the longest time goes first. Weights do not count, nor do the caches of requests
+            that somebody holds. An eighth of the device's memory if None (of main memory on CPU).
 
     Returns:
         A model of the same class, with ``.adaskip`` (a :class:`adaskip_fx.model.handle.Handle`)
@@ -100,7 +104,7 @@ def compile(
     measured, chosen = ranks.together("choosing what to skip", choose)
     digest = None if measured is None else measured.digest
     ranks.agree("the profile, alpha and options to compile with", (digest, alpha, context, link))
-    options: dict[str, Any] = {"backend": backend, "link": link, "max_variants": max_variants}
+    options: dict[str, Any] = {"backend": backend, "link": link, "memory_budget": memory_budget}
     return build(model, profile=measured, decoding=decoding, **chosen, **options)
 
 
@@ -162,6 +166,7 @@ def build(
     *,
     prepare: Callable[[Runtime], None] | None = None,
     decoding: Lossless | None = None,
+    memory_budget: int | None = None,
     **options: Any,
 ) -> CompiledModel:
     """Return a compiled model with an explicit plan; None for the empty one; see `Runtime`.
@@ -173,15 +178,16 @@ def build(
     ranks = joined(decoder)
     if decoding is not None:  # how much is drafted is measured, by each rank for itself
         ranks.refuse("decoding=", "compile without it, or on one GPU")
-    named = (str(options.get(name)) for name in ("backend", "link", "max_variants"))
-    digest = None if plan is None else plan.digest
-    ranks.agree("the plan and options to compile with", (digest, *named))
+    named = (str(options.get(name)) for name in ("backend", "link"))
+    limit = default_budget(decoder.device) if memory_budget is None else memory_budget
+    budget, digest = MemoryBudget(limit), None if plan is None else plan.digest
+    ranks.agree("the plan and options to compile with", (digest, *named, limit))
     compiled: Any = make_compiled_model(decoder)
     headed = decoder_name(decoder) is not None
     reference = ranks.together("the model's own logits", lambda: run_reference(decoder))
     if headed:
         check_causal(decoder, reference.steps["prefill"][0].ids[:1])
-    compiled._adaskip = Runtime(compiled, decoder, reference, plan, **options)
+    compiled._adaskip = Runtime(compiled, decoder, reference, plan, budget=budget, **options)
     if headed:
         check_head(compiled)
     if prepare is not None:

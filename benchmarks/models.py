@@ -66,7 +66,7 @@ def pair() -> tuple[Any, Any]:
     """The model, and the same compiled; made once in a process, so that workloads share it."""
     model = llama()
     backend = "inductor" if device().type == "cuda" else "eager"
-    return model, build(model, None, backend=backend, max_variants=64)
+    return model, build(model, None, backend=backend)
 
 
 def random_plan(sublayers: Sequence[Sublayer], skip: int, seed: int = 0) -> SkipPlan:

@@ -24,8 +24,6 @@ from ..utils.token_losses import kl_divergence, negative_log_likelihood
 from .calibrate import unmasked
 from .tokenizer import Tokenizer
 
-_VARIANTS = 8  # linked programs to keep: a candidate is seldom judged twice
-
 
 class CalibrationLoss:
     """The loss of a plan on texts, on answers to prompts, or on both: an `Evaluator`.
@@ -76,7 +74,7 @@ class CalibrationLoss:
         if not texts and not answers:
             raise ValueError("a loss needs texts or answers to be measured on, got neither")
         compiled = isinstance(decoder_in(model), CompiledModel)
-        fast = model if compiled else build(model, None, backend=backend, max_variants=_VARIANTS)
+        fast = model if compiled else build(model, None, backend=backend)
         self.runtime: Runtime = runtime_of(fast)
         self.judged = 0
         device = self.runtime.device

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -35,7 +35,7 @@ from adaskip_passes.decode.fuse_attention import FuseAttention
 from adaskip_passes.decode.fuse_experts import FuseExperts
 from adaskip_passes.decode.fuse_rotary import FuseRotary
 from adaskip_passes.infra.pass_manager import run_passes
-from adaskip_passes.partition.outer import sublayer_calls
+from adaskip_passes.partition.outer import piece_of, sublayer_calls
 from adaskip_passes.tracing.capture import Binder, Capture, ShapeGuards
 from adaskip_passes.tracing.reads import readable
 from adaskip_passes.tracing.repeated_layers.mark import Repeat
@@ -55,6 +55,9 @@ Memory: TypeAlias = tuple[int, str]
 Layout: TypeAlias = tuple[object, ...]
 #: Operators that read of a buffer what a table of bounds says.
 _BY_BOUNDS = ("attend.default", "attend", "attend_latent.default")
+#: What a node of a captured graph takes of main memory, roughly: itself, and its share of what was
+#: traced for it and compiled of it.
+_NODE_BYTES = 8192
 _STORED = re.compile(
     r"L\['cache'\]\.layers\[(\d+)\]\.(keys|values|(?:conv|recurrent)_states\[\d+\])"
 )
@@ -112,6 +115,18 @@ class CapturedPhase:
                     f"{_layout(value)} now; compile the model again"
                 )
         return values
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of main memory, counted by nodes: of the graph, of its pieces, and between them."""
+        calls = self.outer.graph.find_nodes(op="call_module")
+        pieces = {id(piece.module): piece.module for piece in map(piece_of, calls) if piece}
+        graphs = (self.capture.graph, self.outer, *pieces.values())
+        return _NODE_BYTES * sum(len(module.graph.nodes) for module in graphs)
+
+    def parts(self) -> dict[int, int]:
+        """Return its bytes by identity, for the budget."""
+        return {id(self): self.nbytes}
 
     def guards(self) -> ShapeGuards:
         """Return what must hold of the shapes, by what has been compiled until now."""

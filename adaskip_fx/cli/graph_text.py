@@ -21,6 +21,7 @@ from ..plans.sublayer import Sublayer
 from ..plans.surrogates import Surrogates
 from ..programs.program_cache import Graphs
 from ..programs.rewrite import rewrite
+from ..utils.memory_budget import MemoryBudget
 
 _TINY_LAYERS = 2
 
@@ -52,7 +53,7 @@ def explain(model: Any, plan: SkipPlan) -> Iterator[Explained]:
     """
     check_model(model)
     graphs = Graphs(
-        make_compiled_model(model), model, run_reference(model), "eager", "pieces", max_variants=1
+        make_compiled_model(model), model, run_reference(model), "eager", "pieces", MemoryBudget()
     )
     for phase in get_args(Phase):
         if phase == "decode" and plan.phases_alike:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from adaskip_fx.latency.terms import Weights
 
 _DRAWN = 4  # questions, for one that is taken
-_VARIANTS = 8
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def choose_windows(
             f"a {window} sees all of the longest text, which has {longest} tokens: give longer "
             "texts, a larger max_length, or a smaller window"
         )
-    compiled = build(model, None, backend=backend, max_variants=_VARIANTS)
+    compiled = build(model, None, backend=backend)
     say("questions")
     loss = _loss(compiled, tokenizer, samples, recipe)
     policy = Windowed(

@@ -1,18 +1,18 @@
-"""Buffers are leased to one request at a time, and one set of them is kept for the next request.
+"""Buffers are leased to one request at a time, and kept for later ones within the memory budget.
 
 A captured CUDA graph holds the addresses of the buffers it works on. Where graphs are recorded,
-the buffers of a request that has ended are therefore kept for the next one, with the graphs that
+the buffers of a request that has ended are therefore kept for a later one, with the graphs that
 were recorded on them.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Sequence
 
 import torch
 
+from ..utils.memory_budget import MemoryBudget
 from .buffers import CacheBuffers
 from .layer_spec import LayerCacheSpec
 from .retention import Retention
@@ -21,41 +21,39 @@ _LONGEST = 2**20  # tokens, of a model without a limit
 
 
 class BufferPool:
-    """Makes buffers, and keeps the last ones that came back if `keep` says so.
-
-    One set is kept, not more: the next request is likely to be like the last one, and memory that
-    nobody uses is worth more elsewhere.
+    """Makes buffers, and keeps those that came back if `keep` says so, within the memory budget.
 
     Requests of several threads acquire from one pool, and buffers come back in a finalizer: in any
     thread, in the middle of a collection of garbage, also of one that an allocation in `acquire`
-    set off. A lock would wait for itself there. What is kept is therefore in a deque: no other
-    thread and no finalizer can come between its single operations.
+    set off. A lock would wait for itself there. What is kept is therefore in a dictionary: no other
+    thread and no finalizer can come between its single operations, and whoever takes buffers out of
+    it has them.
 
     Attributes:
-        keep: whether buffers are kept for the next request.
+        keep: whether buffers are kept for later requests.
         longest: tokens that buffers may grow to in place, where a device can.
         whole: whether steps read all of a buffer, filled or not.
     """
 
-    def __init__(self, keep: bool, longest: int | None = None) -> None:
+    def __init__(
+        self, keep: bool, longest: int | None = None, budget: MemoryBudget | None = None
+    ) -> None:
+        """Keep nothing yet; `budget` says what is kept in all, and is without end if None."""
         self.keep = keep
         self.longest = longest or _LONGEST
         self.whole = False
-        self._kept: deque[CacheBuffers] = deque(maxlen=1)
+        self._budget = budget or MemoryBudget()
+        self._kept: dict[int, CacheBuffers] = {}  # by identity, the last ones last
 
     @property
-    def idle(self) -> CacheBuffers | None:
-        """The buffers that are kept for the next request, to be looked at."""
-        try:
-            return self._kept[-1]
-        except IndexError:
-            return None
+    def idle(self) -> list[CacheBuffers]:
+        """The buffers that are kept for later requests, to be looked at; the last ones last."""
+        return list(self._kept.values())
 
     @property
     def idle_bytes(self) -> int:
-        """Bytes of the buffers that are kept for the next request."""
-        idle = self.idle
-        return idle.nbytes if idle is not None else 0
+        """Bytes of the buffers that are kept for later requests."""
+        return sum(buffers.nbytes for buffers in self.idle)
 
     def acquire(
         self,
@@ -66,38 +64,73 @@ class BufferPool:
         device: torch.device,
         retention: Retention = (),
     ) -> CacheBuffers:
-        """Return buffers with memory for `capacity` tokens or more; nobody else has them."""
-        idle = self._taken()
-        if (
-            idle is not None
-            and (idle.batch, idle.dtype, idle.device, idle.specs, idle.whole)
-            == (batch, dtype, device, tuple(specs), self.whole)
-            and idle.fit_anew(capacity, retention)
-        ):
-            idle.use_here()
-            idle.clear()
-            return idle
-        del idle  # before the new ones are made
+        """Return buffers with memory for `capacity` tokens or more; nobody else has them.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough, also without what was kept.
+        """
+        form = specs, batch, capacity, dtype, device, retention
+        while True:
+            try:
+                return self._again(*form) or self._new(*form)
+            except torch.OutOfMemoryError:
+                if not self._kept:
+                    raise
+            self.clear()  # (here nothing of what has failed is held any more)
+
+    def _again(
+        self,
+        specs: Sequence[LayerCacheSpec],
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        retention: Retention,
+    ) -> CacheBuffers | None:
+        """Return buffers of another request; those of its kind with too little room are freed."""
+        wanted = batch, dtype, device, tuple(specs), self.whole
+        for idle in reversed(self.idle):
+            form = idle.batch, idle.dtype, idle.device, idle.specs, idle.whole
+            if form == wanted and self._take(idle) and idle.fit_anew(capacity, retention):
+                idle.use_here()
+                idle.clear()
+                return idle
+        return None
+
+    def _new(
+        self,
+        specs: Sequence[LayerCacheSpec],
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        retention: Retention,
+    ) -> CacheBuffers:
         form = specs, batch, capacity, dtype, device
         made = CacheBuffers.new(*form, self.longest, self.whole, retention)
         made.use_here()
         return made
 
-    def _taken(self) -> CacheBuffers | None:
-        """Return the buffers that were kept, which are not kept any more."""
-        try:
-            return self._kept.pop()
-        except IndexError:
-            return None
+    def _take(self, buffers: CacheBuffers) -> bool:
+        """Keep buffers no longer; returns whether nobody else has taken them."""
+        self._budget.forget(buffers)
+        return self._kept.pop(id(buffers), None) is not None
 
     def release(self, buffers: CacheBuffers) -> None:
         """Take back the buffers of a request that is gone."""
         if self.keep and not buffers.shown:
-            self._kept.append(buffers)
+            self._kept[id(buffers)] = buffers
+            self._budget.keep(buffers, "buffers", self._let_go)
+            if id(buffers) not in self._kept:  # somebody was faster
+                self._budget.forget(buffers)
+
+    def _let_go(self, buffers: CacheBuffers) -> None:
+        self._kept.pop(id(buffers), None)
 
     def clear(self) -> None:
         """Free the buffers that are kept."""
-        self._kept.clear()
+        for buffers in self.idle:
+            self._take(buffers)
 
 
 class BufferLease:

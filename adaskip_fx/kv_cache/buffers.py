@@ -141,6 +141,10 @@ class CacheBuffers:
         )
         return stored + sum(t.nbytes for t in self._states())
 
+    def parts(self) -> dict[int, int]:
+        """Return its bytes by identity, for the budget."""
+        return {id(self): self.nbytes}
+
     def fit(self, capacity: int) -> bool:
         """Have memory for `capacity` tokens where they are; returns whether that can be."""
         if self.memory is not None and self.capacity < capacity <= self.room:

@@ -10,7 +10,6 @@ from ..kv_cache.cache import SkipCache
 from ..plans.decisions import Decision
 from ..plans.sublayer import Sublayer
 from ..runtime.runtime import Runtime
-from ..runtime.static_step import recordings_on
 from ..speculation.statistics import DraftStats
 
 if TYPE_CHECKING:
@@ -30,16 +29,18 @@ class Stats:
         compile_seconds: Time spent compiling them.
         links: Programs linked for a plan.
         link_seconds: Time spent linking, pieces that were compiled meanwhile included.
-        dropped: Programs forgotten because there were more than ``max_variants``.
+        dropped: Programs that were let go, as there was no room in the memory budget.
         one_batch: Kinds of steps that need a graph for every number of rows above one.
-        graphs: Captured graphs that are held. At most 64 are, or ``max_variants`` where that is
-            more: what no program needs goes first.
-        programs: Linked programs that are held, at most ``max_variants``.
-        recordings: CUDA graphs that are held: of those programs, on requests' buffers and on those
-            that are kept for the next one.
+        graphs: Captured graphs that are kept.
+        programs: Linked programs that are kept.
+        recordings: CUDA graphs that are kept: of those programs, on requests' buffers and on those
+            of requests that have ended.
         requests: Requests whose cache somebody still holds.
-        cache_bytes: Bytes of K/V and states that they hold.
-        idle_bytes: Bytes of buffers that are kept for the next request; `Handle.free` frees them.
+        cache_bytes: Bytes of K/V and states that they hold, which the memory budget does not count.
+        idle_bytes: Bytes of buffers that are kept for later requests; `Handle.free` frees them.
+        graph_bytes: Bytes of those graphs, counted by their nodes.
+        program_bytes: Bytes of those programs, with the tensors of their surrogates.
+        recording_bytes: Bytes of the device that the driver took for those CUDA graphs.
     """
 
     captures: int
@@ -55,6 +56,9 @@ class Stats:
     requests: int
     cache_bytes: int
     idle_bytes: int
+    graph_bytes: int
+    program_bytes: int
+    recording_bytes: int
 
 
 class Handle:
@@ -157,19 +161,36 @@ class Handle:
         """
         self._runtime.warmup(max_length, batch_size)
 
-    def free(self) -> None:
-        """Free the K/V buffers that are kept for the next request, and what was recorded on them.
+    @property
+    def memory_budget(self) -> int:
+        """Bytes that may be kept for later steps and requests; see `adaskip_fx.compile`.
 
-        There are such buffers on a GPU alone, and no more than one request had.
+        Of a smaller number that is set, what was not used for the longest time goes at once.
+        What the last step ran on is kept in any case: a warning says if that is more.
+
+        Raises:
+            ValueError: (when set) It is no positive number of bytes.
+            RanksError: (when set) The model is on several ranks, and they set other numbers.
+        """
+        return self._runtime.budget.limit
+
+    @memory_budget.setter
+    def memory_budget(self, memory_budget: int) -> None:
+        self._runtime.ranks.agree("the memory budget", memory_budget)
+        self._runtime.budget.limit = memory_budget
+
+    def free(self) -> None:
+        """Free the K/V buffers that are kept for later requests, and what was recorded on them.
+
+        There are such buffers on a GPU alone.
         """
         self._runtime.free()
 
     def stats(self) -> Stats:
         """Return what was captured, compiled and linked so far, and what is held."""
         runtime = self._runtime
-        counters, (graphs, programs) = runtime.counters, runtime.graphs.held
-        leases = [cache.lease for cache in runtime.live_caches()]
-        buffers = (*(lease.buffers for lease in leases), runtime.buffer_pool.idle)
+        counters = runtime.counters
+        graphs, programs, recordings, buffers = runtime.budget.held().values()
         return Stats(
             captures=counters.captures,
             pieces_compiled=runtime.pieces_compiled,
@@ -178,12 +199,15 @@ class Handle:
             link_seconds=counters.link_seconds,
             dropped=counters.dropped,
             one_batch=counters.one_batch,
-            graphs=graphs,
-            programs=programs,
-            recordings=recordings_on(buffers),
+            graphs=graphs[0],
+            programs=programs[0],
+            recordings=recordings[0],
             requests=len(runtime.live_caches()),
             cache_bytes=runtime.cache_bytes,
-            idle_bytes=runtime.buffer_pool.idle_bytes,
+            idle_bytes=buffers[1],
+            graph_bytes=graphs[1],
+            program_bytes=programs[1],
+            recording_bytes=recordings[1],
         )
 
     def explain(self) -> str:

@@ -1,62 +1,51 @@
-"""How many captured graphs are kept: what no program needs goes first, by when it was needed.
+"""The captured graphs that are kept, as far as the memory budget goes.
 
-Linked programs are bounded by ``max_variants``. A captured graph takes seconds to be made again, so
-more of them are kept. A recorded CUDA graph is kept no longer than its program and the buffers
-that it works on, of which one set is kept for the next request.
+A program holds its graph, so that a graph goes no sooner than its programs do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from weakref import WeakKeyDictionary
+from contextlib import suppress
 
 from ..capture.phase_graph import CapturedPhase
+from ..capture.state import State
 from ..capture.states import States
-
-#: Captured graphs of a model that are kept, or as many as there are programs where these are more.
-MOST_GRAPHS = 64
+from ..utils.memory_budget import MemoryBudget
 
 
 class KeptGraphs:
     """The captured graphs of one model.
 
     Attributes:
-        limit: how many are kept, the first one of all not counted.
-        dropped: how many were dropped.
-        pieces, seconds: what those had compiled, and how long that took.
+        first: the first of all, which says what the model is made of, and is never let go.
+        pieces, seconds: what those that were let go had compiled, and how long that took.
     """
 
-    def __init__(self, states: States, limit: int) -> None:
-        """Keep as many as `limit` of what is captured in any of `states`."""
-        self.limit = limit
-        self.dropped = self.pieces = 0
+    def __init__(self, states: States, budget: MemoryBudget) -> None:
+        """Keep what is captured in any of `states`, within `budget`."""
+        self.first: CapturedPhase | None = None
+        self.pieces = 0
         self.seconds = 0.0
         self._states = states
-        self._idle_since: WeakKeyDictionary[CapturedPhase, int] = WeakKeyDictionary()
-        self._count = 0
+        self._budget = budget
 
     def all(self) -> list[CapturedPhase]:
-        """Return what is kept in the states that the model was in."""
-        states = self._states.known
-        return [c for s in states for group in s.captures.values() for c in group]
+        """Return what is kept: the first, and what was captured in the states the model was in."""
+        first = [self.first] if self.first is not None else []
+        groups = [g for s in self._states.known for g in list(s.captures.values())]
+        return list(dict.fromkeys([*first, *(c for group in groups for c in list(group))]))
 
-    def lost_program(self, captured: CapturedPhase) -> None:
-        """Say that a program of a graph was dropped just now."""
-        self._count += 1
-        self._idle_since[captured] = self._count
+    def keep(self, captured: CapturedPhase, state: State) -> None:
+        """Keep what was captured in a state."""
+        state.add(captured)
+        if self.first is None:
+            self.first = captured
+        never = captured is self.first
+        self._budget.keep(captured, "graphs", None if never else self._let_go)
 
-    def trim(self, needed: Collection[CapturedPhase]) -> None:
-        """Drop graphs that are not `needed` while there are more than the limit."""
-        idle = sorted(set(self.all()) - set(needed), key=lambda c: self._idle_since.get(c, 0))
-        for captured in idle[: max(0, len(self.all()) - self.limit)]:
-            self._drop(captured)
-
-    def _drop(self, captured: CapturedPhase) -> None:
+    def _let_go(self, captured: CapturedPhase) -> None:
         for state in self._states.known:
-            group = state.captures.get(captured.key, [])
-            rest = [c for c in group if c is not captured]  # others may be reading the old list
-            if len(rest) < len(group):
-                state.captures[captured.key] = rest
-        self.dropped += 1
+            with suppress(ValueError):  # (one operation each: others may read and add meanwhile)
+                state.captures.get(captured.key, []).remove(captured)
         self.pieces += captured.compiler.compiled
         self.seconds += captured.compiler.seconds

@@ -30,6 +30,9 @@ from .rewrite import plan_phase, rewrite, surrogate_tensors, window_tensors
 
 Link = Literal["pieces", "fused"]
 
+#: What a call of a linked program takes of main memory.
+_CALL_BYTES = 1200
+
 
 class Program:
     """A linked graph with its inputs bound by name.
@@ -98,6 +101,8 @@ class Program:
         windows = local(plan.windows.of_phase(phase))
         self.windows = window_tensors(outer, captured.sublayers, windows)
         self._tensors, self._tables = (tuple(t.values()) for t in (self.surrogates, self.windows))
+        compiled = captured.nbytes if how == "fused" else 0
+        self._calls = compiled + _CALL_BYTES * len(outer.graph.nodes)
         self._take = self._in_order(outer.graph)
         self._function = instrument.link(self, outer)
         self.seconds = time.perf_counter() - start
@@ -114,6 +119,16 @@ class Program:
         """Return a compiled function of the placeholders of a rewritten outer graph."""
         compiler = self.captured.compiler
         return link(outer, compiler) if self._how == "pieces" else compiler.compile(fuse(outer))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its calls, of what was compiled for it alone, and of its tensors."""
+        return self._calls + sum(t.nbytes for t in (*self._tensors, *self._tables))
+
+    def parts(self) -> dict[int, int]:
+        """Return its bytes by identity, for the budget: of itself, its graph and its tensors."""
+        tensors = {id(t): t.nbytes for t in (*self._tensors, *self._tables)}
+        return {**self.captured.parts(), id(self): self._calls, **tensors}
 
     @property
     def functions(self) -> frozenset[Callable[..., Any]]:

@@ -31,8 +31,9 @@ from ..parallel.shards import head_shares
 from ..plans.compose_surrogates import SurrogateTensors
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..plans.sublayer import Sublayer
+from ..utils.memory_budget import MemoryBudget
 from .instruments import Instrument
-from .kept_graphs import MOST_GRAPHS, KeptGraphs
+from .kept_graphs import KeptGraphs
 from .program import Link, Program, program_key
 from .proofs import Proofs
 from .structure import ModelStructure, piece_keys
@@ -56,6 +57,7 @@ class Graphs:
 
     Attributes:
         counters: captures, links and dropped programs so far.
+        budget: what is kept for later, and how much of it there may be.
         ranks: the processes that run the model together.
         trained_length: positions that the model's config says; None if it says nothing.
     """
@@ -67,7 +69,7 @@ class Graphs:
         sample: ReferenceRun,
         backend: str,
         link: Link,
-        max_variants: int,
+        budget: MemoryBudget,
     ) -> None:
         self.model = model
         self.states = States(model, original, sample)
@@ -79,11 +81,9 @@ class Graphs:
         start_workers(backend, model.device)  # while the first graph is traced
         self.trained_length = positions(model)
         self._placed = SurrogateTensors()
-        self._programs = VariantCache(
-            max_variants, self.counters, lambda graph: self._kept.lost_program(graph)
-        )
-        self._kept = KeptGraphs(self.states, max(MOST_GRAPHS, max_variants))
-        self._first: CapturedPhase | None = None
+        self.budget = budget
+        self._programs = VariantCache(budget, self.counters)
+        self._kept = KeptGraphs(self.states, budget)
         self._structure: ModelStructure | None = None
         self._proofs = Proofs(model, self.states, self.ranks)
 
@@ -113,22 +113,17 @@ class Graphs:
     @property
     def pieces_compiled(self) -> int:
         """How many distinct pieces have been compiled, over all captures."""
-        return self._kept.pieces + sum(c.compiler.compiled for c in self._all())
+        return self._kept.pieces + sum(c.compiler.compiled for c in self._kept.all())
 
     @property
     def compile_seconds(self) -> float:
         """Time spent compiling pieces."""
-        return self._kept.seconds + sum(c.compiler.seconds for c in self._all())
-
-    @property
-    def held(self) -> tuple[int, int]:
-        """How many captured graphs and linked programs are held now."""
-        return len(self._all()), len(self._programs)
+        return self._kept.seconds + sum(c.compiler.seconds for c in self._kept.all())
 
     @property
     def why_traced(self) -> list[str]:
         """Why layers that are alike were traced one by one nevertheless; empty if none were."""
-        return sorted({c.capture.why_traced for c in self._all()} - {""})
+        return sorted({c.capture.why_traced for c in self._kept.all()} - {""})
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
@@ -138,7 +133,7 @@ class Graphs:
     @property
     def keys(self) -> dict[Sublayer, tuple[str, ...]]:
         """For each sublayer the key of its piece in each capture: equal ones run the same code."""
-        return piece_keys(self._all())
+        return piece_keys(self._kept.all())
 
     @property
     def specs(self) -> tuple[LayerCacheSpec, ...]:
@@ -154,21 +149,23 @@ class Graphs:
         return self.structure.retention(plans, self.specs)
 
     def check_room(self, programs: int) -> None:
-        """ValueError when fewer linked programs are kept than are to be run in turn."""
-        if self._programs.limit < programs:
+        """ValueError when fewer linked programs can be kept than are to be run in turn.
+
+        That is told by the largest one there is.
+        """
+        graphs = sum(captured.nbytes for captured in self._kept.all())
+        largest = max((p.nbytes for p in self._programs.all()), default=1)
+        if graphs + programs * largest > self.budget.limit:
             raise ValueError(
-                f"{programs} plans are run in turn, but max_variants={self._programs.limit} "
-                "programs are kept, so that each turn would link again; compile with a larger "
-                "max_variants"
+                f"{programs} plans are run in turn, but memory_budget={self.budget.limit} holds "
+                f"{max(0, self.budget.limit - graphs) // largest} programs of {largest} bytes "
+                f"beside {graphs} bytes of graphs, so that each turn would link again; compile "
+                "with a larger memory_budget"
             )
 
     def capture_prefill(self, device: torch.device) -> None:
         """Capture a prefill graph, so that a model that cannot be cut is refused at once."""
         self.capture(GraphKey.plain("prefill", self.model.dtype, device))
-
-    def _all(self) -> list[CapturedPhase]:
-        first = [self._first] if self._first is not None else []
-        return list(dict.fromkeys([*first, *self._kept.all()]))
 
     def program(
         self,
@@ -249,6 +246,10 @@ class Graphs:
         key = program_key(captured, *wanted)
         return self._programs.get(key, lambda: self.ranks.together("a program", make))
 
+    def use(self, program: Program) -> None:
+        """Say that a program, which somebody has looked up before, is about to run again."""
+        self._programs.use(program)
+
     def takes_padding(self, captured: CapturedPhase) -> bool:
         """Return whether a graph for a static cache is right for padding; that is tried once."""
         return self._proofs.takes_padding(captured, self.forward)
@@ -276,9 +277,10 @@ class Graphs:
             trace = partial(phase_graph.capture_phase, *to_trace)
             captured = self.ranks.together("a graph", trace)
         self.counters.captures += 1
-        if self._first is not None and captured.sublayers != self._first.sublayers:
+        first = self._kept.first
+        if first is not None and captured.sublayers != first.sublayers:
             raise UnsupportedError(
-                f"{type(self.model).__name__} had {len(self._first.sublayers)} sublayers when it "
+                f"{type(self.model).__name__} had {len(first.sublayers)} sublayers when it "
                 f"was compiled and has {len(captured.sublayers)} now, or others; compile it again"
             )
         with named_obstacles(self.model):
@@ -290,10 +292,9 @@ class Graphs:
             time.perf_counter() - start,
             len(captured.sublayers),
         )
-        if self._first is None:
+        if first is None:
             own = attention.is_own(self.states.original)
             shares = None if self.ranks.alone else head_shares(self.states.original)
-            self._first, self._structure = captured, ModelStructure(captured, own, shares)
-        state.add(captured)
-        self._kept.trim({captured, self._first or captured, *self._programs.captured()})
+            self._structure = ModelStructure(captured, own, shares)
+        self._kept.keep(captured, state)
         return captured

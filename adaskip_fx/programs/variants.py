@@ -1,14 +1,13 @@
-"""Linked programs by key, of which the least recently used are dropped, and what was counted."""
+"""Linked programs by key, kept as far as the memory budget goes, and what was counted."""
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 
-from ..capture.phase_graph import CapturedPhase
+from ..utils.memory_budget import MemoryBudget
 from .program import Program
 
 logger = logging.getLogger(__name__)
@@ -22,7 +21,7 @@ class Counters:
         captures: Graphs traced with Dynamo.
         links: Programs linked for a plan.
         link_seconds: How long that took in all, pieces that were compiled meanwhile included.
-        dropped: Programs forgotten because there were more than ``max_variants``.
+        dropped: Programs that were let go, as there was no room in the memory budget.
         one_batch: Kinds of steps that need a graph for each number of rows (above one).
     """
 
@@ -34,46 +33,37 @@ class Counters:
 
 
 class VariantCache:
-    """Programs by key, of which the least recently used are dropped.
+    """Programs by key; nobody else holds them for longer than a step.
 
     Attributes:
-        limit: How many are kept.
         counters: What is counted.
     """
 
-    def __init__(
-        self, limit: int, counters: Counters, lost: Callable[[CapturedPhase], None]
-    ) -> None:
+    def __init__(self, budget: MemoryBudget, counters: Counters) -> None:
         """Keep nothing yet.
 
         Args:
-            limit: How many to keep.
+            budget: What is kept in all.
             counters: They count.
-            lost: Is told the captured graph of a program that was dropped.
         """
-        if not isinstance(limit, int) or limit < 1:
-            raise ValueError(f"max_variants must be at least 1, got {limit!r}")
-        self.limit = limit
         self.counters = counters
-        self._lost = lost
-        self._programs: OrderedDict[Hashable, Program] = OrderedDict()
-        self._lock = threading.Lock()  # of the order, for moments
+        self._budget = budget
+        self._programs: dict[Hashable, Program] = {}
 
-    def __len__(self) -> int:
-        return len(self._programs)
-
-    def captured(self) -> set[CapturedPhase]:
-        """Return the captured graphs of the programs that are kept."""
-        with self._lock:
-            return {program.captured for program in self._programs.values()}
+    def all(self) -> list[Program]:
+        """Return the programs that are kept."""
+        return list(self._programs.values())
 
     def find(self, key: Hashable) -> Program | None:
-        """Return the program for `key`; None if it is not there."""
-        with self._lock:
-            program = self._programs.get(key)
-            if program is not None:
-                self._programs.move_to_end(key)
-            return program
+        """Return the program for `key`, which is about to run; None if it is not there."""
+        program = self._programs.get(key)
+        if program is not None:
+            self.use(program)
+        return program
+
+    def use(self, program: Program) -> None:
+        """Say that a program is about to run."""
+        self._budget.use(program, program.captured)
 
     def get(self, key: Hashable, make: Callable[[], Program]) -> Program:
         """Return the program for `key`, made if it is not there: by one caller at a time."""
@@ -89,10 +79,12 @@ class VariantCache:
             )
             self.counters.links += 1
             self.counters.link_seconds += program.seconds
-            with self._lock:
-                self._programs[key] = program
-                while len(self._programs) > self.limit:
-                    _, dropped = self._programs.popitem(last=False)
-                    self._lost(dropped.captured)
-                    self.counters.dropped += 1
+            self._programs[key] = program
+            self._budget.use(program.captured)
+            self._budget.keep(program, "programs", partial(self._let_go, key))
         return program
+
+    def _let_go(self, key: Hashable, program: Program) -> None:
+        if self._programs.get(key) is program:
+            del self._programs[key]
+            self.counters.dropped += 1

@@ -37,6 +37,7 @@ def runtime_report(runtime: Runtime) -> str:
         *_not_fixed_rows(runtime),
         *_checked_rows(runtime),
         ("K/V", _storage(runtime)),
+        ("kept", _kept(runtime)),
     ]
     return _aligned(rows)
 
@@ -180,13 +181,15 @@ def _storage(runtime: Runtime) -> str:
     some = " or ".join(map(str, sorted(stored)))
     return (
         f"{storage(runtime.cache_bytes)} in live requests ({some} of {layers} layers); "
-        f"{storage(full)} with all layers{_idle(runtime)}"
+        f"{storage(full)} with all layers"
     )
 
 
-def _idle(runtime: Runtime) -> str:
-    idle = runtime.buffer_pool.idle_bytes
-    return f"; {storage(idle)} kept for the next request" if idle else ""
+def _kept(runtime: Runtime) -> str:
+    held = {kind: pair for kind, pair in runtime.budget.held().items() if pair[0]}
+    each = (f"{_count(n, kind[:-1])} {storage(size)}" for kind, (n, size) in held.items())
+    total = storage(sum(size for _, size in held.values()))
+    return f"{total} of at most {storage(runtime.budget.limit)}: {', '.join(each)}"
 
 
 def _full_bytes(cache: SkipCache) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -43,7 +44,8 @@ class Request:
         bindings: What the turn's steps on a static cache repeat, by number of tokens and plan.
         agreed: The digest of the last plan that all ranks were seen to run; None before.
         since: The state of the model that the request began with; None before its first prompt.
-        weights: The inputs that stay the same during the request, by captured graph.
+        weights: The inputs that stay the same during the request, by captured graph, for
+            as long as that is kept.
     """
 
     decision: Decision
@@ -63,8 +65,8 @@ class Request:
     )
     agreed: str | None = field(init=False, default=None, repr=False)
     since: Since | None = field(init=False, default=None, repr=False)
-    weights: dict[CapturedPhase, tuple[Any, ...]] = field(
-        init=False, default_factory=dict, repr=False
+    weights: WeakKeyDictionary[CapturedPhase, tuple[Any, ...]] = field(
+        init=False, default_factory=WeakKeyDictionary, repr=False
     )
 
     def __post_init__(self) -> None:

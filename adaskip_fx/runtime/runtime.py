@@ -26,6 +26,7 @@ from ..programs.program import Link, Program
 from ..programs.program_cache import Graphs
 from ..programs.variants import Counters
 from ..speculation.speculation import Speculation
+from ..utils.memory_budget import MemoryBudget
 from . import turns
 from .checking import Checker, checks
 from .inputs import Inputs
@@ -51,11 +52,12 @@ class Runtime:
         profile: What calibration measured; None when an explicit plan needs none.
         policy: It decides the online plan; None when nothing is learned while decoding.
         describe: What chose the plan says of a plan; None when nobody has something to say.
-        cache_argument: What the model's forward calls its cache.
-        generate_argument: What ``generate`` calls it among what it keeps for forward.
+        cache_argument, generate_argument: What the model's forward calls its cache, and what
+            ``generate`` calls it among what it keeps for forward.
         decoder_path: The attributes that lead to the decoder in a model around it; () if none is.
         graphs: What has been captured, compiled and linked.
         ranks: The processes that run the model together.
+        budget: What is kept for later: graphs, programs, recordings and buffers.
         runner: It runs a step with the plan that is in force.
         buffer_pool: K/V buffers between requests.
         checker: What ``ADASKIP_CHECK=1`` has found.
@@ -76,7 +78,7 @@ class Runtime:
         describe: Callable[[SkipPlan], str] | None = None,
         backend: str = "inductor",
         link: Link = "pieces",
-        max_variants: int = 32,
+        budget: MemoryBudget | None = None,
         static_cache: bool | None = None,
     ) -> None:
         self.model = model
@@ -85,8 +87,8 @@ class Runtime:
         self.generate_argument = generate_argument(forward)
         self.decoder_path = decoder_path(original)
         self.profile, self.policy, self.describe = profile, policy, describe
-        self.graphs = Graphs(model, original, sample, backend, link, max_variants)
-        self.ranks = self.graphs.ranks
+        self.graphs = Graphs(model, original, sample, backend, link, budget or MemoryBudget())
+        self.budget, self.ranks = self.graphs.budget, self.graphs.ranks
         self.runner = Runner(self.graphs, static_cache)
         self.buffer_pool = self.runner.buffer_pool
         self.checker = Checker(self.graphs)
@@ -169,7 +171,7 @@ class Runtime:
         return sum(cache.nbytes for cache in self.live_caches())
 
     def free(self) -> None:
-        """Free the K/V buffers that are kept for the next request (on a GPU; see `buffer_pool`)."""
+        """Free the K/V buffers that are kept for later requests (on a GPU; see `buffer_pool`)."""
         self.buffer_pool.clear()
 
     @torch.no_grad()

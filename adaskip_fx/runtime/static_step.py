@@ -11,13 +11,14 @@ recorded right after. A plan that is linked from pieces that have run is recorde
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from adaskip_passes import Recorder
+from adaskip_passes import Recorder, Recording
 
 from ..capture.graph_key import Surroundings
 from ..kv_cache.buffers import CacheBuffers
@@ -26,23 +27,22 @@ from ..kv_cache.padding import Padding
 from ..kv_cache.views import StaticCacheView
 from ..plans.skip_plan import SkipPlan, Sublayer
 from ..programs.program import Program
-from ..programs.variants import Counters
+from ..utils.memory_budget import MemoryBudget
 
 
 @dataclass(frozen=True)
 class StaticBinding:
     """What the static steps of a request repeat, so that it is looked up once.
 
-    links: of the counters when it was looked up: linking another program may drop this one.
+    The program is not held by it: a request that does nothing holds nothing but its buffers.
     """
 
     buffers: CacheBuffers
     plan: SkipPlan
     probed: tuple[Sublayer, ...]
     surroundings: Surroundings
-    program: Program
     arguments: dict[str, Any]
-    links: int
+    program: weakref.ref[Program]
 
     def serves(
         self,
@@ -50,25 +50,28 @@ class StaticBinding:
         plan: SkipPlan,
         probed: tuple[Sublayer, ...],
         surroundings: Surroundings,
-        counters: Counters,
-    ) -> bool:
-        """Whether the next step is like the last one."""
-        return (
+    ) -> Program | None:
+        """Return the program if the next step is like the last one, and it is still there."""
+        same = (
             self.buffers is buffers
             and self.plan is plan
             and self.probed == probed
             and self.surroundings == surroundings
-            and self.links == counters.links
         )
+        return self.program() if same else None
 
 
 @dataclass(eq=False)
-class _Recording:
+class Recorded:
     """A program's step as a graph, and the weights it was recorded with."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: Recording
     weights: tuple[Any, ...]
     addresses: tuple[int, ...]
+
+    def parts(self) -> dict[int, int]:
+        """Return its bytes by identity, for the budget."""
+        return {id(self): self.graph.nbytes}
 
 
 class StaticStep:
@@ -87,6 +90,7 @@ class StaticStep:
         tokens: int,
         device: torch.device,
         recorder: Recorder | None,
+        budget: MemoryBudget,
     ) -> None:
         """Make the inputs of steps of `tokens` new tokens a row."""
         size = buffers.batch, tokens
@@ -98,10 +102,8 @@ class StaticStep:
             self.valid = torch.ones(size, dtype=torch.bool, device=device)
             self._order = torch.arange(tokens, device=device)
         self.cache = StaticCacheView.of(buffers, specs, self.position, self.first, buffers.whole)
-        self._recorder = recorder
-        self._recordings: weakref.WeakKeyDictionary[Program, _Recording] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._recorder, self._budget = recorder, budget
+        self._recordings: weakref.WeakKeyDictionary[Program, Recorded] = weakref.WeakKeyDictionary()
         self._position_at: int | None = None  # what `position` holds, if that is known
         self._positions_at: int | None = None  # likewise `positions`
         self._padding: Padding | None = None  # what `first` holds
@@ -181,18 +183,19 @@ class StaticStep:
             self.valid.fill_(True)
             self._all_valid = True
 
-    @property
-    def recordings(self) -> int:
-        """How many graphs are held: of programs that somebody holds."""
-        return len(self._recordings)
-
     def let_go(self) -> None:
         """Free the graphs, when what they launched is through; the next steps record others."""
         if self._recordings:
             torch.cuda.synchronize(self.tokens.device)
         for recording in self._recordings.values():
-            recording.graph.reset()
+            recording.graph.graph.reset()
         self._recordings.clear()
+
+    def forget(self, recording: Recorded) -> None:
+        """Forget one graph; a driver frees it when what it launched is through."""
+        for program, kept in list(self._recordings.items()):
+            if kept is recording:
+                self._recordings.pop(program, None)
 
     @staticmethod
     def _new(buffer: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
@@ -211,6 +214,7 @@ class StaticStep:
             return
         recording = self._recordings.get(program)
         if recording is not None and _same(recording, weights):
+            self._budget.use(recording)
             self._recorder.replay(recording.graph)
             return
         addresses = _addresses(weights)
@@ -222,10 +226,11 @@ class StaticStep:
             self._recorder.run(body)
             self._ran |= program.functions
             _use_here(self._outputs())  # made on another stream
-        graph = self._recorder.record(body)
-        self._recordings[program] = _Recording(graph, weights, addresses)
+        recording = Recorded(self._recorder.record(body), weights, addresses)
+        self._recordings[program] = recording
+        self._budget.keep(recording, "recordings", partial(_let_go, weakref.ref(self)))
         if ready:
-            self._recorder.replay(graph)
+            self._recorder.replay(recording.graph)
 
     def _ready(self, program: Program) -> bool:
         """Whether a step has nothing left to set up: its pieces have run, its outputs have room."""
@@ -256,7 +261,7 @@ def _kept(buffer: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
     return buffer.copy_(value)
 
 
-def _same(recording: _Recording, weights: tuple[Any, ...]) -> bool:
+def _same(recording: Recorded, weights: tuple[Any, ...]) -> bool:
     """Whether a graph was recorded with these weights; they are looked up once a request."""
     if recording.weights is weights:
         return True
@@ -270,7 +275,8 @@ def _addresses(weights: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(v.data_ptr() if isinstance(v, torch.Tensor) else hash(v) for v in weights)
 
 
-def recordings_on(every: Iterable[CacheBuffers | None]) -> int:
-    """Return how many CUDA graphs are held on these buffers."""
-    held = {id(b): b for b in every if b is not None}
-    return sum(step.recordings for b in held.values() for step in list(b.steps.values()))
+def _let_go(step: weakref.ref[StaticStep], recording: Recorded) -> None:
+    """Have a step forget one of its graphs; what it launched runs to its end."""
+    steps = step()
+    if steps is not None:
+        steps.forget(recording)

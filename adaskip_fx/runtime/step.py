@@ -41,7 +41,7 @@ class Runner:
         self.graphs = graphs
         on_gpu = graphs.device.type == "cuda"
         wanted = on_gpu if static_cache is None else static_cache
-        self.buffer_pool = BufferPool(keep=wanted, longest=graphs.trained_length)
+        self.buffer_pool = BufferPool(wanted, graphs.trained_length, graphs.budget)
         self.static = StaticRunner(graphs, self.buffer_pool, wanted)
         self.packed = PackedRunner(graphs)
         self.observer: Callable[[Program, SkipPlan, int], None] | None = None

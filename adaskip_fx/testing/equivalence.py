@@ -166,7 +166,7 @@ def _pair(model: Any, dtype: torch.dtype | None, backend: str) -> _Pair:
     if compiled is None or not all(a is b for a, b in parameters):
         converted = None if dtype in (None, model.dtype) else copy.deepcopy(model).to(dtype)
         source = converted if converted is not None else model
-        compiled = build(source, None, backend=backend, max_variants=64)
+        compiled = build(source, None, backend=backend)
         forms[key] = converted, compiled  # not the model itself, which would keep it alive
     return _Pair(source, compiled)
 

@@ -236,7 +236,7 @@ def subject_of(
     """A subject of a model in memory; `timed` as for `open_subject`."""
     on_gpu = model.device.type == "cuda"
     backend = options.backend or ("inductor" if on_gpu and timed else "eager")
-    compiled = build(model, None, backend=backend, max_variants=1024)
+    compiled = build(model, None, backend=backend)
     samples = options.samples or (8 if on_gpu else 2)
     length = options.length or (2048 if on_gpu else 256)
     return Subject(name, model, compiled, tokenizer, tuple(texts), options, samples, length)

@@ -108,7 +108,7 @@ class Subject:
         on_gpu = self.device.type == "cuda"
         self.sizes = ON_GPU if on_gpu else TINY
         backend = "inductor" if on_gpu else "eager"
-        self.fast: Any = build(model, None, backend=backend, max_variants=64)
+        self.fast: Any = build(model, None, backend=backend)
         self.plan = SkipPlan.empty(self.fast.adaskip.sublayers)
         self.layers: int = model.config.num_hidden_layers
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .analysis.residual_branches import find_sublayers
-    from .decode.cuda_graphs import Recorder
+    from .decode.cuda_graphs import Recorder, Recording
     from .decode.fuse_projections import FuseProjections
     from .decode.fuse_rank_sums import FuseRankSums
     from .errors import AdaskipError, UnsupportedError
@@ -51,6 +51,7 @@ __all__ = [
     "PieceCompiler",
     "Probe",
     "Recorder",
+    "Recording",
     "Replacement",
     "Skip",
     "Tap",
@@ -74,6 +75,7 @@ _HOMES = MappingProxyType(
         "PieceCompiler": "linking.piece_compiler",
         "Probe": "transforms.probe",
         "Recorder": "decode.cuda_graphs",
+        "Recording": "decode.cuda_graphs",
         "RefusedError": "errors",  # the name of UnsupportedError before 0.1.0
         "Replacement": "transforms.skip",
         "Skip": "transforms.skip",

@@ -131,7 +131,7 @@ FAMILIES = {
 
 def made(family: str, static_cache: bool) -> tuple[Any, Any]:
     model = make_model("grouped") if family == "llama" else tiny_model(tiny_config(family))
-    return model, build(model, None, backend="eager", max_variants=64, static_cache=static_cache)
+    return model, build(model, None, backend="eager", static_cache=static_cache)
 
 
 @torch.no_grad()

@@ -142,8 +142,8 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"backend": "inductr"}, ValueError, "unknown backend 'inductr'; known: .*eager.*inductor"),
     ({"backend": print}, ValueError, "unknown backend"),
     ({"link": "fuse"}, ValueError, "link must be 'pieces' or 'fused', got 'fuse'"),
-    ({"max_variants": 0}, ValueError, "max_variants must be at least 1, got 0"),
-    ({"max_variants": "many"}, ValueError, "max_variants must be at least 1, got 'many'"),
+    ({"memory_budget": 0}, ValueError, "memory_budget must be a whole number of bytes, got 0"),
+    ({"memory_budget": "all"}, ValueError, "memory_budget must be a whole number of bytes, got 'a"),
 ]
 
 

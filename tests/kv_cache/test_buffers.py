@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from adaskip_fx.kv_cache.buffer_pool import BufferLease, BufferPool
 from adaskip_fx.kv_cache.buffers import CacheBuffers
 from adaskip_fx.kv_cache.layer_spec import LayerCacheSpec, State
+from adaskip_fx.utils.memory_budget import MemoryBudget
 from tests.support.cuda_driver import Driver, install_on_cpu
 
 SPECS = (LayerCacheSpec(1, 2, 1, 2, (State("conv", 0, (3,), torch.float32),)),)
@@ -33,11 +34,11 @@ class Yielding(BufferPool):
         super().__init__(keep)
         self.between = between
 
-    def _taken(self) -> CacheBuffers | None:
-        kept = self.idle
+    def _take(self, buffers: CacheBuffers) -> bool:
+        there = buffers in self.idle
         self.between()
         self._kept.clear()
-        return kept
+        return there
 
 
 def two_at_once(pool: BufferPool) -> list[CacheBuffers]:
@@ -109,15 +110,19 @@ def test_a_finalizer_may_give_back_while_a_lease_is_made(monkeypatch: pytest.Mon
     assert acquire(pool) is ended
 
 
-def test_one_set_of_buffers_is_kept() -> None:
-    pool = BufferPool(keep=True)
-    a, b = acquire(pool), acquire(pool)
-    assert pool.idle is None
+def test_as_many_buffers_are_kept_as_the_budget_allows() -> None:
+    nbytes = acquire(BufferPool(keep=False)).nbytes
+    pool = BufferPool(keep=True, budget=MemoryBudget(3 * nbytes - 1))
+    a, b, c = (acquire(pool) for _ in "abc")
+    assert pool.idle == []
     assert not pool.idle_bytes
     pool.release(a)
     pool.release(b)
-    assert pool.idle is b
-    assert pool.idle_bytes == b.nbytes
+    assert pool.idle == [a, b]
+    pool.release(c)
+    assert pool.idle == [b, c]
+    assert pool.idle_bytes == 2 * nbytes
+    assert acquire(pool) is c
     b.states[0][0].fill_(1.0)
     assert acquire(pool) is b
     assert not b.states[0][0].any(), "it is clean"
@@ -125,6 +130,44 @@ def test_one_set_of_buffers_is_kept() -> None:
     pool.clear()
     assert not pool.idle_bytes
     assert acquire(pool) is not b
+
+
+def test_what_is_kept_goes_before_there_is_too_little_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, new, rows = BufferPool(keep=True), CacheBuffers.new, list[int]()
+    for buffers in [acquire(pool) for _ in range(2)]:
+        pool.release(buffers)
+    del buffers
+
+    def within(*args: Any) -> CacheBuffers:
+        rows.append(args[1])
+        gc.collect()
+        if args[1] > 2 - len(pool.idle):
+            raise torch.OutOfMemoryError("no room")
+        return new(*args)
+
+    monkeypatch.setattr(CacheBuffers, "new", within)
+    form = torch.float32, CPU
+    assert pool.acquire(SPECS, 2, 8, *form).batch == 2
+    assert rows == [2, 2]
+    assert pool.idle == []
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        pool.acquire(SPECS, 3, 8, *form)
+    assert rows == [2, 2, 3], "there is nothing more to free"
+
+
+def test_buffers_of_other_requests_stay() -> None:
+    """Of another batch, they are used when one like theirs comes again."""
+    pool = BufferPool(keep=True)
+    one = acquire(pool)
+    pool.release(one)
+    two = pool.acquire(SPECS, 2, 8, torch.float32, CPU)
+    pool.release(two)
+    assert pool.idle == [one, two]
+    assert acquire(pool) is one
+    assert pool.acquire(SPECS, 2, 64, torch.float32, CPU) is not two
+    assert pool.idle == [], "what is of the kind and has too little room is freed"
 
 
 def test_what_was_shown_is_not_kept() -> None:
@@ -148,9 +191,9 @@ def test_a_lease_gives_its_buffers_back_when_it_is_gone() -> None:
     pool = BufferPool(keep=True)
     lease, buffers = BufferLease(pool), acquire(pool)
     lease.hold(buffers)
-    assert pool.idle is None
+    assert pool.idle == []
     del lease
-    assert pool.idle is buffers
+    assert pool.idle == [buffers]
 
 
 def test_a_lease_gives_back_what_it_held_before() -> None:
@@ -159,13 +202,13 @@ def test_a_lease_gives_back_what_it_held_before() -> None:
     lease.hold(before)
     lease.hold(after)
     assert lease.buffers is after
-    assert pool.idle is before
+    assert pool.idle == [before]
     lease.release()
     assert lease.buffers is None
-    assert pool.idle is after
+    assert pool.idle == [before, after]
     pool.clear()
     lease.release()
-    assert pool.idle is None, "it gives nothing back twice"
+    assert pool.idle == [], "it gives nothing back twice"
 
 
 # What a request costs after another one --------------------------------------------------------
@@ -194,7 +237,7 @@ def test_a_request_costs_no_more_after_a_long_one(lengths: list[int]) -> None:
             assert held == alone == sum(driver.handles.values()), f"of {tokens} tokens"
         kept = pool.idle
         assert bytes_of(pool, ROOM) > held
-        assert pool.idle is kept, "its addresses stay, with what was recorded at them"
+        assert pool.idle == kept, "its addresses stay, with what was recorded at them"
         del kept
         pool.clear()
         gc.collect()

@@ -204,7 +204,7 @@ class Side:
     def __init__(self, structure: Structure, model: Any, options: Mapping[str, Any]) -> None:
         self.phase = Phase()
         self.options = options
-        self.compiled = build(model, None, backend="eager", max_variants=64, **options)
+        self.compiled = build(model, None, backend="eager", **options)
         self.reference = shared(model)
         self.edits: dict[str, Edit] = {}
         if structure.skips_in_decode:

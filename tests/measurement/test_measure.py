@@ -200,10 +200,13 @@ def test_what_measuring_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
             measured(Clock(), contexts)
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         measured(Clock(), rounds=0)
-    few = SimpleNamespace(limit=PLANS - 1)
-    monkeypatch.setattr(compiled_llamas.entry(SHAPE).runtime.graphs, "_programs", few)
-    monkeypatch.setattr(compiled_llamas.entry(SHAPE).runtime, "warmup", lambda *_: None)
-    with pytest.raises(ValueError, match="5 plans are run in turn, but max_variants=4 programs"):
+    runtime = compiled_llamas.entry(SHAPE).runtime
+    monkeypatch.setattr(runtime, "warmup", lambda *_: None)
+    graphs = sum(captured.nbytes for captured in runtime.graphs._kept.all())
+    largest = max(program.nbytes for program in runtime.graphs._programs.all())
+    monkeypatch.setattr(runtime.budget, "_limit", graphs + PLANS * largest - 1)
+    message = f"5 plans are run in turn, but memory_budget={graphs + 5 * largest - 1} holds 4 prog"
+    with pytest.raises(ValueError, match=message):
         measured(Clock())
 
 

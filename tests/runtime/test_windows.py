@@ -65,7 +65,7 @@ def case(name: str, static: bool) -> Case:
     else:
         model = LlamaForCausalLM(LlamaConfig(**SHAPE))
     model.eval().set_attn_implementation("sdpa")
-    compiled = build(model, None, backend="eager", static_cache=static, max_variants=256)
+    compiled = build(model, None, backend="eager", static_cache=static)
     return Case(model, compiled, WindowedEager(model))
 
 

@@ -226,7 +226,7 @@ class _LazyEntry(Entry):
 
     @functools.cached_property
     def compiled(self) -> Any:
-        compiled = build(self.model, None, backend="eager", max_variants=64)
+        compiled = build(self.model, None, backend="eager")
         assert compiled.adaskip.sublayers == self.sublayers
         return compiled
 
@@ -344,5 +344,5 @@ STEPS = st.tuples(
 @functools.cache
 def fixed(shape: str, dtype: torch.dtype = torch.float32) -> Entry:
     model = make_model(shape, dtype)
-    options = {"backend": "eager", "max_variants": 64, "static_cache": True}
+    options = {"backend": "eager", "static_cache": True}
     return Entry(model, build(model, None, **options), Oracle(model))

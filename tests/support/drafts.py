@@ -61,7 +61,7 @@ def drafting(
     layers = range(SHAPES[shape]["num_hidden_layers"])
     names = [f"{layer}.{kind}" for layer in layers for kind in KINDS]
     plan = SkipPlan.of([*map(_sublayer, names)], skip)
-    options = {"backend": "eager", "static_cache": static, "max_variants": 64}
+    options = {"backend": "eager", "static_cache": static}
     return Drafting(model, build(model, plan, decoding=Lossless((Lookup(),)), **options))
 
 

@@ -33,4 +33,4 @@ def on_gpu(
     shape: str = "grouped", dtype: torch.dtype = torch.float32, backend: str = "eager"
 ) -> OnGpu:
     model = make_model(shape, dtype).cuda()
-    return OnGpu(model, build(model, None, backend=backend, max_variants=64), Oracle(model))
+    return OnGpu(model, build(model, None, backend=backend), Oracle(model))

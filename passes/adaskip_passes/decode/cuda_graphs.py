@@ -13,11 +13,26 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from .cuda_kernels import shared_counters
 from .private_stream import give_back, private_stream
+
+
+@dataclass(eq=False)
+class Recording:
+    """What a program launches, as a graph.
+
+    Attributes:
+        graph: The graph.
+        nbytes: Of the device's memory, that the driver took for it: PyTorch's allocator, which has
+            the pool that recordings share, is not counted.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    nbytes: int
 
 
 class Recorder:
@@ -47,10 +62,10 @@ class Recorder:
                 body()
             current.wait_stream(self._stream)
 
-    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+    def replay(self, recording: Recording) -> None:
         """Run what was recorded, on the caller's stream."""
         with self._in_turn():
-            graph.replay()
+            recording.graph.replay()
 
     @contextmanager
     def _in_turn(self) -> Iterator[torch.cuda.Stream]:
@@ -62,7 +77,7 @@ class Recorder:
             self._last = current
             yield current
 
-    def record(self, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    def record(self, body: Callable[[], object]) -> Recording:
         """Return the graph of what `body` launches; nothing is run.
 
         Args:
@@ -71,7 +86,14 @@ class Recorder:
         """
         with self._turn:
             self.recorded += 1
-            return self._capture(body)
+            before = self._taken_by_driver()
+            graph = self._capture(body)
+            return Recording(graph, max(0, self._taken_by_driver() - before))
+
+    def _taken_by_driver(self) -> int:
+        """Return bytes of the device that are in use, but not by PyTorch's allocator."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(total - free - torch.cuda.memory_reserved(self.device))
 
     def _capture(self, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
         # not torch.cuda.graph(): that empties the allocator's cache for the whole process, and
