@@ -246,9 +246,9 @@ class Graphs:
         key = program_key(captured, *wanted)
         return self._programs.get(key, lambda: self.ranks.together("a program", make))
 
-    def use(self, program: Program) -> None:
-        """Say that a program, which somebody has looked up before, is about to run again."""
-        self._programs.use(program)
+    def use(self, program: Program) -> bool:
+        """Say that a program is about to run again; returns whether it is still kept."""
+        return self._programs.use(program)
 
     def takes_padding(self, captured: CapturedPhase) -> bool:
         """Return whether a graph for a static cache is right for padding; that is tried once."""

@@ -33,7 +33,7 @@ class Counters:
 
 
 class VariantCache:
-    """Programs by key; nobody else holds them for longer than a step.
+    """Programs by key; of others only requests that run them hold them.
 
     Attributes:
         counters: What is counted.
@@ -61,9 +61,10 @@ class VariantCache:
             self.use(program)
         return program
 
-    def use(self, program: Program) -> None:
-        """Say that a program is about to run."""
-        self._budget.use(program, program.captured)
+    def use(self, program: Program) -> bool:
+        """Say that a program is about to run; returns whether it is still kept."""
+        self._budget.use(program.captured)
+        return self._budget.use(program)
 
     def get(self, key: Hashable, make: Callable[[], Program]) -> Program:
         """Return the program for `key`, made if it is not there: by one caller at a time."""

@@ -11,8 +11,8 @@ autocast region, and a model that can be captured that way.
 from __future__ import annotations
 
 import logging
-import weakref
-from typing import Any, TypeAlias
+from typing import TypeAlias
+from weakref import WeakSet
 
 import torch
 
@@ -37,9 +37,6 @@ logger = logging.getLogger(__name__)
 #: What ran, its logits [B, kept, V], and the statistics [probed, B, 5] if anything was probed.
 Ran: TypeAlias = tuple[Program, torch.Tensor, torch.Tensor | None]
 
-#: A step, what it runs, and with which arguments.
-_Bound: TypeAlias = tuple[StaticStep, Program, dict[str, Any]]
-
 #: New tokens of steps that are not decoding: the last token and drafts of 3, 7, 15, 16 and 31.
 SIZES = (4, 8, 16, 17, 32)
 
@@ -59,7 +56,7 @@ class StaticRunner:
         self._buffer_pool = buffer_pool
         self._recorder: Recorder | None = None  # on a GPU, at the first step
         self._refused: set[GraphPhase] = set()  # that cannot be captured so
-        self._steps: weakref.WeakSet[StaticStep] = weakref.WeakSet()
+        self._steps: WeakSet[StaticStep] = WeakSet()
         graphs.ranks.at_end(self._let_go)
 
     @property
@@ -83,10 +80,10 @@ class StaticRunner:
             return None
         inputs.check_positions()
         ids, _, positions, padding = inputs
-        bound = self._bound(phase, request, plan, probed, surroundings, cache, ids, size)
-        if bound is None:
+        binding, step = self._bound(phase, request, plan, probed, surroundings, cache, ids, size)
+        if binding is None:
             return None
-        step, program, arguments = bound
+        program, arguments = binding.program, binding.arguments
         if padding is not None and not self._graphs.takes_padding(program.captured):
             return None
         weights = request.weights_of(program, arguments, cache.length, self._graphs.states)
@@ -106,19 +103,21 @@ class StaticRunner:
         cache: SkipCache,
         ids: torch.Tensor,
         size: int,
-    ) -> _Bound | None:
-        """Return the step of the request's buffers and what it runs; None if it cannot be."""
+    ) -> tuple[StaticBinding | None, StaticStep]:
+        """Return the step of the request's buffers and what it repeats; None if it cannot be."""
         while True:
             buffers = cache.reserve(ids.shape[0], size)
             step = self._step(buffers, size)
             binding = request.bindings.get((size, plan))
             wanted = buffers, plan, probed, surroundings
-            program = binding.serves(*wanted) if binding is not None else None
-            if binding is not None and program is not None:
-                self._graphs.use(program)
-                return step, program, binding.arguments
+            if (
+                binding is not None
+                and binding.serves(*wanted)
+                and self._graphs.use(binding.program)
+            ):
+                return binding, step
             try:
-                program, arguments = self._bind(phase, step, *wanted, request)
+                binding = self._bind(phase, step, *wanted, request)
             except ChangedError:
                 raise
             except UnsupportedError as error:
@@ -126,10 +125,9 @@ class StaticRunner:
                     self._buffer_pool.whole = True  # code that makes masks of its own may do so
                     continue
                 self._give_up(phase, error)
-                return None
-            held = weakref.ref(program)
-            request.bindings[size, plan] = StaticBinding(*wanted, arguments, held)
-            return step, program, arguments
+                return None, step
+            request.bindings[size, plan] = binding
+            return binding, step
 
     def _size(self, phase: GraphPhase, tokens: int, cache: SkipCache) -> int | None:
         """Return the tokens of the step that runs `tokens` new ones; None for views of them."""
@@ -170,7 +168,7 @@ class StaticRunner:
         probed: tuple[Sublayer, ...],
         surroundings: Surroundings,
         request: Request,
-    ) -> tuple[Program, dict[str, Any]]:
+    ) -> StaticBinding:
         graphs, tokens = self._graphs, step.tokens.shape[1]
         key = GraphKey(
             phase,
@@ -188,7 +186,8 @@ class StaticRunner:
         keep = int(key.last_logits)
         given = step_inputs(graphs.forward, step.tokens, step.positions, None, keep)
         arguments = bind_arguments(graphs.model, graphs.forward, step.cache, given)
-        return graphs.program(key, plan, probed, arguments, request.begun), arguments
+        program = graphs.program(key, plan, probed, arguments, request.begun)
+        return StaticBinding(buffers, plan, probed, surroundings, program, arguments)
 
     def _give_up(self, phase: GraphPhase, error: UnsupportedError) -> None:
         """Run steps of this phase on views of the filled cache from now on; `report` says why."""

@@ -34,15 +34,15 @@ from ..utils.memory_budget import MemoryBudget
 class StaticBinding:
     """What the static steps of a request repeat, so that it is looked up once.
 
-    The program is not held by it: a request that does nothing holds nothing but its buffers.
+    It holds the program, which a device may still be running, also when that is not kept any more.
     """
 
     buffers: CacheBuffers
     plan: SkipPlan
     probed: tuple[Sublayer, ...]
     surroundings: Surroundings
+    program: Program
     arguments: dict[str, Any]
-    program: weakref.ref[Program]
 
     def serves(
         self,
@@ -50,15 +50,14 @@ class StaticBinding:
         plan: SkipPlan,
         probed: tuple[Sublayer, ...],
         surroundings: Surroundings,
-    ) -> Program | None:
-        """Return the program if the next step is like the last one, and it is still there."""
-        same = (
+    ) -> bool:
+        """Whether the next step is like the last one."""
+        return (
             self.buffers is buffers
             and self.plan is plan
             and self.probed == probed
             and self.surroundings == surroundings
         )
-        return self.program() if same else None
 
 
 @dataclass(eq=False)

@@ -2,7 +2,8 @@
 
 Files written atomically, progress on a terminal; what torch and transformers do not promise
 (`torch_internals`, `transformers_internals`, `expert_internals`), types of transformers' objects,
-and results kept as long as what they are of (`weak_cache`).
+results kept as long as what they are of (`weak_cache`), and how much is kept for later
+(`memory_budget`).
 
 Imports nothing of this package.
 """

@@ -98,12 +98,13 @@ class MemoryBudget:
         self._entries[kept] = _Entry(kind, let_go, next(self._clock))
         self._settle()
 
-    def use(self, *kept: Kept) -> None:
-        """Say that a step uses something now; what is not counted here is passed over."""
-        for each in kept:
-            entry = self._entries.get(each)
-            if entry is not None:
-                entry.used = next(self._clock)
+    def use(self, kept: Kept) -> bool:
+        """Say that a step uses something now; returns whether it is kept."""
+        entry = self._entries.get(kept)
+        if entry is None:
+            return False
+        entry.used = next(self._clock)
+        return True
 
     def forget(self, kept: Kept) -> None:
         """Count something no more: its owner does not keep it for later now."""

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from adaskip_fx.api import build
 from adaskip_fx.kv_cache import growing_memory
-from tests.support.compiled_llamas import Entry, check_request, make_model
-from tests.support.eager_reference import Oracle, assert_close
-from tests.support.on_gpu import OnGpu, on_gpu
+from tests.support.compiled_llamas import Entry, check_request
+from tests.support.eager_reference import assert_close
+from tests.support.on_gpu import on_gpu
 
 
 def plans_of(bank: Entry) -> list[Any]:
@@ -133,16 +132,19 @@ def test_a_replaced_parameter_is_recorded_anew() -> None:
 
 
 def test_dropped_programs_take_their_recordings_along() -> None:
-    model = make_model("grouped").cuda()
-    bank = OnGpu(model, build(model, None, backend="eager", max_variants=2), Oracle(model))
+    bank = on_gpu()
     for plan in plans_of(bank):
         with bank.using(plan):
-            cache = check_request(bank, plan, (5, 1, 1), keep=1)
-    cache = None  # noqa: F841  # the request that held the last program
+            check_request(bank, plan, (5, 1, 1), keep=1)
     gc.collect()
-    storage = bank.runtime.buffer_pool.idle
-    assert storage is not None
-    assert len(storage.steps[1]._recordings) <= 2
+    before = bank.compiled.adaskip.stats()
+    assert before.recordings == 3
+    bank.compiled.adaskip.memory_budget = before.graph_bytes + before.program_bytes // 2
+    gc.collect()
+    after = bank.compiled.adaskip.stats()
+    held = [program for b in bank.runtime.buffer_pool.idle for program in b.steps[1]._recordings]
+    assert after.programs < before.programs
+    assert len(held) == after.recordings <= after.programs
 
 
 def test_positions_given_by_the_caller_are_used() -> None:

@@ -21,6 +21,7 @@ PUBLIC = {
     "kv_heads",
     "free",
     "load_cache",
+    "memory_budget",
     "new_cache",
     "plan",
     "policy",
@@ -73,6 +74,21 @@ def test_it_counts_and_explains() -> None:
     del cache
     handle.free()
     assert handle.stats().idle_bytes == 0
+
+
+def test_the_memory_budget_can_be_set() -> None:
+    handle: Handle = entry(SHAPE).compiled.adaskip
+    before = handle.memory_budget
+    try:
+        handle.memory_budget = 2**40
+        assert "of at most 1048576.0 MiB: " in handle.explain()
+        for wrong in (0, 1e9, "1 GiB"):
+            with pytest.raises(ValueError, match="memory_budget must be a whole number of bytes, "):
+                handle.memory_budget = wrong  # type: ignore[assignment]
+        assert handle.memory_budget == 2**40
+        assert runtime_of(entry(SHAPE).compiled).budget.limit == 2**40
+    finally:
+        handle.memory_budget = before
 
 
 def test_models_that_were_not_compiled_have_none() -> None:

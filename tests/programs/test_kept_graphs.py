@@ -209,15 +209,17 @@ def test_recordings_go_as_well() -> None:
 
     with torch.no_grad():
         made(ids, past_key_values=cache, logits_to_keep=1)
-        assert [step(f) for f in (0.5, 0.25)] == [["run", "record"], ["record"]]
+        assert [step(f) for f in (0.5, 0.25, 0.75)] == [["run", "record"], ["record"], ["record"]]
         stats = made.adaskip.stats()
-        assert (stats.recordings, stats.recording_bytes) == (2, 2000)
-        room = stats.graph_bytes + 2 * stats.program_bytes + 2999
-        made.adaskip.memory_budget = room
-        assert [step(f) for f in (0.5, 0.75, 0.5, 0.25)] == [[], ["record"], [], ["record"]]
+        assert (stats.recordings, stats.recording_bytes) == (3, 3000)
+        made.adaskip.memory_budget = stats.graph_bytes + stats.program_bytes + 2999
+        assert made.adaskip.stats().recordings == 2
+        again = [step(f) for f in (0.75, 0.25, 0.5, 0.25, 0.75)]
+    assert again == [[], [], ["record"], [], ["record"]]
     assert made.adaskip.stats().recordings == 2
 
 
+@pytest.mark.slow  # (counting allocations makes a capture ten times as slow)
 def test_a_graph_takes_about_what_is_counted() -> None:
     """By the allocations of Python, which are some of what it takes."""
     model = make_model("four_layers")

@@ -133,7 +133,8 @@ def test_what_its_owner_has_forgotten_counts_no_more() -> None:
     owner.budget.forget(b)
     owner.keep(c)
     assert owner.order == [b, c], "it is somebody else's now"
-    owner.budget.use(b)
+    assert owner.budget.use(c)
+    assert not owner.budget.use(b)
     assert owner.budget.held()["buffers"] == (1, 8)
 
 
