@@ -35,6 +35,8 @@ def make_compiled_model(model: PreTrainedModel) -> PreTrainedModel:
     name = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     headed = decoder_name(model) is not None
     methods = {"forward": (headed_forward if headed else compiled_forward)(base.forward)}
+    # looked up now: FX exchanges the method of all modules, in every thread, while anything is traced
+    methods["__call__"] = base.__call__
     if hasattr(base, "prepare_inputs_for_generation"):
         methods["prepare_inputs_for_generation"] = following(base.prepare_inputs_for_generation)
     compiled.__class__ = type(base.__name__, (CompiledModel, base), {**name, **methods})

@@ -203,7 +203,7 @@ def test_what_measuring_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = compiled_llamas.entry(SHAPE).runtime
     monkeypatch.setattr(runtime, "warmup", lambda *_: None)
     graphs = sum(captured.nbytes for captured in runtime.graphs._kept.all())
-    largest = max(program.nbytes for program in runtime.graphs._programs.all())
+    largest = max((program.nbytes for program in runtime.graphs._programs.all()), default=1)
     monkeypatch.setattr(runtime.budget, "_limit", graphs + PLANS * largest - 1)
     message = f"5 plans are run in turn, but memory_budget={graphs + 5 * largest - 1} holds 4 prog"
     with pytest.raises(ValueError, match=message):
