@@ -35,7 +35,7 @@ def make_compiled_model(model: PreTrainedModel) -> PreTrainedModel:
     name = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     headed = decoder_name(model) is not None
     methods = {"forward": (headed_forward if headed else compiled_forward)(base.forward)}
-    # looked up now: FX exchanges the method of all modules, in every thread, while anything is traced
+    # looked up now: while anything is traced, in any thread, FX exchanges it for all modules
     methods["__call__"] = base.__call__
     if hasattr(base, "prepare_inputs_for_generation"):
         methods["prepare_inputs_for_generation"] = following(base.prepare_inputs_for_generation)

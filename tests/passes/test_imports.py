@@ -75,6 +75,7 @@ def test_the_public_names() -> None:
         "PieceCompiler",
         "Probe",
         "Recorder",
+        "Recording",
         "Replacement",
         "Skip",
         "Tap",
