@@ -179,7 +179,8 @@ def build(
     if decoding is not None:  # how much is drafted is measured, by each rank for itself
         ranks.refuse("decoding=", "compile without it, or on one GPU")
     named = (str(options.get(name)) for name in ("backend", "link"))
-    limit = default_budget(decoder.device) if memory_budget is None else memory_budget
+    default = partial(default_budget, decoder.device)
+    limit = memory_budget if memory_budget is not None else ranks.first("a budget", default)
     budget, digest = MemoryBudget(limit), None if plan is None else plan.digest
     ranks.agree("the plan and options to compile with", (digest, *named, limit))
     compiled: Any = make_compiled_model(decoder)

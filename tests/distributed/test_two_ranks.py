@@ -30,7 +30,7 @@ _CHECKS = (
     ),
     *("calibrated", "experts", "replicas", "killed"),
 )
-_SLOW = ("further", "profiles", "lowered", "backend", "inductor", "whole_experts")
+_SLOW = ("memory_budget", "further", "profiles", "lowered", "backend", "inductor", "whole_experts")
 _TOLERANCE = 1e-5
 
 
@@ -111,6 +111,17 @@ def test_windows_leave_the_heads_full_that_are_asked_for(found: Found) -> None:
 def test_plans_change_in_mid_request(found: Found) -> None:
     for result in found.of("plan_changes"):
         assert max(result["errors"]) < _TOLERANCE
+
+
+@pytest.mark.slow
+def test_ranks_keep_the_same_within_a_budget(slow: Found) -> None:
+    """Whatever each of them holds besides: else one would link while the other runs."""
+    first, second = slow.of("memory_budget")
+    assert first["kept"] == second["kept"]
+    assert first["kept"][2] >= 2, "programs were dropped"
+    for result in (first, second):
+        assert max(result["errors"]) < _TOLERANCE
+        assert result["other"].startswith("RanksError: ranks do not agree on the memory budget: ")
 
 
 def test_experts(found: Found) -> None:

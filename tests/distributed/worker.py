@@ -296,6 +296,32 @@ def plan_changes(shared: Shared) -> Any:
     return {"errors": errors, "other plans": text}
 
 
+def memory_budget(shared: Shared) -> Any:
+    """Plans in turn with little room; on one rank requests end later than on the other."""
+    fast, sublayers = shared.fast, shared.fast.adaskip.sublayers
+    before, held, errors = fast.adaskip.memory_budget, [], []
+
+    def set_other() -> None:
+        fast.adaskip.memory_budget = before + shared.rank
+
+    other = said(set_other)
+    for number, skip in enumerate(("1.ffn", "2.ffn", "3.ffn", "1.ffn", "2.ffn")):
+        plan = SkipPlan.of(sublayers, [skip])
+        follow(shared.oracle, plan)
+        cache, reference = fast.adaskip.new_cache(plan=plan), DynamicCache()
+        for ids in (tokens(2, 9, number), tokens(2, 1, number)):
+            logits = last(fast, ids, past_key_values=cache)
+            errors.append(relative_error(logits, shared.oracle.step(ids, reference)[:, -1:]))
+        held += [cache] if shared.rank else []
+        if number == 1:
+            stats = fast.adaskip.stats()
+            fast.adaskip.memory_budget = stats.graph_bytes + stats.program_bytes // 2
+    now = fast.adaskip.stats()
+    fast.adaskip.memory_budget = before
+    kept = now.graphs, now.programs, now.dropped, now.captures
+    return {"errors": errors, "other": other, "kept": kept}
+
+
 def calibrated(shared: Shared) -> Any:
     """What a profile of all ranks says, beside sums in float64 of what one process computes."""
     sums = [by_hand(shared.llamas[0], Tokenizer()(t)["input_ids"]) for t in ("a", "bb")]
@@ -544,6 +570,7 @@ _HERE = (
         skipping,
         head_windows,
         plan_changes,
+        memory_budget,
         calibrated,
         profiles,
         sampled,
