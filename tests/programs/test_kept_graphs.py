@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,12 +72,16 @@ class Bank(Entry):
     @torch.no_grad()
     def run(self, batch: int, length: int, which: int) -> torch.Tensor:
         """Run a prompt and two steps under a plan; returns the logits of all."""
-        found = []
-        with self.using(self.variants()[which]) as compiled, self.watched():
-            cache = self.runtime.new_cache()
-            for count, seed in ((length, 0), (1, 1), (1, 2)):
-                ids = self.tokens(batch, count, seed)
-                found.append(compiled(ids, past_key_values=cache, logits_to_keep=1).logits)
+        with self.watched():
+            return self.run_as_it_is(batch, length, which)
+
+    @torch.no_grad()
+    def run_as_it_is(self, batch: int, length: int, which: int) -> torch.Tensor:
+        """Do the same, in any thread."""
+        cache, found = self.runtime.new_cache(plan=self.variants()[which]), []
+        for count, seed in ((length, 0), (1, 1), (1, 2)):
+            ids = self.tokens(batch, count, seed)
+            found.append(self.compiled(ids, past_key_values=cache, logits_to_keep=1).logits)
         return torch.cat(found, 1)
 
     @functools.cached_property
@@ -158,6 +163,30 @@ def test_all_of_it_is_kept_where_there_is_room() -> None:
     assert stats.programs >= 5
     assert stats.idle_bytes > 2**14
     assert f"{stats.programs} programs" in one.handle.explain()
+
+
+def test_threads_share_a_budget() -> None:
+    one, wrong = bank(), list[Any]()
+    assert one.expected
+    one.handle.memory_budget = one.graphs_and_programs + 2**14
+
+    def work(first: int) -> None:
+        for turn in range(6):
+            request = REQUESTS[(first + turn) % len(REQUESTS)]
+            try:
+                if not torch.equal(one.run_as_it_is(*request), one.expected[request]):
+                    wrong.append(request)
+            except BaseException as error:
+                wrong.append(error)
+
+    with one.watched():
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    one.check_kept()
 
 
 @pytest.mark.breaks
