@@ -130,7 +130,7 @@ def steps(compiled: Any, plan: SkipPlan, batch: int, context: int) -> dict[str, 
     }
     if device.type == "cuda":
         step = cache.lease.buffers.steps[1]
-        graph = step._recordings[cache.request.bindings[1, plan].program()].graph.graph
+        graph = step._recordings[cache.request.bindings[1, plan].program].graph.graph
         position = step.position
         position.fill_(context)
 
