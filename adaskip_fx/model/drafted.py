@@ -108,11 +108,15 @@ class DraftedRequest(BlockRequest):
 
     @property
     def goes_ahead(self) -> bool:
-        """Whether nothing is worth drafting, as far as the tokens are on the host by now."""
-        return self._chooser.offer(self, self._most(), self.cache.length) is None
+        """Whether nothing is worth drafting, as far as the tokens are on the host by now.
+
+        If all of them are there is nothing to wait for meanwhile.
+        """
+        return self._following is None and self._chooser.offer(self, self._most(), self.cache.length) is None
 
     def received(self) -> None:
         """Take the time of what was run since the last token."""
+        super().received()
         runtime, before = self._model._adaskip, self._work
         counters, recorded = runtime.counters, runtime.runner.static.recorded
         self._work = counters.captures, counters.links, recorded
@@ -155,8 +159,10 @@ class DraftedRequest(BlockRequest):
         stored, count = self.cache.length - drafts.count, drafts.count - 1
         first = drafts.columns(0, count)
         try:
-            scores = self.scores(first, logits, 0, count) if count else logits[:, :0]
-            kept, _, left = self.append_columns(first.tokens, scores, logits, 0, count)
+            kept, left = 0, 1
+            if count:
+                scores = self.scores(first, logits, 0, count)
+                kept, _, left = self.append_columns(first.tokens, scores, logits[:, :count])
         except BaseException:
             self.cache.keep_first(min(stored + count, len(self.rows[0]) - 1))
             raise
@@ -185,8 +191,6 @@ class DraftedRequest(BlockRequest):
         grown = next_kwargs(self._model, None, dict(self.model_kwargs), count)
         outputs = self._read(text, grown, count + 1)
         logits = outputs.logits[:, -count - 1 :].to(torch.float32)
-        if self.budget is not None and self.budget.coin is not None:
-            self.budget.coin.verified(drafts, logits[:, :-1], self.counted(self.unfinished))
         try:
             accepted, ended = self.accept(drafts, logits)
         except BaseException:  # of a processor, a criterion or a streamer

@@ -249,6 +249,7 @@ class _Host:
         size = input_ids.shape[0]
         self._tokens = torch.zeros(size, dtype=torch.int64, pin_memory=on_gpu, device="cpu")
         self._copied = torch.Event(input_ids.device) if on_gpu else None
+        self._known: tuple[bool, bool] | None = None
 
     def send(self, tokens: torch.Tensor, stop: torch.Tensor, invalid: torch.Tensor | None) -> None:
         """Begin to copy; `invalid` is None where the tokens cannot be."""
@@ -259,8 +260,18 @@ class _Host:
         if self._copied is not None:
             self._copied.record()
 
+    def know(self, stop: bool, invalid: bool) -> None:
+        """Take what would have been sent of a step, since the host has read it with its tokens."""
+        self._known = stop, invalid
+
     def receive(self) -> tuple[bool, bool]:
-        """Wait for what was sent last, and stream the tokens; returns (stop, invalid)."""
+        """Wait for what was sent last, and stream the tokens; returns (stop, invalid).
+
+        Who has the host `know` it streams them by itself.
+        """
+        if self._known is not None:
+            known, self._known = self._known, None
+            return known
         if self._copied is not None:
             self._copied.synchronize()
         stop, invalid = self._flags.tolist()

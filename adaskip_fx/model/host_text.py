@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..utils.transformers_types import Streamer
@@ -18,6 +20,14 @@ class HostText:
         """Begin with a prompt, of which the streamer knows already; None: there is no streamer."""
         self.rows = rows
         self._streamer = streamer
+
+    def extend(self, columns: Sequence[Sequence[int]]) -> None:
+        """Take tokens of each row that the host has read, one column after the other."""
+        for column in columns:
+            for row, token in zip(self.rows, column, strict=True):
+                row.append(token)
+            if self._streamer is not None:
+                self._streamer.put(torch.tensor(column, dtype=torch.int64, device="cpu"))
 
     def put(self, value: torch.Tensor) -> None:
         """Take a token of each row, int64 [B]."""

@@ -90,7 +90,7 @@ def _run(
     since = cache.request.since
     if not cache.length or since is None:  # of a file, or another's cache
         turns.begin(cache, graphs)
-    elif phase != "decode" or checked or since.weights_were_written:
+    elif not decoded or checked or since.weights_were_written:
         graphs.states.require(since)
     request = turns.next_turn(cache, decoded, runtime.learner)
     if request.undecided:

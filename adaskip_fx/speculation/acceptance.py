@@ -18,28 +18,46 @@ from .proposals import Drafts
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """One draft of each row that not all rows accept.
+    """Where a block ends: one draft of each row that not all rows accept, or nothing is drafted.
 
     Attributes:
         scores: of the full program, processed, float32 [B, V].
-        drafts: int64 [B].
-        accepted: which rows accept theirs, bool [B].
-        probabilities: with which the drafts were drawn, float32 [B, V]; None where they were not.
+        drafts: int64 [B]; anything where nothing is drafted.
+        accepted: which rows accept theirs, bool [B]; none where nothing is drafted.
+        probabilities: with which the drafts were drawn, float32 [B, V]: zeros where nothing is
+            drafted. None where they were not drawn.
+        drafted: whether there are drafts, bool [].
     """
 
     scores: torch.Tensor
     drafts: torch.Tensor
     accepted: torch.Tensor
     probabilities: torch.Tensor | None
+    drafted: torch.Tensor
 
     @classmethod
-    def of(
-        cls, scores: torch.Tensor, drafts: Drafts, accepted: torch.Tensor, column: int
+    def at(
+        cls, scores: torch.Tensor, drafts: Drafts, accepted: torch.Tensor, place: torch.Tensor
     ) -> Column:
-        """Return one of the columns of scores [B, C, V], drafts and bool [B, C]."""
+        """Return a column of drafts, or what comes after all of them; the host need not know.
+
+        Args:
+            scores: float32 [B, C, V], or [B, C + 1, V] if the place may be after all drafts.
+            drafts: C of each row.
+            accepted: bool [B, C].
+            place: int64 [], up to C.
+        """
+        drafted, last = place < drafts.count, place.clamp_max(drafts.count - 1).view(1)
         chances = drafts.probabilities
-        chances = None if chances is None else chances[:, column]
-        return cls(scores[:, column], drafts.tokens[:, column], accepted[:, column], chances)
+        if chances is not None:
+            chances = chances.index_select(1, last).squeeze(1) * drafted
+        return cls(
+            scores.index_select(1, place.view(1)).squeeze(1),
+            drafts.tokens.index_select(1, last).squeeze(1),
+            accepted.index_select(1, last).squeeze(1) & drafted,
+            chances,
+            drafted,
+        )
 
 
 class Rule(Protocol):
@@ -63,17 +81,17 @@ class Rule(Protocol):
     def replace(self, column: Column) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return what `choose` does, for a column of drafts that not all rows accept."""
 
-    def settle(self, columns: int) -> None:
+    def settle(self, columns: torch.Tensor) -> None:
         """Take note that the first drafts of the last block stand, in each row that accepts them.
 
-        (`columns` of them, with that of which some rows do not.)
+        (`columns` of them, int64 [], with that of which some rows do not.)
         """
 
 
 class Greedy:
     """The token with the best score."""
 
-    def settle(self, columns: int) -> None:
+    def settle(self, columns: torch.Tensor) -> None:
         """Nothing is kept of a block."""
 
     def accepts(self, scores: torch.Tensor, drafts: Drafts, logits: torch.Tensor) -> torch.Tensor:
@@ -92,7 +110,7 @@ class Greedy:
 class Sampling:
     """A token that is drawn with the probabilities that scores are the logarithms of."""
 
-    def settle(self, columns: int) -> None:
+    def settle(self, columns: torch.Tensor) -> None:
         """Nothing is kept of a block."""
 
     def accepts(self, scores: torch.Tensor, drafts: Drafts, logits: torch.Tensor) -> torch.Tensor:
@@ -116,6 +134,7 @@ class Sampling:
         chances = torch.softmax(column.scores, -1)
         if column.probabilities is None:
             left = chances.scatter(-1, column.drafts.unsqueeze(-1), 0.0)
+            left = torch.where(column.drafted, left, chances)
         else:
             left = (chances - column.probabilities).clamp_min(0.0)
         # (p and q that differ by a rounding leave nothing: then q is p)

@@ -10,9 +10,10 @@ import torch
 from ..plans.decisions import left_out
 from ..plans.skip_plan import SkipPlan
 from .acceptance import Rule
-from .divergence import Within
+from .divergence import Spent, Within
 from .frontier import Frontier
 from .options import Bounded
+from .proposals import Drafts
 from .sampled import Coin
 from .speculation import Speculation
 
@@ -41,6 +42,8 @@ class Budget:
         self.within = Within(rule, decoding.max_divergence, ids.shape[0], ids.device)
         self.coin = Coin(decoding, ids.shape[0]) if decoding.verify_share < 1 else None
         self._left = -1.0  # so that the first block is verified
+        self._apart: torch.Tensor | None = None  # what the coin is told of the block
+        self._block = Spent(0.0, 0, False, 0.0)  # the last one
         self._speculation = speculation
         self._frontiers: dict[SkipPlan, Frontier] = {}
         self._fell_back = False
@@ -56,12 +59,30 @@ class Budget:
         """Return whether the next block is verified; asked before it is drafted."""
         return self.coin is None or self.coin.toss(self._left >= 0)
 
+    def verify(self, drafts: Drafts, logits: torch.Tensor) -> None:
+        """See a block that is verified, with logits of the full program, float32 [B, k, V]."""
+        if self.coin is not None:
+            self._apart = self.coin.apart(drafts, logits, self.within.counted)
+
+    def told(self) -> torch.Tensor:
+        """Return what the host has to know of the block that was settled, float64 [4 or 5, B]."""
+        block = self.within.block()
+        return block if self._apart is None else torch.cat((block, self._apart.unsqueeze(0)))
+
+    def know(self, told: Sequence[Sequence[float]]) -> None:
+        """Take what `told` has returned, as soon as the host has read it."""
+        *block, apart = told if self._apart is not None else (*told, ())
+        reserved = [0.0] * len(block[0])
+        if self.coin is not None:
+            if self._apart is not None:
+                self.coin.verified(apart)
+            reserved = [row.estimate for row in self.coin.rows()]
+            self.within.reserved = torch.tensor(reserved).to(self.within.spent)
+        self._block, self._apart = Spent.of(block, reserved), None
+
     def verified(self, plan: SkipPlan, tokens: int) -> SkipPlan:
         """Take note of a block of drafts by `plan`; returns what is drafted with next."""
-        if self.coin is not None:
-            estimates = [row.estimate for row in self.coin.rows()]
-            self.within.reserved = torch.tensor(estimates).to(self.within.spent)
-        block = self.within.block()
+        block = self._block
         self._left = block.left
         if block.refused and not self._fell_back:
             self._fell_back = True

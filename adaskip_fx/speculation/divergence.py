@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,13 @@ class Spent:
     drafts: int
     refused: bool
     left: float
+
+    @classmethod
+    def of(cls, block: Sequence[Sequence[float]], reserved: Sequence[float]) -> Spent:
+        """Return it as `Within.block` says, read by the host, less what each row has reserved."""
+        columns, apart, refused, left = block
+        rest = (nats - kept for nats, kept in zip(left, reserved, strict=True))
+        return cls(max(apart), int(columns[0]), any(refused), min(rest))
 
 
 class Within:
@@ -100,19 +108,18 @@ class Within:
         tokens, invalid = self._rule.replace(column)
         return torch.where(column.accepted, column.drafts, tokens), invalid
 
-    def settle(self, columns: int) -> None:
+    def settle(self, columns: torch.Tensor) -> None:
         """Pay for the drafts that stand."""
-        none, self._columns = torch.zeros_like(self.spent), columns
         kept = (self._costs, self._apart, self._refused)
-        paid, apart, refused = (sum(columns_of[:columns], none) for columns_of in kept)
+        each = torch.stack([torch.stack(columns_of) for columns_of in kept])  # [3, C, B]
+        stand = torch.arange(each.shape[1], device=each.device) < columns
+        paid, apart, refused = torch.where(stand.view(1, -1, 1), each, 0.0).sum(1)
         self.spent, self.beyond = self.spent + paid, self.beyond + refused
-        self._block = [apart, refused]
+        self._block = [columns.to(torch.float64).expand_as(paid), apart, refused]
         for columns_of in kept:
             columns_of.clear()
 
-    def block(self) -> Spent:
-        """Return what the last block has cost that was settled; the host waits for it."""
-        paid = self.spent + self.reserved
-        left = torch.where(self.counted > 0, self.most * self.tokens - paid, torch.inf)
-        apart, refused, left = torch.stack((*self._block, left)).tolist()
-        return Spent(max(apart), self._columns, any(refused), min(left))
+    def block(self) -> torch.Tensor:
+        """Return what the last block has cost that was settled, for `Spent.of`: float64 [4, B]."""
+        left = torch.where(self.counted > 0, self.most * self.tokens - self.spent, torch.inf)
+        return torch.stack((*self._block, left))

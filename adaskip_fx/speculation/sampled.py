@@ -10,6 +10,7 @@ a text whose unverified tokens have the K/V that the plan gave them.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +60,10 @@ class Coin:
         self._tossed = allowed
         return not allowed or self._random.random() < self._share
 
-    def verified(self, drafts: Drafts, logits: torch.Tensor, counted: torch.Tensor) -> None:
-        """Take the divergence of a block that was verified.
+    def apart(
+        self, drafts: Drafts, logits: torch.Tensor, counted: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return the divergence of a block that is verified, float64 [B]; None if none counts.
 
         Args:
             drafts: the block, with the logits of its k tokens.
@@ -68,10 +71,13 @@ class Coin:
             counted: rows that have not ended, int64 [B].
         """
         if not self._tossed or drafts.logits is None:
-            return
+            return None
         each = divergence(logits, drafts.logits).to(torch.float64).clamp_max(self._clip)
-        apart = each.sum(1) * counted
-        for bound, nats in zip(self._bounds, apart.tolist(), strict=True):
+        return each.sum(1) * counted
+
+    def verified(self, apart: Sequence[float]) -> None:
+        """Take the divergence of a block that was verified, by row."""
+        for bound, nats in zip(self._bounds, apart, strict=True):
             bound.add(nats / self._share)
 
     def released(self, tokens: int) -> None:

@@ -3,6 +3,11 @@
 A round of 7 drafts in ``generate`` is compared with the bare program that reads 8 tokens on as many
 stored ones. Drafts are what the model itself generates, so that blocks are appended whole; in
 bfloat16 some may be rejected, and how many stand is told.
+
+Without a GPU the host does everything, on a static cache and ahead of itself as with one. Times are
+those of its own processor, so that others who use it don't count. There `outside_us` is what a
+round takes outside of its program, while a GPU would wait, and `reads` is how often the host looks
+at a tensor in a round, which is how often it would wait for a GPU.
 """
 
 from __future__ import annotations
@@ -22,17 +27,20 @@ from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.kv_cache.drafting import Drafting
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.programs.program import Program
 from adaskip_fx.speculation.chooser import Chooser
 from adaskip_fx.speculation.options import Lossless
 from adaskip_fx.speculation.proposals import Context, Drafts
 from adaskip_fx.speculation.speculation import Speculation
 
 from .. import models
-from ..ceilings import seconds, synchronize
+from ..ceilings import synchronize
 
 DRAFTS = 7
 TARGET = 0.03  # of a decode step
 _LENGTHS = {"cuda": (8192, 32768), "cpu": (128,)}
+#: What the host looks at a tensor with.
+_READS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 
 @dataclass
@@ -59,35 +67,61 @@ class Known:
 
 
 class Timers:
-    """Seconds of host time in some methods."""
+    """Seconds of host time in some methods, and how often it looks at a tensor between programs.
 
-    def __init__(self) -> None:
+    Attributes:
+        seconds: by name.
+        reads: how often.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
         """Begin with nothing."""
         self.seconds: dict[str, float] = {}
+        self.reads, self._clock, self._inside = 0, clock, 0
+
+    def clear(self) -> None:
+        """Begin again."""
+        self.seconds.clear()
+        self.reads = 0
+
+    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.reads += not self._inside
+            return method(*args, **kwargs)
+
+        return call
 
     def timed(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """Return a method whose calls are counted under a name."""
 
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = self._clock()
+            self._inside += name == "program"
             try:
                 return method(*args, **kwargs)
             finally:
-                took = time.perf_counter() - start
+                self._inside -= name == "program"
+                took = self._clock() - start
                 self.seconds[name] = self.seconds.get(name, 0.0) + took
 
         return call
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Count what the controller and the rollback take meanwhile."""
+        """Count what the controller, the rollback and programs take meanwhile, and the looks."""
         places = {"controller": (Chooser, ("offer", "drafts", "verified", "took"))}
         places["rollback"] = (SkipCache, ("keep_first",))
+        places["program"] = (Program, ("__call__",))
         patches = [
             mock.patch.object(kind, method, self.timed(name, getattr(kind, method)))
             for name, (kind, methods) in places.items()
             for method in methods
+        ]
+        patches += [
+            mock.patch.object(torch.Tensor, read, self._counted(getattr(torch.Tensor, read)))
+            for read in _READS
         ]
         for patch in patches:
             patch.start()
@@ -106,13 +140,21 @@ def rows(name: str | None = None) -> Iterator[dict[str, Any]]:
     """
     _, fast = models.pair()
     runtime = runtime_of(fast)
-    before, rounds = runtime.speculation, 24 if fast.device.type == "cuda" else 8
+    before = runtime.speculation, runtime.static_cache, runtime.ahead
+    kept, rounds = runtime.buffer_pool.keep, 24
+    runtime.static_cache = runtime.ahead = runtime.buffer_pool.keep = True
     try:
         for length in _LENGTHS[fast.device.type]:
             yield _row(fast, length, rounds)
             fast.adaskip.free()
     finally:
-        runtime.speculation = before
+        runtime.speculation, runtime.static_cache, runtime.ahead = before
+        runtime.buffer_pool.keep = kept
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Return what tells seconds: of the host's own processor, where it does everything."""
+    return time.perf_counter if device.type == "cuda" else time.process_time
 
 
 def _row(fast: Any, length: int, rounds: int) -> dict[str, Any]:
@@ -122,23 +164,26 @@ def _row(fast: Any, length: int, rounds: int) -> dict[str, Any]:
     options["attention_mask"] = torch.ones_like(prompt)
     runtime.speculation = None
     text = fast.generate(prompt, **options)
-    found, parts, timers, stood = list[float](), dict[str, float](), Timers(), 0.0
+    clock, parts, stood = _clock(fast.device), dict[str, float](), 0.0
+    found, outside, timers = list[float](), list[float](), Timers(clock)
     for turn in range(4):  # the first one sets things up
         decoding = Lossless((Known(text),), DRAFTS, adaptive=False)
         runtime.speculation = speculation = Speculation(decoding, empty)
-        timers.seconds.clear()
         with timers.watching():
-            times = _Times(fast.device)
+            times = _Times(fast.device, clock, timers)
             fast.generate(prompt, streamer=times, **options)
         done = max(1, speculation.stats.verifications + speculation.stats.steps)
         if turn:
             found.append((times.last - times.first) / done)
             parts = {n: took / done for n, took in timers.seconds.items()}
+            outside.append(found[-1] - parts.pop("program", 0.0))
             stood = speculation.stats.tokens_per_step
     runtime.speculation = None
     step, verified = _bare(fast, prompt, rounds)
     over = statistics.median(found) - verified
-    known = sum(parts.values())
+    known, here = sum(parts.values()), dict[str, float]()
+    if fast.device.type == "cpu":
+        here = {"outside_us": 1e6 * min(outside), "reads": timers.reads / done}
     return {
         "what": f"loop overhead of a round of {DRAFTS} drafts on {length}: decode step",
         "ratio": over / step,
@@ -150,25 +195,29 @@ def _row(fast: Any, length: int, rounds: int) -> dict[str, Any]:
             **{f"{n}_ms": 1000 * took for n, took in sorted(parts.items())},
             "host_ms": 1000 * (over - known),
             "tokens_per_round": stood,
+            **here,
         },
     }
 
 
 class _Times:
-    """A streamer that takes the time of the first new token and of the end."""
+    """A streamer that takes the time of the first new token, when counting begins, and the end."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, clock: Callable[[], float], timers: Timers
+    ) -> None:
         self.first = self.last = 0.0
-        self._device, self._calls = device, 0
+        self._device, self._clock, self._timers, self._calls = device, clock, timers, 0
 
     def put(self, value: torch.Tensor) -> None:
         self._calls += 1
         if self._calls == 2:  # the first call is the prompt
-            self.first = time.perf_counter()
+            self._timers.clear()
+            self.first = self._clock()
 
     def end(self) -> None:
         synchronize(self._device)
-        self.last = time.perf_counter()
+        self.last = self._clock()
 
 
 @torch.inference_mode()
@@ -187,5 +236,16 @@ def _bare(fast: Any, prompt: torch.Tensor, rounds: int) -> tuple[float, float]:
                     fast(input_ids=ids, past_key_values=cache)
                 cache.keep_first(length)
 
-            found.append(statistics.median(seconds(run, fast.device, 4, 1)) / rounds)
+            found.append(statistics.median(_seconds(run, fast.device)) / rounds)
     return found[0], found[1]
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> list[float]:
+    """Return what four runs take after one that sets things up, each to its end."""
+    clock, found = _clock(device), list[float]()
+    for _ in range(5):
+        start = clock()
+        run()
+        synchronize(device)
+        found.append(clock() - start)
+    return found[1:]

@@ -35,7 +35,8 @@ def tokens_of(rule: Sampling, proposed: torch.Tensor | None, seed: int = 0) -> t
     columns = None if chances is None else chances.unsqueeze(1)
     proposals = Drafts(drafts.unsqueeze(1), columns)
     accepted = rule.accepts(scores.unsqueeze(1), proposals, scores.unsqueeze(1))[:, 0]
-    tokens, invalid = rule.replace(Column(scores, drafts, accepted, chances))
+    column = Column(scores, drafts, accepted, chances, torch.tensor(True))
+    tokens, invalid = rule.replace(column)
     assert invalid is None or not invalid
     return tokens
 
@@ -69,7 +70,7 @@ def test_drafts_of_the_full_model_are_all_accepted() -> None:
 
 def test_what_differs_by_a_rounding_leaves_something_to_draw() -> None:
     scores = TARGET.log().unsqueeze(0)
-    column = Column(scores, torch.tensor([1]), torch.tensor([False]), TARGET.unsqueeze(0) + 1e-3)
+    column = Column(scores, torch.tensor([1]), torch.tensor([False]), TARGET.unsqueeze(0) + 1e-3, torch.tensor(True))
     token, invalid = Sampling().replace(column)
     assert not invalid
     assert token.item() < 4
@@ -83,7 +84,7 @@ def test_scores_that_are_no_numbers_are_told(draft: int) -> None:
     block = scores.unsqueeze(1)
     accepted = rule.accepts(block, Drafts(drafts.unsqueeze(1)), block)[:, 0]
     assert not accepted.any()
-    assert rule.replace(Column(scores, drafts, accepted, None))[1]
+    assert rule.replace(Column(scores, drafts, accepted, None, torch.tensor(True)))[1]
 
 
 def test_greedy() -> None:
@@ -91,7 +92,7 @@ def test_greedy() -> None:
     drafts = torch.tensor([[1, 0], [1, 1]])
     accepted = Greedy().accepts(scores, Drafts(drafts), scores)
     assert accepted.tolist() == [[True, True], [True, False]]
-    column = Column(scores[:, 1], drafts[:, 1], accepted[:, 1], None)
+    column = Column(scores[:, 1], drafts[:, 1], accepted[:, 1], None, torch.tensor(True))
     assert Greedy().replace(column)[0].tolist() == [0, 2]
 
 

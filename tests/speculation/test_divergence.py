@@ -72,7 +72,7 @@ def test_blocks_one_after_another(at_once: bool, seed: int, most: float, k: int,
         taken = got.index(False) if False in got else k
         if at_once:
             rule.tokens = rule.tokens + taken
-        rule.settle(taken)
+        rule.settle(torch.tensor(taken))
         rule.tokens, tokens = rule.tokens + 1, tokens + taken + 1
         assert taken == (want.index(False) if False in want else k)
         assert rule.tokens.item() == tokens
@@ -84,7 +84,7 @@ def test_drafts_of_others_stand_by_the_other_rule_alone() -> None:
     full = torch.tensor([[[3.0, 1.0], [1.0, 3.0]]])
     rule = Within(Greedy(), 100.0, 1, torch.device("cpu"))
     assert rule.accepts(full, Drafts(torch.tensor([[0, 0]])), full).tolist() == [[True, False]]
-    rule.settle(1)
+    rule.settle(torch.tensor(1))
     assert rule.spent.item() == 0
 
 
