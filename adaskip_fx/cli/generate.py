@@ -54,6 +54,13 @@ def generate(
         float | None,
         typer.Option(help="Lossy up to this many nats a token on average; the full model checks."),
     ] = None,
+    verify_share: Annotated[
+        float | None,
+        typer.Option(
+            help="The share of blocks that the full model checks; of the others the divergence is "
+            "estimated. Needs --max-divergence, and a plan that skips no attention."
+        ),
+    ] = None,
     backend: Backend = "inductor",
     dtype: Dtype = None,
     device: Device = "auto",
@@ -67,7 +74,7 @@ def generate(
     """
     if (prompt is None) == (prompt_file is None):
         raise typer.BadParameter("give a prompt, either as argument or with --prompt-file")
-    decoding = _decoding(lossless, max_divergence)
+    decoding = _decoding(lossless, max_divergence, verify_share)
     with reported(debug) as steps:
         from ..model.load import load, usable_backend
         from ..profiles.profile import Profile
@@ -89,8 +96,14 @@ def generate(
             steps.say(report)
 
 
-def _decoding(lossless: bool, max_divergence: float | None) -> dict[str, Any]:
+def _decoding(
+    lossless: bool, max_divergence: float | None, verify_share: float | None
+) -> dict[str, Any]:
     """Return how the full model verifies the answer, as an option; nothing where it does not."""
+    if verify_share is not None and max_divergence is None:
+        raise typer.BadParameter(
+            "--verify-share is for --max-divergence, which it estimates; give both, or leave it out"
+        )
     if not lossless and max_divergence is None:
         return {}
     if lossless and max_divergence is not None:
@@ -98,7 +111,12 @@ def _decoding(lossless: bool, max_divergence: float | None) -> dict[str, Any]:
     from ..speculation.options import Bounded, Lossless
 
     try:
-        made = Lossless() if max_divergence is None else Bounded(max_divergence=max_divergence)
+        share = 1.0 if verify_share is None else verify_share
+        made = (
+            Lossless()
+            if max_divergence is None
+            else Bounded(max_divergence=max_divergence, verify_share=share)
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return {"decoding": made}

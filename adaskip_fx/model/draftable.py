@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..capture.rotary import switches_at
 from ..kv_cache.cache import SkipCache
 from ..plans.decisions import Schedule
+from ..utils.transformers_types import ModelKwargs
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
@@ -25,3 +26,17 @@ def positions(model: CompiledCausalLM) -> int:
     """
     table = model._adaskip.graphs.max_length
     return min([*switches_at(model), *([] if table is None else [table])], default=2**62)
+
+
+def leave_out_positions(model: CompiledCausalLM, model_kwargs: ModelKwargs) -> None:
+    """Leave positions out of forward's arguments where they count on from the cache.
+
+    Forward counts by itself, so nothing need be made of them in every round. The host reads the
+    last one of each row, once. (Models of images keep positions on themselves besides.)
+    """
+    positions = model_kwargs.get("position_ids")
+    if positions is None or positions.dim() != 2 or model._adaskip.decoder_path:
+        return
+    stored = model_kwargs[model._adaskip.generate_argument].length
+    if bool((positions[:, -1] == stored).all()):
+        del model_kwargs["position_ids"]

@@ -25,7 +25,7 @@ from ..utils.transformers_internals import next_kwargs
 from ..utils.transformers_types import DecodingCall, MakeCandidates, Output
 from .assistant import Assistant
 from .blocks import BlockRequest
-from .draftable import positions
+from .draftable import leave_out_positions, positions
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
@@ -65,6 +65,7 @@ class DraftedRequest(BlockRequest):
         self._verifies = True  # the next block
         self._before = speculation.stats.verifications, speculation.stats.steps
         super().__init__(model, call, speculation)
+        leave_out_positions(model, self.model_kwargs)
 
     # What proposers see ----------------------------------------------------------------------
 
@@ -112,7 +113,10 @@ class DraftedRequest(BlockRequest):
 
         If all of them are there is nothing to wait for meanwhile.
         """
-        return self._following is None and self._chooser.offer(self, self._most(), self.cache.length) is None
+        return (
+            self._following is None
+            and self._chooser.offer(self, self._most(), self.cache.length) is None
+        )
 
     def received(self) -> None:
         """Take the time of what was run since the last token."""
@@ -134,7 +138,7 @@ class DraftedRequest(BlockRequest):
         drafts = None if offer is None else self._chooser.drafts(self, offer)
         if offer is None or drafts is None:
             return super().advance()
-        padded = replace(drafts, tokens=self.padded(drafts.tokens))
+        padded = replace(drafts, tokens=self.padded(drafts.tokens)) if self.pads else drafts
         if not self._verifies and drafts.logits is not None:
             return self._release(offer, padded, drafts.logits)
         accepted, ended = self._verify(padded)

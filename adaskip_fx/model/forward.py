@@ -59,12 +59,15 @@ _OF_ALL = frozenset(
 def compiled_forward(base: Callable[..., Any]) -> Callable[..., Any]:
     """Return the forward of a compiled model, with the signature of the original one, `base`."""
     signature = inspect.signature(base)
-    own = (n for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD)
-    named = frozenset(own) - {"self"}
+    own = {n: p.kind for n, p in signature.parameters.items() if n != "self"}
+    named = frozenset(n for n, kind in own.items() if kind is not inspect.Parameter.VAR_KEYWORD)
+    takes_any = len(named) < len(own)
 
     @functools.wraps(base)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not args and named.issuperset(kwargs):  # as `generate` calls it; binding takes longer
+        if not args and (
+            takes_any or named.issuperset(kwargs)
+        ):  # as `generate` calls it; binding takes longer
             return _run(self, kwargs)
         given = by_name(signature, (self, *args), kwargs)
         given.pop("self")

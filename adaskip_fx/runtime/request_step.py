@@ -53,7 +53,8 @@ def run_step(
     before, request = cache.length, cache.request
     try:
         parts = list[torch.Tensor]()
-        for part, wanted in zip(inputs.cut(counts), _kept(counts, keep), strict=True):
+        cut = inputs.cut(counts) if len(counts) > 1 else (inputs,)
+        for part, wanted in zip(cut, _kept(counts, keep), strict=True):
             decoded = cache.length >= drafting.prompt
             one = decoded and part.input_ids.shape[1] == 1
             kind: GraphPhase = "decode" if one else "extend" if cache.length else "prefill"

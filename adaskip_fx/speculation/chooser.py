@@ -13,6 +13,7 @@ from .times import PLAIN
 
 #: What a draft that was never measured is supposed to take, in plain steps: to verify, and to make.
 _VERIFIED, _MADE = 0.1, 0.9
+_LONGEST_REST = 64  # rounds in which a proposer that had nothing to propose is not asked
 _CHANCE = 0.8  # that a draft stands of a kind that was never verified, unless its proposer says so
 
 
@@ -48,6 +49,8 @@ class Chooser:
             (name, p, p.begin()) for name, p in zip(_names(proposers), proposers, strict=True)
         ]
         self._kinds = dict(self._controller.kinds)  # of drafts to come, where they are not free
+        self._vain = Counter[str]()  # how often in a row one of these had nothing to propose
+        self._rests = dict[str, int]()  # for how many rounds it is not asked
         self._begun = set[str]()  # who has drafted, of those that are not free
         self._round, self._tokens = PLAIN, 1
         self._since: float | None = None
@@ -64,7 +67,7 @@ class Chooser:
         best, best_worth, others = None, 0.0, list[Offer]()
         for name, proposer, drafter in self._drafters if most > 0 else ():
             drafts = drafter.propose(context, most) if proposer.free else None
-            if proposer.free and drafts is None:
+            if drafts is None and (proposer.free or name in self._rests):
                 continue
             kind, chance = self._kinds.get(name, ""), _CHANCE
             if drafts is not None:
@@ -97,11 +100,16 @@ class Chooser:
         return replace(waiting[0], count=1) if waiting else None
 
     def drafts(self, context: Context, offer: Offer) -> Drafts | None:
-        """Return the drafts of an offer; None where its proposer has none after all."""
+        """Return the drafts of an offer; None where its proposer has none after all.
+
+        Then it rests for a round, for two if the next time is in vain as well, and so on.
+        """
         drafts = offer.drafts or offer.drafter.propose(context, offer.count)
         if drafts is None:
-            self._drafters = [known for known in self._drafters if known[0] != offer.name]
+            self._rests[offer.name] = min(1 << self._vain[offer.name], _LONGEST_REST)
+            self._vain[offer.name] += 1
             return None
+        del self._vain[offer.name]
         return drafts.columns(0, offer.count)
 
     def verified(self, offer: Offer, drafts: Drafts, accepted: int, following: str = "") -> None:
@@ -140,6 +148,7 @@ class Chooser:
             self._controller.took(*took)
         self._since = now
         self._round, self._tokens = PLAIN, 1
+        self._rests = {name: left - 1 for name, left in self._rests.items() if left}
 
 
 def _names(proposers: Sequence[Proposer]) -> list[str]:

@@ -40,6 +40,8 @@ class Drafts:
 
     def columns(self, first: int, end: int) -> Drafts:
         """Return those from `first` up to `end`, exclusively."""
+        if first == 0 and end == self.count:
+            return self
         probabilities, logits = self.probabilities, self.logits
         return replace(
             self,
@@ -92,7 +94,8 @@ class Drafter(Protocol):
     def propose(self, context: Context, most: int) -> Drafts | None:
         """Return up to `most` tokens that may follow; None where there is nothing to propose.
 
-        Whose proposals are not free is not asked again in a request after None.
+        Whose proposals are not free is asked less and less often in a request after None, until
+        there is something.
         """
 
 

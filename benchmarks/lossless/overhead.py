@@ -5,9 +5,10 @@ stored ones. Drafts are what the model itself generates, so that blocks are appe
 bfloat16 some may be rejected, and how many stand is told.
 
 Without a GPU the host does everything, on a static cache and ahead of itself as with one. Times are
-those of its own processor, so that others who use it don't count. There `outside_us` is what a
-round takes outside of its program, while a GPU would wait, and `reads` is how often the host looks
-at a tensor in a round, which is how often it would wait for a GPU.
+those of its own processor, so that others who use it don't count. There `reads` is how often the
+host looks at a tensor in a round, which is how often it would wait for a GPU; `gap_us` is what it
+does from the first of these to the next program, which is how long a GPU would wait for it, and
+`outside_us` all it does outside of programs, much of which a GPU would not notice.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Timers:
     """Seconds of host time in some methods, and how often it looks at a tensor between programs.
 
     Attributes:
-        seconds: by name.
+        seconds: by name; as "gap" those from the first look after a program to the next one.
         reads: how often.
     """
 
@@ -78,6 +79,7 @@ class Timers:
         """Begin with nothing."""
         self.seconds: dict[str, float] = {}
         self.reads, self._clock, self._inside = 0, clock, 0
+        self._looked: float | None = None  # when, if it was after the last program
 
     def clear(self) -> None:
         """Begin again."""
@@ -87,8 +89,11 @@ class Timers:
     def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.reads += not self._inside
-            return method(*args, **kwargs)
+            found = method(*args, **kwargs)
+            if not self._inside:
+                self.reads += 1
+                self._looked = self._looked or self._clock()
+            return found
 
         return call
 
@@ -99,6 +104,9 @@ class Timers:
         def call(*args: Any, **kwargs: Any) -> Any:
             start = self._clock()
             self._inside += name == "program"
+            if self._inside and self._looked is not None:
+                self.seconds["gap"] = self.seconds.get("gap", 0.0) + start - self._looked
+                self._looked = None
             try:
                 return method(*args, **kwargs)
             finally:
@@ -165,7 +173,8 @@ def _row(fast: Any, length: int, rounds: int) -> dict[str, Any]:
     runtime.speculation = None
     text = fast.generate(prompt, **options)
     clock, parts, stood = _clock(fast.device), dict[str, float](), 0.0
-    found, outside, timers = list[float](), list[float](), Timers(clock)
+    found, outside, gaps = list[float](), list[float](), list[float]()
+    timers = Timers(clock)
     for turn in range(4):  # the first one sets things up
         decoding = Lossless((Known(text),), DRAFTS, adaptive=False)
         runtime.speculation = speculation = Speculation(decoding, empty)
@@ -177,13 +186,15 @@ def _row(fast: Any, length: int, rounds: int) -> dict[str, Any]:
             found.append((times.last - times.first) / done)
             parts = {n: took / done for n, took in timers.seconds.items()}
             outside.append(found[-1] - parts.pop("program", 0.0))
+            gaps.append(parts.pop("gap", 0.0))
             stood = speculation.stats.tokens_per_step
     runtime.speculation = None
     step, verified = _bare(fast, prompt, rounds)
     over = statistics.median(found) - verified
     known, here = sum(parts.values()), dict[str, float]()
     if fast.device.type == "cpu":
-        here = {"outside_us": 1e6 * min(outside), "reads": timers.reads / done}
+        here = {"reads": timers.reads / done}
+        here |= {"gap_us": 1e6 * min(gaps), "outside_us": 1e6 * min(outside)}
     return {
         "what": f"loop overhead of a round of {DRAFTS} drafts on {length}: decode step",
         "ratio": over / step,
@@ -203,9 +214,7 @@ def _row(fast: Any, length: int, rounds: int) -> dict[str, Any]:
 class _Times:
     """A streamer that takes the time of the first new token, when counting begins, and the end."""
 
-    def __init__(
-        self, device: torch.device, clock: Callable[[], float], timers: Timers
-    ) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float], timers: Timers) -> None:
         self.first = self.last = 0.0
         self._device, self._clock, self._timers, self._calls = device, clock, timers, 0
 

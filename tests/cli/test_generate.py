@@ -55,6 +55,15 @@ def test_generate_as_the_full_model(folder: Path, profile: Path, options: tuple[
     assert "--lossless or --max-divergence" in misused(both)
 
 
+def test_generate_verifies_a_share_of_the_blocks(folder: Path, profile: Path) -> None:
+    start = ("generate", folder, profile, "A prompt", "--backend", "eager", "--alpha", 1.5)
+    alone = run(*start, "--verify-share", 0.5)
+    assert "--verify-share is for --max-divergence" in misused(alone)
+    within = (*start, "--max-divergence", 0.1, "--verify-share")
+    assert "must be above 0 and at most 1, got 1.5" in misused(run(*within, 1.5))
+    assert "but the plan skips attention" in refused(run(*within, 0.5))
+
+
 def test_generate_with_a_plan_for_time(folder: Path, profile: Path, tmp_path: Path) -> None:
     start = ("generate", folder, profile, "A prompt", "--backend", "eager")
     result = run(*start, "--alpha", 1.2, "--context", 300, "--max-new-tokens", 2, "--stats")

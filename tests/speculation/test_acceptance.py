@@ -70,7 +70,13 @@ def test_drafts_of_the_full_model_are_all_accepted() -> None:
 
 def test_what_differs_by_a_rounding_leaves_something_to_draw() -> None:
     scores = TARGET.log().unsqueeze(0)
-    column = Column(scores, torch.tensor([1]), torch.tensor([False]), TARGET.unsqueeze(0) + 1e-3, torch.tensor(True))
+    column = Column(
+        scores,
+        torch.tensor([1]),
+        torch.tensor([False]),
+        TARGET.unsqueeze(0) + 1e-3,
+        torch.tensor(True),
+    )
     token, invalid = Sampling().replace(column)
     assert not invalid
     assert token.item() < 4

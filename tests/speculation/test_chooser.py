@@ -101,3 +101,40 @@ def test_proposers_that_are_alike_are_told_apart_by_their_plans() -> None:
     assert [name for name, *_ in chooser._drafters] == ["lookup", *skipped, "skipped"]
     alone = Chooser(Speculation(Lossless((Skipped(LIGHT),)), LIGHT), 1)
     assert [name for name, *_ in alone._drafters] == ["skipped"]
+
+
+class Silent:
+    """Costs something to ask, and has drafts from a round on; knows in which it was asked."""
+
+    name, free = "silent", False
+
+    def __init__(self, begins: int) -> None:
+        self.begins, self.round, self.asked = begins, 0, list[int]()
+
+    def begin(self) -> Silent:
+        return self
+
+    def propose(self, context: Any, most: int) -> Drafts | None:
+        self.asked.append(self.round)
+        has = self.round >= self.begins
+        return Drafts(torch.zeros(1, most, dtype=torch.int64)) if has else None
+
+
+def asked(begins: int, rounds: int) -> list[int]:
+    """In which rounds somebody is asked who has nothing before one of them."""
+    silent, request = Silent(begins), Request({}, {})
+    chooser = Chooser(Speculation(Lossless((silent,), adaptive=False), LIGHT), 1)
+    context: Any = request
+    for silent.round in range(rounds):
+        offer = chooser.offer(context, 3, 100)
+        if offer is not None and (drafts := chooser.drafts(context, offer)) is not None:
+            chooser.verified(offer, drafts, 1)
+        chooser.took(100, undisturbed=True)
+    return silent.asked
+
+
+def test_who_has_nothing_to_propose_is_asked_again_less_and_less_often() -> None:
+    assert asked(begins=9, rounds=20)[:4] == [0, 2, 5, 10], "after rests of 1, 2 and 4 rounds"
+    assert asked(begins=9, rounds=20)[4:] == list(range(11, 20)), "there is something now"
+    never = asked(begins=1000, rounds=1000)
+    assert never[-1] - never[-2] == 65, "a request asks so often at least"
