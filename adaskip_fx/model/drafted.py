@@ -20,12 +20,14 @@ from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..speculation.chooser import Chooser, Offer
 from ..speculation.proposals import Drafts
+from ..speculation.refinement import MEASURED, Refine, Refinement
 from ..speculation.speculation import Speculation
 from ..utils.transformers_internals import next_kwargs
 from ..utils.transformers_types import DecodingCall, MakeCandidates, Output
 from .assistant import Assistant
 from .blocks import BlockRequest
 from .draftable import leave_out_positions, positions
+from .matchness import has, matchness
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
@@ -60,6 +62,8 @@ class DraftedRequest(BlockRequest):
         self.samples = call.config.do_sample
         more = [] if assistant is None else [Assistant(assistant, self, call.config)]
         self._chooser = Chooser(speculation, call.input_ids.shape[0], more)
+        self._speculation = speculation
+        self._refinements = dict[int, Refinement]()  # that were asked for in this request
         self._work = (-1, -1, -1)
         self._positions = positions(model)
         self._verifies = True  # the next block
@@ -72,6 +76,12 @@ class DraftedRequest(BlockRequest):
     def due(self, plan: SkipPlan, weaker: Sequence[SkipPlan] | None) -> SkipPlan:
         """Return the plan to draft with; see `Context`."""
         return plan if self.budget is None else self.budget.due(plan, weaker)
+
+    def refined(self, plan: SkipPlan, refine: Refine) -> SkipPlan:
+        """Return what a plan has been refined to; see `Context`."""
+        found = self._speculation.refinement(refine, plan)
+        self._refinements[id(found)] = found
+        return found.plan(self.cache.length)
 
     def draft(self, plan: SkipPlan, most: int) -> Drafts | None:
         """Return `most` tokens decoded under `plan`; see `Context`."""
@@ -86,7 +96,7 @@ class DraftedRequest(BlockRequest):
         cache.drafting.plan = plan
         try:
             for _ in range(most):
-                logits = self._read(text, kwargs, 1).logits[:, -1].to(torch.float32)
+                logits = self.read(text, kwargs, 1).logits[:, -1].to(torch.float32)
                 scores = self.process(text, logits) if self.processed else logits
                 tokens.append(self.rule.choose(scores)[0])
                 given.append(logits)
@@ -133,6 +143,7 @@ class DraftedRequest(BlockRequest):
 
     def advance(self) -> bool:
         """Verify drafts, or run a plain step where there are none; see `DecodedRequest`."""
+        self._try_other_plans()
         offer = self._chooser.offer(self, self._most(), self.cache.length)
         self._verifies = offer is None or offer.drafts is not None or self._tossed()
         drafts = None if offer is None else self._chooser.drafts(self, offer)
@@ -148,6 +159,21 @@ class DraftedRequest(BlockRequest):
             kind = self.budget.verified(drafts.plan, accepted + 1).digest[:8]
         self._chooser.verified(offer, drafts, accepted, kind)
         return ended
+
+    def _try_other_plans(self) -> None:
+        """Measure the next candidate of each search, as far as that is paid for."""
+        for refinement in self._refinements.values():
+            stored, counters = self.cache.length, self._model._adaskip.counters
+            if not has(self, MEASURED) or not self._chooser.affords(stored):
+                return
+            plan = refinement.candidate()
+            if plan is None:
+                continue
+            since, captures = self._chooser.now(), counters.captures
+            share = matchness(self, plan, MEASURED)
+            self._chooser.measured(stored, since, counters.captures == captures)
+            refinement.measured(plan, share)
+            logger.debug("plan %s would have drafted %.2f of the text", plan.digest[:8], share)
 
     def _tossed(self) -> bool:
         return self.budget is None or self.budget.toss()
@@ -193,7 +219,7 @@ class DraftedRequest(BlockRequest):
         stored, count = self.cache.length, drafts.count
         text = torch.cat((self.input_ids, drafts.tokens), 1)
         grown = next_kwargs(self._model, None, dict(self.model_kwargs), count)
-        outputs = self._read(text, grown, count + 1)
+        outputs = self.read(text, grown, count + 1)
         logits = outputs.logits[:, -count - 1 :].to(torch.float32)
         try:
             accepted, ended = self.accept(drafts, logits)
@@ -218,7 +244,7 @@ class DraftedRequest(BlockRequest):
         )
         return super().result(cache)
 
-    def _read(self, text: torch.Tensor, kwargs: dict[str, object], tokens: int) -> Output:
+    def read(self, text: torch.Tensor, kwargs: dict[str, object], tokens: int) -> Output:
         """Run the last `tokens` tokens of a text, and return logits of all of these."""
         inputs = self._model.prepare_inputs_for_generation(
             text, next_sequence_length=tokens, **kwargs

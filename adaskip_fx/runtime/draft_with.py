@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaskip_passes import UnsupportedError
 
@@ -37,6 +37,7 @@ def draft_with(runtime: Runtime, decoding: Lossless) -> None:
             f"drafts are decoded with one plan, but a {plan.kind} has several; give one of them"
         )
     sampled = isinstance(decoding, Bounded) and decoding.verify_share < 1
+    refines = False
     for proposer in decoding.proposers:
         own, weaker = getattr(proposer, "plan", None), getattr(proposer, "weaker", None)
         if own is not None:
@@ -46,13 +47,26 @@ def draft_with(runtime: Runtime, decoding: Lossless) -> None:
             check_weaker((drafted, *weaker))
         if sampled and hasattr(proposer, "plan"):
             _check_written(drafted)
+        if getattr(proposer, "refine", None) is not None:
+            if sampled:
+                raise ValueError(
+                    "with verify_share below 1 the K/V of drafts stay, and refine= tries plans "
+                    "that write none; leave one of the two out"
+                )
+            refines = True
     runtime.set_plan(SkipPlan.empty(runtime.sublayers))
     runtime.policy = runtime.describe = None
     profile = runtime.profile
     similarity = None
     if profile is not None:
         similarity = dict(zip(profile.sublayers, profile.similarity().tolist(), strict=True))
-    runtime.speculation = Speculation(decoding, plan, similarity=similarity)
+    choices = dict[str, Any]()
+    if refines:
+        kept = runtime.graphs.structure.unskippable
+        choices["skippable"] = [s for s in runtime.sublayers if s not in kept]
+        if profile is not None:
+            choices["surrogates"] = profile.scales()
+    runtime.speculation = Speculation(decoding, plan, similarity=similarity, **choices)
 
 
 def _check_written(plan: SkipPlan) -> None:

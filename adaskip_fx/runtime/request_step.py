@@ -36,13 +36,15 @@ def run_step(
     runtime: Runtime, inputs: Inputs, cache: SkipCache, keep: int | torch.Tensor
 ) -> torch.Tensor:
     """Run new tokens of a request; arguments and logits as of `Runtime.step`."""
+    kind: GraphPhase
     phase = turns.phase_of(inputs.input_ids, cache)
     drafting: Drafting | None = cache.drafting
     if drafting is None or drafting.ended:
         return _run(runtime, phase, phase == "decode", inputs, cache, keep)
     if drafting.plan is not None:
-        request, plan = cache.request, drafting.plan
-        return runtime.runner.run("decode", request, plan, (), inputs, cache, keep)[0]
+        one = inputs.input_ids.shape[1] == 1
+        kind, plan = ("decode", drafting.plan) if one else ("extend", as_decode(drafting.plan))
+        return runtime.runner.run(kind, cache.request, plan, (), inputs, cache, keep)[0]
     new = inputs.input_ids.shape[1]
     prompt = min(max(drafting.prompt - cache.length, 0), new)
     counts = [prompt] if prompt else []
@@ -57,7 +59,7 @@ def run_step(
         for part, wanted in zip(cut, _kept(counts, keep), strict=True):
             decoded = cache.length >= drafting.prompt
             one = decoded and part.input_ids.shape[1] == 1
-            kind: GraphPhase = "decode" if one else "extend" if cache.length else "prefill"
+            kind = "decode" if one else "extend" if cache.length else "prefill"
             logits = _run(runtime, kind, decoded, part, cache, wanted)
             parts.append(logits)
     except BaseException:

@@ -135,6 +135,28 @@ class Chooser:
         """Count a block of which the first tokens were written without being verified."""
         self._round, self._tokens = (offer.name, count), kept + 1
 
+    def now(self) -> float:
+        """Return the time, in seconds."""
+        return self._controller.clock()
+
+    def affords(self, length: int) -> bool:
+        """Return whether another plan may be measured, with so many tokens stored."""
+        return not self._adaptive or self._controller.affords(self._rows, length)
+
+    def measured(self, length: int, since: float, undisturbed: bool) -> None:
+        """Take what it took to measure a plan, which is no part of a round.
+
+        Args:
+            length: tokens stored.
+            since: when it was begun.
+            undisturbed: whether nothing was captured meanwhile.
+        """
+        seconds = self._controller.clock() - since
+        if self._since is not None:
+            self._since += seconds
+        if undisturbed:
+            self._controller.measured(self._rows, length, seconds)
+
     def took(self, length: int, undisturbed: bool) -> None:
         """Take the time since the last token, with so many tokens stored.
 

@@ -5,10 +5,15 @@ A block of k drafts of which the i-th stands with probability a(i), given those 
 1. What is worth less is not drafted, but tried again now and then, on credit: each token earns a
 fiftieth of a plain step, and what rounds have lost against plain steps is taken from it. The more
 it is below nothing, the more a block must be worth.
+
+To measure another plan is paid from savings of its own, of which each token earns a hundredth of a
+plain step. So what is tried in vain costs three of a hundred steps at most, in the long run.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Callable
 
 from .times import PLAIN, Round, Times
@@ -17,6 +22,9 @@ from .times import PLAIN, Round, Times
 LENGTHS = (1, 3, 7, 15)
 _EARNED = 0.02  # of a plain step, by each token
 _MOST_CREDIT = 3.0  # plain steps
+_SAVED = 0.01  # of a plain step, by each token
+_MOST_SAVED = 100.0  # plain steps
+_PRICE = 8.0  # plain steps that measuring a plan is supposed to take, with linking and recording it
 _CAUTION = 0.5  # that a block must be worth more for each plain step that was lost
 _AGAIN = 32  # tokens after which what is not worth it may be tried again
 _MOST_TRIES = 4  # after which that is no rarer
@@ -81,6 +89,7 @@ class Controller:
     Attributes:
         times: of rounds.
         credit: plain steps that may be lost by trying.
+        savings: plain steps that may go into measuring other plans.
         clock: where seconds come from.
         kinds: of the drafts that requests begin with, by proposers that are not free.
     """
@@ -88,7 +97,8 @@ class Controller:
     def __init__(self, clock: Callable[[], float]) -> None:
         """Begin with nothing seen."""
         self.times = Times()
-        self.credit = 0.0
+        self.credit = self.savings = 0.0
+        self._prices: deque[float] = deque(maxlen=5)
         self.clock = clock
         self.kinds: dict[str, str] = {}
         self._sources: dict[tuple[str, str], Source] = {}
@@ -129,7 +139,20 @@ class Controller:
         for source in self._sources.values():
             source.since += tokens
         self.times.add(rows, length, kind, seconds)
+        self.savings = min(_MOST_SAVED, self.savings + _SAVED * tokens)
         plain = self.times.plain(rows, length)
         if plain is not None:
             gained = tokens - seconds / plain
             self.credit = min(_MOST_CREDIT, self.credit + gained + _EARNED * tokens)
+
+    def affords(self, rows: int, length: int) -> bool:
+        """Return whether the savings pay for measuring another plan."""
+        price = statistics.median(self._prices) if self._prices else _PRICE
+        return self.times.plain(rows, length) is not None and self.savings >= price
+
+    def measured(self, rows: int, length: int, seconds: float) -> None:
+        """Pay for a plan that was measured."""
+        plain = self.times.plain(rows, length)
+        if plain is not None:
+            self._prices.append(seconds / plain)
+            self.savings -= seconds / plain

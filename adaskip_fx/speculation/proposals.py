@@ -10,6 +10,7 @@ import torch
 
 if TYPE_CHECKING:
     from ..plans.skip_plan import SkipPlan
+    from .refinement import Refine
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,12 @@ class Context(Protocol):
             plan: the strongest.
             weaker: others, which leave out less and less; None for some that leave out the least
                 important of the same sublayers, as far as there is a profile that says so.
+        """
+
+    def refined(self, plan: SkipPlan, refine: Refine) -> SkipPlan:
+        """Return what a plan has been refined to by now, in all requests of the model.
+
+        Whoever has asked once has its candidates measured on this request as well.
         """
 
     def draft(self, plan: SkipPlan, most: int) -> Drafts | None:

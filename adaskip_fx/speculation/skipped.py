@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..plans.skip_plan import SkipPlan
 from .frontier import check_weaker
 from .proposals import Context, Drafts
+from .refinement import Refine
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,24 @@ class Skipped:
             (`Bounded`) that it spends too fast. None for some that are made of it, where there is
             a profile: half of its sublayers, a quarter and so on to one, by similarity. () for
             none.
+        refine: How the plan is refined while text is written (`Swift`, `KnapSpec`); None: it is
+            not.
 
     Raises:
-        ValueError: A plan in `weaker` does not leave out less than the one before it.
+        ValueError: A plan in `weaker` does not leave out less than the one before it; or there are
+            some, and the plan is to be refined.
     """
 
     plan: SkipPlan | None = None
     weaker: tuple[SkipPlan, ...] | None = None
+    refine: Refine | None = None
 
     def __post_init__(self) -> None:
+        if self.weaker and self.refine is not None:
+            raise ValueError(
+                "weaker plans are of one plan, and refine= puts others in its place; leave one of "
+                "the two out"
+            )
         if self.weaker is not None:
             object.__setattr__(self, "weaker", tuple(self.weaker))
             plans = (*([self.plan] if self.plan is not None else []), *self.weaker)
@@ -56,6 +66,8 @@ class Skipped:
     def propose(self, context: Context, most: int) -> Drafts | None:
         """Return `most` tokens; None where nothing is left out, or too little is stored."""
         plan = self.plan if self.plan is not None else context.plan
+        if self.refine is not None:
+            plan = context.refined(plan, self.refine)
         if not plan.decode and not plan.windows.decode:
             return None
         return context.draft(context.due(plan, self.weaker), most)

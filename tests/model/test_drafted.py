@@ -503,13 +503,13 @@ def test_options_that_mean_nothing() -> None:
 def test_a_block_ends_before_another_set_of_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = drafting()
     monkeypatch.setattr("adaskip_fx.model.draftable.switches_at", lambda model: [22])
-    read, steps = DraftedRequest._read, list[tuple[int, int]]()
+    read, steps = DraftedRequest.read, list[tuple[int, int]]()
 
     def reads(self: Any, text: torch.Tensor, kwargs: Any, tokens: int) -> Any:
         steps.append((text.shape[1], tokens))
         return read(self, text, kwargs, tokens)
 
-    monkeypatch.setattr(DraftedRequest, "_read", reads)
+    monkeypatch.setattr(DraftedRequest, "read", reads)
     assert_same(bank, "right", prompt(bank))
     blocks = [length for length, tokens in steps if tokens > 1]
     assert max(blocks) == 22

@@ -1,4 +1,4 @@
-"""The host waits for a device once in a round of drafts, whoever drafts and whatever it may cost."""
+"""The host waits for a device once in a round of drafts, whoever drafts and whatever it costs."""
 
 from __future__ import annotations
 
