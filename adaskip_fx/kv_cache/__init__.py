@@ -3,7 +3,7 @@
 - Buffers: `layer_spec` (what a layer stores), `buffers`, `buffer_pool` (leased to one request).
 - A request: `request_memory` (lengths, rows, steps), `cache` (the same as transformers' cache),
   `layers` (``cache.layers``), `owner` (the runtime that made it), `argument_names` (what its
-  argument is called).
+  argument is called), `read_again` (its last tokens, by another plan).
 - A step: `views`. Other caches: `adopt_cache` (a caller's), `saved` (in a file).
 
 Imports `profiles`, `plans` and `utils`.

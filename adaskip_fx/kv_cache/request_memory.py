@@ -6,8 +6,7 @@ nothing that is not there. Lengths are kept on the host, never in a layer, which
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -229,27 +228,6 @@ class RequestMemory:
         self._unshare(tokens)
         self.length, self.padded = tokens, self.padded and tokens > 0
         self.mask.keep_first(tokens)
-
-    @contextmanager
-    def read_again(self, tokens: int) -> Iterator[None]:
-        """Have the last `tokens` tokens be new ones meanwhile; after it all is as it was.
-
-        Raises:
-            NotImplementedError: as of `keep_first`.
-        """
-        length, padded, begin = self.length, self.padded, self.length - tokens
-        written = [
-            None if buffer is None else buffer[:, :, begin:length].clone()
-            for buffer in (*self.keys, *self.values)
-        ]
-        self.keep_first(begin)
-        try:
-            yield
-        finally:
-            for buffer, before in zip((*self.keys, *self.values), written, strict=True):
-                if buffer is not None and before is not None:
-                    buffer[:, :, begin:length].copy_(before)
-            self.length, self.padded = length, padded
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Go on with other rows: `rows` of those there are, in that order, each as often as named.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..kv_cache.read_again import read_again
 from ..plans.skip_plan import PlanError, SkipPlan
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def matchness(request: DraftedRequest, plan: SkipPlan, tokens: int) -> float:
         return 0.0
     assert cache.drafting is not None
     stored, text = cache.length, request.input_ids
-    with cache.read_again(tokens):
+    with read_again(cache, tokens):
         cache.drafting.plan = plan
         try:
             logits = request.read(text[:, :stored], request.model_kwargs, tokens).logits

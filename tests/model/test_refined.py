@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaskip_fx.kv_cache.request_memory import RequestMemory
-from adaskip_fx.model import drafted
+from adaskip_fx.model import drafted, matchness
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.runtime.draft_with import draft_with
 from adaskip_fx.speculation.options import Bounded
@@ -38,8 +37,9 @@ def options(model: Drafting, rows: int) -> tuple[torch.Tensor, dict[str, Any]]:
     return ids, {**given, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": True}
 
 
-def refined(model: Drafting, rows: int = 2, swift: Swift = Swift(1.0, every=2)) -> Any:
+def refined(model: Drafting, rows: int = 2, steps: int = 100) -> Any:
     """What is generated while plans are tried in every round."""
+    swift = Swift(1.0, steps, every=2)
     plan = SkipPlan.of(model.runtime.sublayers, ["1.ffn"])
     speculation = model.begin(Skipped(plan, refine=swift), longest=3)
     ids, given = options(model, rows)
@@ -75,13 +75,13 @@ def test_keys_that_are_not_put_back_show(monkeypatch: pytest.MonkeyPatch) -> Non
     """The companion."""
 
     @contextmanager
-    def overwrites(self: Any, tokens: int) -> Any:
-        length = self.length
-        self.keep_first(length - tokens)
+    def overwrites(cache: Any, tokens: int) -> Any:
+        length = cache.length
+        cache.keep_first(length - tokens)
         yield
-        self.length = length
+        cache.length = length
 
-    monkeypatch.setattr(RequestMemory, "read_again", overwrites)
+    monkeypatch.setattr(matchness, "read_again", overwrites)
     with pytest.raises(AssertionError):
         assert_as_without(drafting())
 
@@ -99,7 +99,7 @@ def test_matchness_is_the_share_of_tokens_that_would_have_been_drafted(
 
     monkeypatch.setattr(drafted, "matchness", watched)
     with caplog.at_level(logging.DEBUG, "adaskip_fx.model"):
-        refined(model, swift=Swift(1.0, steps=1))
+        refined(model, steps=1)
     (text, share), oracle = seen[0], Oracle(model.model)
     oracle.behave(*([{"1.ffn": "skip"}] * 2), {})
     try:
