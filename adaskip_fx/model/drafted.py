@@ -20,7 +20,7 @@ from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import PlanError, SkipPlan
 from ..speculation.chooser import Chooser, Offer
 from ..speculation.proposals import Drafts
-from ..speculation.refinement import MEASURED, Refine, Refinement
+from ..speculation.refinement import Refine, Refinement
 from ..speculation.speculation import Speculation
 from ..utils.transformers_internals import next_kwargs
 from ..utils.transformers_types import DecodingCall, MakeCandidates, Output
@@ -63,7 +63,7 @@ class DraftedRequest(BlockRequest):
         more = [] if assistant is None else [Assistant(assistant, self, call.config)]
         self._chooser = Chooser(speculation, call.input_ids.shape[0], more)
         self._speculation = speculation
-        self._refinements = dict[int, Refinement]()  # that were asked for in this request
+        self._searches = dict[int, Refinement | None]()  # None: it is over
         self._work = (-1, -1, -1)
         self._positions = positions(model)
         self._verifies = True  # the next block
@@ -80,7 +80,7 @@ class DraftedRequest(BlockRequest):
     def refined(self, plan: SkipPlan, refine: Refine) -> SkipPlan:
         """Return what a plan has been refined to; see `Context`."""
         found = self._speculation.refinement(refine, plan)
-        self._refinements[id(found)] = found
+        self._searches.setdefault(id(found), found)
         return found.plan(self.cache.length)
 
     def draft(self, plan: SkipPlan, most: int) -> Drafts | None:
@@ -123,10 +123,9 @@ class DraftedRequest(BlockRequest):
 
         If all of them are there is nothing to wait for meanwhile.
         """
-        return (
-            self._following is None
-            and self._chooser.offer(self, self._most(), self.cache.length) is None
-        )
+        if self._following is not None or self._tries_plans():
+            return False
+        return self._chooser.offer(self, self._most(), self.cache.length) is None
 
     def received(self) -> None:
         """Take the time of what was run since the last token."""
@@ -162,18 +161,25 @@ class DraftedRequest(BlockRequest):
 
     def _try_other_plans(self) -> None:
         """Measure the next candidate of each search, as far as that is paid for."""
-        for refinement in self._refinements.values():
-            stored, counters = self.cache.length, self._model._adaskip.counters
-            if not has(self, MEASURED) or not self._chooser.affords(stored):
-                return
-            plan = refinement.candidate()
-            if plan is None:
+        for name, search in self._searches.items():
+            if search is None or not self._tries_plans():
                 continue
+            plan = search.candidate()
+            if plan is None:
+                self._searches[name] = None
+                continue
+            stored, counters = self.cache.length, self._model._adaskip.counters
             since, captures = self._chooser.now(), counters.captures
-            share = matchness(self, plan, MEASURED)
+            share = matchness(self, plan, self._longest + 1)  # of such blocks there is a graph
             self._chooser.measured(stored, since, counters.captures == captures)
-            refinement.measured(plan, share)
+            search.measured(plan, share)
             logger.debug("plan %s would have drafted %.2f of the text", plan.digest[:8], share)
+
+    def _tries_plans(self) -> bool:
+        """Return whether a candidate can be measured now, and is paid for."""
+        wanted = any(search is not None for search in self._searches.values())
+        possible = wanted and has(self, self._longest + 1)
+        return possible and self._chooser.affords(self.cache.length)
 
     def _tossed(self) -> bool:
         return self.budget is None or self.budget.toss()

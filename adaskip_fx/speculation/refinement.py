@@ -16,9 +16,6 @@ from ..plans.sublayer import Sublayer
 from ..plans.surrogates import NO_SURROGATES, Surrogates
 from ..plans.windows import Windows
 
-#: How many of the last tokens tell a plan's matchness: a size of blocks that a GPU has recorded.
-MEASURED = 32
-
 
 @dataclass(frozen=True, eq=False)
 class Space:

@@ -26,11 +26,6 @@ from tests.support.eager_reference import Oracle
 PROMPT, NEW, WINDOW = 9, 30, 8
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drafted, "MEASURED", WINDOW)
-
-
 def options(model: Drafting, rows: int) -> tuple[torch.Tensor, dict[str, Any]]:
     ids = model.tokens(rows, PROMPT, 4)
     given: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
@@ -41,7 +36,7 @@ def refined(model: Drafting, rows: int = 2, steps: int = 100) -> Any:
     """What is generated while plans are tried in every round."""
     swift = Swift(1.0, steps, every=2)
     plan = SkipPlan.of(model.runtime.sublayers, ["1.ffn"])
-    speculation = model.begin(Skipped(plan, refine=swift), longest=3)
+    speculation = model.begin(Skipped(plan, refine=swift), longest=WINDOW - 1)
     ids, given = options(model, rows)
     output = model.fast.generate(ids, **given)
     search: Any = speculation.refinement(swift, plan)
