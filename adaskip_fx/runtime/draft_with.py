@@ -36,6 +36,28 @@ def draft_with(runtime: Runtime, decoding: Lossless) -> None:
         raise ValueError(
             f"drafts are decoded with one plan, but a {plan.kind} has several; give one of them"
         )
+    try:
+        refines = _check_proposers(runtime, decoding, plan)
+    except Exception:
+        runtime.plan = plan  # what is refused has changed nothing
+        raise
+    runtime.set_plan(SkipPlan.empty(runtime.sublayers))
+    runtime.policy = runtime.describe = None
+    profile = runtime.profile
+    similarity = None
+    if profile is not None:
+        similarity = dict(zip(profile.sublayers, profile.similarity().tolist(), strict=True))
+    choices = dict[str, Any]()
+    if refines:
+        kept = runtime.graphs.structure.unskippable
+        choices["skippable"] = [s for s in runtime.sublayers if s not in kept]
+        if profile is not None:
+            choices["surrogates"] = profile.scales()
+    runtime.speculation = Speculation(decoding, plan, similarity=similarity, **choices)
+
+
+def _check_proposers(runtime: Runtime, decoding: Lossless, plan: SkipPlan) -> bool:
+    """Refuse proposers whose plans cannot be drafted with; returns whether some are refined."""
     sampled = isinstance(decoding, Bounded) and decoding.verify_share < 1
     refines = False
     for proposer in decoding.proposers:
@@ -54,19 +76,7 @@ def draft_with(runtime: Runtime, decoding: Lossless) -> None:
                     "that write none; leave one of the two out"
                 )
             refines = True
-    runtime.set_plan(SkipPlan.empty(runtime.sublayers))
-    runtime.policy = runtime.describe = None
-    profile = runtime.profile
-    similarity = None
-    if profile is not None:
-        similarity = dict(zip(profile.sublayers, profile.similarity().tolist(), strict=True))
-    choices = dict[str, Any]()
-    if refines:
-        kept = runtime.graphs.structure.unskippable
-        choices["skippable"] = [s for s in runtime.sublayers if s not in kept]
-        if profile is not None:
-            choices["surrogates"] = profile.scales()
-    runtime.speculation = Speculation(decoding, plan, similarity=similarity, **choices)
+    return refines
 
 
 def _check_written(plan: SkipPlan) -> None:

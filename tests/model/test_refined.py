@@ -121,6 +121,7 @@ def test_rows_that_begin_with_padding_are_not_measured() -> None:
 
 def test_what_nobody_verifies_is_not_refined() -> None:
     runtime = drafting().runtime
-    plan = SkipPlan.of(runtime.sublayers, ["1.ffn"])
+    before, plan = runtime.plan, SkipPlan.of(runtime.sublayers, ["1.ffn"])
     with pytest.raises(ValueError, match="refine= tries plans that write none"):
         draft_with(runtime, Bounded((Skipped(plan, refine=Swift()),), verify_share=0.5))
+    assert runtime.plan is before, "what is refused has changed nothing"
