@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from adaskip_fx.kv_cache import growing_memory
+from benchmarks.speed import steps
 from tests.support.compiled_llamas import Entry, check_request
 from tests.support.eager_reference import assert_close
 from tests.support.on_gpu import on_gpu
@@ -170,3 +171,11 @@ def test_a_recording_of_another_program_is_noticed() -> None:
         bank.oracle.behave({})
         with pytest.raises(AssertionError, match="logits of step 1"):
             check_request(bank, plan, (5, 1, 1), keep=1)
+
+
+def test_the_benchmark_of_steps_finds_their_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = on_gpu()
+    monkeypatch.setattr("benchmarks.models.tokens", bank.tokens)
+    plan = bank.compiled.adaskip.plan
+    found = steps(bank.compiled, plan, 1, 16)
+    assert found["decode_replay"]["median"] > 0
