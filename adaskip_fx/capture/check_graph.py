@@ -144,7 +144,8 @@ def _compare_packed(
         return
     short = tokens - _PACKED_LESS
     slots = [2 * t for t in range(tokens)] + [2 * (t + _PACKED_LESS) + 1 for t in range(short)]
-    buffers = CacheBuffers.new(reference.specs, 2, tokens, key.dtype, device)
+    form = key.dtype, device
+    buffers = CacheBuffers.new(reference.specs, 2, tokens, *form, by_head=key.by_head)
     offsets = torch.tensor([0, tokens, tokens + short], dtype=torch.int32, device="cpu")
     places = torch.tensor(slots, device=device)
     cache = PackedCacheView.of(buffers, reference.specs, tokens, places, offsets)
@@ -186,7 +187,9 @@ def _cache_after(
     new = max(step.ids.shape[1], key.static_tokens)
     total, dtype = step.past + new, key.dtype
     room = total + padding + _ROOM
-    buffers = CacheBuffers.new(specs, len(rows), room, dtype, key.device, whole=key.whole)
+    buffers = CacheBuffers.new(
+        specs, len(rows), room, dtype, key.device, whole=key.whole, by_head=key.by_head
+    )
     for i, (keys, values, states) in enumerate(step.memory):
         pairs = [(buffers.keys[i], keys), (buffers.values[i], values)]
         for mine, theirs in pairs:

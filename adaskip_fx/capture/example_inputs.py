@@ -125,7 +125,8 @@ def _example_cache(
 def _layers(
     key: GraphKey, specs: Sequence[LayerCacheSpec], tokens: int, rows: int
 ) -> list[LayerView]:
-    layers = [LayerView.example(s, rows, tokens, key.dtype, key.device) for s in specs]
+    form = rows, tokens, key.dtype, key.device, key.by_head
+    layers = [LayerView.example(spec, *form) for spec in specs]
     for layer in layers:
         for tensor in (layer.keys, layer.values):
             if tensor is not None:

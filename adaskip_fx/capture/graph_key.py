@@ -29,6 +29,7 @@ class GraphKey:
         static_tokens: new tokens of each row where K/V are whole buffers and positions are on the
             device, so that every step works at the same addresses; 0 for views of what is filled.
         whole: on a static cache, whether the graph may read all of a buffer, filled or not.
+        by_head: whether the K/V heads of a layer lie apart.
         embedded: tokens are given by their embeddings, not by ids.
         axes: that positions have besides rows and tokens; 0 for [B, T].
         packed: a prompt's rows without padding, one after the other in one (so `batch` is 1 alone).
@@ -45,6 +46,7 @@ class GraphKey:
     surroundings: Surroundings
     static_tokens: int = 0
     whole: bool = False
+    by_head: bool = False
     embedded: bool = False
     packed: bool = False
     axes: int = 0

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from ..utils.memory_budget import MemoryBudget
+from . import growing_memory
 from .buffers import CacheBuffers
 from .layer_spec import LayerCacheSpec
+from .regions import takes_less_by_head
 from .retention import Retention
 
 _LONGEST = 2**20  # tokens, of a model without a limit
@@ -70,9 +72,10 @@ class BufferPool:
             torch.OutOfMemoryError: there is not enough, also without what was kept.
         """
         form = specs, batch, capacity, dtype, device, retention
+        by_head = self.by_head(*form)
         while True:
             try:
-                return self._again(*form) or self._new(*form)
+                return self._again(*form, by_head) or self._new(*form, by_head)
             except torch.OutOfMemoryError:
                 if not self._kept:
                     raise
@@ -86,11 +89,12 @@ class BufferPool:
         dtype: torch.dtype,
         device: torch.device,
         retention: Retention,
+        by_head: bool,
     ) -> CacheBuffers | None:
         """Return buffers of another request; those of its kind with too little room are freed."""
-        wanted = batch, dtype, device, tuple(specs), self.whole
+        wanted = batch, dtype, device, tuple(specs), self.whole, by_head
         for idle in reversed(self.idle):
-            form = idle.batch, idle.dtype, idle.device, idle.specs, idle.whole
+            form = idle.batch, idle.dtype, idle.device, idle.specs, idle.whole, idle.by_head
             if form == wanted and self._take(idle) and idle.fit_anew(capacity, retention):
                 idle.use_here()
                 idle.clear()
@@ -105,11 +109,27 @@ class BufferPool:
         dtype: torch.dtype,
         device: torch.device,
         retention: Retention,
+        by_head: bool,
     ) -> CacheBuffers:
         form = specs, batch, capacity, dtype, device
-        made = CacheBuffers.new(*form, self.longest, self.whole, retention)
+        made = CacheBuffers.new(*form, self.longest, self.whole, retention, by_head)
         made.use_here()
         return made
+
+    def by_head(
+        self,
+        specs: Sequence[LayerCacheSpec],
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        retention: Retention,
+    ) -> bool:
+        """Return whether buffers that `acquire` makes have each K/V head by itself."""
+        if self.whole or not growing_memory.is_worth_it(device, any(retention)):
+            return False
+        block = growing_memory.block_of(device)
+        return takes_less_by_head(tuple(specs), batch, capacity, dtype, block, retention)
 
     def _take(self, buffers: CacheBuffers) -> bool:
         """Keep buffers no longer; returns whether nobody else has taken them."""

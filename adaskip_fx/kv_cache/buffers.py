@@ -12,16 +12,14 @@ import torch
 from . import growing_memory
 from .growing_memory import GrowingMemory
 from .layer_spec import LayerCacheSpec
-from .regions import growing_regions
-from .retention import Retention
+from .regions import growing_regions, parts_of, room_of
+from .retention import Part, Retention
 from .sliding import Sliding
-from .token_layout import Pair, by_head, empty, widths
+from .token_layout import Pair, empty, heads_of
 
 if TYPE_CHECKING:
     from ..runtime.static_step import StaticStep
 
-#: Numbers that a region may have, so that kernels count them in 32 bits.
-_COUNTABLE = 2**31 - 1
 #: Ranges of memory that are extended between two tokens.
 _AT_A_TIME = 8
 
@@ -35,13 +33,14 @@ class CacheBuffers:
         capacity: tokens that there is memory for.
         dtype, device: of keys and values.
         specs: what is stored of each layer.
-        regions: of keys and values [room, batch, width] by layer (see :mod:`.token_layout`); None
-            where nothing is stored. There are addresses for all `room` tokens, and memory for
-            `capacity`.
+        regions: of keys and values [groups, room, batch, width] by layer (see
+            :mod:`.token_layout`); None where nothing is stored. There are addresses for all `room`
+            tokens, and memory for `capacity`.
         states: by layer, in the order of the spec's states.
         memory: what the regions are in, if they can grow in place.
         whole: whether all of them may be read, filled or not.
-        sliding: the layers that forget.
+        by_head: whether the heads of a layer lie apart.
+        sliding: the heads that forget.
         lengths: a tensor on the CPU of which only lengths are used, int8 [room].
         keys, values: [batch, heads, room, dim] by layer: views of the regions.
         steps: those that run on these buffers on a static cache, by their number of new tokens.
@@ -59,6 +58,7 @@ class CacheBuffers:
     states: list[tuple[torch.Tensor, ...]] = field(repr=False)
     memory: GrowingMemory | None
     whole: bool = False
+    by_head: bool = False
     retention: InitVar[Retention] = ()
     sliding: Sliding = field(init=False, repr=False)
     lengths: torch.Tensor = field(init=False, repr=False)
@@ -70,14 +70,17 @@ class CacheBuffers:
 
     def __post_init__(self, retention: Retention) -> None:
         pairs = [
-            (None, None) if regions is None else by_head(regions, spec)
+            (None, None) if regions is None else heads_of(regions, spec)
             for regions, spec in zip(self.regions, self.specs, strict=True)
         ]
         self.keys, self.values = [k for k, _ in pairs], [v for _, v in pairs]
         self.lengths = torch.empty(self.room, dtype=torch.int8, device="cpu")
-        sizes = iter(enumerate(r.stride(0) * r.itemsize for r in self._regions()))
-        attending = [i for i, regions in enumerate(self.regions) if regions is not None]
-        ranges = {i: (next(sizes), next(sizes)) for i in attending}
+        ranges: dict[Part, list[tuple[int, int]]] = {}
+        sizes = iter(enumerate(self._sizes(1, every=True)))
+        for layer, (regions, spec) in enumerate(zip(self.regions, self.specs, strict=True)):
+            for _ in regions or ():
+                for part in parts_of(layer, spec, self.by_head):
+                    ranges.setdefault(part, []).append(next(sizes))
         self.sliding = Sliding(self.memory, ranges, retention)
 
     @classmethod
@@ -91,6 +94,7 @@ class CacheBuffers:
         longest: int | None = None,
         whole: bool = False,
         retention: Retention = (),
+        by_head: bool = False,
     ) -> CacheBuffers:
         """Return buffers with nothing in them: states are zeros, keys and values are anything.
 
@@ -105,24 +109,41 @@ class CacheBuffers:
             device: where.
             longest: tokens that the buffers are to grow to in place, where the device can.
             whole: whether keys and values are zeros, and are moved to grow, since all is read.
-            retention: what is to be held of each layer, if not all.
+            retention: what is to be held of each layer's heads, if not all.
+            by_head: whether heads lie apart.
         """
         memory = None
         # not inference tensors: they may be written outside inference mode later
         with torch.inference_mode(False):
-            widest = batch * max((max(widths(s)) for s in specs if s.attends), default=0)
-            if longest and not whole and widest and growing_memory.is_available(device):
-                room = max(capacity, min(longest, _COUNTABLE // widest))
+            attends = any(spec.attends for spec in specs)
+            grows = bool(longest) and not whole and attends
+            if longest and grows and growing_memory.is_worth_it(device, any(retention)):
+                form = dtype, device
+                room = room_of(specs, batch, capacity, longest, *form, by_head)
                 memory, regions = growing_regions(
-                    specs, batch, capacity, room, dtype, device, retention
+                    specs, batch, capacity, room, *form, retention, by_head
                 )
             else:
                 regions = [
-                    empty(s, capacity, batch, dtype, device) if s.attends else None for s in specs
+                    empty(s, capacity, batch, dtype, device, by_head) if s.attends else None
+                    for s in specs
                 ]
             states = [tuple(state.zeros(batch, device) for state in s.states) for s in specs]
-        form = tuple(specs), regions, states, memory, whole, retention
-        made = cls(batch, capacity, dtype, device, *form)
+        made = cls(
+            *(
+                batch,
+                capacity,
+                dtype,
+                device,
+                tuple(specs),
+                regions,
+                states,
+                memory,
+                whole,
+                by_head,
+            ),
+            retention,
+        )
         made.clear()
         if memory is not None:
             made._count(memory)
@@ -131,7 +152,7 @@ class CacheBuffers:
     @property
     def room(self) -> int:
         """Tokens that there are addresses for."""
-        return next((r.keys.shape[0] for r in self.regions if r is not None), self.capacity)
+        return next((r.keys.shape[1] for r in self.regions if r is not None), self.capacity)
 
     @property
     def nbytes(self) -> int:
@@ -175,8 +196,9 @@ class CacheBuffers:
         return self.fit(capacity)
 
     def _sizes(self, tokens: int, every: bool = False) -> list[int]:
-        """Return the bytes of so many tokens by region, of layers that forget if `every`."""
-        sizes = enumerate(r.stride(0) * r.itemsize * tokens for r in self._regions())
+        """Return the bytes of so many tokens by range, of parts that forget if `every`."""
+        regions = [(r.shape[0], r.stride(1) * r.itemsize * tokens) for r in self._regions()]
+        sizes = enumerate(size for apart, size in regions for _ in range(apart))
         return [size if every or not self.sliding.has(i) else 0 for i, size in sizes]
 
     def _count(self, memory: GrowingMemory) -> None:
@@ -192,7 +214,7 @@ class CacheBuffers:
 
     def _stored(self, tokens: int) -> list[torch.Tensor]:
         """Return the first `tokens` tokens of each region."""
-        return [r.narrow(0, 0, tokens) for r in self._regions()]
+        return [r.narrow(1, 0, tokens) for r in self._regions()]
 
     def layer(
         self, index: int, spec: LayerCacheSpec, tokens: int
@@ -209,9 +231,8 @@ class CacheBuffers:
         keys, values, states = self.keys[index], self.values[index], self.states[index]
         if spec.attends:
             if keys is None or values is None:
-                keys, values = by_head(empty(spec, tokens, self.batch, self.dtype, "meta"), spec)
-            else:
-                keys, values = keys.narrow(2, 0, tokens), values.narrow(2, 0, tokens)
+                keys, values = heads_of(self._nothing(spec), spec)
+            keys, values = keys.narrow(2, 0, tokens), values.narrow(2, 0, tokens)
         if spec.mixes and not states:
             states = tuple(state.zeros(self.batch, "meta") for state in spec.states)
         return keys, values, states
@@ -222,10 +243,13 @@ class CacheBuffers:
         """Return what `layer` does, as one row [1, heads, tokens * batch, dim], without states."""
         if not spec.attends:
             return None, None
-        regions, slots = self.regions[index], tokens * self.batch
-        if regions is None:
-            return by_head(empty(spec, slots, 1, self.dtype, "meta"), spec)
-        return by_head(Pair(*(r.narrow(0, 0, tokens).view(slots, 1, -1) for r in regions)), spec)
+        regions = self.regions[index] or self._nothing(spec)
+        flat = (r.narrow(1, 0, tokens).flatten(1, 2).unsqueeze(2) for r in regions)
+        return heads_of(Pair(*flat), spec)
+
+    def _nothing(self, spec: LayerCacheSpec) -> Pair:
+        """Return regions like those of a layer that is stored, without memory."""
+        return empty(spec, self.room, self.batch, self.dtype, "meta", self.by_head)
 
     def zero_first(self, tokens: int) -> None:
         """Write zeros as the first tokens of all rows: attention with a mask may read them."""
@@ -252,7 +276,7 @@ class CacheBuffers:
         index = rows.to(self.device)
         self.sliding.slide(0, tokens, forget=False)
         for mine, theirs in self._held(other, tokens):
-            mine.copy_(theirs.index_select(1, index))
+            mine.copy_(theirs.index_select(0, index))
         for mine, theirs in zip(self._states(), other._states(), strict=True):
             mine.copy_(theirs.index_select(0, index))
         self.sliding.forget(other.sliding.gone)
@@ -260,13 +284,13 @@ class CacheBuffers:
     def _held(
         self, other: CacheBuffers, tokens: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the parts of each region that `other` holds: here, and there."""
-        for layer, (mine, theirs) in enumerate(zip(self.regions, other.regions, strict=True)):
-            if mine is not None and theirs is not None:
-                for begin, count in other.sliding.parts(layer, tokens):
-                    for pair in zip(mine, theirs, strict=True):
-                        here, there = (r.narrow(0, begin, count) for r in pair)
-                        yield here, there
+        """Yield the parts of keys and values that `other` holds, [batch, ...]: here, and there."""
+        for layer, spec in enumerate(self.specs):
+            pieces = other.sliding.pieces(layer, spec.key_heads, tokens)
+            sides = (self.keys, other.keys), (self.values, other.values)
+            for mine, theirs in ((a[layer], b[layer]) for a, b in sides):
+                if mine is not None and theirs is not None:
+                    yield from ((p.cut(mine, held), p.cut(theirs, held)) for p, held in pieces)
 
     def use_here(self) -> None:
         """Run steps on the caller's CUDA stream from now on; it waits for those on another one."""

@@ -1,22 +1,26 @@
-"""Memory of a GPU that grows in place: addresses are reserved at once, memory is mapped as needed.
+"""Memory that grows in place: addresses are reserved at once, memory is mapped as needed.
 
 A recorded CUDA graph holds addresses, and a buffer that is moved to grow is copied. Here a range
 of virtual addresses is reserved for as many tokens as a model can have, which costs nothing, and
 physical memory is put behind it as tokens come (CUDA's virtual memory management: Prabhu et al.,
 "vAttention", ASPLOS 2025). A mapping takes tens of microseconds, however large it is, where a copy
 takes longer the more there is; a block table would cost every kernel that reads the cache an
-indirection, and PyTorch's own kernels could not read it.
+indirection, and PyTorch's own kernels could not read it. A CPU's memory is mapped by its operating
+system in the same way; there it is for what can be let go.
 """
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Sequence
 from functools import cache
 
 import torch
 
-from .mapped_memory import Mapped, bindings, call, collect, index_of, retire
+from .host_memory import HostMemory, has_free_addresses
+from .mapped_memory import Mapped, bindings, call, granularity, index_of
+from .pieces import PiecedMemory
 
 
 class GrowingMemory:
@@ -25,19 +29,19 @@ class GrowingMemory:
     Memory is mapped in pieces, and a piece can be let go where nothing reads it any more.
 
     Attributes:
-        device: a CUDA device.
+        device: a CUDA device, or the CPU.
         sizes: bytes of addresses, by range.
     """
 
     def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:
         """Reserve addresses; there is no memory behind them yet."""
-        collect()
         self.device = device
-        with torch.cuda.device(device):
-            self._mapped = Mapped(device, sizes)
+        self._mapped: PiecedMemory = (
+            Mapped(device, sizes) if device.type == "cuda" else HostMemory(block_of(device), sizes)
+        )
         self.sizes = self._mapped.sizes
         # whoever holds a tensor of it holds this object
-        weakref.finalize(self, retire, self._mapped).atexit = False
+        weakref.finalize(self, self._mapped.retire).atexit = False
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +69,7 @@ class GrowingMemory:
             torch.OutOfMemoryError: there is not enough.
         """
         behind = [i for i, size in enumerate(needed) if size > self._mapped.filled[i]]
-        with torch.cuda.device(self.device):
+        with self._mapped.here():
             for index in behind[:most]:
                 self._mapped.extend(index, needed[index])
 
@@ -75,7 +79,7 @@ class GrowingMemory:
         Raises:
             torch.OutOfMemoryError: there is not enough.
         """
-        with torch.cuda.device(self.device):
+        with self._mapped.here():
             for cut in (*cuts, end):
                 self._mapped.extend(index, cut)
 
@@ -94,15 +98,15 @@ class GrowingMemory:
         ]
         if not within:
             return
-        with torch.cuda.device(self.device):
-            torch.cuda.synchronize()
+        with self._mapped.here():
+            self._mapped.wait()
             for index, piece in within:
                 mapped.let_go(index, piece)
 
     def clear(self, indices: Sequence[int]) -> None:
         """Free all memory of some ranges; it waits until nothing runs on the device."""
-        with torch.cuda.device(self.device):
-            torch.cuda.synchronize()
+        with self._mapped.here():
+            self._mapped.wait()
             for index in indices:
                 self._mapped.shrink(index, 0)
 
@@ -116,18 +120,23 @@ class GrowingMemory:
 
         It waits until nothing runs on the device.
         """
-        with torch.cuda.device(self.device):
-            torch.cuda.synchronize()
+        with self._mapped.here():
+            self._mapped.wait()
             for index, bytes_needed in enumerate(needed):
                 self._mapped.shrink(index, 0 if self._mapped.has_gaps(index) else bytes_needed)
                 self._mapped.extend(index, bytes_needed)
 
-    def tensor(self, index: int) -> torch.Tensor:
+    def tensor(self, index: int, count: int = 1) -> torch.Tensor:
         """Return all addresses of a range, uint8 [bytes]; only what has memory may be used.
 
         There must be memory behind its first byte.
+
+        Args:
+            index: of the range.
+            count: how many ranges, one after the other.
         """
-        return torch.as_tensor(_Array(self, index), device=self.device)
+        size = sum(self.sizes[index : index + count])
+        return self._mapped.tensor(self._mapped.bases[index], size, self)
 
     def address(self, index: int) -> int:
         """Return where a range begins."""
@@ -138,8 +147,11 @@ class GrowingMemory:
 def is_available(device: torch.device) -> bool:
     """Return whether memory of a device can grow in place.
 
-    It can on an NVIDIA GPU that maps memory (some virtual ones don't), with NVIDIA's bindings.
+    It can on an NVIDIA GPU that maps memory (some virtual ones don't), with NVIDIA's bindings, and
+    on a CPU under Linux.
     """
+    if device.type == "cpu":
+        return has_free_addresses()
     if device.type != "cuda" or torch.version.cuda is None or bindings() is None:
         return False
     kind = bindings().CUdevice_attribute
@@ -147,14 +159,18 @@ def is_available(device: torch.device) -> bool:
     return bool(call("cuDeviceGetAttribute", maps, index_of(device)))
 
 
-class _Array:
-    """A range, as other libraries see memory of a GPU."""
+def is_worth_it(device: torch.device, forgets: bool) -> bool:
+    """Return whether memory that grows in place is to be used.
 
-    def __init__(self, memory: GrowingMemory, index: int) -> None:
-        self._memory = memory  # lives for as long as the tensor that is made of this
-        self.__cuda_array_interface__ = {
-            "shape": (memory.sizes[index],),
-            "typestr": "|u1",
-            "data": (memory.address(index), False),
-            "version": 3,
-        }
+    Args:
+        device: that it is of.
+        forgets: whether part of it can be let go. On a CPU it is used for nothing else: no graph
+            holds addresses there, and its allocator has memory at once.
+    """
+    return (forgets or device.type != "cpu") and is_available(device)
+
+
+@cache
+def block_of(device: torch.device) -> int:
+    """Return the bytes that a device's memory comes in."""
+    return granularity(device) if device.type == "cuda" else mmap.PAGESIZE

@@ -10,75 +10,44 @@ import importlib
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+
+from .pieces import Piece, PiecedMemory
 
 #: What nobody can reach any more, to be unmapped when no graph is being captured.
 _retired: deque[Mapped] = deque()
 
 
-class Piece(NamedTuple):
-    """Memory that was mapped at once: from which byte of a range, how many bytes, its handle."""
-
-    begin: int
-    size: int
-    handle: Any
-
-
-class Mapped:
-    """What the driver holds: ranges of addresses, and the pieces behind them.
-
-    Attributes:
-        device: A CUDA device.
-        block: Bytes that memory comes in.
-        sizes: Bytes of addresses, by range; whole blocks.
-        bases: Where each range begins.
-        filled: Up to which byte there is memory, by range, apart from what was let go.
-        pieces: By range, in order.
-    """
+class Mapped(PiecedMemory):
+    """What the driver of a GPU holds; a piece's `handle` is the driver's."""
 
     def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:
         """Reserve addresses of ranges; there is no memory behind them yet."""
         self.device = device
-        torch.cuda.synchronize()  # there is a context from here on
-        driver = bindings()
-        self._properties = driver.CUmemAllocationProp()
-        self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-        self._properties.location = location = driver.CUmemLocation()
-        location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        location.id = index_of(device)
-        self._properties.location = location
-        self._access = driver.CUmemAccessDesc()
-        self._access.location = location
-        self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        kind = driver.CUmemAllocationGranularity_flags
-        self.block = int(
-            call(
-                "cuMemGetAllocationGranularity",
-                self._properties,
-                kind.CU_MEM_ALLOC_GRANULARITY_MINIMUM,
-            )
-        )
-        self.sizes = [self.rounded(size) for size in sizes]
-        self._total = sum(self.sizes)
-        self._base = int(call("cuMemAddressReserve", self._total, 0, 0, 0))
-        self.bases = [self._base + sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        self.filled = [0] * len(self.sizes)
-        self.pieces: list[list[Piece]] = [[] for _ in self.sizes]
+        collect()
+        with self.here():
+            torch.cuda.synchronize()  # there is a context from here on
+            driver = bindings()
+            self._properties = _properties(device)
+            self._access = driver.CUmemAccessDesc()
+            self._access.location = _location(device)
+            self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+            super().__init__(granularity(device), sizes)
 
-    def rounded(self, size: int) -> int:
-        """Return a size in whole blocks."""
-        return -(-size // self.block) * self.block
+    def _reserve(self, size: int) -> int:
+        return int(call("cuMemAddressReserve", size, 0, 0, 0))
 
-    def extend(self, index: int, needed: int) -> None:
-        """Map one piece more, so that there is memory up to byte `needed` of a range."""
-        size = self.rounded(needed) - self.filled[index]
-        if size <= 0:
-            return
-        if self.filled[index] + size > self.sizes[index]:
-            raise ValueError(f"{needed} bytes of {self.sizes[index]} reserved ones")
-        at = self.bases[index] + self.filled[index]
+    def here(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which the driver's calls are about the device."""
+        return torch.cuda.device(self.device)
+
+    def wait(self) -> None:
+        """Wait until nothing runs on the device."""
+        torch.cuda.synchronize()
+
+    def _map(self, at: int, size: int) -> Any:
         handle = self._allocate(size)
         with contextlib.ExitStack() as undo:  # what was done if the rest fails
             undo.callback(call, "cuMemRelease", handle)
@@ -86,8 +55,7 @@ class Mapped:
             undo.callback(call, "cuMemUnmap", at, size)
             call("cuMemSetAccess", at, size, [self._access], 1)
             undo.pop_all()
-        self.pieces[index].append(Piece(self.filled[index], size, handle))
-        self.filled[index] += size
+        return handle
 
     def _allocate(self, size: int) -> Any:
         for last in (False, True):
@@ -100,34 +68,24 @@ class Mapped:
                 torch.cuda.empty_cache()
         raise AssertionError
 
-    def shrink(self, index: int, needed: int) -> None:
-        """Unmap from the end whatever reaches beyond `needed` bytes, as it was mapped."""
-        pieces = self.pieces[index]
-        while pieces and pieces[-1].begin + pieces[-1].size > self.rounded(needed):
-            self.let_go(index, pieces[-1])
-        self.filled[index] = pieces[-1].begin + pieces[-1].size if pieces else 0
-
-    def has_gaps(self, index: int) -> bool:
-        """Return whether a piece was let go before the last one."""
-        return sum(piece.size for piece in self.pieces[index]) < self.filled[index]
-
-    def let_go(self, index: int, piece: Piece) -> None:
-        """Unmap a piece; what was mapped after it stays where it is."""
-        self.pieces[index].remove(piece)
-        call("cuMemUnmap", self.bases[index] + piece.begin, piece.size)
+    def _unmap(self, at: int, piece: Piece) -> None:
+        call("cuMemUnmap", at, piece.size)
         call("cuMemRelease", piece.handle)
+
+    def tensor(self, at: int, size: int, owner: object) -> torch.Tensor:
+        """Return some addresses, uint8 [size]; there must be memory behind the first one."""
+        return torch.as_tensor(_Array(at, size, owner), device=self.device)
+
+    def retire(self) -> None:
+        """Unmap everything, since nobody can reach it any more; in a capture that waits."""
+        _retired.append(self)
+        collect()
 
     def free(self) -> None:
         """Unmap everything, and give the addresses back."""
         for index in range(len(self.sizes)):
             self.shrink(index, 0)
-        call("cuMemAddressFree", self._base, self._total)
-
-
-def retire(mapped: Mapped) -> None:
-    """Unmap what nobody can reach any more; in the middle of a capture that waits."""
-    _retired.append(mapped)
-    collect()
+        call("cuMemAddressFree", self.bases[0], sum(self.sizes))
 
 
 def collect() -> None:
@@ -139,9 +97,31 @@ def collect() -> None:
             mapped = _retired.popleft()
         except IndexError:  # another thread was faster
             return
-        with torch.cuda.device(mapped.device):  # another thread may have no context yet
-            torch.cuda.synchronize()
+        with mapped.here():  # another thread may have no context yet
+            mapped.wait()
             mapped.free()
+
+
+def granularity(device: torch.device) -> int:
+    """Return the bytes that memory of a CUDA device comes in."""
+    least = bindings().CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+    return int(call("cuMemGetAllocationGranularity", _properties(device), least))
+
+
+def _properties(device: torch.device) -> Any:
+    driver = bindings()
+    properties = driver.CUmemAllocationProp()
+    properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    properties.location = _location(device)
+    return properties
+
+
+def _location(device: torch.device) -> Any:
+    driver = bindings()
+    location = driver.CUmemLocation()
+    location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    location.id = index_of(device)
+    return location
 
 
 def index_of(device: torch.device) -> int:
@@ -170,3 +150,16 @@ def call(name: str, *arguments: Any) -> Any:
     if error != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"{name} failed: {error}")
     return results[0] if results else None
+
+
+class _Array:
+    """Addresses, as other libraries see memory of a GPU."""
+
+    def __init__(self, at: int, size: int, owner: object) -> None:
+        self._owner = owner  # lives for as long as the tensor that is made of this
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (at, False),
+            "version": 3,
+        }

@@ -149,7 +149,10 @@ class RequestMemory:
             return self._move(buffers, buffers.capacity)
         if tokens == 1 and total + _AHEAD > buffers.capacity and total > _BLOCK:
             soon, more = total + _AHEAD, buffers.capacity * 3 // 2
-            buffers.grow_ahead(_blocks(min(self.expected, more) if self.expected > soon else more))
+            ahead = _blocks(min(self.expected, more) if self.expected > soon else more)
+            if self._outgrown(buffers, ahead):
+                return self._move(buffers, ahead)
+            buffers.grow_ahead(ahead)
         return buffers
 
     def _grow(self, batch: int, total: int) -> CacheBuffers:
@@ -157,8 +160,11 @@ class RequestMemory:
         old = self.lease.buffers if batch == self.batch else None
         more = max(self.expected, total * 3 // 2 if self.length else 0)
         capacity = _blocks(max(total, min(more, 2 * total), self._at_once))
-        if old is not None and (
-            old.fit(capacity) if self.length else old.fit_anew(capacity, self.retention)
+        stays = old is not None and not self._outgrown(old, capacity)
+        if (
+            old is not None
+            and stays
+            and (old.fit(capacity) if self.length else old.fit_anew(capacity, self.retention))
         ):
             return old
         if old is not None and self.length:
@@ -167,6 +173,11 @@ class RequestMemory:
         new = self._acquire(batch, capacity)
         self._hold(new)
         return new
+
+    def _outgrown(self, old: CacheBuffers, capacity: int) -> bool:
+        """Return whether so many tokens are to lie head by head, which they don't in `old`."""
+        form = self.kept, old.batch, capacity, self.dtype, self.device
+        return not old.by_head and self.owner.buffer_pool.by_head(*form, self.retention)
 
     def _move(self, old: CacheBuffers, capacity: int) -> CacheBuffers:
         new = self._acquire(old.batch, capacity)

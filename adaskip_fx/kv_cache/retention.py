@@ -1,16 +1,20 @@
-"""Which tokens of a layer a request may still read: windows leave out those in the middle."""
+"""Which tokens of a layer's K/V heads a request may still read: windows leave out the middle."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import torch
 
 from ..plans.skip_plan import Action
 
 if TYPE_CHECKING:
     from ..plans.skip_plan import SkipPlan
     from ..plans.sublayer import Sublayer
+    from ..plans.windows import Window
 
 #: Last tokens that are held beyond a window, so that as many can be taken back.
 SPARE = 256
@@ -18,7 +22,7 @@ SPARE = 256
 
 @dataclass(frozen=True)
 class Retained:
-    """The tokens of a layer that attention may read: the first ones, and the last ones.
+    """The tokens of a K/V head that attention may read: the first ones, and the last ones.
 
     Attributes:
         first: how many of the first tokens (attention sinks).
@@ -33,45 +37,102 @@ class Retained:
         return range(self.first, max(self.first, length - self.last - SPARE))
 
 
-#: By layer; None where all tokens are read.
-Retention = tuple[Retained | None, ...]
+#: By layer, of each of its K/V heads, where None means all tokens; of a layer that is empty all.
+Retention: TypeAlias = tuple[tuple[Retained | None, ...], ...]
 
 
-def retention(plans: Sequence[SkipPlan], layers: int, narrow: Collection[Sublayer]) -> Retention:
+class Part(NamedTuple):
+    """K/V heads of a layer that hold the same tokens.
+
+    Attributes:
+        layer: of the model.
+        first, heads: the first K/V head, and how many.
+    """
+
+    layer: int
+    first: int
+    heads: int
+
+    def holds(self, other: Part) -> bool:
+        """Return whether all heads of another part are among its own."""
+        return (
+            self.layer == other.layer
+            and self.first <= other.first
+            and other.first + other.heads <= self.first + self.heads
+        )
+
+    def cut(self, stored: torch.Tensor, tokens: range) -> torch.Tensor:
+        """Return its heads of some tokens of the layer's keys, or values, [batch, heads, ...]."""
+        heads = min(self.heads, stored.shape[1] - self.first)  # (values may have fewer than keys)
+        return stored.narrow(1, self.first, heads).narrow(2, tokens.start, len(tokens))
+
+    def of(self, retention: Retention) -> Retained | None:
+        """Return what is read of it; None for everything."""
+        held = retention[self.layer] if self.layer < len(retention) else ()
+        return together(held[self.first : self.first + self.heads])
+
+
+def single_heads(layer: int, heads: int) -> list[Part]:
+    """Return the parts of a layer whose K/V heads are held each by itself."""
+    return [Part(layer, head, 1) for head in range(heads)]
+
+
+def retention(plans: Sequence[SkipPlan], layers: int, narrow: Mapping[Sublayer, int]) -> Retention:
     """Return what a request may read that runs with any of `plans`, in any phase.
 
     Args:
         plans: of one model, each of whose attention sublayers reads its own layer's keys.
         layers: of the model.
-        narrow: attention that reads what its window shows and no more.
+        narrow: attention that reads what its window shows and no more, and its K/V heads.
     """
-    found: list[Retained | None] = [None] * layers
-    for sublayer in narrow:
-        found[sublayer.layer] = _of(plans, sublayer)
+    found: list[tuple[Retained | None, ...]] = [()] * layers
+    for sublayer, heads in narrow.items():
+        windows = _windows(plans, sublayer)
+        held = tuple(_of_head(windows, head) for head in range(heads))
+        if any(held):
+            found[sublayer.layer] = held
     return tuple(found)
 
 
+def together(heads: Iterable[Retained | None]) -> Retained | None:
+    """Return what is read of several K/V heads; None for everything, or of no heads."""
+    held = list(heads)
+    known = [retained for retained in held if retained is not None]
+    if not known or len(known) < len(held):
+        return None
+    return Retained(max(r.first for r in known), max(r.last for r in known))
+
+
 def widened(plans: Sequence[SkipPlan], plan: SkipPlan) -> Sublayer | None:
-    """Return a sublayer whose attention sees more under `plan` than `plans` have held for it."""
+    """Return a sublayer of which a K/V head sees more under `plan` than is held by `plans`."""
     for sublayer in plan.sublayers:
-        held = _of(plans, sublayer) if sublayer.kind == "attention" else None
-        if held is not None and plan.action("decode", sublayer) is Action.RUN:
-            window = plan.windows.get("decode", sublayer)
-            if window is None or window.full_heads:
-                return sublayer
-            if window.sinks > held.first or window.tokens > held.last:
+        if sublayer.kind != "attention" or plan.action("decode", sublayer) is not Action.RUN:
+            continue
+        held, new = _windows(plans, sublayer), plan.windows.get("decode", sublayer)
+        named = {head for window in (*held, new) if window for head in window.full_heads}
+        for head in (*named, max(named, default=0) + 1):  # the last one stands for all others
+            retained, sees = _of_head(held, head), _of_head([new], head)
+            if retained is not None and (
+                sees is None or sees.first > retained.first or sees.last > retained.last
+            ):
                 return sublayer
     return None
 
 
-def _of(plans: Sequence[SkipPlan], sublayer: Sublayer) -> Retained | None:
-    """Return what is read of one layer; None for everything, or nothing."""
-    first = last = 0
-    for plan in plans:
-        for phase in ("prefill", "decode"):
-            if plan.action(phase, sublayer) is Action.RUN:
-                window = plan.windows.get(phase, sublayer)
-                if window is None or window.full_heads:
-                    return None
-                first, last = max(first, window.sinks), max(last, window.tokens)
-    return Retained(first, last) if last else None
+def _windows(plans: Sequence[SkipPlan], sublayer: Sublayer) -> list[Window | None]:
+    """Return the windows of attention in each plan and phase that runs it; None for no window."""
+    return [
+        plan.windows.get(phase, sublayer)
+        for plan, phase in itertools.product(plans, ("prefill", "decode"))
+        if plan.action(phase, sublayer) is Action.RUN
+    ]
+
+
+def _of_head(windows: Sequence[Window | None], head: int) -> Retained | None:
+    """Return what is read of a K/V head through any of `windows`; None for everything."""
+    return together(
+        None
+        if window is None or head in window.full_heads
+        else Retained(window.sinks, window.tokens)
+        for window in windows
+    )

@@ -28,6 +28,7 @@ from ..profiles.fingerprint import Fingerprint, fingerprint, is_of
 from ..utils.files import JSON, canonical_digest, check_digest, write_atomically
 from ..utils.transformers_internals import OFFSETS, keeps_offsets
 from .cache import SkipCache
+from .retention import Part
 
 if TYPE_CHECKING:
     from ..runtime.runtime import Runtime
@@ -69,7 +70,7 @@ def save(cache: SkipCache, path: Path) -> None:
         "length": cache.length,
         "batch": cache.batch,
         "padded": cache.padded,
-        "gone": {str(i): [gone.start, gone.stop] for i, gone in _gone(cache).items()},
+        "gone": {_named(part, cache): [t.start, t.stop] for part, t in _gone(cache).items()},
         "sha256": _sha256(tensors),
     }
     about["digest"] = canonical_digest(about)
@@ -117,38 +118,52 @@ def load_cache(runtime: Runtime, path: str | Path, plan: Decision | None = None)
 def named_tensors(cache: SkipCache) -> dict[str, torch.Tensor]:
     """Return all that a cache stores, by names such as ``3.keys``: views of its buffers.
 
-    Where tokens in the middle are gone, those after them are ``3.keys.last``.
+    Where tokens in the middle are gone, those after them are ``3.keys.last``; where heads hold
+    other tokens than those beside them, those of head 2 are ``3.2.keys``.
     """
     buffers = cache.lease.buffers
     assert buffers is not None
     found: dict[str, torch.Tensor] = {}
     for i, pair in enumerate(zip(cache.keys, cache.values, strict=True)):
+        pieces = buffers.sliding.pieces(i, cache.kept[i].key_heads, cache.length)
         for name, stored in zip(("keys", "values"), pair, strict=True):
             if stored is None:
                 continue
-            for begin, count in buffers.sliding.parts(i, cache.length):
-                part = f"{i}.{name}.last" if begin else f"{i}.{name}"
-                found[part] = stored.narrow(2, begin, count)
+            for part, held in pieces:
+                which = f"{_named(part, cache)}.{name}"
+                found[f"{which}.last" if held.start else which] = part.cut(stored, held)
         for state, tensor in zip(cache.kept[i].states, buffers.states[i], strict=True):
             found[f"{i}.{state.kind}.{state.index}"] = tensor
     return found
 
 
-def _forgotten(path: Path, about: Mapping[str, Any], cache: SkipCache) -> dict[int, range]:
+def _named(part: Part, cache: SkipCache) -> str:
+    """Return the name of a part in a file: its layer, and its head if it is not all of them."""
+    whole = part.heads == cache.specs[part.layer].key_heads
+    return str(part.layer) if whole else f"{part.layer}.{part.first}"
+
+
+def _part(name: str, cache: SkipCache) -> Part:
+    """Return the part that `_named` gave a name."""
+    layer, *head = map(int, name.split("."))
+    return Part(layer, head[0], 1) if head else Part(layer, 0, cache.specs[layer].key_heads)
+
+
+def _forgotten(path: Path, about: Mapping[str, Any], cache: SkipCache) -> dict[Part, range]:
     """Return what the file's request had let go; what this one may still read is refused."""
-    found = dict[int, range]()
-    for layer, (start, stop) in about.get("gone", {}).items():
-        found[int(layer)] = range(start, stop)
-        held = cache.retention[int(layer)] if int(layer) < len(cache.retention) else None
+    found = dict[Part, range]()
+    for name, (start, stop) in about.get("gone", {}).items():
+        part = _part(name, cache)
+        found[part], held = range(start, stop), part.of(cache.retention)
         if held is None or start < held.first or stop > about["length"] - held.last:
             raise SavedCacheError(
-                f"{path}: tokens {start} to {stop - 1} of layer {layer} were let go, which a plan "
-                f"of this request may read; load it with the plan of the file, or {_REDO}"
+                f"{path}: tokens {start} to {stop - 1} of layer {part.layer} were let go, which a "
+                f"plan of this request may read; load it with the plan of the file, or {_REDO}"
             )
     return found
 
 
-def _gone(cache: SkipCache) -> dict[int, range]:
+def _gone(cache: SkipCache) -> dict[Part, range]:
     return cache.lease.buffers.sliding.gone if cache.lease.buffers is not None else {}
 
 

@@ -13,7 +13,7 @@ from adaskip_passes.tracing.repeated_layers.match import LayerIndex, layer_index
 
 from .buffers import CacheBuffers
 from .layer_spec import LayerCacheSpec
-from .token_layout import by_head, empty
+from .token_layout import empty, heads_of
 
 
 class LayerView(LinearAttentionCacheLayerMixin):
@@ -48,11 +48,14 @@ class LayerView(LinearAttentionCacheLayerMixin):
         tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        by_head: bool = False,
     ) -> LayerView:
         """Return a layer of `tokens` tokens in the form in which buffers are."""
         keys = values = None
         if spec.attends:
-            keys, values = by_head(empty(spec, tokens, batch, dtype, device), spec)
+            room = 2 * tokens if by_head else tokens  # so that heads lie apart
+            regions = heads_of(empty(spec, room, batch, dtype, device, by_head), spec)
+            keys, values = (stored.narrow(2, 0, tokens) for stored in regions)
         return cls(spec, keys, values, [s.zeros(batch, device) for s in spec.states])
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:

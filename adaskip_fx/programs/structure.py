@@ -16,7 +16,7 @@ from adaskip_passes.windows.find_attention import Attention, attention_of
 
 from ..capture.phase_graph import CapturedPhase, Memory
 from ..kv_cache.layer_spec import LayerCacheSpec
-from ..kv_cache.retention import Retention, retention
+from ..kv_cache.retention import Retained, Retention, retention, together
 from ..parallel.shards import HeadShare
 from ..plans.skip_plan import Action, SkipPlan
 from ..plans.sublayer import Sublayer
@@ -120,16 +120,30 @@ class ModelStructure:
     def retention(self, plans: Sequence[SkipPlan], specs: Sequence[LayerCacheSpec]) -> Retention:
         """Return which tokens of each layer a request may read that runs with any of `plans`.
 
-        Where a layer reads another one's keys, or with a mask of the model's own, all are held.
+        Where a layer reads another one's keys, or with a mask of the model's own, all are held; on
+        several ranks also where some heads see everything: ranks run the same graphs.
         """
         attending = sum(s.kind == "attention" for s in self.sublayers)
         if not any(plan.windows for plan in plans):
             return ()
         if attending != sum(spec.attends for spec in specs):
             return ()
-        known = self.attention.items()
-        narrow = {s for s, a in known if isinstance(a, Attention) and a.reads_windows}
-        return retention(plans, len(specs), narrow)
+        narrow = {
+            s: a.kv_heads * self._parts(s)
+            for s, a in self.attention.items()
+            if isinstance(a, Attention) and a.reads_windows
+        }
+        found = retention(plans, len(specs), narrow)
+        return tuple(map(self._held, found, specs))
+
+    def _held(
+        self, heads: tuple[Retained | None, ...], spec: LayerCacheSpec
+    ) -> tuple[Retained | None, ...]:
+        """Return what is read of each K/V head that a layer stores, by what is of all heads."""
+        if self._shares is None and len(heads) == spec.key_heads == spec.value_heads:
+            return heads
+        every = together(heads)
+        return () if every is None else (every,) * spec.key_heads
 
     @cached_property
     def unskippable(self) -> frozenset[Sublayer]:

@@ -124,6 +124,7 @@ class PackedRunner:
             surroundings=Surroundings.now(device),
             embedded=is_embedded(ids),
             packed=True,
+            by_head=buffers.by_head,
         )
         given = step_inputs(graphs.forward, ids, positions, None, kept.argument)
         arguments = bind_arguments(graphs.model, graphs.forward, view, given)

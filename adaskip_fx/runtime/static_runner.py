@@ -182,6 +182,7 @@ class StaticRunner:
             surroundings=surroundings,
             static_tokens=tokens,
             whole=buffers.whole,
+            by_head=buffers.by_head,
         )
         keep = int(key.last_logits)
         given = step_inputs(graphs.forward, step.tokens, step.positions, None, keep)

@@ -161,6 +161,7 @@ class Runner:
         batch, tokens = inputs.input_ids.shape[:2]
         kept = kept_logits(self.graphs.forward, logits_to_keep, inputs.input_ids)
         mask, positions = inputs.normal(cache.length)
+        views, buffers = cache.step_view(batch, tokens, phase == "prefill"), cache.lease.buffers
         key = GraphKey(
             phase,
             BatchSizes.around(batch),
@@ -173,10 +174,10 @@ class Runner:
             surroundings=Surroundings.now(self.graphs.device),
             embedded=is_embedded(inputs.input_ids),
             axes=inputs.axes,
+            by_head=buffers is not None and buffers.by_head,
         )
         model, forward = self.graphs.model, self.graphs.forward
         given = step_inputs(forward, inputs.input_ids, positions, mask, kept.argument)
-        views = cache.step_view(batch, tokens, phase == "prefill")
         arguments = bind_arguments(model, forward, views, given)
         instrument = request.instrument
         program = self.graphs.program(key, plan, probed, arguments, request.begun, instrument)

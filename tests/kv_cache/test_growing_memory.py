@@ -14,6 +14,7 @@ from adaskip_fx.kv_cache import growing_memory
 from adaskip_fx.kv_cache.buffers import CacheBuffers
 from adaskip_fx.kv_cache.growing_memory import GrowingMemory
 from adaskip_fx.kv_cache.layer_spec import LayerCacheSpec
+from adaskip_fx.kv_cache.retention import Part
 from tests.support.cuda_driver import BLOCK, Driver, install, install_on_cpu
 
 DEVICE = torch.device("cuda", 0)
@@ -99,7 +100,7 @@ def test_where_it_is_available(driver: Driver, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(driver, "cuDeviceGetAttribute", lambda *_, maps=maps: (0, maps))
         assert growing_memory.is_available(DEVICE) is expected
     growing_memory.is_available.cache_clear()
-    assert not growing_memory.is_available(torch.device("cpu"))
+    assert not growing_memory.is_available(torch.device("xpu"))
     monkeypatch.setattr(growing_memory, "bindings", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert not growing_memory.is_available(DEVICE)
@@ -136,7 +137,9 @@ def test_buffers_without_room_to_begin_anew_say_what_they_hold(
     specs = [LayerCacheSpec(2, 8, 2, 8)]
     cpu = torch.device("cpu")
     buffers = CacheBuffers.new(specs, 1, 400, torch.float32, cpu, longest=1000)
-    buffers.sliding.forget({0: range(100, 200)})  # a gap, so that all of it is mapped anew
+    buffers.sliding.forget(
+        {Part(0, 0, 2): range(100, 200)}
+    )  # a gap, so that all of it is mapped anew
     driver.room = 0
     with pytest.raises(torch.OutOfMemoryError):
         buffers.fit_anew(50, ())

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from adaskip_fx.api import build
 from adaskip_fx.kv_cache import mapped_memory, retention, sliding
-from adaskip_fx.kv_cache.retention import Retained
+from adaskip_fx.kv_cache.retention import Part, Retained, Retention
 from adaskip_fx.kv_cache.saved import SavedCacheError
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.decisions import Schedule
@@ -38,6 +38,7 @@ ATTENTION = [Sublayer(n, "attention") for n in range(3)]
 NARROW = {0: Window(9, 3), 2: Window(5, 0)}
 MODEL = make_model("three_layers")
 EAGER = WindowedEager(MODEL)
+HEADS = MODEL.config.num_key_value_heads
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +93,13 @@ def check_pointers(cache: Any) -> None:
         assert all(mapped_memory.bindings().behind(base) for base in bases)
 
 
-def gone(cache: Any) -> dict[int, range]:
-    found: dict[int, range] = cache.lease.buffers.sliding.gone
+def gone(cache: Any) -> dict[Part, range]:
+    found: dict[Part, range] = cache.lease.buffers.sliding.gone
     return found
+
+
+def layer(index: int) -> Part:
+    return Part(index, 0, HEADS)
 
 
 @pytest.mark.parametrize("fast", [DYNAMIC, STATIC], ids=["views", "static"])
@@ -106,7 +111,10 @@ def test_nothing_that_is_gone_is_read(driver: Driver, fast: Any, rows: int) -> N
     torch.testing.assert_close(feed(fast, cache, ids, counts), want(ids), atol=2e-4, rtol=1e-3)
     driver.check()
     stored = cache.length - 1  # the last token had come when it was last looked
-    assert gone(cache) == {0: range(3, stored - 9 - SPARE), 2: range(0, stored - 5 - SPARE)}
+    assert gone(cache) == {
+        layer(0): range(3, stored - 9 - SPARE),
+        layer(2): range(0, stored - 5 - SPARE),
+    }
 
 
 @fewer(1)
@@ -165,10 +173,10 @@ def test_memory_is_what_windows_need(driver: Driver) -> None:
     windowed, full = (STATIC.adaskip.new_cache(plan=p) for p in (plan(), plan({})))
     for cache in (windowed, full):
         feed(STATIC, cache, ids, [400, *[1] * 100])
-    sizes = [b for _, b in windowed.lease.buffers.sliding._ranges[0]]
-    layer = full.nbytes / 3
+    sizes = [b for _, b in windowed.lease.buffers.sliding._ranges[layer(0)]]
+    of_layer = full.nbytes / 3
     most = sum(size * (3 + 9 + SPARE) + 3 * 64 + size for size in sizes)
-    assert windowed.nbytes <= layer + 2 * most
+    assert windowed.nbytes <= of_layer + 2 * most
     assert windowed.nbytes < 0.45 * full.nbytes
 
 
@@ -182,7 +190,7 @@ def test_the_next_request_has_all_of_it(driver: Driver) -> None:
             cache = STATIC.adaskip.new_cache(plan=plan(narrow))
             got = feed(STATIC, cache, ids, [100, *[1] * 20])
             torch.testing.assert_close(got, want(ids, narrow), atol=2e-4, rtol=1e-3)
-            assert set(gone(cache)) == set(narrow)
+            assert set(gone(cache)) == set(map(layer, narrow))
             driver.check()
             used.add(id(cache.lease.buffers))
             del cache
@@ -312,15 +320,21 @@ def test_what_is_held(tmp_path: Path) -> None:
     """By plan: everything that any phase, head or plan of the request sees."""
     held = runtime_of(DYNAMIC).graphs.retention
     full_head = plan({0: Window(9, 3, (0,))})
-    assert held([plan()]) == (Retained(3, 9), None, Retained(0, 5))
-    assert held([full_head]) == (None, None, None)
-    assert held([prefill_only(plan())]) == (None, None, None)
-    assert held([plan(), plan({0: Window(30, 1), 1: Window(4)})]) == (Retained(3, 30), None, None)
+    assert held([plan()]) == every(Retained(3, 9), None, Retained(0, 5))
+    assert held([full_head]) == ((None, Retained(3, 9)), (), ())
+    assert held([full_head, plan({0: Window(4, 5)})]) == ((None, Retained(5, 9)), (), ())
+    assert held([full_head, plan({0: Window(4, 5, (1,))})]) == every(None, None, None)
+    assert held([prefill_only(plan())]) == every(None, None, None)
+    wider = plan({0: Window(30, 1), 1: Window(4)})
+    assert held([plan(), wider]) == every(Retained(3, 30), None, None)
     skipped = SkipPlan.of(plan().sublayers, ["2.attention"])
-    assert held([skipped.with_windows(Windows.of([ATTENTION[0]], Window(6, 2)))]) == (
-        *(Retained(2, 6), None),
-        None,
-    )
+    of_first = skipped.with_windows(Windows.of([ATTENTION[0]], Window(6, 2)))
+    assert held([of_first]) == every(Retained(2, 6), None, None)
+
+
+def every(*layers: Retained | None) -> Retention:
+    """What is held where all heads of a layer hold the same."""
+    return tuple(() if kept is None else (kept,) * HEADS for kept in layers)
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -357,7 +371,7 @@ def test_a_schedule_holds_what_its_widest_plan_sees() -> None:
         windows=Windows(prompt.windows.prefill, plan().windows.decode),
     )
     cache = DYNAMIC.adaskip.new_cache(plan=Schedule(((0, prompt), (5, narrow))))
-    assert cache.retention == (Retained(3, 20), None, Retained(0, 5))
+    assert cache.retention == every(Retained(3, 20), None, Retained(0, 5))
 
 
 @pytest.mark.parametrize("there", ["the same device", "one without such memory"])

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from adaskip_fx.kv_cache import growing_memory, mapped_memory
-from adaskip_fx.kv_cache.growing_memory import GrowingMemory
+from adaskip_fx.kv_cache import growing_memory, mapped_memory, regions
+from adaskip_fx.kv_cache.mapped_memory import Mapped
 
 BLOCK = 64
 
@@ -128,11 +128,19 @@ def install(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Driver:
 def install_on_cpu(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Driver:
     """Have a CPU's buffers grow in place, in the memory of `driver`."""
 
-    def tensor(self: GrowingMemory, index: int) -> torch.Tensor:
-        return driver.at(self.address(index), self.sizes[index])
+    def tensor(self: Mapped, at: int, size: int, owner: object) -> torch.Tensor:
+        return driver.at(at, size)
 
     install(monkeypatch, driver)
     monkeypatch.setattr(growing_memory, "is_available", lambda device: True)
+    monkeypatch.setattr(
+        growing_memory, "is_worth_it", lambda device, forgets: growing_memory.is_available(device)
+    )
+    monkeypatch.setattr(growing_memory, "block_of", lambda device: BLOCK)
+    monkeypatch.setattr(
+        growing_memory, "HostMemory", lambda block, sizes: Mapped(torch.device("cpu"), sizes)
+    )
     monkeypatch.setattr(mapped_memory, "index_of", lambda device: 0)
-    monkeypatch.setattr(GrowingMemory, "tensor", tensor)
+    monkeypatch.setattr(Mapped, "tensor", tensor)
+    regions.takes_less_by_head.cache_clear()
     return driver
