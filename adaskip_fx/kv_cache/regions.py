@@ -83,7 +83,7 @@ def _held(kept: Retained | None, tokens: int, size: int, block: int) -> int:
 
 
 def parts_of(layer: int, spec: LayerCacheSpec, by_head: bool) -> list[Part]:
-    """Return the parts of a layer whose memory lies apart, in order: of its keys as of its values."""
+    """Return the parts of a layer whose memory lies apart, in order: of keys as of values."""
     heads = spec.key_heads
     return single_heads(layer, heads) if by_head else [Part(layer, 0, heads)]
 

@@ -27,10 +27,13 @@ def by_window(
     softcap: float,
     sink_scores: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return what `ops.attend_windowed` does, of heads with one window together."""
+    """Return what `ops.attend_windowed` does, of heads with one window together.
+
+    Those that lie between others are views too: what a window does not show may have no memory.
+    """
     batch, heads, tokens, _ = query.shape
     stored, plain = key.shape[2], not softcap and sink_scores is None
-    groups, output = alike(windows, stored, own, key.shape[1]), None
+    groups, output = _adjacent(alike(windows, stored, own, key.shape[1])), None
     for chosen, (sinks, seen) in groups:
         q, k, v, theirs = heads_of(query, key, value, chosen)
         if plain and seen >= stored:
@@ -65,6 +68,20 @@ def alike(
         seen = min(tokens, own)
         groups.setdefault(_EVERYTHING if seen >= stored else (sinks, seen), []).append(head)
     return [(heads, window) for window, heads in groups.items()]
+
+
+def _adjacent(
+    groups: list[tuple[list[int], tuple[int, int]]],
+) -> list[tuple[list[int], tuple[int, int]]]:
+    """Return the same windows of heads that follow one another."""
+    found = list[tuple[list[int], tuple[int, int]]]()
+    for heads, window in groups:
+        for head in heads:
+            if found and found[-1][1] == window and found[-1][0][-1] == head - 1:
+                found[-1][0].append(head)
+            else:
+                found.append(([head], window))
+    return found
 
 
 def heads_of(
