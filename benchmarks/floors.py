@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from adaskip_fx.plans.skip_plan import Action, Phase, SkipPlan, Sublayer
+from adaskip_fx.plans.windows import Window
 
 
 def decode_bytes(model: Any, plan: SkipPlan, length: int, batch: int = 1) -> float:
@@ -46,17 +47,21 @@ def _seen(model: Any, plan: SkipPlan, phase: Phase, length: int) -> list[int]:
 def kv_bytes(model: Any, plan: SkipPlan, tokens: int) -> float:
     """Bytes of the keys and values that are stored of `tokens` tokens.
 
-    A layer all of whose heads have a window, in both phases, stores what it sees.
+    A K/V head that has a window, in both phases, stores what it sees.
     """
-    stored = 0
+    stored, heads = 0.0, model.config.num_key_value_heads
     for sublayer in _kept(plan, "decode"):
         if sublayer.kind == "attention":
             phases: tuple[Phase, ...] = ("prefill", "decode")
             runs = [p for p in phases if plan.action(p, sublayer) is Action.RUN]
             windows = [plan.windows.get(phase, sublayer) for phase in runs]
-            seen = [tokens if w is None or w.full_heads else w.seen(tokens) for w in windows]
-            stored += max(seen)
+            stored += sum(_most_seen(windows, head, tokens) for head in range(heads)) / heads
     return float(model.dtype.itemsize * stored * _kv_width(model))
+
+
+def _most_seen(windows: Sequence[Window | None], head: int, tokens: int) -> int:
+    """Return how many of `tokens` tokens a K/V head sees through the widest of its windows."""
+    return max(tokens if w is None or head in w.full_heads else w.seen(tokens) for w in windows)
 
 
 def prefill_flop(model: Any, plan: SkipPlan, tokens: int, batch: int = 1) -> float:

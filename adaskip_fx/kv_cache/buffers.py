@@ -20,8 +20,8 @@ from .token_layout import Pair, empty, heads_of
 if TYPE_CHECKING:
     from ..runtime.static_step import StaticStep
 
-#: Ranges of memory that are extended between two tokens.
-_AT_A_TIME = 8
+#: Ranges of memory that are extended between two tokens, if that is a part of this of them.
+_AT_A_TIME, _PART = 8, 32
 
 
 @dataclass(eq=False)
@@ -179,7 +179,8 @@ class CacheBuffers:
         A few calls do it all: one alone would be seen as a pause between two tokens.
         """
         if self.memory is not None:
-            self.memory.fit(self._sizes(min(capacity, self.room)), most=_AT_A_TIME)
+            needed = self._sizes(min(capacity, self.room))
+            self.memory.fit(needed, most=max(_AT_A_TIME, len(needed) // _PART))
             self._count(self.memory)
 
     def fit_anew(self, capacity: int, retention: Retention) -> bool:

@@ -12,7 +12,7 @@ import torch
 from ..plans.skip_plan import Action
 
 if TYPE_CHECKING:
-    from ..plans.skip_plan import SkipPlan
+    from ..plans.skip_plan import Phase, SkipPlan
     from ..plans.sublayer import Sublayer
     from ..plans.windows import Window
 
@@ -121,9 +121,10 @@ def widened(plans: Sequence[SkipPlan], plan: SkipPlan) -> Sublayer | None:
 
 def _windows(plans: Sequence[SkipPlan], sublayer: Sublayer) -> list[Window | None]:
     """Return the windows of attention in each plan and phase that runs it; None for no window."""
+    phases: tuple[Phase, ...] = ("prefill", "decode")
     return [
         plan.windows.get(phase, sublayer)
-        for plan, phase in itertools.product(plans, ("prefill", "decode"))
+        for plan, phase in itertools.product(plans, phases)
         if plan.action(phase, sublayer) is Action.RUN
     ]
 

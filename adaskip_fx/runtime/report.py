@@ -131,7 +131,9 @@ def _request_rows(runtime: Runtime) -> list[tuple[str, str]]:
 
 def _request(cache: SkipCache) -> str:
     batch = f"{cache.batch} x " if cache.batch > 1 else ""
-    return f"{batch}{cache.length:,} tokens stored, {_window(cache)}"
+    buffers = cache.lease.buffers
+    lies = " head by head" if buffers is not None and buffers.by_head else ""
+    return f"{batch}{cache.length:,} tokens stored{lies}, {_window(cache)}"
 
 
 def _window(cache: SkipCache) -> str:
