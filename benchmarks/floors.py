@@ -49,14 +49,14 @@ def kv_bytes(model: Any, plan: SkipPlan, tokens: int) -> float:
 
     A K/V head that has a window, in both phases, stores what it sees.
     """
-    stored, heads = 0.0, model.config.num_key_value_heads
+    stored, heads = 0, int(model.config.num_key_value_heads)
     for sublayer in _kept(plan, "decode"):
         if sublayer.kind == "attention":
             phases: tuple[Phase, ...] = ("prefill", "decode")
             runs = [p for p in phases if plan.action(p, sublayer) is Action.RUN]
             windows = [plan.windows.get(phase, sublayer) for phase in runs]
-            stored += sum(_most_seen(windows, head, tokens) for head in range(heads)) / heads
-    return float(model.dtype.itemsize * stored * _kv_width(model))
+            stored += sum(_most_seen(windows, head, tokens) for head in range(heads))
+    return float(model.dtype.itemsize * stored * 2 * head_dim(model))
 
 
 def _most_seen(windows: Sequence[Window | None], head: int, tokens: int) -> int:

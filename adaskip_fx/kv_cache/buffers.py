@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import growing_memory
 from .growing_memory import GrowingMemory
 from .layer_spec import LayerCacheSpec
-from .regions import growing_regions, parts_of, room_of
+from .regions import new_regions, parts_of
 from .retention import Part, Retention
 from .sliding import Sliding
 from .token_layout import Pair, empty, heads_of
@@ -78,8 +77,8 @@ class CacheBuffers:
         ranges: dict[Part, list[tuple[int, int]]] = {}
         sizes = iter(enumerate(self._sizes(1, every=True)))
         for layer, (regions, spec) in enumerate(zip(self.regions, self.specs, strict=True)):
-            for _ in regions or ():
-                for part in parts_of(layer, spec, self.by_head):
+            for parts in parts_of(layer, spec, self.by_head) if regions is not None else ():
+                for part in parts:
                     ranges.setdefault(part, []).append(next(sizes))
         self.sliding = Sliding(self.memory, ranges, retention)
 
@@ -112,22 +111,10 @@ class CacheBuffers:
             retention: what is to be held of each layer's heads, if not all.
             by_head: whether heads lie apart.
         """
-        memory = None
         # not inference tensors: they may be written outside inference mode later
         with torch.inference_mode(False):
-            attends = any(spec.attends for spec in specs)
-            grows = bool(longest) and not whole and attends
-            if longest and grows and growing_memory.is_worth_it(device, any(retention)):
-                form = dtype, device
-                room = room_of(specs, batch, capacity, longest, *form, by_head)
-                memory, regions = growing_regions(
-                    specs, batch, capacity, room, *form, retention, by_head
-                )
-            else:
-                regions = [
-                    empty(s, capacity, batch, dtype, device, by_head) if s.attends else None
-                    for s in specs
-                ]
+            form = dtype, device, None if whole else longest
+            memory, regions = new_regions(specs, batch, capacity, *form, retention, by_head)
             states = [tuple(state.zeros(batch, device) for state in s.states) for s in specs]
         made = cls(
             *(

@@ -1,4 +1,4 @@
-"""Regions of keys and values in memory that grows in place."""
+"""Regions of keys and values: how they are made, and when heads lie apart."""
 
 from __future__ import annotations
 
@@ -12,13 +12,96 @@ from . import growing_memory
 from .growing_memory import GrowingMemory
 from .layer_spec import LayerCacheSpec
 from .retention import Part, Retained, Retention, single_heads
-from .token_layout import Pair, groups, widths
+from .token_layout import Pair, empty, groups, widths
 
 #: Numbers that a region may have, so that kernels count them in 32 bits.
 _COUNTABLE = 2**31 - 1
 
 
-def room_of(
+@lru_cache(maxsize=64)
+def takes_less_by_head(
+    specs: tuple[LayerCacheSpec, ...],
+    batch: int,
+    tokens: int,
+    dtype: torch.dtype,
+    block: int,
+    retention: Retention,
+) -> bool:
+    """Return whether `tokens` tokens take less memory with each K/V head by itself.
+
+    They can where a layer has heads that forget beside others that don't; and they do from some
+    length on, since each head has whole blocks of `block` bytes. The rest is as of `new_regions`.
+    """
+    if all(len({kept is None for kept in heads}) < 2 for heads in retention):
+        return False
+
+    def held(by_head: bool) -> int:
+        parts = _sized_parts(specs, by_head, batch * dtype.itemsize)
+        return sum(_held(part.of(retention), tokens, size, block) for part, size in parts)
+
+    return held(True) < held(False)
+
+
+def _held(kept: Retained | None, tokens: int, size: int, block: int) -> int:
+    """Return in how many blocks a part holds what it is to hold of tokens of `size` bytes."""
+    every = -(-tokens * size // block)
+    gone = range(0) if kept is None else kept.gone(tokens)
+    if not gone:
+        return every
+    first = max(1, -(-gone.start * size // block))
+    return min(every, first + every - gone.stop * size // block)
+
+
+def parts_of(layer: int, spec: LayerCacheSpec, by_head: bool) -> tuple[list[Part], list[Part]]:
+    """Return the parts of a layer whose memory lies apart, in order: of its keys, of its values."""
+    if not spec.attends:
+        return [], []
+    if by_head:
+        return single_heads(layer, spec.key_heads), single_heads(layer, spec.value_heads)
+    return [Part(layer, 0, spec.key_heads)], [Part(layer, 0, spec.key_heads)]
+
+
+def _sized_parts(
+    specs: Sequence[LayerCacheSpec], by_head: bool, itemsize: int
+) -> Iterator[tuple[Part, int]]:
+    """Yield the parts of all layers with the bytes of a token of one row, as memory has them."""
+    for layer, spec in enumerate(specs):
+        pairs = zip(parts_of(layer, spec, by_head), widths(spec, by_head), strict=True)
+        yield from ((part, width * itemsize) for parts, width in pairs for part in parts)
+
+
+def new_regions(
+    specs: Sequence[LayerCacheSpec],
+    batch: int,
+    capacity: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    longest: int | None,
+    retention: Retention,
+    by_head: bool,
+) -> tuple[GrowingMemory | None, list[Pair | None]]:
+    """Return the regions [groups, room, batch, width] of each layer that attends, and their memory.
+
+    Args:
+        specs: what is stored of each layer.
+        batch: rows.
+        capacity: tokens to have memory for; of parts that forget the first block has memory.
+        dtype: of keys and values.
+        device: where.
+        longest: tokens that they are to grow to in place, where the device can; None: they stay.
+        retention: what is to be held.
+        by_head: whether each head is a group of its own.
+    """
+    attends = any(spec.attends for spec in specs)
+    if longest and attends and growing_memory.is_worth_it(device, any(retention)):
+        room = _room(specs, batch, capacity, longest, dtype, device, by_head)
+        form = dtype, device, retention, by_head
+        return _growing(specs, batch, capacity, room, *form)
+    plain = capacity, batch, dtype, device, by_head
+    return None, [empty(spec, *plain) if spec.attends else None for spec in specs]
+
+
+def _room(
     specs: Sequence[LayerCacheSpec],
     batch: int,
     capacity: int,
@@ -35,60 +118,13 @@ def room_of(
     room = max(capacity, min(longest, _COUNTABLE // (batch * widest)))
     if not by_head:
         return room
-    block, sizes = (
-        growing_memory.block_of(device),
-        [w for s in specs if s.attends for w in widths(s, True)],
-    )
-    whole = block // math.gcd(block, *(size * batch * dtype.itemsize for size in sizes))
+    block = growing_memory.block_of(device)
+    sizes = (batch * size for _, size in _sized_parts(specs, by_head, dtype.itemsize))
+    whole = block // math.gcd(block, *sizes)
     return -(-room // whole) * whole
 
 
-@lru_cache(maxsize=64)
-def takes_less_by_head(
-    specs: tuple[LayerCacheSpec, ...],
-    batch: int,
-    tokens: int,
-    dtype: torch.dtype,
-    block: int,
-    retention: Retention,
-) -> bool:
-    """Return whether `tokens` tokens take less memory with each K/V head by itself.
-
-    They can where a layer has heads that forget beside others that don't; and they do from some
-    length on, since each head has whole blocks of `block` bytes. The rest is as of
-    `growing_regions`.
-    """
-    if all(len({kept is None for kept in heads}) < 2 for heads in retention):
-        return False
-
-    def held(by_head: bool) -> int:
-        return sum(
-            _held(part.of(retention), tokens, width * batch * dtype.itemsize, block)
-            for layer, spec in enumerate(specs)
-            for width in (widths(spec, by_head) if spec.attends else ())
-            for part in parts_of(layer, spec, by_head)
-        )
-
-    return held(True) < held(False)
-
-
-def _held(kept: Retained | None, tokens: int, size: int, block: int) -> int:
-    """Return in how many blocks a part holds what it is to hold of tokens of `size` bytes."""
-    every = -(-tokens * size // block)
-    gone = range(0) if kept is None else kept.gone(tokens)
-    if not gone:
-        return every
-    first = max(1, -(-gone.start * size // block))
-    return min(every, first + every - gone.stop * size // block)
-
-
-def parts_of(layer: int, spec: LayerCacheSpec, by_head: bool) -> list[Part]:
-    """Return the parts of a layer whose memory lies apart, in order: of keys as of values."""
-    heads = spec.key_heads
-    return single_heads(layer, heads) if by_head else [Part(layer, 0, heads)]
-
-
-def growing_regions(
+def _growing(
     specs: Sequence[LayerCacheSpec],
     batch: int,
     capacity: int,
@@ -98,28 +134,11 @@ def growing_regions(
     retention: Retention,
     by_head: bool,
 ) -> tuple[GrowingMemory, list[Pair | None]]:
-    """Return memory, and the regions [groups, room, batch, width] of each layer that attends in it.
-
-    Args:
-        specs: what is stored of each layer.
-        batch: rows.
-        capacity: tokens to have memory for; of parts that forget the first block has memory.
-        room: tokens to have addresses for, as `room_of` says.
-        dtype: of keys and values.
-        device: where.
-        retention: what is to be held.
-        by_head: whether each head is a group of its own.
-    """
-    sizes, needed = list[int](), list[int]()
-    for layer, spec in enumerate(specs):
-        for width in widths(spec, by_head) if spec.attends else ():
-            token = width * batch * dtype.itemsize
-            for part in parts_of(layer, spec, by_head):
-                sizes.append(room * token)
-                needed.append(1 if part.of(retention) is not None else capacity * token)
-    memory = GrowingMemory(device, sizes)
-    memory.fit(needed)
-    ranges = iter(range(len(sizes)))
+    """Return what `new_regions` does in memory with addresses for `room` tokens."""
+    parts = list(_sized_parts(specs, by_head, batch * dtype.itemsize))
+    memory = GrowingMemory(device, [room * size for _, size in parts])
+    memory.fit([1 if part.of(retention) else capacity * size for part, size in parts])
+    ranges = iter(range(len(parts)))
     form = room, batch, dtype, by_head
     return memory, [
         _regions(memory, ranges, spec, *form) if spec.attends else None for spec in specs

@@ -13,14 +13,12 @@ import torch
 
 from .buffer_pool import BufferLease
 from .buffers import CacheBuffers
+from .capacity import ahead, blocks, grown
 from .layer_spec import LayerCacheSpec, StateKind
 from .owner import Owner
 from .padding import LastMask
 from .retention import Retention
 from .views import DynamicCacheView, LayerView
-
-_BLOCK = 256  # capacity grows in steps of this many tokens at least
-_AHEAD = 64  # decoded tokens before it is reached, it begins to grow
 
 
 class RequestMemory:
@@ -147,19 +145,16 @@ class RequestMemory:
             return self._grow(batch, total)
         if buffers.whole != self.owner.buffer_pool.whole:  # since the last step
             return self._move(buffers, buffers.capacity)
-        if tokens == 1 and total + _AHEAD > buffers.capacity and total > _BLOCK:
-            soon, more = total + _AHEAD, buffers.capacity * 3 // 2
-            ahead = _blocks(min(self.expected, more) if self.expected > soon else more)
-            if self._outgrown(buffers, ahead):
-                return self._move(buffers, ahead)
-            buffers.grow_ahead(ahead)
+        more = ahead(tokens, total, buffers.capacity, self.expected)
+        if more is not None:
+            if self._outgrown(buffers, more):
+                return self._move(buffers, more)
+            buffers.grow_ahead(more)
         return buffers
 
     def _grow(self, batch: int, total: int) -> CacheBuffers:
-        """Return buffers for `total` tokens and some that are expected, at most twice as many."""
         old = self.lease.buffers if batch == self.batch else None
-        more = max(self.expected, total * 3 // 2 if self.length else 0)
-        capacity = _blocks(max(total, min(more, 2 * total), self._at_once))
+        capacity = grown(total, self.length, self.expected, self._at_once)
         stays = old is not None and not self._outgrown(old, capacity)
         if (
             old is not None
@@ -170,8 +165,7 @@ class RequestMemory:
         if old is not None and self.length:
             return self._move(old, capacity)
         self.lease.release()  # nothing to copy: let it be used again
-        new = self._acquire(batch, capacity)
-        self._hold(new)
+        self._hold(new := self._acquire(batch, capacity))
         return new
 
     def _outgrown(self, old: CacheBuffers, capacity: int) -> bool:
@@ -193,7 +187,7 @@ class RequestMemory:
         """Work on a copy of what another request of the same plan stores."""
         if other.lease.buffers is None or not other.length:
             return
-        new = self._acquire(other.batch, _blocks(other.length + 1))
+        new = self._acquire(other.batch, blocks(other.length + 1))
         new.take(other.lease.buffers, other.length)
         self._hold(new)
 
@@ -263,7 +257,7 @@ class RequestMemory:
         self.reordered += 1
         new, batch = old, rows.numel()
         if old.shown or batch != self.batch:
-            new = self._acquire(batch, _blocks(self.length + 1))
+            new = self._acquire(batch, blocks(self.length + 1))
         new.take_rows(old, rows, self.length)
         if new is not old:
             self._hold(new)
@@ -278,7 +272,7 @@ class RequestMemory:
             self.lease.release()
             return
         self.length = tokens
-        self._move(old, _blocks(tokens + 1))
+        self._move(old, blocks(tokens + 1))
 
     # What it shows ---------------------------------------------------------------------------
 
@@ -304,8 +298,3 @@ class RequestMemory:
         found = {state.index: tensor for state, tensor in pairs if state.kind == kind}
         buffers.shown |= bool(found)
         return found
-
-
-def _blocks(tokens: int) -> int:
-    """Return `tokens`, rounded up to whole blocks."""
-    return -(-tokens // _BLOCK) * _BLOCK
