@@ -110,7 +110,9 @@ def promised(rows: int, tokens: int, narrow: Mapping[int, Window]) -> int:
     return held
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["views", "static"])
+@pytest.mark.parametrize(
+    "static", [pytest.param(False, marks=pytest.mark.slow), True], ids=["views", "static"]
+)
 def test_each_head_holds_what_it_reads(driver: Driver, static: bool) -> None:
     """Chunks, turns, drafts of 17 tokens and steps give what eager gives, in the promised room."""
     counts = [40, 1, 17, *[1] * 15, 40, 17, *[1] * 20]
@@ -141,6 +143,7 @@ def test_the_companion_a_head_that_is_taken_for_another_is_noticed() -> None:
     assert not torch.isfinite(logits[:, -1]).all()
 
 
+@pytest.mark.slow
 @fewer(1)
 @given(st.data())
 def test_any_heads_cuts_crops_copies_and_rows(data: st.DataObject) -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaskip_passes.decode.ops import EVERY, Bounds
 from adaskip_passes.windows import plain_attention
+from adaskip_passes.windows.blocks import by_window, heads_of
 from adaskip_passes.windows.bounds import narrowed
 from adaskip_passes.windows.ops import (
     attend_masked_windowed,
@@ -133,6 +135,31 @@ def test_more_queries_than_one_block_has() -> None:
     wrong = by_hand(q, k, v, [(2, 201)] * HEADS, lambda row, t, j: j <= 10 + t)
     with pytest.raises(AssertionError, match="not close"):
         torch.testing.assert_close(got.double(), wrong, atol=1e-5, rtol=1e-5)
+
+
+class Gathered(TorchDispatchMode):
+    """Counts the numbers that heads are gathered of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default):
+            self.numbers += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def test_heads_between_others_are_read_where_they_are() -> None:
+    """What a window does not show may have no memory behind it: to gather heads reads it."""
+    query, key, value = inputs(1, 2, 500, 0)
+    windows = table([(2, 9), (0, EVERY), (2, 9)])
+    with Gathered() as gathered:
+        by_window(query, key, value, windows, EVERY, 0.3, 0.0, None)
+    assert not gathered.numbers
+    with Gathered() as gathered:  # the companion: as where a mask says what is seen
+        heads_of(query, key, value, [0, 2])
+    assert gathered.numbers >= 2 * key.numel()
 
 
 @given(WINDOWS, st.lists(st.integers(1, 12), min_size=1, max_size=3), st.integers(0, 99))
