@@ -14,7 +14,7 @@ from .layer_spec import LayerCacheSpec
 from .regions import new_regions, parts_of
 from .retention import Part, Retention
 from .sliding import Sliding
-from .token_layout import Pair, empty, heads_of
+from .token_layout import Pair, empty, gap, heads_of
 
 if TYPE_CHECKING:
     from ..runtime.static_step import StaticStep
@@ -72,7 +72,9 @@ class CacheBuffers:
             (None, None) if regions is None else heads_of(regions, spec)
             for regions, spec in zip(self.regions, self.specs, strict=True)
         ]
-        self.keys, self.values = [k for k, _ in pairs], [v for _, v in pairs]
+        room = self.room
+        self.keys = [None if k is None else k.narrow(2, 0, room) for k, _ in pairs]
+        self.values = [None if v is None else v.narrow(2, 0, room) for _, v in pairs]
         self.lengths = torch.empty(self.room, dtype=torch.int8, device="cpu")
         ranges: dict[Part, list[tuple[int, int]]] = {}
         sizes = iter(enumerate(self._sizes(1, every=True)))
@@ -139,7 +141,8 @@ class CacheBuffers:
     @property
     def room(self) -> int:
         """Tokens that there are addresses for."""
-        return next((r.keys.shape[1] for r in self.regions if r is not None), self.capacity)
+        addresses = next((r.keys.shape[1] for r in self.regions if r is not None), None)
+        return self.capacity if addresses is None else addresses - gap(self.by_head)
 
     @property
     def nbytes(self) -> int:
@@ -237,7 +240,8 @@ class CacheBuffers:
 
     def _nothing(self, spec: LayerCacheSpec) -> Pair:
         """Return regions like those of a layer that is stored, without memory."""
-        return empty(spec, self.room, self.batch, self.dtype, "meta", self.by_head)
+        tokens = self.room + gap(self.by_head)
+        return empty(spec, tokens, self.batch, self.dtype, "meta", self.by_head)
 
     def zero_first(self, tokens: int) -> None:
         """Write zeros as the first tokens of all rows: attention with a mask may read them."""

@@ -12,7 +12,7 @@ from . import growing_memory
 from .growing_memory import GrowingMemory
 from .layer_spec import LayerCacheSpec
 from .retention import Part, Retained, Retention, single_heads
-from .token_layout import Pair, empty, groups, widths
+from .token_layout import Pair, empty, gap, groups, widths
 
 #: Numbers that a region may have, so that kernels count them in 32 bits.
 _COUNTABLE = 2**31 - 1
@@ -97,7 +97,7 @@ def new_regions(
         room = _room(specs, batch, capacity, longest, dtype, device, by_head)
         form = dtype, device, retention, by_head
         return _growing(specs, batch, capacity, room, *form)
-    plain = capacity, batch, dtype, device, by_head
+    plain = capacity + gap(by_head), batch, dtype, device, by_head
     return None, [empty(spec, *plain) if spec.attends else None for spec in specs]
 
 
@@ -110,7 +110,7 @@ def _room(
     device: torch.device,
     by_head: bool,
 ) -> int:
-    """Return how many tokens to have addresses for: `capacity` of them, and `longest` if possible.
+    """Return how many tokens to have addresses for: `capacity`, `longest` if possible, and a gap.
 
     By head that many tokens of a head are whole blocks, in every layer: heads lie side by side.
     """
@@ -121,7 +121,7 @@ def _room(
     block = growing_memory.block_of(device)
     sizes = (batch * size for _, size in _sized_parts(specs, by_head, dtype.itemsize))
     whole = block // math.gcd(block, *sizes)
-    return -(-room // whole) * whole
+    return -(-(room + gap(by_head)) // whole) * whole
 
 
 def _growing(

@@ -33,6 +33,15 @@ def groups(spec: LayerCacheSpec, by_head: bool) -> tuple[int, int]:
     return (spec.key_heads, spec.value_heads) if by_head else (1, 1)
 
 
+def gap(by_head: bool) -> int:
+    """Return how many tokens of addresses are between two groups at least.
+
+    Heads that lie apart never touch: where they do not in what a compiler has seen, it may say that
+    its code is for no others.
+    """
+    return 1 if by_head else 0
+
+
 def widths(spec: LayerCacheSpec, by_head: bool = False) -> tuple[int, int]:
     """Return how many numbers a group has of a token of one row: of keys, and of values."""
     if by_head:
