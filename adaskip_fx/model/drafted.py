@@ -148,6 +148,7 @@ class DraftedRequest(BlockRequest):
         drafts = None if offer is None else self._chooser.drafts(self, offer)
         if offer is None or drafts is None:
             return super().advance()
+        drafts = drafts.on(self.input_ids.device)
         padded = replace(drafts, tokens=self.padded(drafts.tokens)) if self.pads else drafts
         if not self._verifies and drafts.logits is not None:
             return self._release(offer, padded, drafts.logits)

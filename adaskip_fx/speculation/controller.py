@@ -141,8 +141,8 @@ class Controller:
         self.times.add(rows, length, kind, seconds)
         self.savings = min(_MOST_SAVED, self.savings + _SAVED * tokens)
         plain = self.times.plain(rows, length)
-        if plain is not None:
-            gained = tokens - seconds / plain
+        if plain is not None:  # a plain step loses nothing, though it may be slower than most are
+            gained = 0.0 if kind == PLAIN else tokens - seconds / plain
             self.credit = min(_MOST_CREDIT, self.credit + gained + _EARNED * tokens)
 
     def affords(self, rows: int, length: int) -> bool:

@@ -68,7 +68,8 @@ class LookupDrafter:
     def propose(self, context: Context, most: int) -> Drafts | None:
         """Return up to `most` tokens; rows without a copy repeat their last token.
 
-        None where no row has one.
+        They are on the host: to copy them to a device would wait for what runs there, and not all
+        that is proposed is drafted. None where no row has one.
         """
         rows = context.rows
         if len(self._indices) != len(rows):
@@ -79,8 +80,7 @@ class LookupDrafter:
         copied = [tokens or [row[-1]] * most for (tokens, _), row in zip(found, rows, strict=True)]
         least = min(common for _, common in found)  # of a row without a copy 0
         kind, chance = next((kind, chance) for begin, kind, chance in _KINDS if least >= begin)
-        tokens = torch.tensor(copied, device=context.input_ids.device)
-        return Drafts(tokens, kind=kind, chance=chance)
+        return Drafts(torch.tensor(copied, device="cpu"), kind=kind, chance=chance)
 
 
 class _Index:

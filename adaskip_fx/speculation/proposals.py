@@ -18,7 +18,7 @@ class Drafts:
     """Tokens that may follow a text, for the full program to verify.
 
     Attributes:
-        tokens: int64 [B, k], k at least 1.
+        tokens: int64 [B, k], k at least 1; on the host or the model's device.
         probabilities: float32 [B, k, V], with which each token was drawn, given those before it;
             None where nothing was drawn: each token is what its proposer always proposes.
         kind: drafts of a proposer that are accepted about as often have the same word here.
@@ -38,6 +38,12 @@ class Drafts:
     def count(self) -> int:
         """How many tokens of each row, k."""
         return self.tokens.shape[1]
+
+    def on(self, device: torch.device) -> Drafts:
+        """Return the same with tokens on a device, without waiting for what runs there."""
+        if self.tokens.device == device:
+            return self
+        return replace(self, tokens=self.tokens.to(device, non_blocking=True))
 
     def columns(self, first: int, end: int) -> Drafts:
         """Return those from `first` up to `end`, exclusively."""

@@ -58,6 +58,14 @@ class Device:
         return (self.spent - started) * tokens / total
 
 
+def test_plain_steps_that_are_slower_now_and_then_are_no_debt() -> None:
+    """As on a GPU: drafts that pay are drafted after many tokens for which there were none."""
+    device = Device(1.0, 0.05, 0.85)
+    for step in range(400):
+        device.controller.took(ROWS, LENGTH, PLAIN, 1, 1.0 if step % 4 else 1.8)
+    assert device.run(200) < 0.6 * 200
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     ("fixed", "slope", "chance"),
