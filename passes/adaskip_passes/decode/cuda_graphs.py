@@ -27,12 +27,15 @@ class Recording:
 
     Attributes:
         graph: The graph.
-        nbytes: Of the device's memory, that the driver took for it: PyTorch's allocator, which has
-            the pool that recordings share, is not counted.
+        nbytes: Of the device's memory, that the driver took for it when it was made and when it was
+            first launched: PyTorch's allocator, which has the pool that recordings share, is not
+            counted.
+        launched: Whether it has run.
     """
 
     graph: torch.cuda.CUDAGraph
-    nbytes: int
+    nbytes: int = 0
+    launched: bool = False
 
 
 class Recorder:
@@ -52,7 +55,8 @@ class Recorder:
         weakref.finalize(self, give_back, self._stream).atexit = False
         self._pool = torch.cuda.graph_pool_handle()
         # the pool must never be without a graph: capturing into one whose last was freed fails
-        self._anchor = self._capture(lambda: torch.zeros(1, device=device))
+        self._anchor = torch.cuda.CUDAGraph()
+        self._capture(lambda: torch.zeros(1, device=device), self._anchor)
 
     def run(self, body: Callable[[], object]) -> None:
         """Run `body` on the stream of recordings: whatever is set up at first use is then there."""
@@ -65,7 +69,12 @@ class Recorder:
     def replay(self, recording: Recording) -> None:
         """Run what was recorded, on the caller's stream."""
         with self._in_turn():
-            recording.graph.replay()
+            if recording.launched:
+                recording.graph.replay()
+                return
+            with self._counted(recording):
+                recording.graph.replay()
+            recording.launched = True
 
     @contextmanager
     def _in_turn(self) -> Iterator[torch.cuda.Stream]:
@@ -86,19 +95,26 @@ class Recorder:
         """
         with self._turn:
             self.recorded += 1
-            before = self._taken_by_driver()
-            graph = self._capture(body)
-            return Recording(graph, max(0, self._taken_by_driver() - before))
+            recording = Recording(torch.cuda.CUDAGraph())
+            with self._counted(recording):
+                self._capture(body, recording.graph)
+            return recording
+
+    @contextmanager
+    def _counted(self, recording: Recording) -> Iterator[None]:
+        """Count what the driver takes for a graph meanwhile."""
+        before = self._taken_by_driver()
+        yield
+        recording.nbytes += max(0, self._taken_by_driver() - before)
 
     def _taken_by_driver(self) -> int:
         """Return bytes of the device that are in use, but not by PyTorch's allocator."""
         free, total = torch.cuda.mem_get_info(self.device)
         return int(total - free - torch.cuda.memory_reserved(self.device))
 
-    def _capture(self, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    def _capture(self, body: Callable[[], object], graph: torch.cuda.CUDAGraph) -> None:
         # not torch.cuda.graph(): that empties the allocator's cache for the whole process, and
         # the next prompt would have to fill it again
-        graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -108,4 +124,3 @@ class Recorder:
             finally:
                 graph.capture_end()
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        return graph
