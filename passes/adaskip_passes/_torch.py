@@ -269,6 +269,13 @@ def ranks_of(group: str) -> int:
     return int(module._resolve_process_group(group).size())
 
 
+def all_reduced(x: torch.Tensor, group: str) -> torch.Tensor:
+    """Return the sum over the ranks of a process group; the argument stays as it is."""
+    summed = torch.ops._c10d_functional.all_reduce(x, "sum", group)
+    total: torch.Tensor = torch.ops._c10d_functional.wait_tensor(summed)
+    return total
+
+
 def symmetric_memory(nbytes: int, device: torch.device, group: str) -> tuple[Any, int, list[int]]:
     """Return zeroed memory that all ranks of a group have mapped; each of them asks for it.
 

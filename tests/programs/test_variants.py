@@ -99,7 +99,7 @@ def test_what_a_phase_does_not_do_is_not_in_its_key() -> None:
     bank = entry("grouped")
     request(bank, bank.plan(["1.attention"]))
     before = counts(bank)
-    request(bank, bank.plan(["1.attention"], ["0.ffn"]))
+    request(bank, bank.plan(["1.attention"], ["0.ffn"], {"0.ffn": 0.8125}))  # nobody else's
     assert counts(bank)["links"] == before["links"] + 1
 
 

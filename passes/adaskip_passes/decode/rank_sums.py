@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from .. import _torch
+
 #: Numbers that ranks exchange at once; more are the all-reduce's.
 MOST_NUMBERS = 2**18
 
@@ -29,8 +31,7 @@ def sum_over_ranks(x: torch.Tensor, residual: torch.Tensor | None, group: str) -
 
 def all_reduced(x: torch.Tensor, residual: torch.Tensor | None, group: str) -> torch.Tensor:
     """Compute `sum_over_ranks` by the process group's own all-reduce."""
-    summed = torch.ops._c10d_functional.all_reduce(x, "sum", group)
-    total: torch.Tensor = torch.ops._c10d_functional.wait_tensor(summed)
+    total = _torch.all_reduced(x, group)
     return total if residual is None else total + residual
 
 

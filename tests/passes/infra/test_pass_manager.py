@@ -214,6 +214,7 @@ def test_every_rewrite_has_the_one_interface() -> None:
         "Expand",
         "FuseAttention",
         "FuseExperts",
+        "FuseRankSums",
         "FuseRotary",
         "HiddenStates",
         "FuseProjections",
