@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 
@@ -20,6 +21,9 @@ from .regions import takes_less_by_head
 from .retention import Retention
 
 _LONGEST = 2**20  # tokens, of a model without a limit
+
+#: What a request asks for: the arguments of `BufferPool.acquire`.
+_Form: TypeAlias = tuple[Sequence[LayerCacheSpec], int, int, torch.dtype, torch.device, Retention]
 
 
 class BufferPool:
@@ -75,44 +79,27 @@ class BufferPool:
         by_head = self.by_head(*form)
         while True:
             try:
-                return self._again(*form, by_head) or self._new(*form, by_head)
+                return self._again(form, by_head) or self._new(form, by_head)
             except torch.OutOfMemoryError:
                 if not self._kept:
                     raise
             self.clear()  # (here nothing of what has failed is held any more)
 
-    def _again(
-        self,
-        specs: Sequence[LayerCacheSpec],
-        batch: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        retention: Retention,
-        by_head: bool,
-    ) -> CacheBuffers | None:
+    def _again(self, form: _Form, by_head: bool) -> CacheBuffers | None:
         """Return buffers of another request; those of its kind with too little room are freed."""
+        specs, batch, capacity, dtype, device, retention = form
         wanted = batch, dtype, device, tuple(specs), self.whole, by_head
         for idle in reversed(self.idle):
-            form = idle.batch, idle.dtype, idle.device, idle.specs, idle.whole, idle.by_head
-            if form == wanted and self._take(idle) and idle.fit_anew(capacity, retention):
+            known = idle.batch, idle.dtype, idle.device, idle.specs, idle.whole, idle.by_head
+            if known == wanted and self._take(idle) and idle.fit_anew(capacity, retention):
                 idle.use_here()
                 idle.clear()
                 return idle
         return None
 
-    def _new(
-        self,
-        specs: Sequence[LayerCacheSpec],
-        batch: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        retention: Retention,
-        by_head: bool,
-    ) -> CacheBuffers:
-        form = specs, batch, capacity, dtype, device
-        made = CacheBuffers.new(*form, self.longest, self.whole, retention, by_head)
+    def _new(self, form: _Form, by_head: bool) -> CacheBuffers:
+        retention = form[-1]
+        made = CacheBuffers.new(*form[:-1], self.longest, self.whole, retention, by_head)
         made.use_here()
         return made
 

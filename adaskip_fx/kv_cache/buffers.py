@@ -118,21 +118,8 @@ class CacheBuffers:
             form = dtype, device, None if whole else longest
             memory, regions = new_regions(specs, batch, capacity, *form, retention, by_head)
             states = [tuple(state.zeros(batch, device) for state in s.states) for s in specs]
-        made = cls(
-            *(
-                batch,
-                capacity,
-                dtype,
-                device,
-                tuple(specs),
-                regions,
-                states,
-                memory,
-                whole,
-                by_head,
-            ),
-            retention,
-        )
+        what = batch, capacity, dtype, device, tuple(specs)
+        made = cls(*what, regions, states, memory, whole, by_head, retention)
         made.clear()
         if memory is not None:
             made._count(memory)

@@ -58,7 +58,6 @@ class Ranks:
         self._releases: list[WeakMethod[Release]] = []
         if group is None or dist.get_world_size(group) == 1:
             return
-        self._group_name = group.group_name
         members = dist.get_process_group_ranks(group)
         self.rank, self.size = dist.get_rank(group), len(members)
         self._watch = Watch(group, members, self.rank)
@@ -215,7 +214,6 @@ class Ranks:
         self._releases.clear()
         if self._watch is not None:
             self._watch.close()
-            forget(self._group_name)
         self._control = None
 
     def _gather(self, what: str, value: object) -> list[Any]:
@@ -228,6 +226,7 @@ def _close_all() -> None:
     for ranks in list(_known.values()):
         ranks.close()
     _known.clear()
+    forget()
 
 
 class Step:

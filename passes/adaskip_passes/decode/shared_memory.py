@@ -6,7 +6,6 @@ cannot be had (other machines, no peer access, another backend) there is none, o
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,11 +79,15 @@ def _made(group: str, device: torch.device) -> Shared | None:
     ranks = _torch.ranks_of(group)
     if not 1 < ranks <= _MOST_RANKS:
         return None
+    made: tuple[Any, int, list[int]] | None = None
     try:
-        held, rank, addresses = _torch.symmetric_memory(Shared.nbytes(ranks), device, group)
+        made = _torch.symmetric_memory(Shared.nbytes(ranks), device, group)
     except Exception as error:  # what a driver, a container or a group lacks has many names
-        logger.info("sums over ranks are the process group's: %s", str(error).splitlines()[0])
-        return None
+        logger.info("sums over ranks are the process group's: %s", (str(error) or repr(error)))
+    have = torch.tensor([made is not None], dtype=torch.float32, device=device)
+    if int(_torch.all_reduced(have, group).item()) < ranks or made is None:
+        return None  # on every rank: one that writes would wait for one that does not
+    held, rank, addresses = made
     with torch.inference_mode(False):
         return Shared(
             rank,
@@ -102,7 +105,6 @@ def stop_waiting(group: str) -> None:
         shared.stop.fill_(1)
 
 
-def forget(group: str) -> None:
-    """Let go of a group's memory: the group ends, and no graph with its sums is run again."""
-    with contextlib.suppress(KeyError):
-        del _of_groups[group]
+def forget() -> None:
+    """Let go of all memory: process groups end, and no graph with their sums is run again."""
+    _of_groups.clear()

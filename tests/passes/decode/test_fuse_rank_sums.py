@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from adaskip_passes import FuseRankSums
+from adaskip_passes import FuseRankSums, _torch
 from adaskip_passes.decode import rank_sums, shared_memory
 from adaskip_passes.decode.rank_sums import sum_over_ranks
 from tests.passes.decode.test_fuse_projections import rest, same_results, traced
@@ -156,6 +156,33 @@ def test_a_group_that_is_none_has_no_memory_to_share() -> None:
     with patch.object(torch.cuda, "is_current_stream_capturing", lambda: False):
         assert shared_memory.shared_memory("none", torch.device("cpu")) is None
     shared_memory.stop_waiting("none")
-    shared_memory.forget("none")
-    shared_memory.forget("none")
-    assert "none" not in shared_memory._of_groups
+    shared_memory.forget()
+    assert not shared_memory._of_groups
+
+
+@pytest.mark.parametrize(("own", "of_all"), [(True, 2), (True, 1), (False, 1), (False, 0)])
+def test_all_ranks_share_memory_or_none_does(
+    monkeypatch: pytest.MonkeyPatch, own: bool, of_all: int
+) -> None:
+    asked = list[float]()
+
+    def memory(nbytes: int, device: torch.device, group: str) -> tuple[object, int, list[int]]:
+        if not own:
+            raise RuntimeError("no peer access")
+        return object(), 1, [0, 4096]
+
+    def summed(x: Tensor, group: str) -> Tensor:
+        asked.append(x.item())
+        return torch.tensor([float(of_all)])
+
+    monkeypatch.setattr(_torch, "ranks_of", lambda group: 2)
+    monkeypatch.setattr(_torch, "symmetric_memory", memory)
+    monkeypatch.setattr(_torch, "all_reduced", summed)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    found = shared_memory.shared_memory("two", torch.device("cpu"))
+    shared_memory.forget()
+    assert asked == [float(own)]
+    assert (found is not None) == (of_all == 2)
+    if found is not None:
+        assert (found.rank, found.size, found.addresses.tolist()) == (1, 2, [0, 4096])
