@@ -34,6 +34,7 @@ from adaskip_passes.decode.absorb_latent import AbsorbLatent
 from adaskip_passes.decode.fuse_attention import FuseAttention
 from adaskip_passes.decode.fuse_experts import FuseExperts
 from adaskip_passes.decode.fuse_rotary import FuseRotary
+from adaskip_passes.decode.write_out_products import WriteOutProducts
 from adaskip_passes.infra.pass_manager import run_passes
 from adaskip_passes.partition.outer import piece_of, sublayer_calls
 from adaskip_passes.tracing.capture import Binder, Capture, ShapeGuards
@@ -250,7 +251,8 @@ def _lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:
         return ()
     if not key.static_cache:
         return (WriteOutShortSums(),)
-    return FuseRankSums(), FuseProjections(), FuseAttention(), FuseRotary(), FuseExperts()
+    fused = FuseRankSums(), FuseProjections(), FuseAttention(), FuseRotary(), FuseExperts()
+    return *fused, WriteOutProducts()
 
 
 def _layout(value: object) -> Layout:

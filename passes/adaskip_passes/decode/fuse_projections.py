@@ -10,8 +10,9 @@ Before::                                        After::
 and likewise ``silu(gate) * up``, ``gelu(gate) * up`` by its tanh, and the residual add after the
 last projection, seen through dropout that drops nothing. The weights stay where they are: the
 operator takes several of them. Legal because the same values are computed from the same operands;
-they are rounded less often (the norm's result and the gate stay in float32), so the pass preserves
-results to rounding, not to the bit.
+they are rounded less often (the norm's result and the gate stay in float32; what a norm reads is
+rounded instead of its result where it was not yet), so the pass preserves results to rounding, not
+to the bit.
 For more than one row the norm is an operator of its own, `normalize`: on the matrix units every
 program of the projections would repeat it.
 
@@ -33,17 +34,16 @@ from torch import fx
 from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
 from .matching import (
-    argument,
     calls,
     dtype_of,
     example,
     find_overwritten,
     most_rows,
     only_user,
-    operands,
     shape_of,
 )
 from .ops import MAX_ROWS
+from .rms_norm import rms_norm
 
 _TOGETHER = 3  # weights that one operator takes
 
@@ -123,9 +123,11 @@ def _fuse(
         at, residual = added
         results = [at]
     shape = shape_of(source)
-    norm = _rms_norm(source)
+    norm = rms_norm(source)
     if norm is not None and not overwritten.isdisjoint(_between(source, norm[:2])):
         norm = None
+    if norm is not None:
+        norm = _rounded(norm[0], source), *norm[1:]
     x, weight, eps, offset = norm if norm is not None else (source, None, 0.0, 0.0)
     if norm is not None and (shape is None or most_rows(shape) != 1):
         if source not in norms:
@@ -143,6 +145,17 @@ def _fuse(
     for item, result in zip(items, results, strict=True):
         item.meta["example_value"] = result.meta.get("example_value")
         result.replace_all_uses_with(item)
+
+
+def _rounded(x: fx.Node, before: fx.Node) -> fx.Node:
+    """Return a tensor in the dtype of a later node."""
+    value, dtype = example(x), dtype_of(before)
+    if dtype is None or value is None or value.dtype == dtype:
+        return x
+    with before.graph.inserting_before(before):
+        rounded = before.graph.call_method("to", (x, dtype))
+    rounded.meta["example_value"] = value.to(dtype)
+    return rounded
 
 
 def _between(result: fx.Node, ends: Iterable[fx.Node]) -> set[fx.Node]:
@@ -232,68 +245,3 @@ def _drops_nothing(node: fx.Node) -> bool:
     names = ("input", "p", "training", "inplace")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     return calls(node, "dropout") and given.get("training") is False and not given.get("inplace")
-
-
-# ``weight * (x32 * rsqrt(mean(x32 ** 2) + eps)).to(dtype)``: an RMS norm in transformers, and
-# ``(x32 * rsqrt(mean(x32 ** 2) + eps) * (1 + weight32)).to(dtype)``: Gemma's. (OLMo 2 and GPT-OSS
-# cast as late, without the 1.) ------------------------------------------------------------------
-
-
-def _rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float, float] | None:
-    """Return input, weight, eps and offset of the RMS norm that made `node`; None if none did."""
-    narrow = argument(node, "to", "type_as")
-    for factor, inner in operands(narrow if narrow is not None else node, "mul"):
-        weight, offset = _factor(factor)
-        if weight is None or weight.op != "placeholder" or not _is_vector(weight, node):
-            continue
-        cast = argument(inner, "to", "type_as") if narrow is None else None
-        for wide, scale in operands(cast if cast is not None else inner, "mul"):
-            found = _normalized(wide, scale)
-            if found is not None and dtype_of(found[0]) == dtype_of(weight) == dtype_of(node):
-                return found[0], weight, found[1], offset
-    return None
-
-
-def _factor(node: fx.Node) -> tuple[fx.Node | None, float]:
-    """Return the weight that a norm multiplies by, and what is added to it before in float32."""
-    if not calls(node, "add"):
-        return node, 0.0
-    if len(node.args) != 2 or node.kwargs or dtype_of(node) != torch.float32:
-        return None, 0.0
-    wide, offset = node.args if isinstance(node.args[0], fx.Node) else node.args[::-1]
-    if not isinstance(wide, fx.Node) or not isinstance(offset, int | float) or not offset:
-        return None, 0.0
-    weight = argument(wide, "to", "float")
-    return (weight if weight is not None else wide), float(offset)
-
-
-def _normalized(wide: fx.Node, factor: fx.Node) -> tuple[fx.Node, float] | None:
-    """Return x and eps of ``x32 * rsqrt(mean(x32 ** 2) + eps)``; None if it is something else."""
-    inner = argument(factor, "rsqrt")
-    if inner is None or not calls(inner, "add") or len(inner.args) != 2 or inner.kwargs:
-        return None
-    mean, eps = inner.args
-    if not isinstance(mean, fx.Node) or not isinstance(eps, float) or not _mean_of_last(mean):
-        return None
-    power = mean.args[0]
-    if not isinstance(power, fx.Node) or not calls(power, "pow") or power.args[1:] != (2,):
-        return None
-    if power.kwargs or power.args[0] is not wide or dtype_of(wide) != torch.float32:
-        return None
-    source = argument(wide, "to", "float")
-    return (source if source is not None else wide), eps
-
-
-def _mean_of_last(node: fx.Node) -> bool:
-    arguments = {**dict(zip(("input", "dim", "keepdim"), node.args, strict=False)), **node.kwargs}
-    return (
-        calls(node, "mean")
-        and arguments.keys() <= {"input", "dim", "keepdim"}
-        and arguments.get("dim") in (-1, (-1,), [-1])
-        and arguments.get("keepdim") is True
-    )
-
-
-def _is_vector(weight: fx.Node, like: fx.Node) -> bool:
-    shape, whole = shape_of(weight), shape_of(like)
-    return shape is not None and whole is not None and tuple(shape) == (whole[-1],)

@@ -17,6 +17,7 @@ from tests.passes.decode.test_fuse_projections import (
     EPS,
     NORMALIZE,
     TOLERANCE,
+    WIDTH,
     arguments,
     calls,
     error,
@@ -82,6 +83,44 @@ def test_of_several_rows_it_is_an_operator_of_its_own() -> None:
     (norm,) = module.graph.find_nodes(op="call_function", target=NORMALIZE)
     assert norm.args[2:] == (EPS, 1.0)
     assert arguments(calls(module)[0])["norm"] is None
+
+
+def mixer_norm(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+    """As Mamba 2 has it: of something in float32, seen as groups."""
+    wide = x.to(torch.float32) * functional.silu(gate.to(torch.float32))
+    groups = wide.view(-1, 1, 1, WIDTH)
+    normed = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + EPS)
+    return weight * normed.view(-1, 1, WIDTH).to(x.dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_norm_reads_may_be_wider(dtype: torch.dtype, rows: int) -> None:
+    if rows > 1 and dtype == torch.float32:
+        pytest.skip("only one row of float32 is fused")
+
+    def function(x: Tensor, gate: Tensor, n: Tensor, w: Tensor) -> Tensor:
+        return linear(mixer_norm(x, gate, n).to(dtype), w)
+
+    x, gate = stream(rows, dtype), stream(rows, dtype)
+    n, (w,) = scale(dtype), weights(8, dtype=dtype)
+    module = fused(function, x, gate, n, w)
+    assert "rsqrt" not in rest(module)
+    (call,) = calls(module)
+    assert (arguments(call)["norm"] is not None) == (rows == 1)
+    wide = x.double() * functional.silu(gate.double())
+    want = linear(wide_norm(wide, n, 0.0), w.double())
+    assert error(module(x, gate, n, w), want) < TOLERANCE[dtype]
+
+
+def test_a_norm_that_is_seen_in_another_shape_stays() -> None:
+    def function(x: Tensor, n: Tensor, w: Tensor) -> Tensor:
+        return linear(late_norm(x, n).view(-1, WIDTH), w)
+
+    x, n, (w,) = stream(), scale(), weights(8)
+    module = fused(function, x, n, w)
+    assert arguments(calls(module)[0])["norm"] is None
+    assert module(x, n, w).shape == function(x, n, w).shape
 
 
 def added_in_half(x: Tensor, weight: Tensor) -> Tensor:

@@ -230,6 +230,7 @@ def test_every_rewrite_has_the_one_interface() -> None:
         "Unflatten",
         "Upcast",
         "WindowAttention",
+        "WriteOutProducts",
         "WriteOutShortSums",
     }
     for kind in found:

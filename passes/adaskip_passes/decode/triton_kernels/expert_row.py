@@ -115,42 +115,6 @@ def down_row(
 
 
 @triton.jit
-def down_row_together(
-    y, chosen, shares, w, bias, residual, out,
-    N: tl.constexpr, K: tl.constexpr, E: tl.constexpr, COUNT: tl.constexpr, CP: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """As `down_row`, but weights of all experts at once: where each has few, none waits alone."""
-    outs = tl.program_id(0) * BN + tl.arange(0, BN)
-    cols = tl.arange(0, BK)
-    j = tl.arange(0, CP)
-    expert = tl.load(chosen + j, mask=j < COUNT, other=-1)
-    there = (expert >= 0) & (expert < E)
-    inside = there[:, None] & (outs < N)[None, :]
-    at = w + (expert * (N * K))[:, None, None] + (outs[:, None] * K + cols[None, :])[None, :, :]
-    mask = inside[:, :, None] & (cols < K)[None, None, :]
-    tile = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
-    wait(PDL)
-    share = tl.load(shares + j, mask=j < COUNT, other=0.0).to(tl.float32)
-    total = tl.zeros([CP, BN, BK], tl.float32)
-    for k in tl.static_range(0, K, BK):
-        here = there[:, None] & (k + cols < K)[None, :]
-        value = tl.load(y + j[:, None] * K + k + cols[None, :], mask=here, other=0.0)
-        if k > 0:
-            mask = inside[:, :, None] & (k + cols < K)[None, None, :]
-            tile = tl.load(at + k, mask=mask, other=0.0, eviction_policy="evict_first")
-        total += tile.to(tl.float32) * (value.to(tl.float32) * share[:, None])[:, None, :]
-    result = tl.sum(tl.sum(total, 2), 0)
-    if BIAS:
-        one = tl.load(bias + expert[:, None] * N + outs[None, :], mask=inside, other=0.0)
-        result += tl.sum(one.to(tl.float32) * share[:, None], 0)
-    if RESIDUAL:
-        result += tl.load(residual + outs, mask=outs < N, other=0.0).to(tl.float32)
-    tl.store(out + outs, result.to(out.dtype.element_ty), mask=outs < N)
-
-
-@triton.jit
 def down_row_transposed(
     y, chosen, w, parts,
     N: tl.constexpr, K: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr,

@@ -10,14 +10,12 @@ import triton
 
 from ...infra.launch import Launch, has_pdl
 from .expert_parts import combine
-from .expert_row import down_row, down_row_together, down_row_transposed, up_row
+from .expert_row import down_row, down_row_transposed, up_row
 from .expert_rows import down_rows, up_rows
 from .router import choose
 
 #: Programs that keep a GPU's memory busy, each with a few kilobytes on their way.
 _PROGRAMS = 400
-#: From so many experts of a token on, with so few inputs each, their weights are read at once.
-_TOGETHER, _SHORT = 4, 4096
 
 
 def run_experts(*inputs: Any) -> torch.Tensor:
@@ -95,13 +93,11 @@ def _down(
     summed = {**flags, "COUNT": count, "BIAS": bias is not None, "RESIDUAL": residual is not None}
     flags["K"] = inner
     if tokens == 1 and not transposed:
-        together = count >= _TOGETHER and inner <= _SHORT
-        blocks = _together_blocks(count) if together else _down_blocks(inner, width)
+        blocks = _down_blocks(inner)
         grid: tuple[int, ...] = (triton.cdiv(width, blocks["BN"]),)
         arguments: tuple[Any, ...] = (y, chosen, shares, down, *ends)
-        kernel = down_row_together if together else down_row
         summed |= {"K": inner, **blocks}
-        return [Launch(kernel, grid, arguments, summed, [out], wants_l1=True)]
+        return [Launch(down_row, grid, arguments, summed, [out], wants_l1=True)]
     splits, extra = 1, tuple[Any, ...]()
     if tokens == 1:
         blocks = _transposed_blocks()
@@ -155,19 +151,14 @@ def _pdl(device: torch.device) -> dict[str, bool]:
 
 
 def _up_blocks(inputs: int) -> dict[str, int]:
-    return {"BN": 2, "BK": min(1024, triton.next_power_of_2(inputs)), "STAGES": 1, "num_warps": 4}
+    block = min(1024, triton.next_power_of_2(inputs))
+    return {"BN": 1 if inputs <= 2048 else 2, "BK": block, "STAGES": 1, "num_warps": 4}
 
 
-def _down_blocks(inputs: int, outputs: int) -> dict[str, int]:
+def _down_blocks(inputs: int) -> dict[str, int]:
     if inputs > 8192:
         return {"BN": 2, "BK": 2048, "num_warps": 4}
-    fitting = (size for size in (512, 256) if inputs % size == 0)
-    block = next(fitting, min(512, triton.next_power_of_2(inputs)))
-    return {"BN": 4 if outputs >= 4096 else 2, "BK": block, "num_warps": 2}
-
-
-def _together_blocks(count: int) -> dict[str, int]:
-    return {"CP": triton.next_power_of_2(count), "BN": 1, "BK": 256, "num_warps": 4}
+    return {"BN": 4, "BK": min(512, triton.next_power_of_2(inputs)), "num_warps": 2}
 
 
 def _transposed_blocks() -> dict[str, int]:

@@ -237,12 +237,19 @@ def _row_blocks(width: int, outputs: int, gated: bool) -> tuple[int, int, int, i
     They were chosen on an H200.
 
     """
+    few = outputs <= 4608
     if gated:
         bn, bk, warps = 2, 1024, 4
-    elif width > 8192:
+    elif width > 8192 or (few and width > 4096):
         bn, bk, warps = 2, 2048, 4
     elif outputs > 32768:
         bn, bk, warps = 4, 2048, 8
+    elif outputs <= 1024:
+        bn, bk, warps = 4, 2048, 2 if width > 1024 else 1
+    elif width < 4096:
+        bn, bk, warps = 4, 1024, 2 if outputs > 8192 and width % 1024 else 4
+    elif few:
+        bn, bk, warps = 2, 2048, 8
     else:
         bn, bk, warps = 4, 512, 2
     return bn, min(bk, triton.next_power_of_2(width)), warps, 1

@@ -1,0 +1,94 @@
+"""RMS norms as transformers writes them, by the nodes that they end with.
+
+``weight * (x32 * rsqrt(mean(x32 ** 2) + eps)).to(dtype)``, and Gemma's ``(x32 * rsqrt(mean(x32 **
+2) + eps) * (1 + weight32)).to(dtype)``. (OLMo 2 and GPT-OSS cast as late, without the 1.) Mamba 2's
+norm is of something in float32, which it sees as groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .matching import argument, calls, dtype_of, example, operands, shape_of
+
+
+def rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float, float] | None:
+    """Return input, weight, eps and offset of the RMS norm that made `node`; None if none did.
+
+    The input may be float32 where the weight is not.
+    """
+    node, shape = _unwrapped(node), shape_of(node)
+    narrow = argument(node, "to", "type_as")
+    for factor, inner in operands(narrow if narrow is not None else node, "mul"):
+        weight, offset = _factor(factor)
+        if weight is None or weight.op != "placeholder" or not _is_vector(weight, node):
+            continue
+        cast = argument(inner, "to", "type_as") if narrow is None else None
+        normed = _unwrapped(cast if cast is not None else inner)
+        for wide, scale in operands(normed, "mul"):
+            found = _normalized(wide, scale)
+            if found is None or dtype_of(weight) != dtype_of(node):
+                continue
+            x = _unwrapped(found[0])
+            fits = dtype_of(x) in (dtype_of(node), torch.float32)
+            if fits and shape_of(x) == shape:
+                return x, weight, found[1], offset
+    return None
+
+
+def _unwrapped(node: fx.Node) -> fx.Node:
+    """Return what a node is without casts that change nothing, and without other leading sizes."""
+    while (inner := argument(node, "to", "type_as", "view", "reshape")) is not None:
+        own, other = example(node), example(inner)
+        if own is None or other is None or (own.dtype, own.device) != (other.dtype, other.device):
+            break
+        if own.shape[-1] != other.shape[-1]:
+            break
+        node = inner
+    return node
+
+
+def _factor(node: fx.Node) -> tuple[fx.Node | None, float]:
+    """Return the weight that a norm multiplies by, and what is added to it before in float32."""
+    if not calls(node, "add"):
+        return node, 0.0
+    if len(node.args) != 2 or node.kwargs or dtype_of(node) != torch.float32:
+        return None, 0.0
+    wide, offset = node.args if isinstance(node.args[0], fx.Node) else node.args[::-1]
+    if not isinstance(wide, fx.Node) or not isinstance(offset, int | float) or not offset:
+        return None, 0.0
+    weight = argument(wide, "to", "float")
+    return (weight if weight is not None else wide), float(offset)
+
+
+def _normalized(wide: fx.Node, factor: fx.Node) -> tuple[fx.Node, float] | None:
+    """Return x and eps of ``x32 * rsqrt(mean(x32 ** 2) + eps)``; None if it is something else."""
+    inner = argument(factor, "rsqrt")
+    if inner is None or not calls(inner, "add") or len(inner.args) != 2 or inner.kwargs:
+        return None
+    mean, eps = inner.args
+    if not isinstance(mean, fx.Node) or not isinstance(eps, float) or not _mean_of_last(mean):
+        return None
+    power = mean.args[0]
+    if not isinstance(power, fx.Node) or not calls(power, "pow") or power.args[1:] != (2,):
+        return None
+    if power.kwargs or power.args[0] is not wide or dtype_of(wide) != torch.float32:
+        return None
+    source = argument(wide, "to", "float")
+    return (source if source is not None else wide), eps
+
+
+def _mean_of_last(node: fx.Node) -> bool:
+    arguments = {**dict(zip(("input", "dim", "keepdim"), node.args, strict=False)), **node.kwargs}
+    return (
+        calls(node, "mean")
+        and arguments.keys() <= {"input", "dim", "keepdim"}
+        and arguments.get("dim") in (-1, (-1,), [-1])
+        and arguments.get("keepdim") is True
+    )
+
+
+def _is_vector(weight: fx.Node, like: fx.Node) -> bool:
+    shape, whole = shape_of(weight), shape_of(like)
+    return shape is not None and whole is not None and tuple(shape) == (whole[-1],)
