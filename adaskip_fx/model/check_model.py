@@ -13,10 +13,8 @@ from ..parallel.shards import check_shards
 from ..utils.peft_layers import is_adapter
 from .accelerate_hooks import is_replaced
 from .adapted import decoder_in
+from .checked_call import refuse_outputs
 from .compiled_model import CompiledModel
-
-#: Outputs of a model besides logits and cache, which no graph is captured with.
-_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def check_model(model: Any) -> Any:
@@ -85,17 +83,3 @@ def check_model(model: Any) -> Any:
 def _drops(module: nn.Module) -> bool:
     """Return whether a module drops values out: peft's layers may be so in a model that is not."""
     return module.training and isinstance(module, nn.Dropout) and module.p > 0
-
-
-def refuse_outputs(model: Any) -> None:
-    """Refuse a config that asks for outputs which a captured graph does not have.
-
-    Raises:
-        ValueError: it asks for one.
-    """
-    for asked in _OUTPUTS:
-        if getattr(model.config, asked, False):
-            raise ValueError(
-                f"the model's config says {asked}=True, which a compiled model does not return; "
-                "set it to False"
-            )

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .check_model import refuse_outputs
 from .checked_arguments import refuse_transformed
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
 
 logger = logging.getLogger(__name__)
+
+#: Outputs of a model besides logits and cache, which no graph is captured with.
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def check_call(model: CompiledCausalLM, embeddings: Any, goes_on: bool) -> None:
@@ -41,6 +43,20 @@ def check_call(model: CompiledCausalLM, embeddings: Any, goes_on: bool) -> None:
             refuse_transformed(tensor)
         if wanted:
             _say_detached()
+
+
+def refuse_outputs(model: Any) -> None:
+    """Refuse a config that asks for outputs which a captured graph does not have.
+
+    Raises:
+        ValueError: it asks for one.
+    """
+    for asked in _OUTPUTS:
+        if getattr(model.config, asked, False):
+            raise ValueError(
+                f"the model's config says {asked}=True, which a compiled model does not return; "
+                "set it to False"
+            )
 
 
 def not_supported(name: str) -> NotImplementedError:

@@ -23,7 +23,7 @@ from ..speculation.proposals import Drafts
 from ..speculation.refinement import Refine, Refinement
 from ..speculation.speculation import Speculation
 from ..utils.transformers_internals import next_kwargs
-from ..utils.transformers_types import DecodingCall, MakeCandidates, Output
+from ..utils.transformers_types import DecodingCall, MakeCandidates, ModelKwargs, Output
 from .assistant import Assistant
 from .blocks import BlockRequest
 from .draftable import leave_out_positions, positions
@@ -96,14 +96,14 @@ class DraftedRequest(BlockRequest):
         cache.drafting.plan = plan
         try:
             for _ in range(most):
-                logits = self.read(text, kwargs, 1).logits[:, -1].to(torch.float32)
+                logits = self.read(text, kwargs, 1)[:, -1].to(torch.float32)
                 scores = self.process(text, logits) if self.processed else logits
                 tokens.append(self.rule.choose(scores)[0])
                 given.append(logits)
                 if self.samples:
                     chances.append(torch.softmax(scores, -1))
                 text = torch.cat((text, tokens[-1].unsqueeze(1)), 1)
-                kwargs = next_kwargs(self._model, None, dict(kwargs))
+                kwargs = self.after(kwargs)
         except BaseException:
             cache.keep_first(stored)
             raise
@@ -204,7 +204,7 @@ class DraftedRequest(BlockRequest):
             self.cache.keep_first(min(stored + count, len(self.rows[0]) - 1))
             raise
         self.cache.keep_first(stored + 1 + kept - (not left))
-        self.model_kwargs = next_kwargs(self._model, None, self.model_kwargs, kept + 1)
+        self.model_kwargs = self.after(self.model_kwargs, kept + 1)
         self.logits = logits[:, kept]
         coin.released(kept + (left > 0))
         self._chooser.released(offer, drafts.count, kept)
@@ -225,18 +225,21 @@ class DraftedRequest(BlockRequest):
         """
         stored, count = self.cache.length, drafts.count
         text = torch.cat((self.input_ids, drafts.tokens), 1)
-        grown = next_kwargs(self._model, None, dict(self.model_kwargs), count)
-        outputs = self.read(text, grown, count + 1)
-        logits = outputs.logits[:, -count - 1 :].to(torch.float32)
+        read = self.read(text, self.after(self.model_kwargs, count), count + 1)
+        logits = read[:, -count - 1 :].to(torch.float32)
         try:
             accepted, ended = self.accept(drafts, logits)
         except BaseException:  # of a processor, a criterion or a streamer
             self.cache.keep_first(min(stored + count, len(self.rows[0]) - 1))
             raise
         self.cache.keep_first(stored + 1 + accepted - ended)  # first: then its mask goes on
-        self.model_kwargs = next_kwargs(self._model, outputs, self.model_kwargs, accepted + 1)
+        self.model_kwargs = self.after(self.model_kwargs, accepted + 1)
         self.logits = logits[:, accepted]
         return accepted, ended
+
+    def after(self, kwargs: ModelKwargs, tokens: int = 1) -> ModelKwargs:
+        """Return the arguments of forward after so many tokens more."""
+        return kwargs if self.goes_direct else next_kwargs(self._model, None, dict(kwargs), tokens)
 
     def result(self, cache: SkipCache) -> Any:
         """Return what ``generate`` returns, when what it took is counted and told."""
@@ -251,12 +254,15 @@ class DraftedRequest(BlockRequest):
         )
         return super().result(cache)
 
-    def read(self, text: torch.Tensor, kwargs: dict[str, object], tokens: int) -> Output:
-        """Run the last `tokens` tokens of a text, and return logits of all of these."""
+    def read(self, text: torch.Tensor, kwargs: ModelKwargs, tokens: int) -> torch.Tensor:
+        """Run the last `tokens` tokens of a text, and return logits of all of these [B, T, V]."""
+        logits = self.directly(text[:, -tokens:])
+        if logits is not None:
+            return logits
         inputs = self._model.prepare_inputs_for_generation(
             text, next_sequence_length=tokens, **kwargs
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = tokens
         outputs: Output = self._model(**inputs, return_dict=True)
-        return outputs
+        return outputs.logits

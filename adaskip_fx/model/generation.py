@@ -31,6 +31,8 @@ from ..kv_cache.cache import SkipCache
 from ..speculation.acceptance import Greedy, Rule, Sampling
 from ..utils.transformers_internals import next_kwargs, pad_token, prefill
 from ..utils.transformers_types import DecodingCall, Output, Streamer
+from . import direct
+from .draftable import leave_out_positions
 from .recorded import Recorded
 
 if TYPE_CHECKING:
@@ -138,6 +140,7 @@ class DecodedRequest:
         host: what the host has to know of a step.
         rule: how tokens are chosen by scores.
         pads: whether padding follows where a row has ended; else the model's own tokens do.
+        goes_direct: whether steps need nothing but their tokens; then `model_kwargs` stays.
     """
 
     def __init__(self, model: CompiledCausalLM, call: DecodingCall) -> None:
@@ -158,6 +161,9 @@ class DecodedRequest:
         self.host = _Host(call.input_ids, call.streamer)
         self.rule: Rule = Sampling() if call.config.do_sample else Greedy()
         self._take(prefill(model, call.input_ids, call.config, self.model_kwargs))
+        if direct.is_usual(type(model)):
+            leave_out_positions(model, self.model_kwargs)
+        self.goes_direct = direct.are_possible(model, self.model_kwargs)
 
     @property
     def cache(self) -> SkipCache:
@@ -215,17 +221,29 @@ class DecodedRequest:
 
     def run_step(self) -> None:
         """Run one decode step, for the logits of the token after the last."""
+        logits = self.directly(self.input_ids[:, -1:])
+        if logits is not None:
+            self._keep_last(logits)
+            return
         inputs = self._model.prepare_inputs_for_generation(
             self.input_ids, next_sequence_length=1, **self.model_kwargs
         )
         self._take(self._model(**inputs, return_dict=True))
 
+    def directly(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Return the logits of new tokens [B, T, V], by the runtime; None if forward is needed."""
+        return direct.step(self._model, self.cache, tokens) if self.goes_direct else None
+
     def _take(self, outputs: Output) -> None:
-        """Take the last token's logits where the caller's tokens are, and the next arguments."""
-        # a copy: the logits of a whole prompt are large, and must not be held by a view
-        last, device = outputs.logits[:, -1], self.input_ids.device
-        self.logits = last.to(copy=True, dtype=torch.float32, device=device)
+        """Take the last token's logits, and the next arguments."""
+        self._keep_last(outputs.logits)
         self.model_kwargs = next_kwargs(self._model, outputs, self.model_kwargs)
+
+    def _keep_last(self, logits: torch.Tensor) -> None:
+        """Take the last token's logits where the caller's tokens are."""
+        # a copy: the logits of a whole prompt are large, and must not be held by a view
+        last, device = logits[:, -1], self.input_ids.device
+        self.logits = last.to(copy=True, dtype=torch.float32, device=device)
 
     def result(self, cache: SkipCache) -> Any:
         """Return what ``generate`` returns, with the cache of the last step."""

@@ -44,7 +44,7 @@ def matchness(request: DraftedRequest, plan: SkipPlan, tokens: int) -> float:
     with read_again(cache, tokens):
         cache.drafting.plan = plan
         try:
-            logits = request.read(text[:, :stored], request.model_kwargs, tokens).logits
+            logits = request.read(text[:, :stored], request.model_kwargs, tokens)
         finally:
             cache.drafting.plan = None
     drafted = logits[:, -tokens:].argmax(-1)

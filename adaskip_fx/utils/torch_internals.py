@@ -5,9 +5,10 @@ No other module of adaskip_fx names one; `docs/explanation/private-interfaces.md
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true
 
 Subclass = TypeVar("Subclass", bound=torch.Tensor)
@@ -38,3 +39,17 @@ def find_cpp_compiler() -> str | None:
         return str(get_cpp_compiler())
     except (InvalidCxxCompiler, OSError, RuntimeError):  # RuntimeError: Windows, without cl
         return None
+
+
+def nothing_stands_before(module: Any) -> bool:
+    """Return whether to call a module is to call its class's forward: no hook, nothing compiled."""
+    every = nn.modules.module
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not (
+        hooks
+        or every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in vars(module)
+        or type(module).__call__ is not nn.Module.__call__
+    )

@@ -42,6 +42,9 @@ ADAPTERS = ("peft_config", "_hf_peft_config_loaded")
 #: Where Qwen's models of images keep how far the positions of what follows are behind, [B, 1].
 OFFSETS = "rope_deltas"
 
+#: The method of a model that says what follows from a step for the arguments of the next one.
+UPDATES = "_update_model_kwargs_for_generation"
+
 #: What accelerate puts on a module besides its forward: a hook, and the forward that it stands for.
 ACCELERATE_HOOK, FORWARD_BEFORE = "_hf_hook", "_old_forward"
 
