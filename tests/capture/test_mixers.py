@@ -18,11 +18,14 @@ import torch
 from transformers import DynamicCache
 
 from adaskip_fx.api import build
-from adaskip_fx.capture import mixers
+from adaskip_fx.capture import mixers, phase_graph
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.testing.families import tiny_model
 from adaskip_fx.utils.kernel_functions import kernel_or_torch
+from adaskip_passes import FuseProjections, PassResult
+from adaskip_passes.analysis.effects import operation
+from adaskip_passes.decode.write_out_products import WriteOutProducts
 from adaskip_passes.mixers import delta_rule
 from tests.support.eager_reference import assert_close
 from tests.support.families.all import tiny_config
@@ -144,6 +147,29 @@ def _difference(module: types.ModuleType, count: int) -> float:
 
 def _module(model: Any) -> types.ModuleType:
     return sys.modules[type(model).__module__]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """On whole buffers, with nothing left of the kernels of libraries."""
+    lowered = list[str]()
+
+    class Watching(WriteOutProducts):
+        def __call__(self, module: torch.fx.GraphModule) -> PassResult:
+            result = super().__call__(module)
+            lowered.extend(operation(node) for node in module.graph.nodes)
+            return result
+
+    passes = FuseProjections(), Watching()
+    monkeypatch.setattr(phase_graph, "_lowering", lambda key, _: passes if key.static_cache else ())
+    model = remembering("mamba2")
+    fast = build(model, None, backend="eager", static_cache=True)
+    ids, ends = tokens(rows, 12), (8, 9, 10, 11, 12)
+    for got, end in zip(last_logits(fast, ids, ends), ends, strict=True):
+        want = model(ids[:, :end], use_cache=False).logits[:, -1:]
+        assert_close(got, want, TOLERANCE, f"logits after {end} tokens")
+    assert not {"conv1d", "bmm"} & set(lowered)
+    assert ("project.default" in lowered) == (rows == 1), "of float32 only one row is fused"
 
 
 def test_functions_are_exchanged_while_something_is_traced() -> None:
