@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,18 @@ def pytest_collection_finish() -> None:
     """Every capture ends with a full collection, which need not look at what was imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    """Trace models that are alike once in a process; see `tests.support.shared_traces`."""
+    own = os.environ.get("HYPOTHESIS_PROFILE", "ci") != "ci" or any(
+        item.get_closest_marker(name) for name in ("traced", "slow")
+    )
+    from tests.support.shared_traces import sharing  # imports much, which only workers need
+
+    with nullcontext() if own else sharing():
+        return (yield)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -430,6 +430,7 @@ def test_a_cache_that_was_made_before_a_change(pair: tuple[Any, Any]) -> None:
 # Threads, and what is around a call --------------------------------------------------------------
 
 
+@pytest.mark.traced
 def test_threads_on_a_cold_model_capture_each_graph_once() -> None:
     model = make_model("one_layer").requires_grad_(False)
     compiled = build(model, None, backend="eager")

@@ -286,13 +286,13 @@ def plan_changes(shared: Shared) -> Any:
     reference, errors = DynamicCache(), []
     for number, count in enumerate((6, 1, 1, 1, 1)):
         follow(shared.oracle, first if number < 3 else later)
-        ids = tokens(1, count, number)
+        ids = tokens(2, count, number)
         logits = last(fast, ids, past_key_values=cache)
         errors.append(relative_error(logits, shared.oracle.step(ids, reference)[:, -1:]))
     others = (["3.ffn"], ["2.ffn"])
     other = SkipPlan.of(sublayers, ["1.attention"], decode_extra=others[shared.rank])
     cache.request.decode_with(other)
-    text = said(lambda: last(fast, tokens(1, 1, 9), past_key_values=cache))
+    text = said(lambda: last(fast, tokens(2, 1, 9), past_key_values=cache))
     return {"errors": errors, "other plans": text}
 
 
@@ -454,14 +454,15 @@ def refused(shared: Shared) -> Any:
 
 def experts(shared: Shared) -> Any:
     """A mixture of experts, with and without something skipped."""
-    config = transformers.MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2)
+    sizes = {**_SIZES, "num_hidden_layers": 1, "num_local_experts": 4}
+    config = transformers.MixtralConfig(**sizes, num_experts_per_tok=2)
     alone, spread = shared.pair(transformers.MixtralForCausalLM, config)
     fast = build(spread, None, backend="eager")
     ids = tokens(2, 9, 5)
-    plan = SkipPlan.of(fast.adaskip.sublayers, ["1.ffn"])
+    plan = SkipPlan.of(fast.adaskip.sublayers, ["0.ffn"])
     with torch.no_grad():
         whole = relative_error(last(fast, ids), last(alone, ids))
-        alone.model.layers[1].mlp.forward = torch.zeros_like  # its branch adds nothing
+        alone.model.layers[0].mlp.forward = torch.zeros_like  # its branch adds nothing
         cache = fast.adaskip.new_cache(plan=plan)
         skipped = relative_error(last(fast, ids, past_key_values=cache), last(alone, ids))
     return {

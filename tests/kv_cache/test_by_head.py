@@ -7,6 +7,7 @@ eager model with a mask for each head.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,20 +59,22 @@ def driver() -> Iterator[Driver]:
     regions.takes_less_by_head.cache_clear()
 
 
-FAST: Any = build(MODEL, None, backend="eager")
+@functools.cache
+def compiled() -> Any:
+    return build(MODEL, None, backend="eager")
 
 
 def request(
     narrow: Mapping[int, Window] = MIXED, capacity: int = LONGEST, static: bool = True
 ) -> Any:
     """An empty cache under a plan with these windows."""
-    runtime_of(FAST).static_cache = static
-    return FAST.adaskip.new_cache(capacity=capacity, plan=plan(narrow))
+    runtime_of(compiled()).static_cache = static
+    return compiled().adaskip.new_cache(capacity=capacity, plan=plan(narrow))
 
 
 def plan(narrow: Mapping[int, Window] = MIXED) -> SkipPlan:
     windows = Windows.of({ATTENTION[n]: w for n, w in narrow.items()})
-    return FAST.adaskip.plan.with_windows(windows)
+    return compiled().adaskip.plan.with_windows(windows)
 
 
 def want(
@@ -90,7 +93,7 @@ def text(rows: int, tokens: int) -> torch.Tensor:
 def feed(cache: Any, ids: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """Logits of tokens that come `counts` at a time."""
     parts = torch.split(ids, counts, 1)
-    return torch.cat([FAST(input_ids=p, past_key_values=cache).logits for p in parts], 1)
+    return torch.cat([compiled()(input_ids=p, past_key_values=cache).logits for p in parts], 1)
 
 
 def promised(rows: int, tokens: int, narrow: Mapping[int, Window]) -> int:
@@ -190,8 +193,8 @@ def test_a_choice_of_heads_is_a_link() -> None:
         got = feed(cache, ids, [110, 1, 17, 1, 1])
         torch.testing.assert_close(got, want(ids, narrow), **CLOSE)
         assert cache.lease.buffers.by_head
-        assert "130 tokens stored head by head," in str(FAST.adaskip)
-        runtime = runtime_of(FAST)
+        assert "130 tokens stored head by head," in str(compiled().adaskip)
+        runtime = runtime_of(compiled())
         counted.append((runtime.counters.captures, runtime.pieces_compiled))
         del cache
     assert counted[1:] == counted[:1] * 2
@@ -217,7 +220,7 @@ def test_padded_rows_and_shown_heads_forget_nothing() -> None:
         positions = (torch.arange(begin, end) - torch.tensor(firsts).unsqueeze(1)).clamp_min(0)
         given = {"attention_mask": mask[:, :end], "position_ids": positions}
         with torch.no_grad():
-            logits = FAST(input_ids=ids[:, begin:end], past_key_values=cache, **given).logits
+            logits = compiled()(input_ids=ids[:, begin:end], past_key_values=cache, **given).logits
     wanted = want(ids, firsts=firsts)
     torch.testing.assert_close(logits[:, -1], wanted[:, -1], **CLOSE)
     assert cache.lease.buffers.by_head
@@ -239,7 +242,7 @@ def test_saved_and_loaded(tmp_path: Path, there: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if there != "by head":
             patch.setattr("adaskip_fx.kv_cache.growing_memory.is_available", lambda device: False)
-        loaded = FAST.adaskip.load_cache(path, plan=plan())
+        loaded = compiled().adaskip.load_cache(path, plan=plan())
         assert loaded.lease.buffers.by_head == (there == "by head")
         assert loaded.lease.buffers.sliding.gone == cache.lease.buffers.sliding.gone != {}
         got = feed(loaded, ids[:, 110:], [12, *[1] * 8])
@@ -266,7 +269,7 @@ def test_refusals() -> None:
 
 def test_where_heads_cannot_lie_apart() -> None:
     """On several ranks, and where an attention counts other heads than are stored."""
-    graphs = runtime_of(FAST).graphs
+    graphs = runtime_of(compiled()).graphs
     alone = graphs.structure
     assert alone._held((None, Retained(1, 2)), graphs.specs[0]) == ()
     assert graphs.retention([plan()])[1] == (None, *[Retained(0, 5)] * 3)

@@ -7,6 +7,7 @@ is NaN, which one read of it would spread to the logits.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,18 +52,16 @@ def driver() -> Iterator[Driver]:
         gc.collect()
 
 
+@functools.cache
 def compiled(static: bool) -> Any:
     made = build(MODEL, None, backend="eager")
     runtime_of(made).static_cache = static
     return made
 
 
-DYNAMIC, STATIC = (compiled(static) for static in (False, True))
-
-
 def plan(narrow: Mapping[int, Window] = NARROW) -> SkipPlan:
     windows = Windows.of({ATTENTION[n]: w for n, w in narrow.items()})
-    return DYNAMIC.adaskip.plan.with_windows(windows)
+    return compiled(False).adaskip.plan.with_windows(windows)
 
 
 def want(ids: torch.Tensor, narrow: Mapping[int, Window] = NARROW) -> torch.Tensor:
@@ -102,9 +101,10 @@ def layer(index: int) -> Part:
     return Part(index, 0, HEADS)
 
 
-@pytest.mark.parametrize("fast", [DYNAMIC, STATIC], ids=["views", "static"])
+@pytest.mark.parametrize("static", [False, True], ids=["views", "static"])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_nothing_that_is_gone_is_read(driver: Driver, fast: Any, rows: int) -> None:
+def test_nothing_that_is_gone_is_read(driver: Driver, static: bool, rows: int) -> None:
+    fast = compiled(static)
     counts = [50, 1, 1, 1, 20, 1, 5, *[1] * 20, 40, 1, 1]
     ids = text(rows, sum(counts))
     cache = fast.adaskip.new_cache(plan=plan())
@@ -121,7 +121,7 @@ def test_nothing_that_is_gone_is_read(driver: Driver, fast: Any, rows: int) -> N
 @given(st.data())
 def test_any_cuts_crops_copies_and_rows(data: st.DataObject) -> None:
     """Also in other rows, by a copy, and after tokens were taken back."""
-    fast = data.draw(st.sampled_from([DYNAMIC, STATIC]))
+    fast = compiled(data.draw(st.booleans(), label="static"))
     narrow = {
         n: Window(data.draw(st.integers(1, 12)), data.draw(st.integers(0, 5)))
         for n in data.draw(st.sets(st.integers(0, 2)))
@@ -160,19 +160,19 @@ def test_the_companion_a_window_wider_than_what_is_held_is_noticed() -> None:
     def too_much(self: Retained, length: int) -> range:
         return range(self.first, max(self.first, length - self.last + 4))
 
-    cache = STATIC.adaskip.new_cache(plan=plan())
+    cache = compiled(True).adaskip.new_cache(plan=plan())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Retained, "gone", too_much)
-        logits = feed(STATIC, cache, text(1, 200), [150, *[1] * 50])
+        logits = feed(compiled(True), cache, text(1, 200), [150, *[1] * 50])
     assert not torch.isfinite(logits[:, -1]).all()
 
 
 def test_memory_is_what_windows_need(driver: Driver) -> None:
     """Two of three layers see 14 tokens at most: after 500 they hold that and some pieces."""
     ids = text(1, 500)
-    windowed, full = (STATIC.adaskip.new_cache(plan=p) for p in (plan(), plan({})))
+    windowed, full = (compiled(True).adaskip.new_cache(plan=p) for p in (plan(), plan({})))
     for cache in (windowed, full):
-        feed(STATIC, cache, ids, [400, *[1] * 100])
+        feed(compiled(True), cache, ids, [400, *[1] * 100])
     sizes = [b for _, b in windowed.lease.buffers.sliding._ranges[layer(0)]]
     of_layer = full.nbytes / 3
     most = sum(size * (3 + 9 + SPARE) + 3 * 64 + size for size in sizes)
@@ -182,13 +182,13 @@ def test_memory_is_what_windows_need(driver: Driver) -> None:
 
 def test_the_next_request_has_all_of_it(driver: Driver) -> None:
     """Buffers go on to a request with other windows, or none; a short one maps nothing anew."""
-    ids, pool = text(1, 120), runtime_of(STATIC).buffer_pool
+    ids, pool = text(1, 120), runtime_of(compiled(True)).buffer_pool
     used = set[int]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "keep", True)
         for narrow in (NARROW, {}, {1: Window(7, 1)}, NARROW):
-            cache = STATIC.adaskip.new_cache(plan=plan(narrow))
-            got = feed(STATIC, cache, ids, [100, *[1] * 20])
+            cache = compiled(True).adaskip.new_cache(plan=plan(narrow))
+            got = feed(compiled(True), cache, ids, [100, *[1] * 20])
             torch.testing.assert_close(got, want(ids, narrow), atol=2e-4, rtol=1e-3)
             assert set(gone(cache)) == set(map(layer, narrow))
             driver.check()
@@ -197,8 +197,8 @@ def test_the_next_request_has_all_of_it(driver: Driver) -> None:
         every = plan(dict.fromkeys(range(3), Window(7, 1)))
         mapped = []
         for _ in range(3):
-            cache = STATIC.adaskip.new_cache(plan=every)
-            feed(STATIC, cache, ids[:, :20], [20])
+            cache = compiled(True).adaskip.new_cache(plan=every)
+            feed(compiled(True), cache, ids[:, :20], [20])
             used.add(id(cache.lease.buffers))
             mapped.append(driver.next)
             del cache
@@ -210,15 +210,15 @@ def test_the_next_request_has_all_of_it(driver: Driver) -> None:
 def test_tokens_taken_back_stay_gone() -> None:
     """After a crop less would be let go; what went before is not held, and no copy has it."""
     ids = text(1, 260)
-    cache = DYNAMIC.adaskip.new_cache(plan=plan())
-    feed(DYNAMIC, cache, ids[:, :201], [200, 1])
+    cache = compiled(False).adaskip.new_cache(plan=plan())
+    feed(compiled(False), cache, ids[:, :201], [200, 1])
     before = gone(cache)
     cache.crop(-SPARE)
     at = cache.length
-    feed(DYNAMIC, cache, ids[:, at : at + 40], [40])
+    feed(compiled(False), cache, ids[:, at : at + 40], [40])
     assert gone(cache) == before, "not less than before"
     twin = copy.deepcopy(cache)
-    got = feed(DYNAMIC, twin, ids[:, at + 40 :], [1] * (260 - at - 40))
+    got = feed(compiled(False), twin, ids[:, at + 40 :], [1] * (260 - at - 40))
     torch.testing.assert_close(got, want(ids)[:, at + 40 :], atol=2e-4, rtol=1e-3)
     with pytest.raises(NotImplementedError, match="this cache cannot go back to"):
         cache.crop(-50)
@@ -227,13 +227,13 @@ def test_tokens_taken_back_stay_gone() -> None:
 def test_a_mask_in_the_middle_of_a_request_keeps_all() -> None:
     """Rows of a second turn are padded: the first turn was not, and nothing had gone yet."""
     ids = text(2, 130)
-    cache = DYNAMIC.adaskip.new_cache(plan=plan())
+    cache = compiled(False).adaskip.new_cache(plan=plan())
     mask = torch.ones(2, 120, dtype=torch.int64)
     mask[1, 100:105] = 0
     with torch.no_grad():
-        DYNAMIC(input_ids=ids[:, :100], past_key_values=cache)
+        compiled(False)(input_ids=ids[:, :100], past_key_values=cache)
         step = {"input_ids": ids[:, 100:120], "attention_mask": mask}
-        logits = DYNAMIC(**step, past_key_values=cache).logits
+        logits = compiled(False)(**step, past_key_values=cache).logits
     assert logits.isfinite().all()
     assert not gone(cache)
     torch.testing.assert_close(logits[:1], want(ids[:1, :120])[:, 100:], atol=2e-4, rtol=1e-3)
@@ -241,11 +241,11 @@ def test_a_mask_in_the_middle_of_a_request_keeps_all() -> None:
 
 def test_what_is_shown_stays() -> None:
     ids = text(1, 160)
-    cache = STATIC.adaskip.new_cache(plan=plan())
-    feed(STATIC, cache, ids[:, :120], [120])
+    cache = compiled(True).adaskip.new_cache(plan=plan())
+    feed(compiled(True), cache, ids[:, :120], [120])
     shown = cache.layers[0].keys
     before = shown.clone()
-    feed(STATIC, cache, ids[:, 120:], [1] * 40)
+    feed(compiled(True), cache, ids[:, 120:], [1] * 40)
     assert torch.equal(shown, before)
     assert not gone(cache)
 
@@ -254,8 +254,8 @@ def test_a_window_that_shows_all_maps_what_there_is() -> None:
     ids = text(1, 10)
     held = []
     for narrow in ({}, dict.fromkeys(range(3), Window(2**31 - 1, 0))):
-        cache = DYNAMIC.adaskip.new_cache(plan=plan(narrow))
-        feed(DYNAMIC, cache, ids, [10])
+        cache = compiled(False).adaskip.new_cache(plan=plan(narrow))
+        feed(compiled(False), cache, ids, [10])
         held.append(cache.nbytes)
     assert held[1] <= held[0]
 
@@ -299,12 +299,12 @@ def test_no_family_reads_what_is_gone(driver: Driver, name: str) -> None:
 def test_padded_rows_forget_nothing() -> None:
     ids, firsts = text(2, 80), [0, 30]
     mask = (torch.arange(80) >= torch.tensor(firsts).unsqueeze(1)).long()
-    cache = DYNAMIC.adaskip.new_cache(plan=plan())
+    cache = compiled(False).adaskip.new_cache(plan=plan())
     with torch.no_grad():
         for end in (70, *range(71, 81)):
             begin = cache.length
             positions = (torch.arange(begin, end) - torch.tensor(firsts).unsqueeze(1)).clamp_min(0)
-            logits = DYNAMIC(
+            logits = compiled(False)(
                 input_ids=ids[:, begin:end],
                 attention_mask=mask[:, :end],
                 position_ids=positions,
@@ -318,7 +318,7 @@ def test_padded_rows_forget_nothing() -> None:
 
 def test_what_is_held(tmp_path: Path) -> None:
     """By plan: everything that any phase, head or plan of the request sees."""
-    held = runtime_of(DYNAMIC).graphs.retention
+    held = runtime_of(compiled(False)).graphs.retention
     full_head = plan({0: Window(9, 3, (0,))})
     assert held([plan()]) == every(Retained(3, 9), None, Retained(0, 5))
     assert held([full_head]) == ((None, Retained(3, 9)), (), ())
@@ -339,8 +339,8 @@ def every(*layers: Retained | None) -> Retention:
 
 def test_refusals(tmp_path: Path) -> None:
     ids = text(1, 100)
-    cache = DYNAMIC.adaskip.new_cache(plan=plan())
-    feed(DYNAMIC, cache, ids, [90, *[1] * 10])
+    cache = compiled(False).adaskip.new_cache(plan=plan())
+    feed(compiled(False), cache, ids, [90, *[1] * 10])
     message = (
         r"cannot go back to 50 tokens: layer 0 sees a window of 9, and its tokens 3 to 81 are not "
         "held any more; begin the request again"
@@ -353,12 +353,12 @@ def test_refusals(tmp_path: Path) -> None:
     mask = torch.ones(1, 101, dtype=torch.int64)
     mask[0, 4] = 0
     with torch.no_grad(), pytest.raises(NotImplementedError, match="has forgotten what its"):
-        DYNAMIC(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
+        compiled(False)(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
     with pytest.raises(PlanError, match=r"0\.attention sees more under this plan than under the"):
         cache.request.decode_with(plan({0: Window(10, 3), 2: Window(5, 0)}))
     cache.request.decode_with(plan({**NARROW, 0: Window(4, 1), 1: Window(2)}))
     cache.crop(-5)
-    feed(DYNAMIC, cache, ids, [1] * 100)
+    feed(compiled(False), cache, ids, [1] * 100)
 
 
 def test_a_schedule_holds_what_its_widest_plan_sees() -> None:
@@ -370,26 +370,26 @@ def test_a_schedule_holds_what_its_widest_plan_sees() -> None:
         {},
         windows=Windows(prompt.windows.prefill, plan().windows.decode),
     )
-    cache = DYNAMIC.adaskip.new_cache(plan=Schedule(((0, prompt), (5, narrow))))
+    cache = compiled(False).adaskip.new_cache(plan=Schedule(((0, prompt), (5, narrow))))
     assert cache.retention == every(Retained(3, 20), None, Retained(0, 5))
 
 
 @pytest.mark.parametrize("there", ["the same device", "one without such memory"])
 def test_saved_and_loaded(tmp_path: Path, there: str) -> None:
     ids, path = text(1, 130), tmp_path / "prefix"
-    cache = DYNAMIC.adaskip.new_cache(plan=plan())
-    feed(DYNAMIC, cache, ids[:, :110], [100, *[1] * 10])
+    cache = compiled(False).adaskip.new_cache(plan=plan())
+    feed(compiled(False), cache, ids[:, :110], [100, *[1] * 10])
     cache.save(path)
     with pytest.MonkeyPatch.context() as patch:
         if there != "the same device":
             patch.setattr("adaskip_fx.kv_cache.growing_memory.is_available", lambda device: False)
-        loaded = DYNAMIC.adaskip.load_cache(path, plan=plan())
+        loaded = compiled(False).adaskip.load_cache(path, plan=plan())
         assert gone(loaded) == gone(cache) != {}
-        got = feed(DYNAMIC, loaded, ids[:, 110:], [12, *[1] * 8])
+        got = feed(compiled(False), loaded, ids[:, 110:], [12, *[1] * 8])
         torch.testing.assert_close(got, want(ids)[:, 110:], atol=2e-4, rtol=1e-3)
         with pytest.raises(SavedCacheError, match="made under plan"):
-            DYNAMIC.adaskip.load_cache(path, plan=plan({}))
+            compiled(False).adaskip.load_cache(path, plan=plan({}))
         full = SkipPlan(plan().sublayers, {}, {}, windows=Windows(plan().windows.prefill, {}))
         message = r"tokens 3 to \d+ of layer 0 were let go, which a plan of this request may read"
         with pytest.raises(SavedCacheError, match=message):
-            DYNAMIC.adaskip.load_cache(path, plan=Schedule(((0, plan()), (5, full))))
+            compiled(False).adaskip.load_cache(path, plan=Schedule(((0, plan()), (5, full))))

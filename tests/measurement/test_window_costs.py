@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ def table(**options: Any) -> LatencyTable:
     )
 
 
-TABLE = table()
+@functools.cache
+def costs() -> LatencyTable:
+    """The table of all tests."""
+    return table()
 
 
 @given(st.data(), st.sampled_from(["prefill", "decode"]), st.sampled_from([64, 256]))
@@ -69,24 +73,24 @@ def test_predicted_as_planted(data: st.DataObject, phase: Phase, context: int) -
         elif what == "skip":
             skip.add(str(sublayer))
     plan = SkipPlan.of(BANK.sublayers, skip, windows=Windows.of(narrow))
-    got = TABLE.seconds(plan, phase, context)
+    got = costs().seconds(plan, phase, context)
     assert got == pytest.approx(planted(phase, context, plan), rel=1e-6)
 
 
 def test_a_companion_the_number_of_heads_matters() -> None:
-    wrong = dataclasses.replace(TABLE, kv_heads=tuple(2 * n for n in TABLE.kv_heads))
+    wrong = dataclasses.replace(costs(), kv_heads=tuple(2 * n for n in costs().kv_heads))
     some = dataclasses.replace(WINDOWS[0], full_heads=(0,))
     plan = SkipPlan.empty(BANK.sublayers).with_windows(Windows.of(list(HEADS), some))
     real = planted("decode", 256, plan)
-    assert TABLE.seconds(plan, "decode", 256) == pytest.approx(real, rel=1e-6)
+    assert costs().seconds(plan, "decode", 256) == pytest.approx(real, rel=1e-6)
     assert wrong.seconds(plan, "decode", 256) != pytest.approx(real, rel=1e-2)
 
 
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    TABLE.save(path)
-    assert LatencyTable.load(path) == TABLE
-    assert "attention, window 4+16" in str(TABLE)
+    costs().save(path)
+    assert LatencyTable.load(path) == costs()
+    assert "attention, window 4+16" in str(costs())
     plain = measure(BANK.compiled, (64,), time_step=planted, rounds=1)
     plain.save(path)
     assert "kv_heads" not in path.read_text("utf-8"), "a table without windows is as before"
@@ -97,7 +101,7 @@ def test_refusals() -> None:
     attention = list(HEADS)
     empty, window = SkipPlan.empty(BANK.sublayers), Window(17, 4)
     with pytest.raises(TableError, match=r"the cost of 'attention, window 4\+17' was not measured"):
-        TABLE.seconds(empty.with_windows(Windows.of(attention, window)), "decode", 64)
+        costs().seconds(empty.with_windows(Windows.of(attention, window)), "decode", 64)
     plain = measure(BANK.compiled, (64,), time_step=planted, rounds=1)
     some = empty.with_windows(Windows.of(attention, Window(16, 4, (0,))))
     with pytest.raises(TableError, match="does not say how many there are; measure again"):
@@ -108,7 +112,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="no attention whose windows could be measured"):
         window_plans(BANK.sublayers, classes, {}, WINDOWS)
     with pytest.raises(TableError, match="a number of K/V heads for each sublayer, or none"):
-        dataclasses.replace(TABLE, kv_heads=(1,))
+        dataclasses.replace(costs(), kv_heads=(1,))
 
 
 def test_windows_by_predicted_time() -> None:
@@ -117,7 +121,7 @@ def test_windows_by_predicted_time() -> None:
     def loss(plan: SkipPlan, samples: int | None = None) -> float:
         return float(sum(s.layer for s in plan.windows.decode))
 
-    policy = Windowed(loss, HEADS, WINDOWS[0], context=256, per="layer", table=TABLE)
+    policy = Windowed(loss, HEADS, WINDOWS[0], context=256, per="layer", table=costs())
     plans = policy.plans(profile(3), 1.3)
     empty = SkipPlan.empty(plans[0].sublayers)
     speed = [planted("decode", 256, empty) / planted("decode", 256, plan) for plan in plans]
@@ -132,5 +136,5 @@ def test_windows_by_predicted_time() -> None:
 
 
 def test_all_sublayers_are_named() -> None:
-    assert {s for s, n in zip(BANK.sublayers, TABLE.kv_heads, strict=True) if n} == set(HEADS)
+    assert {s for s, n in zip(BANK.sublayers, costs().kv_heads, strict=True) if n} == set(HEADS)
     assert all(isinstance(s, Sublayer) for s in HEADS)
