@@ -54,7 +54,7 @@ def test_a_second_plan_captures_and_compiles_nothing(data: st.DataObject) -> Non
 
 def test_another_shape_is_counted() -> None:
     """The companion: a capture and its pieces do show in the counters."""
-    model = make_model("one_layer")
+    model = make_model("grouped")
     bank = Entry(model, build(model, None, backend="eager"), Oracle(model))
     request(bank, bank.plan())
     before = counts(bank)
@@ -179,8 +179,8 @@ def test_linking_makes_no_text_and_compiles_nothing(
 
 def test_what_a_graph_depends_on_is_in_its_key() -> None:
     """Batch, mask, more than the last token's logits, autocast: another value, another graph."""
-    bank = entry("equal_heads")
-    compiled = build(make_model("equal_heads"), None, backend="eager")  # nothing captured before
+    bank = entry("grouped")
+    compiled = build(make_model("grouped"), None, backend="eager")  # nothing captured before
     runtime = runtime_of(compiled)
     ids, masked = bank.tokens(1, 5), torch.tensor([[0, 1, 1, 1, 1]])
 

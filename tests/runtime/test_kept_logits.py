@@ -179,7 +179,7 @@ def test_every_step_is_checked_against_the_tokens_asked_for(
 
 def test_states_and_tokens_by_index() -> None:
     """A model without attention, and a cache of another name."""
-    model = tiny_model(tiny_config("mamba"))
+    model = tiny_model(tiny_config("mamba", num_hidden_layers=1))
     compiled, ids = build(model, None, backend="eager"), torch.arange(3, 12).unsqueeze(0)
     before = compiled.adaskip.stats().captures
     for keep in (0, 2, 5, 40, torch.tensor([8, 0, 3, 3])):

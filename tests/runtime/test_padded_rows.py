@@ -368,7 +368,7 @@ def test_attention_that_reads_all_of_a_buffer_has_zeros_there(family: str) -> No
     """Code that makes masks of its own multiplies with every key, filled or not."""
     from tests.support.families.all import tiny_config, tiny_model
 
-    model = tiny_model(tiny_config(family))
+    model = tiny_model(tiny_config(family, num_hidden_layers=1))
     compiled = build(model, None, backend="eager", static_cache=True)
     cache, runtime = compiled.adaskip.new_cache(), runtime_of(compiled)
     ids = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(2))
