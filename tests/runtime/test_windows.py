@@ -33,7 +33,7 @@ from adaskip_fx.runtime.checking import CheckError
 from adaskip_fx.testing import assert_equivalent
 from adaskip_fx.testing.equivalence import compiled_for
 from adaskip_passes import UnsupportedError
-from tests.support.compiled_llamas import fewer
+from tests.support.compiled_llamas import fewer, make_model
 from tests.support.eager_reference import assert_close
 from tests.support.eager_windows import Seen, WindowedEager
 from tests.support.families.all import tiny_config, tiny_model
@@ -63,7 +63,7 @@ def case(name: str, static: bool) -> Case:
     if name == "mistral":
         model: Any = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=OWN))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+        model = make_model("grouped")
     model.eval().set_attn_implementation("sdpa")
     compiled = build(model, None, backend="eager", static_cache=static)
     return Case(model, compiled, WindowedEager(model))
