@@ -1,6 +1,7 @@
 """Hypothesis profiles, and one thread.
 
-HYPOTHESIS_PROFILE=all, of `make test-all`, draws twice as many examples, and from more models;
+HYPOTHESIS_PROFILE=all, of `make test-all`, draws twice as many examples, from more models, each of
+which is traced by itself (see `tests.support.shared_traces`);
 HYPOTHESIS_PROFILE=soak draws many more, and new ones each time.
 """
 
