@@ -176,8 +176,6 @@ def build(
     """
     decoder = check_model(model)
     ranks = joined(decoder)
-    if decoding is not None:  # how much is drafted is measured, by each rank for itself
-        ranks.refuse("decoding=", "compile without it, or on one GPU")
     named = (str(options.get(name)) for name in ("backend", "link"))
     default = partial(default_budget, decoder.device)
     limit = memory_budget if memory_budget is not None else ranks.first("a budget", default)

@@ -3,7 +3,7 @@
 The file is one of safetensors: keys, values and states of the filled part, as the request stored
 them, and what they belong to as JSON in its metadata. Keys and values are those of one model under
 one plan; read by another, they would give text that looks like an answer. So the file names both,
-and what does not fit is refused.
+and what does not fit is refused. On several ranks each writes its share (`saved_shares`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from ..plans.skip_plan import SkipPlan
 from ..profiles.fingerprint import Fingerprint, fingerprint, is_of
 from ..utils.files import JSON, canonical_digest, check_digest, write_atomically
 from ..utils.transformers_internals import OFFSETS, keeps_offsets
+from . import saved_shares
 from .cache import SkipCache
 from .retention import Part
 
@@ -37,7 +39,6 @@ SCHEMA = 1
 _KEY = "adaskip_cache"
 _ABOUT = ("model", "plan", "dtype", "length", "batch", "padded", "sha256")
 _REDO = "run the prefix again and save its cache"
-_KEEP = "keep it in its processes, or run the prefix again"
 
 
 class SavedCacheError(AdaskipError, ValueError):
@@ -47,11 +48,13 @@ class SavedCacheError(AdaskipError, ValueError):
 def save(cache: SkipCache, path: Path) -> None:
     """Write a cache's filled part to the file `path`; an old file stays until the new is whole.
 
+    On several ranks all of them call it, and each writes its share to a file of its own.
+
     Raises:
         SavedCacheError: nothing is stored yet, or the model keeps a part of a request on itself.
-        UnsupportedError: the model is on several ranks.
+        OSError: a file cannot be written; on several ranks all raise it.
     """
-    Ranks.of(cache.owner.model).refuse("saving a cache, of which each has a part,", _KEEP)
+    ranks = Ranks.of(cache.owner.model)
     if not cache.length:
         raise SavedCacheError(f"{path}: this cache is empty; save it after a prompt")
     model = cache.owner.model
@@ -73,27 +76,30 @@ def save(cache: SkipCache, path: Path) -> None:
         "gone": {_named(part, cache): [t.start, t.stop] for part, t in _gone(cache).items()},
         "sha256": _sha256(tensors),
     }
+    about |= saved_shares.facts(str(about["sha256"]), ranks)
     about["digest"] = canonical_digest(about)
-    write_atomically(path, bytes_of(tensors, {_KEY: json.dumps(about)}))
+    data, file = bytes_of(tensors, {_KEY: json.dumps(about)}), saved_shares.file_of(path, ranks)
+    ranks.apart("saving a cache", lambda: write_atomically(file, data))
 
 
-def load_cache(runtime: Runtime, path: str | Path, plan: Decision | None = None) -> SkipCache:
-    """Return a cache with what `save` wrote to the file `path`, at the beginning of a turn.
+def load_cache(runtime: Runtime, given: str | Path, plan: Decision | None = None) -> SkipCache:
+    """Return a cache with what `save` wrote to a path, at the beginning of a turn.
 
     Args:
         runtime: of a compiled model of the same model.
-        path: of the file.
+        given: the path that it was saved to.
         plan: what the request goes on with; the runtime's decision if None. Its plan for prompts
             must be the one that the file was made with, or a choice among plans that has it.
 
     Raises:
         SavedCacheError: the file is not one of these, is truncated, or belongs to another model or
-            plan; the message says what is wrong and what to do.
-        UnsupportedError: the model is on several ranks.
+            plan, or to as many other ranks; the message says what is wrong and what to do.
+        RanksError: the files of ranks are not of one cache.
     """
-    path = Path(path)
-    runtime.ranks.refuse("a saved cache", _KEEP)
-    about, tensors = _read(path)
+    ranks = runtime.ranks
+    path = saved_shares.file_of(Path(given), ranks)
+    about, tensors = ranks.apart("a saved cache", partial(_read, Path(given), path, ranks))
+    ranks.agree("a saved cache", (about.get("shares"), about["length"], about["plan"]))
     _check_model(path, about, runtime)
     cache = runtime.new_cache(about["length"], plan=plan)
     _check_plan(path, about["plan"], cache, runtime)
@@ -167,15 +173,17 @@ def _gone(cache: SkipCache) -> dict[Part, range]:
     return cache.lease.buffers.sliding.gone if cache.lease.buffers is not None else {}
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return what the file says of itself, checked, and its tensors."""
+def _read(given: Path, path: Path, ranks: Ranks) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return what a rank's file says of itself, checked, and its tensors."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             about = _checked(path, metadata.get(_KEY))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as cause:
-        raise SavedCacheError(f"{path}: no such file; check the path, or {_REDO}") from cause
+        why = saved_shares.why_missing(given, ranks)
+        said = "no such file; check the path, or" if why is None else f"{why};"
+        raise SavedCacheError(f"{path}: {said} {_REDO}") from cause
     except OSError as cause:
         raise SavedCacheError(f"{path}: cannot be read ({cause}); check the path") from cause
     except safetensors.SafetensorError as cause:
@@ -183,6 +191,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             f"{path}: truncated, or not a saved cache ({cause}); {_REDO}"
         ) from cause
     check_digest(path, about["sha256"], _sha256(tensors), SavedCacheError, _REDO)
+    elsewhere = saved_shares.why_not_here(about, ranks)
+    if elsewhere is not None:
+        raise SavedCacheError(f"{path}: {elsewhere}; {_REDO}")
     return about, tensors
 
 

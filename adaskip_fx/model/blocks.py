@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from ..speculation.acceptance import Column, leading
 from ..speculation.budget import Budget
+from ..speculation.of_first import OfFirst
 from ..speculation.options import Bounded
 from ..speculation.proposals import Drafts
 from ..speculation.speculation import Speculation
@@ -55,10 +56,12 @@ class BlockRequest(DecodedRequest):
         self.budget: Budget | None = None
         self.stats.requests += 1
         super().__init__(model, replace(call, streamer=self._text))
-        decoding = speculation.decoding
+        decoding, ranks = speculation.decoding, model._adaskip.ranks
         if isinstance(decoding, Bounded) and self.processed:  # (else nothing stands by the bound)
-            self.budget = Budget(self.rule, decoding, speculation, call.input_ids)
+            self.budget = Budget(self.rule, decoding, speculation, call.input_ids, ranks)
             self.rule = self.budget.within
+        if not ranks.alone:
+            self.rule = OfFirst(self.rule, ranks)
 
     def choose_tokens(self) -> None:
         """Choose a token of each row, in place of the first draft that was not accepted if any.

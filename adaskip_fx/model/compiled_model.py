@@ -15,6 +15,7 @@ from ..kv_cache.drafting import Drafting
 from ..parallel.random_numbers import share_random_numbers
 from ..parallel.ranks import Ranks
 from ..runtime.runtime import Runtime
+from ..utils.parallel_internals import parallel_group
 from ..utils.transformers_internals import GenerateHooks, is_whole_text, stop_tokens
 from ..utils.transformers_types import (
     DecodingCall,
@@ -22,9 +23,10 @@ from ..utils.transformers_types import (
     MakeCandidates,
     ModelKwargs,
 )
-from . import draftable, drafted, generation
+from . import draftable, generation
 from .handle import Handle
 from .host import recall_offsets
+from .led import decode_with_drafts
 from .shared_clock import share_clock
 
 if TYPE_CHECKING:
@@ -137,12 +139,16 @@ class CompiledModel(GenerateHooks):
         if speculation is None or not draftable.serves(cache):
             return generation.run(self, generation.DecodedRequest(self, call))
         with CompiledModel._adaskip_assisted(self, call.input_ids, call.config, call.model_kwargs):
-            return generation.run(self, drafted.DraftedRequest(self, call, speculation))
+            return decode_with_drafts(self, call, speculation)
 
     def _adaskip_draft(
-        self: CompiledCausalLM, call: DecodingCall, assistant: MakeCandidates
+        self: CompiledCausalLM, call: DecodingCall, assistant: MakeCandidates, model: Any
     ) -> Any:
-        """Decode with an assistant's drafts as well, where the model decodes with drafts anyway."""
+        """Decode with an assistant's drafts as well, where the model decodes with drafts anyway.
+
+        Raises:
+            UnsupportedError: The assistant `model` runs on several ranks, of which one is to ask.
+        """
         runtime = self._adaskip
         cache, speculation = call.model_kwargs.get(runtime.generate_argument), runtime.speculation
         lossy = getattr(call.config, "assistant_ensemble_weight", None) is not None
@@ -152,8 +158,13 @@ class CompiledModel(GenerateHooks):
             return None
         if not draftable.serves(cache):
             return None
+        if model is not None and parallel_group(model) is not None:
+            runtime.ranks.refuse(
+                "an assistant_model that is on several ranks itself, beside decoding=,",
+                "load it whole in every process, of which rank 0's drafts, or leave decoding= out",
+            )
         with CompiledModel._adaskip_assisted(self, call.input_ids, call.config, call.model_kwargs):
-            return generation.run(self, drafted.DraftedRequest(self, call, speculation, assistant))
+            return decode_with_drafts(self, call, speculation, assistant)
 
     def _adaskip_recall(self: CompiledCausalLM, model_kwargs: ModelKwargs) -> None:
         cache = model_kwargs.get(self._adaskip.generate_argument)

@@ -18,7 +18,7 @@ import torch
 
 from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import PlanError, SkipPlan
-from ..speculation.chooser import Chooser, Offer
+from ..speculation.chooser import Chooser
 from ..speculation.proposals import Drafts
 from ..speculation.refinement import Refine, Refinement
 from ..speculation.speculation import Speculation
@@ -147,18 +147,38 @@ class DraftedRequest(BlockRequest):
         self._verifies = offer is None or offer.drafts is not None or self._tossed()
         drafts = None if offer is None else self._chooser.drafts(self, offer)
         if offer is None or drafts is None:
-            return super().advance()
-        drafts = drafts.on(self.input_ids.device)
-        padded = replace(drafts, tokens=self.padded(drafts.tokens)) if self.pads else drafts
-        if not self._verifies and drafts.logits is not None:
-            return self._release(offer, padded, drafts.logits)
-        accepted, ended = self._verify(padded)
-        self.stats.count(offer.name, drafts.count, accepted, len(self.rows), drafts.kind)
+            return self.plain()
+        accepted, ended = self.block(offer.name, drafts)
+        if self._releases(drafts):
+            self._chooser.released(offer, drafts.count, accepted)
+            return ended
         kind = drafts.kind
         if self.budget is not None and drafts.plan is not None:
             kind = self.budget.verified(drafts.plan, accepted + 1).digest[:8]
         self._chooser.verified(offer, drafts, accepted, kind)
         return ended
+
+    def plain(self) -> bool:
+        """Run a round that has nothing to verify; see `advance`."""
+        return super().advance()
+
+    def block(self, name: str, drafts: Drafts) -> tuple[int, bool]:
+        """Verify drafts by the proposer `name`, or write them as they are.
+
+        Returns:
+            How many stand (but the last of those that are not verified, which is chosen by its
+            logits), and whether the request has ended with them.
+        """
+        drafts = drafts.on(self.input_ids.device)
+        padded = replace(drafts, tokens=self.padded(drafts.tokens)) if self.pads else drafts
+        if drafts.logits is not None and self._releases(drafts):
+            return self._release(padded, drafts.logits)
+        accepted, ended = self._verify(padded)
+        self.stats.count(name, drafts.count, accepted, len(self.rows), drafts.kind)
+        return accepted, ended
+
+    def _releases(self, drafts: Drafts) -> bool:
+        return not self._verifies and drafts.logits is not None
 
     def _try_other_plans(self) -> None:
         """Measure the next candidate of each search, as far as that is paid for."""
@@ -171,10 +191,14 @@ class DraftedRequest(BlockRequest):
                 continue
             stored, counters = self.cache.length, self._model._adaskip.counters
             since, captures = self._chooser.now(), counters.captures
-            share = matchness(self, plan, self._longest + 1)  # of such blocks there is a graph
+            share = self.measure(plan)
             self._chooser.measured(stored, since, counters.captures == captures)
             search.measured(plan, share)
             logger.debug("plan %s would have drafted %.2f of the text", plan.digest[:8], share)
+
+    def measure(self, plan: SkipPlan) -> float:
+        """Return the matchness of a plan, on as many tokens as there is a graph for."""
+        return matchness(self, plan, self._longest + 1)
 
     def _tries_plans(self) -> bool:
         """Return whether a candidate can be measured now, and is paid for."""
@@ -185,11 +209,11 @@ class DraftedRequest(BlockRequest):
     def _tossed(self) -> bool:
         return self.budget is None or self.budget.toss()
 
-    def _release(self, offer: Offer, drafts: Drafts, logits: torch.Tensor) -> bool:
+    def _release(self, drafts: Drafts, logits: torch.Tensor) -> tuple[int, bool]:
         """Append drafts that are not verified, and leave the last to be chosen by its logits.
 
         Returns:
-            Whether all rows have ended with them.
+            How many were appended, and whether all rows have ended with them.
         """
         coin = self.budget.coin if self.budget is not None else None
         assert coin is not None, "without a coin every block is verified"
@@ -207,8 +231,7 @@ class DraftedRequest(BlockRequest):
         self.model_kwargs = self.after(self.model_kwargs, kept + 1)
         self.logits = logits[:, kept]
         coin.released(kept + (left > 0))
-        self._chooser.released(offer, drafts.count, kept)
-        return not left
+        return kept, not left
 
     def _most(self) -> int:
         """Return how many drafts there may be now."""

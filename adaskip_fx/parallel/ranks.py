@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary, WeakMethod
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -56,10 +57,12 @@ class Ranks:
         self._control: ControlGroup | None = None
         self._watch: Watch | None = None
         self._releases: list[WeakMethod[Release]] = []
+        self._group: dist.ProcessGroup | None = None
         if group is None or dist.get_world_size(group) == 1:
             return
         members = dist.get_process_group_ranks(group)
         self.rank, self.size = dist.get_rank(group), len(members)
+        self._group, self._first = group, members[0]
         self._watch = Watch(group, members, self.rank)
         self._control = ControlGroup(members, self._watch)
 
@@ -130,6 +133,19 @@ class Ranks:
         results: Sequence[Any] = self._gather(what, made)
         return _result(results[0])  # type: ignore[no-any-return]
 
+    def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the values of rank 0 in a tensor that all ranks have, of one shape, in place.
+
+        They come over the model's own process group, in the order of the device's work, and no host
+        waits for them.
+        """
+        if self._group is None:
+            return tensor
+        tensor = tensor.contiguous()
+        with self.step():
+            dist.broadcast(tensor, self._first, group=self._group)
+        return tensor
+
     def each(self, what: str, work: Callable[[], T]) -> list[T]:
         """Return what `work` gives on each rank; nobody waits for another one in it.
 
@@ -163,7 +179,7 @@ class Ranks:
             except Exception as error:
                 failed = watch.known(error)
                 watch.failed(failed)  # for those that still wait for this rank in their work
-            verdicts = [e for e in self._gather(what, _portable(failed)) if e is not None]
+            verdicts = [e for e in self._gather(what, failed and portable(failed)) if e is not None]
             if failed is not None:
                 watch.recovered()
         if not verdicts:
@@ -214,7 +230,7 @@ class Ranks:
         self._releases.clear()
         if self._watch is not None:
             self._watch.close()
-        self._control = None
+        self._control = self._group = None
 
     def _gather(self, what: str, value: object) -> list[Any]:
         if self._control is None:
@@ -251,7 +267,7 @@ def _tried(make: Callable[[], Any]) -> tuple[bool, Any]:
     try:
         return True, make()
     except Exception as error:
-        return False, _portable(error)
+        return False, portable(error)
 
 
 def _result(tried: tuple[bool, Any]) -> Any:
@@ -261,10 +277,8 @@ def _result(tried: tuple[bool, Any]) -> Any:
     return value
 
 
-def _portable(error: Exception | None) -> Exception | None:
+def portable(error: Exception) -> Exception:
     """Return an error that can be sent; one that cannot is told in words."""
-    if error is None:
-        return None
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

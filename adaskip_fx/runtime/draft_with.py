@@ -23,9 +23,11 @@ def draft_with(runtime: Runtime, decoding: Lossless) -> None:
         TypeError: `decoding` is something else.
         ValueError: Drafts cannot be made with that plan, or a proposer's is another model's.
         UnsupportedError: The model cannot take back a token.
+        RanksError: The model is on several ranks, which are given other options.
     """
     if not isinstance(decoding, Lossless):
         raise TypeError(f"decoding must be adaskip_fx.Lossless(...), got {decoding!r}")
+    runtime.ranks.agree("decoding=", _facts(decoding))
     if any(spec.mixes for spec in runtime.graphs.specs):
         raise UnsupportedError(
             f"{type(runtime.model).__name__} has mixers with a state, which cannot forget a token "
@@ -54,6 +56,16 @@ def draft_with(runtime: Runtime, decoding: Lossless) -> None:
         if profile is not None:
             choices["surrogates"] = profile.scales()
     runtime.speculation = Speculation(decoding, plan, similarity=similarity, **choices)
+
+
+def _facts(decoding: Lossless) -> tuple[object, ...]:
+    """Return what all ranks must have; of proposers rank 0 alone asks its own."""
+    given = vars(decoding)
+    return (
+        type(decoding).__name__,
+        *(given[name] for name in sorted(given) if name != "proposers"),
+        *(proposer.name for proposer in decoding.proposers),
+    )
 
 
 def _check_proposers(runtime: Runtime, decoding: Lossless, plan: SkipPlan) -> bool:

@@ -50,7 +50,8 @@ def _warm_up_drafts(
     """Run a verification of each length that may come, and a draft."""
     stored, longest = prompt.shape[1], speculation.decoding.longest
     room = runtime.graphs.max_length or 2**62
-    plans = {getattr(p, "plan", None) or speculation.plan for p in speculation.decoding.proposers}
+    proposers = speculation.decoding.proposers
+    plans = dict.fromkeys(getattr(p, "plan", None) or speculation.plan for p in proposers)
     drafting, token = Drafting(stored), prompt[:, :1]
     with cache.verifying(drafting):
         for count in sorted({k for k in LENGTHS if k < longest} | {longest}):

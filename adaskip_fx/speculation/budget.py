@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..parallel.ranks import Ranks
 from ..plans.decisions import left_out
 from ..plans.skip_plan import SkipPlan
 from .acceptance import Rule
@@ -29,7 +30,12 @@ class Budget:
     """
 
     def __init__(
-        self, rule: Rule, decoding: Bounded, speculation: Speculation, ids: torch.Tensor
+        self,
+        rule: Rule,
+        decoding: Bounded,
+        speculation: Speculation,
+        ids: torch.Tensor,
+        ranks: Ranks | None = None,
     ) -> None:
         """Begin with nothing spent.
 
@@ -38,7 +44,9 @@ class Budget:
             decoding: has the bound.
             speculation: of the model.
             ids: the prompt, int64 [B, T].
+            ranks: that run the model together; what rank 0 has measured counts. None: one process.
         """
+        self._ranks = ranks if ranks is not None else Ranks()
         self.within = Within(rule, decoding.max_divergence, ids.shape[0], ids.device)
         self.coin = Coin(decoding, ids.shape[0]) if decoding.verify_share < 1 else None
         self._left = -1.0  # so that the first block is verified
@@ -67,7 +75,9 @@ class Budget:
     def told(self) -> torch.Tensor:
         """Return what the host has to know of the block that was settled, float64 [4 or 5, B]."""
         block = self.within.block()
-        return block if self._apart is None else torch.cat((block, self._apart.unsqueeze(0)))
+        if self._apart is not None:
+            block = torch.cat((block, self._apart.unsqueeze(0)))
+        return self._ranks.of_first(block)
 
     def know(self, told: Sequence[Sequence[float]]) -> None:
         """Take what `told` has returned, as soon as the host has read it."""
@@ -105,7 +115,8 @@ class Budget:
     def end(self) -> None:
         """Count what the request has spent, in the statistics of the model."""
         within, stats = self.within, self._speculation.stats
-        paid = torch.stack((within.spent, within.tokens, within.beyond)).tolist()
+        spent = torch.stack((within.spent, within.tokens, within.beyond))
+        paid = self._ranks.of_first(spent).tolist()
         stats.diverged(within.most, *paid)
         logger.info(
             "diverged %.2g nats a token in the worst row, of at most %g",
@@ -114,4 +125,7 @@ class Budget:
         )
         if self.coin is not None:
             stats.sampled(paid[0], paid[1], self.coin.tokens, self.coin.rows())
-        stats.weakened += sum(frontier.weakened for frontier in self._frontiers.values())
+        stats.weakened += self._ranks.first("what drafts have spent", self._weakened)
+
+    def _weakened(self) -> int:
+        return sum(frontier.weakened for frontier in self._frontiers.values())

@@ -40,6 +40,7 @@ class Coin:
 
     Attributes:
         tokens: of each row that were not verified.
+        tossed: whether the coin decided about the next block.
     """
 
     def __init__(self, decoding: Bounded, rows: int) -> None:
@@ -52,12 +53,12 @@ class Coin:
         )
         most = decoding.longest * decoding.clip / decoding.verify_share
         self._bounds = [UpperBound(most, decoding.error) for _ in range(rows)]
-        self._tossed = False
+        self.tossed = False
         self.tokens = 0
 
     def toss(self, allowed: bool) -> bool:
         """Return whether the next block is verified: it is where it is not `allowed` not to be."""
-        self._tossed = allowed
+        self.tossed = allowed
         return not allowed or self._random.random() < self._share
 
     def apart(
@@ -70,7 +71,7 @@ class Coin:
             logits: of the full program for the same tokens, float32 [B, k, V].
             counted: rows that have not ended, int64 [B].
         """
-        if not self._tossed or drafts.logits is None:
+        if not self.tossed or drafts.logits is None:
             return None
         each = divergence(logits, drafts.logits).to(torch.float64).clamp_max(self._clip)
         return each.sum(1) * counted

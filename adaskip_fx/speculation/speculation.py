@@ -23,6 +23,7 @@ class Speculation:
         plan: what drafts of the model itself leave out, unless a proposer has a plan of its own.
         stats: what they have come to.
         controller: who drafts, and how much.
+        told: plans that all ranks know by their digests, where there are several.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Speculation:
         self.controller = Controller(clock)
         self._similarity = similarity
         self._skippable, self._surrogates = tuple(skippable), surrogates
+        self.told: dict[str, SkipPlan] = {}
         self._refinements: dict[tuple[Refine, SkipPlan], Refinement] = {}
 
     def refinement(self, refine: Refine, plan: SkipPlan) -> Refinement:

@@ -197,8 +197,8 @@ class GenerateHooks:
         """Decode, greedy or sampling; None where transformers' own loop is to do it."""
         raise NotImplementedError
 
-    def _adaskip_draft(self, call: DecodingCall, assistant: MakeCandidates) -> Any:
-        """Decode with an assistant's drafts; None where transformers' own loop is to do it."""
+    def _adaskip_draft(self, call: DecodingCall, assistant: MakeCandidates, model: Any) -> Any:
+        """Decode with drafts of an assistant, a model or not; None for transformers' own loop."""
         raise NotImplementedError
 
     def _adaskip_recall(self, model_kwargs: ModelKwargs) -> None:
@@ -285,7 +285,7 @@ class GenerateHooks:
             return made
 
         call = DecodingCall(*steps, bool(given["synced_gpus"]), given["streamer"], others)
-        drafted = self._adaskip_draft(call, assistant)
+        drafted = self._adaskip_draft(call, assistant, given["assistant_model"])
         if drafted is not None:
             return drafted
         with self._adaskip_assisted(input_ids, generation_config, kwargs):

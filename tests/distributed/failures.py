@@ -26,16 +26,6 @@ def told(work: Callable[[], Any]) -> dict[str, Any]:
     return {"text": "nothing was raised", "seconds": time.monotonic() - start}
 
 
-def killed(shared: Any) -> Any:
-    """A rank ends in mid-request; the others are told, and again by whatever they try next."""
-    cache = shared.fast.adaskip.new_cache()
-    shared.fast(_IDS, past_key_values=cache, logits_to_keep=1)  # has a graph by now
-    if shared.rank == 1:
-        os._exit(7)
-    step = told(lambda: shared.fast(_IDS[:, :1], past_key_values=cache))
-    return {"step": step, "next": told(lambda: shared.fast(_IDS))}
-
-
 def raising(shared: Any) -> Any:
     """A rank raises before a graph is captured, for which the others wait on the host."""
     return _one_fails(shared, shared.fast.adaskip.new_cache())
@@ -81,5 +71,5 @@ def _out_of_memory(*_step: Any) -> Any:
 
 
 CHECKS: dict[str, Callable[[Any], Any]] = {
-    check.__name__: check for check in (killed, raising, blocked, stopped)
+    check.__name__: check for check in (raising, blocked, stopped)
 }

@@ -28,7 +28,7 @@ _CHECKS = (
         "disagreements",
         "refused",
     ),
-    *("calibrated", "experts", "replicas", "killed"),
+    *("calibrated", "experts", "replicas", "drafted", "saved", "killed"),
 )
 _SLOW = ("memory_budget", "further", "profiles", "lowered", "backend", "inductor", "whole_experts")
 _TOLERANCE = 1e-5
@@ -36,7 +36,7 @@ _TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return run(tmp_path_factory.mktemp("ranks"), *_CHECKS)
+    return run(tmp_path_factory.mktemp("ranks"), *_CHECKS, seconds=550)
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +204,6 @@ def test_after_a_disagreement_all_go_on_as_before(found: Found) -> None:
 def test_what_is_not_supported_is_refused_by_name(found: Found) -> None:
     several = "is not supported where a model is on several ranks; "
     texts = {
-        "saved": f"saving a cache, of which each has a part, {several}keep it",
-        "loaded": f"a saved cache {several}keep it",
         "by head": f"1.attention: a window that leaves K/V heads full {several}which rank has",
         "clock": "max_time=1.0 of beam search is not supported where a model runs on several",
         "fit": f"searching and distilling {several}fit on one",
@@ -291,12 +289,134 @@ def test_a_process_that_ends_is_told_to_the_others(tmp_path: Path) -> None:
     assert told["seconds"] < 30
 
 
+# What is drafted -------------------------------------------------------------------------------
+
+
+def of_drafts(found: Found, check: str) -> list[Any]:
+    return [result[check] for result in found.of("drafted")]
+
+
+def test_rank_0s_clock_says_what_is_drafted_on_all(found: Found) -> None:
+    first, second = of_drafts(found, "by_clock")
+    assert first["equal"]
+    assert second["equal"]
+    assert first["rounds"] == second["rounds"] == first["of its own clock"]
+    assert first["rounds"][0] > 0, "verifications"
+    # the companion: left to its own clock the other rank would have run other programs
+    assert second["of its own clock"] != second["rounds"]
+
+
+def test_rows_that_accept_other_drafts_have_their_own_greedy_tokens(found: Found) -> None:
+    first, second = of_drafts(found, "ragged")
+    assert first == second
+    assert first["equal"]
+    assert 0 < first["rounds"][0] < 19, "some columns stand, and not all"
+
+
+def test_ranks_run_ahead_together_and_stop_together(found: Found) -> None:
+    first, second = of_drafts(found, "ahead")
+    assert first == second
+    assert first["equal"]
+    assert first["stopped"]
+    assert min(first["rounds"][:2]) > 0, "verifications, and plain steps between them"
+
+
+def test_drawn_tokens_and_what_stands_of_drawn_drafts_are_the_firsts(found: Found) -> None:
+    first, second = of_drafts(found, "at_random")
+    assert first["drawn"] == second["drawn"] == first["alone"]  # with the first one's seed
+    assert first["after"] == second["after"]
+
+
+def test_divergence_is_that_of_the_first_rank_and_within_its_bound(found: Found) -> None:
+    first, second = of_drafts(found, "bounded")
+    assert first["ranks"] == second["ranks"]  # to the bit
+    assert 0 < first["ranks"]["mean"] <= first["ranks"]["worst"] <= 0.5
+    for key in ("worst", "mean"):
+        assert first["ranks"][key] == pytest.approx(first["alone"][key], rel=1e-4)
+    assert first["ranks"]["tokens"] == first["alone"]["tokens"]
+    assert first["ranks"]["tokens"] != first["greedy"], "something was spent"
+
+
+def test_one_coin_is_tossed_for_all(found: Found) -> None:
+    first, second = of_drafts(found, "sampled_blocks")
+    assert first == second
+    _tokens, unverified, estimate, upper, verified = first
+    assert unverified > 0
+    assert verified > 0
+    assert 0 < estimate <= upper
+
+
+def test_plans_that_are_refined_are_the_first_ranks(found: Found) -> None:
+    first, second = of_drafts(found, "refined")
+    assert first == second
+    assert first["equal"]
+    assert first["told"] > len(first["plans"]) > 0  # each plan was sent once
+
+
+def test_a_proposer_that_fails_on_the_first_rank_fails_on_all(found: Found) -> None:
+    for result in of_drafts(found, "failing"):
+        assert result["first"] == "KeyError: 'no such draft'"
+        assert result["other"] == "nothing was raised"  # it was not asked
+        assert result["goes on"]
+
+
+def test_models_draft_for_one_another_on_ranks(found: Found) -> None:
+    several = "is not supported where a model is on several ranks; load it whole in every process"
+    for result in of_drafts(found, "more"):
+        assert result["small assistant"]
+        assert result["proposers"] == ["assistant"]
+        assert result["as assistant"]
+        assert (
+            f"on several ranks itself, beside decoding=, {several}"
+            in (result["assistant on ranks"])
+        )
+        assert result["options"].startswith("RanksError: ranks do not agree on decoding=: (")
+
+
+# Caches in files -------------------------------------------------------------------------------
+
+
+def test_each_rank_saves_its_share_and_goes_on_with_it(found: Found) -> None:
+    results = found.of("saved")
+    for result in results:
+        assert result["files"] == ["prefix.0-of-2.safetensors", "prefix.1-of-2.safetensors"]
+        assert result["tokens"] == result["greedy"]  # of one process, that has read the prefix
+    assert results[0]["keys"].keys() == results[1]["keys"].keys()
+    assert results[0]["keys"] != results[1]["keys"], "they are of other heads"
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ("of two in one process", "saved on 2 ranks, and this model is in one process: each has"),
+        ("a share in one process", "saved by rank 1 of 2, and this model is in one process: each"),
+        ("of one on two", "saved by one process, and this model is on 2 ranks: each has other"),
+        ("of four on two", "saved on 4 ranks, and this model is on 2 ranks: each has other K/V"),
+        ("the other's share", "saved by rank 1 of 2, and this model is rank 0 of 2: each has"),
+        ("one is cut", ".1-of-2.safetensors: truncated, or not a saved cache"),
+        ("nothing", "no such file; check the path, or run the prefix again and save its cache"),
+    ],
+)
+def test_a_cache_of_other_ranks_is_refused_on_both(found: Found, asked: str, text: str) -> None:
+    for result in found.of("saved"):
+        assert result["refused"][asked].startswith("SavedCacheError: ")
+        assert text in result["refused"][asked]
+        assert result["refused"][asked].endswith("run the prefix again and save its cache")
+
+
+def test_shares_of_two_caches_are_refused_on_both(found: Found) -> None:
+    for result in found.of("saved"):
+        mixed = result["refused"]["of two caches"]
+        assert mixed.startswith("RanksError: ranks do not agree on a saved cache: ")
+
+
 # What goes wrong -------------------------------------------------------------------------------
 
 
 def test_a_killed_rank_is_told_to_the_other_at_once(found: Found) -> None:
     told = found.results[0]["killed"]
-    for step in ("step", "next"):
+    assert told.keys() == {"drafted", "step", "next"}
+    for step in told:
         assert told[step]["text"].startswith("RanksError: another rank of this model is gone: ")
         assert told[step]["seconds"] < 30
     assert found.codes == (0, 7)

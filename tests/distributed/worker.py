@@ -39,7 +39,7 @@ from adaskip_passes.decode.fuse_experts import FuseExperts
 from adaskip_passes.decode.fuse_projections import FuseProjections
 from adaskip_passes.decode.fuse_rank_sums import FuseRankSums
 from adaskip_passes.decode.fuse_rotary import FuseRotary
-from tests.distributed import failures, families, replicas
+from tests.distributed import caches, drafts, failures, families, replicas
 from tests.support.compiled_llamas import follow
 from tests.support.eager_reference import Oracle, moments, plain_streams, relative_error
 from tests.support.eager_windows import WindowedEager
@@ -424,8 +424,6 @@ def refused(shared: Shared) -> Any:
     """What a model on several ranks cannot do."""
     fast, spread = shared.fast, shared.llamas[1]
     sublayers = fast.adaskip.sublayers
-    cache = fast.adaskip.new_cache()
-    last(fast, tokens(1, 5, 0), past_key_values=cache)
     window = Windows.of({"1.attention": Window(8, full_heads=(0,))})
     by_head = SkipPlan.of(sublayers, [], windows=window)
     structure = fast._adaskip.graphs.structure
@@ -438,8 +436,6 @@ def refused(shared: Shared) -> Any:
     piped = said(lambda: build(spread, None, backend="eager"))
     spread.config.distributed_config.pp_size = None
     return {
-        "saved": said(lambda: cache.save(shared.folder / "cache.safetensors")),
-        "loaded": said(lambda: fast.adaskip.load_cache(shared.folder / "cache.safetensors")),
         "by head": of_fused,
         "clock": said(
             lambda: fast.generate(tokens(1, 5, 0), max_time=1.0, num_beams=2, pad_token_id=0)
@@ -582,6 +578,8 @@ CHECKS: dict[str, Callable[[Shared], Any]] = {
     **{check.__name__: check for check in _HERE},
     "families": families.families,
     "families of whole experts": families.whole_experts,
+    **caches.CHECKS,
+    **drafts.CHECKS,
     **failures.CHECKS,
     **replicas.CHECKS,
 }

@@ -68,9 +68,9 @@ def watched(patch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, bool]]]:
         blocks.append((self.input_ids.shape[1], drafts.count, True))
         return verify(self, drafts)
 
-    def released(self: Any, offer: Any, drafts: Drafts, *args: Any) -> Any:
+    def released(self: Any, drafts: Drafts, *args: Any) -> Any:
         blocks.append((self.input_ids.shape[1], drafts.count, False))
-        return release(self, offer, drafts, *args)
+        return release(self, drafts, *args)
 
     with patch.context() as meanwhile:
         meanwhile.setattr(DraftedRequest, "_verify", verified)
@@ -140,9 +140,9 @@ def test_a_cache_that_is_rolled_back_too_far_shows(monkeypatch: pytest.MonkeyPat
     """The companion."""
     release = DraftedRequest._release
 
-    def forgets(self: Any, offer: Any, drafts: Any, given: Any) -> bool:
+    def forgets(self: Any, drafts: Any, given: Any) -> Any:
         self.cache.keep_first(self.cache.length - 1)
-        return release(self, offer, drafts, given)
+        return release(self, drafts, given)
 
     monkeypatch.setattr(DraftedRequest, "_release", forgets)
     with pytest.raises((AssertionError, ValueError, RuntimeError)):
