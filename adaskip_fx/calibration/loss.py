@@ -153,12 +153,17 @@ class CalibrationLoss:
     def text_loss(self, plan: SkipPlan, samples: int | None = None) -> float:
         """Return the mean KL to the full model in nats; 0 without texts."""
         count = len(self._texts[:samples])
-        return sum(self._divergence(n, plan) for n in range(count)) / max(count, 1)
+        return self._of_first(sum(self._divergence(n, plan) for n in range(count)), count)
 
     def answer_loss(self, plan: SkipPlan, samples: int | None = None) -> float:
         """Return the mean loss of answers in nats; 0 without answers."""
         count = len(self._answers[:samples])
-        return sum(self._answer_loss(n, plan) for n in range(count)) / max(count, 1)
+        return self._of_first(sum(self._answer_loss(n, plan) for n in range(count)), count)
+
+    def _of_first(self, total: float, count: int) -> float:
+        """Return a mean as rank 0 has it: ranks that rounded otherwise would choose otherwise."""
+        mean = total / max(count, 1)
+        return self.runtime.ranks.first("a loss on calibration data", lambda: mean)
 
     @torch.no_grad()
     def _divergence(self, number: int, plan: SkipPlan) -> float:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from adaskip_fx.parallel.ranks import Ranks
 from adaskip_fx.plans.skip_plan import SkipPlan
 
 from .fitter import Fitter
@@ -116,7 +117,7 @@ def distill(
         UnsupportedError: gradients cannot flow through the model's graph.
     """
     config = config or DistillConfig()
-    fitter.runtime.ranks.refuse("distilling surrogates", "leave it out, or distil on one")
+    ranks = fitter.runtime.ranks
     if not groups or not all(groups) or not validation:
         raise ValueError("distillation needs samples to descend on and samples for validation")
     if not any(s in plan.surrogates.by_sublayer for s in plan.prefill):
@@ -124,16 +125,18 @@ def distill(
     log = DistillLog()
     compiled = config.compiled
     if compiled is None:
-        compiled = _pays_to_compile(fitter, groups, config)
+        compiled = ranks.alone and _pays_to_compile(fitter, groups, config)
+    if compiled:
+        ranks.refuse("distilling with compiled=True", "leave it out")
     whitened = whitenings(fitter, plan)
-    training = Training.of(plan, whitened, fitter.runtime.device, compiled)
+    training = Training.of(plan, whitened, fitter.runtime.device, compiled, ranks.size)
     with allow_tf32(), warnings.catch_warnings():
         # Dynamo looks at the gradient of every tensor that it is given.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         loss = _Loss(fitter, plan, training)
         log.losses[0] = least = loss.mean(validation)
         best = training.surrogates()
-        optimizer = _Optimizer(training.parameters, config)
+        optimizer = _Optimizer(training.parameters, config, ranks)
         sampler = _Sampler(groups, config.seed)
         for step in range(config.steps):
             if progress is not None:
@@ -146,7 +149,8 @@ def distill(
                     least, log.best_step, best = found, done, training.surrogates()
     if progress is not None:
         progress(config.steps, config.steps)
-    return plan.with_surrogates(plan.surrogates.merged(best)), log
+    chosen = ranks.first("what was distilled", lambda: best)
+    return plan.with_surrogates(plan.surrogates.merged(chosen)), log
 
 
 def _pays_to_compile(
@@ -160,9 +164,11 @@ def _pays_to_compile(
 class _Optimizer:
     """Muon for matrices, and Adam for all else, with a learning rate that rises and falls."""
 
-    def __init__(self, parameters: Sequence[torch.Tensor], config: DistillConfig) -> None:
-        self.config = config
-        self.backoff = OomBackoff(config.batch_size)
+    def __init__(
+        self, parameters: Sequence[torch.Tensor], config: DistillConfig, ranks: Ranks
+    ) -> None:
+        self.config, self._ranks = config, ranks
+        self.backoff = OomBackoff(config.batch_size, ranks.alone)
         self.parameters = list(parameters)
         matrices = [p for p in self.parameters if p.ndim == 2]
         others = [p for p in self.parameters if p.ndim != 2]
@@ -186,6 +192,8 @@ class _Optimizer:
             for group in optimizer.param_groups:
                 group["lr"] = self._learning_rate(step)
             optimizer.step()
+        for parameter in self.parameters:
+            self._ranks.of_first(parameter.detach())
 
     def _learning_rate(self, step: int) -> float:
         steps = self.config.steps
@@ -201,10 +209,14 @@ class _Optimizer:
         for parameter in self.parameters:
             parameter.grad = None
         for batch in _batches(samples, size):
-            gradients = torch.autograd.grad(loss(batch) / len(samples), self.parameters)
+            with self._ranks.step():
+                gradients = torch.autograd.grad(loss(batch) / len(samples), self.parameters)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 before = parameter.grad
                 parameter.grad = gradient if before is None else before + gradient
+        for parameter in () if self._ranks.alone else self.parameters:
+            assert parameter.grad is not None
+            parameter.grad = self._ranks.total(parameter.grad.contiguous())
 
 
 def _batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
@@ -252,8 +264,9 @@ class _Loss:
         return torch.stack([self._compare(*chunk) for chunk in chunks]).sum()
 
     def mean(self, samples: Sequence[Sample]) -> float:
-        """Return the mean over samples."""
-        return sum(float(self([sample]).detach()) for sample in samples) / len(samples)
+        """Return the mean over samples, as rank 0 has it."""
+        mean = sum(float(self([sample]).detach()) for sample in samples) / len(samples)
+        return self._runtime.ranks.first("a loss of distillation", lambda: mean)
 
     def _logits(self, ids: torch.Tensor, plan: SkipPlan) -> torch.Tensor:
         """Return float logits [B T, V] of ids [B, T]."""

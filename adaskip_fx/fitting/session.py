@@ -11,8 +11,6 @@ import torch
 from adaskip_fx.calibration.calibrate import tokenize
 from adaskip_fx.calibration.loss import CalibrationLoss
 from adaskip_fx.calibration.tokenizer import Tokenizer
-from adaskip_fx.model.check_model import check_model
-from adaskip_fx.parallel.ranks import Ranks
 from adaskip_fx.parallel.replicas import DataParallel
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.plans.sublayer import Sublayer
@@ -86,9 +84,6 @@ class FittingSession:
         say: Say = lambda _: None,
         data_parallel: DataParallel = False,
     ) -> None:
-        Ranks.of(check_model(model)).refuse(
-            "searching and distilling", "fit on one, or use a Fitter for a plan that a policy chose"
-        )
         self.tokenizer, self.max_length, self.seed, self.say = tokenizer, max_length, seed, say
         tokens = tokenized(model, tokenizer, texts, max_length)
         first = {kind: samples[:1] for kind, samples in tokens.items()}

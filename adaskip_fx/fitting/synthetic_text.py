@@ -79,7 +79,7 @@ def write_texts(
         temperatures = torch.tensor(column, device=runtime.device)
         return _generate(runtime, batch, tokens, temperatures, generator)
 
-    backoff = OomBackoff(batch_size)
+    backoff = OomBackoff(batch_size, runtime.ranks.alone)
     while len(texts) < count:
         if progress is not None:
             progress(len(texts), count)
@@ -115,7 +115,7 @@ def _generate(
         ids = torch.multinomial((logits / temperatures).softmax(-1), 1, generator=generator)
         if position < longest:
             ids = torch.where(columns[position] < 0, ids, columns[position])
-        written.append(ids)
+        written.append(runtime.ranks.of_first(ids))
     return torch.cat(written, 1)
 
 

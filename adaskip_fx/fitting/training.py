@@ -16,6 +16,7 @@ from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.programs.instruments import Instrument
 from adaskip_fx.programs.program import Program
 from adaskip_passes import fuse, run_passes
+from adaskip_passes.transforms.differentiable_sums import DifferentiableSums
 from adaskip_passes.transforms.drop_cache_writes import differentiable
 from adaskip_passes.windows.plain_attention import PlainAttention
 
@@ -68,14 +69,17 @@ class Training(Instrument):
     Attributes:
         learned: What is learned, by sublayer; several graphs of one model have it in common.
         compiled: Whether Inductor compiles the graphs, forward and backward.
+        ranks: How many run the model together. The gradients of all add up to the whole one.
     """
 
     composes = False
 
-    def __init__(self, learned: Mapping[Sublayer, Learned], compiled: bool = False) -> None:
+    def __init__(
+        self, learned: Mapping[Sublayer, Learned], compiled: bool = False, ranks: int = 1
+    ) -> None:
         """Learn some surrogates; see the attributes."""
         self.learned = learned
-        self.compiled = compiled
+        self.compiled, self.ranks = compiled, ranks
 
     @classmethod
     def of(
@@ -84,6 +88,7 @@ class Training(Instrument):
         whitenings: Mapping[Sublayer, Whitening],
         device: torch.device,
         compiled: bool = False,
+        ranks: int = 1,
     ) -> Training:
         """Return an instrument that learns the surrogates of what a plan's prefill does not run.
 
@@ -93,13 +98,14 @@ class Training(Instrument):
             device: Where they are learned.
             compiled: Whether Inductor compiles the graphs, again for each number and length of
                 rows.
+            ranks: How many run the model together.
         """
         learned = {
             s: Learned(surrogate, whitenings.get(s), device)
             for s, surrogate in plan.surrogates.by_sublayer.items()
             if s in plan.prefill
         }
-        return cls(learned, compiled)
+        return cls(learned, compiled, ranks)
 
     @property
     def key(self) -> Hashable:
@@ -108,7 +114,9 @@ class Training(Instrument):
 
     def link(self, program: Program, outer: fx.GraphModule) -> Callable[..., Any]:
         """Return the whole graph without its cache writes, as autograd can go through it."""
-        whole = run_passes(differentiable(fuse(outer)), (PlainAttention(),), copy=False)
+        sums = (DifferentiableSums(self.ranks),) if self.ranks > 1 else ()
+        passes = (PlainAttention(), *sums)
+        whole = run_passes(differentiable(fuse(outer)), passes, copy=False)
         return torch.compile(whole, dynamic=False) if self.compiled else whole
 
     def run(

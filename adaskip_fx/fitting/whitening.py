@@ -67,4 +67,7 @@ def whitenings(fitter: Fitter, plan: SkipPlan) -> Mapping[Sublayer, Whitening]:
                 s: functools.reduce(SecondMoments.plus, folds) for s, folds in moments.items()
             }
             found.update({s: Whitening.of(total) for s, total in totals.items()})
-    return found
+    ranks = fitter.runtime.ranks
+    sizes = ranks.first("the sizes of steps", lambda: [one.size for one in found.values()])
+    pairs = zip(found.items(), sizes, strict=True)
+    return {s: Whitening(ranks.of_first(one.root), size) for (s, one), size in pairs}

@@ -6,7 +6,8 @@
 - A request: `request_memory` (lengths, rows, steps), `cache` (the same as transformers' cache),
   `layers` (``cache.layers``), `owner` (the runtime that made it), `argument_names` (what its
   argument is called), `read_again` (its last tokens, by another plan).
-- A step: `views`. Other caches: `adopt_cache` (a caller's), `saved` (in a file; `saved_shares`: several).
+- A step: `views`. Other caches: `adopt_cache` (a caller's), `saved` (in a file), `saved_shares` (in
+  a file for each rank).
 
 Imports `profiles`, `plans` and `utils`.
 """

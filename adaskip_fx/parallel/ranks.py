@@ -146,6 +146,13 @@ class Ranks:
             dist.broadcast(tensor, self._first, group=self._group)
         return tensor
 
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum over all ranks of a tensor, in place; it comes as in `of_first`."""
+        if self._group is not None:
+            with self.step():
+                dist.all_reduce(tensor, group=self._group)
+        return tensor
+
     def each(self, what: str, work: Callable[[], T]) -> list[T]:
         """Return what `work` gives on each rank; nobody waits for another one in it.
 

@@ -30,7 +30,10 @@ _CHECKS = (
     ),
     *("calibrated", "experts", "replicas", "drafted", "saved", "killed"),
 )
-_SLOW = ("memory_budget", "further", "profiles", "lowered", "backend", "inductor", "whole_experts")
+_SLOW = (
+    *("memory_budget", "further", "profiles", "lowered", "backend", "inductor", "whole_experts"),
+    *("fitted", "distilled"),
+)
 _TOLERANCE = 1e-5
 
 
@@ -41,7 +44,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return run(tmp_path_factory.mktemp("slow_ranks"), *_SLOW)
+    return run(tmp_path_factory.mktemp("slow_ranks"), *_SLOW, seconds=900)
 
 
 # What is computed ------------------------------------------------------------------------------
@@ -206,7 +209,6 @@ def test_what_is_not_supported_is_refused_by_name(found: Found) -> None:
     texts = {
         "by head": f"1.attention: a window that leaves K/V heads full {several}which rank has",
         "clock": "max_time=1.0 of beam search is not supported where a model runs on several",
-        "fit": f"searching and distilling {several}fit on one",
         "calibrated windows": f"calibrating windows by K/V head {several}each has heads",
         "pipeline": "the model is spread over processes by pipeline parallelism, which is not",
     }
@@ -318,6 +320,7 @@ def test_ranks_run_ahead_together_and_stop_together(found: Found) -> None:
     assert first == second
     assert first["equal"]
     assert first["stopped"]
+    assert first["timed"], "by the first rank's clock"
     assert min(first["rounds"][:2]) > 0, "verifications, and plain steps between them"
 
 
@@ -549,6 +552,34 @@ def test_pieces_that_inductor_compiles(slow: Found) -> None:
     for result in slow.of("inductor"):
         assert result["forward"] < _TOLERANCE
         assert result["generate"]
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_gives_all_ranks_one_plan(slow: Found) -> None:
+    first, second = slow.of("fitted")
+    assert first == second
+    assert first["skipped"] == 2
+    assert first["fitted"]
+    begins = ("write 2 samples", "search", "fit 2 surrogates", "distilled: KL", "decoding may add")
+    assert all(map(str.startswith, first["said"], begins))
+    assert len(first["said"]) == len(begins)
+
+
+@pytest.mark.slow
+def test_distillation_descends_as_in_one_process(slow: Found) -> None:
+    first, second = slow.of("distilled")
+    for kind, tolerance in (("low_rank", 1e-5), ("linear", 1e-3)):
+        ranks, alone = first[kind]
+        assert ranks == second[kind][0]  # to the bit, surrogates as well
+        assert ranks["losses"] == pytest.approx(alone["losses"], rel=tolerance)
+        assert ranks["losses"][-1] < 0.95 * ranks["losses"][0]
+    # the companion: without sums over ranks of gradients it descends elsewhere
+    wrong, (right, _) = first["not summed"]["losses"], first["linear"]
+    assert wrong[0] == right["losses"][0]
+    assert wrong[1] != pytest.approx(right["losses"][1], rel=1e-3)
+    assert first["compiled"].startswith(
+        "UnsupportedError: distilling with compiled=True is not supported where a model is on "
+    )
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ from adaskip_passes.decode.fuse_experts import FuseExperts
 from adaskip_passes.decode.fuse_projections import FuseProjections
 from adaskip_passes.decode.fuse_rank_sums import FuseRankSums
 from adaskip_passes.decode.fuse_rotary import FuseRotary
-from tests.distributed import caches, drafts, failures, families, replicas
+from tests.distributed import caches, drafts, failures, families, fits, replicas
 from tests.support.compiled_llamas import follow
 from tests.support.eager_reference import Oracle, moments, plain_streams, relative_error
 from tests.support.eager_windows import WindowedEager
@@ -430,8 +430,6 @@ def refused(shared: Shared) -> Any:
     known, structure._shares = structure._shares, {}  # as of a layer whose projections are fused
     of_fused = said(lambda: fast.adaskip.new_cache(plan=by_head))
     structure._shares = known
-    from adaskip_fx.fitting import FittingSession
-
     spread.config.distributed_config.pp_size = 2
     piped = said(lambda: build(spread, None, backend="eager"))
     spread.config.distributed_config.pp_size = None
@@ -440,7 +438,6 @@ def refused(shared: Shared) -> Any:
         "clock": said(
             lambda: fast.generate(tokens(1, 5, 0), max_time=1.0, num_beams=2, pad_token_id=0)
         ),
-        "fit": said(lambda: FittingSession(spread, Tokenizer(), {"a": ["a", "b"]})),
         "calibrated windows": said(
             lambda: adaskip_fx.calibrate(spread, Tokenizer(), ["a"], 64, windows=[Window(8)])
         ),
@@ -581,6 +578,7 @@ CHECKS: dict[str, Callable[[Shared], Any]] = {
     **caches.CHECKS,
     **drafts.CHECKS,
     **failures.CHECKS,
+    **fits.CHECKS,
     **replicas.CHECKS,
 }
 

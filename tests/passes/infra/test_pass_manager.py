@@ -209,6 +209,7 @@ def test_every_rewrite_has_the_one_interface() -> None:
     found = passes_of_the_package()
     assert {c.__name__ for c in found} == {
         "AbsorbLatent",
+        "DifferentiableSums",
         "DropCacheWrites",
         "EliminateDeadCode",
         "Expand",
