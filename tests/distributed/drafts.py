@@ -14,13 +14,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaskip_fx import Bounded, Lossless, SkipPlan
 from adaskip_fx.api import build
+from adaskip_fx.model import generation
 from adaskip_fx.runtime.draft_with import draft_with
+from adaskip_fx.speculation import divergence
+from adaskip_fx.speculation.acceptance import Greedy
 from adaskip_fx.speculation.lookup import Lookup
 from adaskip_fx.speculation.proposals import Context, Drafts
 from adaskip_fx.speculation.skipped import Skipped
 from adaskip_fx.speculation.speculation import Speculation
 from adaskip_fx.speculation.swift import Swift
-from tests.distributed.failures import told
+from tests.distributed.failures import told, until_all_are_told
 from tests.support.drafts import Oracle
 
 _NEW = 20
@@ -104,7 +107,18 @@ def rounds(drafts: Speculation) -> Any:
 def drafted(shared: Any) -> Any:
     """All that is drafted on ranks whose clocks, seeds and proposers differ."""
     of = models(shared)
-    checks = (by_clock, ragged, ahead, at_random, bounded, sampled_blocks, refined, failing, more)
+    checks = (
+        by_clock,
+        rounding,
+        ragged,
+        ahead,
+        at_random,
+        bounded,
+        sampled_blocks,
+        refined,
+        failing,
+        more,
+    )
     return {check.__name__: check(of, shared.rank, shared) for check in checks}
 
 
@@ -121,6 +135,26 @@ def by_clock(of: Models, rank: int, _shared: Any) -> Any:
         "rounds": rounds(drafts),
         "of its own clock": rounds(own),
     }
+
+
+class Otherwise(Greedy):
+    """Greedy search as on a rank whose logits have been rounded otherwise, and far."""
+
+    def accepts(self, scores: torch.Tensor, drafts: Drafts, logits: torch.Tensor) -> torch.Tensor:
+        return ~super().accepts(scores, drafts, logits)
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return scores.argmin(-1), None
+
+
+def rounding(of: Models, rank: int, _shared: Any) -> Any:
+    """The other rank would choose and accept other tokens."""
+    of.begin(Lossless((Skipped(),), longest=3, adaptive=False))
+    rule = generation.Greedy
+    generation.Greedy = Otherwise if rank else rule  # type: ignore[misc]
+    made = of.fast.generate(prompt(1), **_GREEDY).tolist()
+    generation.Greedy = rule  # type: ignore[misc]
+    return {"equal": made == of.greedy(prompt(1)), "stats": str(of.fast.adaskip.drafts)}
 
 
 def ragged(of: Models, rank: int, _shared: Any) -> Any:
@@ -170,12 +204,18 @@ def at_random(of: Models, rank: int, _shared: Any) -> Any:
     return {"drawn": drawn, "alone": alone, "after": after}
 
 
-def bounded(of: Models, _rank: int, _shared: Any) -> Any:
-    """Tokens within a bound, and what they have diverged; the same in one process."""
-    ids, found = prompt(1), dict[str, Any]()
+def bounded(of: Models, rank: int, _shared: Any) -> Any:
+    """Tokens within a bound, and what they have diverged; the same in one process.
+
+    The other rank would find that they diverge three times as much.
+    """
+    ids, found, right = prompt(1), dict[str, Any](), divergence.divergence
     for begin, model, name in ((of.begin, of.fast, "ranks"), (of.begin_alone, of.of_one, "alone")):
         drafts = begin(Bounded((Skipped(),), longest=3, adaptive=False, max_divergence=0.5))
+        if rank and name == "ranks":
+            divergence.divergence = lambda full, draft: right(full, draft) * 3
         made = model.generate(ids, **_GREEDY).tolist()
+        divergence.divergence = right
         stats = drafts.stats
         found[name] = {
             "tokens": made,
@@ -240,13 +280,16 @@ def more(of: Models, rank: int, shared: Any) -> Any:
 
 
 class Ends:
-    """A streamer with which a process ends in the middle of a request."""
+    """A streamer with which a process ends in the middle of a request, or fails."""
 
-    def __init__(self, left: int) -> None:
-        self._left = left
+    def __init__(self, rank: int, of_rank: int, fails: bool = False) -> None:
+        self._left = prompt(1).numel() + (8 if rank == of_rank else _NEW + 1)
+        self._fails = fails
 
     def put(self, value: torch.Tensor) -> None:
         self._left -= value.numel()
+        if not self._left and self._fails:
+            raise ValueError("the reader is gone")
         if not self._left:
             os._exit(7)
 
@@ -254,12 +297,13 @@ class Ends:
         """Nothing is to be done."""
 
 
-def killed(shared: Any) -> Any:
+def killed(shared: Any, rank: int = 1) -> Any:
     """A rank ends in mid-request; the others are told, and again by whatever they try next."""
     of, cache, ids = models(shared), shared.fast.adaskip.new_cache(), prompt(1)
     shared.fast(ids, past_key_values=cache)
     of.begin(Lossless((Skipped(),), longest=3, adaptive=False))
-    streamer = Ends(ids.numel() + (8 if shared.rank else _NEW + 1))
+    of.fast.generate(ids, **_GREEDY)  # what is captured takes its time
+    streamer = Ends(shared.rank, rank)
     return {
         "drafted": told(lambda: of.fast.generate(ids, **_GREEDY, streamer=streamer)),
         "step": told(lambda: shared.fast(ids[:, :1], past_key_values=cache)),
@@ -267,4 +311,21 @@ def killed(shared: Any) -> Any:
     }
 
 
-CHECKS: dict[str, Callable[[Any], Any]] = {"drafted": drafted, "killed": killed}
+def killed_first(shared: Any) -> Any:
+    """Likewise of the rank that the others follow."""
+    return killed(shared, rank=0)
+
+
+def reader_gone(shared: Any) -> Any:
+    """A streamer fails on one rank alone, in mid-request; the other waits for an order."""
+    of, ids = models(shared), prompt(1)
+    of.begin(Lossless((Skipped(),), longest=3, adaptive=False))
+    of.fast.generate(ids, **_GREEDY)  # what is captured takes its time
+    streamer = Ends(shared.rank, 0, fails=True)
+    found = told(lambda: of.fast.generate(ids, **_GREEDY, streamer=streamer))
+    until_all_are_told(shared)
+    return found
+
+
+_HERE = (drafted, killed, killed_first, reader_gone)
+CHECKS: dict[str, Callable[[Any], Any]] = {check.__name__: check for check in _HERE}

@@ -44,11 +44,11 @@ def _one_fails(shared: Any, cache: Any) -> Any:
     if shared.rank == 1:
         Runner._on_views = _out_of_memory  # type: ignore[method-assign]
     step = told(lambda: shared.fast(_IDS[:, :1], past_key_values=cache))
-    _until_all_are_told(shared)
+    until_all_are_told(shared)
     return step
 
 
-def _until_all_are_told(shared: Any) -> None:
+def until_all_are_told(shared: Any) -> None:
     """Live on until the other rank knows, or has ended, as a process that catches its errors."""
     (shared.folder / f"told-{shared.rank}").write_text("told")
     other = int((shared.folder / f"process-{1 - shared.rank}").read_text())

@@ -308,6 +308,12 @@ def test_rank_0s_clock_says_what_is_drafted_on_all(found: Found) -> None:
     assert second["of its own clock"] != second["rounds"]
 
 
+def test_tokens_and_acceptance_are_the_first_ranks(found: Found) -> None:
+    first, second = of_drafts(found, "rounding")
+    assert first == second
+    assert first["equal"]
+
+
 def test_rows_that_accept_other_drafts_have_their_own_greedy_tokens(found: Found) -> None:
     first, second = of_drafts(found, "ragged")
     assert first == second
@@ -424,6 +430,29 @@ def test_a_killed_rank_is_told_to_the_other_at_once(found: Found) -> None:
         assert told[step]["seconds"] < 30
     assert found.codes == (0, 7)
     assert found.results[0]["end"]  # it ended by itself
+
+
+@pytest.mark.slow
+def test_a_killed_first_rank_is_told_to_those_that_follow_it(tmp_path: Path) -> None:
+    found = run(tmp_path, "killed_first")
+    told = found.results[1]["killed_first"]
+    for step in told:
+        assert told[step]["text"].startswith("RanksError: another rank of this model is gone: ")
+        assert told[step]["seconds"] < 30
+    assert found.codes == (7, 0)
+
+
+@pytest.mark.slow
+def test_a_streamer_that_fails_on_one_rank_is_told_to_one_that_waits_for_an_order(
+    tmp_path: Path,
+) -> None:
+    first, second = run(tmp_path, "reader_gone").of("reader_gone")
+    assert first["text"] == "ValueError: the reader is gone"
+    assert second["text"] == (
+        "RanksError: rank 0 of this model failed, and the others cannot go on: "
+        "ValueError: the reader is gone"
+    )
+    assert second["seconds"] < 30
 
 
 @pytest.mark.slow
