@@ -56,7 +56,8 @@ def step(model: CompiledCausalLM, cache: SkipCache, tokens: torch.Tensor) -> tor
     if not nothing_stands_before(model) or _PREPARES in vars(model):
         return None
     check_call(model, None, goes_on=True)
-    return model._adaskip.step(tokens, None, None, cache, tokens.shape[1])
+    whole = tokens.to(torch.int64).contiguous()
+    return model._adaskip.step(whole, None, None, cache, tokens.shape[1])
 
 
 def is_usual(kind: type) -> bool:

@@ -58,6 +58,23 @@ def test_only_the_prompt_is_a_forward(bank: Entry) -> None:
     assert generated(bank, ids) == [5]
 
 
+def test_the_runtime_gets_tokens_as_they_are_captured(
+    bank: Entry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contiguous ones, which a column of a text is not."""
+    ids, seen, step = bank.tokens(2, 5), list[torch.Tensor](), bank.runtime.step
+
+    def watched(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(tokens)
+        return step(tokens, *rest)
+
+    monkeypatch.setattr(bank.runtime, "step", watched)
+    assert not ids[:, -1:].is_contiguous()
+    assert generated(bank, ids.to(torch.int32)) == [5]
+    assert len(seen) == NEW
+    assert all(t.is_contiguous() and t.dtype == torch.int64 for t in seen)
+
+
 def test_padded_rows_need_it(bank: Entry) -> None:
     ids, mask, _ = padded(bank)
     assert generated(bank, ids, attention_mask=mask) == [ids.shape[1]] + [1] * (NEW - 1)
