@@ -31,7 +31,7 @@ WORKLOADS = {
     for name in (
         *("link", "speed", "speed_batch8", "plans", "window", "generate", "peers"),
         *("peers_whole_graph", "cold", "budget", "states", "windows", "imports", "situations"),
-        *("tensor_parallel", "lossless"),
+        *("tensor_parallel", "lossless", "cpu"),
     )
 } | {"vllm": "vllm_serving"}
 RESULTS = Path(__file__).parent / "results"

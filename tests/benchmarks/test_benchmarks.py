@@ -549,7 +549,7 @@ def test_every_workload_has_its_module() -> None:
     assert list(WORKLOADS) == [
         *("link", "speed", "speed_batch8", "plans", "window", "generate"),
         *("peers", "peers_whole_graph", "cold", "budget", "states", "windows", "imports"),
-        *("situations", "tensor_parallel", "lossless", "vllm"),
+        *("situations", "tensor_parallel", "lossless", "cpu", "vllm"),
     ]
     for module in WORKLOADS.values():
         files = f"{module}.py", f"{module}/__init__.py"
