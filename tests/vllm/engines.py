@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -22,11 +23,16 @@ SETTINGS = {
 os.environ.update({k: os.environ.get(k, v) for k, v in SETTINGS.items()})
 PROMPT = [5, 77, 131, 9, 200, 54, 54, 18, 99, 240, 3, 61, 17, 42, 88, 150, 23, 7, 111, 66] * 2
 LENGTH = 256  #: tokens of the longest request
+MEMORY = 2**26  #: bytes of K/V
 
 
 @contextlib.contextmanager
 def engine(model: Path, plan: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Any]:
-    """An engine for a model, which follows the plan in `plan` (as `overrides` returns it)."""
+    """An engine for a model, which follows the plan in `plan` (as `overrides` returns it).
+
+    Nothing is compiled, not even what vLLM compiles of its sampler, unless `enforce_eager` is
+    False. What was imported is frozen: vLLM collects garbage nine times for an engine.
+    """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -38,18 +44,21 @@ def engine(model: Path, plan: Mapping[str, Any] | None = None, **options: Any) -
         "skip_tokenizer_init": True,
         "hf_overrides": dict(plan or {}),
         "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": MEMORY,
         **options,
     }
     made = None
+    gc.freeze()
     try:
-        made = LLM(model=str(model), **settings)
-        yield made
+        stance = "force_eager" if settings["enforce_eager"] else "default"
+        with torch.compiler.set_stance(stance):
+            made = LLM(model=str(model), **settings)
+            yield made
     finally:
         if made is not None:
             made.llm_engine.engine_core.shutdown()
         del made
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()  # thaws, and collects what the engine was
 
 
 def generated(llm: Any, prompt: list[int], count: int) -> tuple[list[int], list[dict[int, float]]]:

@@ -27,6 +27,7 @@ _COMMON: Mapping[str, Any] = {
 #: family -> classes in transformers, by the beginning of their name, and what its config says more
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("Llama", {}),
+    "short": ("Llama", {"num_hidden_layers": 2}),  # to be compiled
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "gemma2": ("Gemma2", {"head_dim": 32, "sliding_window": 16}),

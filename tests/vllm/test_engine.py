@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,30 @@ def llama(folders: models.Folders) -> Path:
     return folders["llama"]
 
 
+@dataclass(frozen=True)
+class Held:
+    """What an engine has room for, and what it writes."""
+
+    blocks: int
+    layers: int  #: with K/V
+    tokens: float  #: of one layer, held for a request of 209 tokens
+    written: tuple[list[int], list[dict[int, float]]]
+
+
+def held(llm: Any) -> Held:
+    """What `llm` holds."""
+    made = runner(llm)
+    blocks, layers = made.kv_cache_config.num_blocks, len(made.kv_caches)
+    return Held(blocks, layers, stored(llm, 200, 10), generated(llm, PROMPT, 4))
+
+
+@pytest.fixture(scope="module")
+def stock(llama: Path) -> Held:
+    """The model without a plan."""
+    with engine(llama, block_size=BLOCK) as llm:
+        return held(llm)
+
+
 def stored(llm: Any, prompt: int, steps: int) -> float:
     """Tokens of one layer that a request holds while it decodes."""
     from vllm import SamplingParams
@@ -52,39 +77,39 @@ def stored(llm: Any, prompt: int, steps: int) -> float:
     return float(used * layers * BLOCK)
 
 
-def test_skipped_attention_holds_no_keys_and_values(llama: Path, tmp_path: Path) -> None:
+def test_skipped_attention_holds_no_keys_and_values(
+    llama: Path, stock: Held, tmp_path: Path
+) -> None:
     found = {}
-    for name, plan in (("stock", None), ("half", HALF), ("windowed", WINDOWED)):
-        given = overrides(plan, tmp_path) if plan is not None else None
-        with engine(llama, given, block_size=BLOCK) as llm:
-            blocks = runner(llm).kv_cache_config.num_blocks
-            layers = len(runner(llm).kv_caches)
-            found[name] = blocks, layers, stored(llm, 200, 10)
+    for name, plan in (("half", HALF), ("windowed", WINDOWED)):
+        with engine(llama, overrides(plan, tmp_path), block_size=BLOCK) as llm:
+            found[name] = held(llm)
+    half, windowed = found["half"], found["windowed"]
     whole = 7 * BLOCK  # 209 tokens in whole blocks
-    assert found["stock"][1:] == (4, 4 * whole)
-    assert found["half"][1:] == (2, 2 * whole)
-    assert found["half"][0] == 2 * found["stock"][0]  # of the same memory, twice the blocks
-    assert found["windowed"][1] == 4
+    assert (stock.layers, stock.tokens) == (4, 4 * whole)
+    assert (half.layers, half.tokens) == (2, 2 * whole)
+    assert half.blocks == 2 * stock.blocks  # of the same memory, twice the blocks
+    assert windowed.layers == 4
     # Two layers hold everything; two hold the window, which may begin and end inside of blocks.
-    assert found["windowed"][2] <= 2 * whole + 2 * 2 * BLOCK
+    assert windowed.tokens <= 2 * whole + 2 * 2 * BLOCK
 
 
 def test_a_changed_plan_with_a_warm_cache(folders: models.Folders, tmp_path: Path) -> None:
     """Two plans whose graphs differ in one number, compiled: neither runs the other's program."""
-    known_in_process(folders["qwen3"])
-    model = folders.reference("qwen3")
-    one, other = Sublayer(1, "attention"), Sublayer(2, "ffn")
+    known_in_process(folders["short"])
+    model = folders.reference("short")
+    one, other = Sublayer(0, "ffn"), Sublayer(1, "attention")
     weight = np.random.default_rng(0).normal(0, 0.05, (128, 128))
     linear = Surrogate("linear", {"weight": weight, "bias": np.zeros(128)})
     seen = set()
     for factor in (0.8, 1.25):
-        surrogates = Surrogates({one: Surrogate.scale(factor), other: linear})
-        plan = SkipPlan.of(SUBLAYERS, [one, other], surrogates=surrogates)
-        with engine(folders["qwen3"], overrides(plan, tmp_path), enforce_eager=False) as llm:
+        surrogates = Surrogates({one: linear, other: Surrogate.scale(factor)})
+        plan = SkipPlan.of(SUBLAYERS[:4], [one, other], surrogates=surrogates)
+        with engine(folders["short"], overrides(plan, tmp_path), enforce_eager=False) as llm:
             seen.add(llm.llm_engine.vllm_config.model_config.compute_hash())
             tokens, found = generated(llm, PROMPT, 4)
-        instead = {"1.attention": reference.scale(factor)}
-        instead["2.ffn"] = reference.affine(weight, np.zeros(128))
+        instead = {"0.ffn": reference.affine(weight, np.zeros(128))}
+        instead["1.attention"] = reference.scale(factor)
         wanted = reference.log_probabilities(model, PROMPT + tokens, instead)
         errors = [
             abs(float(wanted[at, token]) - value)
@@ -137,10 +162,10 @@ def test_an_architecture_without_a_layout_refuses_a_plan(
         pass
 
 
-def test_a_window_that_shows_every_token_is_no_window(llama: Path, tmp_path: Path) -> None:
+def test_a_window_that_shows_every_token_is_no_window(
+    llama: Path, stock: Held, tmp_path: Path
+) -> None:
     """Also with sinks, which vLLM has not: no request is long enough to notice."""
     plan = EMPTY.with_windows(Windows.of(["1.attention"], Window(60, 4)))
-    with engine(llama) as llm:
-        stock = generated(llm, PROMPT, 4)
-    with engine(llama, overrides(plan, tmp_path), max_model_len=64) as llm:
-        assert generated(llm, PROMPT, 4) == stock
+    with engine(llama, overrides(plan, tmp_path), max_model_len=64, block_size=BLOCK) as llm:
+        assert generated(llm, PROMPT, 4) == stock.written

@@ -72,16 +72,17 @@ SCALED = Case(
 )
 PASSED = Case(("0.ffn", "1.attention", "3.ffn"), windows={2: 7})
 WINDOWED = Case(("3.ffn",), windows={1: 7, 2: 7})
+#: one family for each way in which layers are built
 CASES: dict[str, dict[str, Case]] = {
     "llama": {"everything": everything(), "some": SCALED, "windows": WINDOWED, "none": Case(())},
-    "qwen2": {"everything": everything()},
-    "qwen3": {"everything": everything()},
     "gemma2": {"everything": everything(), "windows": WINDOWED},
     "granite": {"everything": everything()},
     "mixtral": {"everything": everything()},
     "cohere": {"passed on": PASSED},
     "olmo2": {"everything": everything()},
 }
+#: built like Llama
+ALIKE = {family: {"everything": everything()} for family in ("qwen2", "qwen3")}
 
 
 def expected(model: Any, case: Case) -> tuple[list[int], Any]:
@@ -104,10 +105,12 @@ def difference(wanted: Any, found: list[dict[int, float]]) -> float:
     return max(pairs)
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize(
+    "family", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in ALIKE)]
+)
 def test_a_family_follows_its_plans(family: str, folders: models.Folders, tmp_path: Path) -> None:
     model = folders.reference(family)
-    cases = CASES[family]
+    cases = {**CASES, **ALIKE}[family]
     wanted = {name: expected(model, case) for name, case in cases.items()}
     plain = expected(model, Case(()))[1]
     known_in_process(folders[family])

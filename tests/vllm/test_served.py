@@ -19,13 +19,14 @@ import torch
 from adaskip_fx.plans.skip_plan import SkipPlan, Sublayer
 from adaskip_fx.plans.surrogates import Surrogates
 from tests.vllm import models, reference
-from tests.vllm.engines import LENGTH, PROMPT
+from tests.vllm.engines import LENGTH, MEMORY, PROMPT
 
 SUBLAYERS = [Sublayer(i, k) for i in range(models.LAYERS) for k in ("attention", "ffn")]
 FACTORS = {Sublayer(1, "attention"): 0.8, Sublayer(2, "ffn"): 1.3}
 PLAN = SkipPlan.of(SUBLAYERS, FACTORS, surrogates=Surrogates.scale(FACTORS))
 INSTEAD = {str(s): reference.scale(f) for s, f in FACTORS.items()}
 CLIENTS, TOKENS, START = 16, 12, 500  # the last: seconds that a server may take to begin
+EAGER = {"TORCH_COMPILE_DISABLE": "1"}  # vLLM compiles parts of its sampler and embeddings always
 
 
 def greedy(model: Any, prompt: list[int]) -> list[int]:
@@ -56,7 +57,8 @@ def server(folders: models.Folders, tmp_path_factory: pytest.TempPathFactory) ->
     # What `vllm serve` runs; the CPU package's own command looks for a package called vllm.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(folders["llama"])]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command += ["--kv-cache-memory-bytes", str(MEMORY)]
+    environment = {**os.environ, **EAGER, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     log = folder / "log"
     with open(log, "wb") as out:
         process = subprocess.Popen(
@@ -129,10 +131,11 @@ from vllm import LLM, SamplingParams
 from tests.vllm.engines import known_in_process
 
 if __name__ == "__main__":
-    model, given, prompt, count, length = json.loads(sys.argv[1])
+    model, given, prompt, count, length, memory = json.loads(sys.argv[1])
     known_in_process(Path(model))
     llm = LLM(model=model, dtype="float32", max_model_len=length, enforce_eager=True,
-              tensor_parallel_size=2, skip_tokenizer_init=True, hf_overrides=given)
+              tensor_parallel_size=2, skip_tokenizer_init=True, hf_overrides=given,
+              kv_cache_memory_bytes=memory)
     wanted = SamplingParams(temperature=0.0, max_tokens=count, detokenize=False, ignore_eos=True)
     result = llm.generate([{"prompt_token_ids": prompt}], wanted, use_tqdm=False)
     print("TOKENS", json.dumps(list(result[0].outputs[0].token_ids)), flush=True)
@@ -143,14 +146,14 @@ def test_two_ranks_compute_what_one_does(folders: models.Folders, tmp_path: Path
     script = tmp_path / "two.py"
     script.write_text(_TWO)
     given = json.loads(exported(tmp_path))
-    call = json.dumps([str(folders["llama"]), given, PROMPT, TOKENS, LENGTH])
+    call = json.dumps([str(folders["llama"]), given, PROMPT, TOKENS, LENGTH, MEMORY])
     binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, str(script), call],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **binding},
+        env={**os.environ, **EAGER, **binding},
         timeout=START,
     )
     found = [line for line in done.stdout.splitlines() if line.startswith("TOKENS")]
