@@ -1,4 +1,7 @@
-"""One engine, timed in its own process: ``python -m benchmarks.vllm_serving.contender JSON``."""
+"""One engine in its own process: ``python -m benchmarks.vllm_serving.contender JSON``.
+
+It prints what is known of it, then a round for each line that it reads.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,6 @@ from adaskip_fx.plans.windows import Window, Windows
 from adaskip_fx.policies.adaskip import skip_count
 from adaskip_fx.serving.overrides import overrides
 
-from ..conditions import spread
 from ..models import LLAMA_8B
 
 #: name -> alpha and what part of the layers sees a window alone
@@ -41,8 +43,8 @@ _SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's steps are timed here
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
 }
 
 
@@ -55,6 +57,7 @@ class Load:
         prompt: Tokens of each.
         generated: Tokens written for each.
         window: Tokens that windowed layers see.
+        step: Tokens of a step at most; longer prompts are read in parts.
         layers: Of the model.
         rounds: How often all of it is timed.
         dtype: Of the weights.
@@ -64,6 +67,7 @@ class Load:
     prompt: int
     generated: int
     window: int
+    step: int
     layers: int
     rounds: int
     dtype: str
@@ -81,8 +85,8 @@ def save_model(folder: Path) -> Load:
     config.save_pretrained(folder)
     layers = int(shape["num_hidden_layers"])
     if on_gpu:
-        return Load(64, 8192, 128, 1024, layers, 3, "bfloat16")
-    return Load(16, 512, 16, 128, layers, 5, "float32")
+        return Load(64, 8192, 128, 1024, 2048, layers, 3, "bfloat16")
+    return Load(8, 1024, 16, 128, 256, layers, 7, "float32")
 
 
 def plan(name: str, load: Load) -> SkipPlan | None:
@@ -100,40 +104,38 @@ def plan(name: str, load: Load) -> SkipPlan | None:
     return SkipPlan.of(sublayers, skipped, surrogates=factors, windows=windows)
 
 
-def timed(name: str, folder: Path, load: Load) -> dict[str, Any]:
-    """One contender's row."""
+def started(chosen: SkipPlan | None, folder: Path, load: Load) -> Any:
+    """An engine that follows the plan."""
     import torch
     from vllm import LLM
-    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
-    chosen = plan(name, load)
-    length = load.prompt + load.generated
-    llm = LLM(
+    on_gpu = torch.cuda.is_available()
+    return LLM(
         model=str(folder / "model"),
         load_format="dummy",
         dtype=load.dtype,
-        max_model_len=length,
-        enforce_eager=not torch.cuda.is_available(),
+        max_model_len=load.prompt + load.generated,
+        max_num_batched_tokens=load.step,
+        enforce_eager=not on_gpu,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         hf_overrides=overrides(chosen, folder) if chosen is not None else {},
-    )
-    engine = llm.llm_engine
+        **({} if on_gpu else {"kv_cache_memory_bytes": 2**28}),
+    ).llm_engine
+
+
+def room(engine: Any) -> float:
+    """For how many of the longest requests the engine has K/V."""
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
     runner = engine.model_executor.driver_worker.worker.model_runner
-    room = get_max_concurrency_for_kv_cache_config(engine.vllm_config, runner.kv_cache_config)
-    _round(engine, load, "warm")
-    rounds = [_round(engine, load, str(i)) for i in range(load.rounds)]
-    return {
-        "plan": name,
-        "skipped": len(chosen.prefill) if chosen is not None else 0,
-        "requests_per_second": spread([load.requests / total for total, _ in rounds]),
-        "first_token_seconds": spread([first for _, first in rounds]),
-        "room": room,
-    }
+    config = engine.vllm_config
+    return float(get_max_concurrency_for_kv_cache_config(config, runner.kv_cache_config))
 
 
-def _round(engine: Any, load: Load, name: str) -> tuple[float, float]:
-    """Seconds until all requests are answered, and until a request's first token (the median)."""
+def timed(engine: Any, load: Load, name: str) -> dict[str, float]:
+    """Until all requests are answered and until the first token of a request (the median), each
+    in seconds and in seconds of the processor."""
     from vllm import SamplingParams
 
     wanted = SamplingParams(
@@ -142,16 +144,40 @@ def _round(engine: Any, load: Load, name: str) -> tuple[float, float]:
     for i in range(load.requests):
         tokens = [(7 * j + 13 * i) % 2000 for j in range(load.prompt)]
         engine.add_request(f"{name}-{i}", {"prompt_token_ids": tokens}, wanted)
-    first: dict[str, float] = {}
-    start = time.perf_counter()
+    first: dict[str, tuple[float, float]] = {}
+    start = time.perf_counter(), time.process_time()
+
+    def since() -> tuple[float, float]:
+        return time.perf_counter() - start[0], time.process_time() - start[1]
+
     while engine.has_unfinished_requests():
         for output in engine.step():
-            first.setdefault(output.request_id, time.perf_counter() - start)
-    return time.perf_counter() - start, statistics.median(first.values())
+            first.setdefault(output.request_id, since())
+    seconds, processor = since()
+    return {
+        "seconds": seconds,
+        "processor": processor,
+        "first_token": statistics.median(wall for wall, _ in first.values()),
+        "first_token_processor": statistics.median(used for _, used in first.values()),
+    }
+
+
+def _say(result: dict[str, Any]) -> None:
+    print(f"RESULT {json.dumps(result)}", flush=True)
+
+
+def main() -> None:
+    """Start the engine, and time a round for each line that is read."""
+    os.environ.update({k: os.environ.get(k, v) for k, v in _SETTINGS.items()})
+    call = json.loads(sys.argv[1])
+    name, folder, load = call["name"], Path(call["folder"]), Load(**call["load"])
+    chosen = plan(name, load)
+    engine = started(chosen, folder, load)
+    skipped = len(chosen.prefill) if chosen is not None else 0
+    _say({"plan": name, "skipped": skipped, "room": room(engine)})
+    for number, _ in enumerate(sys.stdin):
+        _say(timed(engine, load, str(number)))
 
 
 if __name__ == "__main__":
-    os.environ.update({k: os.environ.get(k, v) for k, v in _SETTINGS.items()})
-    call = json.loads(sys.argv[1])
-    row = timed(call["name"], Path(call["folder"]), Load(**call["load"]))
-    print(f"RESULT {json.dumps(row)}", flush=True)
+    main()
