@@ -86,7 +86,7 @@ def save_model(folder: Path) -> Load:
     layers = int(shape["num_hidden_layers"])
     if on_gpu:
         return Load(64, 8192, 128, 1024, 2048, layers, 3, "bfloat16")
-    return Load(8, 1024, 16, 128, 256, layers, 7, "float32")
+    return Load(4, 1024, 16, 128, 256, layers, 18, "float32")
 
 
 def plan(name: str, load: Load) -> SkipPlan | None:
