@@ -175,7 +175,7 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
     ("kinds", "static_cache", "least"),
     [
         pytest.param(("steps", "padded steps"), False, 2, id="views"),
-        pytest.param(("generate", "beams"), True, 1, id="static", marks=pytest.mark.slow),
+        pytest.param(("generate", "beams"), True, 1, id="static"),
         pytest.param(tuple(KINDS), False, 1, id="views, all", marks=pytest.mark.slow),
         pytest.param(tuple(KINDS), True, 1, id="static, all", marks=pytest.mark.slow),
     ],
