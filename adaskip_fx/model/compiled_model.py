@@ -15,8 +15,8 @@ from ..kv_cache.drafting import Drafting
 from ..parallel.random_numbers import share_random_numbers
 from ..parallel.ranks import Ranks
 from ..runtime.runtime import Runtime
+from ..utils.generation_internals import GenerateHooks, is_whole_text, stop_tokens
 from ..utils.parallel_internals import parallel_group
-from ..utils.transformers_internals import GenerateHooks, is_whole_text, stop_tokens
 from ..utils.transformers_types import (
     DecodingCall,
     GenerationConfigLike,

@@ -19,8 +19,8 @@ import torch
 from transformers.generation import GenerationMixin
 
 from ..kv_cache.cache import SkipCache
+from ..utils.generation_internals import UPDATES, GenerateHooks
 from ..utils.torch_internals import nothing_stands_before
-from ..utils.transformers_internals import UPDATES, GenerateHooks
 from ..utils.transformers_types import ModelKwargs
 from .checked_call import check_call
 

@@ -22,7 +22,7 @@ from ..speculation.chooser import Chooser
 from ..speculation.proposals import Drafts
 from ..speculation.refinement import Refine, Refinement
 from ..speculation.speculation import Speculation
-from ..utils.transformers_internals import next_kwargs
+from ..utils.generation_internals import next_kwargs
 from ..utils.transformers_types import DecodingCall, MakeCandidates, ModelKwargs, Output
 from .assistant import Assistant
 from .blocks import BlockRequest

@@ -29,7 +29,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from ..kv_cache.argument_names import output_fields
 from ..kv_cache.cache import SkipCache
 from ..speculation.acceptance import Greedy, Rule, Sampling
-from ..utils.transformers_internals import next_kwargs, pad_token, prefill
+from ..utils.generation_internals import next_kwargs, pad_token, prefill
 from ..utils.transformers_types import DecodingCall, Output, Streamer
 from . import direct
 from .draftable import leave_out_positions

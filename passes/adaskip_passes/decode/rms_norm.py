@@ -16,7 +16,8 @@ from .matching import argument, calls, dtype_of, example, operands, shape_of
 def rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float, float] | None:
     """Return input, weight, eps and offset of the RMS norm that made `node`; None if none did.
 
-    The input may be float32 where the weight is not.
+    The input may be float32 where the weight is bfloat16, which has as large numbers. (Of a norm
+    in float16 the input may be larger than any of those.)
     """
     node, shape = _unwrapped(node), shape_of(node)
     narrow = argument(node, "to", "type_as")
@@ -31,8 +32,8 @@ def rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float, float] | None:
             if found is None or dtype_of(weight) != dtype_of(node):
                 continue
             x = _unwrapped(found[0])
-            fits = dtype_of(x) in (dtype_of(node), torch.float32)
-            if fits and shape_of(x) == shape:
+            wider = dtype_of(x) == torch.float32 and dtype_of(node) == torch.bfloat16
+            if (wider or dtype_of(x) == dtype_of(node)) and shape_of(x) == shape:
                 return x, weight, found[1], offset
     return None
 
