@@ -131,14 +131,14 @@ def steps(compiled: Any, plan: SkipPlan, batch: int, context: int) -> dict[str, 
     if device.type == "cuda":
         step = cache.lease.buffers.steps[1]
         graph = step._recordings[cache.request.bindings[1, plan].program].graph.graph
-        position = step.position
+        position = step.inputs.position
         position.fill_(context)
 
         def replay() -> None:
             graph.replay()
 
         result["decode_replay"] = spread(seconds(replay, device, repeats=20, warmup=3))
-        step._position_at = None
+        step.inputs._position_at = None
     return result
 
 

@@ -64,6 +64,11 @@ class StaticRunner:
         """How many CUDA graphs have been recorded so far."""
         return self._recorder.recorded if self._recorder is not None else 0
 
+    @property
+    def begun(self) -> int:
+        """How many of them have been launched so far, which takes long the first time."""
+        return self._recorder.begun if self._recorder is not None else 0
+
     def run(
         self,
         phase: GraphPhase,
@@ -169,7 +174,8 @@ class StaticRunner:
         surroundings: Surroundings,
         request: Request,
     ) -> StaticBinding:
-        graphs, tokens = self._graphs, step.tokens.shape[1]
+        graphs, inputs = self._graphs, step.inputs
+        tokens = inputs.tokens.shape[1]
         key = GraphKey(
             phase,
             BatchSizes.around(buffers.batch, tokens),
@@ -185,7 +191,7 @@ class StaticRunner:
             by_head=buffers.by_head,
         )
         keep = int(key.last_logits)
-        given = step_inputs(graphs.forward, step.tokens, step.positions, None, keep)
+        given = step_inputs(graphs.forward, inputs.tokens, inputs.positions, None, keep)
         arguments = bind_arguments(graphs.model, graphs.forward, step.cache, given)
         program = graphs.program(key, plan, probed, arguments, request.begun)
         return StaticBinding(buffers, plan, probed, surroundings, program, arguments)

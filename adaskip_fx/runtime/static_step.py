@@ -1,11 +1,11 @@
 """Steps on a static cache: one program after the other on one request's buffers.
 
-A step has one token of each row (decoding), or a few (drafts to be verified). Tokens,
-position and outputs are buffers that stay; the position is counted on the device. So a
-step needs nothing from the host but the tokens, and on CUDA it is recorded once as a graph and then
-replayed. A piece that runs for the first time sets up what its kernels need, which cannot be
-recorded: the first step with a program that calls such a piece runs kernel by kernel, and is
-recorded right after. A plan that is linked from pieces that have run is recorded at once.
+A step has one token of each row (decoding), or a few (drafts to be verified). Its inputs and
+outputs are buffers that stay, so it needs nothing from the host but the tokens, and on CUDA it is
+recorded once as a graph and then replayed. A piece that runs for the first time sets up what its
+kernels need, which cannot be recorded: the first step with a program that calls such a piece runs
+kernel by kernel, and is recorded right after. A plan that is linked from pieces that have run is
+recorded at once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..kv_cache.views import StaticCacheView
 from ..plans.skip_plan import SkipPlan, Sublayer
 from ..programs.program import Program
 from ..utils.memory_budget import MemoryBudget
+from .static_inputs import StaticInputs
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,8 @@ class StaticStep:
     """The steps of one buffers that have the same number of new tokens.
 
     Attributes:
+        inputs: what a step is handed.
         cache: what a captured step sees of the buffers.
-        tokens, positions: inputs of a step, int64 [B, T].
-        valid: which new tokens count for the probes, bool [B, T].
     """
 
     def __init__(
@@ -92,21 +92,11 @@ class StaticStep:
         budget: MemoryBudget,
     ) -> None:
         """Make the inputs of steps of `tokens` new tokens a row."""
-        size = buffers.batch, tokens
-        with torch.inference_mode(False):
-            self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
-            self.positions = torch.zeros(size, dtype=torch.int64, device=device)
-            self.position = torch.zeros(buffers.batch, dtype=torch.int64, device=device)
-            self.first = torch.zeros(buffers.batch, dtype=torch.int64, device=device)
-            self.valid = torch.ones(size, dtype=torch.bool, device=device)
-            self._order = torch.arange(tokens, device=device)
-        self.cache = StaticCacheView.of(buffers, specs, self.position, self.first, buffers.whole)
+        self.inputs = inputs = StaticInputs(buffers.batch, tokens, device)
+        where = inputs.position, inputs.first
+        self.cache = StaticCacheView.of(buffers, specs, *where, buffers.whole)
         self._recorder, self._budget = recorder, budget
         self._recordings: weakref.WeakKeyDictionary[Program, Recorded] = weakref.WeakKeyDictionary()
-        self._position_at: int | None = None  # what `position` holds, if that is known
-        self._positions_at: int | None = None  # likewise `positions`
-        self._padding: Padding | None = None  # what `first` holds
-        self._all_valid = True  # what `valid` holds
         self._ran: set[Callable[..., Any]] = set()  # pieces, with the weights that are at
         self._ran_with: tuple[int, ...] = ()  # these addresses
         self._logits: torch.Tensor | None = None
@@ -114,8 +104,7 @@ class StaticStep:
 
     def use_here(self) -> None:
         """Have the step's tensors for as long as the caller's CUDA stream works on them as well."""
-        inputs = self.tokens, self.positions, self.position, self.first, self.valid, self._order
-        _use_here([*inputs, *self._outputs()])
+        _use_here([*self.inputs.all(), *self._outputs()])
 
     def _outputs(self) -> list[torch.Tensor]:
         return [*self._statistics.values(), *([] if self._logits is None else [self._logits])]
@@ -144,48 +133,19 @@ class StaticStep:
             padding: of the rows; None where there is none.
             valid: which rows count for the probes, bool [B, 1]; None: all.
         """
-        self._write(input_ids, position_ids, length, valid)
-        if padding is not self._padding:
-            self.first.copy_(padding.first) if padding is not None else self.first.zero_()
-            self._padding = padding
-        self._position_at = self._positions_at = None  # until the step is through
+        inputs = self.inputs
+        inputs.write(input_ids, position_ids, length, padding, valid)
         self._run(program, arguments, weights)
-        self._position_at = length + self.tokens.shape[1]
-        counted = position_ids is None and input_ids.shape[1] == self.tokens.shape[1]
-        self._positions_at = self._position_at if counted else None
+        tokens = inputs.tokens.shape[1]
+        inputs.counted(length + tokens, position_ids is None and input_ids.shape[1] == tokens)
         assert self._logits is not None
         statistics = self._statistics[len(program.probed)].clone() if program.probed else None
         return self._logits.clone(), statistics
 
-    def _write(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        length: int,
-        valid: torch.Tensor | None,
-    ) -> None:
-        self._new(self.tokens, input_ids).copy_(input_ids)
-        if self._position_at != length:
-            self.position.fill_(length)
-        new = input_ids.shape[1]
-        if position_ids is not None:
-            self._new(self.positions, input_ids).copy_(position_ids)
-            self.positions[:, new:] = position_ids[:, -1:]  # what is no token makes none longer
-        elif new < self.positions.shape[1]:
-            self.positions.copy_(self._order.clamp_max(new - 1) + length)
-        elif self._positions_at != length:
-            self.positions.copy_(self._order + length)
-        if valid is not None:
-            self.valid.copy_(valid)
-            self._all_valid = False
-        elif not self._all_valid:
-            self.valid.fill_(True)
-            self._all_valid = True
-
     def let_go(self) -> None:
         """Free the graphs, when what they launched is through; the next steps record others."""
         if self._recordings:
-            torch.cuda.synchronize(self.tokens.device)
+            torch.cuda.synchronize(self.inputs.tokens.device)
         for recording in self._recordings.values():
             recording.graph.graph.reset()
         self._recordings.clear()
@@ -196,17 +156,10 @@ class StaticStep:
             if kept is recording:
                 self._recordings.pop(program, None)
 
-    @staticmethod
-    def _new(buffer: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """Return the part of a step's input that is given."""
-        new = given.shape[1]
-        return buffer if new == buffer.shape[1] else buffer[:, :new]
-
     def _run(self, program: Program, arguments: dict[str, Any], weights: tuple[Any, ...]) -> None:
         def body() -> None:
-            self._keep(*program(arguments, weights, self.valid))
-            self.position.add_(self.tokens.shape[1])
-            self.positions.add_(self.tokens.shape[1])
+            self._keep(*program(arguments, weights, self.inputs.valid))
+            self.inputs.count()
 
         if self._recorder is None:
             body()

@@ -70,8 +70,8 @@ def test_what_a_step_reads_is_not_given_away_while_its_stream_is_behind(
         generated(bank, ids, torch.cuda.default_stream())  # its buffers are the next request's
         pool = bank.runtime.buffer_pool
         (step,) = pool.idle[-1].steps.values()
-        mine = {t.data_ptr() for t in (step.tokens, step.positions, step.position, step.first)}
-        assert len(mine) == 4
+        mine = {t.data_ptr() for t in step.inputs.all()}
+        assert len(mine) == len(step.inputs.all())
         with torch.cuda.stream(other):
             other.wait_stream(torch.cuda.default_stream())
             cache = bank.compiled(ids).past_key_values

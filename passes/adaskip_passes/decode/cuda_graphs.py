@@ -44,11 +44,12 @@ class Recorder:
     Attributes:
         device: a CUDA device.
         recorded: how many graphs it has recorded.
+        begun: how many of them have been launched, which takes long the first time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.recorded = 0
+        self.recorded = self.begun = 0
         self._turn = threading.RLock()
         self._last: torch.cuda.Stream | None = None  # that something of the pool ran on
         self._stream = private_stream(device)
@@ -75,6 +76,7 @@ class Recorder:
             with self._counted(recording):
                 recording.graph.replay()
             recording.launched = True
+            self.begun += 1
 
     @contextmanager
     def _in_turn(self) -> Iterator[torch.cuda.Stream]:
