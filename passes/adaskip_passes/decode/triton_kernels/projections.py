@@ -193,7 +193,7 @@ def projection(
     if rows == 1:
         bn, bk, warps, stages = _row_blocks(width, sum(sizes), gated)
     else:
-        bn, bk, warps, stages = _rows_blocks(sum(sizes), gated, rows)
+        bn, bk, warps, stages = _rows_blocks(width, sum(sizes), gated, rows)
     programs = sum(triton.cdiv(w.shape[0], bn) for w in kept)
     arguments = (
         x.contiguous(),
@@ -255,13 +255,21 @@ def _row_blocks(width: int, outputs: int, gated: bool) -> tuple[int, int, int, i
     return bn, min(bk, triton.next_power_of_2(width)), warps, 1
 
 
-def _rows_blocks(outputs: int, gated: bool, rows: int) -> tuple[int, int, int, int]:
+def _rows_blocks(width: int, outputs: int, gated: bool, rows: int) -> tuple[int, int, int, int]:
     """Return the same for several rows."""
     many = rows > 16
     if gated:
-        return (64, 128, 4, 3) if many else (32, 256, 4, 3)
+        if many:
+            return 64, 128, 4, 3
+        return (32, 64, 4, 6) if width <= 1024 and outputs <= 4096 else (32, 256, 4, 3)
     if outputs > 32768:
         return 32, 256, 2, 3
     if outputs > 4096:
         return (16, 256, 2, 4) if many else (16, 512, 2, 3)
-    return 32, 512, 4, 3 if many else 4
+    if many:
+        return 32, 512, 4, 3
+    if outputs <= 1024:
+        return (16, 128, 2, 6) if width <= 1024 else (16, 512, 2, 3)
+    if outputs <= 2048 and width >= 4096:
+        return 16, 512, 2, 6
+    return 32, 512, 2 if width <= 2048 else 4, 4
