@@ -22,6 +22,7 @@ from .times import PLAIN, Round, Times
 LENGTHS = (1, 3, 7, 15)
 _EARNED = 0.02  # of a plain step, by each token
 _MOST_CREDIT = 3.0  # plain steps
+_MOST_LOST = 4.0  # plain steps, by one round: what took longer was the host's
 _SAVED = 0.01  # of a plain step, by each token
 _MOST_SAVED = 100.0  # plain steps
 _PRICE = 8.0  # plain steps that measuring a plan is supposed to take, with linking and recording it
@@ -53,23 +54,25 @@ class Source:
         """Whether another block may be tried, although another kind is worth more."""
         return self.since >= _AGAIN << min(self.tries, _MOST_TRIES)
 
-    def acceptance(self, position: int) -> float:
-        """Return how likely a draft is to stand, if those before it do.
+    def acceptance(self, count: int) -> list[float]:
+        """Return how likely each of `count` drafts is to stand, if those before it do.
 
         Of a position that was not reached for long that is what is known of the one before.
         """
-        last = min(position, len(self._tried) - 1)
-        known = self._stood[0] / self._tried[0]
-        for tried, stood in zip(self._tried[1 : last + 1], self._stood[1 : last + 1], strict=True):
-            known = (stood + _WEIGHT * known) / (tried + _WEIGHT)
-        return known
-
-    def tokens(self, count: int) -> float:
-        """Return how many tokens to expect of a block of `count` drafts."""
-        total, all_stand = 1.0, 1.0
+        known, found = self._stood[0] / self._tried[0], list[float]()
         for position in range(count):
-            all_stand *= self.acceptance(position)
-            total += all_stand
+            if 0 < position < len(self._tried):
+                stood, tried = self._stood[position], self._tried[position]
+                known = (stood + _WEIGHT * known) / (tried + _WEIGHT)
+            found.append(known)
+        return found
+
+    def tokens(self, count: int) -> list[float]:
+        """Return how many tokens to expect of blocks of 0, 1, ... `count` drafts."""
+        total, all_stand = [1.0], 1.0
+        for chance in self.acceptance(count):
+            all_stand *= chance
+            total.append(total[-1] + all_stand)
         return total
 
     def verified(self, count: int, accepted: int) -> None:
@@ -125,7 +128,8 @@ class Controller:
         if self.times.plain(rows, length) is None or self._since_plain >= _FRESH:
             return 0.0, 0  # there is nothing to compare with
         known = [(self.times.ratio(rows, length, (name, k), slope), k) for k in lengths]
-        worth, best = max((source.tokens(k) / ratio, k) for ratio, k in known)
+        tokens = source.tokens(most)
+        worth, best = max((tokens[k] / ratio, k) for ratio, k in known)
         if worth > 1 + _CAUTION * max(0.0, -self.credit):
             return worth, best
         ratio, least = known[0]
@@ -143,7 +147,8 @@ class Controller:
         plain = self.times.plain(rows, length)
         if plain is not None:  # a plain step loses nothing, though it may be slower than most are
             gained = 0.0 if kind == PLAIN else tokens - seconds / plain
-            self.credit = min(_MOST_CREDIT, self.credit + gained + _EARNED * tokens)
+            gained = max(-_MOST_LOST, gained) + _EARNED * tokens
+            self.credit = min(_MOST_CREDIT, self.credit + gained)
 
     def affords(self, rows: int, length: int) -> bool:
         """Return whether the savings pay for measuring another plan."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from adaskip_fx.speculation import controller
+from adaskip_fx.speculation import controller, times
 from adaskip_fx.speculation.controller import Controller, Source
 from adaskip_fx.speculation.times import PLAIN, Times
 
@@ -100,6 +100,28 @@ def test_without_measuring_it_would_cost_more(monkeypatch: pytest.MonkeyPatch) -
     assert device.run(2000) > 2000 / 0.97
 
 
+@pytest.mark.parametrize("busy", [1, 2])
+def test_a_host_that_was_busy_for_a_moment_is_forgotten(busy: int) -> None:
+    """Drafts that pay are drafted although their first blocks took as long as many steps."""
+    assert _after_being_busy(busy) < 0.6 * 400
+
+
+@pytest.mark.breaks
+def test_a_host_that_was_busy_could_be_believed_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companion: whatever was measured once is believed, and is a debt."""
+    monkeypatch.setattr(times, "_ODD", 1e9)
+    monkeypatch.setattr(controller, "_MOST_LOST", 1e9)
+    assert _after_being_busy(1) > 0.95 * 400
+
+
+def _after_being_busy(blocks: int) -> float:
+    device = Device(0.05, 0.0, 0.9)
+    device.controller.took(ROWS, LENGTH, PLAIN, 1, 1.0)
+    for _ in range(blocks):
+        device.controller.took(ROWS, LENGTH, (NAME, 15), 4, 40.0)
+    return device.run(400)
+
+
 def test_a_text_that_begins_to_copy_is_noticed() -> None:
     device = Device(0.1, 0.05, 0.0)
     device.run(1000)
@@ -109,6 +131,12 @@ def test_a_text_that_begins_to_copy_is_noticed() -> None:
     device.chance = 0.0
     device.run(100)
     assert device.run(1000) <= 1000 / 0.97
+
+
+def test_a_block_that_is_dear_for_being_one_is_tried_at_length() -> None:
+    """As on a GPU with a small model: the host waits once a block, however long it is."""
+    device = Device(0.9, 0.01, 0.95)
+    assert device.run(400, begin=0.4) < 0.5 * 400
 
 
 def test_a_text_that_no_longer_copies_costs_a_few_steps() -> None:
@@ -132,15 +160,15 @@ def test_longer_blocks_where_more_stands() -> None:
 
 def test_the_tokens_to_expect() -> None:
     source = Source(0.5)
-    assert source.tokens(2) == 1 + 0.5 + 0.25
+    assert source.tokens(2) == [1, 1 + 0.5, 1 + 0.5 + 0.25]
     source.verified(3, 3)
     source.verified(3, 3)
-    assert source.tokens(3) > 2.5
+    assert source.tokens(3)[-1] > 2.5
     for _ in range(50):
         source.verified(3, 1)
-    assert source.acceptance(0) > 0.9
-    assert source.acceptance(1) < 0.1
-    assert source.tokens(3) == pytest.approx(2, abs=0.2)
+    assert source.acceptance(2)[0] > 0.9
+    assert source.acceptance(2)[1] < 0.1
+    assert source.tokens(3)[-1] == pytest.approx(2, abs=0.2)
 
 
 def test_what_was_seen_long_ago_is_forgotten() -> None:
@@ -149,7 +177,7 @@ def test_what_was_seen_long_ago_is_forgotten() -> None:
         source.verified(3, 3)
     for _ in range(200):
         source.verified(3, 0)
-    assert source.tokens(15) < 1.01
+    assert source.tokens(15)[-1] < 1.01
 
 
 def test_times_of_what_was_not_measured() -> None:
@@ -161,7 +189,9 @@ def test_times_of_what_was_not_measured() -> None:
     assert times.plain(1, 100) == 2.0
     assert times.plain(1, 1000) is None
     assert times.ratio(1, 100, ("a", 2), 0.1) == 1.5
-    assert times.ratio(1, 100, ("a", 4), 0.1) == 2.0, "as much more for each token"
+    assert times.ratio(1, 100, ("a", 4), 0.9) == 2.0, "as much more for each token"
+    assert times.ratio(1, 100, ("a", 4), 0.1) == pytest.approx(1.7), "but not more than supposed"
+    assert times.ratio(1, 100, ("a", 1), 0.1) == pytest.approx(1.4), "and as much less for one"
     assert times.ratio(1, 1000, ("a", 2), 0.1) == 1.5, "as at another length"
     assert times.ratio(2, 100, ("a", 2), 0.1) == pytest.approx(1.2), "other rows are another thing"
     for _ in range(5):
