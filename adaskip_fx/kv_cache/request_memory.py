@@ -37,6 +37,7 @@ class RequestMemory:
         retention: what it may read of each layer; all of it when empty.
         lease: the request's buffers.
         mask: the last one that was read.
+        stateful: whether mixers keep states, which cannot forget a token.
         reordered: how often other rows were chosen.
         for_one_call: whether nobody reads it after the prompt that it is made for.
     """
@@ -52,7 +53,7 @@ class RequestMemory:
     ) -> None:
         self.owner = owner
         self.specs = tuple(specs)
-        self.kept = tuple(kept)
+        self.kept, self.stateful = tuple(kept), any(s.mixes for s in kept)
         self.dtype = dtype
         self.device = device
         self.length = self.batch = self.reordered = 0
@@ -68,11 +69,6 @@ class RequestMemory:
     def stored(self) -> tuple[bool, ...]:
         """Whether keys and values are stored, by layer."""
         return tuple(spec.attends for spec in self.kept)
-
-    @property
-    def stateful(self) -> bool:
-        """Whether mixers keep states, which cannot forget a token."""
-        return any(spec.mixes for spec in self.kept)
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +96,8 @@ class RequestMemory:
         """Store `kept` from now on. Only while nothing is stored: buffers for others go back."""
         assert not self.length
         if (self.kept, self.retention) != (tuple(kept), retention):
-            self.kept, self.retention = tuple(kept), retention
+            self.kept, self.stateful = tuple(kept), any(s.mixes for s in kept)
+            self.retention = retention
             self.lease.release()
 
     def renew(

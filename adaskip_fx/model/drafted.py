@@ -50,21 +50,14 @@ class DraftedRequest(BlockRequest):
         speculation: Speculation,
         assistant: MakeCandidates | None = None,
     ) -> None:
-        """Read the prompt.
-
-        Args:
-            model: a compiled model.
-            call: as of `DecodedRequest`.
-            speculation: what the model drafts with.
-            assistant: who drafts besides, in this request.
-        """
+        """Read the prompt; `call` is as of `DecodedRequest`, and `assistant` drafts besides."""
         self.plan, self._longest = speculation.plan, speculation.decoding.longest
         self.samples = call.config.do_sample
         more = [] if assistant is None else [Assistant(assistant, self, call.config)]
         self._chooser = Chooser(speculation, call.input_ids.shape[0], more)
         self._speculation = speculation
         self._searches = dict[int, Refinement | None]()  # None: it is over
-        self._work = (-1, -1, -1)
+        self._work = (-1, -1, -1, -1)
         self._positions = positions(model)
         self._verifies = True  # the next block
         self._before = speculation.stats.verifications, speculation.stats.steps
@@ -131,14 +124,19 @@ class DraftedRequest(BlockRequest):
         """Take the time of what was run since the last token."""
         super().received()
         runtime, before = self._model._adaskip, self._work
-        counters, recorded = runtime.counters, runtime.runner.static.recorded
-        self._work = counters.captures, counters.links, recorded
+        counters, static = runtime.counters, runtime.runner.static
+        self._work = counters.captures, counters.links, static.recorded, static.begun
         self._chooser.took(self.cache.length, undisturbed=self._work == before)
 
     def run_step(self) -> None:
         """Run one decode step, which has nothing to verify."""
         self.stats.steps += 1
         super().run_step()
+        try:
+            self._text.hand_on()  # while the device runs it
+        except BaseException:
+            self.cache.keep_first(self._text.handed - 1)
+            raise
 
     def advance(self) -> bool:
         """Verify drafts, or run a plain step where there are none; see `DecodedRequest`."""
@@ -169,7 +167,8 @@ class DraftedRequest(BlockRequest):
             How many stand (but the last of those that are not verified, which is chosen by its
             logits), and whether the request has ended with them.
         """
-        drafts = drafts.on(self.input_ids.device)
+        if not self.by_best:
+            drafts = drafts.on(self.unfinished.device)
         padded = replace(drafts, tokens=self.padded(drafts.tokens)) if self.pads else drafts
         if drafts.logits is not None and self._releases(drafts):
             return self._release(padded, drafts.logits)
@@ -225,7 +224,7 @@ class DraftedRequest(BlockRequest):
                 scores = self.scores(first, logits, 0, count)
                 kept, _, left = self.append_columns(first.tokens, scores, logits[:, :count])
         except BaseException:
-            self.cache.keep_first(min(stored + count, len(self.rows[0]) - 1))
+            self.cache.keep_first(min(stored + count, self._text.handed - 1))
             raise
         self.cache.keep_first(stored + 1 + kept - (not left))
         self.model_kwargs = self.after(self.model_kwargs, kept + 1)
@@ -237,7 +236,7 @@ class DraftedRequest(BlockRequest):
         """Return how many drafts there may be now."""
         most, last = self._positions - self.cache.length - 1, self.call.stopping_criteria.max_length
         if last is not None:  # one more token follows those that are accepted
-            most = min(most, last - self.input_ids.shape[1] - 1)
+            most = min(most, last - self.written - 1)
         return min(most, self._longest)
 
     def _verify(self, drafts: Drafts) -> tuple[int, bool]:
@@ -247,18 +246,28 @@ class DraftedRequest(BlockRequest):
             How many do, and whether the request has ended with them.
         """
         stored, count = self.cache.length, drafts.count
-        text = torch.cat((self.input_ids, drafts.tokens), 1)
-        read = self.read(text, self.after(self.model_kwargs, count), count + 1)
-        logits = read[:, -count - 1 :].to(torch.float32)
+        logits = self._read(drafts)[:, -count - 1 :]
+        logits = logits if self.by_best else logits.to(torch.float32)
         try:
+            self._text.hand_on()  # while the device verifies
             accepted, ended = self.accept(drafts, logits)
         except BaseException:  # of a processor, a criterion or a streamer
-            self.cache.keep_first(min(stored + count, len(self.rows[0]) - 1))
+            self.cache.keep_first(min(stored + count, self._text.handed - 1))
             raise
         self.cache.keep_first(stored + 1 + accepted - ended)  # first: then its mask goes on
         self.model_kwargs = self.after(self.model_kwargs, accepted + 1)
         self.logits = logits[:, accepted]
         return accepted, ended
+
+    def _read(self, drafts: Drafts) -> torch.Tensor:
+        """Run the last token and drafts; return logits of at least these [B, k + 1, V]."""
+        device = self.unfinished.device
+        if drafts.tokens.device != device:
+            logits = self.directly(drafts.after(self.rows).to(device, non_blocking=True))
+            if logits is not None:
+                return logits
+        text = torch.cat((self.input_ids, drafts.on(device).tokens), 1)
+        return self.read(text, self.after(self.model_kwargs, drafts.count), drafts.count + 1)
 
     def after(self, kwargs: ModelKwargs, tokens: int = 1) -> ModelKwargs:
         """Return the arguments of forward after so many tokens more."""
@@ -271,7 +280,7 @@ class DraftedRequest(BlockRequest):
         verifications, steps = self._before
         logger.info(
             "%d tokens in %d verifications and %d plain steps",
-            self.input_ids.shape[1] - self.call.input_ids.shape[1],
+            self.written - self.call.input_ids.shape[1],
             self.stats.verifications - verifications,
             self.stats.steps - steps,
         )

@@ -30,9 +30,11 @@ from ..kv_cache.argument_names import output_fields
 from ..kv_cache.cache import SkipCache
 from ..speculation.acceptance import Greedy, Rule, Sampling
 from ..utils.generation_internals import next_kwargs, pad_token, prefill
-from ..utils.transformers_types import DecodingCall, Output, Streamer
+from ..utils.stateless_rules import ending_tokens
+from ..utils.transformers_types import DecodingCall, Output
 from . import direct
 from .draftable import leave_out_positions
+from .readback import Readback
 from .recorded import Recorded
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ def run(model: CompiledCausalLM, request: DecodedRequest) -> Any:
     while True:
         cache = request.cache
         request.choose_tokens()
-        full = longest is not None and request.input_ids.shape[1] >= longest
+        full = longest is not None and request.written >= longest
         ahead = not full and model._adaskip.may_run_ahead(cache) and request.goes_ahead
         if ahead:
             request.run_step()
@@ -136,6 +138,8 @@ class DecodedRequest:
         logits: of the token after them, float32 [B, V].
         model_kwargs: forward's arguments for the next step.
         unfinished: which rows go on, int64 [B].
+        ends: the tokens that end a request of one row, where the host alone sees that it ends:
+            the device has less to do for each token then. None where it does not.
         recorded: what the caller asked to have of every step.
         host: what the host has to know of a step.
         rule: how tokens are chosen by scores.
@@ -158,7 +162,8 @@ class DecodedRequest:
         rows, device = call.input_ids.shape[0], call.input_ids.device
         self.unfinished = torch.ones(rows, dtype=torch.int64, device=device)
         self.recorded = Recorded.nothing(call.config)
-        self.host = _Host(call.input_ids, call.streamer)
+        self.ends = ending_tokens(call.stopping_criteria) if rows == 1 else None
+        self.host = Readback(call.input_ids, call.streamer, self.ends)
         self.rule: Rule = Sampling() if call.config.do_sample else Greedy()
         self._take(prefill(model, call.input_ids, call.config, self.model_kwargs))
         if direct.is_usual(type(model)):
@@ -170,6 +175,26 @@ class DecodedRequest:
         """The cache of the next step."""
         cache: SkipCache = self.model_kwargs[self._model._adaskip.generate_argument]
         return cache
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """See the class; what was put behind them is so when they are asked for."""
+        if self._behind:
+            self.input_ids = torch.cat((self._ids, *self._behind), 1)
+        return self._ids
+
+    @input_ids.setter
+    def input_ids(self, ids: torch.Tensor) -> None:
+        self._ids, self._behind = ids, list[torch.Tensor]()
+
+    @property
+    def written(self) -> int:
+        """How many tokens there are so far."""
+        return self._ids.shape[1] + sum(tokens.shape[1] for tokens in self._behind)
+
+    def put_behind(self, tokens: torch.Tensor) -> None:
+        """Have tokens [B, n] follow those there are, as soon as somebody asks for them."""
+        self._behind.append(tokens)
 
     @property
     def goes_ahead(self) -> bool:
@@ -184,7 +209,12 @@ class DecodedRequest:
         scores = self.call.logits_processor(self.input_ids, self.logits)
         tokens, invalid = self.rule.choose(scores)
         tokens = self.append(tokens, scores, self.logits)
-        self.host.send(tokens, self.unfinished.max() == 0, invalid)
+        self.tell(tokens, invalid)
+
+    def tell(self, tokens: torch.Tensor, invalid: torch.Tensor | None) -> None:
+        """Send the host what it has to know of a step; `invalid`: whether tokens are none."""
+        stop = self.unfinished.max() == 0 if self.ends is None else None
+        self.host.send(tokens, stop, invalid)
 
     def append(
         self, tokens: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor
@@ -202,6 +232,8 @@ class DecodedRequest:
         self.recorded.add(scores, logits)
         tokens = self.padded(tokens.unsqueeze(1)).squeeze(1)
         self.input_ids = torch.cat((self.input_ids, tokens.unsqueeze(1)), 1)
+        if self.ends is not None:
+            return tokens
         ended = self.call.stopping_criteria(self.input_ids, self.recorded.scores)
         self.unfinished = self.unfinished & ~ended
         return tokens
@@ -209,7 +241,7 @@ class DecodedRequest:
     def padded(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return tokens int64 [B, n], padding in their place where a row has ended."""
         pad = pad_token(self.call.config)
-        if not self.pads or pad is None:
+        if not self.pads or pad is None or self.ends is not None:
             return tokens
         going = self.unfinished.unsqueeze(1)
         return tokens * going + pad.to(tokens.device) * (1 - going)
@@ -255,44 +287,3 @@ class DecodedRequest:
             logits=self.recorded.logits,
             **output_fields(GenerateDecoderOnlyOutput, cache),
         )
-
-
-class _Host:
-    """A step's tokens and whether to stop, on their way to the host while the device goes on."""
-
-    def __init__(self, input_ids: torch.Tensor, streamer: Streamer | None) -> None:
-        on_gpu = input_ids.device.type == "cuda"
-        self._streamer = streamer
-        self._flags = torch.zeros(2, dtype=torch.bool, pin_memory=on_gpu, device="cpu")
-        size = input_ids.shape[0]
-        self._tokens = torch.zeros(size, dtype=torch.int64, pin_memory=on_gpu, device="cpu")
-        self._copied = torch.Event(input_ids.device) if on_gpu else None
-        self._known: tuple[bool, bool] | None = None
-
-    def send(self, tokens: torch.Tensor, stop: torch.Tensor, invalid: torch.Tensor | None) -> None:
-        """Begin to copy; `invalid` is None where the tokens cannot be."""
-        flags = torch.stack((stop, invalid if invalid is not None else torch.zeros_like(stop)))
-        self._flags.copy_(flags, non_blocking=True)
-        if self._streamer is not None:
-            self._tokens.copy_(tokens, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
-
-    def know(self, stop: bool, invalid: bool) -> None:
-        """Take what would have been sent of a step, since the host has read it with its tokens."""
-        self._known = stop, invalid
-
-    def receive(self) -> tuple[bool, bool]:
-        """Wait for what was sent last, and stream the tokens; returns (stop, invalid).
-
-        Who has the host `know` it streams them by itself.
-        """
-        if self._known is not None:
-            known, self._known = self._known, None
-            return known
-        if self._copied is not None:
-            self._copied.synchronize()
-        stop, invalid = self._flags.tolist()
-        if self._streamer is not None and not invalid:
-            self._streamer.put(self._tokens.clone())
-        return stop, invalid

@@ -20,17 +20,33 @@ class HostText:
         """Begin with a prompt, of which the streamer knows already; None: there is no streamer."""
         self.rows = rows
         self._streamer = streamer
+        self._late: list[Sequence[int]] = []  # columns that the streamer is yet to be given
 
     def extend(self, columns: Sequence[Sequence[int]]) -> None:
-        """Take tokens of each row that the host has read, one column after the other."""
+        """Take tokens of each row that the host has read, one column after the other.
+
+        The streamer is given them when the host has time: by `hand_on`, or with the next ones.
+        """
         for column in columns:
             for row, token in zip(self.rows, column, strict=True):
                 row.append(token)
-            if self._streamer is not None:
-                self._streamer.put(torch.tensor(column, dtype=torch.int64, device="cpu"))
+        if self._streamer is not None:
+            self._late += columns
+
+    @property
+    def handed(self) -> int:
+        """How many tokens of a row the streamer has been given, or would have been."""
+        return len(self.rows[0]) - len(self._late)
+
+    def hand_on(self) -> None:
+        """Give the streamer what it is yet to be given."""
+        while self._late and self._streamer is not None:
+            column = torch.tensor(self._late.pop(0), dtype=torch.int64, device="cpu")
+            self._streamer.put(column)
 
     def put(self, value: torch.Tensor) -> None:
         """Take a token of each row, int64 [B]."""
+        self.hand_on()
         for row, token in zip(self.rows, value.tolist(), strict=True):
             row.append(token)
         if self._streamer is not None:
@@ -38,5 +54,6 @@ class HostText:
 
     def end(self) -> None:
         """Take note that there are no more."""
+        self.hand_on()
         if self._streamer is not None:
             self._streamer.end()

@@ -48,6 +48,9 @@ def run_step(
     new = inputs.input_ids.shape[1]
     prompt = min(max(drafting.prompt - cache.length, 0), new)
     counts = [prompt] if prompt else []
+    if not prompt and not isinstance(cache.request.decision, Schedule):
+        kind = "decode" if new == 1 else "extend"
+        return _run(runtime, kind, True, inputs, cache, keep)
     if isinstance(cache.request.decision, Schedule):  # each token may have a plan of its own
         counts += [1] * (new - prompt)
     elif prompt < new:

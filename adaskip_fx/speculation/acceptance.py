@@ -8,6 +8,7 @@ have the probabilities p of the full program, whatever q is.
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -156,3 +157,21 @@ def _drawn(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def leading(accepted: torch.Tensor) -> torch.Tensor:
     """Return how many columns of bool [B, C] all rows accept before the first they do not, []."""
     return accepted.all(0).to(torch.int64).cumprod(0).sum()
+
+
+def best_of_row(
+    drafts: Sequence[int], best: Sequence[int], ends: Container[int]
+) -> tuple[int, int]:
+    """Return how many drafts of a row are its best tokens, and how many of these are appended.
+
+    Appended are those that stand and the one after them, up to one that ends the row.
+
+    Args:
+        drafts: k of them.
+        best: the full program's best tokens in their places, and the one after them.
+        ends: the tokens that end a row.
+    """
+    pairs = enumerate(zip(drafts, best, strict=False))
+    stand = next((place for place, (draft, token) in pairs if draft != token), len(drafts))
+    appended = best[: stand + 1]
+    return stand, next((i + 1 for i, token in enumerate(appended) if token in ends), stand + 1)

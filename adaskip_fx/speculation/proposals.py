@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -39,11 +40,22 @@ class Drafts:
         """How many tokens of each row, k."""
         return self.tokens.shape[1]
 
+    @functools.cached_property
+    def listed(self) -> list[list[int]]:
+        """Their tokens as the host's own, by row."""
+        listed: list[list[int]] = self.tokens.tolist()
+        return listed
+
     def on(self, device: torch.device) -> Drafts:
         """Return the same with tokens on a device, without waiting for what runs there."""
         if self.tokens.device == device:
             return self
         return replace(self, tokens=self.tokens.to(device, non_blocking=True))
+
+    def after(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the last tokens of a text's rows and these, which are on the host, [B, k + 1]."""
+        known = zip(rows, self.listed, strict=True)
+        return torch.tensor([[row[-1], *tokens] for row, tokens in known], device="cpu")
 
     def columns(self, first: int, end: int) -> Drafts:
         """Return those from `first` up to `end`, exclusively."""

@@ -29,6 +29,16 @@ def remember_nothing(rules: Iterable[object]) -> bool:
     return ours and all(kind.__name__ in _REMEMBER_NOTHING for kind in kinds)
 
 
+def ending_tokens(criteria: Iterable[object]) -> frozenset[int] | None:
+    """Return the tokens that end a row, where it ends by these or by one length; else None."""
+    rules = list(criteria)
+    lengths = sum(hasattr(rule, "max_length") for rule in rules)
+    if lengths > 1 or not ends_by_token(rules, 0):
+        return None
+    ids = [getattr(rule, "eos_token_id", None) for rule in rules]
+    return frozenset(int(token) for of_rule in ids if of_rule is not None for token in of_rule)
+
+
 def ends_by_token(criteria: Iterable[object], length: int) -> bool:
     """Return whether a row ends, up to a length in tokens, by a token of the config alone."""
     for rule in criteria:

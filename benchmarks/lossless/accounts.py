@@ -56,7 +56,6 @@ def account(
     text: torch.Tensor,
     blocks: Sequence[Block],
     most: float,
-    forbidden: Sequence[int] = (),
 ) -> Account:
     """Return what a text has cost.
 
@@ -65,12 +64,10 @@ def account(
         text: the answer, int64 [n].
         blocks: what was proposed, in order.
         most: the bound, in nats for each token.
-        forbidden: tokens that nothing may choose, as a processor says (an end that is too early).
     """
     ours = torch.log_softmax(full.to(torch.float64), -1)
     chosen = ours.gather(-1, text.unsqueeze(-1)).squeeze(-1)
-    best = ours.index_fill(-1, torch.tensor(forbidden, device=ours.device).long(), -torch.inf)
-    own = (best.max(-1).values - chosen <= _SAME).tolist()
+    own = (ours.max(-1).values - chosen <= _SAME).tolist()
     costs, refused = _costs(ours, text, blocks)
     spent = drafted = 0.0
     fell_back = False

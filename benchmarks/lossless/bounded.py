@@ -34,7 +34,7 @@ class Sizes:
 
     Attributes:
         context: tokens of a prompt, about.
-        new: tokens of an answer.
+        new: tokens of an answer at most.
         requests: of each of the four kinds.
         hostile: of each hostile kind.
         skipped: how many sublayers the plan leaves out.
@@ -97,7 +97,7 @@ class Answered:
     """One request.
 
     Attributes:
-        seconds: of its tokens after the first, by way.
+        seconds: of a token after the first, by way.
         accounts: what it has cost, by way of drafting.
         told: whether it said that it fell back, likewise.
     """
@@ -178,10 +178,7 @@ def _answers(ways: Ways, prompts: Sequence[torch.Tensor], new: int) -> Iterator[
 def _account(ways: Ways, name: str, text: torch.Tensor, prompt: torch.Tensor) -> Account:
     answer, begin = text[0, prompt.shape[1] :], prompt.shape[1]
     full = ways.original(text, logits_to_keep=len(answer) + 1).logits[0, :-1]
-    ends = np.atleast_1d(
-        ways.original.generation_config.eos_token_id
-    ).tolist()  # not before the end
-    return account(full, answer, ways.recorded[name].taken(begin), MOST, ends)
+    return account(full, answer, ways.recorded[name].taken(begin), MOST)
 
 
 def _row(kind: str, answers: Sequence[Answered], is_hostile: bool) -> dict[str, Any]:

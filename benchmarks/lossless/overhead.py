@@ -46,13 +46,13 @@ _READS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", 
 
 @dataclass
 class Known:
-    """Proposes what a text goes on with.
+    """Proposes what a text goes on with, on the host as what is looked up.
 
     Attributes:
-        text: all of it, int64 [B, T].
+        text: all of it, by row.
     """
 
-    text: torch.Tensor
+    text: list[list[int]]
     name: str = "known"
     free: bool = True
 
@@ -62,9 +62,9 @@ class Known:
 
     def propose(self, context: Context, most: int) -> Drafts | None:
         """Return the next tokens."""
-        begin = context.input_ids.shape[1]
-        tokens = self.text[:, begin : begin + min(most, DRAFTS)]
-        return Drafts(tokens) if tokens.numel() else None
+        begin = len(context.rows[0])
+        tokens = [row[begin : begin + min(most, DRAFTS)] for row in self.text]
+        return Drafts(torch.tensor(tokens, device="cpu")) if tokens[0] else None
 
 
 class Timers:
@@ -168,10 +168,10 @@ def _clock(device: torch.device) -> Callable[[], float]:
 def _row(fast: Any, length: int, rounds: int) -> dict[str, Any]:
     runtime, prompt = runtime_of(fast), models.tokens(1, length)
     empty, new = SkipPlan.empty(fast.adaskip.sublayers), rounds * (DRAFTS + 1) + 1
-    options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
+    options = {"do_sample": False, "max_new_tokens": new, "eos_token_id": fast.config.vocab_size}
     options["attention_mask"] = torch.ones_like(prompt)
     runtime.speculation = None
-    text = fast.generate(prompt, **options)
+    text = fast.generate(prompt, **options).tolist()
     clock, parts, stood = _clock(fast.device), dict[str, float](), 0.0
     found, outside, gaps = list[float](), list[float](), list[float]()
     timers = Timers(clock)

@@ -31,7 +31,7 @@ from . import tasks
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is asked for: tokens of an answer, stories, and tokens that are calibrated on."""
+    """How much is asked for: tokens of an answer at most, stories, tokens to calibrate on."""
 
     new: int
     stories: int
@@ -73,7 +73,7 @@ def rows(name: str | None = None) -> Iterator[dict[str, Any]]:
         stats = speculation.stats
         searches = speculation._refinements.values()
         yield {
-            "what": f"stories of {sizes.new} tokens, {way}: plain over drafted",
+            "what": f"stories of up to {sizes.new} tokens, {way}: plain over drafted",
             "ratio": plain / took,
             "notes": {
                 "tokens_per_step": stats.tokens_per_step,
@@ -101,6 +101,6 @@ def _ways(runtime: Any, plan: SkipPlan, profile: Any, context: int) -> dict[str,
 
 
 def _seconds(fast: Any, prompts: list[torch.Tensor], new: int) -> float:
-    """Return the seconds of all answers, after one that sets things up."""
+    """Return the seconds of a token of each answer, after one that sets things up."""
     tasks.answer(fast, prompts[0], min(new, 64))
     return sum(tasks.answer(fast, ids, new)[0] for ids in prompts)

@@ -1,6 +1,8 @@
 """SmolLM2-135M-Instruct with drafts against its own full program, by what a text has in common.
 
-The prompts are made of Python's own documentation and source, and of numbered records.
+The prompts are made of Python's own documentation and source, and of numbered records. Answers end
+where the model ends them, or at a length. Times are those of a token, of each prompt the median of
+some answers.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Sizes:
 
     Attributes:
         context: tokens of a prompt, about.
-        new: tokens of an answer.
+        new: tokens of an answer at most.
         prompts: of each task.
         rounds: how often each is answered.
         calibrated: tokens of each of four texts that the drafts' plan is calibrated on.
@@ -47,7 +49,7 @@ class Sizes:
     calibrated: int
 
 
-_ON_GPU = Sizes(context=2048, new=256, prompts=4, rounds=3, calibrated=1024)
+_ON_GPU = Sizes(context=2048, new=256, prompts=8, rounds=3, calibrated=1024)
 _ELSEWHERE = Sizes(context=512, new=96, prompts=2, rounds=1, calibrated=256)
 #: What a task is to gain at least.
 TARGETS = {"quoting": 1.8, "summaries": 1.35, "edits": 2.2, "stories": 0.97}
@@ -118,6 +120,8 @@ def rows(name: str | None = None) -> Iterator[dict[str, Any]]:
     profile = adaskip_fx.calibrate(small.model, small.tokenizer, texts, sizes.calibrated)
     plain = build(small.model, None, backend=backend)
     fast = adaskip_fx.compile(small.model, profile, decoding=Lossless(), backend=backend)
+    for model in (plain, fast):
+        model.adaskip.warmup(2 * sizes.context + sizes.new)
     for task, target in TARGETS.items():
         yield _row(task, target, small.tokenizer, plain, fast, sizes)
 
@@ -127,28 +131,32 @@ def _row(
 ) -> dict[str, Any]:
     runtime_of(fast).speculation.stats = DraftStats()  # type: ignore[union-attr]
     times: dict[str, list[float]] = {"plain": [], "fast": []}
-    same, lengths = 0, 0
+    same, lengths, written = 0, 0, list[int]()
     for number, text in enumerate(prompts(name, sizes.prompts, 4 * sizes.context)):
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt"
         )
         ids = (ids if isinstance(ids, torch.Tensor) else ids["input_ids"]).to(plain.device)
-        for turn in range(-1 if number == 0 else 0, sizes.rounds):  # the first sets things up
+        taken: dict[str, list[float]] = {kind: [] for kind in times}
+        for _ in range(sizes.rounds + (number == 0)):
             answers = {}
             for kind, model in (("plain", plain), ("fast", fast)):
                 seconds, answers[kind] = answer(model, ids, sizes.new)
-                if turn >= 0:
-                    times[kind].append(seconds)
+                taken[kind].append(seconds)
+        for kind, seconds_of in times.items():
+            seconds_of.append(statistics.median(taken[kind]))
         lengths += ids.shape[1]
+        written.append(answers["plain"].shape[1] - ids.shape[1])
         same += int(torch.equal(answers["plain"], answers["fast"]))
     stats = fast.adaskip.drafts
     return {
-        "what": f"{name}, {lengths // sizes.prompts} tokens, {sizes.new} new: plain over drafted",
+        "what": f"{name}, {lengths // sizes.prompts} tokens: plain over drafted",
         "ratio": sum(times["plain"]) / sum(times["fast"]),
         "target": target,
         "notes": {
-            "plain_ms": 1000 * sum(times["plain"]) / len(times["plain"]) / sizes.new,
-            "drafted_ms": 1000 * sum(times["fast"]) / len(times["fast"]) / sizes.new,
+            "plain_ms": 1000 * statistics.fmean(times["plain"]),
+            "drafted_ms": 1000 * statistics.fmean(times["fast"]),
+            "new_tokens": statistics.median(written),
             "same_answers": f"{same} of {sizes.prompts}",
             "tokens_per_step": stats.tokens_per_step,
             "acceptance": {
@@ -160,7 +168,7 @@ def _row(
 
 
 def answer(model: Any, ids: torch.Tensor, new: int) -> tuple[float, torch.Tensor]:
-    """Return the seconds of the tokens after the first, and all tokens."""
+    """Return the seconds of a token after the first, and all tokens: `new` of them at most."""
     options = {"do_sample": False, "attention_mask": torch.ones_like(ids)}
     began: list[float] = []
 
@@ -173,8 +181,7 @@ def answer(model: Any, ids: torch.Tensor, new: int) -> tuple[float, torch.Tensor
         def end(self) -> None:
             began.append(time.perf_counter())
 
-    tokens: torch.Tensor = model.generate(
-        ids, streamer=First(), max_new_tokens=new, min_new_tokens=new, **options
-    )
+    tokens: torch.Tensor = model.generate(ids, streamer=First(), max_new_tokens=new, **options)
     synchronize(model.device)
-    return began[-1] - began[1], tokens  # the first is the prompt
+    after = tokens.shape[1] - ids.shape[1] - 1
+    return (began[-1] - began[1]) / max(1, after), tokens  # what comes first is the prompt

@@ -87,12 +87,6 @@ def test_a_draft_beyond_the_bound_is_free_where_the_full_model_says_the_same() -
     assert found.drafted == pytest.approx(nats(P, (0.01, 0.01, 0.98)) / 5)
 
 
-def test_a_token_that_is_forbidden_is_nobodys_choice() -> None:
-    text = torch.tensor([1, 1, 1, 1, 1])
-    assert account(FULL, text, [], 0.01).mean == pytest.approx(math.log(4))
-    assert account(FULL, text, [], 0.01, forbidden=[0]).mean == 0.0
-
-
 @pytest.mark.parametrize("drafted", [True, False])
 def test_a_bound_that_was_not_kept_shows(drafted: bool) -> None:
     """The companion: a token that neither the bound nor the full model allows is counted."""

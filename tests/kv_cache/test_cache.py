@@ -244,7 +244,7 @@ def test_a_copy_that_shares_storage_is_caught(monkeypatch: pytest.MonkeyPatch) -
 
 
 def _alias(cache: SkipCache) -> SkipCache:
-    twin = SkipCache(cache.owner, cache.specs, cache.stored, cache.dtype, cache.device)
+    twin = SkipCache(cache.owner, cache.specs, cache.kept, cache.dtype, cache.device)
     twin.__dict__.update(cache.__dict__)
     twin.request = cache.request.copy()
     return twin

@@ -7,8 +7,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from adaskip_fx.speculation.acceptance import Column, Greedy, Sampling, leading
+from adaskip_fx.speculation.acceptance import (
+    Column,
+    Greedy,
+    Sampling,
+    best_of_row,
+    leading,
+)
 from adaskip_fx.speculation.proposals import Drafts
 from tests.support.drafts import AlwaysAccepts, DrawsAnew
 
@@ -107,3 +115,24 @@ def test_a_block_stands_as_far_as_all_rows_accept_it() -> None:
     assert leading(accepted) == 2
     assert leading(accepted[1:]) == 4
     assert leading(~accepted) == 0
+
+
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=4),
+    st.lists(st.integers(0, 2), min_size=5, max_size=5),
+    st.sets(st.integers(0, 2)),
+)
+def test_a_block_of_one_row_by_its_best_tokens(
+    drafts: list[int], best: list[int], ends: set[int]
+) -> None:
+    """The oracle: a loop that writes one token after the other, as plain decoding does."""
+    best = best[: len(drafts) + 1]
+    stand, appended = best_of_row(drafts, best, ends)
+    written = list[int]()
+    for place, token in enumerate(best):
+        written.append(token)
+        if token in ends or place == len(drafts) or drafts[place] != token:
+            break
+    assert best[:appended] == written
+    assert drafts[:stand] == best[:stand]
+    assert stand == len(drafts) or drafts[stand] != best[stand]

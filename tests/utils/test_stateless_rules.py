@@ -12,7 +12,7 @@ from transformers.generation import (
     StoppingCriteria,
 )
 
-from adaskip_fx.utils.stateless_rules import ends_by_token, remember_nothing
+from adaskip_fx.utils.stateless_rules import ending_tokens, ends_by_token, remember_nothing
 
 
 class Mine(StoppingCriteria):
@@ -40,6 +40,20 @@ def test_whether_the_last_token_says_that_a_row_ends(
     rules: list[Any], length: int, expected: bool
 ) -> None:
     assert ends_by_token(rules, length) is expected
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ([], frozenset()),
+        ([MaxLengthCriteria(20), EosTokenCriteria([1, 2])], frozenset({1, 2})),
+        ([EosTokenCriteria(1), EosTokenCriteria(7)], frozenset({1, 7})),
+        ([MaxLengthCriteria(20), MaxLengthCriteria(30)], None),
+        ([EosTokenCriteria(1), Mine()], None),
+    ],
+)
+def test_the_tokens_that_end_a_row(rules: list[Any], expected: frozenset[int] | None) -> None:
+    assert ending_tokens(rules) == expected
 
 
 def test_rules_that_remember_nothing() -> None:
