@@ -17,11 +17,13 @@ from transformers import LlamaForCausalLM, LogitsProcessorList, StoppingCriteria
 import adaskip_fx
 from adaskip_fx import Lossless, SkipPlan, UnsupportedError
 from adaskip_fx.api import build
+from adaskip_fx.capture.phase_graph import CapturedPhase
 from adaskip_fx.model.drafted import DraftedRequest
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.plans.decisions import Schedule
 from adaskip_fx.runtime import request_step
 from adaskip_fx.runtime.draft_with import draft_with
+from adaskip_fx.runtime.static_runner import StaticRunner
 from adaskip_fx.speculation.acceptance import Greedy, Sampling
 from adaskip_fx.speculation.lookup import Lookup
 from adaskip_fx.speculation.proposals import Proposer
@@ -82,6 +84,7 @@ def assert_same(bank: Drafting, kind: str, ids: torch.Tensor, **options: Any) ->
 def test_one_row_on_a_static_cache(kind: str) -> None:
     bank = drafting(static=True)
     assert_same(bank, kind, prompt(bank))
+    assert not bank.runtime.runner.static._refused, "blocks are verified there as well"
 
 
 @proposers
@@ -516,3 +519,43 @@ def test_a_block_ends_before_another_set_of_frequencies(monkeypatch: pytest.Monk
     blocks = [length for length, tokens in steps if tokens > 1]
     assert max(blocks) == 22
     assert len(blocks) >= 2
+
+
+def test_what_blocks_need_is_looked_up_before_the_first() -> None:
+    """In a request after another on its buffers: a device reads the prompt meanwhile."""
+    bank = drafting(static=True)
+    ids = prompt(bank)
+    want = generated(bank.model, ids)
+    looked = looks_during_blocks(bank, ids, want)
+    assert looked[0], "the first request looks weights up when it needs them"
+    assert not looked[1]
+    with pytest.MonkeyPatch.context() as patch:  # the companion
+        patch.setattr(StaticRunner, "look_up", lambda *given: None)
+        assert looks_during_blocks(bank, ids, want)[1]
+
+
+def looks_during_blocks(bank: Drafting, ids: torch.Tensor, text: torch.Tensor) -> list[int]:
+    """How often weights were looked up while blocks were verified, by request."""
+    bank.runtime.free()
+    found, inside = list[int](), [False]
+    verify, weights = DraftedRequest._verify, CapturedPhase.weights
+
+    def verifies(request: DraftedRequest, drafts: Any) -> Any:
+        inside[0] = True
+        try:
+            return verify(request, drafts)
+        finally:
+            inside[0] = False
+
+    def looks(captured: CapturedPhase, arguments: Any) -> Any:
+        found[-1] += inside[0]
+        return weights(captured, arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DraftedRequest, "_verify", verifies)
+        patch.setattr(CapturedPhase, "weights", looks)
+        for _ in range(2):
+            found.append(0)
+            bank.begin(Oracle(text), longest=3)
+            assert torch.equal(generated(bank.fast, ids), text)
+    return found

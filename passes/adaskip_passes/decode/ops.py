@@ -162,7 +162,7 @@ def attend(
 
     """
     batch, heads, tokens, _ = query.shape
-    groups = heads // keys.shape[1]
+    groups, wide = heads // keys.shape[1], _wide(query)
     output = query.new_empty((batch, tokens, heads, values.shape[3]))
     for row, table in enumerate(bounds[:, :, 0].tolist()):
         for head in range(keys.shape[1]):
@@ -172,12 +172,13 @@ def attend(
             seen = (position <= own) & ((position > own - window) | (position < first + sinks))
             position, seen = position[seen.any(0)], seen[:, seen.any(0)]
             mine = slice(head * groups, (head + 1) * groups)
-            scores = query[row, mine].float() @ keys[row, head, base + position].float().T * scale
+            stored = keys[row, head, base + position].to(wide)
+            scores = query[row, mine].to(wide) @ stored.T * scale
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
             scores = scores.masked_fill(~seen, float("-inf"))
             if sink_scores is not None:
-                sink = sink_scores[mine].float().view(-1, 1, 1).expand(-1, tokens, 1)
+                sink = sink_scores[mine].to(wide).view(-1, 1, 1).expand(-1, tokens, 1)
                 scores = torch.cat((scores, sink), -1)
             shares = torch.softmax(scores, -1)[..., : position.shape[0]]
             shares = shares.masked_fill(~seen.any(-1, keepdim=True), 0)  # of padding
@@ -251,9 +252,15 @@ def store_and_attend(
 def _rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     if cosines.shape[-1] != x.shape[-1]:  # of the pairs
         cosines, sines = (torch.cat((t, t), -1) for t in (cosines, sines))
-    first, second = x.float().chunk(2, -1)
+    wide = _wide(x)
+    first, second = x.to(wide).chunk(2, -1)
     pairs = torch.cat((-second, first), -1)
-    return (x.float() * cosines.float() + pairs * sines.float()).to(x.dtype)
+    return (x.to(wide) * cosines.to(wide) + pairs * sines.to(wide)).to(x.dtype)
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    """Return what is computed in: float32, or what is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @store_and_attend.register_fake
