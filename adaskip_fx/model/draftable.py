@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..capture.rotary import switches_at
 from ..kv_cache.cache import SkipCache
 from ..plans.decisions import Schedule
+from ..plans.phase_split import as_decode
 from ..utils.transformers_types import ModelKwargs
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ def positions(model: CompiledCausalLM) -> int:
     """
     table = model._adaskip.graphs.max_length
     return min([*switches_at(model), *([] if table is None else [table])], default=2**62)
+
+
+def look_up_blocks(model: CompiledCausalLM, cache: SkipCache) -> None:
+    """Look up what verifications of a request will need, whose prompt has been begun."""
+    plan = as_decode(cache.request.plan_at(cache.length))
+    model._adaskip.runner.static.look_up(cache.request, plan, cache)
 
 
 def leave_out_positions(model: CompiledCausalLM, model_kwargs: ModelKwargs) -> None:

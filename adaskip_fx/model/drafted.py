@@ -26,7 +26,7 @@ from ..utils.generation_internals import next_kwargs
 from ..utils.transformers_types import DecodingCall, MakeCandidates, ModelKwargs, Output
 from .assistant import Assistant
 from .blocks import BlockRequest
-from .draftable import leave_out_positions, positions
+from .draftable import leave_out_positions, look_up_blocks, positions
 from .matchness import has, matchness
 
 if TYPE_CHECKING:
@@ -63,6 +63,10 @@ class DraftedRequest(BlockRequest):
         self._before = speculation.stats.verifications, speculation.stats.steps
         super().__init__(model, call, speculation)
         leave_out_positions(model, self.model_kwargs)
+
+    def prepare(self) -> None:
+        """Look up what verifications need; see `DecodedRequest`."""
+        look_up_blocks(self._model, self.cache)
 
     # What proposers see ----------------------------------------------------------------------
 
@@ -112,10 +116,7 @@ class DraftedRequest(BlockRequest):
 
     @property
     def goes_ahead(self) -> bool:
-        """Whether nothing is worth drafting, as far as the tokens are on the host by now.
-
-        If all of them are there is nothing to wait for meanwhile.
-        """
+        """Whether nothing is worth drafting, as far as the tokens are on the host by now."""
         if self._following is not None or self._tries_plans():
             return False
         return self._chooser.offer(self, self._most(), self.cache.length) is None
@@ -209,11 +210,7 @@ class DraftedRequest(BlockRequest):
         return self.budget is None or self.budget.toss()
 
     def _release(self, drafts: Drafts, logits: torch.Tensor) -> tuple[int, bool]:
-        """Append drafts that are not verified, and leave the last to be chosen by its logits.
-
-        Returns:
-            How many were appended, and whether all rows have ended with them.
-        """
+        """Append drafts that are not verified, and leave the last to be chosen by its logits."""
         coin = self.budget.coin if self.budget is not None else None
         assert coin is not None, "without a coin every block is verified"
         stored, count = self.cache.length - drafts.count, drafts.count - 1

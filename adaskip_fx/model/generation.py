@@ -166,9 +166,13 @@ class DecodedRequest:
         self.host = Readback(call.input_ids, call.streamer, self.ends)
         self.rule: Rule = Sampling() if call.config.do_sample else Greedy()
         self._take(prefill(model, call.input_ids, call.config, self.model_kwargs))
+        self.prepare()
         if direct.is_usual(type(model)):
             leave_out_positions(model, self.model_kwargs)
         self.goes_direct = direct.are_possible(model, self.model_kwargs)
+
+    def prepare(self) -> None:
+        """Do what need not wait for the prompt, which a device may still be reading."""
 
     @property
     def cache(self) -> SkipCache:

@@ -56,6 +56,7 @@ def prefill_only(
 
 
 @functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)  # steps compare plans by identity
 def as_decode(plan: SkipPlan) -> SkipPlan:
     """Return a plan whose prompts run as decode steps of `plan` do.
 

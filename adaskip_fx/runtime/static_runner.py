@@ -98,6 +98,27 @@ class StaticRunner:
         )
         return program, logits[:, : ids.shape[1]], statistics
 
+    def look_up(self, request: Request, plan: SkipPlan, cache: SkipCache) -> None:
+        """Look up now what steps of several tokens repeat, of those the buffers have seen before.
+
+        A device may be busy with the prompt meanwhile; later it would wait for that.
+
+        Args:
+            request: the request, whose prompt has been run.
+            plan: what such steps will run with.
+            cache: its cache.
+        """
+        buffers, surroundings = cache.lease.buffers, Surroundings.now(self._graphs.device)
+        possible = self.enabled and "extend" not in self._refused and not cache.stateful
+        if buffers is None or not possible or surroundings.autocast:
+            return
+        for tokens, step in buffers.steps.items():
+            if tokens > 1 and step.has_run:
+                form = step, buffers, plan, (), surroundings, request
+                binding = request.bindings[tokens, plan] = self._bind("extend", *form)
+                known = binding.program, binding.arguments, cache.length
+                request.weights_of(*known, self._graphs.states)
+
     def _bound(
         self,
         phase: GraphPhase,

@@ -102,6 +102,11 @@ class StaticStep:
         self._logits: torch.Tensor | None = None
         self._statistics: dict[int, torch.Tensor] = {}  # by how many sublayers are probed
 
+    @property
+    def has_run(self) -> bool:
+        """Whether there has been a step."""
+        return self._logits is not None
+
     def use_here(self) -> None:
         """Have the step's tensors for as long as the caller's CUDA stream works on them as well."""
         _use_here([*self.inputs.all(), *self._outputs()])
