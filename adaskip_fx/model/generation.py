@@ -111,10 +111,14 @@ def run(model: CompiledCausalLM, request: DecodedRequest) -> Any:
         ahead = not full and model._adaskip.may_run_ahead(cache) and request.goes_ahead
         if ahead:
             request.run_step()
-        stop, invalid = request.host.receive()
-        model._adaskip.ranks.check()  # what came may be of a step that was aborted
-        if ahead and (stop or invalid) and request.cache is cache:
-            cache.keep_first(cache.length - 1)
+        ends = True  # also where a streamer raises
+        try:
+            stop, invalid = request.host.receive()
+            model._adaskip.ranks.check()  # what came may be of a step that was aborted
+            ends = stop or invalid
+        finally:
+            if ahead and ends and request.cache is cache:
+                cache.keep_first(cache.length - 1)
         if invalid:
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         request.received()

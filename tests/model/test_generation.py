@@ -128,6 +128,35 @@ def test_a_step_that_is_not_taken_back_shows(monkeypatch: pytest.MonkeyPatch) ->
             assert_the_same(bank, ids, max_new_tokens=9, do_sample=False, eos_token_id=whole[4])
 
 
+class Fails(Collected):
+    """A streamer that fails at the fourth token after a prompt of six."""
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        if len(self.tokens) == 10:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_request_that_a_streamer_stops_goes_on_where_it_was(ahead: bool) -> None:
+    bank = entry(SHAPE)
+    ids, options = bank.tokens(1, 6), {"max_new_tokens": 9, "do_sample": False}
+    options["eos_token_id"] = VOCABULARY
+    with bank.using():
+        want = bank.compiled.generate(ids, **options)
+        cache, streamer = bank.runtime.new_cache(), Fails()
+        bank.runtime.ahead = ahead
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                bank.compiled.generate(ids, past_key_values=cache, streamer=streamer, **options)
+        finally:
+            bank.runtime.ahead = False
+        text = torch.tensor([streamer.tokens])
+        assert cache.length == text.shape[1] - 1, "all but the last token"
+        rest = {**options, "max_new_tokens": 5}
+        assert torch.equal(bank.compiled.generate(text, past_key_values=cache, **rest), want)
+
+
 def test_no_step_too_many_where_the_length_is_the_end() -> None:
     bank = entry(SHAPE)
     with bank.using(), running_ahead(bank), counted(bank) as steps:
