@@ -9,8 +9,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -23,8 +22,7 @@ _LOG = logger_of(__name__)
 Compiled = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class _Instruction:
+class _Instruction(NamedTuple):
     """A call: its function, how arguments are read from registers, and where the result goes."""
 
     function: Compiled
@@ -83,9 +81,9 @@ class Linked:
             What the outer graph returns.
         """
         registers = [*inputs, *[None] * (self._size - len(inputs))]
-        for step in self._program:
-            registers[step.result] = step.function(*step.arguments(registers))
-            for dead in step.dead:
+        for function, arguments, result, used_up in self._program:
+            registers[result] = function(*arguments(registers))
+            for dead in used_up:
                 registers[dead] = None
         return self._results(registers)
 

@@ -15,6 +15,7 @@ from ..infra.pass_manager import run_passes
 from ..partition.outer import Piece
 from ..tracing.capture import Capture
 from ..tracing.dynamo import one_at_a_time
+from .direct_call import without_wrappers
 from .link import Compiled
 from .precompile import compile_ahead
 
@@ -101,7 +102,7 @@ class PieceCompiler:
         examples = [n.meta["example_value"] for n in graph.find_nodes(op="placeholder")]
         with self.capture.reopened():
             options = {"config_patches": _SHORT_KERNELS} if self.short_kernels else {}
-            function: Compiled = self._inner(lowered, examples, **options)
+            function = without_wrappers(self._inner(lowered, examples, **options))
         for kernel in kernels:
             kernel.result()
         self.compiled += 1
