@@ -10,7 +10,7 @@ import torch
 from ..attention.ops import attend_causal
 from ..decode.ops import EVERY
 from ..infra.launch import on_device
-from .seen import attend_seen
+from .seen import attend_once, attend_seen
 
 _EVERYTHING = (0, EVERY)  # sinks and tokens
 
@@ -24,8 +24,8 @@ def by_window(
     windows: torch.Tensor | None,
     own: int,
     scale: float,
-    softcap: float,
-    sink_scores: torch.Tensor | None,
+    softcap: float = 0.0,
+    sink_scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return what `ops.attend_windowed` does, of heads with one window together.
 
@@ -33,6 +33,10 @@ def by_window(
     """
     batch, heads, tokens, _ = query.shape
     stored, plain = key.shape[2], not softcap and sink_scores is None
+    if tokens == 1 and windows is None and not plain:
+        if own < stored:
+            key, value = (t.narrow(2, stored - own, own) for t in (key, value))
+        return attend_once(query, key, value, scale, softcap, sink_scores)
     groups, output = _adjacent(alike(windows, stored, own, key.shape[1])), None
     for chosen, (sinks, seen) in groups:
         q, k, v, theirs = heads_of(query, key, value, chosen)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import torch
 
 from ..attention.ops import attend_causal
+from . import ops as ops  # defines its operators
 from .blocks import alike, by_window
-from .ops import attend_windowed
 
 _HALF = (torch.float16, torch.bfloat16)
 _WIDEST = 256  # numbers of a head
 
 
-@attend_windowed.register_kernel("cuda")
 def _attend_windowed(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -47,6 +46,9 @@ def _attend_windowed(
             seeing = Seeing(sinks, seen, scale, softcap, sink_scores)
             attend(query, key, value, output, chosen, seeing)
     return output
+
+
+torch.library.impl("adaskip::attend_windowed", "cuda", _attend_windowed)
 
 
 def _see_everything(

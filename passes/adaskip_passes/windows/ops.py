@@ -18,8 +18,16 @@ from ..decode.ops import EVERY
 from .blocks import alike, by_window, heads_of
 from .seen import attend_seen
 
+# (As `attend_causal`: an operator of `torch.library.custom_op` takes longer to call.)
+torch.library.define(
+    "adaskip::attend_windowed",
+    "(Tensor query, Tensor key, Tensor value, Tensor? windows, SymInt own, float scale, "
+    "float softcap=0.0, Tensor? sink_scores=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("adaskip::attend_windowed", "default", by_window)  # on any device
 
-@torch.library.custom_op("adaskip::attend_windowed", mutates_args=())
+
 def attend_windowed(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -48,22 +56,19 @@ def attend_windowed(
         [B, T, H, D_v], contiguous.
 
     """
-    return by_window(query, key, value, windows, own, scale, softcap, sink_scores)
+    given = query, key, value, windows, own, scale, softcap, sink_scores
+    output: torch.Tensor = torch.ops.adaskip.attend_windowed.default(*given)
+    return output
 
 
-@attend_windowed.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    windows: torch.Tensor | None,
-    own: int,
-    scale: float,
-    softcap: float = 0.0,
-    sink_scores: torch.Tensor | None = None,
+def _shaped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_more: object
 ) -> torch.Tensor:
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, value.shape[3]))
+
+
+torch.library.register_fake("adaskip::attend_windowed", _shaped)
 
 
 @torch.library.custom_op("adaskip::attend_packed_windowed", mutates_args=())

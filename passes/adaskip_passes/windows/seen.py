@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -38,6 +40,48 @@ def attend_seen(
             query, key, value, attn_mask=seen, scale=scale, enable_gqa=grouped
         )
     return mixed.transpose(1, 2).contiguous()
+
+
+def attend_once(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    softcap: float,
+    sink_scores: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend with one query [B, H, 1, D] to all keys, with scores written out; see `attend_seen`.
+
+    A step of a small model waits for calls: there are as few of them as can be.
+    """
+    batch, heads, _, dim = query.shape
+    kv_heads, narrow = key.shape[1], query.dtype.itemsize < 4  # whose queries would lose bits
+    factor = scale / softcap if softcap else scale
+    rows = (query if narrow else query * factor).view(batch, kv_heads, -1, dim)
+    product: Callable[..., torch.Tensor] = _head_by_head if narrow else torch.matmul
+    if batch == 1 and not narrow:
+        rows, key, value, product = rows[0], key[0], value[0], torch.bmm
+    scores = product(rows, key.transpose(-1, -2))
+    if narrow:
+        scores = scores.float().mul_(factor)
+    if softcap:
+        scores = scores.tanh_().mul_(softcap)
+    if sink_scores is not None:
+        sinks = sink_scores.to(scores.dtype).view(kv_heads, -1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sinks), -1)
+    shares = torch.softmax(scores, -1)
+    if sink_scores is not None:
+        shares = shares[..., :-1]
+    return product(shares.to(value.dtype), value).view(batch, 1, heads, -1)
+
+
+def _head_by_head(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Return rows [B, H, G, n] times matrices [B, H, n, m] of 16 bits.
+
+    As one product they take twenty times as long on a CPU, where the matrices are a cache's keys.
+    """
+    places = [(row, head) for row in range(rows.shape[0]) for head in range(rows.shape[1])]
+    return torch.stack([rows[p] @ matrices[p] for p in places]).view(*rows.shape[:3], -1)
 
 
 def _written_out(

@@ -116,14 +116,48 @@ def test_soft_caps_and_sinks(
         torch.testing.assert_close(got.double(), full, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.one_of(st.integers(1, 30), st.just(EVERY)),
+    st.sampled_from([0.0, 0.7]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_one_query(
+    dtype: torch.dtype,
+    batch: int,
+    stored: int,
+    own: int,
+    softcap: float,
+    with_sinks: bool,
+    seed: int,
+) -> None:
+    """Of a decode step, whose keys are part of longer buffers, token by token."""
+    q, k, v = (t.to(dtype) for t in inputs(batch, 1, stored, seed))
+    k, v = (torch.cat((t, t), 2).permute(2, 0, 1, 3).contiguous() for t in (k, v))
+    k, v = (t.permute(1, 2, 0, 3)[:, :, :stored] for t in (k, v))
+    sinks = torch.linspace(-2, 2, HEADS * GROUP) if with_sinks else None
+    got = attend_windowed(q, k, v, None, own, 0.3, softcap, sinks)
+    windows = [(0, own)] * HEADS
+    want = by_hand(q, k, v, windows, lambda row, t, j: True, softcap, sinks)
+    assert got.is_contiguous()
+    assert got.dtype == dtype
+    off = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got.double(), want, atol=off, rtol=off)
+
+
 def test_another_soft_cap_or_sink_is_noticed() -> None:
     q, k, v = inputs(1, 9, 9, 0)
     sinks = torch.linspace(-2, 2, HEADS * GROUP)
-    right = attend_windowed(q, k, v, None, EVERY, 0.3, 0.7, sinks)
+    last = q[:, :, 8:]
+    right, of_one = (attend_windowed(t, k, v, None, EVERY, 0.3, 0.7, sinks) for t in (q, last))
     for softcap, scores in ((0.75, sinks), (0.7, sinks.flip(0)), (0.7, None)):
         other = by_hand(q, k, v, [(0, EVERY)] * HEADS, lambda row, t, j: j <= t, softcap, scores)
-        with pytest.raises(AssertionError, match="not close"):
-            torch.testing.assert_close(right.double(), other, atol=1e-5, rtol=1e-5)
+        for got, want in ((right, other), (of_one, other[:, 8:])):
+            with pytest.raises(AssertionError, match="not close"):
+                torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
 def test_more_queries_than_one_block_has() -> None:
