@@ -34,6 +34,7 @@ from adaskip_passes.decode.absorb_latent import AbsorbLatent
 from adaskip_passes.decode.fuse_attention import FuseAttention
 from adaskip_passes.decode.fuse_experts import FuseExperts
 from adaskip_passes.decode.fuse_rotary import FuseRotary
+from adaskip_passes.decode.write_out_experts import WriteOutExperts
 from adaskip_passes.decode.write_out_products import WriteOutProducts
 from adaskip_passes.infra.pass_manager import run_passes
 from adaskip_passes.partition.outer import piece_of, sublayer_calls
@@ -246,7 +247,12 @@ def _compiler(captured: Capture, key: GraphKey, backend: str) -> PieceCompiler:
 
 
 def _lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:
-    """Return inner passes for the pieces: fused operators for a GPU's steps of a few tokens."""
+    """Return inner passes for the pieces: fused operators for a GPU's steps of a few tokens.
+
+    (On a CPU one token's experts are written out: there an operator is a call more.)
+    """
+    if backend == "inductor" and key.device.type == "cpu":
+        return (WriteOutExperts(),) if key.one_token and not key.static_cache else ()
     if key.device.type != "cuda" or backend != "inductor":
         return ()
     if not key.static_cache:

@@ -12,7 +12,7 @@ from torch.nn.functional import linear, silu
 
 from .ops import MAX_ROWS as MAX_TOKENS
 
-__all__ = ["MAX_EXPERTS", "MAX_TOKENS", "choose_experts", "run_experts"]
+__all__ = ["MAX_EXPERTS", "MAX_TOKENS", "choose_experts", "gated", "run_experts"]
 
 MAX_EXPERTS = 1024  # that one program of a kernel chooses among
 
@@ -64,8 +64,8 @@ def run_experts(
             continue
         token, place = torch.where(chosen == expert)
         both = _product(hidden[token], up[expert], up_bias, expert, transposed)
-        gated = _gated(both, interleaved, clamp, alpha)
-        output = _product(gated, down[expert], down_bias, expert, transposed)
+        between = gated(both, interleaved, clamp, alpha)
+        output = _product(between, down[expert], down_bias, expert, transposed)
         parts[token, place] = output * shares[token, place, None]
     result = parts.sum(1).to(hidden.dtype)
     return result if residual is None else result + residual.view_as(result)
@@ -81,7 +81,8 @@ def _product(
     return linear(x, weight.T if transposed else weight, None if biases is None else biases[expert])
 
 
-def _gated(both: torch.Tensor, interleaved: bool, clamp: float, alpha: float) -> torch.Tensor:
+def gated(both: torch.Tensor, interleaved: bool, clamp: float, alpha: float) -> torch.Tensor:
+    """Return what comes between the two products of an expert; see `run_experts`."""
     gate, up = (both[..., ::2], both[..., 1::2]) if interleaved else both.chunk(2, -1)
     if not clamp:
         return silu(gate) * up
