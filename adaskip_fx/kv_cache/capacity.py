@@ -11,16 +11,19 @@ def blocks(tokens: int) -> int:
     return -(-tokens // _BLOCK) * _BLOCK
 
 
-def grown(total: int, length: int, expected: int, at_once: int) -> int:
+def grown(total: int, length: int, expected: int, at_once: int, longest: int) -> int:
     """Return it for `total` tokens and some that are expected, at most twice as many.
+
+    A prompt is followed by a token, which is not to be the one that all is moved for.
 
     Args:
         total: tokens to be stored.
         length: those that are stored.
         expected: those that the request may come to, if somebody knows; else 0.
         at_once: those that it was said to have from the beginning.
+        longest: those that the model is made for.
     """
-    more = max(expected, total * 3 // 2 if length else 0)
+    more = max(expected, total * 3 // 2 if length else min(total + 1, longest))
     return blocks(max(total, min(more, 2 * total), at_once))
 
 

@@ -151,7 +151,8 @@ class RequestMemory:
 
     def _grow(self, batch: int, total: int) -> CacheBuffers:
         old = self.lease.buffers if batch == self.batch else None
-        capacity = grown(total, self.length, self.expected, self._at_once)
+        longest = self.owner.buffer_pool.longest
+        capacity = grown(total, self.length, self.expected, self._at_once, longest)
         stays = old is not None and not self._outgrown(old, capacity)
         if (
             old is not None

@@ -162,6 +162,17 @@ def test_growth_token_by_token() -> None:
     assert cache.capacity == 512
 
 
+@pytest.mark.parametrize("prompt", [255, 256, 300, 512])
+def test_the_token_after_a_prompt_moves_nothing(prompt: int) -> None:
+    bank = entry("one_layer")
+    with bank.using():
+        cache = bank.runtime.new_cache()
+        fill(bank, cache, bank.tokens(1, prompt))
+        before = cache.lease.buffers
+        fill(bank, cache, bank.tokens(1, 1))
+        assert cache.lease.buffers is before
+
+
 @pytest.mark.parametrize("expected", [0, 300, 100_000])
 def test_never_twice_as_much_as_is_filled_and_a_block(expected: int) -> None:
     bank = entry("one_layer")
