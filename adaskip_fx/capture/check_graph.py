@@ -12,7 +12,8 @@ from adaskip_passes import UnsupportedError
 from ..kv_cache.buffers import CacheBuffers
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..kv_cache.packed_view import PackedCacheView
-from ..kv_cache.views import DynamicCacheView, LayerView, StaticCacheView
+from ..kv_cache.step_views import step_view
+from ..kv_cache.views import DynamicCacheView, StaticCacheView
 from .arguments import (
     AnyCacheView,
     Forward,
@@ -200,9 +201,7 @@ def _cache_after(
     if key.static_cache:
         first = torch.full((len(rows),), padding, dtype=torch.int64, device=key.device)
         return StaticCacheView.of(buffers, specs, first + step.past, first, key.whole)
-    layers = [LayerView(spec, *buffers.layer(i, spec, total)) for i, spec in enumerate(specs)]
-    filled, new_tokens = (buffers.lengths.narrow(0, 0, n) for n in (total, new))
-    return DynamicCacheView(layers, filled, new_tokens, key.phase == "prefill")
+    return step_view(buffers, specs, total, new, key.phase == "prefill")
 
 
 def _arguments(

@@ -18,6 +18,7 @@ from .token_layout import Pair, empty, gap, heads_of
 
 if TYPE_CHECKING:
     from ..runtime.static_step import StaticStep
+    from .step_views import StepViews
 
 #: Ranges of memory that are extended between two tokens, if that is a part of this of them.
 _AT_A_TIME, _PART = 8, 32
@@ -43,6 +44,7 @@ class CacheBuffers:
         lengths: a tensor on the CPU of which only lengths are used, int8 [room].
         keys, values: [batch, heads, room, dim] by layer: views of the regions.
         steps: those that run on these buffers on a static cache, by their number of new tokens.
+        views: what steps see that are handed views of the filled part.
         stream: the CUDA stream that the steps of the request run on, on a GPU.
         shown: whether somebody has a view of a buffer, and may hold it for longer than the
             request lives: nothing that it shows is overwritten, and no other request gets it.
@@ -64,6 +66,7 @@ class CacheBuffers:
     keys: list[torch.Tensor | None] = field(init=False, repr=False)
     values: list[torch.Tensor | None] = field(init=False, repr=False)
     steps: dict[int, StaticStep] = field(init=False, default_factory=dict, repr=False)
+    views: StepViews | None = field(init=False, default=None, repr=False)
     stream: torch.cuda.Stream | None = field(init=False, default=None, repr=False)
     shown: bool = field(init=False, default=False)
 

@@ -18,7 +18,8 @@ from .layer_spec import LayerCacheSpec, StateKind
 from .owner import Owner
 from .padding import LastMask
 from .retention import Retention
-from .views import DynamicCacheView, LayerView
+from .step_views import step_view
+from .views import DynamicCacheView
 
 
 class RequestMemory:
@@ -203,9 +204,7 @@ class RequestMemory:
             ValueError: the cache was filled with another batch size.
         """
         buffers, total = self.reserve(batch, tokens), self.length + tokens
-        layers = [LayerView(s, *buffers.layer(i, s, total)) for i, s in enumerate(self.specs)]
-        filled, new = buffers.lengths.narrow(0, 0, total), buffers.lengths.narrow(0, 0, tokens)
-        return DynamicCacheView(layers, filled, new, prefill)
+        return step_view(buffers, self.specs, total, tokens, prefill)
 
     def advance(self, tokens: int) -> None:
         """Count a step's tokens as stored."""

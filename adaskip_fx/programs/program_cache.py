@@ -90,8 +90,7 @@ class Graphs:
     @property
     def device(self) -> torch.device:
         """Where the parameters are now."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
     @property
     def forward(self) -> Forward:
@@ -246,9 +245,10 @@ class Graphs:
         key = program_key(captured, *wanted)
         return self._programs.get(key, lambda: self.ranks.together("a program", make))
 
-    def use(self, program: Program) -> bool:
-        """Say that a program is about to run again; returns whether it is still kept."""
-        return self._programs.use(program)
+    def use(self, program: Program, arguments: dict[str, Any] | None = None) -> bool:
+        """Say that a program runs again; returns if it is kept, and right for any `arguments`."""
+        holds = arguments is None or self._proofs.guards(program.captured).hold(arguments)
+        return holds and self._programs.use(program)
 
     def takes_padding(self, captured: CapturedPhase) -> bool:
         """Return whether a graph for a static cache is right for padding; that is tried once."""

@@ -50,11 +50,11 @@ class Inputs(NamedTuple):
         self.check_positions()
         batch, tokens = self.input_ids.shape[:2]
         positions, mask = self.position_ids, self.attention_mask
-        if positions is None:
-            new = torch.arange(past, past + tokens, device=self.input_ids.device)
-            positions = new.unsqueeze(0)
         if mask is not None:
             mask = mask.to(torch.bool).contiguous()
+        if positions is None:
+            new = torch.arange(past, past + tokens, device=self.input_ids.device)
+            return mask, new.expand(batch, tokens).contiguous()
         shape = (*positions.shape[:-2], batch, tokens)
         return mask, positions.to(torch.int64).expand(shape).contiguous()
 

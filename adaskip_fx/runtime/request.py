@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..programs.instruments import Instrument
     from ..programs.program import Program
     from .static_step import StaticBinding
+    from .view_binding import ViewBinding
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Request:
         decoding_from: How many tokens were stored then.
         finished: Rows, bool [B], that have ended; they count for nothing in the window.
         bindings: What the turn's steps on a static cache repeat, by number of tokens and plan.
+        on_views: What its last step repeats that was handed views.
         agreed: The digest of the last plan that all ranks were seen to run; None before.
         since: The state of the model that the request began with; None before its first prompt.
         weights: The inputs that stay the same during the request, by captured graph, for
@@ -63,6 +65,7 @@ class Request:
     bindings: dict[tuple[int, SkipPlan], StaticBinding] = field(
         init=False, default_factory=dict, repr=False
     )
+    on_views: ViewBinding | None = field(init=False, default=None, repr=False)
     agreed: str | None = field(init=False, default=None, repr=False)
     since: Since | None = field(init=False, default=None, repr=False)
     weights: WeakKeyDictionary[CapturedPhase, tuple[Any, ...]] = field(

@@ -12,8 +12,7 @@ from collections.abc import Callable
 import torch
 
 from ..capture.arguments import bind_arguments, is_embedded, step_inputs
-from ..capture.batch_sizes import BatchSizes
-from ..capture.graph_key import GraphKey, GraphPhase, Surroundings
+from ..capture.graph_key import GraphPhase, Surroundings
 from ..kv_cache.buffer_pool import BufferPool
 from ..kv_cache.cache import SkipCache
 from ..plans.skip_plan import SkipPlan, Sublayer
@@ -24,6 +23,7 @@ from .kept_logits import cut, kept_logits
 from .packed import PackedRunner
 from .request import Request
 from .static_runner import Ran, StaticRunner
+from .view_binding import Form, ViewBinding
 
 
 class Runner:
@@ -140,7 +140,7 @@ class Runner:
             return self.packed.run(request, plan, inputs, cache, logits_to_keep)
         if phase == "extend" and isinstance(logits_to_keep, int) and logits_to_keep == 1:
             return None
-        if is_embedded(inputs.input_ids) or inputs.axes:
+        if not self.static.enabled or is_embedded(inputs.input_ids) or inputs.axes:
             return None
         ran = self.static.run(phase, request, plan, probed, inputs, cache)
         if ran is None:
@@ -158,31 +158,37 @@ class Runner:
         cache: SkipCache,
         logits_to_keep: int | torch.Tensor,
     ) -> Ran:
-        batch, tokens = inputs.input_ids.shape[:2]
-        kept = kept_logits(self.graphs.forward, logits_to_keep, inputs.input_ids)
+        graphs, instrument, ids = self.graphs, request.instrument, inputs.input_ids
+        forward, (batch, tokens) = graphs.forward, ids.shape[:2]
+        kept = kept_logits(forward, logits_to_keep, ids)
         mask, positions = inputs.normal(cache.length)
         views, buffers = cache.step_view(batch, tokens, phase == "prefill"), cache.lease.buffers
-        key = GraphKey(
+        form = Form(
             phase,
-            BatchSizes.around(batch),
-            one_token=tokens == 1,
-            one_stored=cache.length + tokens == 1,
-            masked=mask is not None,
-            last_logits=kept.last,
-            dtype=self.graphs.model.dtype,
-            device=self.graphs.device,
-            surroundings=Surroundings.now(self.graphs.device),
-            embedded=is_embedded(inputs.input_ids),
-            axes=inputs.axes,
-            by_head=buffers is not None and buffers.by_head,
+            batch,
+            tokens == 1,
+            cache.length + tokens == 1,
+            mask is not None,
+            kept.last,
+            Surroundings.now(ids.device),
+            is_embedded(ids),
+            inputs.axes,
+            buffers is not None and buffers.by_head,
         )
-        model, forward = self.graphs.model, self.graphs.forward
-        given = step_inputs(forward, inputs.input_ids, positions, mask, kept.argument)
-        arguments = bind_arguments(model, forward, views, given)
-        instrument = request.instrument
-        program = self.graphs.program(key, plan, probed, arguments, request.begun, instrument)
-        weights = request.weights_of(program, arguments, cache.length, self.graphs.states)
-        valid = _valid(request, phase, inputs.input_ids, mask) if probed else None
+        given = step_inputs(forward, ids, positions, mask, kept.argument)
+        arguments = bind_arguments(graphs.model, forward, views, given)
+        binding, wanted = request.on_views, (form, plan, probed, instrument)
+        if (
+            binding is None
+            or not binding.serves(*wanted)
+            or not graphs.use(binding.program, arguments)
+        ):
+            key = form.key(graphs.model.dtype, graphs.device)
+            program = graphs.program(key, plan, probed, arguments, request.begun, instrument)
+            weights = request.weights_of(program, arguments, cache.length, graphs.states)
+            binding = request.on_views = ViewBinding.of(*wanted, program, weights)
+        program, weights = binding.program, binding.weights
+        valid = _valid(request, phase, ids, mask) if probed else None
         if instrument is not None:
             logits, statistics = instrument.run(program, arguments, weights, valid)
         else:

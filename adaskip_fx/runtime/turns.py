@@ -42,6 +42,7 @@ def begin(cache: SkipCache, graphs: Graphs) -> None:
     request.since = since
     request.weights.clear()
     request.bindings.clear()
+    request.on_views = None
     if not cache.length:
         device = next(graphs.model.parameters()).device
         stored, retention = graphs.stored(request.plan), graphs.retention(request.plans)
