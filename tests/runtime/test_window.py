@@ -228,15 +228,9 @@ def test_another_window_is_caught() -> None:
 
 def probed_steps(case: Case, counts: Sequence[int], cache: Any) -> list[int]:
     """How many sublayers each step measured."""
-    runtime, seen = case.bank.runtime, []
-    program = runtime.graphs.program
-
-    def spy(key: Any, plan: Any, probed: Any, *more: Any) -> Any:
-        seen.append(len(probed))
-        return program(key, plan, probed, *more)
-
+    runtime, seen = case.bank.runtime, list[int]()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(runtime.graphs, "program", spy)
+        patch.setattr(runtime, "observer", lambda program, *_: seen.append(len(program.probed)))
         for ids in tokens(case.bank, counts):
             case.bank.compiled(ids, past_key_values=cache, logits_to_keep=1)
     return seen
