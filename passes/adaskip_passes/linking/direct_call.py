@@ -7,14 +7,15 @@ object, needs none of that, and between short kernels they are a good part of a 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ..tracing.dynamo import one_at_a_time
-
 Compiled = Callable[..., Any]
+
+_one_watches = threading.Lock()  # nobody waits for it: others call what they have
 
 
 def without_wrappers(function: Compiled) -> Compiled:
@@ -37,14 +38,16 @@ def without_wrappers(function: Compiled) -> Compiled:
         nonlocal call, tried
         if call is not None and not torch.is_grad_enabled():
             return call(list(inputs))
-        if tried or torch.is_grad_enabled():
+        if tried or torch.is_grad_enabled() or not _one_watches.acquire(blocking=False):
             return function(*inputs)  # type: ignore[no-any-return]
-        with one_at_a_time:  # another thread may be here as well
-            if tried:
-                return run(*inputs)
-            outputs, found = _watched(function, graph, inputs)
-            call, tried = found, True
+        try:
+            outputs, seen, innermost = _watched(function, graph, inputs)
+            if len(seen) == 1:  # no other thread came between
+                alike = _same(seen[0][0], inputs) and _same(seen[0][1], outputs)
+                call, tried = innermost if alike else None, True
             return outputs
+        finally:
+            _one_watches.release()
 
     return run
 
@@ -58,9 +61,14 @@ def _innermost(function: Any) -> Any:
 
 def _watched(
     function: Compiled, graph: Any, inputs: tuple[Any, ...]
-) -> tuple[Sequence[Any], Callable[[list[Any]], Sequence[Any]] | None]:
-    """Call a function; returns its outputs, and what may be called in its place, if anything."""
-    call, seen = graph.current_callable, list[tuple[Any, ...]]()
+) -> tuple[Sequence[Any], list[tuple[Any, Any]], Callable[[list[Any]], Sequence[Any]]]:
+    """Call a function.
+
+    Returns:
+        Its outputs; with which inputs the innermost one was called meanwhile, and what it returned;
+        and that one.
+    """
+    call, seen = graph.current_callable, list[tuple[Any, Any]]()
 
     def watch(given: list[Any]) -> Any:
         taken = tuple(given)
@@ -70,11 +78,9 @@ def _watched(
 
     graph.current_callable = watch
     try:
-        outputs = function(*inputs)
+        return function(*inputs), seen, call
     finally:
         graph.current_callable = call
-    alike = len(seen) == 1 and _same(seen[0][0], inputs) and _same(seen[0][1], outputs)
-    return outputs, call if alike else None
 
 
 def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:

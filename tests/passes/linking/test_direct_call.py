@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,31 @@ def test_gradients_are_the_wrappers_to_see_to() -> None:
     with torch.enable_grad():
         check(function)
     assert wrapper.calls == 7
+
+
+@torch.no_grad()
+def test_a_thread_that_comes_between_waits_for_nothing() -> None:
+    """Its call goes through the wrappers, and what is seen is seen at a later call."""
+    results = list[float]()
+
+    def call(x: Tensor) -> tuple[Tensor]:
+        if not results:
+            results.append(0.0)
+            thread = threading.Thread(target=between)
+            thread.start()
+            thread.join()
+        return (x + 1,)
+
+    @torch.no_grad()
+    def between() -> None:
+        results.append(function(torch.tensor(5.0))[0].item())
+
+    wrapper = Wrapper(Graph(call))
+    function = without_wrappers(wrapper)
+    assert function(torch.tensor(1.0))[0].item() == 2
+    assert results == [0, 6]
+    assert [function(torch.tensor(float(n)))[0].item() for n in range(3)] == [1, 2, 3]
+    assert wrapper.calls == 3
 
 
 def test_a_call_that_fails_leaves_the_graph_as_it_was() -> None:
