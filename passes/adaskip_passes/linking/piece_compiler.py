@@ -102,7 +102,9 @@ class PieceCompiler:
         examples = [n.meta["example_value"] for n in graph.find_nodes(op="placeholder")]
         with self.capture.reopened():
             options = {"config_patches": _SHORT_KERNELS} if self.short_kernels else {}
-            function = without_wrappers(self._inner(lowered, examples, **options))
+            function: Compiled = self._inner(lowered, examples, **options)
+        if not any(isinstance(e, torch.Tensor) and e.is_cuda for e in examples):
+            function = without_wrappers(function)  # (a GPU does not wait for the host's calls)
         for kernel in kernels:
             kernel.result()
         self.compiled += 1
