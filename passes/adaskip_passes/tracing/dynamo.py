@@ -20,6 +20,7 @@ from .. import _torch
 from .._torch import PythonPrinter, ShapeEnv, TracingContext, is_disabled, one_at_a_time, tracing
 from ..errors import UnsupportedError
 from .linear_scan import one_operator
+from .list_slices import plain_slices
 
 __all__ = [  # also used by the modules beside this one
     "PythonPrinter",
@@ -145,6 +146,7 @@ def _tracing() -> Iterator[None]:
         _torch.without_stack_texts(),
         _torch.guarding_hooks(),
         one_operator(),
+        plain_slices(),
         _torch.not_exporting(),
     ):
         yield
