@@ -9,7 +9,8 @@ its key.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias
@@ -45,7 +46,7 @@ from adaskip_passes.transforms.short_sums import WriteOutShortSums
 
 from ..kv_cache.layer_spec import LayerCacheSpec
 from ..plans.sublayer import Sublayer
-from . import attention, mixers, rotary
+from . import attention, config_reads, mixers, rotary
 from .arguments import Forward
 from .example_inputs import Lengths, example_arguments
 from .graph_key import GraphKey
@@ -171,7 +172,7 @@ def capture_phase(
             arguments,
             lambda made: made,
             layers,
-            partial(mixers.exchanged, model),
+            partial(_exchanged, model),
         )
         if captured.python_effects:
             changed = ", ".join(map(readable, captured.python_effects))
@@ -185,6 +186,13 @@ def capture_phase(
             _refuse_whole_reads(captured)
         with captured.reopened():  # what the cutting finds out of shapes is guarded as well
             return _cut(captured, key, lengths.rows, backend)
+
+
+@contextmanager
+def _exchanged(model: PreTrainedModel) -> Iterator[None]:
+    """Have Dynamo read what computes the same and is traced sooner, or for more lengths."""
+    with mixers.exchanged(model), config_reads.traced_once():
+        yield
 
 
 def _refuse_whole_reads(captured: Capture) -> None:

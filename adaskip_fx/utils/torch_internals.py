@@ -5,10 +5,14 @@ No other module of adaskip_fx names one; `docs/explanation/private-interfaces.md
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch._dynamo.variables import UserDefinedObjectVariable
 from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true
 
 Subclass = TypeVar("Subclass", bound=torch.Tensor)
@@ -18,6 +22,35 @@ def mark_dynamic(tensor: torch.Tensor, dim: int, bounds: tuple[int, int] | None 
     """Have Dynamo take the length of a dimension for a symbol, between two numbers if given."""
     least, most = bounds or (None, None)
     torch._dynamo.mark_dynamic(tensor, dim, min=least, max=most)
+
+
+@contextmanager
+def reading_stored(stored: Callable[[object, str], str | None]) -> Iterator[None]:
+    """Let Dynamo read what objects store without tracing their ``__getattribute__``.
+
+    The first read of each object is traced, so that what the code looks at is guarded.
+
+    Args:
+        stored: from an object and a name to the name under which the object's own dictionary has
+            what a read gives; None where the read is to be traced.
+    """
+    traced = UserDefinedObjectVariable.var_getattr
+
+    def var_getattr(variable: Any, tx: Any, name: str) -> Any:
+        own_code = variable._object_has_getattribute
+        met = vars(variable).get("_adaskip_met", False)
+        if not own_code and not met:
+            return traced(variable, tx, name)
+        plain = stored(variable.value, name) if met else None
+        variable._adaskip_met = True
+        variable._object_has_getattribute = plain is None
+        try:
+            return traced(variable, tx, name if plain is None else plain)
+        finally:
+            variable._object_has_getattribute = own_code
+
+    with patch.object(UserDefinedObjectVariable, "var_getattr", var_getattr):
+        yield
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:
