@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Every capture ends with a full collection, which need not look at what was imported."""
+    """Captures end with collections, full ones at times, which need not look at imports."""
     gc.collect()
     gc.freeze()
 
@@ -57,7 +57,7 @@ def _settled() -> Iterator[None]:
 def pytest_runtest_teardown() -> None:
     """Let go of the shape environments that torch keeps in caches of methods.
 
-    They hold what former tests traced, and every capture's collection would look at all of it.
+    They hold what former tests traced, and full collections would look at all of it.
     """
     for method in vars(ShapeEnv).values():
         if hasattr(method, "cache_clear"):

@@ -585,7 +585,7 @@ CHECKS: dict[str, Callable[[Shared], Any]] = {
 
 def main(folder: Path, *names: str) -> None:
     gc.collect()
-    gc.freeze()  # every capture ends with a full collection, which need not look at the imports
+    gc.freeze()  # captures end with collections, which need not look at the imports
     dist.init_process_group("gloo")
     shared, results = Shared(folder), dict[str, Any]()
     file = folder / f"results-{shared.rank}.json"

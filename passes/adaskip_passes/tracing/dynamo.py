@@ -35,6 +35,10 @@ __all__ = [  # also used by the modules beside this one
 Exchange = Callable[[], AbstractContextManager[Any]]
 
 _serial = itertools.count()
+#: By so much may what is old have grown; Python collects all of it at 1.25.
+_GROWTH = 1.2
+#: How many objects were old after the last full collection.
+_after_full = [0]
 _CONTEXT = "Developer debug context: "
 #: transformers resets a context variable of its own in every call.
 _RESET_BY_ALL = "__import_transformers_dot_utils_dot_output_capturing']._active_collector"
@@ -125,18 +129,23 @@ def trace(
 def _swept() -> Iterator[None]:
     """Let go of what tracing leaves behind: cycles that hold the frames of the callers.
 
-    In those frames are the tensors of a request. One full collection, here: it takes half a second
-    once a graph of a large model is in memory, and would otherwise come due in a token stream.
+    In those frames are the tensors of a request. They are young, as nothing is collected meanwhile,
+    and stay so while an exception has them. A full collection takes half a second once a graph of a
+    large model is in memory; one that would soon come due in a token stream is made here.
     """
-    enabled = gc.isenabled()
+    enabled, generation = gc.isenabled(), 0
     gc.disable()
     try:
         with _torch.no_collection_after_compiling():
             yield
+        generation = 1
     finally:
+        gc.collect(generation)
+        if generation and len(gc.get_objects(generation=2)) > _GROWTH * _after_full[0]:
+            gc.collect()
+            _after_full[0] = len(gc.get_objects(generation=2))
         if enabled:
             gc.enable()
-        gc.collect()
 
 
 @contextmanager
