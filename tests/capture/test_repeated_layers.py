@@ -43,6 +43,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "learned positions": ("gpt2", {}, 2),
     "attention scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, 0),
 }
+#: Those whose layers give a tuple, which have no steps on a static cache.
+TUPLES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "results besides": ("gptj", {"rotary_dim": 8}, 2),
+    "nothing besides": ("mpt", {"max_seq_len": 2048}, 2),
+    "biases by position": ("bloom", {}, 2),
+    "one norm of several": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, 2),
+}
 KEYS = {
     "prefill": ("prefill", {}),
     "extend": ("extend", {"masked": True}),
@@ -69,7 +76,7 @@ def slow(name: str) -> Any:
 
 
 def check(family: str, phase: str) -> CapturedPhase:
-    kind, more, copied = FAMILIES[family]
+    kind, more, copied = {**FAMILIES, **TUPLES}[family]
     model = model_of(kind, more)
     name, options = KEYS[phase]
     fixed: dict[str, Any] = {"batch": BatchSizes.only(1), "one_stored": False, "last_logits": True}
@@ -93,6 +100,14 @@ def check(family: str, phase: str) -> CapturedPhase:
     [name if name in ("llama", "learned positions") else slow(name) for name in FAMILIES],
 )
 def test_the_graph_of_a_family(family: str, phase: str) -> None:
+    check(family, phase)
+
+
+@pytest.mark.parametrize("phase", ["prefill", slow("decode")])
+@pytest.mark.parametrize(
+    "family", [name if name == "results besides" else slow(name) for name in TUPLES]
+)
+def test_the_graph_of_layers_that_give_a_tuple(family: str, phase: str) -> None:
     check(family, phase)
 
 

@@ -174,6 +174,65 @@ def test_arguments_by_name_and_in_containers() -> None:
     assert (got.copied, got.why_traced) == (2, "")
 
 
+class Unpacks(Variant):
+    def run(self, x: Tensor, table: Tensor, memory: Memory, start: int) -> Tensor:
+        for layer in self.layers:
+            (x, _) = layer(x, table, memory, start)
+        return x
+
+
+class Sums(Variant):
+    """Adds up what layers give besides."""
+
+    def run(self, x: Tensor, table: Tensor, memory: Memory, start: int) -> Tensor:
+        total = torch.zeros_like(x)
+        for layer in self.layers:
+            x, more = layer(x, table, memory, start)
+            total = total + more
+        return x + total
+
+
+class Pair(SurrogateTensors):
+    """Returns a tuple, as many layers of transformers do."""
+
+    def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Any:
+        return super().forward(x, table, memory, start), None
+
+
+class Besides(SurrogateTensors):
+    """Gives something that it computes on the way."""
+
+    def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Any:
+        inner = self.mlp.up(x).sum(-1, keepdim=True)
+        return super().forward(x * inner, table, memory, start), inner
+
+
+class Turned(SurrogateTensors):
+    """Gives the stream last."""
+
+    def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Any:
+        return x.sum(-1), super().forward(x, table, memory, start)
+
+
+RESULTS: dict[str, tuple[type[Variant], type[Block]]] = {
+    "nothing": (Unpacks, Pair),
+    "what nobody reads": (Unpacks, Besides),
+    "what is read": (Sums, Besides),
+}
+
+
+@pytest.mark.parametrize("case", _marked(RESULTS, {"what is read"}))
+def test_a_tuple_with_more_than_the_stream(case: str) -> None:
+    kind, block = RESULTS[case]
+    model = kind(block)
+    got = both(model)
+    assert (got.copied, got.why_traced) == (2, "")
+    args, twin = (arguments(model, SHAPE, 5, 5) for _ in range(2))
+    with torch.no_grad():
+        logits = got.graph(*got.binder(got.sources)(args))[0]
+        assert torch.equal(logits, model(twin["ids"], twin["memory"]))
+
+
 @pytest.mark.slow
 def test_a_tensor_for_each_module() -> None:
     class Gated(SurrogateTensors):
@@ -238,13 +297,6 @@ class BranchesOnPlace(SurrogateTensors):
         return super().forward(x * scale, table, memory, start)
 
 
-class Pair(SurrogateTensors):
-    """Returns a tuple, as many layers of transformers did."""
-
-    def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Any:
-        return super().forward(x, table, memory, start), None
-
-
 class Halves(SurrogateTensors):
     """Its result is not like its first argument."""
 
@@ -252,10 +304,26 @@ class Halves(SurrogateTensors):
         return super().forward(x, table, memory, start)[..., : x.shape[-1]].transpose(0, 1)
 
 
-class Unpacks(Variant):
+class Numbers(SurrogateTensors):
+    """Gives a number as well."""
+
+    def forward(self, x: Tensor, table: Tensor, memory: Any, start: int, **more: Any) -> Any:
+        return super().forward(x, table, memory, start), 0.5
+
+
+class TakesLast(Variant):
     def run(self, x: Tensor, table: Tensor, memory: Memory, start: int) -> Tensor:
         for layer in self.layers:
-            (x, _) = layer(x, table, memory, start)
+            x = layer(x, table, memory, start)[-1]
+        return x
+
+
+class Backwards(Variant):
+    """Calls its last layer first."""
+
+    def run(self, x: Tensor, table: Tensor, memory: Memory, start: int) -> Tensor:
+        for layer in reversed(self.layers):
+            x = layer(x, table, memory, start)[0]
         return x
 
 
@@ -320,7 +388,13 @@ class ReadsEmbedding(SurrogateTensors):
 FULL: dict[str, tuple[type[Variant], type[Block], str]] = {
     "arithmetic with its place": (Variant, UsesPlace, "Observed exception"),
     "a branch on its place": (Variant, BranchesOnPlace, "Observed exception"),
-    "a tuple for a result": (Unpacks, Pair, ""),
+    "a tuple with a number": (Unpacks, Numbers, ""),
+    "a tuple, from the last layer on": (Backwards, Pair, ""),
+    "a tuple that begins with something else": (
+        TakesLast,
+        Turned,
+        "the module's result is not like",
+    ),
     "another result": (Variant, Halves, "the module's result is not like its first argument"),
     "a number for each": (Numbered, SurrogateTensors, "modules are called with 0 and 1"),
     "no first argument": (ByName, SurrogateTensors, ""),

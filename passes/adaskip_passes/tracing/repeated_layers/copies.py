@@ -50,7 +50,7 @@ class Region:
             require(alone, f"{node.name} is read outside of the module that computes it")
         same = entered.args[1][1:] == left.args[2][1:]  # type: ignore[index]
         require(same, "a module changes the containers that it is called with")
-        for value in (stream_of(entered), left.args[1]):
+        for value in (stream_of(entered), parts_of(left)[0]):
             alike = isinstance(value, fx.Node) and _description(value) == _description(entered)
             require(alike, "the module's result is not like its first argument")
         return cls(entered, left, tuple(nodes))
@@ -70,17 +70,16 @@ class Copy:
         _correspond(region.entered.args[1:], mark.args[1:], self.passed_for)
         self.copies = {region.entered: stream_of(mark)}
 
-    def made(self) -> fx.Node:
-        """Write the copy before the mark; returns its result."""
+    def made(self) -> tuple[fx.Node | None, ...]:
+        """Write the copy before the mark; returns the parts of its result."""
         graph, rename = self.expansion.graph, _renaming(self.region.entered, self.mark)
         with graph.inserting_before(self.mark):
             for node in self.region.nodes:
                 copy = self.copies[node] = graph.node_copy(node, self._counterpart)
                 if "nn_module_stack" in copy.meta:
                     copy.meta["nn_module_stack"] = rename(copy.meta["nn_module_stack"])
-        result = self.region.left.args[1]
-        assert isinstance(result, fx.Node)
-        return self._counterpart(result)
+        result = parts_of(self.region.left)
+        return tuple(None if part is None else self._counterpart(part) for part in result)
 
     def compare(self, traced: Region) -> None:
         """Require that the twin's own trace is what the copy would be.
@@ -171,6 +170,12 @@ def require(condition: bool, otherwise: str) -> None:
     """
     if not condition:
         raise NotRepeatedError(otherwise)
+
+
+def parts_of(left: fx.Node) -> tuple[fx.Node | None, ...]:
+    """Return the parts of what a module gives, by the mark where it ends."""
+    result: Any = left.args[1]
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
 def stream_of(mark: fx.Node) -> fx.Node:

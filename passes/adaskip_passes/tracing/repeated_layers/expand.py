@@ -7,6 +7,7 @@ twin's.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import fx
 
 from ..._torch import fake_like
 from ...infra.pass_base import Pass, PassResult
-from .copies import Copy, Region, is_size, require, stream_of
+from .copies import Copy, Region, is_size, parts_of, require, stream_of
 from .mark import MARKS, First, Repeat, seconds_of
 
 
@@ -89,8 +90,8 @@ class Expansion:
             r, correspondence = first[k]
             _bypass(mark, Copy(self, regions[r], mark, correspondence).made())
         for region in regions.values():
-            _bypass(region.left, region.left.args[1])
-            _bypass(region.entered, stream_of(region.entered))
+            _bypass(region.left, parts_of(region.left))
+            _bypass(region.entered, (stream_of(region.entered),))
         for node in idle:
             if not node.users:  # an input that only marks had: Dynamo leaves out what nobody reads
                 self.graph.erase_node(node)
@@ -117,6 +118,13 @@ class Expansion:
         return node
 
 
-def _bypass(mark: fx.Node, value: Any) -> None:
-    mark.replace_all_uses_with(value)
+def _bypass(mark: fx.Node, parts: tuple[fx.Node | None, ...]) -> None:
+    """Let what was computed be read where a mark was: it, or what is taken out of it."""
+    if not isinstance(mark.meta["example_value"], tuple):
+        require(len(parts) == 1, "a module is called before its twin, and gives several things")
+        mark.replace_all_uses_with(parts[0])  # type: ignore[arg-type]
+    for taken in list(mark.users):
+        require(taken.target is operator.getitem, "what a module gives is read as a whole")
+        taken.replace_all_uses_with(parts[taken.args[1]])  # type: ignore[arg-type, index]
+        mark.graph.erase_node(taken)
     mark.graph.erase_node(mark)

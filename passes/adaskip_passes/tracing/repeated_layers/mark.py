@@ -34,13 +34,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from .match import LayerIndex, Twins, twins
 
+#: What a module gives: a tensor like its first argument, or a tuple that begins with one.
+Result: TypeAlias = torch.Tensor | tuple[torch.Tensor | None, ...]
 #: For each module that has a twin before it: the place of the first such, and how it corresponds.
 First = Mapping[int, tuple[int, Twins]]
 
@@ -133,17 +135,26 @@ def entered(position: int, values: list[Any], names: tuple[str, ...]) -> torch.T
     return torch.empty_like(values[0])
 
 
-def left(position: int, result: torch.Tensor, values: list[Any]) -> torch.Tensor:
+def left(position: int, result: Result, values: list[Any]) -> Result:
     """Mark that a module ends, with its result, and its arguments as they are now."""
+    _results[position] = result
+    return _like(result)
+
+
+def stood_in(position: int, values: list[Any], names: tuple[str, ...], twin: int) -> Result:
+    """Mark a whole module that is not traced, with its arguments as for `entered`."""
+    return _like(_results.get(twin, values[0]))
+
+
+def _like(result: Result) -> Result:
+    if isinstance(result, tuple):
+        return tuple(None if part is None else torch.empty_like(part) for part in result)
     return torch.empty_like(result)
 
 
-def stood_in(position: int, values: list[Any], names: tuple[str, ...]) -> torch.Tensor:
-    """Mark a whole module that is not traced, with its arguments as for `entered`."""
-    return torch.empty_like(values[0])
-
-
 MARKS = (entered, left, stood_in)
+#: What traced modules give, as Dynamo describes it while it traces, by their places.
+_results: dict[int, Result] = {}
 for _mark in MARKS:
     torch.compiler.allow_in_graph(_mark)  # type: ignore[no-untyped-call]
 
@@ -152,11 +163,12 @@ for _mark in MARKS:
 def marked(repeat: Repeat, first: First) -> Iterator[None]:
     """Leave marks in what is traced meanwhile, in place of the modules that need not be traced."""
     with ExitStack() as stack:
+        stack.callback(_results.clear)
         seconds = seconds_of(first)
         for r in seconds:
-            _set_class(stack, repeat, r, traced=True)
+            _set_class(stack, repeat, r)
         for k, (r, correspondence) in first.items():
-            _set_class(stack, repeat, k, traced=seconds[r] == k)
+            _set_class(stack, repeat, k, twin=None if seconds[r] == k else r)
             for owner, name in correspondence.places:
                 own = vars(owner)
                 stack.callback(own.__setitem__, name, own[name])
@@ -164,20 +176,23 @@ def marked(repeat: Repeat, first: First) -> Iterator[None]:
         yield
 
 
-def _set_class(stack: ExitStack, repeat: Repeat, position: int, traced: bool) -> None:
+def _set_class(stack: ExitStack, repeat: Repeat, position: int, twin: int | None = None) -> None:
     """Give a module another forward: by its class, so that Dynamo knows it by the same name."""
     module = repeat.modules[position]
     base = type(module)
     stack.callback(setattr, module, "__class__", base)
-    members = {"forward": _forward(repeat, position, traced), "__module__": base.__module__}
+    members = {"forward": _forward(repeat, position, twin), "__module__": base.__module__}
     try:
         module.__class__ = types.new_class(base.__name__, (base,), {}, lambda b: b.update(members))
     except TypeError as error:  # a class that takes arguments, or whose instances are laid out so
         raise NotRepeatedError(str(error)) from error
 
 
-def _forward(repeat: Repeat, position: int, traced: bool) -> Callable[..., Any]:
-    """Return a forward that marks where the module begins and ends, or stands in for all of it."""
+def _forward(repeat: Repeat, position: int, twin: int | None) -> Callable[..., Any]:
+    """Return a forward that marks where the module begins and ends, or stands in for all of it.
+
+    That is where it has a twin that is traced.
+    """
     known = repeat.known(position)
     inner, kinds = type(repeat.modules[position]).forward, tuple({type(thing) for thing in known})
     # by identity: Dynamo would take a reference from here for the name of what it leads to
@@ -189,8 +204,8 @@ def _forward(repeat: Repeat, position: int, traced: bool) -> Callable[..., Any]:
         values = []
         for value in (*args, *kwargs.values()):
             values.append(names[id(value)] if isinstance(value, kinds) else value)
-        if not traced:
-            return stood_in(position, values, tuple(kwargs))
+        if twin is not None:
+            return stood_in(position, values, tuple(kwargs), twin=twin)
         stream = entered(position, values, tuple(kwargs))
         return left(position, inner(module, stream, *args[1:], **kwargs), values)
 
