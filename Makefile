@@ -16,7 +16,7 @@ demo: .venv/demo
 	$(BIN)/adaskip-fx demo
 
 test: .venv/test lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -31,21 +31,21 @@ docs: .venv/docs
 
 # Every family, twice as many examples of properties, and whatever else takes minutes.
 test-all: .venv/test .venv/demo lint
-	HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m ''
+	HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n $(JOBS) --dist loadscope -m ''
 
 # Branches of both packages that the tests of `make test` reach. (The tracer doubles their time.)
 coverage: .venv/coverage
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --cov --cov-report=term-missing:skip-covered
 
 soak: .venv/test .venv/demo
 	$(BIN)/python -m tests.machine.soak --seconds 3600
-	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m ''
+	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(JOBS) --dist loadscope -m ''
 
 # The suite on the oldest, the pinned and the newest supported versions, each in an environment of
 # its own. Rows of docs/models.md are measured anew by `python -m tests.model_support` in each.
 test-matrix: test-all .venv-oldest/test .venv-newest/test
-	HYPOTHESIS_PROFILE=all .venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m ''
-	HYPOTHESIS_PROFILE=all .venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m ''
+	HYPOTHESIS_PROFILE=all .venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadscope -m ''
+	HYPOTHESIS_PROFILE=all .venv-newest/bin/python -m pytest -n $(JOBS) --dist loadscope -m ''
 
 .venv-oldest/test: VERSIONS := $(OLDEST)
 .venv-newest/test: VERSIONS := $(NEWEST)

@@ -28,6 +28,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.log_level = config.option.log_level or "WARNING"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out folders where scopes are handed out (``--dist loadscope``)."""
+    if config.option.dist != "loadscope":
+        return None
+    from tests.support.by_folder import ByFolder
+
+    return ByFolder(config, log)
+
+
 def pytest_collection_finish() -> None:
     """Captures end with collections, full ones at times, which need not look at imports."""
     gc.collect()
