@@ -8,7 +8,8 @@ remember nothing; others column by column, about columns that are accepted alone
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -90,6 +91,11 @@ class BlockRequest(DecodedRequest):
         if self.budget is not None:
             self.budget.within.tokens = self.budget.within.tokens + self.counted(self.unfinished)
         return super().append(tokens, scores, logits)
+
+    def abandon(self) -> None:
+        """Forget what was not verified, or not streamed; see `DecodedRequest`."""
+        with contextlib.suppress(NotImplementedError):  # windows may have let go of what they saw
+            self.cache.keep_first(self._text.handed - 1)
 
     def received(self) -> None:
         """Stream the token that was chosen with the last block, if it was."""
@@ -276,10 +282,6 @@ class BlockRequest(DecodedRequest):
         before = self.unfinished.unsqueeze(1)
         return list((before & (ended.cumsum(1) == 0)).unbind(1))
 
-    def counted(self, unfinished: torch.Tensor) -> torch.Tensor:
-        """Return the rows whose tokens are no padding, int64 [B]."""
-        return unfinished if self.pads else torch.ones_like(unfinished)
-
     def scores(self, drafts: Drafts, logits: torch.Tensor, first: int, end: int) -> torch.Tensor:
         """Return the scores of columns of logits [B, k + 1, V], each given the drafts before it."""
         if not self.call.logits_processor:
@@ -288,11 +290,6 @@ class BlockRequest(DecodedRequest):
         text = torch.cat((text, drafts.tokens[:, first:end]), 1)
         read = range(first, end)
         return torch.stack([self.process(text[:, : begun + i], logits[:, i]) for i in read], 1)
-
-    def process(self, text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the scores of logits [B, V], which stay as they are: some write on their own."""
-        process: Callable[..., torch.Tensor] = self.call.logits_processor
-        return process(text, logits.clone()) if self.call.logits_processor else logits
 
 
 def _cut(values: list[_Number], size: int) -> list[list[_Number]]:

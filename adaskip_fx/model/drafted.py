@@ -133,11 +133,7 @@ class DraftedRequest(BlockRequest):
         """Run one decode step, which has nothing to verify."""
         self.stats.steps += 1
         super().run_step()
-        try:
-            self._text.hand_on()  # while the device runs it
-        except BaseException:
-            self.cache.keep_first(self._text.handed - 1)
-            raise
+        self._text.hand_on()  # while the device runs it
 
     def advance(self) -> bool:
         """Verify drafts, or run a plain step where there are none; see `DecodedRequest`."""
@@ -215,14 +211,10 @@ class DraftedRequest(BlockRequest):
         assert coin is not None, "without a coin every block is verified"
         stored, count = self.cache.length - drafts.count, drafts.count - 1
         first = drafts.columns(0, count)
-        try:
-            kept, left = 0, 1
-            if count:
-                scores = self.scores(first, logits, 0, count)
-                kept, _, left = self.append_columns(first.tokens, scores, logits[:, :count])
-        except BaseException:
-            self.cache.keep_first(min(stored + count, self._text.handed - 1))
-            raise
+        kept, left = 0, 1
+        if count:
+            scores = self.scores(first, logits, 0, count)
+            kept, _, left = self.append_columns(first.tokens, scores, logits[:, :count])
         self.cache.keep_first(stored + 1 + kept - (not left))
         self.model_kwargs = self.after(self.model_kwargs, kept + 1)
         self.logits = logits[:, kept]
@@ -245,12 +237,8 @@ class DraftedRequest(BlockRequest):
         stored, count = self.cache.length, drafts.count
         logits = self._read(drafts)[:, -count - 1 :]
         logits = logits if self.by_best else logits.to(torch.float32)
-        try:
-            self._text.hand_on()  # while the device verifies
-            accepted, ended = self.accept(drafts, logits)
-        except BaseException:  # of a processor, a criterion or a streamer
-            self.cache.keep_first(min(stored + count, self._text.handed - 1))
-            raise
+        self._text.hand_on()  # while the device verifies
+        accepted, ended = self.accept(drafts, logits)
         self.cache.keep_first(stored + 1 + accepted - ended)  # first: then its mask goes on
         self.model_kwargs = self.after(self.model_kwargs, accepted + 1)
         self.logits = logits[:, accepted]

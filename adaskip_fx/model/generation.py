@@ -19,7 +19,6 @@ streamer, what is returned, and how many random numbers are used.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -39,44 +38,6 @@ from .recorded import Recorded
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
-
-
-#: Arguments of ``generate`` that reach forward: who has a tokenizer for ``stop_strings`` passes it.
-_NOT_OF_FORWARD = ("tokenizer", "assistant_tokenizer", "assistant_model")
-
-
-def following(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Return ``prepare_inputs_for_generation`` that keeps the request when the cache goes.
-
-    Phi-3's leaves its cache out at the length where another table of positions begins, so that the
-    whole text runs again. What runs is still the request: with its own plan and stop tokens. (It
-    leaves out an empty one as well, which can as well be filled.)
-
-    Where drafts are verified, transformers hands on all of a text of which a cache has the
-    beginning. What is stored is left out here, as it is where there are no drafts. And it hands
-    on to forward what is of ``generate``, which forwards of transformers' take and do not read.
-
-    Args:
-        prepare: the method of the model's own class.
-    """
-
-    @functools.wraps(prepare)
-    def followed(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        name = self._adaskip.generate_argument
-        cache = kwargs.get(name)
-        drafting = cache.drafting if isinstance(cache, SkipCache) else None
-        if drafting is not None and drafting.seen and kwargs.get("is_first_iteration"):
-            text = args[0] if args else kwargs["input_ids"]
-            kwargs["next_sequence_length"] = text.shape[1] - drafting.seen
-        inputs = prepare(self, *args, **kwargs)
-        for given in _NOT_OF_FORWARD:
-            inputs.pop(given, None)
-        if isinstance(cache, SkipCache) and inputs.get(name) is None:
-            inputs[name] = cache.new_request() if cache.length else cache
-            inputs[name].drafting = drafting
-        return inputs
-
-    return followed
 
 
 def serves(call: DecodingCall) -> bool:
@@ -103,6 +64,14 @@ def run(model: CompiledCausalLM, request: DecodedRequest) -> Any:
     Raises:
         RuntimeError: the probabilities of a token are not numbers.
     """
+    try:
+        return _decoded(model, request)
+    except BaseException:
+        request.abandon()
+        raise
+
+
+def _decoded(model: CompiledCausalLM, request: DecodedRequest) -> Any:
     longest, streamer = request.call.stopping_criteria.max_length, request.call.streamer
     while True:
         cache = request.cache
@@ -174,6 +143,9 @@ class DecodedRequest:
         if direct.is_usual(type(model)):
             leave_out_positions(model, self.model_kwargs)
         self.goes_direct = direct.are_possible(model, self.model_kwargs)
+
+    def abandon(self) -> None:
+        """Leave the cache so that the text can go on on it, after something was raised."""
 
     def prepare(self) -> None:
         """Do what need not wait for the prompt, which a device may still be reading."""
@@ -253,6 +225,15 @@ class DecodedRequest:
             return tokens
         going = self.unfinished.unsqueeze(1)
         return tokens * going + pad.to(tokens.device) * (1 - going)
+
+    def counted(self, unfinished: torch.Tensor) -> torch.Tensor:
+        """Return the rows whose tokens are no padding, int64 [B]."""
+        return unfinished if self.pads else torch.ones_like(unfinished)
+
+    def process(self, text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the scores of logits [B, V], which stay as they are: some write on their own."""
+        process: Callable[..., torch.Tensor] = self.call.logits_processor
+        return process(text, logits.clone()) if self.call.logits_processor else logits
 
     def advance(self) -> bool:
         """Run what comes after the last token; returns whether the request has ended with it."""

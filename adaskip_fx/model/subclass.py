@@ -18,7 +18,7 @@ from ..utils.transformers_internals import can_set_attention, set_attention
 from .accelerate_hooks import leave_out
 from .compiled_model import CompiledModel
 from .forward import compiled_forward
-from .generation import following
+from .forward_inputs import following
 from .heads import headed_forward
 
 

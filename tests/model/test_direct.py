@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from adaskip_fx.model import direct, forward
 from adaskip_fx.model.compiled_model import CompiledModel
-from adaskip_fx.model.generation import following
+from adaskip_fx.model.forward_inputs import following
 from adaskip_fx.utils.torch_internals import nothing_stands_before
 from tests.support.compiled_llamas import Entry, entry
 from tests.support.generation import Collected, mixed_plan, padded

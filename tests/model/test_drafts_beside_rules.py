@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from adaskip_fx.kv_cache.padding import LastMask, Padding
 from adaskip_fx.model.assistant import Assistant
 from adaskip_fx.plans.skip_plan import SkipPlan
 from adaskip_fx.speculation.options import Bounded
+from adaskip_fx.speculation.proposals import Context, Drafts
 from adaskip_fx.speculation.skipped import Skipped
 from adaskip_fx.speculation.speculation import Speculation
 from tests.support.drafts import Drafting, Oracle, drafting
+from tests.support.generation import Collected
 
 NEW = 24
 
@@ -109,6 +112,37 @@ def test_a_request_that_is_stopped_leaves_nothing_unverified() -> None:
     assert torch.equal(text, want[:, : text.shape[1]])
     assert cache.length == text.shape[1] - 1
     rest = NEW - (text.shape[1] - 14)
+    got = generated(model.fast, text, past_key_values=cache, max_new_tokens=rest)
+    assert torch.equal(got, want)
+
+
+@dataclass
+class FailsAt(Oracle):
+    """A proposer that fails when there are so many tokens."""
+
+    place: int = 0
+
+    def propose(self, context: Context, most: int) -> Drafts | None:
+        if len(context.rows[0]) >= self.place:
+            raise KeyboardInterrupt
+        return super().propose(context, most)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("place", [17, 20, 23])
+def test_a_request_whose_proposer_fails_goes_on_where_it_was(streams: bool, place: int) -> None:
+    """Its text, as far as it was streamed, goes on on the same cache."""
+    model, ids = bank(), bank().tokens(1, 14)
+    want = generated(model.model, ids)
+    model.begin(FailsAt(want, wrong=4, place=place), longest=3)
+    cache, streamer = model.fast.adaskip.new_cache(), Collected()
+    with pytest.raises(KeyboardInterrupt):
+        generated(model.fast, ids, past_key_values=cache, streamer=streamer if streams else None)
+    text = torch.tensor([streamer.tokens]) if streams else want[:, : cache.length + 1]
+    assert torch.equal(text, want[:, : text.shape[1]])
+    assert cache.length < text.shape[1]
+    rest = NEW - (text.shape[1] - 14)
+    model.begin(Oracle(want))
     got = generated(model.fast, text, past_key_values=cache, max_new_tokens=rest)
     assert torch.equal(got, want)
 
