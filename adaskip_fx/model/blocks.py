@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch.nn.functional import pad
 
-from ..speculation.acceptance import Column, Greedy, best_of_row, leading
+from ..speculation.acceptance import Column, leading
 from ..speculation.budget import Budget
 from ..speculation.of_first import OfFirst
 from ..speculation.options import Bounded
@@ -41,8 +41,6 @@ class BlockRequest(DecodedRequest):
         stats: what is counted.
         processed: whether its logits processors may be asked about tokens that do not stand.
         budget: what it may diverge; None where drafts stand by the full program alone.
-        by_best: whether a draft stands if it is the best token, and the host sees all the rest:
-            then what a block is read for is its best tokens.
     """
 
     def __init__(
@@ -65,8 +63,6 @@ class BlockRequest(DecodedRequest):
             self.rule = self.budget.within
         if not ranks.alone:
             self.rule = OfFirst(self.rule, ranks)
-        plain = not call.logits_processor and not self.recorded.asked
-        self.by_best = self.ends is not None and plain and isinstance(self.rule, Greedy)
 
     def choose_tokens(self) -> None:
         """Choose a token of each row, in place of the first draft that was not accepted if any.
@@ -109,37 +105,15 @@ class BlockRequest(DecodedRequest):
 
         Args:
             drafts: k of each row.
-            logits: of the full program, for drafts and the token after them, [B, k + 1, V]; in
-                float32 unless `by_best`.
+            logits: of the full program, for drafts and the token after them, float32 [B, k + 1, V].
 
         Returns:
             How many stand, and whether all rows have ended with them.
         """
-        if self.by_best:
-            return self._accept_best(drafts, logits)
         if self.budget is not None:
             self.budget.within.counted = self.counted(self.unfinished)
             self.budget.verify(drafts, logits[:, :-1])
         return (self._accept_at_once if self._at_once else self._accept_by_column)(drafts, logits)
-
-    def _accept_best(self, drafts: Drafts, logits: torch.Tensor) -> tuple[int, bool]:
-        """Accept a block of one row by its best tokens, which is all that the host looks at."""
-        assert self.ends is not None
-        best = logits.argmax(-1)
-        apart = drafts.tokens.device != best.device  # where the host knows them
-        (read,) = (best if apart else torch.cat((drafts.tokens, best), 1)).tolist()
-        drafted = drafts.listed[0] if apart else read[: drafts.count]
-        tokens = read[-drafts.count - 1 :]
-        stood, kept = best_of_row(drafted, tokens, self.ends)
-        fewer = kept <= stood
-        accepted = kept if fewer else stood
-        self.put_behind(best[:, :kept])
-        self.stats.tokens += kept
-        self._text.extend([[token] for token in tokens[:accepted]])
-        if not fewer:
-            self._following = [tokens[stood]]
-            self.host.know(stop=tokens[stood] in self.ends, invalid=False)
-        return accepted, fewer
 
     def _accept_at_once(self, drafts: Drafts, logits: torch.Tensor) -> tuple[int, bool]:
         """Accept a block with one look at the device, for what it is and for what follows it."""

@@ -4,7 +4,7 @@ A round begins with a text of which all but the last token is stored. A proposer
 the full program reads the last token and the drafts, which gives k + 1 tokens' logits; of the
 drafts those stand that all rows accept, and what was stored beyond them is forgotten by position.
 The token after them is chosen by the full program's logits, as `generation` does it. A round that
-has nothing to verify is a plain step. (What becomes of a block is in `blocks`.)
+has nothing to verify is a plain step. (What becomes of a block is in `best_blocks` and `blocks`.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..speculation.speculation import Speculation
 from ..utils.generation_internals import next_kwargs
 from ..utils.transformers_types import DecodingCall, MakeCandidates, ModelKwargs, Output
 from .assistant import Assistant
-from .blocks import BlockRequest
+from .best_blocks import BestBlockRequest
 from .draftable import leave_out_positions, look_up_blocks, positions
 from .matchness import has, matchness
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class DraftedRequest(BlockRequest):
+class DraftedRequest(BestBlockRequest):
     """A request whose tokens are drafted; also what proposers see of it (`Context`).
 
     Attributes:
@@ -166,7 +166,7 @@ class DraftedRequest(BlockRequest):
         """
         if not self.by_best:
             drafts = drafts.on(self.unfinished.device)
-        padded = replace(drafts, tokens=self.padded(drafts.tokens)) if self.pads else drafts
+        padded = self.with_padding(drafts)
         if drafts.logits is not None and self._releases(drafts):
             return self._release(padded, drafts.logits)
         accepted, ended = self._verify(padded)
@@ -241,7 +241,8 @@ class DraftedRequest(BlockRequest):
         accepted, ended = self.accept(drafts, logits)
         self.cache.keep_first(stored + 1 + accepted - ended)  # first: then its mask goes on
         self.model_kwargs = self.after(self.model_kwargs, accepted + 1)
-        self.logits = logits[:, accepted]
+        if not self.by_best:
+            self.logits = logits[:, accepted]
         return accepted, ended
 
     def _read(self, drafts: Drafts) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 
@@ -14,12 +14,15 @@ class HostText:
 
     Attributes:
         rows: the tokens so far, by row.
+        ends: the tokens that end a row.
     """
 
     def __init__(self, rows: list[list[int]], streamer: Streamer | None) -> None:
         """Begin with a prompt, of which the streamer knows already; None: there is no streamer."""
         self.rows = rows
+        self.ends: Container[int] = ()
         self._streamer = streamer
+        self._going, self._looked = [True] * len(rows), len(rows[0])
         self._late: list[Sequence[int]] = []  # columns that the streamer is yet to be given
 
     def extend(self, columns: Sequence[Sequence[int]]) -> None:
@@ -32,6 +35,14 @@ class HostText:
                 row.append(token)
         if self._streamer is not None:
             self._late += columns
+
+    @property
+    def going(self) -> list[bool]:
+        """Which rows have not ended after their prompts."""
+        known, self._looked = self._looked, len(self.rows[0])
+        for place, row in enumerate(self.rows):
+            self._going[place] &= not any(token in self.ends for token in row[known:])
+        return list(self._going)
 
     @property
     def handed(self) -> int:

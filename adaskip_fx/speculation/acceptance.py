@@ -159,19 +159,41 @@ def leading(accepted: torch.Tensor) -> torch.Tensor:
     return accepted.all(0).to(torch.int64).cumprod(0).sum()
 
 
-def best_of_row(
-    drafts: Sequence[int], best: Sequence[int], ends: Container[int]
-) -> tuple[int, int]:
-    """Return how many drafts of a row are its best tokens, and how many of these are appended.
+def best_of_rows(
+    drafts: Sequence[Sequence[int]],
+    best: Sequence[Sequence[int]],
+    going: Sequence[bool],
+    ends: Container[int],
+    padding: int | None,
+) -> tuple[int, list[list[int]], list[bool]]:
+    """Return which drafts are the best tokens of all rows, and what is appended.
 
-    Appended are those that stand and the one after them, up to one that ends the row.
+    Appended are those that stand and the tokens after them, up to a column with which a row ends.
 
     Args:
-        drafts: k of them.
-        best: the full program's best tokens in their places, and the one after them.
+        drafts: k tokens of each row.
+        best: the full program's best tokens in their places, and the one after them, by row.
+        going: the rows that have not ended.
         ends: the tokens that end a row.
+        padding: what follows in a row that has ended, whatever its drafts are; None: its best
+            tokens.
+
+    Returns:
+        How many drafts stand; the columns that are appended; the rows that go on after these.
     """
-    pairs = enumerate(zip(drafts, best, strict=False))
-    stand = next((place for place, (draft, token) in pairs if draft != token), len(drafts))
-    appended = best[: stand + 1]
-    return stand, next((i + 1 for i, token in enumerate(appended) if token in ends), stand + 1)
+
+    def stands(place: int) -> bool:
+        pairs = zip(drafts, best, going, strict=True)
+        return all(d[place] == b[place] or not (on or padding is None) for d, b, on in pairs)
+
+    count = len(drafts[0])
+    stand = next((place for place in range(count) if not stands(place)), count)
+    columns, after = list[list[int]](), list(going)
+    for place in range(stand + 1):
+        tokens = zip(best, going, strict=True)
+        column = [b[place] if on or padding is None else padding for b, on in tokens]
+        columns.append(column)
+        after = [on and token not in ends for token, on in zip(column, going, strict=True)]
+        if after != list(going):
+            break
+    return stand, columns, after

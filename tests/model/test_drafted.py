@@ -119,8 +119,7 @@ def test_what_is_done_wrongly_shows(what: str, monkeypatch: pytest.MonkeyPatch) 
     bank, kind = drafting(), "partly"
     if what == "acceptance":
         monkeypatch.setattr(Greedy, "accepts", lambda *a: a[2].tokens >= 0)
-        everything = "adaskip_fx.model.blocks.best_of_row"
-        monkeypatch.setattr(everything, lambda drafts, *rest: (len(drafts), len(drafts) + 1))
+        monkeypatch.setattr("adaskip_fx.model.best_blocks.best_of_rows", _all_stand)
     elif what == "rollback":
         keep_first = bank.runtime.new_cache().keep_first.__func__  # type: ignore[attr-defined]
         monkeypatch.setattr(
@@ -140,6 +139,10 @@ def test_what_is_done_wrongly_shows(what: str, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(request_step, "_run", skips)
     with pytest.raises((AssertionError, ValueError)):
         assert_same(bank, kind, prompt(bank))
+
+
+def _all_stand(drafts: Any, best: Any, *rest: Any) -> Any:
+    return len(drafts[0]), [list(column) for column in zip(*best, strict=True)], rest[0]
 
 
 @some

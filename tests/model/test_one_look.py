@@ -84,4 +84,4 @@ def test_two_looks_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
         return look(self, flags, *rest)
 
     monkeypatch.setattr(BlockRequest, "_look", looks_twice)
-    assert looks(monkeypatch, "greedy") > 1.5
+    assert looks(monkeypatch, "sampled") > 1.5

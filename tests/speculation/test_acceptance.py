@@ -14,7 +14,7 @@ from adaskip_fx.speculation.acceptance import (
     Column,
     Greedy,
     Sampling,
-    best_of_row,
+    best_of_rows,
     leading,
 )
 from adaskip_fx.speculation.proposals import Drafts
@@ -117,22 +117,39 @@ def test_a_block_stands_as_far_as_all_rows_accept_it() -> None:
     assert leading(~accepted) == 0
 
 
+TOKENS = st.lists(st.integers(0, 2), min_size=5, max_size=5)
+
+
 @given(
-    st.lists(st.integers(0, 2), min_size=1, max_size=4),
-    st.lists(st.integers(0, 2), min_size=5, max_size=5),
+    st.integers(1, 4),
+    st.lists(st.tuples(TOKENS, TOKENS, st.booleans()), min_size=1, max_size=3),
     st.sets(st.integers(0, 2)),
+    st.none() | st.integers(0, 2),
 )
-def test_a_block_of_one_row_by_its_best_tokens(
-    drafts: list[int], best: list[int], ends: set[int]
+def test_a_block_by_its_best_tokens(
+    count: int,
+    rows: list[tuple[list[int], list[int], bool]],
+    ends: set[int],
+    padding: int | None,
 ) -> None:
-    """The oracle: a loop that writes one token after the other, as plain decoding does."""
-    best = best[: len(drafts) + 1]
-    stand, appended = best_of_row(drafts, best, ends)
-    written = list[int]()
-    for place, token in enumerate(best):
-        written.append(token)
-        if token in ends or place == len(drafts) or drafts[place] != token:
+    """The oracle: a loop that writes one column after the other, as plain decoding does."""
+    drafts, best = [row[0][:count] for row in rows], [row[1][: count + 1] for row in rows]
+    going = [row[2] for row in rows]
+    stand, columns, after = best_of_rows(drafts, best, going, ends, padding)
+    written, alive = list[list[int]](), list(going)
+    for place in range(count + 1):
+        column = list[int]()
+        for row in range(len(rows)):
+            padded = padding is not None and not going[row]
+            column.append(padding if padded and padding is not None else best[row][place])
+            alive[row] = alive[row] and column[row] not in ends
+        written.append(column)
+        stood = place < count and all(
+            drafts[row][place] == best[row][place] or (padding is not None and not going[row])
+            for row in range(len(rows))
+        )
+        if alive != going or not stood:
             break
-    assert best[:appended] == written
-    assert drafts[:stand] == best[:stand]
-    assert stand == len(drafts) or drafts[stand] != best[stand]
+    assert (columns, after) == (written, alive)
+    assert 0 <= stand <= count
+    assert len(columns) <= stand + 1

@@ -1,0 +1,89 @@
+"""Blocks of drafts that the host accepts: of a greedy request it looks at the best tokens alone.
+
+Where nothing but these decides, which drafts stand, where rows end and what follows are comparisons
+of a few numbers that the host has or reads anyway. So the device has nothing to do for them, and
+the text there is put together when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..speculation.acceptance import Greedy, best_of_rows
+from ..speculation.proposals import Drafts
+from ..speculation.speculation import Speculation
+from ..utils.generation_internals import pad_token
+from ..utils.stateless_rules import ending_tokens
+from ..utils.transformers_types import DecodingCall
+from .blocks import BlockRequest
+
+if TYPE_CHECKING:
+    from .types import CompiledCausalLM
+
+
+class BestBlockRequest(BlockRequest):
+    """A request whose blocks are accepted by the host where it can see to that.
+
+    Attributes:
+        by_best: whether it can: a draft stands if it is the best token, no processor and no
+            criterion of the user's own is asked, and no scores are returned.
+    """
+
+    def __init__(
+        self, model: CompiledCausalLM, call: DecodingCall, speculation: Speculation
+    ) -> None:
+        """Read the prompt; arguments as of `DraftedRequest`."""
+        pad, ends = pad_token(call.config), ending_tokens(call.stopping_criteria)
+        padding = None if pad is None else int(pad)  # looked at before the prompt is begun
+        super().__init__(model, call, speculation)
+        self._padding = padding if self.pads else None
+        self._text.ends = ends or ()
+        plain = not call.logits_processor and not self.recorded.asked
+        self.by_best = ends is not None and plain and isinstance(self.rule, Greedy)
+
+    def accept(self, drafts: Drafts, logits: torch.Tensor) -> tuple[int, bool]:
+        """Append the drafts that stand; see `BlockRequest`. Logits `by_best` are of any dtype."""
+        if not self.by_best:
+            return super().accept(drafts, logits)
+        accepted, ended = self._accept_best(drafts, logits)
+        if self._following is None and not ended:  # a row has ended, and others go on
+            self.logits = logits[:, accepted].to(torch.float32)
+        return accepted, ended
+
+    def _accept_best(self, drafts: Drafts, logits: torch.Tensor) -> tuple[int, bool]:
+        best, count = logits.argmax(-1), drafts.count
+        if drafts.tokens.device != best.device:  # the host knows them
+            drafted, tokens = drafts.listed, best.tolist()
+        else:
+            both = torch.cat((drafts.tokens, best), 1).tolist()
+            drafted, tokens = [row[:count] for row in both], [row[count:] for row in both]
+        going, padding = self._text.going, self._padding
+        stood, columns, after = best_of_rows(drafted, tokens, going, self._text.ends, padding)
+        kept = len(columns)
+        if padding is None or all(going):
+            self.put_behind(best[:, :kept])
+        else:
+            self.put_behind(torch.tensor(columns, device="cpu").T.to(best.device))
+        if after != going:
+            self.unfinished = torch.tensor(after, device="cpu").to(self.unfinished)
+        fewer = kept <= stood
+        accepted = kept if fewer else stood
+        self.stats.tokens += kept
+        self._text.extend(columns[:accepted])
+        if not fewer:
+            self._following = columns[stood]
+            self.host.know(stop=not any(after), invalid=False)
+        return accepted, fewer and not any(after)
+
+    def with_padding(self, drafts: Drafts) -> Drafts:
+        """Return drafts with padding in the rows that have ended, where these are padded."""
+        if self._padding is None or self.ends is not None:
+            return drafts
+        if drafts.tokens.device == self.unfinished.device:
+            return replace(drafts, tokens=self.padded(drafts.tokens))
+        rows = zip(drafts.listed, self._text.going, strict=True)
+        kept = [row if on else [self._padding] * drafts.count for row, on in rows]
+        return replace(drafts, tokens=torch.tensor(kept, device="cpu"))
