@@ -189,5 +189,5 @@ def test_prompts_through_a_window_of_the_models_own(family: str) -> None:
     seen = [node.args[3:5] for node in nodes]
     assert seen == ([(None, 6)] * 2 if family == "mistral" else every)
     assert [node.args[6:] for node in nodes] == (
-        [()] * 2 if family == "mistral" else [(2.0, None)] * 2
+        [(0.0, None)] * 2 if family == "mistral" else [(2.0, None)] * 2
     )

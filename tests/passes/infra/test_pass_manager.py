@@ -231,6 +231,7 @@ def test_every_rewrite_has_the_one_interface() -> None:
         "Unflatten",
         "Upcast",
         "WindowAttention",
+        "WriteOutExperts",
         "WriteOutProducts",
         "WriteOutShortSums",
     }
