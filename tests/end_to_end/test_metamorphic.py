@@ -118,7 +118,7 @@ def test_the_order_of_skipping_is_irrelevant(data: st.DataObject) -> None:
     """One pass a sublayer, in any order, is one pass for all: the same program, line by line."""
     family = data.draw(st.sampled_from(NAMES), "family")
     runtime = runtime_for(family)
-    outer = runtime.graphs._all()[0].outer
+    outer = runtime.graphs._kept.all()[0].outer
     replaced = Replacement("nothing", "scale")
     last = len(runtime.sublayers) - 1  # so many, since one must run
     some = st.sets(st.integers(0, last), min_size=2, max_size=last)
