@@ -57,6 +57,7 @@ class BlockRequest(DecodedRequest):
         self.budget: Budget | None = None
         self.stats.requests += 1
         super().__init__(model, replace(call, streamer=self._text))
+        self._unlisted = self.cache.length - self.written  # of a prompt of embeddings
         decoding, ranks = speculation.decoding, model._adaskip.ranks
         if isinstance(decoding, Bounded) and self.processed:  # (else nothing stands by the bound)
             self.budget = Budget(self.rule, decoding, speculation, call.input_ids, ranks)
@@ -91,7 +92,7 @@ class BlockRequest(DecodedRequest):
     def abandon(self) -> None:
         """Forget what was not verified, or not streamed; see `DecodedRequest`."""
         with contextlib.suppress(NotImplementedError):  # windows may have let go of what they saw
-            self.cache.keep_first(self._text.handed - 1)
+            self.cache.keep_first(self._unlisted + self._text.handed - 1)
 
     def received(self) -> None:
         """Stream the token that was chosen with the last block, if it was."""

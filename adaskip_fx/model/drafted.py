@@ -50,7 +50,14 @@ class DraftedRequest(BestBlockRequest):
         speculation: Speculation,
         assistant: MakeCandidates | None = None,
     ) -> None:
-        """Read the prompt; `call` is as of `DecodedRequest`, and `assistant` drafts besides."""
+        """Read the prompt.
+
+        Args:
+            model: a compiled model.
+            call: as of `DecodedRequest`.
+            speculation: what the model drafts with.
+            assistant: who drafts besides, in this request.
+        """
         self.plan, self._longest = speculation.plan, speculation.decoding.longest
         self.samples = call.config.do_sample
         more = [] if assistant is None else [Assistant(assistant, self, call.config)]
@@ -206,7 +213,11 @@ class DraftedRequest(BestBlockRequest):
         return self.budget is None or self.budget.toss()
 
     def _release(self, drafts: Drafts, logits: torch.Tensor) -> tuple[int, bool]:
-        """Append drafts that are not verified, and leave the last to be chosen by its logits."""
+        """Append drafts that are not verified, and leave the last to be chosen by its logits.
+
+        Returns:
+            How many were appended, and whether all rows have ended with them.
+        """
         coin = self.budget.coin if self.budget is not None else None
         assert coin is not None, "without a coin every block is verified"
         stored, count = self.cache.length - drafts.count, drafts.count - 1

@@ -391,7 +391,7 @@ def small() -> Drafting:
     model = LlamaForCausalLM(config).to(torch.float64).eval()
     plain = build(model, None, backend="eager")
     plan = SkipPlan.of(plain.adaskip.sublayers, ["1.attention", "0.ffn"])
-    return Drafting(model, build(model, plan, decoding=Lossless(), backend="eager"))
+    return Drafting(model, build(model, plan, decoding=Lossless(), backend="eager"), plan)
 
 
 def distance(bank: Drafting, requests: int, rows: int) -> float:

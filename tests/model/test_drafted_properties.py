@@ -82,7 +82,7 @@ def family(name: str) -> Drafting:
     skippable = [s for s in plain.adaskip.sublayers if s.layer > 0]
     plan = SkipPlan.of(plain.adaskip.sublayers, skippable[:1])
     decoding = Lossless((Lookup(), Skipped()), 5, adaptive=False)
-    return Drafting(model, build(model, plan, decoding=decoding, backend="eager"))
+    return Drafting(model, build(model, plan, decoding=decoding, backend="eager"), plan)
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ from transformers.generation.streamers import BaseStreamer
 from adaskip_fx.kv_cache.padding import LastMask, Padding
 from adaskip_fx.model.assistant import Assistant
 from adaskip_fx.plans.skip_plan import SkipPlan
+from adaskip_fx.speculation.lookup import Lookup
 from adaskip_fx.speculation.options import Bounded
-from adaskip_fx.speculation.proposals import Context, Drafts
+from adaskip_fx.speculation.proposals import Context, Drafts, Proposer
 from adaskip_fx.speculation.skipped import Skipped
 from adaskip_fx.speculation.speculation import Speculation
 from tests.support.drafts import Drafting, Oracle, drafting
@@ -114,6 +115,25 @@ def test_a_request_that_is_stopped_leaves_nothing_unverified() -> None:
     rest = NEW - (text.shape[1] - 14)
     got = generated(model.fast, text, past_key_values=cache, max_new_tokens=rest)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("proposer", [Skipped(), Lookup()])
+def test_a_prompt_of_embeddings_stays_where_its_request_is_stopped(proposer: Proposer) -> None:
+    """Its tokens are in no text, but in the cache."""
+    model, ids = bank(), bank().tokens(1, 14)
+    embedded = {"inputs_embeds": model.model.get_input_embeddings()(ids)}
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False}
+    want = model.model.generate(**embedded, **options)
+    model.begin(proposer, longest=3)
+    assert torch.equal(model.fast.generate(**embedded, **options), want)
+    cache, streamer = model.fast.adaskip.new_cache(), Raises(6)
+    with pytest.raises(KeyboardInterrupt):
+        model.fast.generate(**embedded, **options, past_key_values=cache, streamer=streamer)
+    assert streamer.came == want[0, :7].tolist()
+    assert cache.length == 14 + 7 - 1
+    text = torch.cat((ids, want[:, :7]), 1)
+    got = generated(model.fast, text, past_key_values=cache, max_new_tokens=NEW - 7)
+    assert torch.equal(got[:, 14:], want)
 
 
 @dataclass

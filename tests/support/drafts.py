@@ -28,6 +28,7 @@ class Drafting:
 
     model: Any
     fast: Any
+    plan: SkipPlan  # that is drafted with, whatever other tests have drafted with
 
     @property
     def runtime(self) -> Runtime:
@@ -45,11 +46,10 @@ class Drafting:
         clock: Callable[[], float] | None = None,
     ) -> Speculation:
         """Draft with these from now on, as they are worth it by a clock or always."""
-        before = self.runtime.speculation
-        assert before is not None
         decoding = Lossless(proposers, longest, adaptive=clock is not None)
-        self.runtime.speculation = Speculation(decoding, before.plan, clock or time.perf_counter)
-        return self.runtime.speculation
+        made = Speculation(decoding, self.plan, clock or time.perf_counter)
+        self.runtime.speculation = made
+        return made
 
 
 @functools.cache
@@ -62,7 +62,10 @@ def drafting(
     names = [f"{layer}.{kind}" for layer in layers for kind in KINDS]
     plan = SkipPlan.of([*map(_sublayer, names)], skip)
     options = {"backend": "eager", "static_cache": static}
-    return Drafting(model, build(model, plan, decoding=Lossless((Lookup(),)), **options))
+    fast = build(model, plan, decoding=Lossless((Lookup(),)), **options)
+    speculation = runtime_of(fast).speculation
+    assert speculation is not None
+    return Drafting(model, fast, speculation.plan)
 
 
 def _sublayer(name: str) -> Any:
