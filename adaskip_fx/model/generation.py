@@ -166,15 +166,17 @@ class DecodedRequest:
     @input_ids.setter
     def input_ids(self, ids: torch.Tensor) -> None:
         self._ids, self._behind = ids, list[torch.Tensor]()
+        self._written = ids.shape[1]
 
     @property
     def written(self) -> int:
         """How many tokens there are so far."""
-        return self._ids.shape[1] + sum(tokens.shape[1] for tokens in self._behind)
+        return self._written
 
     def put_behind(self, tokens: torch.Tensor) -> None:
         """Have tokens [B, n] follow those there are, as soon as somebody asks for them."""
         self._behind.append(tokens)
+        self._written += tokens.shape[1]
 
     @property
     def goes_ahead(self) -> bool:

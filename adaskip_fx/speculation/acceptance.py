@@ -181,19 +181,21 @@ def best_of_rows(
     Returns:
         How many drafts stand; the columns that are appended; the rows that go on after these.
     """
-
-    def stands(place: int) -> bool:
-        pairs = zip(drafts, best, going, strict=True)
-        return all(d[place] == b[place] or not (on or padding is None) for d, b, on in pairs)
-
-    count = len(drafts[0])
-    stand = next((place for place in range(count) if not stands(place)), count)
-    columns, after = list[list[int]](), list(going)
-    for place in range(stand + 1):
-        tokens = zip(best, going, strict=True)
-        column = [b[place] if on or padding is None else padding for b, on in tokens]
-        columns.append(column)
-        after = [on and token not in ends for token, on in zip(column, going, strict=True)]
-        if after != list(going):
-            break
-    return stand, columns, after
+    stand = len(drafts[0])
+    counts = [on or padding is None for on in going]
+    for drafted, tokens, counted in zip(drafts, best, counts, strict=True):
+        if counted:
+            places = range(stand)
+            stand = next((place for place in places if drafted[place] != tokens[place]), stand)
+    kept = stand + 1
+    rows = [
+        list(tokens[:kept]) if counted else [padding or 0] * kept
+        for tokens, counted in zip(best, counts, strict=True)
+    ]
+    last = [
+        next((place for place, token in enumerate(row) if token in ends), kept) if on else kept
+        for row, on in zip(rows, going, strict=True)
+    ]
+    kept = min(kept, min(last) + 1)
+    after = [on and end >= kept for on, end in zip(going, last, strict=True)]
+    return stand, [list(column) for column in zip(*rows, strict=True)][:kept], after

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from .controller import Source
 from .proposals import Context, Drafter, Drafts, Proposer
 from .speculation import Speculation
-from .times import PLAIN
+from .times import PLAIN, Round
 
 #: What a draft that was never measured is supposed to take, in plain steps: to verify, and to make.
 _VERIFIED, _MADE = 0.1, 0.9
@@ -54,6 +54,7 @@ class Chooser:
         self._begun = set[str]()  # who has drafted, of those that are not free
         self._round, self._tokens = PLAIN, 1
         self._since: float | None = None
+        self._over: tuple[int, Round, int, float] | None = None  # a round that is to be counted
         self._tried: Offer | None = None  # the last offer, if another seemed to be worth more
 
     def offer(self, context: Context, most: int, length: int) -> Offer | None:
@@ -141,6 +142,7 @@ class Chooser:
 
     def affords(self, length: int) -> bool:
         """Return whether another plan may be measured, with so many tokens stored."""
+        self.settle()
         return not self._adaptive or self._controller.affords(self._rows, length)
 
     def measured(self, length: int, since: float, undisturbed: bool) -> None:
@@ -151,6 +153,7 @@ class Chooser:
             since: when it was begun.
             undisturbed: whether nothing was captured meanwhile.
         """
+        self.settle()
         seconds = self._controller.clock() - since
         if self._since is not None:
             self._since += seconds
@@ -158,19 +161,25 @@ class Chooser:
             self._controller.measured(self._rows, length, seconds)
 
     def took(self, length: int, undisturbed: bool) -> None:
-        """Take the time since the last token, with so many tokens stored.
+        """Take the time since the last token, which `settle` counts.
 
         Args:
-            length: see above.
+            length: tokens stored.
             undisturbed: whether nothing was captured, linked or recorded meanwhile.
         """
+        self.settle()
         now, before = self._controller.clock(), self._since
         if before is not None and undisturbed:
-            took = self._rows, length, self._round, self._tokens, now - before
-            self._controller.took(*took)
+            self._over = length, self._round, self._tokens, now - before
         self._since = now
         self._round, self._tokens = PLAIN, 1
         self._rests = {name: left - 1 for name, left in self._rests.items() if left}
+
+    def settle(self) -> None:
+        """Count the last round, if it is not: that need not be done before the next is begun."""
+        over, self._over = self._over, None
+        if over is not None:
+            self._controller.took(self._rows, *over)
 
 
 def _names(proposers: Sequence[Proposer]) -> list[str]:

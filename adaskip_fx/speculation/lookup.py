@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from .proposals import Context, Drafts
 
 #: By tokens that were there before: what such drafts are called, and how likely they seem.
@@ -80,7 +78,7 @@ class LookupDrafter:
         copied = [tokens or [row[-1]] * most for (tokens, _), row in zip(found, rows, strict=True)]
         least = min(common for _, common in found)  # of a row without a copy 0
         kind, chance = next((kind, chance) for begin, kind, chance in _KINDS if least >= begin)
-        return Drafts(torch.tensor(copied, device="cpu"), kind=kind, chance=chance)
+        return Drafts.on_host(copied, kind, chance)
 
 
 class _Index:

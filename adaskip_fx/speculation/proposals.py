@@ -35,6 +35,13 @@ class Drafts:
     logits: torch.Tensor | None = None
     plan: SkipPlan | None = None
 
+    @classmethod
+    def on_host(cls, rows: list[list[int]], kind: str, chance: float) -> Drafts:
+        """Return drafts that the host knows, by row, so that they need not be read again."""
+        drafts = cls(torch.tensor(rows, device="cpu"), kind=kind, chance=chance)
+        vars(drafts)["listed"] = rows
+        return drafts
+
     @property
     def count(self) -> int:
         """How many tokens of each row, k."""
@@ -61,6 +68,9 @@ class Drafts:
         """Return those from `first` up to `end`, exclusively."""
         if first == 0 and end == self.count:
             return self
+        if "listed" in vars(self):
+            rows = [row[first:end] for row in self.listed]
+            return self.on_host(rows, self.kind, self.chance)
         probabilities, logits = self.probabilities, self.logits
         return replace(
             self,

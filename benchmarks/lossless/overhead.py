@@ -64,7 +64,7 @@ class Known:
         """Return the next tokens."""
         begin = len(context.rows[0])
         tokens = [row[begin : begin + min(most, DRAFTS)] for row in self.text]
-        return Drafts(torch.tensor(tokens, device="cpu")) if tokens[0] else None
+        return Drafts.on_host(tokens, "", 0.8) if tokens[0] else None
 
 
 class Timers:

@@ -52,6 +52,7 @@ class Request:
     def run(self, chooser: Chooser, tokens: int) -> None:
         while tokens > 0:
             chooser.took(100, undisturbed=True)
+            chooser.settle()
             context: Any = self
             offer = chooser.offer(context, 7, 100)
             drafts = chooser.drafts(context, offer) if offer is not None else None

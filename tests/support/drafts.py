@@ -88,16 +88,21 @@ class Oracle:
     name: str = "oracle"
     free: bool = True
 
+    def __post_init__(self) -> None:
+        self._rows: list[list[int]] = self.text.tolist()
+
     def begin(self) -> Oracle:
         return self
 
     def propose(self, context: Context, most: int) -> Drafts | None:
         begin = context.input_ids.shape[1]
-        tokens = self.text[:, begin : begin + most].clone()
-        if self.wrong:
-            places = torch.arange(begin, begin + tokens.shape[1])
-            tokens[:, places % self.wrong == 0] += 1
-        return Drafts(tokens) if tokens.numel() else None
+        places = range(begin, min(begin + most, len(self._rows[0])))
+        wrong = [bool(self.wrong) and place % self.wrong == 0 for place in places]
+        rows = [
+            [row[place] + off for place, off in zip(places, wrong, strict=True)]
+            for row in self._rows
+        ]
+        return Drafts.on_host(rows, "", 0.8) if places else None
 
 
 class AlwaysAccepts(Sampling):
