@@ -75,7 +75,7 @@ def test_what_a_step_reads_is_not_given_away_while_its_stream_is_behind(
         with torch.cuda.stream(other):
             other.wait_stream(torch.cuda.default_stream())
             cache = bank.compiled(ids).past_key_values
-            torch.cuda._sleep(2**32)
+            torch.cuda._sleep(2**34)
             bank.compiled(ids[:, :1], past_key_values=cache)
         gone = weakref.ref(step)
         del step, cache
