@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..runtime.ready_step import ReadyStep
 from ..speculation.acceptance import Greedy, best_of_rows
 from ..speculation.proposals import Drafts
 from ..speculation.speculation import Speculation
 from ..utils.generation_internals import pad_token
 from ..utils.stateless_rules import ending_tokens
 from ..utils.transformers_types import DecodingCall
+from . import direct
 from .blocks import BlockRequest
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class BestBlockRequest(BlockRequest):
     Attributes:
         by_best: whether it can: a draft stands if it is the best token, no processor and no
             criterion of the user's own is asked, and no scores are returned.
+        ready: steps that may be next, by how many tokens they are for at most.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class BestBlockRequest(BlockRequest):
         """Read the prompt; arguments as of `DraftedRequest`."""
         pad, ends = pad_token(call.config), ending_tokens(call.stopping_criteria)
         padding = None if pad is None else int(pad)  # looked at before the prompt is begun
+        self.ready: dict[int, ReadyStep] = {}
         super().__init__(model, call, speculation)
         self._padding = padding if self.pads else None
         self._text.ends = ends or ()
@@ -50,12 +54,12 @@ class BestBlockRequest(BlockRequest):
             return super().accept(drafts, logits)
         accepted, ended = self._accept_best(drafts, logits)
         if self._following is None and not ended:  # a row has ended, and others go on
-            self.logits = logits[:, accepted].to(torch.float32)
+            self.logits = logits[:, accepted].to(torch.float32, copy=True)
         return accepted, ended
 
     def _accept_best(self, drafts: Drafts, logits: torch.Tensor) -> tuple[int, bool]:
         best, count = logits.argmax(-1), drafts.count
-        if drafts.tokens.device != best.device:  # the host knows them
+        if self._knows(drafts):
             drafted, tokens = drafts.listed, best.tolist()
         else:
             both = torch.cat((drafts.tokens, best), 1).tolist()
@@ -78,12 +82,39 @@ class BestBlockRequest(BlockRequest):
             self.host.know(stop=not any(after), invalid=False)
         return accepted, fewer and not any(after)
 
+    def get_ready(self) -> None:
+        """Look at what the next block needs, while the device is busy."""
+        if self.by_best and self.goes_direct:
+            self.ready = direct.ready(self._model, self.cache)
+
+    def read_at_once(self, drafts: Drafts) -> torch.Tensor | None:
+        """Run the last token and drafts that the host knows.
+
+        Returns:
+            Logits of at least these [B, k + 1, V], which the next block's may overwrite; None
+            where the step needs more than tokens.
+        """
+        if not self._knows(drafts):
+            return None
+        tokens, new = drafts.after(self.rows), drafts.count + 1
+        size = min((size for size in self.ready if size >= new), default=0)
+        ready = self.ready.get(size)
+        self.ready = {}
+        logits = None if ready is None else ready.run(tokens)
+        if logits is not None:
+            return logits
+        return self.directly(tokens.to(self.unfinished.device, non_blocking=True))
+
     def with_padding(self, drafts: Drafts) -> Drafts:
         """Return drafts with padding in the rows that have ended, where these are padded."""
         if self._padding is None or self.ends is not None:
             return drafts
-        if drafts.tokens.device == self.unfinished.device:
+        if not self._knows(drafts):
             return replace(drafts, tokens=self.padded(drafts.tokens))
         rows = zip(drafts.listed, self._text.going, strict=True)
         kept = [row if on else [self._padding] * drafts.count for row, on in rows]
-        return replace(drafts, tokens=torch.tensor(kept, device="cpu"))
+        return Drafts.on_host(kept, drafts.kind, drafts.chance)
+
+    def _knows(self, drafts: Drafts) -> bool:
+        """Return whether the host has the drafts, and the request is its own to accept."""
+        return self.by_best and drafts.tokens.device.type == "cpu"

@@ -19,6 +19,7 @@ import torch
 from transformers.generation import GenerationMixin
 
 from ..kv_cache.cache import SkipCache
+from ..runtime.ready_step import ReadyStep, ready_steps
 from ..utils.generation_internals import UPDATES, GenerateHooks
 from ..utils.torch_internals import nothing_stands_before
 from ..utils.transformers_types import ModelKwargs
@@ -53,11 +54,23 @@ def step(model: CompiledCausalLM, cache: SkipCache, tokens: torch.Tensor) -> tor
         cache: the request's.
         tokens: int64 [B, T].
     """
-    if not nothing_stands_before(model) or _PREPARES in vars(model):
+    if not _leads_to_runtime(model):
         return None
-    check_call(model, None, goes_on=True)
     whole = tokens.to(torch.int64).contiguous()
     return model._adaskip.step(whole, None, None, cache, tokens.shape[1])
+
+
+def ready(model: CompiledCausalLM, cache: SkipCache) -> dict[int, ReadyStep]:
+    """Return the steps of drafts that a request may run next; see `ready_steps`."""
+    return ready_steps(model._adaskip, cache) if _leads_to_runtime(model) else {}
+
+
+def _leads_to_runtime(model: CompiledCausalLM) -> bool:
+    """Return whether forward would do nothing else now; it is refused as forward refuses it."""
+    if not nothing_stands_before(model) or _PREPARES in vars(model):
+        return False
+    check_call(model, None, goes_on=True)
+    return True
 
 
 def is_usual(kind: type) -> bool:

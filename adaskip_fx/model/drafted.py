@@ -139,14 +139,16 @@ class DraftedRequest(BestBlockRequest):
     def run_step(self) -> None:
         """Run one decode step, which has nothing to verify."""
         self.stats.steps += 1
+        self.ready = {}  # a streamer is given this step's token before the next block
         super().run_step()
-        self._text.hand_on()  # while the device runs it
+        self._meanwhile()
 
     def advance(self) -> bool:
         """Verify drafts, or run a plain step where there are none; see `DecodedRequest`."""
         self._try_other_plans()
         offer = self._chooser.offer(self, self._most(), self.cache.length)
-        self._verifies = offer is None or offer.drafts is not None or self._tossed()
+        free = offer is None or offer.drafts is not None
+        self._verifies = free or self.budget is None or self.budget.toss()
         drafts = None if offer is None else self._chooser.drafts(self, offer)
         if offer is None or drafts is None:
             return self.plain()
@@ -180,6 +182,11 @@ class DraftedRequest(BestBlockRequest):
         self.stats.count(name, drafts.count, accepted, len(self.rows), drafts.kind)
         return accepted, ended
 
+    def _meanwhile(self) -> None:
+        """Do what the next step need not wait for, while the device runs it."""
+        self._text.hand_on()
+        self._chooser.settle()
+
     def _releases(self, drafts: Drafts) -> bool:
         return not self._verifies and drafts.logits is not None
 
@@ -209,9 +216,6 @@ class DraftedRequest(BestBlockRequest):
         possible = wanted and has(self, self._longest + 1)
         return possible and self._chooser.affords(self.cache.length)
 
-    def _tossed(self) -> bool:
-        return self.budget is None or self.budget.toss()
-
     def _release(self, drafts: Drafts, logits: torch.Tensor) -> tuple[int, bool]:
         """Append drafts that are not verified, and leave the last to be chosen by its logits.
 
@@ -233,10 +237,9 @@ class DraftedRequest(BestBlockRequest):
         return kept, not left
 
     def _most(self) -> int:
-        """Return how many drafts there may be now."""
+        """Return how many drafts there may be now: one more token follows those that stand."""
         most, last = self._positions - self.cache.length - 1, self.call.stopping_criteria.max_length
-        if last is not None:  # one more token follows those that are accepted
-            most = min(most, last - self.written - 1)
+        most = most if last is None else min(most, last - self.written - 1)
         return min(most, self._longest)
 
     def _verify(self, drafts: Drafts) -> tuple[int, bool]:
@@ -248,7 +251,8 @@ class DraftedRequest(BestBlockRequest):
         stored, count = self.cache.length, drafts.count
         logits = self._read(drafts)[:, -count - 1 :]
         logits = logits if self.by_best else logits.to(torch.float32)
-        self._text.hand_on()  # while the device verifies
+        self._meanwhile()
+        self.get_ready()
         accepted, ended = self.accept(drafts, logits)
         self.cache.keep_first(stored + 1 + accepted - ended)  # first: then its mask goes on
         self.model_kwargs = self.after(self.model_kwargs, accepted + 1)
@@ -258,12 +262,10 @@ class DraftedRequest(BestBlockRequest):
 
     def _read(self, drafts: Drafts) -> torch.Tensor:
         """Run the last token and drafts; return logits of at least these [B, k + 1, V]."""
-        device = self.unfinished.device
-        if drafts.tokens.device != device:
-            logits = self.directly(drafts.after(self.rows).to(device, non_blocking=True))
-            if logits is not None:
-                return logits
-        text = torch.cat((self.input_ids, drafts.on(device).tokens), 1)
+        logits = self.read_at_once(drafts)
+        if logits is not None:
+            return logits
+        text = torch.cat((self.input_ids, drafts.on(self.unfinished.device).tokens), 1)
         return self.read(text, self.after(self.model_kwargs, drafts.count), drafts.count + 1)
 
     def after(self, kwargs: ModelKwargs, tokens: int = 1) -> ModelKwargs:
@@ -274,6 +276,7 @@ class DraftedRequest(BestBlockRequest):
         """Return what ``generate`` returns, when what it took is counted and told."""
         if self.budget is not None:
             self.budget.end()
+        self._chooser.settle()
         verifications, steps = self._before
         logger.info(
             "%d tokens in %d verifications and %d plain steps",

@@ -57,7 +57,7 @@ class StaticInputs:
         valid: torch.Tensor | None,
     ) -> None:
         """Write the inputs of the next step; arguments as of `StaticStep.run`."""
-        self._new(self.tokens, input_ids).copy_(input_ids)
+        self._new(self.tokens, input_ids).copy_(input_ids, non_blocking=True)
         self._write_positions(input_ids.shape[1], position_ids, length)
         if padding is not self._padding:
             self.first.copy_(padding.first) if padding is not None else self.first.zero_()

@@ -11,6 +11,7 @@ autocast region, and a model that can be captured that way.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import TypeAlias
 from weakref import WeakSet
 
@@ -109,15 +110,45 @@ class StaticRunner:
             cache: its cache.
         """
         buffers, surroundings = cache.lease.buffers, Surroundings.now(self._graphs.device)
-        possible = self.enabled and "extend" not in self._refused and not cache.stateful
-        if buffers is None or not possible or surroundings.autocast:
-            return
-        for tokens, step in buffers.steps.items():
-            if tokens > 1 and step.has_run:
+        for tokens, step in self._of_several(cache, surroundings):
+            if buffers is not None and step.has_run:
                 form = step, buffers, plan, (), surroundings, request
                 binding = request.bindings[tokens, plan] = self._bind("extend", *form)
                 known = binding.program, binding.arguments, cache.length
                 request.weights_of(*known, self._graphs.states)
+
+    def bound(
+        self, request: Request, plan: SkipPlan, cache: SkipCache
+    ) -> Iterator[tuple[int, StaticStep, StaticBinding]]:
+        """Yield the steps of several tokens that the request has what they repeat of.
+
+        Args:
+            request: the request.
+            plan: what such steps run with.
+            cache: its cache.
+
+        Yields:
+            How many tokens a step has, the step, and what it repeats.
+        """
+        buffers, surroundings = cache.lease.buffers, Surroundings.now(self._graphs.device)
+        for tokens, step in self._of_several(cache, surroundings):
+            binding = request.bindings.get((tokens, plan))
+            if buffers is None or binding is None:
+                continue
+            serves = binding.serves(buffers, plan, (), surroundings)
+            if serves and self._graphs.use(binding.program):
+                yield tokens, step, binding
+
+    def _of_several(
+        self, cache: SkipCache, surroundings: Surroundings
+    ) -> list[tuple[int, StaticStep]]:
+        """Return the steps of several tokens that a request's buffers know, by how many."""
+        buffers = cache.lease.buffers
+        possible = self.enabled and "extend" not in self._refused and not cache.stateful
+        if buffers is None or not possible or surroundings.autocast:
+            return []
+        usual = buffers.whole == self._buffer_pool.whole
+        return [(n, step) for n, step in buffers.steps.items() if n > 1 and usual]
 
     def _bound(
         self,

@@ -138,14 +138,30 @@ class StaticStep:
             padding: of the rows; None where there is none.
             valid: which rows count for the probes, bool [B, 1]; None: all.
         """
+        form = program, arguments, weights, input_ids, position_ids, length, padding, valid
+        logits = self.go(*form).clone()
+        statistics = self._statistics[len(program.probed)].clone() if program.probed else None
+        return logits, statistics
+
+    def go(
+        self,
+        program: Program,
+        arguments: dict[str, Any],
+        weights: tuple[Any, ...],
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        length: int,
+        padding: Padding | None,
+        valid: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One step; returns logits [B, T, V], which the next one overwrites. Arguments of `run`."""
         inputs = self.inputs
         inputs.write(input_ids, position_ids, length, padding, valid)
         self._run(program, arguments, weights)
         tokens = inputs.tokens.shape[1]
         inputs.counted(length + tokens, position_ids is None and input_ids.shape[1] == tokens)
         assert self._logits is not None
-        statistics = self._statistics[len(program.probed)].clone() if program.probed else None
-        return self._logits.clone(), statistics
+        return self._logits
 
     def let_go(self) -> None:
         """Free the graphs, when what they launched is through; the next steps record others."""

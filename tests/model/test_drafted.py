@@ -511,15 +511,14 @@ def test_options_that_mean_nothing() -> None:
 def test_a_block_ends_before_another_set_of_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = drafting()
     monkeypatch.setattr("adaskip_fx.model.draftable.switches_at", lambda model: [22])
-    read, steps = DraftedRequest.read, list[tuple[int, int]]()
+    verify, blocks = DraftedRequest._verify, list[int]()
 
-    def reads(self: Any, text: torch.Tensor, kwargs: Any, tokens: int) -> Any:
-        steps.append((text.shape[1], tokens))
-        return read(self, text, kwargs, tokens)
+    def verifies(self: Any, drafts: Any) -> Any:
+        blocks.append(self.cache.length + 1 + drafts.count)
+        return verify(self, drafts)
 
-    monkeypatch.setattr(DraftedRequest, "read", reads)
+    monkeypatch.setattr(DraftedRequest, "_verify", verifies)
     assert_same(bank, "right", prompt(bank))
-    blocks = [length for length, tokens in steps if tokens > 1]
     assert max(blocks) == 22
     assert len(blocks) >= 2
 
