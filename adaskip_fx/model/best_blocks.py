@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..runtime.ready_step import ReadyStep
+from ..runtime.static_runner import size_of
 from ..speculation.acceptance import Greedy, best_of_rows
 from ..speculation.proposals import Drafts
 from ..speculation.speculation import Speculation
@@ -32,7 +33,7 @@ class BestBlockRequest(BlockRequest):
     Attributes:
         by_best: whether it can: a draft stands if it is the best token, no processor and no
             criterion of the user's own is asked, and no scores are returned.
-        ready: steps that may be next, by how many tokens they are for at most.
+        ready: steps that may be next, by how many tokens they have.
     """
 
     def __init__(
@@ -96,10 +97,8 @@ class BestBlockRequest(BlockRequest):
         """
         if not self._knows(drafts):
             return None
-        tokens, new = drafts.after(self.rows), drafts.count + 1
-        size = min((size for size in self.ready if size >= new), default=0)
-        ready = self.ready.get(size)
-        self.ready = {}
+        tokens = drafts.after(self.rows)
+        ready, self.ready = self.ready.get(size_of(tokens.shape[1])), {}
         logits = None if ready is None else ready.run(tokens)
         if logits is not None:
             return logits

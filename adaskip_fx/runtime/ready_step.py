@@ -59,7 +59,7 @@ class ReadyStep:
 
 
 def ready_steps(runtime: Runtime, cache: SkipCache) -> dict[int, ReadyStep]:
-    """Return the steps that a request may run next, by how many tokens each is for at most.
+    """Return the steps that a request may run next, by how many tokens each has.
 
     There are those that it has run, where nothing has to be looked at once more or told to others.
 

@@ -42,6 +42,11 @@ Ran: TypeAlias = tuple[Program, torch.Tensor, torch.Tensor | None]
 SIZES = (4, 8, 16, 17, 32)
 
 
+def size_of(tokens: int) -> int:
+    """Return how many tokens the step has that several tokens run in, no more than the largest."""
+    return next(size for size in SIZES if size >= tokens)
+
+
 class StaticRunner:
     """Runs the steps on a static cache of all requests of one compiled model.
 
@@ -194,7 +199,7 @@ class StaticRunner:
             return 1
         if cache.stateful or tokens > SIZES[-1]:  # a state cannot forget what is no token
             return None
-        size = next(size for size in SIZES if size >= tokens)
+        size = size_of(tokens)
         longest = self._graphs.max_length
         return size if longest is None or cache.length + size <= longest else None
 

@@ -99,7 +99,7 @@ class Oracle:
         places = range(begin, min(begin + most, len(self._rows[0])))
         wrong = [bool(self.wrong) and place % self.wrong == 0 for place in places]
         rows = [
-            [row[place] + off for place, off in zip(places, wrong, strict=True)]
+            [abs(row[place] - off) for place, off in zip(places, wrong, strict=True)]
             for row in self._rows
         ]
         return Drafts.on_host(rows, "", 0.8) if places else None
