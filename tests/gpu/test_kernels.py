@@ -75,6 +75,25 @@ def test_projections(
     assert relative_error(got_one.double(), expected) < DTYPES[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 32])
+def test_what_a_norm_reads_and_what_is_added_may_be_wider(dtype: torch.dtype, rows: int) -> None:
+    """A stream in float32, which is rounded nowhere."""
+    x, residual = (random(rows, 1, n, dtype=torch.float32) for n in (320, 96))
+    weight, scale = random(96, 320, dtype=dtype) / 18, random(320, dtype=dtype)
+    args = x, [weight], [], scale
+    (got,) = project(*args, 1e-5, "", residual)
+    (expected,) = reference(*args, False, residual)
+    assert got.dtype == torch.float32
+    assert relative_error(got.double(), expected) < DTYPES[dtype]
+    (narrow,) = project(*args, 1e-5, "", None)
+    assert narrow.dtype == dtype
+    normed, wide = normalize(x, scale, 1e-5), x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * scale.double()
+    assert normed.dtype == dtype
+    assert relative_error(normed.double(), expected) < DTYPES[dtype]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 32])
 def test_norms_and_gates_of_gemma(dtype: torch.dtype, rows: int) -> None:

@@ -10,8 +10,8 @@ Before::                                        After::
 and likewise ``silu(gate) * up``, ``gelu(gate) * up`` by its tanh, and the residual add after the
 last projection, seen through dropout that drops nothing. The weights stay where they are: the
 operator takes several of them. Legal because the same values are computed from the same operands;
-they are rounded less often (the norm's result and the gate stay in float32; what a norm reads is
-rounded instead of its result where it was not yet), so the pass preserves results to rounding, not
+they are rounded less often (the norm's result and the gate stay in float32, as does a stream in
+float32 on its way to a norm and from a projection), so the pass preserves results to rounding, not
 to the bit.
 For more than one row the norm is an operator of its own, `normalize`: on the matrix units every
 program of the projections would repeat it.
@@ -35,7 +35,6 @@ from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
 from .matching import (
     calls,
-    dtype_of,
     example,
     find_overwritten,
     most_rows,
@@ -126,8 +125,6 @@ def _fuse(
     norm = rms_norm(source)
     if norm is not None and not overwritten.isdisjoint(_between(source, norm[:2])):
         norm = None
-    if norm is not None:
-        norm = _rounded(norm[0], source), *norm[1:]
     x, weight, eps, offset = norm if norm is not None else (source, None, 0.0, 0.0)
     if norm is not None and (shape is None or most_rows(shape) != 1):
         if source not in norms:
@@ -145,17 +142,6 @@ def _fuse(
     for item, result in zip(items, results, strict=True):
         item.meta["example_value"] = result.meta.get("example_value")
         result.replace_all_uses_with(item)
-
-
-def _rounded(x: fx.Node, before: fx.Node) -> fx.Node:
-    """Return a tensor in the dtype of a later node."""
-    value, dtype = example(x), dtype_of(before)
-    if dtype is None or value is None or value.dtype == dtype:
-        return x
-    with before.graph.inserting_before(before):
-        rounded = before.graph.call_method("to", (x, dtype))
-    rounded.meta["example_value"] = value.to(dtype)
-    return rounded
 
 
 def _between(result: fx.Node, ends: Iterable[fx.Node]) -> set[fx.Node]:
@@ -223,7 +209,7 @@ def _activation(node: fx.Node) -> str | None:
 
 
 def _residual(linear: fx.Node, overwritten: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """Return the add after a projection, and what it adds of the same shape and dtype."""
+    """Return the add after a projection, and what it adds of the same shape, as wide or wider."""
     last, add = linear, only_user(linear)
     while add is not None and _drops_nothing(add):
         last, add = add, only_user(add)
@@ -235,7 +221,7 @@ def _residual(linear: fx.Node, overwritten: set[fx.Node]) -> tuple[fx.Node, fx.N
     mine, theirs = example(linear), example(other)
     if mine is None or theirs is None:
         return None
-    if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+    if mine.shape != theirs.shape or theirs.dtype not in (mine.dtype, torch.float32):
         return None
     return (add, other) if overwritten.isdisjoint((add, other)) else None
 

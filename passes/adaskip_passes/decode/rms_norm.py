@@ -2,7 +2,8 @@
 
 ``weight * (x32 * rsqrt(mean(x32 ** 2) + eps)).to(dtype)``, and Gemma's ``(x32 * rsqrt(mean(x32 **
 2) + eps) * (1 + weight32)).to(dtype)``. (OLMo 2 and GPT-OSS cast as late, without the 1.) Mamba 2's
-norm is of something in float32, which it sees as groups.
+norm is of something in float32, which it sees as groups; those of Mamba are of a stream in float32,
+which is rounded first.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from torch import fx
 
 from .matching import argument, calls, dtype_of, example, operands, shape_of
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 def rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float, float] | None:
     """Return input, weight, eps and offset of the RMS norm that made `node`; None if none did.
 
-    The input may be float32 where the weight is bfloat16, which has as large numbers. (Of a norm
-    in float16 the input may be larger than any of those.)
+    The input may be float32 where the weight is half as wide, also where it was rounded before.
     """
     node, shape = _unwrapped(node), shape_of(node)
     narrow = argument(node, "to", "type_as")
@@ -31,11 +33,18 @@ def rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float, float] | None:
             found = _normalized(wide, scale)
             if found is None or dtype_of(weight) != dtype_of(node):
                 continue
-            x = _unwrapped(found[0])
-            wider = dtype_of(x) == torch.float32 and dtype_of(node) == torch.bfloat16
+            x = _before_rounding(_unwrapped(found[0]))
+            wider = dtype_of(x) == torch.float32 and dtype_of(node) in _HALF
             if (wider or dtype_of(x) == dtype_of(node)) and shape_of(x) == shape:
                 return x, weight, found[1], offset
     return None
+
+
+def _before_rounding(node: fx.Node) -> fx.Node:
+    """Return what was rounded to half its width, if a node is that."""
+    inner = argument(node, "to", "type_as")
+    rounded = inner is not None and dtype_of(inner) == torch.float32 and dtype_of(node) in _HALF
+    return _unwrapped(inner) if inner is not None and rounded else node
 
 
 def _unwrapped(node: fx.Node) -> fx.Node:

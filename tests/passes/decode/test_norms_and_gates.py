@@ -111,19 +111,58 @@ def test_what_a_norm_reads_may_be_wider(rows: int) -> None:
     assert error(module(x, gate, n, w), want) < TOLERANCE[dtype]
 
 
-def test_what_may_be_larger_than_any_half_stays() -> None:
-    """In float16 a norm reads what would be infinite if it was rounded first."""
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_larger_than_any_half_is_not_rounded_first(rows: int) -> None:
+    half = torch.float16
 
     def function(x: Tensor, gate: Tensor, n: Tensor, w: Tensor) -> Tensor:
-        return linear(mixer_norm(x, gate, n).to(torch.float16), w)
+        return linear(mixer_norm(x, gate, n).to(half), w)
 
-    half = torch.float16
-    x, gate = (1000 * stream(dtype=torch.float32)).to(half), (1000 * stream()).to(half)
+    x, gate = (1000 * stream(rows, torch.float32)).to(half), (1000 * stream(rows)).to(half)
     n, (w,) = scale(half), weights(8, dtype=half)
     assert (x * functional.silu(gate)).isinf().any()
     module = fused(function, x, gate, n, w)
-    assert arguments(calls(module)[0])["norm"] is None
-    assert module(x, gate, n, w).isfinite().all()
+    assert "rsqrt" not in rest(module)
+    wide = x.double() * functional.silu(gate.double())
+    want = linear(wide_norm(wide, n, 0.0), w.double())
+    assert error(module(x, gate, n, w), want) < TOLERANCE[half]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_stream_in_float32_is_rounded_nowhere(rows: int, dtype: torch.dtype) -> None:
+    """As Mamba has it: the norm reads a rounded stream, and what is added to it is half as wide."""
+
+    def function(h: Tensor, n: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        x = linear(late_norm(h.to(dtype), n), up)
+        return h + linear(torch.tanh(x), down)
+
+    h, n = stream(rows, torch.float32), scale(dtype)
+    up, down = weights(WIDTH, WIDTH, dtype=dtype)
+    module = fused(function, h, n, up, down)
+    first, last = calls(module)
+    norms = module.graph.find_nodes(op="call_function", target=NORMALIZE)
+    assert rest(module) == {"tanh"} | ({"normalize.default"} if norms else set())
+    assert str(norms[0].args[0] if rows > 1 else arguments(first)["x"]) == "h"
+    assert str(arguments(last)["residual"]) == "h"
+    got = module(h, n, up, down)
+    assert got.dtype == torch.float32
+    x = linear(wide_norm(h.double(), n, 0.0), up.double())
+    want = h.double() + linear(torch.tanh(x), down.double())
+    assert error(got, want) < TOLERANCE[dtype]
+    assert error(got.to(dtype), want) > error(got, want)
+
+
+def test_a_stream_that_is_rounded_more_than_a_norm_is_stays_so() -> None:
+    """From float64, or to float32."""
+
+    def function(h: Tensor, n: Tensor, w: Tensor) -> Tensor:
+        return linear(late_norm(h.to(n.dtype), n), w)
+
+    h, n, w = stream(1, torch.float64), scale(torch.float32), weights(8)
+    module = fused(function, h, n, *w)
+    assert str(arguments(calls(module)[0])["x"]) != "h"
+    assert "to" in rest(module)
 
 
 def test_a_norm_that_is_seen_in_another_shape_stays() -> None:

@@ -41,7 +41,7 @@ def normalize(
 def normalization(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> Launch:
     """Return the launch of :func:`ops.normalize`."""
     width = x.shape[-1]
-    y = x.new_empty(x.shape)
+    y = x.new_empty(x.shape, dtype=weight.dtype)
     pdl = has_pdl(x.device)
     padded = triton.next_power_of_2(width)
     flags = {

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ...infra.launch import Launch, has_pdl
-from ..ops import GATES, MAX_ROWS
+from ..ops import GATES, MAX_ROWS, result_dtype
 
 
 @triton.jit
@@ -187,7 +187,8 @@ def projection(
     width = x.shape[-1]
     rows = x.numel() // width
     kept = weights[:1] if activation else weights
-    outputs = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in kept]
+    dtype = result_dtype(weights, residual)
+    outputs = [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in kept]
     gated = bool(activation)
     sizes = [w.shape[0] for w in weights] + [0] * (3 - len(weights))
     if rows == 1:
