@@ -40,6 +40,27 @@ def test_own_tokens_are_stored_and_seen(name: str, rotary: bool, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dim", "rotary_dim"), [(64, 0), (64, 32), (80, 32), (96, 24), (80, 72)])
+def test_kinds_of_rotation(
+    dim: int, rotary_dim: int, interleaved: bool, dtype: torch.dtype
+) -> None:
+    """Of the first numbers of a head, and of neighbours; angles are of numbers or of pairs."""
+    for name in ("ragged", "several queries"):
+        options: dict[str, Any] = {**oracle.CASES[name], "dim": dim}
+        case = oracle.make(6, **options, dtype=dtype, device="cuda")
+        whole = oracle.step(case, True, name == "ragged", rotary_dim, interleaved)
+        half = oracle.of_pairs(oracle.step(case, True, name == "ragged", rotary_dim, interleaved))
+        for step in (whole, half):
+            got: Any = store_and_attend(*step.arguments())
+            assert relative_error(got.double().cpu(), oracle.expected(case)) < DTYPES[dtype]
+            keys, _ = step.stored()
+            assert relative_error(step.keys.nan_to_num().double(), keys.double()) < DTYPES[dtype]
+        other: Any = store_and_attend(*whole.arguments()[:-1], not interleaved)
+        assert relative_error(other.double().cpu(), oracle.expected(case)) > DTYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rotary", [False, True])
 def test_padding_that_reaches_into_a_step_is_not_seen(rotary: bool, dtype: torch.dtype) -> None:
     step = oracle.padded_into(rotary, dtype, "cuda")

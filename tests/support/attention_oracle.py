@@ -135,6 +135,8 @@ class Step:
         query, new_keys: Before they are rotated.
         keys, values: The buffers, NaN where the own tokens belong.
         cosines, sines: Of the angles, or None.
+        rotary_dim: How many of a head's first numbers are rotated; 0: all.
+        interleaved: Whether neighbours are pairs, and not halves.
     """
 
     case: Case
@@ -145,17 +147,26 @@ class Step:
     new_values: torch.Tensor
     cosines: torch.Tensor | None
     sines: torch.Tensor | None
+    rotary_dim: int = 0
+    interleaved: bool = False
 
     def arguments(self) -> tuple[object, ...]:
         new = self.new_keys, self.new_values, self.cosines, self.sines
-        return (self.query, self.keys, self.values, *new, *self.case.arguments()[3:])
+        form = self.rotary_dim, self.interleaved
+        return (self.query, self.keys, self.values, *new, *self.case.arguments()[3:], *form)
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Both buffers as they must be after the step, 0 where there is nothing."""
         return self.case.keys.nan_to_num(), self.case.values.nan_to_num()
 
 
-def step(case: Case, rotary: bool, by_row: bool = False) -> Step:
+def step(
+    case: Case,
+    rotary: bool,
+    by_row: bool = False,
+    rotary_dim: int = 0,
+    interleaved: bool = False,
+) -> Step:
     """A step that gives `case`; with angles of each row, or the same for all of them."""
     batch, tokens, dim = case.query.shape[0], case.query.shape[2], case.query.shape[3]
     keys, values = case.keys.clone(), case.values.clone()
@@ -174,19 +185,35 @@ def step(case: Case, rotary: bool, by_row: bool = False) -> Step:
     keys_by_head, values_by_head = new_keys.transpose(1, 2), new_values.transpose(1, 2)
     if not rotary:
         return Step(case, case.query, keys, values, keys_by_head, values_by_head, None, None)
-    angles = torch.rand(batch if by_row else 1, 1, tokens, dim // 2, dtype=torch.float64) * 6
+    pairs = (rotary_dim or dim) // 2
+    angles = torch.rand(batch if by_row else 1, 1, tokens, pairs, dtype=torch.float64) * 6
     angles = angles.to(case.query.device)
-    query, unrotated = (_turned_back(x, angles) for x in (case.query, keys_by_head))
-    cosines, sines = (torch.cat((f(angles),) * 2, -1).float() for f in (torch.cos, torch.sin))
-    return Step(case, query, keys, values, unrotated, values_by_head, cosines, sines)
+    query, unrotated = (_turned_back(x, angles, interleaved) for x in (case.query, keys_by_head))
+    cosines, sines = (f(angles).float() for f in (torch.cos, torch.sin))
+    form = rotary_dim, interleaved
+    made = Step(case, query, keys, values, unrotated, values_by_head, cosines, sines, *form)
+    return of_numbers(made)
+
+
+def of_numbers(made: Step) -> Step:
+    """The same step of angles for the pairs, with an angle for each number."""
+    assert made.cosines is not None
+    assert made.sines is not None
+    if made.interleaved:
+        cosines, sines = (t.repeat_interleave(2, -1) for t in (made.cosines, made.sines))
+    else:
+        cosines, sines = (torch.cat((t, t), -1) for t in (made.cosines, made.sines))
+    return replace(made, cosines=cosines, sines=sines)
 
 
 def of_pairs(made: Step) -> Step:
-    """The same step with an angle for each pair."""
+    """The same step with an angle for each pair, which are parts of a larger tensor."""
     assert made.cosines is not None
     assert made.sines is not None
-    half = made.cosines.shape[-1] // 2
-    return replace(made, cosines=made.cosines[..., :half], sines=made.sines[..., :half])
+    count = made.cosines.shape[-1] // 2
+    some = slice(None, None, 2) if made.interleaved else slice(None, count)
+    cosines, sines = (torch.cat((t[..., some], t), -1) for t in (made.cosines, made.sines))
+    return replace(made, cosines=cosines[..., :count], sines=sines[..., :count])
 
 
 def padded_into(rotary: bool, dtype: torch.dtype, device: str) -> Step:
@@ -202,11 +229,14 @@ def padded_into(rotary: bool, dtype: torch.dtype, device: str) -> Step:
     return made
 
 
-def _turned_back(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """What is x when it is turned by the angles: halves of a head as complex numbers."""
-    real, imaginary = x.double().chunk(2, -1)
-    turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), -angles)
-    return torch.cat((turned.real, turned.imag), -1).to(x.dtype)
+def _turned_back(x: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """What is x when the first of a head's pairs are turned by the angles: as complex numbers."""
+    turned, rest = x.double().tensor_split([2 * angles.shape[-1]], -1)
+    pairs = turned.unflatten(-1, (-1, 2)) if interleaved else turned.unflatten(-1, (2, -1)).mT
+    back = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), -angles)
+    pairs = torch.view_as_real(back)
+    turned = (pairs if interleaved else pairs.mT).flatten(-2)
+    return torch.cat((turned, rest), -1).to(x.dtype)
 
 
 #: Rows of other lengths, padding, windows with and without sinks, by row and by head, soft caps,

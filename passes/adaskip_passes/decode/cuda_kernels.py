@@ -110,9 +110,12 @@ def _(
     scale: float,
     softcap: float,
     sink_scores: torch.Tensor | None,
+    rotary_dim: int = 0,
+    interleaved: bool = False,
 ) -> torch.Tensor:
     new = new_keys, new_values, cosines, sines
-    return _attend(query, keys, values, *new, bounds, scale, softcap, sink_scores)
+    rest = bounds, scale, softcap, sink_scores, rotary_dim, interleaved
+    return _attend(query, keys, values, *new, *rest)
 
 
 @attend_latent.register_kernel("cuda")
@@ -154,7 +157,7 @@ def _attend(
     counters = _counters.get()
     if counters is None or counters.numel() < needed:
         counters = torch.zeros(needed, dtype=torch.int32, device=query.device)
-    return triton_kernels.attend(query, keys, values, *rest, counters, latent=latent)
+    return triton_kernels.attend(query, keys, values, *rest, counters=counters, latent=latent)
 
 
 @contextlib.contextmanager

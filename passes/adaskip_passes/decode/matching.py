@@ -69,9 +69,9 @@ def find_overwritten(graph: fx.Graph) -> set[fx.Node]:
     return {n for n in graph.nodes if storage_root(n) in roots}
 
 
-def two_parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def two_parts(node: fx.Node, name: str = "cat") -> tuple[fx.Node, fx.Node] | None:
     """Return the two tensors that `node` is put together of along the last dimension."""
-    if not calls(node, "cat"):
+    if not calls(node, name):
         return None
     given = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
     parts = given.pop("tensors", ())

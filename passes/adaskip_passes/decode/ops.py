@@ -13,6 +13,8 @@ from enum import IntEnum
 import torch
 from torch.nn.functional import gelu, linear, silu
 
+from .rotation import rotate
+
 #: Functions of a gate that `project` knows, and their numbers in its kernels.
 GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 
@@ -222,11 +224,13 @@ def store_and_attend(
     scale: float,
     softcap: float,
     sink_scores: torch.Tensor | None,
+    rotary_dim: int = 0,
+    interleaved: bool = False,
 ) -> torch.Tensor:
     """Store the keys and values of the queries' own tokens where they belong, and `attend`.
 
     Queries and new keys may be rotated before (Su et al., "RoFormer: Enhanced Transformer with
-    Rotary Position Embedding", eq. 34, a head's halves as pairs), in float32.
+    Rotary Position Embedding", eq. 34), in float32, and rounded once.
 
     Args:
         query: [B, H, T, D].
@@ -234,20 +238,23 @@ def store_and_attend(
         values: Likewise.
         new_keys: [B, H_kv, T, D].
         new_values: [B, H_kv, T, D_v].
-        cosines: Of the angles, [B or 1, 1, T, D], or [..., D / 2] for the pairs; None: nothing is
+        cosines: Of the angles, [B or 1, 1, T, R], or [..., R / 2] for the pairs; None: nothing is
             rotated.
         sines: Likewise.
         bounds: As of `attend`.
         scale: Of the scores.
         softcap: Their bound; 0 for none.
         sink_scores: Of each head, or None.
+        rotary_dim: R, how many of a head's first numbers are rotated; 0: all.
+        interleaved: Whether neighbours are pairs, and not halves of the R.
 
     Returns:
         [B, T, H, D_v], contiguous.
 
     """
     if cosines is not None and sines is not None:
-        query, new_keys = (_rotated(x, cosines, sines) for x in (query, new_keys))
+        form = cosines, sines, rotary_dim, interleaved
+        query, new_keys = (rotate(x, *form) for x in (query, new_keys))
     for head in range(keys.shape[1]):
         entry = bounds[:, min(head, bounds.shape[1] - 1), 0]
         slots = entry[:, Bounds.END] - 1 + entry[:, Bounds.BASE]
@@ -255,15 +262,6 @@ def store_and_attend(
             store(buffer[:, head : head + 1], new[:, head : head + 1], slots)
     output: torch.Tensor = attend(query, keys, values, bounds, scale, softcap, sink_scores)
     return output
-
-
-def _rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    if cosines.shape[-1] != x.shape[-1]:  # of the pairs
-        cosines, sines = (torch.cat((t, t), -1) for t in (cosines, sines))
-    wide = _wide(x)
-    first, second = x.to(wide).chunk(2, -1)
-    pairs = torch.cat((-second, first), -1)
-    return (x.to(wide) * cosines.to(wide) + pairs * sines.to(wide)).to(x.dtype)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -284,6 +282,8 @@ def _(
     scale: float,
     softcap: float,
     sink_scores: torch.Tensor | None,
+    rotary_dim: int = 0,
+    interleaved: bool = False,
 ) -> torch.Tensor:
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, values.shape[3]))

@@ -120,4 +120,4 @@ def _launches(target: Any, values: Any) -> list[Launch]:
     elif target is _STORE_LATENT:
         values = (*values[:5], None, None, *values[5:])
     latent = target in (_LATENT, _STORE_LATENT)
-    return triton_kernels.attention(*(*values, counters), latent=latent)
+    return triton_kernels.attention(*values, counters=counters, latent=latent)

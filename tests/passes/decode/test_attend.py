@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,11 +54,40 @@ def test_padding_that_is_not_told_is_seen() -> None:
     step = oracle.padded_into(False, torch.float32, "cpu")
     for tensor in (step.keys, step.values):
         tensor.nan_to_num_(0.5)
-    *before, bounds, scale, softcap, sinks = step.arguments()
+    *before, bounds, scale, softcap, sinks, _, _ = step.arguments()
     assert isinstance(bounds, torch.Tensor)
     bounds[..., Bounds.FIRST] -= 1
     wrong: Any = store_and_attend(*before, bounds, scale, softcap, sinks)
     assert relative_error(wrong.double(), oracle.expected(step.case)) > 1e-2
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [0, 12])
+@pytest.mark.parametrize("name", ["ragged", "several queries", "values of another dimension"])
+def test_kinds_of_rotation(name: str, rotary_dim: int, interleaved: bool) -> None:
+    case = oracle.make(6, **oracle.CASES[name])  # type: ignore[arg-type]
+    by_row = name == "ragged"
+    for pairs in (False, True):
+        step = oracle.step(case, True, by_row, rotary_dim, interleaved)
+        step = oracle.of_pairs(step) if pairs else step
+        got: Any = store_and_attend(*step.arguments())
+        assert relative_error(got.double(), oracle.expected(case)) < 1e-5
+        for buffer, stored in zip((step.keys, step.values), step.stored(), strict=True):
+            assert relative_error(buffer.nan_to_num(), stored) < 1e-5
+
+
+@pytest.mark.breaks
+@pytest.mark.parametrize("change", [{"rotary_dim": 8}, {"interleaved": False}])
+def test_the_kind_of_rotation_matters(change: dict[str, Any]) -> None:
+    """The companion."""
+    case = oracle.make(6, tokens=3)
+    step = replace(oracle.step(case, True, rotary_dim=12, interleaved=True), **change)
+    if "rotary_dim" in change:
+        assert step.cosines is not None
+        assert step.sines is not None
+        step = replace(step, cosines=step.cosines[..., :8], sines=step.sines[..., :8])
+    wrong: Any = store_and_attend(*step.arguments())
+    assert relative_error(wrong.double(), oracle.expected(case)) > 1e-2
 
 
 @pytest.mark.breaks
@@ -95,6 +125,8 @@ def test_it_is_a_proper_operator(name: str) -> None:
     for rotary in (False, True):
         step = oracle.step(case, rotary)
         torch.library.opcheck(torch.ops.adaskip.store_and_attend.default, step.arguments())
+    step = oracle.step(case, True, rotary_dim=8, interleaved=True)
+    torch.library.opcheck(torch.ops.adaskip.store_and_attend.default, step.arguments())
 
 
 def test_the_others_are_proper_operators() -> None:

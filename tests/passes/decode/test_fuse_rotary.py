@@ -77,17 +77,6 @@ def a_part_that_is_all(
     return attend(turned(q), keys, values, turned(k), v, b)
 
 
-def a_part(
-    q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, c: Tensor, s: Tensor, b: Tensor
-) -> Any:
-    def turned(x: Tensor) -> Tensor:
-        part, others = x[..., :4], x[..., 4:]
-        pairs = torch.cat((-part[..., 2:], part[..., :2]), dim=-1)
-        return torch.cat([part * c[..., :4] + pairs * s[..., :4], others], dim=-1)
-
-    return attend(turned(q), keys, values, turned(k), v, b)
-
-
 def halves_backwards(
     q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, c: Tensor, s: Tensor, b: Tensor
 ) -> Any:
@@ -132,15 +121,6 @@ def backwards(
 ) -> Any:
     def turned(x: Tensor) -> Tensor:
         return x * c + torch.cat((x[..., 4:], -x[..., :4]), dim=-1) * s
-
-    return attend(turned(q), keys, values, turned(k), v, b)
-
-
-def neighbours(
-    q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, c: Tensor, s: Tensor, b: Tensor
-) -> Any:
-    def turned(x: Tensor) -> Tensor:
-        return x * c + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * s
 
     return attend(turned(q), keys, values, turned(k), v, b)
 
@@ -208,9 +188,7 @@ def test_keys_that_are_read_besides_are_rotated_for_them_too() -> None:
     assert error < 1e-6
 
 
-@pytest.mark.parametrize(
-    "function", [keys_alone, other_angles, backwards, neighbours, uneven, overwritten]
-)
+@pytest.mark.parametrize("function", [keys_alone, other_angles, backwards, uneven, overwritten])
 def test_what_is_another_rotation_stays(function: Callable[..., Any]) -> None:
     module, error = both(function, inputs())
     assert not rotates(module)
@@ -260,9 +238,6 @@ def test_a_part_may_be_all_of_a_head() -> None:
     module, error = both(a_part_that_is_all, inputs())
     assert rotates(module)
     assert error < 1e-6
-    module, error = both(a_part, inputs())
-    assert not rotates(module)
-    assert error == 0
 
 
 @pytest.mark.parametrize("function", [by_halves, halves_in_other_order])

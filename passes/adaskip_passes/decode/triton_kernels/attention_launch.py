@@ -17,9 +17,9 @@ _MOST_OF_LATENT = 16  # likewise: each is several times as wide, and held in reg
 _MOST_SHARES = 64  # of a group of queries, where its results are that wide
 
 
-def attend(*inputs: Any, latent: bool = False) -> torch.Tensor:
-    """Compute :func:`ops.attend`, which describes the inputs; `counters` come last."""
-    launches = attention(*inputs, latent=latent)
+def attend(*inputs: Any, counters: torch.Tensor, latent: bool = False) -> torch.Tensor:
+    """Compute :func:`ops.store_and_attend`, which describes the inputs."""
+    launches = attention(*inputs, counters=counters, latent=latent)
     for launch in launches:
         launch.run()
     return launches[-1].outputs[0]
@@ -37,8 +37,10 @@ def attention(
     scale: float,
     softcap: float,
     sink_scores: torch.Tensor | None,
-    counters: torch.Tensor,
+    rotary_dim: int = 0,
+    interleaved: bool = False,
     *,
+    counters: torch.Tensor,
     latent: bool = False,
 ) -> list[Launch]:
     """Return the launches of :func:`ops.store_and_attend`, which describes the other inputs.
@@ -55,6 +57,8 @@ def attention(
         scale: Of the scores.
         softcap: Their bound; 0 for none.
         sink_scores: Of each head, or None.
+        rotary_dim: How many of a head's numbers are rotated; 0: all.
+        interleaved: Whether neighbours are pairs.
         counters: int32, one for each row and K/V head; they are zero before and after.
         latent: Whether keys are latents, which are the values as well, and values the rest of the
             keys: :func:`latent_ops.store_and_attend_latent`.
@@ -87,13 +91,13 @@ def attention(
     query, *query_strides = _strided(query)
     new_keys, *new_key_strides = _strided(new_keys)
     new_values, *new_value_strides = _strided(new_values)
-    pairs = cosines is not None and cosines.shape[3] != dim
-    cosines, *angle_strides = _strided(cosines, batch)
-    sines, *_ = _strided(sines, batch)
+    turned = rotary_dim or dim
+    pairs = cosines is not None and cosines.shape[3] != turned
+    cosines, sines, *angle_strides = _angles(cosines, sines, batch)
     arguments = (
         *(query, keys, values, output, partial, weight, counters, used, bounds, sink_scores),
         *(scale, softcap, new_keys, new_values, cosines, sines),
-        *(*new_key_strides, *new_value_strides, angle_strides[0], angle_strides[2]),
+        *(*new_key_strides, *new_value_strides, *angle_strides),
         *(*query_strides, *keys.stride()[:3], *values.stride()[:3]),
         *(bounds.stride(0), bounds.stride(1), tokens, batch),
     )
@@ -107,7 +111,8 @@ def attention(
     flags = {
         **form,
         **{"HB": bounds.shape[1], "D": first, "DP": padded, "PROGRAMS": _PROGRAMS},
-        **{"DR": rest, "DRP": padded_rest, "LATENT": latent, "PAIRS": pairs},
+        **{"DR": rest, "DRP": padded_rest, "LATENT": latent},
+        **{"PAIRS": pairs, "ROTARY": turned, "INTERLEAVED": interleaved},
         "EP": triton.next_power_of_2(rows * bounds.shape[1]),
         **{"GB": min(some, group), "TP": own},
         "BN": block,
@@ -173,21 +178,24 @@ def _numel(tensor: torch.Tensor) -> int:
     return count.node.hint if isinstance(count, torch.SymInt) else count
 
 
-def _strided(tokens: torch.Tensor | None, batch: int | None = None) -> tuple[Any, ...]:
-    """Return a tensor [B, H, T, D] without gaps in its last dimension, and its strides.
-
-    Args:
-        tokens: The tensor, or None.
-        batch: Rows that a whole tensor is repeated for, if it has one for all.
-
-    """
+def _strided(tokens: torch.Tensor | None) -> tuple[Any, ...]:
+    """Return a tensor [B, H, T, D] without gaps in its last dimension, and its strides."""
     if tokens is None:
         return None, 0, 0, 0
-    if batch is not None:
-        whole = tokens.contiguous().expand(batch, -1, -1, -1)
-    else:
-        whole = tokens if tokens.stride(3) == 1 else tokens.contiguous()
+    whole = tokens if tokens.stride(3) == 1 else tokens.contiguous()
     return whole, *whole.stride()[:3]
+
+
+def _angles(
+    cosines: torch.Tensor | None, sines: torch.Tensor | None, batch: int
+) -> tuple[Any, ...]:
+    """Return both for each row, and the strides that they have by row and by token."""
+    if cosines is None or sines is None:
+        return None, None, 0, 0
+    if cosines.stride(3) != 1 or cosines.stride() != sines.stride():
+        cosines, sines = cosines.contiguous(), sines.contiguous()
+    by_row = cosines.stride(0) if cosines.shape[0] == batch else 0
+    return cosines, sines, by_row, cosines.stride(2)
 
 
 def _blocks(groups: int, group: int, alike: bool) -> tuple[int, int, int, int]:

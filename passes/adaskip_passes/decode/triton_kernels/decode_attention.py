@@ -56,25 +56,38 @@ def _share(
 
 
 @triton.jit
-def _rotated(x, cosines, sines, rows, at, d, D: tl.constexpr, PAIRS: tl.constexpr, mask):
+def _rotated(
+    x, cosines, sines, rows, at, d, mask, D: tl.constexpr, ROTARY: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
     """Load what `rows` of x point to, rotated by the angles at `at` if there are cosines.
 
-    With PAIRS there is an angle for each pair, and else for each number of a head.
+    Of the D numbers of a head the first ROTARY are rotated. With PAIRS there is an angle for each
+    pair, and else for each number.
 
-    Rotary position embeddings (Su et al., "RoFormer", eq. 34), halves of a head as pairs.
+    Rotary position embeddings (Su et al., "RoFormer", eq. 34): pairs are neighbours if they are
+    INTERLEAVED, and else halves of the ROTARY.
     """
     value = tl.load(x + rows[:, None] + d[None, :], mask=mask, other=0.0)
     if cosines is not None:
-        other = tl.where(d < D // 2, d + D // 2, d - D // 2)
-        sign = tl.where(d < D // 2, -1.0, 1.0)
-        pair = tl.load(x + rows[:, None] + other[None, :], mask=mask, other=0.0)
+        if INTERLEAVED:
+            is_first, other = d % 2 == 0, d ^ 1
+        else:
+            is_first = d < ROTARY // 2
+            other = tl.where(is_first, d + ROTARY // 2, d - ROTARY // 2)
+        sign = tl.where(is_first, -1.0, 1.0)
         angle = d
         if PAIRS:
-            angle = tl.where(d < D // 2, d, d - D // 2)
-        cosine = tl.load(cosines + at[:, None] + angle[None, :], mask=mask, other=0.0)
-        sine = tl.load(sines + at[:, None] + angle[None, :], mask=mask, other=0.0)
+            angle = d // 2 if INTERLEAVED else tl.where(is_first, d, other)
+        turns = mask
+        if ROTARY < D:
+            turns = mask & (d < ROTARY)[None, :]
+        pair = tl.load(x + rows[:, None] + other[None, :], mask=turns, other=0.0)
+        cosine = tl.load(cosines + at[:, None] + angle[None, :], mask=turns, other=0.0)
+        sine = tl.load(sines + at[:, None] + angle[None, :], mask=turns, other=0.0)
         turned = value.to(tl.float32) * cosine + sign[None, :] * pair.to(tl.float32) * sine
-        value = turned.to(value.dtype)
+        turned = turned.to(value.dtype)
+        value = tl.where(turns, turned, value) if ROTARY < D else turned
     return value
 
 
@@ -168,7 +181,8 @@ def _attend(
     DVP: tl.constexpr, GP: tl.constexpr, GB: tl.constexpr, TP: tl.constexpr,
     PROGRAMS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr,
-    LATENT: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    LATENT: tl.constexpr, PAIRS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Flash decoding: a program GP queries of a K/V head and a share of what they see.
 
@@ -199,11 +213,15 @@ def _attend(
         asks = b * query_b + (h * G + mine_of_head % G) * query_h + t * query_t
         turns = b * angle_b + t * angle_t
         real = (t < T)[:, None] & (d < D)[None, :]
-        q = _rotated(query, cosines, sines, asks, turns, d, D + DR, PAIRS, real)
+        q = _rotated(
+            query, cosines, sines, asks, turns, d, real, D + DR, ROTARY, PAIRS, INTERLEAVED
+        )
         q_rest = None
         if DR > 0:
             real = (t < T)[:, None] & (dr < DR)[None, :]
-            q_rest = _rotated(query, cosines, sines, asks, turns, D + dr, D + DR, PAIRS, real)
+            q_rest = _rotated(
+                query, cosines, sines, asks, turns, D + dr, real, D + DR, ROTARY, PAIRS, INTERLEAVED
+            )
         key_base = keys + b.to(tl.int64) * key_b + h.to(tl.int64) * key_h
         value_base = values + b.to(tl.int64) * value_b + h.to(tl.int64) * value_h
         rest_base, rest_n = key_base + D, key_n
@@ -220,14 +238,18 @@ def _attend(
             turns = b * angle_b + e * angle_t
             value_places = b * new_value_b + h * new_value_h + e * new_value_t
             if not LATENT:  # loaded before the stored ones, and looked at after them
-                k_own = _rotated(new_keys, cosines, sines, places, turns, d, D + DR, PAIRS, k_mask)
+                k_own = _rotated(
+                    new_keys, cosines, sines, places, turns, d, k_mask,
+                    D + DR, ROTARY, PAIRS, INTERLEAVED,
+                )  # fmt: skip
                 value_at = value_places[:, None] + dv[None, :]
                 v_own = tl.load(new_values + value_at, mask=v_mask, other=0.0)
                 rest_own = None
                 if DR > 0:
                     rest_own = _rotated(
-                        new_keys, cosines, sines, places, turns, D + dr, D + DR, PAIRS, rest_mask
-                    )
+                        new_keys, cosines, sines, places, turns, D + dr, rest_mask,
+                        D + DR, ROTARY, PAIRS, INTERLEAVED,
+                    )  # fmt: skip
         best, mass, total = _stored(
             q, q_rest, t, key_base, rest_base, value_base, mine, first, kept, begin, split * share,
             high, end, key_n, rest_n, value_n, scale, softcap, D, DP, DR, DRP, DV, DVP, GP, BN,

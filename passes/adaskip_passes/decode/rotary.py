@@ -1,0 +1,190 @@
+"""Rotary embeddings as transformers writes them, by the nodes that they end with.
+
+``x * cos + pairs * sin``, where `pairs` are ``cat((-x[..., D / 2 :], x[..., : D / 2]))`` (the order
+of GPT-NeoX) or ``stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)`` (that of GPT-J: neighbours
+are pairs); or halves that are written out, ``cat((a * cos - b * sin, b * cos + a * sin))``, with an
+angle for each pair (GPT-OSS). It may be computed in float32, and of the first numbers of a head
+alone, beside which the others are put again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from .matching import argument, calls, dtype_of, example, operands, shape_of, two_parts
+
+
+class Rotation(NamedTuple):
+    """What was rotated, [B, H, T, D], and how: see :func:`ops.store_and_attend`."""
+
+    x: fx.Node
+    cosines: fx.Node
+    sines: fx.Node
+    rotary_dim: int
+    interleaved: bool
+
+
+def rotation(node: fx.Node) -> Rotation | None:
+    """Return the rotation that made `node`, which has its dtype; None if none did."""
+    found = _rotation(_uncast(node))
+    if found is None or dtype_of(found.x) != dtype_of(node):
+        return None
+    cosines, sines = (example(n) for n in (found.cosines, found.sines))
+    return found if cosines is not None and sines is not None else None
+
+
+def _rotation(node: fx.Node) -> Rotation | None:
+    if (found := _by_halves(node)) is not None:
+        return found
+    if (parts := two_parts(node)) is not None:
+        return _of_a_part(*parts)
+    for plain, crossed in operands(node, "add"):
+        for wide, cosines in operands(plain, "mul"):
+            x = _unwidened(wide)
+            for pairs, sines in operands(crossed, "mul"):
+                interleaved = _order_of_pairs(_unwidened(pairs), x)
+                if interleaved is None:
+                    continue
+                if not all(_is_angle(n, x) for n in (cosines, sines)):
+                    continue
+                if interleaved:
+                    cosines, sines = _of_pairs(cosines), _of_pairs(sines)
+                return Rotation(x, cosines, sines, _width(x), interleaved)
+    return None
+
+
+def _of_a_part(turned: fx.Node, others: fx.Node) -> Rotation | None:
+    """Return a rotation of a head's first numbers, beside which the others are put."""
+    found, rest = rotation(turned), shape_of(others)
+    if found is None or rest is None or rest[-1] == 0:
+        return found  # all of a head, of which a part might have been (Phi-3)
+    x, dim = argument(found.x, "getitem"), _width(found.x)
+    if x is None or x is not argument(others, "getitem") or _width(x) != dim + rest[-1]:
+        return None
+    both = _is_slice(found.x, x, slice(None, dim)) and _is_slice(others, x, slice(dim, None))
+    return found._replace(x=x) if both else None
+
+
+def _by_halves(node: fx.Node) -> Rotation | None:
+    """Return one that is ``cat((a * cos - b * sin, b * cos + a * sin), -1)``, of halves a and b."""
+    parts = two_parts(node)
+    if parts is None or not calls(parts[0], "sub") or len(parts[0].args) != 2:
+        return None
+    plain, crossed = parts[0].args
+    if parts[0].kwargs or not isinstance(plain, fx.Node) or not isinstance(crossed, fx.Node):
+        return None
+    for a, cosines in operands(plain, "mul"):
+        for b, sines in operands(crossed, "mul"):
+            x = _whole_of(a, b)
+            if x is None or not all(_is_angle(n, x, 2) for n in (cosines, sines)):
+                continue
+            for one, other in operands(parts[1], "add"):
+                turned = (b, cosines) in operands(one, "mul")
+                if turned and (a, sines) in operands(other, "mul"):
+                    return Rotation(x, cosines, sines, _width(x), False)
+    return None
+
+
+def _whole_of(first: fx.Node, second: fx.Node) -> fx.Node | None:
+    """Return what two nodes are the halves of; None if they are not."""
+    one, other = argument(first, "getitem"), argument(second, "getitem")
+    if one is None or one is not other or shape_of(first) is None:
+        return None
+    if calls(one, "chunk"):
+        given = {**dict(zip(("input", "chunks", "dim"), one.args, strict=False)), **one.kwargs}
+        x = given.pop("input")
+        both = (first.args[1], second.args[1]) == (0, 1) and given == {"chunks": 2, "dim": -1}
+        if not isinstance(x, fx.Node) or not both:
+            return None
+        size = shape_of(x)
+        return x if size is not None and size[-1] % 2 == 0 else None
+    half = _width(first)
+    slices = _is_slice(first, one, slice(None, half)) and _is_slice(second, one, slice(half, None))
+    size = shape_of(one)
+    return one if slices and size is not None and size[-1] == 2 * half else None
+
+
+def _order_of_pairs(node: fx.Node, x: fx.Node) -> bool | None:
+    """Return whether `node` is of neighbours in x, each with the other's number, or of halves.
+
+    The second of a pair is negated and comes first. None if `node` is something else.
+    """
+    if shape_of(x) is None or _width(x) % 2:
+        return None
+    if (parts := two_parts(node)) is not None:
+        half = _width(x) // 2
+        slices = slice(half, None), slice(None, half)
+        return False if _are_turned(parts, x, slices) else None
+    if (stacked := argument(node, "flatten")) is None or node.args[1:] != (-2,) or node.kwargs:
+        return None
+    parts = two_parts(stacked, "stack")
+    neighbours = [(slice(1, None, 2), slice(first, None, 2)) for first in (None, 0)]
+    found = parts is not None and any(_are_turned(parts, x, slices) for slices in neighbours)
+    return True if found else None
+
+
+def _are_turned(parts: tuple[fx.Node, fx.Node], x: fx.Node, slices: tuple[slice, slice]) -> bool:
+    """Return whether two parts are ``-x[..., slices[0]]`` and ``x[..., slices[1]]``."""
+    return _is_slice(argument(parts[0], "neg"), x, slices[0]) and _is_slice(parts[1], x, slices[1])
+
+
+def _is_slice(node: object, x: fx.Node, last: slice) -> bool:
+    """Return whether `node` is ``x[..., last]``, perhaps of x in a wider dtype."""
+    if not isinstance(node, fx.Node) or not calls(node, "getitem"):
+        return False
+    base, index = node.args
+    if not isinstance(base, fx.Node) or x not in (base, _unwidened(base)):
+        return False
+    return tuple(index) == (Ellipsis, last) if isinstance(index, tuple) else False
+
+
+def _is_angle(node: fx.Node, x: fx.Node, share: int = 1) -> bool:
+    """Return whether `node` is of an angle for each token and dimension of x, [B or 1, 1, T, D].
+
+    Or for one of `share` dimensions.
+    """
+    value, source = example(node), example(x)
+    if value is None or source is None or value.dim() != 4:
+        return False
+    if value.dtype not in (source.dtype, torch.promote_types(source.dtype, torch.float32)):
+        return False
+    (rows, heads, *rest), shape = value.shape, source.shape
+    return rows in (1, shape[0]) and heads == 1 and tuple(rest) == (shape[2], shape[3] // share)
+
+
+def _of_pairs(angles: fx.Node) -> fx.Node:
+    """Return an angle for each pair if `angles` repeat it for both numbers, and else `angles`."""
+    pairs = argument(angles, "repeat_interleave")
+    if pairs is None or example(pairs) is None:
+        return angles
+    given = {**dict(zip(("input", "repeats", "dim"), angles.args, strict=False)), **angles.kwargs}
+    twice = given == {"input": pairs, "repeats": 2, "dim": given.get("dim")}
+    return pairs if twice and given["dim"] in (-1, 3) else angles
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """Return what a node is before a change of dtype."""
+    inner = argument(node, "to", "type_as", "float")
+    own, other = example(node), example(inner)
+    if inner is None or own is None or other is None or own.device != other.device:
+        return node
+    return inner if own.shape == other.shape and other.is_floating_point() else node
+
+
+def _unwidened(node: fx.Node) -> fx.Node:
+    """Return what a node is before it had a dtype that holds as much and more."""
+    inner = _uncast(node)
+    one, other = dtype_of(inner), dtype_of(node)
+    if one is None or other is None or torch.promote_types(one, other) != other:
+        return node
+    return inner
+
+
+def _width(node: fx.Node) -> int:
+    """Return how many numbers there are in the last dimension."""
+    shape = shape_of(node)
+    assert shape is not None
+    return int(shape[-1])

@@ -1,0 +1,98 @@
+"""Decode steps as they are lowered for a GPU: what is left beside our operators, and the results.
+
+The eager model computes in float32; of sums in another order 2e-5 of the largest logit may differ,
+as for all families (`tests/model_support/matrix.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import fx
+
+from adaskip_fx.api import build
+from adaskip_fx.capture import phase_graph
+from adaskip_fx.capture.batch_sizes import BatchSizes
+from adaskip_fx.capture.graph_key import GraphKey
+from adaskip_fx.model.handle import runtime_of
+from adaskip_passes import Pass, run_passes
+from adaskip_passes.analysis.effects import operation
+from adaskip_passes.partition.outer import Piece, piece_of
+from tests.support.eager_reference import relative_error
+from tests.support.families.all import tiny_config, tiny_model
+
+TOLERANCE = 2e-5
+PROMPT, STEPS = 6, 3
+#: They move nothing, or stand for a part of something.
+VIEWS = {"view", "reshape", "transpose", "unsqueeze", "getitem", "contiguous", "split", "chunk"}
+#: Of a layer: queries, keys and values, what attention gives, and both products of the FFN.
+PROJECT, ATTEND = {"project.default": 4}, {"store_and_attend.default": 1}
+LAYER_NORM = {"to": 2, "mean": 2, "sub": 2, "pow": 1, "add": 1, "rsqrt": 1, "mul": 2}
+NEW_GELU = {"mul": 4, "pow": 1, "add": 2, "tanh": 1}
+
+#: What each family's last layer has besides.
+LEFT: dict[str, dict[str, int]] = {
+    "llama": {},
+    "glm": {"silu": 1, "mul": 1},
+    "cohere": {name: 2 * count for name, count in LAYER_NORM.items()},
+    "ernie4_5": {},
+    "gpt_neox": {"layer_norm": 2, "gelu": 1, "dropout": 0},
+    "phi": {"layer_norm": 2, **NEW_GELU},
+}
+OFTEN = ("llama", "cohere", "glm", "phi")
+FAMILIES = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in LEFT]
+on_cpu = phase_graph._lowering
+
+
+def as_on_a_gpu(key: GraphKey, backend: str) -> tuple[Pass, ...]:
+    on_gpu = replace(key, device=torch.device("cuda"))
+    return on_cpu(on_gpu, "inductor") if key.static_cache else ()
+
+
+def step_of(rows: int) -> GraphKey:
+    plain = GraphKey.plain("decode", torch.bfloat16, torch.device("cpu"))
+    return replace(plain, batch=BatchSizes.around(rows, 1), static_tokens=1)
+
+
+def operations(piece: Piece, passes: Sequence[Pass]) -> Counter[str]:
+    """What a piece calls when it is lowered, but for views."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(piece.module.graph, {}))
+    module = run_passes(fx.GraphModule(piece.module, graph), passes, copy=False)
+    called = [operation(n) for n in module.graph.nodes if n.op.startswith("call_")]
+    return Counter(name for name in called if name not in VIEWS)
+
+
+def left_of_a_layer(family: str, rows: int = 1) -> Counter[str]:
+    model = tiny_model(tiny_config(family, num_hidden_layers=2)).to(torch.bfloat16)
+    key = step_of(rows)
+    captured = runtime_of(build(model, None, backend="eager")).graphs.capture(key)
+    pieces = map(piece_of, captured.outer.graph.find_nodes(op="call_module"))
+    last = [piece for piece in pieces if piece is not None and piece.name.startswith("layers_1_")]
+    assert len(last) == 2
+    passes = as_on_a_gpu(key, "eager")
+    return operations(last[0], passes) + operations(last[1], passes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_little_is_left_of_a_layer(family: str) -> None:
+    assert left_of_a_layer(family) == Counter({**PROJECT, **ATTEND}) + Counter(LEFT[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_are_the_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phase_graph, "_lowering", as_on_a_gpu)
+    model = tiny_model(tiny_config(family, num_hidden_layers=2))
+    fast = build(model, None, backend="eager", static_cache=True)
+    ids = torch.randint(3, 53, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = fast(ids[:, :PROMPT]).past_key_values
+        want = model(ids).logits
+        for at in range(PROMPT, PROMPT + STEPS):
+            got = fast(ids[:, at : at + 1], past_key_values=cache).logits
+            assert relative_error(got, want[:, at : at + 1]) < TOLERANCE
+    assert runtime_of(fast).runner.static.why_not is None
