@@ -10,9 +10,9 @@ expression. Before and after::
                                           f   = ffn(n_1)
                                           y   = x_1 + f
 
-Each branch is then a sublayer of its own, and either can be skipped; what both read (the norm) is
-computed by both. ``ordered_after(x_1, x)`` is `x`: it says that what reads it belongs behind `x_1`,
-and is left out of the pieces.
+Each branch is then a sublayer of its own, and either can be skipped; what both read (the norm, with
+casts of its weights) is computed by both. ``ordered_after(x_1, x)`` is `x`: it says that what reads
+it belongs behind `x_1`, and is left out of the pieces.
 
 Legal because sums may be regrouped, but for rounding (which is never coarser than it was), and
 because a branch that is moved reads nothing that is written behind it, and what it writes (a state,
@@ -31,6 +31,7 @@ from typing import TypeVar
 import torch
 from torch import fx
 
+from ..analysis.effects import is_mutation
 from ..infra.pass_base import Pass, PassResult
 from .parallel_sums import ParallelSum, find_sums
 
@@ -99,8 +100,21 @@ def _moved(
     before.meta = _meta(like, stream)
     copies = {stream: before}
     for node in region:
+        for source in node.all_input_nodes:
+            if source not in copies and _is_cast_of_input(source):
+                copies[source] = graph.node_copy(source)
         copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
     return copies
+
+
+def _is_cast_of_input(node: fx.Node) -> bool:
+    """Return whether a node is an input of the graph in another dtype, which nothing overwrites."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or source.op != "placeholder":
+        return False
+    if node.op != "call_method" or node.target not in ("to", "float"):
+        return False
+    return not any(is_mutation(user) for one in (node, source) for user in one.users)
 
 
 def _add(graph: fx.Graph, left: fx.Node, right: fx.Node, like: fx.Node, value: fx.Node) -> fx.Node:

@@ -56,6 +56,23 @@ class SharedNorm(Block):
         return x + self.self_attn(norm, table, slot, start) + self.mlp(norm)
 
 
+class WideNorm(nn.Module):
+    """As Cohere's: the weight is cast whenever it is called."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(shape.hidden) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight.to(torch.float64) * x.to(torch.float64).tanh()).to(x.dtype)
+
+
+class CastsWeight(SharedNorm):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.norm1 = WideNorm(shape)  # type: ignore[assignment]
+
+
 class FeedsFirst(Block):
     """The FFN is computed and added before attention."""
 
@@ -78,7 +95,7 @@ class Experts(NeoX):
     ffn = TwoExperts
 
 
-PARALLEL = {b.__name__: b for b in (NeoX, SharedNorm, Falcon, FeedsFirst, Experts)}
+PARALLEL = {b.__name__: b for b in (NeoX, SharedNorm, CastsWeight, Falcon, FeedsFirst, Experts)}
 
 
 @functools.cache
@@ -130,6 +147,19 @@ def check(block: str, tokens: int, filled: int, factors: Mapping[int, float]) ->
 @pytest.mark.parametrize("block", PARALLEL)
 def test_nothing_skipped(block: str) -> None:
     check(block, 7, 7, {})
+
+
+def test_each_branch_casts_a_weight_itself() -> None:
+    """The prologue would do it for all layers, in a kernel each."""
+    calls = parallel("CastsWeight").outer.graph.find_nodes(op="call_module")
+    pieces = {piece.name: piece.module.graph for piece in map(piece_of, calls) if piece is not None}
+
+    def casts(name: str) -> int:
+        weights = [n for n in pieces[name].find_nodes(op="placeholder") if "norm1" in n.name]
+        assert len(weights) == (name != "prologue")
+        return sum(user.target == "to" for weight in weights for user in weight.users)
+
+    assert [casts(name) for name in ("prologue", "layers_1_attention", "layers_1_ffn")] == [0, 1, 1]
 
 
 @given(
