@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -28,22 +29,40 @@ from tests.support.families.all import tiny_config, tiny_model
 TOLERANCE = 2e-5
 PROMPT, STEPS = 6, 3
 #: They move nothing, or stand for a part of something.
-VIEWS = {"view", "reshape", "transpose", "unsqueeze", "getitem", "contiguous", "split", "chunk"}
+VIEWS = {
+    "view",
+    "expand",
+    "reshape",
+    "transpose",
+    "unsqueeze",
+    "getitem",
+    "contiguous",
+    "split",
+    "chunk",
+}
 #: Of a layer: queries, keys and values, what attention gives, and both products of the FFN.
 PROJECT, ATTEND = {"project.default": 4}, {"store_and_attend.default": 1}
-LAYER_NORM = {"to": 2, "mean": 2, "sub": 2, "pow": 1, "add": 1, "rsqrt": 1, "mul": 2}
-NEW_GELU = {"mul": 4, "pow": 1, "add": 2, "tanh": 1}
+RMS_NORM = {"to": 2, "pow": 1, "mean": 1, "add": 1, "rsqrt": 1, "mul": 2}
 
-#: What each family's last layer has besides.
-LEFT: dict[str, dict[str, int]] = {
-    "llama": {},
-    "glm": {"silu": 1, "mul": 1},
-    "cohere": {name: 2 * count for name, count in LAYER_NORM.items()},
-    "ernie4_5": {},
-    "gpt_neox": {"layer_norm": 2, "gelu": 1, "dropout": 0},
-    "phi": {"layer_norm": 2, **NEW_GELU},
+
+def times(count: int, operations: dict[str, int]) -> Counter[str]:
+    return Counter({name: count * number for name, number in operations.items()})
+
+
+#: What each family's last layer has besides. Norms after a branch wait for all of it; those of
+#: queries and keys of OLMo 2 are of all heads. A layer that alone has no window makes its bounds.
+AFTER_BRANCHES = times(2, RMS_NORM) + Counter({"add": 2})
+LEFT: dict[str, Counter[str]] = {
+    **{name: Counter() for name in ("llama", "phi3", "glm", "helium", "ernie4_5", "granite")},
+    **{name: Counter() for name in ("cohere", "phi", "gpt_neox", "stablelm", "starcoder2")},
+    "cohere2": Counter({"to": 1, "zeros_like": 1, "add": 3, "stack": 1}),
+    "glm4": AFTER_BRANCHES,
+    "olmo2": AFTER_BRANCHES + times(2, RMS_NORM),
+    "nemotron": Counter({"add": 2, "layer_norm": 2}),
+    "persimmon": Counter({"layer_norm": 2}),
 }
-OFTEN = ("llama", "cohere", "glm", "phi")
+KINDS = {"cohere2": {"layer_types": ["sliding_attention", "full_attention"]}}
+OFTEN = ("llama", "cohere", "glm4", "phi")
 FAMILIES = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in LEFT]
 on_cpu = phase_graph._lowering
 
@@ -51,6 +70,10 @@ on_cpu = phase_graph._lowering
 def as_on_a_gpu(key: GraphKey, backend: str) -> tuple[Pass, ...]:
     on_gpu = replace(key, device=torch.device("cuda"))
     return on_cpu(on_gpu, "inductor") if key.static_cache else ()
+
+
+def tiny(family: str) -> Any:
+    return tiny_model(tiny_config(family, num_hidden_layers=2, **KINDS.get(family, {})))
 
 
 def step_of(rows: int) -> GraphKey:
@@ -68,7 +91,7 @@ def operations(piece: Piece, passes: Sequence[Pass]) -> Counter[str]:
 
 
 def left_of_a_layer(family: str, rows: int = 1) -> Counter[str]:
-    model = tiny_model(tiny_config(family, num_hidden_layers=2)).to(torch.bfloat16)
+    model = tiny(family).to(torch.bfloat16)
     key = step_of(rows)
     captured = runtime_of(build(model, None, backend="eager")).graphs.capture(key)
     pieces = map(piece_of, captured.outer.graph.find_nodes(op="call_module"))
@@ -80,13 +103,13 @@ def left_of_a_layer(family: str, rows: int = 1) -> Counter[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_little_is_left_of_a_layer(family: str) -> None:
-    assert left_of_a_layer(family) == Counter({**PROJECT, **ATTEND}) + Counter(LEFT[family])
+    assert left_of_a_layer(family) == Counter({**PROJECT, **ATTEND}) + LEFT[family]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_are_the_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phase_graph, "_lowering", as_on_a_gpu)
-    model = tiny_model(tiny_config(family, num_hidden_layers=2))
+    model = tiny(family)
     fast = build(model, None, backend="eager", static_cache=True)
     ids = torch.randint(3, 53, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

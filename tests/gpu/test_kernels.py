@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adaskip_passes.decode.ops import EVERY, normalize, project
+from adaskip_passes.decode.ops import EVERY
+from adaskip_passes.decode.projection_ops import normalize, project
 from tests.support.eager_reference import relative_error
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -120,6 +121,79 @@ def test_norms(dtype: torch.dtype, rows: int, width: int) -> None:
     expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
     assert relative_error(normalize(x, weight, 1e-5).double(), expected) < DTYPES[dtype]
     assert relative_error(normalize(x, weight, 0.5).double(), expected) > DTYPES[dtype]
+
+
+def layer_norm(x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
+    """In float64."""
+    wide = x.double()
+    wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    return wide if shift is None else wide + shift.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("width", [96, 2560, 4096, 8192, 12288])
+def test_layer_norms(width: int, shifted: bool, dtype: torch.dtype) -> None:
+    """Of what has a mean, before projections and alone."""
+    x, weight = random(5, 1, width, dtype=dtype) + 3, random(width, dtype=dtype)
+    shift = random(width, dtype=dtype) if shifted else None
+    got = normalize(x, weight, 1e-5, 0.0, shift, True)
+    assert relative_error(got.double(), layer_norm(x, weight, shift)) < DTYPES[dtype]
+    wrong = normalize(x, weight, 1e-5)
+    assert relative_error(wrong.double(), layer_norm(x, weight, shift)) > DTYPES[dtype]
+    row = x[:1]
+    weights = [random(n, width, dtype=dtype) / width**0.5 for n in (130, 33, 16)]
+    h = layer_norm(row, weight, shift)
+    got_all = project(row, weights, [], weight, 1e-5, "", None, 0.0, shift, True)
+    for one, w in zip(got_all, weights, strict=True):
+        assert relative_error(one.double(), h @ w.double().T) < DTYPES[dtype]
+    pair = [weights[0], weights[0].flip(0).contiguous()]
+    gate, up = (h @ w.double().T for w in pair)
+    (got_one,) = project(row, pair, [], weight, 1e-5, "silu", None, 0.0, shift, True)
+    expected = torch.nn.functional.silu(gate) * up
+    assert relative_error(got_one.double(), expected) < 2 * DTYPES[dtype]
+
+
+ACTIVATED = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+    "relu": torch.relu,
+    "relu_squared": lambda y: torch.relu(y).square(),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 32])
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_activations(name: str, rows: int, dtype: torch.dtype) -> None:
+    """Of one weight alone, and of the halves of one as a gate."""
+    if rows > 1 and dtype == torch.float32:
+        return  # left to the compiler: see projections.py
+    x, w = random(rows, 1, 320, dtype=dtype), random(192, 320, dtype=dtype) / 18
+    bias = random(192, dtype=dtype)
+    y = x.double() @ w.double().T + bias.double()
+    (got,) = project(x, [w], [bias], None, 0.0, name, None)
+    assert relative_error(got.double(), ACTIVATED[name](y)) < 2 * DTYPES[dtype]
+    gate, up = y.chunk(2, -1)
+    (got,) = project(x, [*w.chunk(2)], [*bias.chunk(2)], None, 0.0, name, None)
+    assert relative_error(got.double(), ACTIVATED[name](gate) * up) < 2 * DTYPES[dtype]
+    (wrong,) = project(x, [*w.chunk(2)[::-1]], [*bias.chunk(2)], None, 0.0, name, None)
+    assert relative_error(wrong.double(), ACTIVATED[name](gate) * up) > 2 * DTYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_factor_before_a_residual(rows: int, dtype: torch.dtype) -> None:
+    if rows > 1 and dtype == torch.float32:
+        return  # left to the compiler: see projections.py
+    x, w = random(rows, 1, 320, dtype=dtype), random(96, 320, dtype=dtype) / 18
+    h = random(rows, 1, 96, dtype=dtype)
+    for residual, added in ((None, 0.0), (h, h.double())):
+        (got,) = project(x, [w], [], None, 0.0, "", residual, 0.0, None, False, 0.22)
+        expected = 0.22 * (x.double() @ w.double().T) + added
+        assert relative_error(got.double(), expected) < DTYPES[dtype]
 
 
 def test_another_weight_is_noticed() -> None:

@@ -11,7 +11,8 @@ import torch
 
 from .expert_ops import choose_experts, run_experts
 from .latent_ops import attend_latent, store_and_attend_latent
-from .ops import attend, normalize, project, store_and_attend
+from .ops import attend, store_and_attend
+from .projection_ops import normalize, project
 from .rank_sums import MOST_NUMBERS, all_reduced, sum_over_ranks
 from .shared_memory import shared_memory
 
@@ -29,17 +30,28 @@ def _(
     activation: str,
     residual: torch.Tensor | None,
     offset: float = 0.0,
+    shift: torch.Tensor | None = None,
+    centered: bool = False,
+    factor: float = 1.0,
 ) -> list[torch.Tensor]:
     from . import triton_kernels
 
-    return triton_kernels.project(x, weights, biases, norm, eps, activation, residual, offset)
+    before = norm, eps, activation, residual
+    return triton_kernels.project(x, weights, biases, *before, offset, shift, centered, factor)
 
 
 @normalize.register_kernel("cuda")
-def _(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    offset: float = 0.0,
+    shift: torch.Tensor | None = None,
+    centered: bool = False,
+) -> torch.Tensor:
     from . import triton_kernels
 
-    return triton_kernels.normalize(x, weight, eps, offset)
+    return triton_kernels.normalize(x, weight, eps, offset, shift, centered)
 
 
 @sum_over_ranks.register_kernel("cuda")

@@ -7,9 +7,11 @@ Before::                                        After::
     k = linear(h, wk)
     v = linear(h, wv)
 
-and likewise ``silu(gate) * up``, ``gelu(gate) * up`` by its tanh, and the residual add after the
-last projection, seen through dropout that drops nothing. The weights stay where they are: the
-operator takes several of them. Legal because the same values are computed from the same operands;
+and likewise a layer norm, ``silu(gate) * up``, also of the halves of one projection, an activation
+after a projection, and the residual add after the last one, seen through dropout that drops nothing
+and behind a number that it is multiplied by (:mod:`norms`, :mod:`activations` and :mod:`epilogues`
+list what is recognized). The weights stay where they are: the operator takes several of them, or
+parts of one. Legal because the same values are computed from the same operands;
 they are rounded less often (the norm's result and the gate stay in float32, as does a stream in
 float32 on its way to a norm and from a projection), so the pass preserves results to rounding, not
 to the bit.
@@ -33,16 +35,11 @@ from torch import fx
 
 from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
-from .matching import (
-    calls,
-    example,
-    find_overwritten,
-    most_rows,
-    only_user,
-    shape_of,
-)
+from .epilogues import Epilogue, epilogue_of, gate_of, gate_of_halves
+from .matching import calls, example, find_overwritten, most_rows, shape_of
+from .norms import Norm, norm_of
 from .ops import MAX_ROWS
-from .rms_norm import rms_norm
+from .projection_ops import project as project  # the operator
 
 _TOGETHER = 3  # weights that one operator takes
 
@@ -112,36 +109,83 @@ def _fuse(
     norms: dict[fx.Node, fx.Node],
 ) -> None:
     """Make a group one call; `norms` are those that are calls of their own already, by result."""
-    source, activation, residual = _source(group[0]), "", None
-    results = group
-    at = group[0]
-    if (gated := _gated(group, overwritten)) is not None:
-        *group, product, activation = gated
-        results = [product]
-    elif len(group) == 1 and (added := _residual(group[0], overwritten)) is not None:
-        at, residual = added
-        results = [at]
-    shape = shape_of(source)
-    norm = rms_norm(source)
-    if norm is not None and not overwritten.isdisjoint(_between(source, norm[:2])):
-        norm = None
-    x, weight, eps, offset = norm if norm is not None else (source, None, 0.0, 0.0)
-    if norm is not None and (shape is None or most_rows(shape) != 1):
-        if source not in norms:
-            with graph.inserting_after(source):
-                norms[source] = graph.call_function(torch.ops.adaskip.normalize.default, norm)
-            norms[source].meta["example_value"] = source.meta["example_value"]
-        x, weight, eps, offset = norms[source], None, 0.0, 0.0
-    biases = [b for n in group if isinstance(b := _bias(n), fx.Node)]
-    with graph.inserting_before(at):
+    weights, biases, after = _parameters(graph, group, overwritten)
+    results = group if after is None else [after.result]
+    _, activation, factor, residual = after or Epilogue(group[0])
+    norm = _norm(graph, _source(group[0]), overwritten, norms)
+    with graph.inserting_before(group[0] if residual is None else results[0]):
         call = graph.call_function(
             torch.ops.adaskip.project.default,
-            (x, [n.args[1] for n in group], biases, weight, eps, activation, residual, offset),
+            (
+                *(norm.x, weights, biases, norm.weight, norm.eps, activation, residual),
+                *(norm.offset, norm.shift, norm.centered, factor),
+            ),
         )
         items = [graph.call_function(operator.getitem, (call, i)) for i in range(len(results))]
     for item, result in zip(items, results, strict=True):
         item.meta["example_value"] = result.meta.get("example_value")
         result.replace_all_uses_with(item)
+
+
+def _parameters(
+    graph: fx.Graph, group: list[fx.Node], overwritten: set[fx.Node]
+) -> tuple[list[fx.Node], list[fx.Node], Epilogue | None]:
+    """Return weights, biases, and what the one result becomes; None where there are several."""
+    first, *others = group
+    gate = gate_of(first, others[0], overwritten) if len(others) == 1 else None
+    if gate is not None and not gate.is_first:
+        group = group[::-1]
+    weights = [n.args[1] for n in group if isinstance(n.args[1], fx.Node)]
+    biases = [b for n in group if isinstance(b := _bias(n), fx.Node)]
+    if gate is not None:
+        return weights, biases, Epilogue(gate.product, gate.activation)
+    if others:
+        return weights, biases, None
+    gate = gate_of_halves(first, overwritten) if _has_aligned_halves(weights[0]) else None
+    if gate is None:
+        return weights, biases, epilogue_of(first, overwritten)
+    order = 1 if gate.is_first else -1
+    halves = [_halves(graph, first, p)[::order] for p in (*weights, *biases)]
+    return (
+        halves[0],
+        [b for both in halves[1:] for b in both],
+        Epilogue(gate.product, gate.activation),
+    )
+
+
+def _has_aligned_halves(weight: fx.Node) -> bool:
+    """Return whether a kernel may read 16 bytes at once of both halves of a weight's outputs."""
+    value = example(weight)
+    return value is not None and value.numel() * value.element_size() % 32 == 0
+
+
+def _halves(graph: fx.Graph, before: fx.Node, parameter: fx.Node) -> list[fx.Node]:
+    """Return the halves of a weight or bias, by output."""
+    value = example(parameter)
+    assert value is not None
+    middle, halves = value.shape[0] // 2, []
+    for part in (slice(None, middle), slice(middle, None)):
+        with graph.inserting_before(before):
+            half = graph.call_function(operator.getitem, (parameter, part))
+        half.meta["example_value"] = value[part]
+        halves.append(half)
+    return halves
+
+
+def _norm(
+    graph: fx.Graph, source: fx.Node, overwritten: set[fx.Node], norms: dict[fx.Node, fx.Node]
+) -> Norm:
+    """Return the norm that is computed with a projection of `source`, or none, of what it reads."""
+    norm, shape = norm_of(source), shape_of(source)
+    if norm is None or not overwritten.isdisjoint(_between(source, norm.inputs)):
+        return Norm(source)
+    if shape is not None and most_rows(shape) == 1:
+        return norm
+    if source not in norms:
+        with graph.inserting_after(source):
+            norms[source] = graph.call_function(torch.ops.adaskip.normalize.default, tuple(norm))
+        norms[source].meta["example_value"] = source.meta["example_value"]
+    return Norm(norms[source])
 
 
 def _between(result: fx.Node, ends: Iterable[fx.Node]) -> set[fx.Node]:
@@ -179,55 +223,3 @@ def _source(linear: fx.Node) -> fx.Node:
 
 def _items(index: object) -> Iterable[object]:
     return index if isinstance(index, tuple | list) else (index,)
-
-
-def _gated(
-    group: list[fx.Node], overwritten: set[fx.Node]
-) -> tuple[fx.Node, fx.Node, fx.Node, str] | None:
-    """Return gate, up, ``function(gate) * up`` and the function, if nothing else reads them."""
-    if len(group) != 2 or shape_of(group[0]) != shape_of(group[1]):
-        return None
-    for gate, up in (group, group[::-1]):
-        activated = only_user(gate)
-        function = _activation(activated) if activated is not None else None
-        if activated is None or function is None:
-            continue
-        product = only_user(activated)
-        if product is None or not calls(product, "mul") or only_user(up) is not product:
-            continue
-        if overwritten.isdisjoint((activated, product)):
-            return gate, up, product, function
-    return None
-
-
-def _activation(node: fx.Node) -> str | None:
-    """Return which of the functions that `project` knows a node calls."""
-    if calls(node, "silu"):
-        return "silu"
-    by_tanh = calls(node, "gelu") and node.kwargs == {"approximate": "tanh"}
-    return "gelu_tanh" if by_tanh and len(node.args) == 1 else None
-
-
-def _residual(linear: fx.Node, overwritten: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """Return the add after a projection, and what it adds of the same shape, as wide or wider."""
-    last, add = linear, only_user(linear)
-    while add is not None and _drops_nothing(add):
-        last, add = add, only_user(add)
-    if add is None or not calls(add, "add") or len(add.args) != 2 or add.kwargs:
-        return None
-    other = add.args[1] if add.args[0] is last else add.args[0]
-    if not isinstance(other, fx.Node) or other is last:
-        return None
-    mine, theirs = example(linear), example(other)
-    if mine is None or theirs is None:
-        return None
-    if mine.shape != theirs.shape or theirs.dtype not in (mine.dtype, torch.float32):
-        return None
-    return (add, other) if overwritten.isdisjoint((add, other)) else None
-
-
-def _drops_nothing(node: fx.Node) -> bool:
-    """Return whether a node is dropout that is switched off."""
-    names = ("input", "p", "training", "inplace")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return calls(node, "dropout") and given.get("training") is False and not given.get("inplace")

@@ -29,6 +29,16 @@ def operands(node: fx.Node, name: str) -> list[tuple[fx.Node, fx.Node]]:
     return [(a, b), (b, a)]
 
 
+def by_number(node: fx.Node, name: str) -> tuple[fx.Node | None, float]:
+    """Return a tensor and the number that it is added to or multiplied by; else None, and 0."""
+    if not calls(node, name) or len(node.args) != 2 or node.kwargs:
+        return None, 0.0
+    tensor, number = node.args if isinstance(node.args[0], fx.Node) else node.args[::-1]
+    if not isinstance(tensor, fx.Node) or not isinstance(number, int | float):
+        return None, 0.0
+    return tensor, float(number)
+
+
 def argument(node: fx.Node, *names: str) -> fx.Node | None:
     """Return what a node calls one of these operations on; None if it calls another."""
     first = node.args[0] if node.args else None
@@ -67,6 +77,34 @@ def find_overwritten(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes whose memory something in the graph writes to in place."""
     roots = {storage_root(n) for n in graph.nodes if is_mutation(n)}
     return {n for n in graph.nodes if storage_root(n) in roots}
+
+
+def whole_of(first: fx.Node, second: fx.Node) -> fx.Node | None:
+    """Return what two nodes are the halves of, along the last dimension; None if they are not."""
+    one, other = argument(first, "getitem"), argument(second, "getitem")
+    half = shape_of(first)
+    if one is None or one is not other or half is None:
+        return None
+    if calls(one, "chunk"):
+        given = {**dict(zip(("input", "chunks", "dim"), one.args, strict=False)), **one.kwargs}
+        x = given.pop("input")
+        both = (first.args[1], second.args[1]) == (0, 1) and given == {"chunks": 2, "dim": -1}
+        if not isinstance(x, fx.Node) or not both:
+            return None
+        size = shape_of(x)
+        return x if size is not None and size[-1] % 2 == 0 else None
+    width, size = int(half[-1]), shape_of(one)
+    halves = (first, slice(None, width)), (second, slice(width, None))
+    slices = all(is_slice(part, one, last) for part, last in halves)
+    return one if slices and size is not None and size[-1] == 2 * width else None
+
+
+def is_slice(node: object, x: fx.Node, last: slice) -> bool:
+    """Return whether `node` is ``x[..., last]``."""
+    if not isinstance(node, fx.Node) or not calls(node, "getitem") or node.args[0] is not x:
+        return False
+    index = node.args[1]
+    return tuple(index) == (Ellipsis, last) if isinstance(index, tuple) else False
 
 
 def two_parts(node: fx.Node, name: str = "cat") -> tuple[fx.Node, fx.Node] | None:

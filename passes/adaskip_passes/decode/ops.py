@@ -11,98 +11,12 @@ from __future__ import annotations
 from enum import IntEnum
 
 import torch
-from torch.nn.functional import gelu, linear, silu
 
 from .rotation import rotate
-
-#: Functions of a gate that `project` knows, and their numbers in its kernels.
-GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 
 #: Rows of the batch times their tokens, up to which a step's kernels are the same.
 ROW_TILES = (16, 32)
 MAX_ROWS = ROW_TILES[-1]  # that one kernel takes
-
-
-@torch.library.custom_op("adaskip::project", mutates_args=())
-def project(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor],
-    norm: torch.Tensor | None,
-    eps: float,
-    activation: str,
-    residual: torch.Tensor | None,
-    offset: float = 0.0,
-) -> list[torch.Tensor]:
-    """Compute ``y_i = rms_norm(x) @ weights[i].T + biases[i]``, of one input with several weights.
-
-    Args:
-        x: [..., K], at most `MAX_ROWS` rows in all; of the weights' dtype, or for a norm of one
-            that is wider.
-        weights: [N_i, K], contiguous.
-        biases: [N_i] each; empty when there are none.
-        norm: weight of the RMS norm before it, [K]; None: no norm.
-        eps: of the norm.
-        activation: ``"silu"`` returns ``silu(y_0) * y_1`` alone, ``"gelu_tanh"`` likewise;
-            empty: all ``y_i``.
-        residual: added to the one result, which has its dtype if that is wider; None: nothing.
-        offset: added to the norm's weight; see `normalize`.
-    """
-    if norm is not None:
-        x = normalize(x, norm, eps, offset)
-    outputs = [linear(x, w, biases[i] if biases else None) for i, w in enumerate(weights)]
-    if activation:
-        gate = silu(outputs[0]) if activation == "silu" else gelu(outputs[0], approximate="tanh")
-        outputs = [gate * outputs[1]]
-    return outputs if residual is None else [outputs[0] + residual]
-
-
-@project.register_fake
-def _(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor],
-    norm: torch.Tensor | None,
-    eps: float,
-    activation: str,
-    residual: torch.Tensor | None,
-    offset: float = 0.0,
-) -> list[torch.Tensor]:
-    kept = weights[:1] if activation else weights
-    dtype = result_dtype(weights, residual)
-    return [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in kept]
-
-
-def result_dtype(weights: list[torch.Tensor], residual: torch.Tensor | None) -> torch.dtype:
-    """Return the dtype of what `project` returns."""
-    mine = weights[0].dtype
-    return mine if residual is None else torch.promote_types(mine, residual.dtype)
-
-
-@torch.library.custom_op("adaskip::normalize", mutates_args=())
-def normalize(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
-) -> torch.Tensor:
-    """Compute an RMS norm (Zhang and Sennrich, "Root Mean Square Layer Normalization", eq. 4).
-
-    Args:
-        x: [..., K]; the mean of its squares is taken in float32.
-        weight: [K]; what comes out has its dtype, x may be wider.
-        eps: Added to that mean.
-        offset: Added to the weight, in float32, as is its product then (Gemma); 0: the product is
-            one of its dtype.
-
-    """
-    wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if offset:
-        return (wide * scale * (offset + weight.float())).to(weight.dtype)
-    return weight * (wide * scale).to(weight.dtype)
-
-
-@normalize.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
-    return x.new_empty(x.shape, dtype=weight.dtype)
 
 
 class Bounds(IntEnum):

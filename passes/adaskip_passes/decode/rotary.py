@@ -14,7 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from .matching import argument, calls, dtype_of, example, operands, shape_of, two_parts
+from .matching import (
+    argument,
+    calls,
+    dtype_of,
+    example,
+    is_slice,
+    operands,
+    shape_of,
+    two_parts,
+    whole_of,
+)
 
 
 class Rotation(NamedTuple):
@@ -64,7 +74,7 @@ def _of_a_part(turned: fx.Node, others: fx.Node) -> Rotation | None:
     x, dim = argument(found.x, "getitem"), _width(found.x)
     if x is None or x is not argument(others, "getitem") or _width(x) != dim + rest[-1]:
         return None
-    both = _is_slice(found.x, x, slice(None, dim)) and _is_slice(others, x, slice(dim, None))
+    both = is_slice(found.x, x, slice(None, dim)) and is_slice(others, x, slice(dim, None))
     return found._replace(x=x) if both else None
 
 
@@ -78,7 +88,7 @@ def _by_halves(node: fx.Node) -> Rotation | None:
         return None
     for a, cosines in operands(plain, "mul"):
         for b, sines in operands(crossed, "mul"):
-            x = _whole_of(a, b)
+            x = whole_of(a, b)
             if x is None or not all(_is_angle(n, x, 2) for n in (cosines, sines)):
                 continue
             for one, other in operands(parts[1], "add"):
@@ -86,25 +96,6 @@ def _by_halves(node: fx.Node) -> Rotation | None:
                 if turned and (a, sines) in operands(other, "mul"):
                     return Rotation(x, cosines, sines, _width(x), False)
     return None
-
-
-def _whole_of(first: fx.Node, second: fx.Node) -> fx.Node | None:
-    """Return what two nodes are the halves of; None if they are not."""
-    one, other = argument(first, "getitem"), argument(second, "getitem")
-    if one is None or one is not other or shape_of(first) is None:
-        return None
-    if calls(one, "chunk"):
-        given = {**dict(zip(("input", "chunks", "dim"), one.args, strict=False)), **one.kwargs}
-        x = given.pop("input")
-        both = (first.args[1], second.args[1]) == (0, 1) and given == {"chunks": 2, "dim": -1}
-        if not isinstance(x, fx.Node) or not both:
-            return None
-        size = shape_of(x)
-        return x if size is not None and size[-1] % 2 == 0 else None
-    half = _width(first)
-    slices = _is_slice(first, one, slice(None, half)) and _is_slice(second, one, slice(half, None))
-    size = shape_of(one)
-    return one if slices and size is not None and size[-1] == 2 * half else None
 
 
 def _order_of_pairs(node: fx.Node, x: fx.Node) -> bool | None:
@@ -131,14 +122,12 @@ def _are_turned(parts: tuple[fx.Node, fx.Node], x: fx.Node, slices: tuple[slice,
     return _is_slice(argument(parts[0], "neg"), x, slices[0]) and _is_slice(parts[1], x, slices[1])
 
 
-def _is_slice(node: object, x: fx.Node, last: slice) -> bool:
+def _is_slice(node: fx.Node | None, x: fx.Node, last: slice) -> bool:
     """Return whether `node` is ``x[..., last]``, perhaps of x in a wider dtype."""
-    if not isinstance(node, fx.Node) or not calls(node, "getitem"):
+    base = argument(node, "getitem") if node is not None else None
+    if base is None or x not in (base, _unwidened(base)):
         return False
-    base, index = node.args
-    if not isinstance(base, fx.Node) or x not in (base, _unwidened(base)):
-        return False
-    return tuple(index) == (Ellipsis, last) if isinstance(index, tuple) else False
+    return is_slice(node, base, last)
 
 
 def _is_angle(node: fx.Node, x: fx.Node, share: int = 1) -> bool:

@@ -19,6 +19,7 @@ from .. import _torch
 from ..attention.cuda_kernels import knows_tiles
 from ..decode import expert_ops as expert_ops
 from ..decode import latent_ops as latent_ops
+from ..decode import projection_ops as projection_ops
 
 if TYPE_CHECKING:
     from ..infra.launch import Launch

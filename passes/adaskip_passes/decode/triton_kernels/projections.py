@@ -1,4 +1,4 @@
-"""Projections of one input through up to three weights: ``ops.project``."""
+"""Projections of one input through up to three weights: ``projection_ops.project``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 
 from ...infra.launch import Launch, has_pdl
-from ..ops import GATES, MAX_ROWS, result_dtype
+from ..ops import MAX_ROWS
+from ..projection_ops import ACTIVATIONS, result_dtype
+from .norms import moments
+from .projection_blocks import row_blocks, rows_blocks
 
 
 @triton.jit
@@ -25,20 +28,28 @@ def _pick(pid, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, BN: tl.constexpr)
 
 
 @triton.jit
-def _gated(gate, up, GATED: tl.constexpr):
-    """Return ``silu(gate) * up``, or with 2 for GATED ``gelu(gate) * up``, by its tanh."""
-    asked = gate
-    if GATED == 2:  # 1 + tanh(u) is 2 / (1 + exp(-2 u))
-        asked = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
-    return gate / (1.0 + tl.exp(-asked)) * up
+def _activated(x, ACTIVATION: tl.constexpr):
+    """Return an activation of x, by its number in ``projection_ops.ACTIVATIONS``."""
+    if ACTIVATION == 3:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == 4:
+        x = tl.where(x < 0.0, 0.0, x)
+    elif ACTIVATION == 5:
+        x = tl.where(x < 0.0, 0.0, x * x)
+    else:
+        asked = x
+        if ACTIVATION == 2:  # 1 + tanh(u) is 2 / (1 + exp(-2 u))
+            asked = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+        x = x / (1.0 + tl.exp(-asked))
+    return x
 
 
 @triton.jit
 def _project_row(
-    x, norm, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps, offset,
-    K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    x, norm, shift, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps, offset, factor,
+    K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
+    RESIDUAL: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One row: BN outputs a program, products summed in float32 registers."""
     if PDL:
@@ -61,12 +72,19 @@ def _project_row(
         gate = tl.load(p1 + at, mask=mask, other=0.0, eviction_policy="evict_first")
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if CENTERED:
+        mean, deviation = moments(x, eps, K, BK)
     for k in tl.static_range(0, K, BK):
         value = tl.load(x + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
         if NORM:
-            squares += value * value
-            factor = tl.load(norm + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
-            value *= factor + offset
+            if CENTERED:
+                value = (value - mean) * deviation
+            else:
+                squares += value * value
+            by = tl.load(norm + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
+            value *= by + offset
+            if shift is not None:
+                value += tl.load(shift + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
         if k > 0:
             mask = inside[:, None] & (k + cols[None, :] < K)
             tile = tl.load(w + at + k, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -76,16 +94,20 @@ def _project_row(
         if GATED:
             other += gate.to(tl.float32) * value[None, :]
     scale = 1.0
-    if NORM:
+    if NORM and not CENTERED:
         scale = tl.rsqrt(tl.sum(squares) / K + eps)
     result = tl.sum(total, 1) * scale
     if BIAS:
         result += tl.load(b + rows, mask=inside, other=0.0).to(tl.float32)
+    if ACTIVATION:
+        result = _activated(result, ACTIVATION)
     if GATED:
         second = tl.sum(other, 1) * scale
         if BIAS:
             second += tl.load(b1 + rows, mask=inside, other=0.0).to(tl.float32)
-        result = _gated(result, second, GATED)
+        result *= second
+    if SCALED:
+        result *= factor
     if RESIDUAL:
         result += tl.load(residual + rows, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + rows, result.to(y.dtype.element_ty), mask=inside)
@@ -106,11 +128,11 @@ def _prefetch(w, outs, n, K: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows_in"])
 def _project_rows(
-    x, norm, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps, offset,
+    x, norm, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps, offset, factor,
     rows_in,
-    K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, M: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Up to M rows: BN outputs of each a program, on the matrix units."""
     if PDL:
@@ -157,10 +179,14 @@ def _project_rows(
         other *= scale
     if BIAS:
         total += tl.load(b + outs, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION:
+        total = _activated(total, ACTIVATION)
     if GATED:
         if BIAS:
             other += tl.load(b1 + outs, mask=inside, other=0.0).to(tl.float32)[None, :]
-        total = _gated(total, other, GATED)
+        total *= other
+    if SCALED:
+        total *= factor
     place = row[:, None] * n + outs[None, :]
     mask = (row < rows_in)[:, None] & inside[None, :]
     if RESIDUAL:
@@ -169,7 +195,7 @@ def _project_rows(
 
 
 def project(*inputs: Any) -> list[torch.Tensor]:
-    """Compute :func:`ops.project`, which describes the inputs."""
+    """Compute :func:`projection_ops.project`, which describes the inputs."""
     return projection(*inputs).run()
 
 
@@ -182,38 +208,38 @@ def projection(
     activation: str,
     residual: torch.Tensor | None,
     offset: float = 0.0,
+    shift: torch.Tensor | None = None,
+    centered: bool = False,
+    factor: float = 1.0,
 ) -> Launch:
-    """Return the launch of :func:`ops.project`, of at most three weights."""
+    """Return the launch of :func:`projection_ops.project`, of at most three weights."""
     width = x.shape[-1]
     rows = x.numel() // width
+    assert rows == 1 or not centered, "a layer norm of several rows is an operator of its own"
+    assert centered or shift is None, "only a layer norm is shifted"
     kept = weights[:1] if activation else weights
     dtype = result_dtype(weights, residual)
     outputs = [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in kept]
-    gated = bool(activation)
+    gated = bool(activation) and len(weights) > 1
     sizes = [w.shape[0] for w in weights] + [0] * (3 - len(weights))
     if rows == 1:
-        bn, bk, warps, stages = _row_blocks(width, sum(sizes), gated)
+        bn, bk, warps, stages = row_blocks(width, sum(sizes), gated)
     else:
-        bn, bk, warps, stages = _rows_blocks(width, sum(sizes), gated, rows)
+        bn, bk, warps, stages = rows_blocks(width, sum(sizes), gated, rows)
     programs = sum(triton.cdiv(w.shape[0], bn) for w in kept)
-    arguments = (
-        x.contiguous(),
-        norm if norm is not None else x,
-        residual.contiguous() if residual is not None else x,
-        *_padded(weights),
-        *_padded(outputs),
-        *_padded(biases or weights),
-        *sizes,
-        eps,
-        offset,
-    )
     pdl = has_pdl(x.device)
+    tensors = _padded(weights), _padded(outputs), _padded(biases or weights)
+    arguments = (*(t for three in tensors for t in three), *sizes, eps, offset, factor)
+    first = x.contiguous(), norm if norm is not None else x
+    added = residual.contiguous() if residual is not None else x
     flags = {
         "K": width,
         "MANY": len(outputs) > 1,
         "NORM": norm is not None,
-        "GATED": GATES[activation],
+        "ACTIVATION": ACTIVATIONS[activation],
+        "GATED": gated,
         "BIAS": bool(biases),
+        "SCALED": factor != 1.0,
         "RESIDUAL": residual is not None,
         "PDL": pdl,
         "BN": bn,
@@ -222,55 +248,13 @@ def projection(
         **({"launch_pdl": True} if pdl else {}),
     }
     if rows == 1:
+        flags["CENTERED"] = centered
+        arguments = (*first, shift, added, *arguments)
         return Launch(_project_row, (programs,), arguments, flags, outputs, wants_l1=True)
     flags |= {"M": 16 if rows <= 16 else MAX_ROWS, "STAGES": stages}
-    return Launch(_project_rows, (programs,), (*arguments, rows), flags, outputs)
+    return Launch(_project_rows, (programs,), (*first, added, *arguments, rows), flags, outputs)
 
 
 def _padded(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return three tensors; the kernel does not touch those that are repeated."""
     return [*tensors, *[tensors[0]] * (3 - len(tensors))]
-
-
-def _row_blocks(width: int, outputs: int, gated: bool) -> tuple[int, int, int, int]:
-    """Return outputs a program, columns at a time, warps and stages, for one row.
-
-    They were chosen on an H200.
-
-    """
-    few = outputs <= 4608
-    if gated:
-        bn, bk, warps = 2, 1024, 4
-    elif width > 8192 or (few and width > 4096):
-        bn, bk, warps = 2, 2048, 4
-    elif outputs > 32768:
-        bn, bk, warps = 4, 2048, 8
-    elif outputs <= 1024:
-        bn, bk, warps = 4, 2048, 2 if width > 1024 else 1
-    elif width < 4096:
-        bn, bk, warps = 4, 1024, 2 if outputs > 8192 and width % 1024 else 4
-    elif few:
-        bn, bk, warps = 2, 2048, 8
-    else:
-        bn, bk, warps = 4, 512, 2
-    return bn, min(bk, triton.next_power_of_2(width)), warps, 1
-
-
-def _rows_blocks(width: int, outputs: int, gated: bool, rows: int) -> tuple[int, int, int, int]:
-    """Return the same for several rows."""
-    many = rows > 16
-    if gated:
-        if many:
-            return 64, 128, 4, 3
-        return (32, 64, 4, 6) if width <= 1024 and outputs <= 4096 else (32, 256, 4, 3)
-    if outputs > 32768:
-        return 32, 256, 2, 3
-    if outputs > 4096:
-        return (16, 256, 2, 4) if many else (16, 512, 2, 3)
-    if many:
-        return 32, 512, 4, 3
-    if outputs <= 1024:
-        return (16, 128, 2, 6) if width <= 1024 else (16, 512, 2, 3)
-    if outputs <= 2048 and width >= 4096:
-        return 16, 512, 2, 6
-    return 32, 512, 2 if width <= 2048 else 4, 4
