@@ -191,7 +191,7 @@ def test_a_factor_before_a_residual(rows: int, dtype: torch.dtype) -> None:
     x, w = random(rows, 1, 320, dtype=dtype), random(96, 320, dtype=dtype) / 18
     h = random(rows, 1, 96, dtype=dtype)
     for residual, added in ((None, 0.0), (h, h.double())):
-        (got,) = project(x, [w], [], None, 0.0, "", residual, 0.0, None, False, 0.22)
+        (got,) = project(x, [w], [], None, 0.0, "", residual, 0.0, None, False, [0.22])
         expected = 0.22 * (x.double() @ w.double().T) + added
         assert relative_error(got.double(), expected) < DTYPES[dtype]
 

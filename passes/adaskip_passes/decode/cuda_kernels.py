@@ -32,12 +32,12 @@ def _(
     offset: float = 0.0,
     shift: torch.Tensor | None = None,
     centered: bool = False,
-    factor: float = 1.0,
+    factors: list[float] | None = None,
 ) -> list[torch.Tensor]:
     from . import triton_kernels
 
     before = norm, eps, activation, residual
-    return triton_kernels.project(x, weights, biases, *before, offset, shift, centered, factor)
+    return triton_kernels.project(x, weights, biases, *before, offset, shift, centered, factors)
 
 
 @normalize.register_kernel("cuda")

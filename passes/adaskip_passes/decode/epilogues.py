@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from .activations import activated
-from .matching import by_number, calls, example, only_user, operands, shape_of, whole_of
+from .matching import calls, example, only_user, operands, shape_of, whole_of
 
 
 class Gate(NamedTuple):
@@ -21,11 +20,10 @@ class Gate(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What a projection's result becomes: activated, multiplied, and added to a residual."""
+    """What a projection's result becomes: activated, or added to a residual."""
 
     result: fx.Node
     activation: str = ""
-    factor: float = 1.0
     residual: fx.Node | None = None
 
 
@@ -57,22 +55,18 @@ def gate_of_halves(whole: fx.Node, overwritten: set[fx.Node]) -> Gate | None:
     return None
 
 
-def epilogue_of(linear: fx.Node, overwritten: set[fx.Node]) -> Epilogue:
+def epilogue_of(result: fx.Node, overwritten: set[fx.Node]) -> Epilogue:
     """Return what follows a projection, as far as nothing else reads what is between."""
-    found = activated(linear)
+    found = activated(result)
     if found is not None and found[0] not in overwritten:
         return Epilogue(*found)
-    last, user, factor = linear, only_user(linear), 1.0
-    while user is not None and user not in overwritten:
-        times = _factor(user, last) if factor == 1.0 else None
-        if times is None and not _drops_nothing(user):
-            break
-        factor *= 1.0 if times is None else times
+    last, user = result, only_user(result)
+    while user is not None and user not in overwritten and _drops_nothing(user):
         last, user = user, only_user(user)
     residual = _residual(user, last) if user is not None else None
     if user is not None and residual is not None and overwritten.isdisjoint((user, residual)):
-        return Epilogue(user, "", factor, residual)
-    return Epilogue(last, "", factor)
+        return Epilogue(user, "", residual)
+    return Epilogue(last)
 
 
 def _residual(add: fx.Node, last: fx.Node) -> fx.Node | None:
@@ -84,16 +78,6 @@ def _residual(add: fx.Node, last: fx.Node) -> fx.Node | None:
         fits = mine.shape == theirs.shape and theirs.dtype in (mine.dtype, torch.float32)
         return other if fits else None
     return None
-
-
-def _factor(node: fx.Node, last: fx.Node) -> float | None:
-    """Return the number that a node multiplies another by, or divides it by if that is exact."""
-    tensor, number = by_number(node, "mul")
-    if tensor is last:
-        return number
-    tensor, number = by_number(node, "truediv") if node.args[:1] == (last,) else (None, 0.0)
-    exact = math.isfinite(number) and abs(math.frexp(number)[0]) == 0.5  # a power of two
-    return 1.0 / number if tensor is last and exact else None
 
 
 def _drops_nothing(node: fx.Node) -> bool:

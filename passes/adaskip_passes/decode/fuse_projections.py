@@ -8,10 +8,11 @@ Before::                                        After::
     v = linear(h, wv)
 
 and likewise a layer norm, ``silu(gate) * up``, also of the halves of one projection, an activation
-after a projection, and the residual add after the last one, seen through dropout that drops nothing
-and behind a number that it is multiplied by (:mod:`norms`, :mod:`activations` and :mod:`epilogues`
-list what is recognized). The weights stay where they are: the operator takes several of them, or
-parts of one. Legal because the same values are computed from the same operands;
+after a projection, numbers that its input or its result is multiplied by, and the residual add
+after the last one, seen through dropout that drops nothing (:mod:`norms`, :mod:`activations`,
+:mod:`factors` and :mod:`epilogues` list what is recognized). The weights stay where they are: the
+operator takes several of them, or parts of one. Legal because the same values are computed from
+the same operands;
 they are rounded less often (the norm's result and the gate stay in float32, as does a stream in
 float32 on its way to a norm and from a projection), so the pass preserves results to rounding, not
 to the bit.
@@ -29,13 +30,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
-from .epilogues import Epilogue, epilogue_of, gate_of, gate_of_halves
+from .epilogues import epilogue_of, gate_of, gate_of_halves
+from .factors import factor_of, move_factors
 from .matching import calls, example, find_overwritten, most_rows, shape_of
 from .norms import Norm, norm_of
 from .ops import MAX_ROWS
@@ -66,8 +69,12 @@ class FuseProjections(Pass):
 def _groups(graph: fx.Graph, overwritten: set[fx.Node]) -> list[list[fx.Node]]:
     """Return the projections of one input, in program order, at most `_TOGETHER` in a group."""
     by_input: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
-    for node in graph.nodes:
-        if calls(node, "linear") and _fits(node, overwritten):
+    fitting = [n for n in graph.nodes if calls(n, "linear") and _fits(n, overwritten)]
+    for node in fitting:
+        if _bias(node) is None:
+            move_factors(node, overwritten)
+    for node in fitting:
+        if _fits(node, overwritten):
             by_input.setdefault((_source(node), _bias(node) is not None), []).append(node)
     return [
         nodes[i : i + _TOGETHER]
@@ -102,6 +109,17 @@ def _fits(node: fx.Node, overwritten: set[fx.Node]) -> bool:
     )
 
 
+class _Parts(NamedTuple):
+    """What a group of projections is computed of, and what its results are."""
+
+    weights: list[fx.Node]
+    biases: list[fx.Node]
+    factors: list[float]
+    results: list[fx.Node]
+    activation: str = ""
+    residual: fx.Node | None = None
+
+
 def _fuse(
     graph: fx.Graph,
     group: list[fx.Node],
@@ -109,47 +127,54 @@ def _fuse(
     norms: dict[fx.Node, fx.Node],
 ) -> None:
     """Make a group one call; `norms` are those that are calls of their own already, by result."""
-    weights, biases, after = _parameters(graph, group, overwritten)
-    results = group if after is None else [after.result]
-    _, activation, factor, residual = after or Epilogue(group[0])
+    parts = _parts(graph, group, overwritten)
+    factors = parts.factors if set(parts.factors) != {1.0} else None
     norm = _norm(graph, _source(group[0]), overwritten, norms)
-    with graph.inserting_before(group[0] if residual is None else results[0]):
+    before = norm.x, parts.weights, parts.biases, norm.weight, norm.eps
+    after = norm.offset, norm.shift, norm.centered, factors
+    with graph.inserting_before(group[0] if parts.residual is None else parts.results[0]):
         call = graph.call_function(
-            torch.ops.adaskip.project.default,
-            (
-                *(norm.x, weights, biases, norm.weight, norm.eps, activation, residual),
-                *(norm.offset, norm.shift, norm.centered, factor),
-            ),
+            torch.ops.adaskip.project.default, (*before, parts.activation, parts.residual, *after)
         )
-        items = [graph.call_function(operator.getitem, (call, i)) for i in range(len(results))]
-    for item, result in zip(items, results, strict=True):
+        items = [
+            graph.call_function(operator.getitem, (call, i)) for i in range(len(parts.results))
+        ]
+    for item, result in zip(items, parts.results, strict=True):
         item.meta["example_value"] = result.meta.get("example_value")
         result.replace_all_uses_with(item)
 
 
-def _parameters(
-    graph: fx.Graph, group: list[fx.Node], overwritten: set[fx.Node]
-) -> tuple[list[fx.Node], list[fx.Node], Epilogue | None]:
-    """Return weights, biases, and what the one result becomes; None where there are several."""
+def _parts(graph: fx.Graph, group: list[fx.Node], overwritten: set[fx.Node]) -> _Parts:
+    found = {
+        n: factor_of(n, overwritten) if _bias(n) is None else (n, 1.0) for n in group
+    }  # (a bias is not multiplied)
     first, *others = group
-    gate = gate_of(first, others[0], overwritten) if len(others) == 1 else None
+    gate = None
+    if len(others) == 1:
+        gate = gate_of(found[first][0], found[others[0]][0], overwritten)
     if gate is not None and not gate.is_first:
         group = group[::-1]
     weights = [n.args[1] for n in group if isinstance(n.args[1], fx.Node)]
     biases = [b for n in group if isinstance(b := _bias(n), fx.Node)]
+    parts = _Parts(weights, biases, [found[n][1] for n in group], [found[n][0] for n in group])
     if gate is not None:
-        return weights, biases, Epilogue(gate.product, gate.activation)
+        return parts._replace(results=[gate.product], activation=gate.activation)
     if others:
-        return weights, biases, None
+        return parts
     gate = gate_of_halves(first, overwritten) if _has_aligned_halves(weights[0]) else None
     if gate is None:
-        return weights, biases, epilogue_of(first, overwritten)
+        after = epilogue_of(parts.results[0], overwritten)
+        return parts._replace(
+            results=[after.result], activation=after.activation, residual=after.residual
+        )
     order = 1 if gate.is_first else -1
     halves = [_halves(graph, first, p)[::order] for p in (*weights, *biases)]
-    return (
+    return _Parts(
         halves[0],
         [b for both in halves[1:] for b in both],
-        Epilogue(gate.product, gate.activation),
+        [1.0, 1.0],
+        [gate.product],
+        gate.activation,
     )
 
 

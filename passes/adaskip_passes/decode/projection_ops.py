@@ -25,9 +25,11 @@ def project(
     offset: float = 0.0,
     shift: torch.Tensor | None = None,
     centered: bool = False,
-    factor: float = 1.0,
+    factors: list[float] | None = None,
 ) -> list[torch.Tensor]:
-    """Compute ``y_i = normalize(x) @ weights[i].T + biases[i]``, of one input with several weights.
+    """Compute ``y_i = factors[i] * normalize(x) @ weights[i].T + biases[i]``.
+
+    Of one input with several weights.
 
     Args:
         x: [..., K], at most `ops.MAX_ROWS` rows in all; of the weights' dtype, or for a norm of one
@@ -42,17 +44,19 @@ def project(
         offset: added to the norm's weight; see `normalize`.
         shift: added by a layer norm; see `normalize`.
         centered: whether it is a layer norm, which is of one row alone; see `normalize`.
-        factor: of the one result, before the residual is added.
+        factors: a number for each weight, which its product is multiplied by; None: all are 1.
     """
     if norm is not None:
         x = normalize(x, norm, eps, offset, shift, centered)
-    outputs = [linear(x, w, biases[i] if biases else None) for i, w in enumerate(weights)]
+    if factors is not None:
+        products = [linear(x, w) * f for w, f in zip(weights, factors, strict=True)]
+        outputs = [y + biases[i] if biases else y for i, y in enumerate(products)]
+    else:
+        outputs = [linear(x, w, biases[i] if biases else None) for i, w in enumerate(weights)]
     if activation:
         first, *gated = outputs
         first = _activated(first, activation)
         outputs = [first * gated[0] if gated else first]
-    if factor != 1.0:
-        outputs = [outputs[0] * factor]
     return outputs if residual is None else [outputs[0] + residual]
 
 
@@ -76,7 +80,7 @@ def _(
     offset: float = 0.0,
     shift: torch.Tensor | None = None,
     centered: bool = False,
-    factor: float = 1.0,
+    factors: list[float] | None = None,
 ) -> list[torch.Tensor]:
     kept = weights[:1] if activation else weights
     dtype = result_dtype(weights, residual)

@@ -29,6 +29,7 @@ from tests.passes.decode.test_fuse_projections import (
     fused,
     random,
     rest,
+    rms_norm,
     scale,
     stream,
     weights,
@@ -292,7 +293,7 @@ FACTORS: dict[str, tuple[Function, float, bool]] = {
     "cohere's logits": (lambda h, y: y * 0.0625, 0.0625, False),
     "granite's logits": (lambda h, y: y / 8.0, 0.125, False),
     "an integer": (lambda h, y: h + y * 2, 2.0, True),
-    "dropout": (lambda h, y: h + functional.dropout(y, 0.1, False) * 0.5, 0.5, True),
+    "twice": (lambda h, y: h + y * 2 * 3, 6.0, True),
 }
 
 
@@ -309,7 +310,42 @@ def test_a_factor_is_part_of_the_call(name: str, dtype: torch.dtype) -> None:
     (call,) = calls(module)
     assert rest(module) == set()
     got = arguments(call)
-    assert (got["factor"], got["residual"] is not None) == (factor, has_residual)
+    assert (got["factors"], got["residual"] is not None) == ([factor], has_residual)
+
+
+def falcon_h1(x: Tensor, n: Tensor, q: Tensor, k: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Its factors: of what attention and an FFN read, of keys in heads, of a gate and a result."""
+    h = rms_norm(x, n) * 0.7
+    keys = linear(h, k).view(-1, 1, 4, WIDTH // 4).transpose(1, 2) * 0.3
+    x = x + linear(linear(h, q) + keys.transpose(1, 2).reshape(-1, 1, WIDTH), down) * 0.9
+    h = rms_norm(x, n)
+    return x + linear(linear(h, up) * silu(linear(h, q) * 1.5), down) * 0.4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_factors_of_projections_of_one_input(dtype: torch.dtype) -> None:
+    module = fused(falcon_h1, stream(1, dtype), scale(dtype), *weights(*[WIDTH] * 4, dtype=dtype))
+    assert rest(module) <= {"view", "transpose", "reshape", "add"}
+    found = [arguments(call) for call in calls(module)]
+    assert [got["norm"] is not None for got in found] == [True, False, True, False]
+    first, *others = [[round(f, 6) for f in got["factors"]] for got in found]
+    assert sorted(first) == [0.21, 0.7]
+    assert others == [[0.9], [1.5, 1.0], [0.4]]
+    assert [got["activation"] for got in found] == ["", "", "silu", ""]
+
+
+NOT_MOVED: dict[str, Function] = {
+    "a bias is not multiplied": lambda x, w: linear(x * 2, w, w[0]),
+    "what it reads is written": lambda x, w: linear((x * 2).mul_(3), w),
+    "a view is read twice": lambda x, w: (lambda v: v * 2 + v)(linear(x, w).view(-1, WIDTH)),
+    "it changes the dtype": lambda x, w: linear(x, w).view(-1, WIDTH).double() * 2,
+}
+
+
+@pytest.mark.parametrize("name", NOT_MOVED)
+def test_what_is_multiplied_otherwise_stays(name: str) -> None:
+    module = fused(NOT_MOVED[name], stream(), *weights(WIDTH))
+    assert rest(module) & {"mul", "mul_"}
 
 
 NOT_FACTORS: dict[str, tuple[Function, set[str]]] = {
@@ -318,7 +354,6 @@ NOT_FACTORS: dict[str, tuple[Function, set[str]]] = {
     "read besides": (lambda h, y: (y * 2, y + 1), {"mul", "add"}),
     "divides": (lambda h, y: 2.0 / y, {"truediv"}),
     "by a third": (lambda h, y: y / 3.0, {"truediv"}),
-    "twice": (lambda h, y: h + y * 2 * 3, {"mul", "add"}),
     "the product is written": (lambda h, y: (y * 2).add_(1), {"mul", "add_"}),
 }
 
@@ -365,11 +400,12 @@ def test_projections_against_float64(
     given = weights(9, 9, dtype=dtype)[: 2 if two and name else 1]
     offsets = biases(9, 9, dtype=dtype)[: len(given)] if biased else []
     residual = random(1, 1, 9, dtype=dtype) if added else None
-    ys = [wide_norm(x, n, shift) @ w.double().T for w in given]
+    factors = [0.3, 2.0][: len(given)]
+    ys = [wide_norm(x, n, shift) @ w.double().T * f for w, f in zip(given, factors, strict=True)]
     ys = [y + b.double() for y, b in zip(ys, offsets, strict=True)] if offsets else ys
-    want = WIDE[name](ys[0]) * (ys[1] if len(ys) > 1 else 1) * 0.3
+    want = WIDE[name](ys[0]) * (ys[1] if len(ys) > 1 else 1)
     want = want if residual is None else want + residual.double()
-    more = name, residual, 0.0, shift, True, 0.3
+    more = name, residual, 0.0, shift, True, factors
     (got,) = project(x, given, offsets, n, EPS, *more)
     assert error(got, want) < 3 * TOLERANCE[dtype]
 
@@ -391,5 +427,5 @@ def test_they_are_proper_operators() -> None:
     for name in ACTIVATIONS:
         for some in ([a], [a, b]):
             residual = random(1, 1, 9) if name or len(some) == 1 else None
-            more = (name, residual, 0.0, s, True, 1.0)
+            more = (name, residual, 0.0, s, True, [2.0] * len(some))
             torch.library.opcheck(PROJECT, (x, some, [], n, EPS, *more))

@@ -106,7 +106,7 @@ def untouched(function: Function, *inputs: Tensor) -> bool:
 def arguments(call: fx.Node) -> dict[str, Any]:
     names = (
         *("x", "weights", "biases", "norm", "eps", "activation", "residual", "offset"),
-        *("shift", "centered", "factor"),
+        *("shift", "centered", "factors"),
     )
     return dict(zip(names, call.args, strict=True))
 
@@ -422,7 +422,6 @@ NOT_NORMS: Mapping[str, Function] = {
     "a sum": variant(reduce="sum"),
     "of another": of_another,
     "no weight": lambda x, w: variant()(x, torch.tanh(w)),
-    "an outer factor": lambda x, w: variant()(x, w) * 2,
 }
 
 NORMS: Mapping[str, Function] = {

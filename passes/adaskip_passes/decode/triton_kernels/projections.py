@@ -16,15 +16,15 @@ from .projection_blocks import row_blocks, rows_blocks
 
 
 @triton.jit
-def _pick(pid, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, BN: tl.constexpr):
+def _pick(pid, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, f0, f1, f2, BN: tl.constexpr):
     """Return which of three weights a program works on, and its place in it."""
     first, second = tl.cdiv(n0, BN), tl.cdiv(n1, BN)
-    w, y, b, n, block = p0, y0, b0, n0, pid
+    w, y, b, n, f, block = p0, y0, b0, n0, f0, pid
     if pid >= first + second:
-        w, y, b, n, block = p2, y2, b2, n2, pid - first - second
+        w, y, b, n, f, block = p2, y2, b2, n2, f2, pid - first - second
     elif pid >= first:
-        w, y, b, n, block = p1, y1, b1, n1, pid - first
-    return w, y, b, n, block
+        w, y, b, n, f, block = p1, y1, b1, n1, f1, pid - first
+    return w, y, b, n, f, block
 
 
 @triton.jit
@@ -46,7 +46,8 @@ def _activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _project_row(
-    x, norm, shift, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps, offset, factor,
+    x, norm, shift, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, f0, f1, f2,
+    eps, offset,
     K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
     RESIDUAL: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -54,10 +55,10 @@ def _project_row(
     """One row: BN outputs a program, products summed in float32 registers."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    w, y, b, n, block = p0, y0, b0, n0, tl.program_id(0)
+    w, y, b, n, f, block = p0, y0, b0, n0, f0, tl.program_id(0)
     if MANY:
-        w, y, b, n, block = _pick(
-            tl.program_id(0), p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, BN
+        w, y, b, n, f, block = _pick(
+            tl.program_id(0), p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, f0, f1, f2, BN
         )
     rows = block * BN + tl.arange(0, BN)
     cols = tl.arange(0, BK)
@@ -97,17 +98,19 @@ def _project_row(
     if NORM and not CENTERED:
         scale = tl.rsqrt(tl.sum(squares) / K + eps)
     result = tl.sum(total, 1) * scale
+    if SCALED:
+        result *= f
     if BIAS:
         result += tl.load(b + rows, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATION:
         result = _activated(result, ACTIVATION)
     if GATED:
         second = tl.sum(other, 1) * scale
+        if SCALED:
+            second *= f1
         if BIAS:
             second += tl.load(b1 + rows, mask=inside, other=0.0).to(tl.float32)
         result *= second
-    if SCALED:
-        result *= factor
     if RESIDUAL:
         result += tl.load(residual + rows, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + rows, result.to(y.dtype.element_ty), mask=inside)
@@ -128,7 +131,7 @@ def _prefetch(w, outs, n, K: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows_in"])
 def _project_rows(
-    x, norm, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, eps, offset, factor,
+    x, norm, residual, p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, f0, f1, f2, eps, offset,
     rows_in,
     K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -137,10 +140,10 @@ def _project_rows(
     """Up to M rows: BN outputs of each a program, on the matrix units."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    w, y, b, n, block = p0, y0, b0, n0, tl.program_id(0)
+    w, y, b, n, f, block = p0, y0, b0, n0, f0, tl.program_id(0)
     if MANY:
-        w, y, b, n, block = _pick(
-            tl.program_id(0), p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, BN
+        w, y, b, n, f, block = _pick(
+            tl.program_id(0), p0, p1, p2, y0, y1, y2, b0, b1, b2, n0, n1, n2, f0, f1, f2, BN
         )
     outs = block * BN + tl.arange(0, BN)
     if PDL:
@@ -177,6 +180,9 @@ def _project_rows(
         scale = tl.rsqrt(squares / K + eps)[:, None]
         total *= scale
         other *= scale
+    if SCALED:
+        total *= f
+        other *= f1
     if BIAS:
         total += tl.load(b + outs, mask=inside, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION:
@@ -185,8 +191,6 @@ def _project_rows(
         if BIAS:
             other += tl.load(b1 + outs, mask=inside, other=0.0).to(tl.float32)[None, :]
         total *= other
-    if SCALED:
-        total *= factor
     place = row[:, None] * n + outs[None, :]
     mask = (row < rows_in)[:, None] & inside[None, :]
     if RESIDUAL:
@@ -210,7 +214,7 @@ def projection(
     offset: float = 0.0,
     shift: torch.Tensor | None = None,
     centered: bool = False,
-    factor: float = 1.0,
+    factors: list[float] | None = None,
 ) -> Launch:
     """Return the launch of :func:`projection_ops.project`, of at most three weights."""
     width = x.shape[-1]
@@ -229,7 +233,8 @@ def projection(
     programs = sum(triton.cdiv(w.shape[0], bn) for w in kept)
     pdl = has_pdl(x.device)
     tensors = _padded(weights), _padded(outputs), _padded(biases or weights)
-    arguments = (*(t for three in tensors for t in three), *sizes, eps, offset, factor)
+    numbers = *sizes, *[*(factors or ()), 1.0, 1.0, 1.0][:3], eps, offset
+    arguments = (*(t for three in tensors for t in three), *numbers)
     first = x.contiguous(), norm if norm is not None else x
     added = residual.contiguous() if residual is not None else x
     flags = {
@@ -239,7 +244,7 @@ def projection(
         "ACTIVATION": ACTIVATIONS[activation],
         "GATED": gated,
         "BIAS": bool(biases),
-        "SCALED": factor != 1.0,
+        "SCALED": factors is not None,
         "RESIDUAL": residual is not None,
         "PDL": pdl,
         "BN": bn,
