@@ -10,9 +10,11 @@ import torch
 from adaskip_fx.api import build
 from adaskip_fx.testing.families import tiny_model
 from adaskip_passes.decode.expert_ops import choose_experts, run_experts
+from adaskip_passes.decode.router_ops import choose_in_groups
 from tests.support.eager_reference import relative_error
 from tests.support.expert_reference import Experts, random_experts, written_out
 from tests.support.families.experts import EXPERTS
+from tests.support.router_reference import chosen_in_groups
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 #: transposed, interleaved, clamp, with biases
@@ -105,7 +107,9 @@ def test_choices_of_odd_scores_are_within() -> None:
 @pytest.mark.inductor
 @pytest.mark.filterwarnings("ignore:\\nOnline softmax is disabled")
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "glm4_moe"]
+)
 def test_steps_of_a_model(name: str, rows: int) -> None:
     """Recorded steps in float32, after a prompt and with an FFN skipped."""
     model = tiny_model(EXPERTS[name].config()).cuda()
@@ -117,3 +121,31 @@ def test_steps_of_a_model(name: str, rows: int) -> None:
     for t in range(8, 14):
         got = fast(input_ids=ids[:, t : t + 1], past_key_values=cache).logits
         assert relative_error(got[:, -1], expected[:, t]) < 1e-4
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 32])
+@pytest.mark.parametrize(
+    ("experts", "count", "groups", "kept"),
+    [(256, 8, 8, 4), (160, 8, 1, 1), (24, 5, 3, 2), (10, 6, 5, 3), (1024, 16, 8, 4)],
+)
+def test_choices_among_groups(
+    experts: int, count: int, groups: int, kept: int, rows: int, share: bool
+) -> None:
+    torch.manual_seed(experts)
+    logits, bias = 2 * torch.randn(rows, experts, device="cuda"), torch.randn(experts).cuda()
+    how = count, groups, kept, share, 2.5
+    values, places = choose_in_groups(logits, bias, *how)
+    expected, ordered = chosen_in_groups(logits, bias, *how)
+    assert torch.equal(places.cpu(), ordered)
+    assert relative_error(values.double().cpu(), expected) < 1e-6
+    _, others = choose_in_groups(logits, 0 * bias, *how)
+    assert not torch.equal(others.cpu(), ordered)
+
+
+def test_odd_logits_choose_experts_that_there_are() -> None:
+    logits = torch.full((2, 24), float("nan"), device="cuda")
+    logits[1] = 0
+    _, places = choose_in_groups(logits, torch.zeros(24, device="cuda"), 5, 3, 2, True, 1.0)
+    assert places[1].tolist() == [0, 1, 2, 3, 4]
+    assert 0 <= int(places.min()) <= int(places.max()) < 24

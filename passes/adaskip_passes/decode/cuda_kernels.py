@@ -14,6 +14,7 @@ from .latent_ops import attend_latent, store_and_attend_latent
 from .ops import attend, store_and_attend
 from .projection_ops import normalize, project
 from .rank_sums import MOST_NUMBERS, all_reduced, sum_over_ranks
+from .router_ops import choose_in_groups
 from .shared_memory import shared_memory
 
 _counters: ContextVar[torch.Tensor | None] = ContextVar("counters", default=None)
@@ -93,6 +94,23 @@ def _(
     from . import triton_kernels
 
     return triton_kernels.choose_experts(scores, count, softmax, after, dtype)
+
+
+@choose_in_groups.register_kernel("cuda")
+def _(
+    logits: torch.Tensor,
+    bias: torch.Tensor,
+    count: int,
+    groups: int,
+    kept: int,
+    share: bool,
+    factor: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from . import triton_kernels
+
+    how = count, groups, kept, share, factor
+    values, places = triton_kernels.choice_in_groups(logits, bias, *how).run()
+    return values, places
 
 
 @attend.register_kernel("cuda")

@@ -27,6 +27,7 @@ from ..analysis.effects import is_mutation
 from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
 from .expert_ops import MAX_EXPERTS, MAX_TOKENS
+from .grouped_choice import grouped_choice
 from .matching import (
     argument,
     calls,
@@ -37,9 +38,11 @@ from .matching import (
     only_user,
     shape_of,
 )
+from .router_ops import choose_in_groups as choose_in_groups  # the operator
 
 _RUN = torch.ops.adaskip.run_experts.default
 _CHOOSE = torch.ops.adaskip.choose_experts.default
+_CHOOSE_IN_GROUPS = torch.ops.adaskip.choose_in_groups.default
 _MOST = 16
 #: Rows of scores of a step; some routers look at groups of experts, of which a token has several.
 _MOST_ROWS = MAX_TOKENS * MAX_TOKENS
@@ -57,7 +60,7 @@ class FuseExperts(Pass):
         """Fuse choices and experts; see :class:`Pass`."""
         graph = graph_module.graph
         overwritten = find_overwritten(graph)
-        changes = 0
+        changes = sum(_fuse_groups(graph, n, overwritten) for n in list(graph.nodes))
         for node in list(graph.nodes):
             if calls(node, "topk"):
                 changes += _fuse_choice(graph, node, overwritten)
@@ -67,6 +70,28 @@ class FuseExperts(Pass):
 
 
 # Choices -----------------------------------------------------------------------------------------
+
+
+def _fuse_groups(graph: fx.Graph, node: fx.Node, overwritten: set[fx.Node]) -> bool:
+    """Make a choice among groups one call; returns whether that was done."""
+    found = grouped_choice(node) if calls(node, "topk") else None
+    if found is None or not overwritten.isdisjoint((found.logits, found.bias)):
+        return False
+    rows, shape = most_rows(shape_of(found.logits) or torch.Size()), shape_of(found.logits)
+    if rows is None or shape is None or rows > _MOST_ROWS or shape[-1] > MAX_EXPERTS:
+        return False
+    users = [user for result in (found.places, found.values) for user in result.users]
+    if found.wanted > _MOST or any(is_mutation(u) for u in users if u not in found.writes):
+        return False
+    with graph.inserting_before(node):
+        call = graph.call_function(_CHOOSE_IN_GROUPS, tuple(found[:7]))
+        new = [graph.call_function(operator.getitem, (call, i)) for i in range(2)]
+    for old, item in zip((found.values, found.places), new, strict=True):
+        item.meta["example_value"] = example(old)
+        old.replace_all_uses_with(item)
+    for old in dict.fromkeys((found.values, *found.writes)):
+        graph.erase_node(old)
+    return True
 
 
 def _fuse_choice(graph: fx.Graph, topk: fx.Node, overwritten: set[fx.Node]) -> bool:

@@ -20,6 +20,7 @@ from ..attention.cuda_kernels import knows_tiles
 from ..decode import expert_ops as expert_ops
 from ..decode import latent_ops as latent_ops
 from ..decode import projection_ops as projection_ops
+from ..decode import router_ops as router_ops
 
 if TYPE_CHECKING:
     from ..infra.launch import Launch
@@ -32,6 +33,7 @@ _PROJECT, _ATTEND = torch.ops.adaskip.project.default, torch.ops.adaskip.attend.
 _NORMALIZE = torch.ops.adaskip.normalize.default
 _RUN_EXPERTS = torch.ops.adaskip.run_experts.default
 _CHOOSE_EXPERTS = torch.ops.adaskip.choose_experts.default
+_CHOOSE_IN_GROUPS = torch.ops.adaskip.choose_in_groups.default
 _STORE_AND_ATTEND = torch.ops.adaskip.store_and_attend.default
 _LATENT = torch.ops.adaskip.attend_latent.default
 _STORE_LATENT = torch.ops.adaskip.store_and_attend_latent.default
@@ -48,7 +50,8 @@ def compile_ahead(module: fx.GraphModule) -> list[Future[None]]:
         What to wait for before the piece runs.
     """
     attention = (_ATTEND, _STORE_AND_ATTEND, _LATENT, _STORE_LATENT)
-    ours = (_PROJECT, _NORMALIZE, _RUN_EXPERTS, _CHOOSE_EXPERTS, *attention, _CAUSAL)
+    experts = (_RUN_EXPERTS, _CHOOSE_EXPERTS, _CHOOSE_IN_GROUPS)
+    ours = (_PROJECT, _NORMALIZE, *experts, *attention, _CAUSAL)
     calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target in ours]
     return [future for node in calls for future in _begin(node)]
 
@@ -113,6 +116,8 @@ def _launches(target: Any, values: Any) -> list[Launch]:
         return [triton_kernels.normalization(*values)]
     if target is _CHOOSE_EXPERTS:
         return [triton_kernels.choice(*values)]
+    if target is _CHOOSE_IN_GROUPS:
+        return [triton_kernels.choice_in_groups(*values)]
     if target is _RUN_EXPERTS:
         return triton_kernels.expert_launches(*values)
     counters = values[0].new_empty(1, dtype=torch.int32)

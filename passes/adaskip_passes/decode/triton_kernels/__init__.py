@@ -7,7 +7,7 @@ weights, which nobody writes, and only then waits for its input.
 """
 
 from .attention_launch import attend, attention
-from .experts import choice, choose_experts, expert_launches, run_experts
+from .experts import choice, choice_in_groups, choose_experts, expert_launches, run_experts
 from .norms import normalization, normalize
 from .projections import project, projection
 from .rank_sums import rank_sum
@@ -16,6 +16,7 @@ __all__ = [
     "attend",
     "attention",
     "choice",
+    "choice_in_groups",
     "choose_experts",
     "expert_launches",
     "normalization",

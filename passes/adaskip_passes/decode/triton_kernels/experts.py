@@ -12,7 +12,7 @@ from ...infra.launch import Launch, has_pdl
 from .expert_parts import combine
 from .expert_row import down_row, down_row_transposed, up_row
 from .expert_rows import down_rows, up_rows
-from .router import choose
+from .router import choose, choose_by_group
 
 #: Programs that keep a GPU's memory busy, each with a few kilobytes on their way.
 _PROGRAMS = 400
@@ -139,6 +139,31 @@ def choice(
     }
     arguments = (scores.contiguous(), values, places)
     return Launch(choose, (scores.numel() // width,), arguments, flags, [values, places])
+
+
+def choice_in_groups(
+    logits: torch.Tensor,
+    bias: torch.Tensor,
+    count: int,
+    groups: int,
+    kept: int,
+    share: bool,
+    factor: float,
+) -> Launch:
+    """Return the launch of :func:`router_ops.choose_in_groups`."""
+    tokens, experts = logits.shape
+    values = logits.new_empty((tokens, count))
+    places = logits.new_empty((tokens, count), dtype=torch.int64)
+    size = experts // groups
+    flags = {
+        **{"G": groups, "GP": triton.next_power_of_2(groups)},
+        **{"S": size, "SP": triton.next_power_of_2(size)},
+        **{"KEPT": kept, "COUNT": count, "CP": triton.next_power_of_2(count), "SHARE": share},
+        "num_warps": 1 if experts <= 256 else 4,
+        **_pdl(logits.device),
+    }
+    arguments = (logits.contiguous(), bias.contiguous(), values, places, factor)
+    return Launch(choose_by_group, (tokens,), arguments, flags, [values, places])
 
 
 @functools.cache
