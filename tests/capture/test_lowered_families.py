@@ -50,14 +50,18 @@ def times(count: int, operations: dict[str, int]) -> Counter[str]:
 
 
 #: What each family's last layer has besides. Norms after a branch wait for all of it; those of
-#: queries and keys of OLMo 2 are of all heads. A layer that alone has no window makes its bounds.
+#: queries and keys of OLMo 2 and Dots stay too. A layer that alone has no window makes its bounds.
+#: Before experts there is a norm that they and their router read.
 AFTER_BRANCHES = times(2, RMS_NORM) + Counter({"add": 2})
+EXPERTS = Counter(["project.default", "choose_in_groups.default", "run_experts.default"])
 LEFT: dict[str, Counter[str]] = {
     **{name: Counter() for name in ("llama", "phi3", "glm", "helium", "ernie4_5", "granite")},
     **{name: Counter() for name in ("cohere", "phi", "gpt_neox", "stablelm", "starcoder2")},
     "falcon_h1": Counter(),  # but for its mixer
     "cohere2": Counter({"to": 1, "zeros_like": 1, "add": 3, "stack": 1}),
     "glm4": AFTER_BRANCHES,
+    "glm4_moe": times(1, RMS_NORM) + EXPERTS,
+    "dots1": times(3, RMS_NORM) + EXPERTS,
     "olmo2": AFTER_BRANCHES + times(2, RMS_NORM),
     "nemotron": Counter({"add": 2, "layer_norm": 2}),
     "persimmon": Counter({"layer_norm": 2}),

@@ -196,6 +196,22 @@ def test_a_factor_before_a_residual(rows: int, dtype: torch.dtype) -> None:
         assert relative_error(got.double(), expected) < DTYPES[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 32])
+@pytest.mark.parametrize(("width", "outs"), [(320, 160), (7168, 256)])
+def test_results_in_float32(width: int, outs: int, rows: int, dtype: torch.dtype) -> None:
+    """Of a router: as if both had been widened before, but for how matrix units add up."""
+    x, w = random(rows, width, dtype=dtype), random(outs, width, dtype=dtype) / width**0.5
+    around = None, 0.0, "", None, 0.0, None, False, 1.0
+    (got,) = project(x, [w], [], *around, True)
+    expected = x.double() @ w.double().T
+    assert got.dtype == torch.float32
+    assert relative_error(got.double(), expected) < 5e-5
+    (rounded,) = project(x, [w], [], *around)
+    assert rounded.dtype == dtype
+    assert relative_error(rounded.double(), expected) > 5e-5
+
+
 def test_another_weight_is_noticed() -> None:
     """The companion."""
     x, weight = random(1, 256, dtype=torch.bfloat16), random(64, 256, dtype=torch.bfloat16)

@@ -34,11 +34,12 @@ def _(
     shift: torch.Tensor | None = None,
     centered: bool = False,
     factors: list[float] | None = None,
+    wide: bool = False,
 ) -> list[torch.Tensor]:
     from . import triton_kernels
 
-    before = norm, eps, activation, residual
-    return triton_kernels.project(x, weights, biases, *before, offset, shift, centered, factors)
+    around = norm, eps, activation, residual, offset, shift, centered, factors
+    return triton_kernels.project(x, weights, biases, *around, wide)
 
 
 @normalize.register_kernel("cuda")

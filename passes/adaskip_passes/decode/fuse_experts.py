@@ -7,6 +7,9 @@ Before::                                        After::
     v /= sum(v)
     y = r + run_experts(x, i, v, ...)
 
+The choice of DeepSeek-V3's routers is one of groups: :mod:`grouped_choice`. Experts also add where
+a projection comes between: ``r + project(s, w, residual=run_experts(...))`` for shared ones.
+
 What a choice is made of is fused as far as nothing else reads it: a softmax before it, and after it
 a division by the sum, or a softmax, and a change of dtype. Legal because the same values are
 computed of the same operands; where scores are equal, the first ones are chosen, and values are
@@ -36,13 +39,16 @@ from .matching import (
     find_overwritten,
     most_rows,
     only_user,
+    operands,
     shape_of,
 )
+from .projection_ops import project as project  # the operator
 from .router_ops import choose_in_groups as choose_in_groups  # the operator
 
 _RUN = torch.ops.adaskip.run_experts.default
 _CHOOSE = torch.ops.adaskip.choose_experts.default
 _CHOOSE_IN_GROUPS = torch.ops.adaskip.choose_in_groups.default
+_PROJECT, _RESIDUAL = torch.ops.adaskip.project.default, 6  # which of its arguments
 _MOST = 16
 #: Rows of scores of a step; some routers look at groups of experts, of which a token has several.
 _MOST_ROWS = MAX_TOKENS * MAX_TOKENS
@@ -197,20 +203,14 @@ def _is_sum(node: fx.Node) -> bool:
 
 def _fuse_add(graph: fx.Graph, run: fx.Node, overwritten: set[fx.Node]) -> bool:
     """Have experts add what the stream is added to them; returns whether that was done."""
-    last = run
-    while (user := only_user(last)) is not None and argument(user, "view", "reshape") is last:
-        last = user
+    last = _seen(run)
     add = only_user(last)
-    if add is None or run.args[-1] is not None or len(add.args) != 2 or add.kwargs:
+    if add is None or run.args[-1] is not None:
         return False
-    other = next((n for n in add.args if n is not last), None)
-    if (
-        not calls(add, "add")
-        or not isinstance(other, fx.Node)
-        or not {other, add}.isdisjoint(overwritten)
-    ):
-        return False
-    if shape_of(other) != shape_of(add) or not dtype_of(other) == dtype_of(add) == dtype_of(run):
+    if add.target is _PROJECT and add.args[_RESIDUAL] is last:
+        return _fuse_add_behind(graph, run, last, add, overwritten)
+    other = _added(add, last, overwritten)
+    if other is None or dtype_of(other) != dtype_of(run):
         return False
     with graph.inserting_before(add):
         call = graph.call_function(_RUN, (*run.args[:-1], other))
@@ -219,3 +219,38 @@ def _fuse_add(graph: fx.Graph, run: fx.Node, overwritten: set[fx.Node]) -> bool:
     shaped.meta["example_value"] = example(add)
     add.replace_all_uses_with(shaped)
     return True
+
+
+def _fuse_add_behind(
+    graph: fx.Graph, run: fx.Node, last: fx.Node, project: fx.Node, overwritten: set[fx.Node]
+) -> bool:
+    """Do that where shared experts come between, and add the others to their results.
+
+    What is added must be there before the experts run, as the stream is.
+    """
+    result = only_user(project)
+    add = only_user(result) if result is not None else None
+    if result is None or add is None or not calls(result, "getitem"):
+        return False
+    other = _added(add, result, overwritten)
+    if other is None or other.op != "placeholder" or dtype_of(other) != dtype_of(run):
+        return False
+    run.args = (*run.args[:-1], other)
+    add.replace_all_uses_with(result)
+    return True
+
+
+def _seen(node: fx.Node) -> fx.Node:
+    """Return the last of the shapes in which alone a node is seen."""
+    while (user := only_user(node)) is not None and argument(user, "view", "reshape") is node:
+        node = user
+    return node
+
+
+def _added(add: fx.Node, last: fx.Node, overwritten: set[fx.Node]) -> fx.Node | None:
+    """Return what an add adds to `last`, of the same shape and dtype as the sum."""
+    for one, other in operands(add, "add"):
+        same = shape_of(other) == shape_of(add) and dtype_of(other) == dtype_of(add)
+        if one is last and other is not last and same and overwritten.isdisjoint((other, add)):
+            return other
+    return None

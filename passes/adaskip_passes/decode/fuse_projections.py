@@ -11,11 +11,10 @@ and likewise a layer norm, ``silu(gate) * up``, also of the halves of one projec
 after a projection, numbers that its input or its result is multiplied by, and the residual add
 after the last one, seen through dropout that drops nothing (:mod:`norms`, :mod:`activations`,
 :mod:`factors` and :mod:`epilogues` list what is recognized). The weights stay where they are: the
-operator takes several of them, or parts of one. Legal because the same values are computed from
-the same operands;
-they are rounded less often (the norm's result and the gate stay in float32, as does a stream in
-float32 on its way to a norm and from a projection), so the pass preserves results to rounding, not
-to the bit.
+operator takes several of them, or parts of one, and reads as it is what a router has in float32.
+Legal because the same values are computed from the same operands; they are rounded less often (the
+norm's result and the gate stay in float32, as does a stream in float32 on its way to a norm and
+from a projection), so the pass preserves results to rounding, not to the bit.
 For more than one row the norm is an operator of its own, `normalize`: on the matrix units every
 program of the projections would repeat it.
 
@@ -39,7 +38,15 @@ from ..infra.pass_base import Pass, PassResult
 from ..transforms.dead_code import eliminate_dead_code
 from .epilogues import epilogue_of, gate_of, gate_of_halves
 from .factors import factor_of, move_factors
-from .matching import calls, example, find_overwritten, most_rows, shape_of
+from .matching import (
+    calls,
+    dtype_of,
+    example,
+    find_overwritten,
+    most_rows,
+    shape_of,
+    unwidened,
+)
 from .norms import Norm, norm_of
 from .ops import MAX_ROWS
 from .projection_ops import project as project  # the operator
@@ -68,14 +75,15 @@ class FuseProjections(Pass):
 
 def _groups(graph: fx.Graph, overwritten: set[fx.Node]) -> list[list[fx.Node]]:
     """Return the projections of one input, in program order, at most `_TOGETHER` in a group."""
-    by_input: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
+    by_input: dict[tuple[fx.Node, bool, bool], list[fx.Node]] = {}
     fitting = [n for n in graph.nodes if calls(n, "linear") and _fits(n, overwritten)]
     for node in fitting:
         if _bias(node) is None:
             move_factors(node, overwritten)
     for node in fitting:
         if _fits(node, overwritten):
-            by_input.setdefault((_source(node), _bias(node) is not None), []).append(node)
+            key = _source(node), _bias(node) is not None, _read(node)[2]
+            by_input.setdefault(key, []).append(node)
     return [
         nodes[i : i + _TOGETHER]
         for nodes in by_input.values()
@@ -86,9 +94,9 @@ def _groups(graph: fx.Graph, overwritten: set[fx.Node]) -> list[list[fx.Node]]:
 def _fits(node: fx.Node, overwritten: set[fx.Node]) -> bool:
     if len(node.args) < 2:
         return False
-    parameters = [a for a in (node.args[1], _bias(node)) if isinstance(a, fx.Node)]
-    source, x, weight = node.args[0], example(node.args[0]), example(node.args[1])
-    bias = example(_bias(node))
+    source, of, wide = _read(node)
+    parameters = [a for a in (of, _bias(node)) if isinstance(a, fx.Node)]
+    x, weight, bias = example(source), example(of), example(_bias(node))
     if not isinstance(source, fx.Node) or x is None or weight is None:
         return False
     if any(isinstance(size, torch.SymInt) for size in (x.shape[-1], *weight.shape)):
@@ -102,7 +110,7 @@ def _fits(node: fx.Node, overwritten: set[fx.Node]) -> bool:
         and (rows == 1 or (half and rows is not None and rows <= MAX_ROWS))
         and x.dtype == weight.dtype
         and (half or x.dtype == torch.float32)
-        and (_bias(node) is None or (bias is not None and bias.dtype == x.dtype))
+        and (_bias(node) is None or (bias is not None and bias.dtype == x.dtype and not wide))
         and weight.dim() == 2
         and weight.is_contiguous()
         and overwritten.isdisjoint((_source(node), *parameters))
@@ -131,7 +139,7 @@ def _fuse(
     factors = parts.factors if set(parts.factors) != {1.0} else None
     norm = _norm(graph, _source(group[0]), overwritten, norms)
     before = norm.x, parts.weights, parts.biases, norm.weight, norm.eps
-    after = norm.offset, norm.shift, norm.centered, factors
+    after = norm.offset, norm.shift, norm.centered, factors, _read(group[0])[2]
     with graph.inserting_before(group[0] if parts.residual is None else parts.results[0]):
         call = graph.call_function(
             torch.ops.adaskip.project.default, (*before, parts.activation, parts.residual, *after)
@@ -154,7 +162,7 @@ def _parts(graph: fx.Graph, group: list[fx.Node], overwritten: set[fx.Node]) -> 
         gate = gate_of(found[first][0], found[others[0]][0], overwritten)
     if gate is not None and not gate.is_first:
         group = group[::-1]
-    weights = [n.args[1] for n in group if isinstance(n.args[1], fx.Node)]
+    weights = [w for n in group if isinstance(w := _read(n)[1], fx.Node)]
     biases = [b for n in group if isinstance(b := _bias(n), fx.Node)]
     parts = _Parts(weights, biases, [found[n][1] for n in group], [found[n][0] for n in group])
     if gate is not None:
@@ -228,9 +236,22 @@ def _bias(node: fx.Node) -> object:
     return node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
 
 
+def _read(linear: fx.Node) -> tuple[object, object, bool]:
+    """Return what a projection reads, its weight, and whether both were widened for it before.
+
+    As a router does whose logits are in float32: then they are read as they are.
+    """
+    x, weight = linear.args[:2]
+    if isinstance(x, fx.Node) and isinstance(weight, fx.Node) and dtype_of(x) == torch.float32:
+        narrow = unwidened(x), unwidened(weight)
+        if dtype_of(narrow[0]) == dtype_of(narrow[1]) != torch.float32:
+            return *narrow, True
+    return x, weight, False
+
+
 def _source(linear: fx.Node) -> fx.Node:
     """Return what a projection reads, seen through slices that take everything."""
-    node = linear.args[0]
+    node = _read(linear)[0]
     assert isinstance(node, fx.Node)
     while calls(node, "getitem"):
         base = node.args[0]

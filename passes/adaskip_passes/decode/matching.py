@@ -73,6 +73,24 @@ def dtype_of(node: fx.Node) -> torch.dtype | None:
     return value.dtype if value is not None else None
 
 
+def uncast(node: fx.Node) -> fx.Node:
+    """Return what a node is before a change of dtype."""
+    inner = argument(node, "to", "type", "type_as", "float")
+    own, other = example(node), example(inner)
+    if inner is None or own is None or other is None or own.device != other.device:
+        return node
+    return inner if own.shape == other.shape and other.is_floating_point() else node
+
+
+def unwidened(node: fx.Node) -> fx.Node:
+    """Return what a node is before it had a dtype that holds as much and more."""
+    inner = uncast(node)
+    one, other = dtype_of(inner), dtype_of(node)
+    if one is None or other is None or torch.promote_types(one, other) != other:
+        return node
+    return inner
+
+
 def find_overwritten(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes whose memory something in the graph writes to in place."""
     roots = {storage_root(n) for n in graph.nodes if is_mutation(n)}

@@ -26,6 +26,7 @@ def project(
     shift: torch.Tensor | None = None,
     centered: bool = False,
     factors: list[float] | None = None,
+    wide: bool = False,
 ) -> list[torch.Tensor]:
     """Compute ``y_i = factors[i] * normalize(x) @ weights[i].T + biases[i]``.
 
@@ -45,9 +46,12 @@ def project(
         shift: added by a layer norm; see `normalize`.
         centered: whether it is a layer norm, which is of one row alone; see `normalize`.
         factors: a number for each weight, which its product is multiplied by; None: all are 1.
+        wide: whether results are in float32, and products of what is read summed up unrounded.
     """
     if norm is not None:
         x = normalize(x, norm, eps, offset, shift, centered)
+    if wide:
+        x, weights, biases = x.float(), [w.float() for w in weights], [b.float() for b in biases]
     if factors is not None:
         products = [linear(x, w) * f for w, f in zip(weights, factors, strict=True)]
         outputs = [y + biases[i] if biases else y for i, y in enumerate(products)]
@@ -81,15 +85,18 @@ def _(
     shift: torch.Tensor | None = None,
     centered: bool = False,
     factors: list[float] | None = None,
+    wide: bool = False,
 ) -> list[torch.Tensor]:
     kept = weights[:1] if activation else weights
-    dtype = result_dtype(weights, residual)
+    dtype = result_dtype(weights, residual, wide)
     return [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in kept]
 
 
-def result_dtype(weights: list[torch.Tensor], residual: torch.Tensor | None) -> torch.dtype:
+def result_dtype(
+    weights: list[torch.Tensor], residual: torch.Tensor | None, wide: bool
+) -> torch.dtype:
     """Return the dtype of what `project` returns."""
-    mine = weights[0].dtype
+    mine = torch.float32 if wide else weights[0].dtype
     return mine if residual is None else torch.promote_types(mine, residual.dtype)
 
 

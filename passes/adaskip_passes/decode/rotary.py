@@ -23,6 +23,8 @@ from .matching import (
     operands,
     shape_of,
     two_parts,
+    uncast,
+    unwidened,
     whole_of,
 )
 
@@ -39,7 +41,7 @@ class Rotation(NamedTuple):
 
 def rotation(node: fx.Node) -> Rotation | None:
     """Return the rotation that made `node`, which has its dtype; None if none did."""
-    found = _rotation(_uncast(node))
+    found = _rotation(uncast(node))
     if found is None or dtype_of(found.x) != dtype_of(node):
         return None
     cosines, sines = (example(n) for n in (found.cosines, found.sines))
@@ -53,9 +55,9 @@ def _rotation(node: fx.Node) -> Rotation | None:
         return _of_a_part(*parts)
     for plain, crossed in operands(node, "add"):
         for wide, cosines in operands(plain, "mul"):
-            x = _unwidened(wide)
+            x = unwidened(wide)
             for pairs, sines in operands(crossed, "mul"):
-                interleaved = _order_of_pairs(_unwidened(pairs), x)
+                interleaved = _order_of_pairs(unwidened(pairs), x)
                 if interleaved is None:
                     continue
                 if not all(_is_angle(n, x) for n in (cosines, sines)):
@@ -125,7 +127,7 @@ def _are_turned(parts: tuple[fx.Node, fx.Node], x: fx.Node, slices: tuple[slice,
 def _is_slice(node: fx.Node | None, x: fx.Node, last: slice) -> bool:
     """Return whether `node` is ``x[..., last]``, perhaps of x in a wider dtype."""
     base = argument(node, "getitem") if node is not None else None
-    if base is None or x not in (base, _unwidened(base)):
+    if base is None or x not in (base, unwidened(base)):
         return False
     return is_slice(node, base, last)
 
@@ -152,24 +154,6 @@ def _of_pairs(angles: fx.Node) -> fx.Node:
     given = {**dict(zip(("input", "repeats", "dim"), angles.args, strict=False)), **angles.kwargs}
     twice = given == {"input": pairs, "repeats": 2, "dim": given.get("dim")}
     return pairs if twice and given["dim"] in (-1, 3) else angles
-
-
-def _uncast(node: fx.Node) -> fx.Node:
-    """Return what a node is before a change of dtype."""
-    inner = argument(node, "to", "type_as", "float")
-    own, other = example(node), example(inner)
-    if inner is None or own is None or other is None or own.device != other.device:
-        return node
-    return inner if own.shape == other.shape and other.is_floating_point() else node
-
-
-def _unwidened(node: fx.Node) -> fx.Node:
-    """Return what a node is before it had a dtype that holds as much and more."""
-    inner = _uncast(node)
-    one, other = dtype_of(inner), dtype_of(node)
-    if one is None or other is None or torch.promote_types(one, other) != other:
-        return node
-    return inner
 
 
 def _width(node: fx.Node) -> int:

@@ -367,6 +367,49 @@ def test_another_factor_stays(name: str) -> None:
     assert rest(module) == left
 
 
+# Routers in float32 -----------------------------------------------------------------------------
+
+
+def logits(x: Tensor, w: Tensor) -> Tensor:
+    """As DeepSeek-V3 has them."""
+    return linear(x.view(-1, WIDTH).type(torch.float32), w.type(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_widened_is_read_as_it_is(rows: int, dtype: torch.dtype) -> None:
+    x, (w,) = stream(rows, dtype), weights(12, dtype=dtype)
+    module = fused(logits, x, w)
+    (call,) = calls(module)
+    assert rest(module) == {"view"}
+    assert (arguments(call)["wide"], str(arguments(call)["weights"][0])) == (True, "w")
+    wide = x.double().view(-1, WIDTH) @ w.double().T
+    assert module(x, w).dtype == torch.float32
+    assert error(module(x, w), wide) < 1e-6
+
+
+def test_it_is_apart_from_what_is_not_widened() -> None:
+    def function(x: Tensor, w: Tensor, a: Tensor) -> Any:
+        return linear(x.type(torch.float32), w.type(torch.float32)), linear(x, a)
+
+    module = fused(function, stream(dtype=HALF), *weights(12, 8, dtype=HALF))
+    assert [arguments(call)["wide"] for call in calls(module)] == [True, False]
+
+
+NOT_WIDENED: dict[str, Function] = {
+    "the weight alone": lambda x, w: linear(x.sum().float() + x.tanh().float(), w.float()),
+    "of another dtype": lambda x, w: linear(x.to(torch.float16).float(), w.float()),
+    "with a bias": lambda x, w: linear(x.float(), w.float(), w.float()[:, 0]),
+    "in float64": lambda x, w: linear(x.double(), w.double()),
+}
+
+
+@pytest.mark.parametrize("name", NOT_WIDENED)
+def test_what_is_widened_otherwise_stays(name: str) -> None:
+    given = stream(dtype=HALF), *weights(12, dtype=HALF)
+    assert calls(fused(NOT_WIDENED[name], *given)) == []
+
+
 # The operators ----------------------------------------------------------------------------------
 
 
@@ -427,5 +470,5 @@ def test_they_are_proper_operators() -> None:
     for name in ACTIVATIONS:
         for some in ([a], [a, b]):
             residual = random(1, 1, 9) if name or len(some) == 1 else None
-            more = (name, residual, 0.0, s, True, [2.0] * len(some))
+            more = (name, residual, 0.0, s, True, [2.0] * len(some), name == "silu")
             torch.library.opcheck(PROJECT, (x, some, [], n, EPS, *more))

@@ -16,6 +16,7 @@ from tests.support.expert_reference import Experts, random_experts, written_out
 
 RUN = torch.ops.adaskip.run_experts.default
 CHOOSE = torch.ops.adaskip.choose_experts.default
+PROJECT = torch.ops.adaskip.project.default
 DTYPES = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 #: tokens, experts, chosen, transposed, interleaved, clamp, with biases
 CASES = (
@@ -198,3 +199,42 @@ def test_experts_add_to_the_stream() -> None:
     assert not [n for n in module.graph.nodes if n.target is operator.add]
     module = fused(adding(one, twice=True), x, residual)  # the companion
     assert [n.args[-1] for n in module.graph.nodes if n.target is RUN] == [None]
+
+
+def behind(kind: str) -> Any:
+    """What shared experts add to the others, and both to the stream."""
+    one = random_experts(3, 4, 2, False, False, 0.0, False, dtype=torch.float32)
+    *rest, _ = one.inputs
+
+    def function(hidden: Tensor, stream: Tensor, w: Tensor) -> Any:
+        stream = stream * 2 if kind == "computed later" else stream
+        routed = RUN(hidden, *rest[1:], None).view(1, 3, -1)
+        shared = PROJECT(stream, [w], [], None, 0.0, "", routed)[0]
+        if kind == "shared are read besides":
+            return stream + shared, shared
+        if kind == "routed are read besides":
+            return stream + shared, routed
+        return stream[..., :1] + shared if kind == "broadcast" else stream + shared
+
+    width = one.hidden.shape[1]
+    inputs = one.hidden, torch.randn(1, 3, width), torch.randn(width, width) / width
+    return function, inputs
+
+
+def test_experts_add_to_the_stream_behind_shared_ones() -> None:
+    function, inputs = behind("")
+    module = fused(function, *inputs)
+    (run,) = (n for n in module.graph.nodes if n.target is RUN)
+    assert str(run.args[-1]) == "stream"
+    assert not any(n.target is operator.add for n in module.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["computed later", "shared are read besides", "routed are read besides", "broadcast"],
+)
+def test_other_sums_with_shared_experts_stay(kind: str) -> None:
+    function, inputs = behind(kind)
+    module = fused(function, *inputs)
+    (run,) = (n for n in module.graph.nodes if n.target is RUN)
+    assert run.args[-1] is None

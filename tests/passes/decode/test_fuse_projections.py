@@ -106,7 +106,7 @@ def untouched(function: Function, *inputs: Tensor) -> bool:
 def arguments(call: fx.Node) -> dict[str, Any]:
     names = (
         *("x", "weights", "biases", "norm", "eps", "activation", "residual", "offset"),
-        *("shift", "centered", "factors"),
+        *("shift", "centered", "factors", "wide"),
     )
     return dict(zip(names, call.args, strict=True))
 

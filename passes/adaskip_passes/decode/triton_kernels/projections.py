@@ -215,6 +215,7 @@ def projection(
     shift: torch.Tensor | None = None,
     centered: bool = False,
     factors: list[float] | None = None,
+    wide: bool = False,
 ) -> Launch:
     """Return the launch of :func:`projection_ops.project`, of at most three weights."""
     width = x.shape[-1]
@@ -222,7 +223,7 @@ def projection(
     assert rows == 1 or not centered, "a layer norm of several rows is an operator of its own"
     assert centered or shift is None, "only a layer norm is shifted"
     kept = weights[:1] if activation else weights
-    dtype = result_dtype(weights, residual)
+    dtype = result_dtype(weights, residual, wide)
     outputs = [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in kept]
     gated = bool(activation) and len(weights) > 1
     sizes = [w.shape[0] for w in weights] + [0] * (3 - len(weights))
