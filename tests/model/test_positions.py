@@ -25,7 +25,7 @@ from adaskip_fx.api import build
 from adaskip_fx.capture import rotary
 from adaskip_fx.model.handle import runtime_of
 from adaskip_fx.runtime import turns
-from adaskip_fx.runtime.static_step import StaticStep
+from adaskip_fx.runtime.static_inputs import StaticInputs
 from adaskip_passes import UnsupportedError
 from tests.support.custom_decoders import OwnDecoder, own
 from tests.support.eager_reference import assert_close, cache_name
@@ -186,13 +186,13 @@ def test_other_frequencies_show(rope: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.breaks
 def test_tokens_that_are_none_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: a static step of two tokens has the length of one of four."""
-    inner = StaticStep._write
+    inner = StaticInputs.write
 
-    def longer(step: StaticStep, ids: torch.Tensor, *more: Any) -> None:
-        inner(step, ids, *more)
-        step.positions.copy_(step.positions[:, :1] + torch.arange(step.positions.shape[1]))
+    def longer(inputs: StaticInputs, ids: torch.Tensor, *more: Any) -> None:
+        inner(inputs, ids, *more)
+        inputs.positions.copy_(inputs.positions[:, :1] + torch.arange(inputs.positions.shape[1]))
 
-    monkeypatch.setattr(StaticStep, "_write", longer)
+    monkeypatch.setattr(StaticInputs, "write", longer)
     pair = Pair(make("dynamic"), static_cache=True)
     with pytest.raises(AssertionError, match="logits up to 64: relative error"):
         pair.check(ids_of(70), [60, 62, 64])
