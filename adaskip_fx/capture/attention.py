@@ -119,8 +119,8 @@ def _packed(
 
 def _window_of(mask: torch.Tensor | None) -> int | None:
     """Return the window that a mask without rows stands for; None for any other mask."""
-    without_rows = mask is not None and mask.dim() == 2 and mask.shape[0] == 0
-    return mask.shape[1] if mask is not None and without_rows else None
+    without_rows = mask is not None and mask.dim() == 4 and mask.shape[0] == 0
+    return mask.shape[3] if mask is not None and without_rows else None
 
 
 def is_own(model: CausalLM) -> bool:
@@ -160,8 +160,9 @@ def mask(
     tensor), whole buffers are read by bounds: the mask is a table of them, int64 [B, 1, 1, 5] (see
     `adaskip_passes.decode.ops.Bounds`); `kv_offset` are the rows' first tokens then. Of packed rows
     it is where each begins, which is their `kv_offset`, int32 [rows + 1]. A sliding window alone is
-    a tensor without rows, whose width is the window: bool [0, window]; of packed rows their
-    beginnings so often, int32 [window, rows + 1], which takes no memory.
+    a mask of no rows, whose width is the window: bool [0, 1, 1, window], of four dimensions since
+    models cut masks (Gemma 4, to the last query); of packed rows their beginnings so often, int32
+    [window, rows + 1], which takes no memory.
 
     Raises:
         NotImplementedError: bounds or offsets cannot say what the mask says.
@@ -179,7 +180,7 @@ def mask(
     elif plain:
         return None
     elif sliding is not None and not chunked:
-        return torch.empty(0, sliding, dtype=torch.bool)
+        return torch.empty(0, 1, 1, sliding, dtype=torch.bool)
     result: torch.Tensor | None = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,

@@ -17,10 +17,12 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.masking_utils import sliding_window_causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaskip_fx.api import build
 from adaskip_fx.capture.attention import attention
+from adaskip_fx.capture.attention import mask as mask_for
 from adaskip_fx.model.handle import runtime_of
 from adaskip_passes.decode.ops import EVERY
 from adaskip_passes.partition.outer import piece_of, sublayer_calls
@@ -152,6 +154,22 @@ def test_a_token_that_sees_nothing_is_not_nan() -> None:
     mask = torch.zeros(1, 1, 1, 3, dtype=torch.bool)
     got, _ = attention(torch.nn.Module(), query, key, key, mask, softcap=2.0)
     assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("window", [6, pytest.param(5, marks=pytest.mark.breaks)])
+def test_a_mask_may_be_cut_to_the_last_queries(window: int) -> None:
+    """Gemma 4 does so where only the last logits are asked for; another window is noticed."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, h, 9, 8) for h in (4, 2, 2))
+    sees_six = sliding_window_causal_mask_function(6)
+    whole = mask_for(batch_size=1, q_length=9, mask_function=sees_six, local_size=window)
+    assert whole is not None
+    got, _ = attention(
+        torch.nn.Module(), query[:, :, -2:], key, value, whole[:, :, -2:, :], scaling=0.3
+    )
+    seen = torch.ones(1, 9, 9).tril().triu(-5)[:, -2:]
+    error = relative_error(got.double(), eager(query[:, :, -2:], key, value, seen, None, None))
+    assert (error < 1e-5) == (window == 6)
 
 
 def test_one_name_is_all_that_is_added_to_transformers() -> None:

@@ -92,7 +92,7 @@ def find_sublayers(graph: fx.Graph) -> tuple[ResidualBranch, ...]:
     order = {node: i for i, node in enumerate(graph.nodes)}
     ancestors = ancestors_of(graph)
     residuals = [r for node in graph.nodes if (r := residual_of(node, order, ancestors))]
-    chain = _longest_chain(residuals)
+    chain = _longest_chain(residuals, order, ancestors)
     if not chain:
         raise UnsupportedError(
             "no residual stream found: no add in the graph has one operand that is an ancestor of "
@@ -142,7 +142,9 @@ def _modules(branch: fx.Node, layer: str, later: Mapping[fx.Node, fx.Node]) -> l
     return [p for term in source.all_input_nodes for p in _modules(term, layer, later)]
 
 
-def _longest_chain(residuals: list[Residual]) -> list[Residual]:
+def _longest_chain(
+    residuals: list[Residual], order: Mapping[fx.Node, int], ancestors: Mapping[fx.Node, int]
+) -> list[Residual]:
     """Return the chain of residual adds in which each one's stream is the add before it."""
     by_add = {r.add: r for r in residuals}
     length: dict[fx.Node, int] = {}
@@ -151,20 +153,33 @@ def _longest_chain(residuals: list[Residual]) -> list[Residual]:
     if not length:
         return []
     longest = max(length.values())
-    ends = [add for add, n in length.items() if n == longest]
-    if len(ends) > 1:
-        places = ", ".join(module_path(add) or add.name for add in ends)
+    chains = [_chain_to(by_add[add], by_add) for add, n in length.items() if n == longest]
+    if len(chains) > 1:
+        places = ", ".join(_place(chain[-1].add) for chain in chains)
+        first, start = chains[0][-1].add, chains[1][0].stream
+        why = ""
+        if ancestors[start] >> order[first] & 1:
+            why = (
+                f" ({operation(start)} in {_place(start)} changes what the first gives before the "
+                "next begins, and is no residual add)"
+            )
         raise UnsupportedError(
-            f"{len(ends)} chains of {longest} residual adds are equally long, ending at {places}; "
-            "which one is the residual stream cannot be told. (If they are one stream, something "
-            "else than a residual add changes it between them.)"
+            f"{len(chains)} chains of {longest} residual adds are equally long, ending at "
+            f"{places}; which one is the residual stream cannot be told{why}."
         )
-    chain = []
-    residual: Residual | None = by_add[ends[0]]
+    return chains[0]
+
+
+def _chain_to(end: Residual, by_add: Mapping[fx.Node, Residual]) -> list[Residual]:
+    chain, residual = [], by_add.get(end.add)
     while residual is not None:
         chain.append(residual)
         residual = by_add.get(residual.stream)
     return chain[::-1]
+
+
+def _place(node: fx.Node) -> str:
+    return module_path(node) or node.name
 
 
 def _regions(graph: fx.Graph, chain: list[Residual]) -> list[list[fx.Node]]:
