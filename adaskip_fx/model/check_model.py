@@ -34,6 +34,28 @@ def check_model(model: Any) -> Any:
             another way than by tensor parallelism.
     """
     given, model = model, decoder_in(model)
+    _check_kind(given, model)
+    refuse_outputs(model)
+    if is_replaced(model):
+        raise TypeError(
+            "the model's forward was replaced on the instance (accelerate hooks do that, where "
+            "weights are on several devices or offloaded); load it without device_map, or remove "
+            "the hook"
+        )
+    if any(weight.is_meta for weight in model.parameters()):
+        raise TypeError(
+            "the model has weights on the meta device, where accelerate leaves those that it "
+            "offloads; put all of it on one device"
+        )
+    if model.training or any(map(_drops, given.modules())):
+        raise ValueError("the model is in training mode; call model.eval() first")
+    refuse_unmerging(model)
+    check_shards(model)
+    return model
+
+
+def _check_kind(given: Any, model: Any) -> None:
+    """Refuse a model that is no decoder of transformers', found in what was `given`."""
     if isinstance(model, CompiledModel):
         raise TypeError("this model is compiled already; compile the original with another plan")
     if not isinstance(model, PreTrainedModel):
@@ -61,23 +83,6 @@ def check_model(model: Any) -> Any:
             f"{type(model).__name__} has no language-model head, nor another; load it with "
             "AutoModelForCausalLM, or with the class of the head that it has"
         )
-    refuse_outputs(model)
-    if is_replaced(model):
-        raise TypeError(
-            "the model's forward was replaced on the instance (accelerate hooks do that, where "
-            "weights are on several devices or offloaded); load it without device_map, or remove "
-            "the hook"
-        )
-    if any(weight.is_meta for weight in model.parameters()):
-        raise TypeError(
-            "the model has weights on the meta device, where accelerate leaves those that it "
-            "offloads; put all of it on one device"
-        )
-    if model.training or any(map(_drops, given.modules())):
-        raise ValueError("the model is in training mode; call model.eval() first")
-    refuse_unmerging(model)
-    check_shards(model)
-    return model
 
 
 def _drops(module: nn.Module) -> bool:

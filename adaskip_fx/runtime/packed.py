@@ -112,20 +112,7 @@ class PackedRunner:
         offsets = packing.offsets.to(torch.int32)
         view = PackedCacheView.of(buffers, cache.specs, room, at[1], offsets)
         kept = kept_logits(graphs.forward, indices, ids)
-        key = GraphKey(
-            "prefill",
-            batch=BatchSizes.only(1),
-            one_token=False,
-            one_stored=False,
-            masked=False,
-            last_logits=kept.last,
-            dtype=graphs.model.dtype,
-            device=device,
-            surroundings=Surroundings.now(device),
-            embedded=is_embedded(ids),
-            packed=True,
-            by_head=buffers.by_head,
-        )
+        key = self._key(kept.last, is_embedded(ids), buffers.by_head)
         given = step_inputs(graphs.forward, ids, positions, None, kept.argument)
         arguments = bind_arguments(graphs.model, graphs.forward, view, given)
         try:
@@ -141,6 +128,23 @@ class PackedRunner:
             buffers.zero_first(max(padding.counts))
         logits, _ = program(arguments, weights, None)
         return program, _unpacked(kept.of(logits)[0], real), None
+
+    def _key(self, last_logits: bool, embedded: bool, by_head: bool) -> GraphKey:
+        graphs = self._graphs
+        return GraphKey(
+            "prefill",
+            batch=BatchSizes.only(1),
+            one_token=False,
+            one_stored=False,
+            masked=False,
+            last_logits=last_logits,
+            dtype=graphs.model.dtype,
+            device=graphs.device,
+            surroundings=Surroundings.now(graphs.device),
+            embedded=embedded,
+            packed=True,
+            by_head=by_head,
+        )
 
 
 def _columns(wanted: int | torch.Tensor, tokens: int) -> torch.Tensor:
