@@ -31,6 +31,7 @@ PROMPT, STEPS = 6, 3
 #: They move nothing, or stand for a part of something.
 VIEWS = {
     "view",
+    "view_as",
     "expand",
     "reshape",
     "transpose",
@@ -60,6 +61,9 @@ LEFT: dict[str, Counter[str]] = {
     "falcon_h1": Counter(),  # but for its mixer
     "cohere2": Counter({"to": 1, "zeros_like": 1, "add": 3, "stack": 1}),
     "glm4": AFTER_BRANCHES,
+    "qwen2_moe": times(1, RMS_NORM)
+    + Counter(["project.default", "choose_experts.default", "run_experts.default"])
+    + Counter(["sigmoid", "mul", "add"]),
     "glm4_moe": times(1, RMS_NORM) + EXPERTS,
     "dots1": times(3, RMS_NORM) + EXPERTS,
     "olmo2": AFTER_BRANCHES + times(2, RMS_NORM),

@@ -205,8 +205,10 @@ def _fuse_add(graph: fx.Graph, run: fx.Node, overwritten: set[fx.Node]) -> bool:
     """Have experts add what the stream is added to them; returns whether that was done."""
     last = _seen(run)
     add = only_user(last)
-    if add is None or run.args[-1] is not None:
+    if add is None:
         return False
+    if run.args[-1] is not None:
+        return _fuse_second_add(graph, run, last, add, overwritten)
     if add.target is _PROJECT and add.args[_RESIDUAL] is last:
         return _fuse_add_behind(graph, run, last, add, overwritten)
     other = _added(add, last, overwritten)
@@ -218,6 +220,29 @@ def _fuse_add(graph: fx.Graph, run: fx.Node, overwritten: set[fx.Node]) -> bool:
     call.meta["example_value"] = example(run)
     shaped.meta["example_value"] = example(add)
     add.replace_all_uses_with(shaped)
+    _fuse_add(graph, call, overwritten)
+    return True
+
+
+def _fuse_second_add(
+    graph: fx.Graph, run: fx.Node, last: fx.Node, add: fx.Node, overwritten: set[fx.Node]
+) -> bool:
+    """Do that where experts add something already: to that the stream is added before.
+
+    It is something that is made of what shared experts give (Qwen2-MoE, Qwen3-Next), so that to
+    add the stream as well costs nothing.
+    """
+    other, known = _added(add, last, overwritten), run.args[-1]
+    if other is None or other.op != "placeholder" or not isinstance(known, fx.Node):
+        return False
+    if known.op == "placeholder" or dtype_of(known) != dtype_of(other):
+        return False
+    with graph.inserting_before(run):
+        stream = graph.call_method("view_as", (other, known))
+        both = graph.call_function(operator.add, (stream, known))
+    stream.meta["example_value"] = both.meta["example_value"] = example(known)
+    run.args = (*run.args[:-1], both)
+    add.replace_all_uses_with(last)
     return True
 
 
@@ -242,7 +267,8 @@ def _fuse_add_behind(
 
 def _seen(node: fx.Node) -> fx.Node:
     """Return the last of the shapes in which alone a node is seen."""
-    while (user := only_user(node)) is not None and argument(user, "view", "reshape") is node:
+    shapes = "view", "reshape", "view_as"
+    while (user := only_user(node)) is not None and argument(user, *shapes) is node:
         node = user
     return node
 

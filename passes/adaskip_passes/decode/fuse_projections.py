@@ -29,6 +29,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -84,11 +85,18 @@ def _groups(graph: fx.Graph, overwritten: set[fx.Node]) -> list[list[fx.Node]]:
         if _fits(node, overwritten):
             key = _source(node), _bias(node) is not None, _read(node)[2]
             by_input.setdefault(key, []).append(node)
-    return [
-        nodes[i : i + _TOGETHER]
-        for nodes in by_input.values()
-        for i in range(0, len(nodes), _TOGETHER)
-    ]
+    return [group for nodes in by_input.values() for group in _cut(nodes, overwritten)]
+
+
+def _cut(nodes: list[fx.Node], overwritten: set[fx.Node]) -> list[list[fx.Node]]:
+    """Return projections of one input in groups: a gate and what it gates are one of their own."""
+    groups, left = list[list[fx.Node]](), list(nodes)
+    for first, second in combinations(nodes, 2):
+        one, other = _result(first, overwritten)[0], _result(second, overwritten)[0]
+        if {first, second} <= {*left} and gate_of(one, other, overwritten) is not None:
+            groups.append([first, second])
+            left = [n for n in left if n not in (first, second)]
+    return groups + [left[i : i + _TOGETHER] for i in range(0, len(left), _TOGETHER)]
 
 
 def _fits(node: fx.Node, overwritten: set[fx.Node]) -> bool:
@@ -153,9 +161,7 @@ def _fuse(
 
 
 def _parts(graph: fx.Graph, group: list[fx.Node], overwritten: set[fx.Node]) -> _Parts:
-    found = {
-        n: factor_of(n, overwritten) if _bias(n) is None else (n, 1.0) for n in group
-    }  # (a bias is not multiplied)
+    found = {n: _result(n, overwritten) for n in group}
     first, *others = group
     gate = None
     if len(others) == 1:
@@ -184,6 +190,11 @@ def _parts(graph: fx.Graph, group: list[fx.Node], overwritten: set[fx.Node]) -> 
         [gate.product],
         gate.activation,
     )
+
+
+def _result(linear: fx.Node, overwritten: set[fx.Node]) -> tuple[fx.Node, float]:
+    """Return the multiple of a projection that alone is read, and which: a bias is none."""
+    return factor_of(linear, overwritten) if _bias(linear) is None else (linear, 1.0)
 
 
 def _has_aligned_halves(weight: fx.Node) -> bool:
@@ -250,18 +261,20 @@ def _read(linear: fx.Node) -> tuple[object, object, bool]:
 
 
 def _source(linear: fx.Node) -> fx.Node:
-    """Return what a projection reads, seen through slices that take everything."""
+    """Return what a projection reads, seen through slices and views that change nothing."""
     node = _read(linear)[0]
     assert isinstance(node, fx.Node)
-    while calls(node, "getitem"):
+    while calls(node, "getitem", "view", "reshape"):
         base = node.args[0]
         if (
             not isinstance(base, fx.Node)
             or shape_of(base) is None
             or shape_of(base) != shape_of(node)
+            or dtype_of(base) != dtype_of(node)
         ):
             break
-        if not all(isinstance(i, slice) for i in _items(node.args[1])):
+        slices = _items(node.args[1]) if calls(node, "getitem") else ()
+        if not all(isinstance(i, slice) for i in slices):
             break
         node = base
     return node

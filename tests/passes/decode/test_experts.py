@@ -201,6 +201,30 @@ def test_experts_add_to_the_stream() -> None:
     assert [n.args[-1] for n in module.graph.nodes if n.target is RUN] == [None]
 
 
+@pytest.mark.parametrize("kind", ["", "computed later", "read besides", "broadcast"])
+def test_experts_that_add_shared_ones_add_to_the_stream(kind: str) -> None:
+    """As Qwen2-MoE has it, whose shared experts have a gate of their own."""
+    one = random_experts(3, 4, 2, False, False, 0.0, False, dtype=torch.float32)
+    *rest, _ = one.inputs
+    width = one.hidden.shape[1]
+
+    def function(hidden: Tensor, stream: Tensor, shared: Tensor, gate: Tensor) -> Any:
+        stream = stream * 2 if kind == "computed later" else stream
+        gated = torch.sigmoid(gate) * shared
+        both = (RUN(hidden, *rest[1:], None) + gated).reshape(1, 3, -1)
+        if kind == "read besides":
+            return stream + both, both
+        return stream[..., :1] + both if kind == "broadcast" else stream + both
+
+    inputs = one.hidden, torch.randn(1, 3, width), torch.randn(3, width), torch.randn(3, 1)
+    module = fused(function, *inputs)
+    (run,) = (n for n in module.graph.nodes if n.target is RUN)
+    adds = [n for n in module.graph.nodes if n.target is operator.add]
+    assert run.args[-1] is not None
+    assert len(adds) == 1
+    assert (run.args[-1] is adds[0]) == (kind == "")
+
+
 def behind(kind: str) -> Any:
     """What shared experts add to the others, and both to the stream."""
     one = random_experts(3, 4, 2, False, False, 0.0, False, dtype=torch.float32)

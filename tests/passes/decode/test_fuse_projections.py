@@ -316,12 +316,13 @@ def test_silu_in_place_is_right() -> None:
     fused(function, stream(), *weights(12, 12))
 
 
-def test_a_third_projection_keeps_the_gate_outside() -> None:
+def test_a_third_projection_is_one_of_its_own() -> None:
     def function(x: Tensor, gate: Tensor, up: Tensor, more: Tensor) -> Any:
         return silu(linear(x, gate)) * linear(x, up), linear(x, more)
 
     module = fused(function, stream(), *weights(12, 12, 8))
-    assert {"silu", "mul"} <= rest(module)
+    assert rest(module) == set()
+    assert [arguments(call)["activation"] for call in calls(module)] == ["silu", ""]
 
 
 # Residual adds ---------------------------------------------------------------------------------
@@ -370,6 +371,23 @@ def test_what_is_not_quite_a_residual_stays_beside(name: str) -> None:
 
     (call,) = calls(fused(function, stream() * 2, stream(), *weights(WIDTH)))
     assert arguments(call)["residual"] is None
+
+
+def test_a_gate_is_one_of_more_projections() -> None:
+    """As in Qwen2-MoE: beside it there are a router, which reads a view, and another gate."""
+
+    def function(x: Tensor, router: Tensor, gate: Tensor, up: Tensor, other: Tensor) -> Any:
+        scores = linear(x.reshape(-1, 1, WIDTH), router)
+        return scores, silu(linear(x, gate)) * linear(x, up), torch.sigmoid(linear(x, other))
+
+    module = fused(function, stream(), *weights(4, 8, 8, 1))
+    assert rest(module) == {"sigmoid"}
+    found = [arguments(call) for call in calls(module)]
+    assert sorted((len(got["weights"]), got["activation"]) for got in found) == [
+        (2, ""),
+        (2, "silu"),
+    ]
+    assert {str(got["x"]) for got in found} == {"x"}
 
 
 def test_a_residual_computed_after_the_projection_is_there_in_time() -> None:
