@@ -53,7 +53,7 @@ class ReadyStep:
         if length + size > self.room or cache.lease.buffers is not binding.buffers:
             return None
         form = binding.program, binding.arguments, self._weights, tokens, None, length, None, None
-        logits = self._step.go(*form)
+        logits, _ = self._step.run(*form, own=False)
         cache.advance(new)
         return logits if new == size else logits[:, :new]
 

@@ -124,6 +124,7 @@ class StaticStep:
         length: int,
         padding: Padding | None,
         valid: torch.Tensor | None,
+        own: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One step; returns logits [B, T, V] and the statistics [probed, B, 5] of what is probed.
 
@@ -137,31 +138,16 @@ class StaticStep:
             length: tokens stored before these.
             padding: of the rows; None where there is none.
             valid: which rows count for the probes, bool [B, 1]; None: all.
+            own: whether the logits are the caller's; else the next step overwrites them.
         """
-        form = program, arguments, weights, input_ids, position_ids, length, padding, valid
-        logits = self.go(*form).clone()
-        statistics = self._statistics[len(program.probed)].clone() if program.probed else None
-        return logits, statistics
-
-    def go(
-        self,
-        program: Program,
-        arguments: dict[str, Any],
-        weights: tuple[Any, ...],
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        length: int,
-        padding: Padding | None,
-        valid: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """One step; returns logits [B, T, V], which the next one overwrites. Arguments of `run`."""
         inputs = self.inputs
         inputs.write(input_ids, position_ids, length, padding, valid)
         self._run(program, arguments, weights)
         tokens = inputs.tokens.shape[1]
         inputs.counted(length + tokens, position_ids is None and input_ids.shape[1] == tokens)
         assert self._logits is not None
-        return self._logits
+        statistics = self._statistics[len(program.probed)].clone() if program.probed else None
+        return self._logits.clone() if own else self._logits, statistics
 
     def let_go(self) -> None:
         """Free the graphs, when what they launched is through; the next steps record others."""
