@@ -36,7 +36,7 @@ LENGTHS = (5, 63, 64, 65, 200)
 
 
 def remembering(family: str, **changes: Any) -> Any:
-    model = tiny_model(tiny_config(family, num_hidden_layers=2, **changes))
+    model = tiny_model(tiny_config(family, **{"num_hidden_layers": 2, **changes}))
     for name, parameter in model.named_parameters():
         if name.endswith("A_log"):
             parameter.uniform_(-5, -3)
@@ -113,9 +113,13 @@ def test_a_skipped_mixer(delta: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mamba2", "mamba", "falcon_h1", "kimi_linear", "qwen3_next"])
-def test_others_of_any_length(family: str) -> None:
-    model = remembering(family)
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("mamba2", 2), ("mamba", 2), ("falcon_h1", 2), ("kimi_linear", 3), ("qwen3_next", 3)],
+)
+def test_others_of_any_length(family: str, layers: int) -> None:
+    """As many layers as a family's tiny configuration lists kinds of."""
+    model = remembering(family, num_hidden_layers=layers)
     pair = model, build(model, None, backend="eager", static_cache=False)
     assert_as_eager(pair, tokens(1, LENGTHS[0]))
     before = pair[1].adaskip.stats().captures
