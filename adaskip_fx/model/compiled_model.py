@@ -27,7 +27,7 @@ from . import draftable, generation
 from .handle import Handle
 from .host import recall_offsets
 from .led import decode_with_drafts
-from .shared_clock import share_clock
+from .shared_criteria import share_criteria
 
 if TYPE_CHECKING:
     from .types import CompiledCausalLM
@@ -132,7 +132,7 @@ class CompiledModel(GenerateHooks):
     def _adaskip_decode(self: CompiledCausalLM, call: DecodingCall) -> Any:
         """Decode without waiting for a GPU (`generation`), or with drafts (`drafted`)."""
         runtime = self._adaskip
-        share_clock(call.stopping_criteria, runtime.ranks)
+        share_criteria(call.stopping_criteria, runtime.ranks)
         cache, speculation = call.model_kwargs.get(runtime.generate_argument), runtime.speculation
         if not isinstance(cache, SkipCache) or not generation.serves(call):
             return None

@@ -25,6 +25,7 @@ _CHECKS = (
         "plan_changes",
         "sampled",
         "clocks",
+        "criteria",
         "disagreements",
         "refused",
     ),
@@ -154,6 +155,12 @@ def test_all_ranks_have_the_tokens_that_the_first_draws(found: Found) -> None:
 def test_time_is_over_where_it_is_on_the_first_rank(found: Found) -> None:
     for result in found.of("clocks"):
         assert result == {"first": 1, "other": 4}
+
+
+def test_a_text_ends_where_a_criterion_says_on_the_first_rank(found: Found) -> None:
+    """It is asked on both, as often: at 9 tokens of 7 for the first time at 8."""
+    for result in found.of("criteria"):
+        assert result == {"first": [9, 2], "other": [12, 5]}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,14 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.distributed import DistributedConfig
 
 import adaskip_fx
@@ -390,6 +397,29 @@ def clocks(shared: Shared) -> Any:
     return counts
 
 
+class Longest(StoppingCriteria):  # type: ignore[misc]
+    """A criterion of a user's own, which ends a text at other lengths on other ranks."""
+
+    def __init__(self, longest: int) -> None:
+        self.longest, self.asked = longest, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+        self.asked += 1
+        return torch.full(input_ids.shape[:1], input_ids.shape[1] >= self.longest)
+
+
+def criteria(shared: Shared) -> Any:
+    """How many tokens there are by criteria that differ: shorter on the first rank, or longer."""
+    counts, ids = dict[str, Any](), tokens(2, 7, 2)
+    for name, longest in (("first", (9, 12)), ("other", (12, 9))):
+        mine = Longest(longest[shared.rank])
+        made = shared.fast.generate(
+            ids, max_new_tokens=8, stopping_criteria=StoppingCriteriaList([mine]), **_GREEDY
+        )
+        counts[name] = made.shape[1], mine.asked
+    return counts
+
+
 def disagreements(shared: Shared) -> Any:
     """What ranks are told that are given other plans, alphas, prompts, calls or texts."""
     fast, sublayers, rank = shared.fast, shared.fast.adaskip.sublayers, shared.rank
@@ -569,7 +599,7 @@ _HERE = (
         profiles,
         sampled,
     ),
-    *(clocks, disagreements, refused, experts, whole_experts, backend, lowered, inductor),
+    *(clocks, criteria, disagreements, refused, experts, whole_experts, backend, lowered, inductor),
 )
 CHECKS: dict[str, Callable[[Shared], Any]] = {
     **{check.__name__: check for check in _HERE},
