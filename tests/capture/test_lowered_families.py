@@ -41,8 +41,6 @@ VIEWS = {
     "split",
     "chunk",
 }
-#: Of a layer: queries, keys and values, what attention gives, and both products of the FFN.
-PROJECT, ATTEND = {"project.default": 4}, {"store_and_attend.default": 1}
 RMS_NORM = {"to": 2, "pow": 1, "mean": 1, "add": 1, "rsqrt": 1, "mul": 2}
 
 
@@ -51,9 +49,13 @@ def times(count: int, operations: dict[str, int]) -> Counter[str]:
 
 
 #: What each family's last layer has besides. Norms after a branch wait for all of it; those of
-#: queries and keys of OLMo 2 and Dots stay too. A layer that alone has no window makes its bounds.
-#: Before experts there is a norm that they and their router read.
+#: queries and keys of OLMo 2 and Dots stay as well. A layer that alone has no window makes its
+#: bounds. Before experts there is a norm that they and their router read. Of a latent the norm is
+#: stored; queries of it are made and put together in products of their own.
 AFTER_BRANCHES = times(2, RMS_NORM) + Counter({"add": 2})
+LATENT = times(1, RMS_NORM) + Counter(["into_latent", "cat", "out_of_latent", "project.default"])
+COMPLEX = Counter({"to": 2, "view_as_real": 1, "select": 2, "mul": 1})
+CHOICE = Counter(["project.default", "choose_experts.default", "run_experts.default"])
 EXPERTS = Counter(["project.default", "choose_in_groups.default", "run_experts.default"])
 LEFT: dict[str, Counter[str]] = {
     **{name: Counter() for name in ("llama", "phi3", "glm", "helium", "ernie4_5", "granite")},
@@ -64,12 +66,16 @@ LEFT: dict[str, Counter[str]] = {
     "qwen2_moe": times(1, RMS_NORM)
     + Counter(["project.default", "choose_experts.default", "run_experts.default"])
     + Counter(["sigmoid", "mul", "add"]),
+    "deepseek_v3": LATENT + times(1, RMS_NORM) + EXPERTS,
+    "deepseek_v2": LATENT + times(1, RMS_NORM) + CHOICE + COMPLEX,
+    "minicpm3": LATENT,
     "glm4_moe": times(1, RMS_NORM) + EXPERTS,
     "dots1": times(3, RMS_NORM) + EXPERTS,
     "olmo2": AFTER_BRANCHES + times(2, RMS_NORM),
     "nemotron": Counter({"add": 2, "layer_norm": 2}),
     "persimmon": Counter({"layer_norm": 2}),
 }
+LATENTS = ("deepseek_v2", "deepseek_v3", "minicpm3")
 KINDS = {"cohere2": {"layer_types": ["sliding_attention", "full_attention"]}}
 OFTEN = ("llama", "cohere", "glm4", "phi", "falcon_h1", "mamba2")
 FAMILIES = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in LEFT]
@@ -115,7 +121,9 @@ def left_of_a_layer(family: str, rows: int = 1) -> Counter[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_little_is_left_of_a_layer(family: str) -> None:
-    assert left_of_a_layer(family) == Counter({**PROJECT, **ATTEND}) + LEFT[family]
+    attention = "store_and_attend_latent" if family in LATENTS else "store_and_attend"
+    ours = Counter({"project.default": 4, f"{attention}.default": 1})
+    assert left_of_a_layer(family) == ours + LEFT[family]
 
 
 @pytest.mark.parametrize("family", ["mamba2", pytest.param("mamba", marks=pytest.mark.slow)])

@@ -12,6 +12,7 @@ from adaskip_passes.attention.ops import attend_causal, causal
 from adaskip_passes.decode.latent_ops import attend_latent, store_and_attend_latent
 from adaskip_passes.decode.ops import EVERY, Bounds, attend, store_and_attend
 from tests.support import attention_oracle as oracle
+from tests.support import latent_oracle
 from tests.support.eager_reference import relative_error
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -89,16 +90,35 @@ def test_wide_heads_fit(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(24, 8), (512, 64), (256, 32)])
-@pytest.mark.parametrize("name", oracle.LATENT_CASES)
+@pytest.mark.parametrize("name", latent_oracle.LATENT_CASES)
 def test_latents(name: str, sizes: tuple[int, int], dtype: torch.dtype) -> None:
-    case = oracle.latent(1, name, sizes, dtype=dtype, device="cuda")
-    got = attend_latent(*oracle.latent_arguments(case))
+    case = latent_oracle.latent(1, name, sizes, dtype=dtype, device="cuda")
+    got = attend_latent(*latent_oracle.latent_arguments(case))
     assert relative_error(got.double().cpu(), oracle.expected(case)) < DTYPES[dtype]
-    arguments = oracle.latent_step_arguments(oracle.step(case, rotary=False))
+    arguments = latent_oracle.latent_step_arguments(oracle.step(case, rotary=False))
     got = store_and_attend_latent(*arguments)
     assert relative_error(got.double().cpu(), oracle.expected(case)) < DTYPES[dtype]
     stored = torch.cat(arguments[1:3], -1).nan_to_num()
     assert torch.equal(stored, case.keys.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(24, 8), (512, 64)])
+@pytest.mark.parametrize("angles", ["numbers", "pairs", "complex"])
+@pytest.mark.parametrize("kind", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("name", ["ragged", "several queries"])
+def test_rests_of_latent_keys_are_rotated(
+    name: str, kind: tuple[bool, bool], angles: str, sizes: tuple[int, int], dtype: torch.dtype
+) -> None:
+    case = latent_oracle.latent(1, name, sizes, dtype=dtype, device="cuda")
+    step = oracle.step(case, rotary=False)
+    arguments = latent_oracle.rotating_step_arguments(step, angles, name == "ragged", *kind)
+    got = store_and_attend_latent(*arguments)
+    assert relative_error(got.double().cpu(), oracle.expected(case)) < DTYPES[dtype]
+    stored = torch.cat(arguments[1:3], -1).nan_to_num()
+    assert relative_error(stored.double(), case.keys.nan_to_num().double()) < DTYPES[dtype]
+    wrong = store_and_attend_latent(*arguments[:-2], not kind[0], False)
+    assert relative_error(wrong.double().cpu(), oracle.expected(case)) > DTYPES[dtype]
 
 
 @pytest.mark.breaks

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -188,7 +187,7 @@ def step(
     pairs = (rotary_dim or dim) // 2
     angles = torch.rand(batch if by_row else 1, 1, tokens, pairs, dtype=torch.float64) * 6
     angles = angles.to(case.query.device)
-    query, unrotated = (_turned_back(x, angles, interleaved) for x in (case.query, keys_by_head))
+    query, unrotated = (turned_back(x, angles, interleaved) for x in (case.query, keys_by_head))
     cosines, sines = (f(angles).float() for f in (torch.cos, torch.sin))
     form = rotary_dim, interleaved
     made = Step(case, query, keys, values, unrotated, values_by_head, cosines, sines, *form)
@@ -229,7 +228,7 @@ def padded_into(rotary: bool, dtype: torch.dtype, device: str) -> Step:
     return made
 
 
-def _turned_back(x: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
+def turned_back(x: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """What is x when the first of a head's pairs are turned by the angles: as complex numbers."""
     turned, rest = x.double().tensor_split([2 * angles.shape[-1]], -1)
     pairs = turned.unflatten(-1, (-1, 2)) if interleaved else turned.unflatten(-1, (2, -1)).mT
@@ -263,41 +262,3 @@ CASES = {
     "values of another dimension": {"dim": 24, "value_dim": 16, "tokens": 2},
     "one K/V head": {"heads": 7, "kv_heads": 1, "dim": 20, "lengths": (130,)},
 }
-
-
-# Latent attention: keys are a latent and the rest, values the latent -----------------------------
-
-#: Numbers of a latent, and of the rest of a key.
-RANK, REST = 24, 8
-LATENT_CASES: dict[str, dict[str, Any]] = {
-    "ragged": {"batch": 3, "lengths": (300, 17, 1)},
-    "several queries": {"batch": 2, "tokens": 5, "lengths": (120, 3), "heads": 7},
-    "window and sinks": {"windows": (16,), "sinks": (4,), "lengths": (100, 9), "batch": 2},
-    "soft cap and sink scores": {"softcap": 2.0, "sink_scores": True, "lengths": (70,)},
-    "many heads": {"heads": 40, "lengths": (90,)},
-}
-
-
-def latent(seed: int, name: str, sizes: tuple[int, int] = (RANK, REST), **more: Any) -> Case:
-    """A case whose values are the first numbers of its keys."""
-    rank, rest = sizes
-    shape = {"kv_heads": 1, "dim": rank + rest, "value_dim": rank}
-    case = make(seed, **{**LATENT_CASES[name], **shape, **more})
-    case.keys[..., :rank] = case.values
-    return case
-
-
-def latent_arguments(case: Case) -> tuple[Any, ...]:
-    """Inputs of `attend_latent`."""
-    rank = case.values.shape[3]
-    return (case.query, case.keys[..., :rank], case.keys[..., rank:], *case.arguments()[3:])
-
-
-def latent_step_arguments(made: Step) -> tuple[Any, ...]:
-    """Inputs of `store_and_attend_latent`."""
-    rank = made.values.shape[3]
-    buffers, new = (
-        tuple(part.contiguous() for part in (keys[..., :rank], keys[..., rank:]))
-        for keys in (made.keys, made.new_keys)
-    )
-    return (made.query, *buffers, *new, *made.case.arguments()[3:])

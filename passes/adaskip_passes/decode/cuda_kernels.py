@@ -170,13 +170,18 @@ def _(
     rotated: torch.Tensor,
     new_latents: torch.Tensor,
     new_rotated: torch.Tensor,
+    cosines: torch.Tensor | None,
+    sines: torch.Tensor | None,
     bounds: torch.Tensor,
     scale: float,
     softcap: float,
     sink_scores: torch.Tensor | None,
+    interleaved: bool = False,
+    unzipped: bool = False,
 ) -> torch.Tensor:
-    rest = new_latents, new_rotated, None, None, bounds, scale, softcap, sink_scores
-    return _attend(query, latents, rotated, *rest, latent=True)
+    new = new_latents, new_rotated, cosines, sines
+    rest = bounds, scale, softcap, sink_scores, 0, interleaved, unzipped
+    return _attend(query, latents, rotated, *new, *rest, latent=True)
 
 
 def _attend(

@@ -25,10 +25,10 @@ from . import latent_ops as latent_ops  # registers its operators
 
 _STORE, _ATTEND = torch.ops.adaskip.store.default, torch.ops.adaskip.attend.default
 _ATTEND_LATENT = torch.ops.adaskip.attend_latent.default
-#: The operators that store, and what they take of angles: none.
+#: The operators that store as well.
 _STORING = {
-    _ATTEND: (torch.ops.adaskip.store_and_attend.default, (None, None)),
-    _ATTEND_LATENT: (torch.ops.adaskip.store_and_attend_latent.default, ()),
+    _ATTEND: torch.ops.adaskip.store_and_attend.default,
+    _ATTEND_LATENT: torch.ops.adaskip.store_and_attend_latent.default,
 }
 
 
@@ -46,8 +46,8 @@ class FuseAttention(Pass):
                 if None in stores or stores[0].args[2] is not stores[1].args[2]:  # type: ignore[union-attr]
                     continue
                 new = [store.args[1] for store in stores if store is not None]
-                node.target, angles = _STORING[node.target]
-                node.args = (query, keys, values, *new, *angles, *rest)
+                node.target = _STORING[node.target]
+                node.args = (query, keys, values, *new, None, None, *rest)  # without angles
                 for store in stores:
                     if store is not None:
                         graph.erase_node(store)

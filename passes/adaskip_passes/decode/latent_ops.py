@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from .ops import Bounds, attend, store
+from .rotation import rotate
 
 
 def into_latent(query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -104,12 +105,18 @@ def store_and_attend_latent(
     rotated: torch.Tensor,
     new_latents: torch.Tensor,
     new_rotated: torch.Tensor,
+    cosines: torch.Tensor | None,
+    sines: torch.Tensor | None,
     bounds: torch.Tensor,
     scale: float,
     softcap: float,
     sink_scores: torch.Tensor | None,
+    interleaved: bool = False,
+    unzipped: bool = False,
 ) -> torch.Tensor:
     """Store the queries' own tokens where they belong, and `attend_latent`.
+
+    The last D_r numbers of queries, and new rests, may be rotated before: see `rotation.rotate`.
 
     Args:
         query: [B, H, T, R + D_r].
@@ -117,15 +124,25 @@ def store_and_attend_latent(
         rotated: Likewise.
         new_latents: [B, 1, T, R].
         new_rotated: [B, 1, T, D_r].
+        cosines: Of the angles, [B or 1, 1, T, D_r], or [..., D_r / 2] for the pairs; None: nothing
+            is rotated.
+        sines: Likewise.
         bounds: As of `attend_latent`.
         scale: Of the scores.
         softcap: Their bound; 0 for none.
         sink_scores: Of each head, or None.
+        interleaved: Whether neighbours are pairs, and not halves of the D_r.
+        unzipped: Whether neighbours are put into halves then.
 
     Returns:
         [B, T, H, R], contiguous.
 
     """
+    if cosines is not None and sines is not None:
+        own, rest = query.tensor_split([latents.shape[3]], -1)
+        kind = cosines, sines, 0, interleaved, unzipped
+        rest, new_rotated = rotate(rest, *kind), rotate(new_rotated, *kind)
+        query = torch.cat((own, rest), -1)
     slots = bounds[:, 0, 0, Bounds.END] - 1 + bounds[:, 0, 0, Bounds.BASE]
     store(latents, new_latents, slots)
     store(rotated, new_rotated, slots)
@@ -142,10 +159,14 @@ def _(
     rotated: torch.Tensor,
     new_latents: torch.Tensor,
     new_rotated: torch.Tensor,
+    cosines: torch.Tensor | None,
+    sines: torch.Tensor | None,
     bounds: torch.Tensor,
     scale: float,
     softcap: float,
     sink_scores: torch.Tensor | None,
+    interleaved: bool = False,
+    unzipped: bool = False,
 ) -> torch.Tensor:
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, latents.shape[3]))

@@ -3,8 +3,9 @@
 ``x * cos + pairs * sin``, where `pairs` are ``cat((-x[..., D / 2 :], x[..., : D / 2]))`` (the order
 of GPT-NeoX) or ``stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)`` (that of GPT-J: neighbours
 are pairs); or halves that are written out, ``cat((a * cos - b * sin, b * cos + a * sin))``, with an
-angle for each pair (GPT-OSS). It may be computed in float32, and of the first numbers of a head
-alone, beside which the others are put again.
+angle for each pair (GPT-OSS), also of neighbours a and b (DeepSeek-V3); or a product of complex
+numbers (DeepSeek-V2). It may be computed in float32, and of the first numbers of a head alone,
+beside which the others are put again.
 """
 
 from __future__ import annotations
@@ -30,13 +31,17 @@ from .matching import (
 
 
 class Rotation(NamedTuple):
-    """What was rotated, [B, H, T, D], and how: see :func:`ops.store_and_attend`."""
+    """What was rotated, [B, H, T, D], and how: see :func:`rotation.rotate`.
+
+    Where angles are complex numbers, these are both cosines and sines.
+    """
 
     x: fx.Node
     cosines: fx.Node
     sines: fx.Node
     rotary_dim: int
-    interleaved: bool
+    interleaved: bool = False
+    unzipped: bool = False
 
 
 def rotation(node: fx.Node) -> Rotation | None:
@@ -49,7 +54,7 @@ def rotation(node: fx.Node) -> Rotation | None:
 
 
 def _rotation(node: fx.Node) -> Rotation | None:
-    if (found := _by_halves(node)) is not None:
+    if (found := _by_halves(node) or _by_complex_numbers(node)) is not None:
         return found
     if (parts := two_parts(node)) is not None:
         return _of_a_part(*parts)
@@ -90,13 +95,47 @@ def _by_halves(node: fx.Node) -> Rotation | None:
         return None
     for a, cosines in operands(plain, "mul"):
         for b, sines in operands(crossed, "mul"):
-            x = whole_of(a, b)
+            whole, neighbours = whole_of(a, b), _of_neighbours(a, b)
+            x = whole if whole is not None else neighbours
             if x is None or not all(_is_angle(n, x, 2) for n in (cosines, sines)):
                 continue
             for one, other in operands(parts[1], "add"):
                 turned = (b, cosines) in operands(one, "mul")
                 if turned and (a, sines) in operands(other, "mul"):
-                    return Rotation(x, cosines, sines, _width(x), False)
+                    unzipped = whole is None
+                    return Rotation(x, cosines, sines, _width(x), unzipped, unzipped)
+    return None
+
+
+def _of_neighbours(first: fx.Node, second: fx.Node) -> fx.Node | None:
+    """Return what two nodes are the even and the odd numbers of; None if they are not."""
+    x = argument(first, "getitem")
+    if x is None or shape_of(x) is None or _width(x) % 2:
+        return None
+    even = any(is_slice(first, x, slice(begin, None, 2)) for begin in (None, 0))
+    return x if even and is_slice(second, x, slice(1, None, 2)) else None
+
+
+def _by_complex_numbers(node: fx.Node) -> Rotation | None:
+    """Return one that is a product of angles and of neighbours seen as complex numbers."""
+    whole = argument(node, "flatten")
+    product = argument(whole, "view_as_real") if whole is not None else None
+    if product is None or node.args[1:] not in ((3,), (-2,)) or node.kwargs:
+        return None
+    for numbers, angles in operands(product, "mul"):
+        pairs = argument(numbers, "view_as_complex")
+        wide = argument(pairs, "reshape", "view") if pairs is not None else None
+        if pairs is None or wide is None:
+            continue
+        x, shape, of = unwidened(wide), shape_of(wide), example(angles)
+        if shape is None or len(shape) != 4 or of is None or not of.is_complex():
+            continue
+        (rows, _, tokens, dim), size = shape, tuple(of.shape)
+        if shape_of(pairs) == (*shape[:3], dim // 2, 2) and size in (
+            (rows, 1, tokens, dim // 2),
+            (1, 1, tokens, dim // 2),
+        ):
+            return Rotation(x, angles, angles, dim, True)
     return None
 
 

@@ -11,6 +11,7 @@ def rotate(
     sines: torch.Tensor,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    unzipped: bool = False,
 ) -> torch.Tensor:
     """Rotate heads (Su et al., "RoFormer", eq. 34), in float32 or what is wider.
 
@@ -20,6 +21,7 @@ def rotate(
         sines: Likewise.
         rotary_dim: R, how many of a head's first numbers are rotated; 0: all.
         interleaved: Whether neighbours are pairs (GPT-J), and not halves of the R (GPT-NeoX).
+        unzipped: Whether neighbours are put into halves then (DeepSeek-V3).
 
     Returns:
         [B, H, T, D], of x's dtype.
@@ -36,6 +38,8 @@ def rotate(
         first, second = part.chunk(2, -1)
         pairs = torch.cat((-second, first), -1)
     turned = (part * cosines.to(wide) + pairs * sines.to(wide)).to(x.dtype)
+    if unzipped:
+        turned = torch.cat((turned[..., ::2], turned[..., 1::2]), -1)
     return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), -1)
 
 

@@ -124,6 +124,6 @@ def _launches(target: Any, values: Any) -> list[Launch]:
     if target in (_ATTEND, _LATENT):
         values = (*values[:3], None, None, None, None, *values[3:])
     elif target is _STORE_LATENT:
-        values = (*values[:5], None, None, *values[5:])
+        values = (*values[:11], 0, *values[11:])  # all of the rest is rotated
     latent = target in (_LATENT, _STORE_LATENT)
     return triton_kernels.attention(*values, counters=counters, latent=latent)

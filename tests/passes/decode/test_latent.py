@@ -21,6 +21,7 @@ from adaskip_passes.decode.latent_ops import attend_latent, store_and_attend_lat
 from adaskip_passes.decode.ops import EVERY
 from tests.passes.decode.test_fuse_projections import Record
 from tests.support import attention_oracle as oracle
+from tests.support import latent_oracle
 from tests.support.eager_reference import assert_close, relative_error
 from tests.support.families.all import tiny_config, tiny_model
 
@@ -34,37 +35,61 @@ HEADS, RANK, OWN, TURNED, VALUE = 3, 12, 6, 4, 5
 # The operators ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", oracle.LATENT_CASES)
+@pytest.mark.parametrize("name", latent_oracle.LATENT_CASES)
 def test_keys_are_latents_and_the_rest(name: str) -> None:
-    case = oracle.latent(1, name)
-    got = attend_latent(*oracle.latent_arguments(case))
+    case = latent_oracle.latent(1, name)
+    got = attend_latent(*latent_oracle.latent_arguments(case))
     assert relative_error(got.double(), oracle.expected(case)) < 1e-5
 
 
-@pytest.mark.parametrize("name", oracle.LATENT_CASES)
+@pytest.mark.parametrize("name", latent_oracle.LATENT_CASES)
 def test_own_tokens_are_stored_and_seen(name: str) -> None:
-    case = oracle.latent(2, name)
+    case = latent_oracle.latent(2, name)
     step = oracle.step(case, rotary=False)
-    arguments: Any = oracle.latent_step_arguments(step)
+    arguments: Any = latent_oracle.latent_step_arguments(step)
     got = store_and_attend_latent(*arguments)
     assert relative_error(got.double(), oracle.expected(case)) < 1e-5
     stored = torch.cat(arguments[1:3], -1).nan_to_num()
     assert torch.equal(stored, case.keys.nan_to_num())
 
 
+#: Whether neighbours are pairs, and whether they are put into halves then.
+KINDS = ((False, False), (True, False), (True, True))
+
+
+@pytest.mark.parametrize("name", ["ragged", "several queries"])
+@pytest.mark.parametrize("angles", ["numbers", "pairs", "complex"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rests_are_rotated(kind: tuple[bool, bool], angles: str, name: str) -> None:
+    case = latent_oracle.latent(2, name)
+    step = oracle.step(case, rotary=False)
+    arguments: Any = latent_oracle.rotating_step_arguments(step, angles, name == "ragged", *kind)
+    got = store_and_attend_latent(*arguments)
+    assert relative_error(got.double(), oracle.expected(case)) < 1e-5
+    stored = torch.cat(arguments[1:3], -1).nan_to_num()
+    assert relative_error(stored, case.keys.nan_to_num()) < 1e-5
+    for other in set(KINDS) - {kind}:
+        wrong = store_and_attend_latent(*arguments[:-2], *other)
+        assert relative_error(wrong.double(), oracle.expected(case)) > 1e-2
+
+
 @pytest.mark.breaks
 def test_the_rest_of_the_keys_matters() -> None:
     """The companion."""
-    case = oracle.latent(1, "ragged")
-    query, latents, rotated, *rest = oracle.latent_arguments(case)
+    case = latent_oracle.latent(1, "ragged")
+    query, latents, rotated, *rest = latent_oracle.latent_arguments(case)
     wrong: Any = attend_latent(query, latents, rotated.flip(-1), *rest)
     assert relative_error(wrong.double(), oracle.expected(case)) > 1e-2
 
 
 def test_they_are_proper_operators() -> None:
-    case = oracle.latent(1, "ragged")
-    torch.library.opcheck(LATENT, oracle.latent_arguments(case))
-    step = oracle.latent_step_arguments(oracle.step(case, rotary=False))
+    case = latent_oracle.latent(1, "ragged")
+    torch.library.opcheck(LATENT, latent_oracle.latent_arguments(case))
+    step = latent_oracle.latent_step_arguments(oracle.step(case, rotary=False))
+    torch.library.opcheck(torch.ops.adaskip.store_and_attend_latent.default, step)
+    step = latent_oracle.rotating_step_arguments(
+        oracle.step(case, rotary=False), "complex", True, True, True
+    )
     torch.library.opcheck(torch.ops.adaskip.store_and_attend_latent.default, step)
 
 

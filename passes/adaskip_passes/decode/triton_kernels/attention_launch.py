@@ -39,6 +39,7 @@ def attention(
     sink_scores: torch.Tensor | None,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    unzipped: bool = False,
     *,
     counters: torch.Tensor,
     latent: bool = False,
@@ -59,6 +60,7 @@ def attention(
         sink_scores: Of each head, or None.
         rotary_dim: How many of a head's numbers are rotated; 0: all.
         interleaved: Whether neighbours are pairs.
+        unzipped: Whether they are put into halves then; of a latent's rest alone.
         counters: int32, one for each row and K/V head; they are zero before and after.
         latent: Whether keys are latents, which are the values as well, and values the rest of the
             keys: :func:`latent_ops.store_and_attend_latent`.
@@ -91,9 +93,9 @@ def attention(
     query, *query_strides = _strided(query)
     new_keys, *new_key_strides = _strided(new_keys)
     new_values, *new_value_strides = _strided(new_values)
-    turned = rotary_dim or dim
+    turned = rest if latent else rotary_dim or dim
     pairs = cosines is not None and cosines.shape[3] != turned
-    cosines, sines, *angle_strides = _angles(cosines, sines, batch)
+    cosines, sines, step, *angle_strides = _angles(cosines, sines, batch)
     arguments = (
         *(query, keys, values, output, partial, weight, counters, used, bounds, sink_scores),
         *(scale, softcap, new_keys, new_values, cosines, sines),
@@ -112,7 +114,8 @@ def attention(
         **form,
         **{"HB": bounds.shape[1], "D": first, "DP": padded, "PROGRAMS": _PROGRAMS},
         **{"DR": rest, "DRP": padded_rest, "LATENT": latent},
-        **{"PAIRS": pairs, "ROTARY": turned, "INTERLEAVED": interleaved},
+        **{"PAIRS": pairs, "STEP": step, "ROTARY": turned},
+        **{"INTERLEAVED": interleaved, "UNZIPPED": unzipped},
         "EP": triton.next_power_of_2(rows * bounds.shape[1]),
         **{"GB": min(some, group), "TP": own},
         "BN": block,
@@ -189,13 +192,16 @@ def _strided(tokens: torch.Tensor | None) -> tuple[Any, ...]:
 def _angles(
     cosines: torch.Tensor | None, sines: torch.Tensor | None, batch: int
 ) -> tuple[Any, ...]:
-    """Return both for each row, and the strides that they have by row and by token."""
+    """Return both for each row, how far their numbers are apart, rows and tokens.
+
+    They may be the two parts of complex numbers.
+    """
     if cosines is None or sines is None:
-        return None, None, 0, 0
-    if cosines.stride(3) != 1 or cosines.stride() != sines.stride():
+        return None, None, 1, 0, 0
+    if cosines.stride(3) not in (1, 2) or cosines.stride() != sines.stride():
         cosines, sines = cosines.contiguous(), sines.contiguous()
     by_row = cosines.stride(0) if cosines.shape[0] == batch else 0
-    return cosines, sines, by_row, cosines.stride(2)
+    return cosines, sines, cosines.stride(3), by_row, cosines.stride(2)
 
 
 def _blocks(groups: int, group: int, alike: bool) -> tuple[int, int, int, int]:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .combine import LOG2_E, combine
+from .rotated import rotated
 
 
 @triton.jit
@@ -53,42 +54,6 @@ def _share(
         shares -= 1
         share = tl.cdiv(most, shares)
     return share * BN
-
-
-@triton.jit
-def _rotated(
-    x, cosines, sines, rows, at, d, mask, D: tl.constexpr, ROTARY: tl.constexpr,
-    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
-    """Load what `rows` of x point to, rotated by the angles at `at` if there are cosines.
-
-    Of the D numbers of a head the first ROTARY are rotated. With PAIRS there is an angle for each
-    pair, and else for each number.
-
-    Rotary position embeddings (Su et al., "RoFormer", eq. 34): pairs are neighbours if they are
-    INTERLEAVED, and else halves of the ROTARY.
-    """
-    value = tl.load(x + rows[:, None] + d[None, :], mask=mask, other=0.0)
-    if cosines is not None:
-        if INTERLEAVED:
-            is_first, other = d % 2 == 0, d ^ 1
-        else:
-            is_first = d < ROTARY // 2
-            other = tl.where(is_first, d + ROTARY // 2, d - ROTARY // 2)
-        sign = tl.where(is_first, -1.0, 1.0)
-        angle = d
-        if PAIRS:
-            angle = d // 2 if INTERLEAVED else tl.where(is_first, d, other)
-        turns = mask
-        if ROTARY < D:
-            turns = mask & (d < ROTARY)[None, :]
-        pair = tl.load(x + rows[:, None] + other[None, :], mask=turns, other=0.0)
-        cosine = tl.load(cosines + at[:, None] + angle[None, :], mask=turns, other=0.0)
-        sine = tl.load(sines + at[:, None] + angle[None, :], mask=turns, other=0.0)
-        turned = value.to(tl.float32) * cosine + sign[None, :] * pair.to(tl.float32) * sine
-        turned = turned.to(value.dtype)
-        value = tl.where(turns, turned, value) if ROTARY < D else turned
-    return value
 
 
 @triton.jit
@@ -181,8 +146,8 @@ def _attend(
     DVP: tl.constexpr, GP: tl.constexpr, GB: tl.constexpr, TP: tl.constexpr,
     PROGRAMS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr,
-    LATENT: tl.constexpr, PAIRS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PDL: tl.constexpr, PRECISION: tl.constexpr,
+    LATENT: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, UNZIPPED: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Flash decoding: a program GP queries of a K/V head and a share of what they see.
 
@@ -213,15 +178,24 @@ def _attend(
         asks = b * query_b + (h * G + mine_of_head % G) * query_h + t * query_t
         turns = b * angle_b + t * angle_t
         real = (t < T)[:, None] & (d < D)[None, :]
-        q = _rotated(
-            query, cosines, sines, asks, turns, d, real, D + DR, ROTARY, PAIRS, INTERLEAVED
-        )
         q_rest = None
-        if DR > 0:
-            real = (t < T)[:, None] & (dr < DR)[None, :]
-            q_rest = _rotated(
-                query, cosines, sines, asks, turns, D + dr, real, D + DR, ROTARY, PAIRS, INTERLEAVED
-            )
+        rest_real = (t < T)[:, None] & (dr < DR)[None, :]
+        if LATENT:  # the rest alone is rotated
+            q = tl.load(query + asks[:, None] + d[None, :], mask=real, other=0.0)
+            q_rest = rotated(
+                query + D, cosines, sines, asks, turns, dr, rest_real,
+                DR, ROTARY, PAIRS, STEP, INTERLEAVED, UNZIPPED,
+            )  # fmt: skip
+        else:
+            q = rotated(
+                query, cosines, sines, asks, turns, d, real,
+                D + DR, ROTARY, PAIRS, STEP, INTERLEAVED, UNZIPPED,
+            )  # fmt: skip
+            if DR > 0:
+                q_rest = rotated(
+                    query, cosines, sines, asks, turns, D + dr, rest_real,
+                    D + DR, ROTARY, PAIRS, STEP, INTERLEAVED, UNZIPPED,
+                )  # fmt: skip
         key_base = keys + b.to(tl.int64) * key_b + h.to(tl.int64) * key_h
         value_base = values + b.to(tl.int64) * value_b + h.to(tl.int64) * value_h
         rest_base, rest_n = key_base + D, key_n
@@ -238,17 +212,17 @@ def _attend(
             turns = b * angle_b + e * angle_t
             value_places = b * new_value_b + h * new_value_h + e * new_value_t
             if not LATENT:  # loaded before the stored ones, and looked at after them
-                k_own = _rotated(
+                k_own = rotated(
                     new_keys, cosines, sines, places, turns, d, k_mask,
-                    D + DR, ROTARY, PAIRS, INTERLEAVED,
+                    D + DR, ROTARY, PAIRS, STEP, INTERLEAVED, UNZIPPED,
                 )  # fmt: skip
                 value_at = value_places[:, None] + dv[None, :]
                 v_own = tl.load(new_values + value_at, mask=v_mask, other=0.0)
                 rest_own = None
                 if DR > 0:
-                    rest_own = _rotated(
+                    rest_own = rotated(
                         new_keys, cosines, sines, places, turns, D + dr, rest_mask,
-                        D + DR, ROTARY, PAIRS, INTERLEAVED,
+                        D + DR, ROTARY, PAIRS, STEP, INTERLEAVED, UNZIPPED,
                     )  # fmt: skip
         best, mass, total = _stored(
             q, q_rest, t, key_base, rest_base, value_base, mine, first, kept, begin, split * share,
@@ -263,8 +237,10 @@ def _attend(
                     slot = slot.to(tl.int64)
                 if LATENT:  # too wide to be held until now
                     k_own = tl.load(new_keys + places[:, None] + d[None, :], mask=k_mask, other=0.0)
-                    rest_at = value_places[:, None] + dr[None, :]
-                    rest_own = tl.load(new_values + rest_at, mask=rest_mask, other=0.0)
+                    rest_own = rotated(
+                        new_values, cosines, sines, value_places, turns, dr, rest_mask,
+                        DR, ROTARY, PAIRS, STEP, INTERLEAVED, UNZIPPED,
+                    )  # fmt: skip
                     v_own = k_own
                 tl.store(key_base + slot * key_n + d[None, :], k_own, mask=k_mask)
                 if DR > 0:
