@@ -202,7 +202,7 @@ def test_a_factor_before_a_residual(rows: int, dtype: torch.dtype) -> None:
 def test_results_in_float32(width: int, outs: int, rows: int, dtype: torch.dtype) -> None:
     """Of a router: as if both had been widened before, but for how matrix units add up."""
     x, w = random(rows, width, dtype=dtype), random(outs, width, dtype=dtype) / width**0.5
-    around = None, 0.0, "", None, 0.0, None, False, 1.0
+    around = None, 0.0, "", None, 0.0, None, False, None
     (got,) = project(x, [w], [], *around, True)
     expected = x.double() @ w.double().T
     assert got.dtype == torch.float32
