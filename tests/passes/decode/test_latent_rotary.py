@@ -119,9 +119,7 @@ def test_rests_are_rotated_by_attention(name: str, dtype: torch.dtype) -> None:
     assert check(function_of(turn), inputs(angles, dtype), tolerance) == tuple(kind)
 
 
-@pytest.mark.parametrize(
-    ("turn", "angles"), [(odd_first, 4), (conjugated, 0), (of_a_part, 4)], ids=str
-)
+@pytest.mark.parametrize(("turn", "angles"), [(odd_first, 4), (conjugated, 0), (of_a_part, 4)])
 def test_other_rotations_stay(turn: Turn, angles: int) -> None:
     assert check(function_of(turn), inputs(angles), 0.0) is None
 
