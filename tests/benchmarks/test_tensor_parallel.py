@@ -30,6 +30,7 @@ _WHAT = (
     "step with a new plan (largest of 2): the same again",
     "K/V of a rank, room for 256 tokens: its share",
 )
+_AFTER_STEPS = 8  # what two ranks say besides
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,9 @@ def test_on_two_ranks_the_first_writes(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "tensor_parallel.json").read_text())
-    assert [row.get("what", row) for row in result["rows"]] == list(_WHAT)
+    whats = [row.get("what", row) for row in result["rows"]]
+    assert whats.pop(_AFTER_STEPS) == "a sum over ranks in a step: the process group's"
+    assert whats == list(_WHAT)
     assert result["ranks"] == 2
     assert ended.stdout.count("tensor_parallel:") == 1
     by_what = {row["what"]: row for row in result["rows"]}
