@@ -199,8 +199,14 @@ class LeadingRequest(DraftedRequest):
         _keep(known, plan)
 
     def _say(self, order: Order) -> None:
-        """Have all ranks do something, which whoever calls this does as well."""
+        """Have all ranks do something, which whoever calls this does as well.
+
+        Tokens are streamed before, while the others wait for the order: from that wait they can be
+        called away where a streamer fails, from a sum over gloo they cannot.
+        """
         self._awaited = False
+        if not isinstance(order, Failed):
+            self._text.hand_on()
         self._model._adaskip.ranks.first(_WHAT, lambda: order)
 
 
