@@ -29,7 +29,7 @@ class ReadyStep:
 
     Attributes:
         cache: the request's.
-        room: tokens up to which its buffers have room.
+        room: tokens up to which its buffers have room, and nothing is to be said of so many.
     """
 
     cache: SkipCache
@@ -80,7 +80,7 @@ def ready_steps(runtime: Runtime, cache: SkipCache) -> dict[int, ReadyStep]:
     for size, step, binding in runtime.runner.static.bound(request, plan, cache):
         weights, buffers = request.weights.get(binding.program.captured), binding.buffers
         room = min(buffers.capacity, buffers.sliding.reached)
-        room = room if graphs.max_length is None else min(room, graphs.max_length)
+        room = room if graphs.trained_length is None else min(room, graphs.trained_length)
         if weights is not None:
             found[size] = ReadyStep(cache, room, step, binding, weights)
     return found

@@ -68,16 +68,16 @@ class Drafts:
         """Return those from `first` up to `end`, exclusively."""
         if first == 0 and end == self.count:
             return self
-        if "listed" in vars(self):
-            rows = [row[first:end] for row in self.listed]
-            return self.on_host(rows, self.kind, self.chance)
         probabilities, logits = self.probabilities, self.logits
-        return replace(
+        some = replace(
             self,
             tokens=self.tokens[:, first:end],
             probabilities=None if probabilities is None else probabilities[:, first:end],
             logits=None if logits is None else logits[:, first:end],
         )
+        if "listed" in vars(self):
+            vars(some)["listed"] = [row[first:end] for row in self.listed]
+        return some
 
 
 class Context(Protocol):

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 
 from adaskip_fx.kv_cache.cache import SkipCache
 from adaskip_fx.model import direct
-from adaskip_fx.runtime import ready_step
+from adaskip_fx.runtime import ready_step, turns
 from adaskip_fx.runtime.ready_step import ReadyStep
 from adaskip_fx.runtime.runtime import Runtime
 from adaskip_fx.speculation.proposals import Context, Drafts
@@ -185,3 +186,20 @@ def test_no_room_is_no_step(bank: Drafting) -> None:
         assert torch.equal(generated(bank.fast, ids), want)
     assert seen
     assert not any(seen)
+
+
+def test_a_text_that_grows_longer_than_trained_is_told_of(
+    bank: Drafting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A step that is ready is for as many tokens as nothing has to be said of."""
+    ids = bank.tokens(1, 14)
+    want = generated(bank.model, ids)
+    bank.begin(Oracle(want), longest=3)
+    generated(bank.fast, ids)
+    monkeypatch.setattr(bank.runtime.graphs, "trained_length", 25)
+    monkeypatch.setattr(turns, "_said", WeakSet())
+    with ready_runs() as seen, caplog.at_level("WARNING", "adaskip_fx"):
+        assert torch.equal(generated(bank.fast, ids), want)
+    assert 0 in seen
+    assert set(seen) - {0}
+    assert len([m for m in caplog.messages if m.startswith("a sequence of ")]) == 1

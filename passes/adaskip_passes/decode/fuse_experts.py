@@ -274,9 +274,10 @@ def _seen(node: fx.Node) -> fx.Node:
 
 
 def _added(add: fx.Node, last: fx.Node, overwritten: set[fx.Node]) -> fx.Node | None:
-    """Return what an add adds to `last`, of the same shape and dtype as the sum."""
+    """Return what an add adds to `last`, both of the sum's shape and it of the sum's dtype."""
     for one, other in operands(add, "add"):
-        same = shape_of(other) == shape_of(add) and dtype_of(other) == dtype_of(add)
+        same = shape_of(last) == shape_of(other) == shape_of(add)
+        same = same and dtype_of(other) == dtype_of(add)
         if one is last and other is not last and same and overwritten.isdisjoint((other, add)):
             return other
     return None

@@ -201,7 +201,7 @@ def test_experts_add_to_the_stream() -> None:
     assert [n.args[-1] for n in module.graph.nodes if n.target is RUN] == [None]
 
 
-@pytest.mark.parametrize("kind", ["", "computed later", "read besides", "broadcast"])
+@pytest.mark.parametrize("kind", ["", "computed later", "read besides", "broadcast", "to more"])
 def test_experts_that_add_shared_ones_add_to_the_stream(kind: str) -> None:
     """As Qwen2-MoE has it, whose shared experts have a gate of their own."""
     one = random_experts(3, 4, 2, False, False, 0.0, False, dtype=torch.float32)
@@ -216,7 +216,8 @@ def test_experts_that_add_shared_ones_add_to_the_stream(kind: str) -> None:
             return stream + both, both
         return stream[..., :1] + both if kind == "broadcast" else stream + both
 
-    inputs = one.hidden, torch.randn(1, 3, width), torch.randn(3, width), torch.randn(3, 1)
+    texts = 2 if kind == "to more" else 1  # each has the same added
+    inputs = one.hidden, torch.randn(texts, 3, width), torch.randn(3, width), torch.randn(3, 1)
     module = fused(function, *inputs)
     (run,) = (n for n in module.graph.nodes if n.target is RUN)
     adds = [n for n in module.graph.nodes if n.target is operator.add]
