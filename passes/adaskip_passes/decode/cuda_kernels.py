@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,9 +13,6 @@ from .projection_ops import normalize, project
 from .rank_sums import MOST_NUMBERS, all_reduced, sum_over_ranks
 from .router_ops import choose_in_groups
 from .shared_memory import shared_memory
-
-_counters: ContextVar[torch.Tensor | None] = ContextVar("counters", default=None)
-_COUNTERS = 4096  # K/V heads times rows that attention may count splits for
 
 
 @project.register_kernel("cuda")
@@ -189,21 +183,4 @@ def _attend(
 ) -> torch.Tensor:
     from . import triton_kernels
 
-    needed = keys.shape[0] * query.shape[1]  # at least one for each group of queries
-    counters = _counters.get()
-    if counters is None or counters.numel() < needed:
-        counters = torch.zeros(needed, dtype=torch.int32, device=query.device)
-    return triton_kernels.attend(query, keys, values, *rest, counters=counters, latent=latent)
-
-
-@contextlib.contextmanager
-def shared_counters(device: torch.device) -> Iterator[None]:
-    """Share one set of zeroed counters among the `attend` calls inside, which leave them zero.
-
-    For a sequence of calls on one stream, such as a captured graph: it saves a memset for each.
-    """
-    token = _counters.set(torch.zeros(_COUNTERS, dtype=torch.int32, device=device))
-    try:
-        yield
-    finally:
-        _counters.reset(token)
+    return triton_kernels.attend(query, keys, values, *rest, latent=latent)

@@ -120,10 +120,9 @@ def _launches(target: Any, values: Any) -> list[Launch]:
         return [triton_kernels.choice_in_groups(*values)]
     if target is _RUN_EXPERTS:
         return triton_kernels.expert_launches(*values)
-    counters = values[0].new_empty(1, dtype=torch.int32)
     if target in (_ATTEND, _LATENT):
         values = (*values[:3], None, None, None, None, *values[3:])
     elif target is _STORE_LATENT:
         values = (*values[:11], 0, *values[11:])  # all of the rest is rotated
     latent = target in (_LATENT, _STORE_LATENT)
-    return triton_kernels.attention(*values, counters=counters, latent=latent)
+    return triton_kernels.attention(*values, latent=latent)

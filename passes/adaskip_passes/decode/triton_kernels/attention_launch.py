@@ -8,7 +8,7 @@ import torch
 import triton
 
 from ...infra.launch import Launch, has_pdl, shared_memory
-from .combine import combine_apart
+from .combine import combine
 from .decode_attention import _attend
 
 _PROGRAMS = 128
@@ -17,9 +17,9 @@ _MOST_OF_LATENT = 16  # likewise: each is several times as wide, and held in reg
 _MOST_SHARES = 64  # of a group of queries, where its results are that wide
 
 
-def attend(*inputs: Any, counters: torch.Tensor, latent: bool = False) -> torch.Tensor:
+def attend(*inputs: Any, latent: bool = False) -> torch.Tensor:
     """Compute :func:`ops.store_and_attend`, which describes the inputs."""
-    launches = attention(*inputs, counters=counters, latent=latent)
+    launches = attention(*inputs, latent=latent)
     for launch in launches:
         launch.run()
     return launches[-1].outputs[0]
@@ -41,7 +41,6 @@ def attention(
     interleaved: bool = False,
     unzipped: bool = False,
     *,
-    counters: torch.Tensor,
     latent: bool = False,
 ) -> list[Launch]:
     """Return the launches of :func:`ops.store_and_attend`, which describes the other inputs.
@@ -61,7 +60,6 @@ def attention(
         rotary_dim: How many of a head's numbers are rotated; 0: all.
         interleaved: Whether neighbours are pairs.
         unzipped: Whether they are put into halves then; of a latent's rest alone.
-        counters: int32, one for each row and K/V head; they are zero before and after.
         latent: Whether keys are latents, which are the values as well, and values the rest of the
             keys: :func:`latent_ops.store_and_attend_latent`.
 
@@ -77,7 +75,8 @@ def attention(
     by_row = kv_heads * triton.cdiv(queries, group)
     groups, rows = batch * by_row, triton.next_power_of_2(batch)  # one kernel for several batches
     splits, block, stages, warps = _blocks(rows * by_row, group, alike=bounds.shape[1] == 1)
-    own = max(16, triton.next_power_of_2(tokens))
+    stages += max(padded, padded_values) <= 64 and group <= 32
+    own = 1 if tokens == 1 and not latent else max(16, triton.next_power_of_2(tokens))
     size = keys.element_size()
     limit = shared_memory(query.device) // size
     block = max(16, min(block, 32768 // (max(padded, padded_values) * size)))
@@ -86,10 +85,9 @@ def attention(
     block, stages = _fitting(limit, block, stages, group, own, key_size, read)
     if latent:
         splits, warps = min(splits, _MOST_SHARES), 8
-    apart = tokens > 1 or latent
     partial = query.new_empty(groups * splits * group * padded_values, dtype=torch.float32)
     weight = query.new_empty(groups * splits * group * 2, dtype=torch.float32)
-    used = query.new_empty(groups if apart else 1, dtype=torch.int32)
+    used = query.new_empty(groups, dtype=torch.int32)
     query, *query_strides = _strided(query)
     new_keys, *new_key_strides = _strided(new_keys)
     new_values, *new_value_strides = _strided(new_values)
@@ -97,17 +95,16 @@ def attention(
     pairs = cosines is not None and cosines.shape[3] != turned
     cosines, sines, step, *angle_strides = _angles(cosines, sines, batch)
     arguments = (
-        *(query, keys, values, output, partial, weight, counters, used, bounds, sink_scores),
-        *(scale, softcap, new_keys, new_values, cosines, sines),
+        *(query, keys, values, partial, weight, used, bounds, scale, softcap),
+        *(new_keys, new_values, cosines, sines),
         *(*new_key_strides, *new_value_strides, *angle_strides),
         *(*query_strides, *keys.stride()[:3], *values.stride()[:3]),
         *(bounds.stride(0), bounds.stride(1), tokens, batch),
     )
-    some = max(1, min(triton.next_power_of_2(queries), 16384 // (splits * padded_values)))
     pdl = has_pdl(query.device)
     form = {
         **{"H": heads, "HK": kv_heads, "DV": value_dim, "DVP": padded_values, "GP": group},
-        **{"SPLITS": splits, "PDL": pdl, "num_warps": warps},
+        **{"SPLITS": splits, "PDL": pdl},
         **({"launch_pdl": True} if pdl else {}),
     }
     flags = {
@@ -117,18 +114,16 @@ def attention(
         **{"PAIRS": pairs, "STEP": step, "ROTARY": turned},
         **{"INTERLEAVED": interleaved, "UNZIPPED": unzipped},
         "EP": triton.next_power_of_2(rows * bounds.shape[1]),
-        **{"GB": min(some, group), "TP": own},
-        "BN": block,
+        **{"TP": own, "BN": block, "num_warps": warps},
         "WIDE": max(_numel(keys), _numel(values)) >= 2**31,
-        **{"STAGES": stages, "SOFTCAP": softcap != 0.0, "PLAIN": tokens == 1, "APART": apart},
+        **{"STAGES": stages, "SOFTCAP": softcap != 0.0, "PLAIN": tokens == 1},
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
-    launches = [Launch(_attend, (groups, splits), arguments, flags, [output])]
-    if apart:
-        combined = (output, partial, weight, sink_scores, used, tokens)
-        alone = {**form, "GB": 1, "num_warps": max(2, min(8, splits * padded_values // 4096))}
-        launches.append(Launch(combine_apart, (groups, group), combined, alone, [output]))
-    return launches
+    shares = Launch(_attend, (groups, splits), arguments, flags, [partial, weight, used])
+    whole = (output, partial, weight, sink_scores, used, tokens)
+    warps = max(2, min(8, splits * padded_values // 4096))
+    programs = groups, min(group, queries)
+    return [shares, Launch(combine, programs, whole, {**form, "num_warps": warps}, [output])]
 
 
 def _parts(dim: int, first: int | None) -> tuple[int, int, int, int]:

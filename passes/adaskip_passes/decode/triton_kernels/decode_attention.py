@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .combine import LOG2_E, combine
+from .combine import LOG2_E
 from .rotated import rotated
 
 
@@ -57,16 +57,41 @@ def _share(
 
 
 @triton.jit
+def _scaled(scores, scale, softcap, SOFTCAP: tl.constexpr):
+    scores *= scale
+    if SOFTCAP:
+        scores = softcap * (1 - 2 / (1 + tl.exp(2 * scores / softcap)))
+    return scores * LOG2_E
+
+
+@triton.jit
 def _scores(
     q, k, q_rest, k_rest, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if q_rest is not None:
         scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
-    scores *= scale
-    if SOFTCAP:
-        scores = softcap * (1 - 2 / (1 + tl.exp(2 * scores / softcap)))
-    return scores * LOG2_E
+    return _scaled(scores, scale, softcap, SOFTCAP)
+
+
+@triton.jit
+def _score_of_one(q, k, q_rest, k_rest, scale, softcap, SOFTCAP: tl.constexpr):
+    """Return the scores [queries] of one key [1, D], which no matrix unit is asked for."""
+    scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+    if q_rest is not None:
+        scores += tl.sum(q_rest.to(tl.float32) * k_rest.to(tl.float32), 1)
+    return _scaled(scores, scale, softcap, SOFTCAP)
+
+
+@triton.jit
+def _add_one(best, mass, total, scores, v):
+    """Add the value [1, D] of one key; see `_add`."""
+    higher = tl.maximum(best, scores)
+    known = tl.where(higher == float("-inf"), 0.0, higher)
+    share = tl.exp2(scores - known)
+    shrink = tl.exp2(best - known)
+    total = total * shrink[:, None] + share[:, None] * v.to(tl.float32)
+    return higher, mass * shrink + share, total
 
 
 @triton.jit
@@ -137,22 +162,22 @@ def _stored(
 
 @triton.jit(do_not_specialize=["B"])
 def _attend(
-    query, keys, values, output, partial, weight, counters, shares_used, bounds, sinks, scale,
-    softcap, new_keys, new_values, cosines, sines, new_key_b, new_key_h, new_key_t, new_value_b,
+    query, keys, values, partial, weight, shares_used, bounds, scale, softcap,
+    new_keys, new_values, cosines, sines, new_key_b, new_key_h, new_key_t, new_value_b,
     new_value_h, new_value_t, angle_b, angle_t, query_b, query_h, query_t, key_b, key_h, key_n,
     value_b, value_h, value_n, bounds_b, bounds_h, T, B,
     H: tl.constexpr, HK: tl.constexpr, HB: tl.constexpr, EP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, DV: tl.constexpr,
-    DVP: tl.constexpr, GP: tl.constexpr, GB: tl.constexpr, TP: tl.constexpr,
+    DVP: tl.constexpr, GP: tl.constexpr, TP: tl.constexpr,
     PROGRAMS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr,
+    SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, WIDE: tl.constexpr,
     LATENT: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr, ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr, UNZIPPED: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Flash decoding: a program GP queries of a K/V head and a share of what they see.
 
-    The last share has the queries' own tokens, if they are new, and stores them. The program that
-    is the last to end combines the shares, unless that is done apart.
+    The last share has the queries' own tokens, if they are new, and stores them. `combine` puts the
+    shares together.
     """
     G: tl.constexpr = H // HK
     STORE: tl.constexpr = new_keys is not None
@@ -167,8 +192,7 @@ def _attend(
     first, kept, begin, count = _part(mine, T)
     share = _share(bounds, bounds_b, bounds_h, count, T, B, HK, HB, EP, PROGRAMS, SPLITS, BN)
     used = tl.cdiv(count, share)
-    if APART:  # a program without a share writes it too: the same number
-        tl.store(shares_used + group, used)
+    tl.store(shares_used + group, used)  # by every program: the same number
     if split < used:
         end = tl.load(mine + 3).to(tl.int32)
         high = tl.minimum((split + 1) * share, count)
@@ -247,25 +271,21 @@ def _attend(
                     tl.store(rest_base + slot * rest_n + dr[None, :], rest_own, mask=rest_mask)
                 if not LATENT:
                     tl.store(value_base + slot * value_n + dv[None, :], v_own, mask=v_mask)
-                scores = _scores(q, k_own, q_rest, rest_own, scale, softcap, SOFTCAP, PRECISION)
-                near = (e[None, :] > t[:, None] - window) | (end - 1 + e < first + sink)[None, :]
-                seen = own[None, :] & (e[None, :] <= t[:, None]) & near
-                scores = tl.where(seen, scores, float("-inf"))
-                best, mass, total = _add(best, mass, total, scores, v_own, PRECISION)
+                if TP == 1:
+                    scores = _score_of_one(q, k_own, q_rest, rest_own, scale, softcap, SOFTCAP)
+                    there = (end - 1 >= first) & ((window > 0) | (end - 1 < first + sink))
+                    scores = tl.where(there, scores, float("-inf"))
+                    best, mass, total = _add_one(best, mass, total, scores, v_own)
+                else:
+                    scores = _scores(q, k_own, q_rest, rest_own, scale, softcap, SOFTCAP, PRECISION)
+                    e_near = e[None, :] > t[:, None] - window
+                    near = e_near | (end - 1 + e < first + sink)[None, :]
+                    seen = own[None, :] & (e[None, :] <= t[:, None]) & near
+                    scores = tl.where(seen, scores, float("-inf"))
+                    best, mass, total = _add(best, mass, total, scores, v_own, PRECISION)
         slots = (group * SPLITS + split) * GP + c
         real = t < T
         part = partial + slots[:, None] * DVP + dv[None, :]
         tl.store(part, total, mask=real[:, None] & (dv < DV)[None, :])
         tl.store(weight + slots * 2, best, mask=real)
         tl.store(weight + slots * 2 + 1, mass, mask=real)
-        if not APART:
-            tl.debug_barrier()
-            if tl.atomic_add(counters + group, 1, sem="acq_rel", scope="gpu") == used - 1:
-                tl.debug_barrier()
-                queries = tl.minimum(T * G - (group % groups) * GP, GP)
-                for some in range(0, queries, GB):  # so many at a time as registers hold
-                    combine(
-                        output, partial, weight, sinks, group, used, b, h, some, T,
-                        H, G, DV, DVP, GP, GB, SPLITS,
-                    )  # fmt: skip
-                tl.store(counters + group, 0)
