@@ -57,8 +57,8 @@ def expert_launches(
     flags |= {"BIAS": up_bias is not None}
     if tokens == 1:
         blocks = _transposed_blocks() if transposed else _up_blocks(width)
-        if transposed and interleaved:
-            blocks["BN"] //= 2  # gates and ups are side by side
+        if transposed and interleaved:  # gates and ups are side by side
+            blocks |= {"BN": blocks["BN"] // 2, "num_warps": 8}
         grid = triton.cdiv(inner, blocks["BN"]), count
         first = Launch(
             up_row, grid, (*inputs, clamp, alpha), {**flags, **blocks}, [y], not transposed
