@@ -13,6 +13,7 @@ import platform
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -202,7 +203,7 @@ class LatencyTable:
             "much; measure again while nothing else runs on the device, or with more rounds"
         )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """16 hex characters that identify the content."""
         return canonical_digest(self._content())
