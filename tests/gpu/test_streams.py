@@ -67,6 +67,9 @@ def test_what_a_step_reads_is_not_given_away_while_its_stream_is_behind(
     bank = on_gpu()
     ids, other = bank.tokens(1, 6), torch.cuda.Stream()
     with bank.using():
+        with torch.cuda.stream(other):  # compiled now, not while the device is kept busy
+            bank.compiled(ids[:, :1], past_key_values=bank.compiled(ids).past_key_values)
+        torch.cuda.synchronize()
         generated(bank, ids, torch.cuda.default_stream())  # its buffers are the next request's
         pool = bank.runtime.buffer_pool
         (step,) = pool.idle[-1].steps.values()
