@@ -29,6 +29,7 @@ _PRICE = 8.0  # plain steps that measuring a plan is supposed to take, with link
 _CAUTION = 0.5  # that a block must be worth more for each plain step that was lost
 _AGAIN = 32  # tokens after which what is not worth it may be tried again
 _MOST_TRIES = 4  # after which that is no rarer
+_HELD = 8  # tokens for which it is not looked at again: between two steps there is little time
 _FRESH = 64  # tokens for which the time of a plain step is believed
 _DECAY = 0.9  # of what was seen, at each new block
 _SUPPOSED = 2.0  # drafts that what is supposed of a source counts as
@@ -46,6 +47,7 @@ class Source:
     def __init__(self, chance: float) -> None:
         """Suppose that the first draft of a block stands with this probability."""
         self.since = self.tries = 0
+        self._refused = (0, 0, 0)  # rows, drafts and `since`, when no block was worth it
         # by position: drafts whose predecessors stand, and how many of them do; earlier ones less
         self._tried, self._stood = [_SUPPOSED], [_SUPPOSED * chance]
 
@@ -53,6 +55,15 @@ class Source:
     def overdue(self) -> bool:
         """Whether another block may be tried, although another kind is worth more."""
         return self.since >= _AGAIN << min(self.tries, _MOST_TRIES)
+
+    def refuse(self, rows: int, most: int) -> None:
+        """Remember that no block of up to `most` drafts is worth it now."""
+        self._refused = rows, most, self.since
+
+    def refuses(self, rows: int, most: int) -> bool:
+        """Return whether that was found a few tokens ago."""
+        known, longest, since = self._refused
+        return rows == known and most <= longest and 0 <= self.since - since < _HELD
 
     def acceptance(self, count: int) -> list[float]:
         """Return how likely each of `count` drafts is to stand, if those before it do.
@@ -83,7 +94,7 @@ class Source:
         for position in range(min(accepted + 1, count)):
             self._tried[position] += 1
             self._stood[position] += position < accepted
-        self.since = 0
+        self.since, self._refused = 0, (0, 0, 0)
 
 
 class Controller:
@@ -109,7 +120,10 @@ class Controller:
 
     def source(self, name: str, kind: str, chance: float) -> Source:
         """Return what is known of drafts of a kind, by the proposer of this name."""
-        return self._sources.setdefault((name, kind), Source(chance))
+        known = self._sources.get((name, kind))
+        if known is None:
+            known = self._sources[name, kind] = Source(chance)
+        return known
 
     def worth(
         self, name: str, source: Source, most: int, rows: int, length: int, slope: float
@@ -124,9 +138,11 @@ class Controller:
             length: tokens stored.
             slope: what a draft takes if that was never measured, in plain steps.
         """
-        lengths = [k for k in LENGTHS if k < most] + [most]
+        if source.refuses(rows, most):
+            return 0.0, 0
         if self.times.plain(rows, length) is None or self._since_plain >= _FRESH:
             return 0.0, 0  # there is nothing to compare with
+        lengths = [k for k in LENGTHS if k < most] + [most]
         known = [(self.times.ratio(rows, length, (name, k), slope), k) for k in lengths]
         tokens = source.tokens(most)
         worth, best = max((tokens[k] / ratio, k) for ratio, k in known)
@@ -135,6 +151,7 @@ class Controller:
         ratio, least = known[0]
         if source.since >= _AGAIN and self.credit >= ratio - 1:
             return 1.0, least
+        source.refuse(rows, most)
         return worth, 0
 
     def took(self, rows: int, length: int, kind: Round, tokens: int, seconds: float) -> None:

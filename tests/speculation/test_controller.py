@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -197,3 +198,33 @@ def test_times_of_what_was_not_measured() -> None:
     for _ in range(5):
         times.add(1, 100, PLAIN, 3.0)
     assert times.ratio(1, 100, ("a", 2), 0.1) == 1.0, "the last five count"
+
+
+def test_what_is_not_worth_it_is_not_looked_at_again_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between two steps there is little time; a longer block, more rows or new facts are news."""
+    own, looked = Controller(lambda: 0.0), list[int]()
+    ratio = own.times.ratio
+
+    def seen(*args: Any) -> float:
+        looked.append(1)
+        return ratio(*args)
+
+    monkeypatch.setattr(own.times, "ratio", seen)
+    source = own.source(NAME, "", 0.3)
+
+    def is_looked_at(most: int = 3, rows: int = ROWS) -> bool:
+        own.took(rows, LENGTH, PLAIN, 1, 1.0)
+        looked.clear()
+        assert own.worth(NAME, source, most, rows, LENGTH, 0.9)[1] == 0
+        return bool(looked)
+
+    own.took(ROWS, LENGTH, PLAIN, 1, 1.0)
+    assert [is_looked_at() for _ in range(17)] == [i % 8 == 0 for i in range(17)]
+    assert not is_looked_at(most=2)
+    assert is_looked_at(most=4)
+    assert is_looked_at(rows=2)
+    assert not is_looked_at(rows=2)
+    source.verified(1, 0)
+    assert is_looked_at(rows=2)
