@@ -264,7 +264,7 @@ def _lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:
     if key.device.type != "cuda" or backend != "inductor":
         return ()
     if not key.static_cache:
-        return (WriteOutShortSums(),)
+        return FuseExperts(any_rows=True), WriteOutShortSums()
     fused = FuseRankSums(), FuseProjections(), FuseAttention(), FuseRotary(), FuseExperts()
     return *fused, WriteOutProducts()
 

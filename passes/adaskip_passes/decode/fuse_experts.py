@@ -60,15 +60,23 @@ class FuseExperts(Pass):
     """Pass over the graph of a piece, whose nodes carry their example values.
 
     Its changes are fused choices, experts that add, and erased nodes.
+
+    Attributes:
+        any_rows: Whether choices are fused of as many tokens as a prompt has, and not of a step's
+            few alone.
+
     """
+
+    any_rows: bool = False
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Fuse choices and experts; see :class:`Pass`."""
         graph = graph_module.graph
         overwritten = find_overwritten(graph)
-        changes = sum(_fuse_groups(graph, n, overwritten) for n in list(graph.nodes))
+        chosen = [n for n in graph.nodes if calls(n, "topk") and (self.any_rows or _of_few(n))]
+        changes = sum(_fuse_groups(graph, n, overwritten) for n in chosen)
         for node in list(graph.nodes):
-            if calls(node, "topk"):
+            if node in chosen and calls(node, "topk"):
                 changes += _fuse_choice(graph, node, overwritten)
             elif node.op == "call_function" and node.target is _RUN:
                 changes += _fuse_add(graph, node, overwritten)
@@ -80,11 +88,11 @@ class FuseExperts(Pass):
 
 def _fuse_groups(graph: fx.Graph, node: fx.Node, overwritten: set[fx.Node]) -> bool:
     """Make a choice among groups one call; returns whether that was done."""
-    found = grouped_choice(node) if calls(node, "topk") else None
+    found = grouped_choice(node)
     if found is None or not overwritten.isdisjoint((found.logits, found.bias)):
         return False
-    rows, shape = most_rows(shape_of(found.logits) or torch.Size()), shape_of(found.logits)
-    if rows is None or shape is None or rows > _MOST_ROWS or shape[-1] > MAX_EXPERTS:
+    shape = shape_of(found.logits)
+    if shape is None or shape[-1] > MAX_EXPERTS:
         return False
     users = [user for result in (found.places, found.values) for user in result.users]
     if found.wanted > _MOST or any(is_mutation(u) for u in users if u not in found.writes):
@@ -145,11 +153,16 @@ def _scores_of(topk: fx.Node) -> tuple[fx.Node, int] | None:
     ):
         return None
     usual = given.get("dim", -1) in (-1, len(shape) - 1) and given.get("largest", True) is True
-    rows = most_rows(shape)  # (not `numel`, which would settle a symbol)
-    fits = rows is not None and rows <= _MOST_ROWS and isinstance(shape[-1], int)
-    if not usual or not fits or shape[-1] > MAX_EXPERTS:
+    if not usual or not isinstance(shape[-1], int) or shape[-1] > MAX_EXPERTS:
         return None
     return scores, count
+
+
+def _of_few(topk: fx.Node) -> bool:
+    """Return whether a topk looks at no more rows of scores than a step has."""
+    shape = shape_of(topk.args[0]) if topk.args and isinstance(topk.args[0], fx.Node) else None
+    rows = most_rows(shape) if shape else None  # (not `numel`, which would settle a symbol)
+    return rows is not None and rows <= _MOST_ROWS
 
 
 def _softmaxed(scores: fx.Node, overwritten: set[fx.Node]) -> fx.Node | None:
