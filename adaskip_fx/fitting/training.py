@@ -16,6 +16,7 @@ from adaskip_fx.plans.surrogates import Surrogates
 from adaskip_fx.programs.instruments import Instrument
 from adaskip_fx.programs.program import Program
 from adaskip_passes import fuse, run_passes
+from adaskip_passes.grouped_experts.plain_experts import PlainExperts
 from adaskip_passes.transforms.differentiable_sums import DifferentiableSums
 from adaskip_passes.transforms.drop_cache_writes import differentiable
 from adaskip_passes.windows.plain_attention import PlainAttention
@@ -115,7 +116,7 @@ class Training(Instrument):
     def link(self, program: Program, outer: fx.GraphModule) -> Callable[..., Any]:
         """Return the whole graph without its cache writes, as autograd can go through it."""
         sums = (DifferentiableSums(self.ranks),) if self.ranks > 1 else ()
-        passes = (PlainAttention(), *sums)
+        passes = (PlainAttention(), PlainExperts(), *sums)
         whole = run_passes(differentiable(fuse(outer)), passes, copy=False)
         return torch.compile(whole, dynamic=False) if self.compiled else whole
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import _default_apply_gate
+from transformers.integrations.moe import _default_apply_gate, _grouped_linear
 
 #: The class whose gate has clamps.
 _CLAMPED = ("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts")
@@ -32,6 +32,21 @@ def has_plain_experts(experts: Any) -> bool:
     normed = hasattr(experts, "has_post_expert_norm") and experts.has_post_expert_norm
     spread = hasattr(experts, "_is_expert_parallel") and experts._is_expert_parallel
     return bool(experts.has_gate) and not normed and not spread
+
+
+def grouped_product(
+    rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor, transposed: bool
+) -> torch.Tensor:
+    """Return the products of rows [S, n], sorted by expert, with the weights of their experts.
+
+    Args:
+        rows: each expert's follow one another.
+        weights: [E, m, n], or [E, n, m] if they are transposed.
+        ends: where each expert's rows end, int32 [E].
+        transposed: whether outputs come last.
+    """
+    product: torch.Tensor = _grouped_linear(rows, weights, ends, is_transposed=transposed)
+    return product
 
 
 def router_class(model: Any) -> type | None:

@@ -47,7 +47,12 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 
 
 def runs_operator(module: Any, given: tuple[Tensor, ...], dynamic: bool = False) -> bool:
-    """Whether the operator is what is traced; results are compared with transformers' loop."""
+    """Whether the operator is what is traced."""
+    return any(node.target is RUN for node in traced(module, given, dynamic).graph.nodes)
+
+
+def traced(module: Any, given: tuple[Tensor, ...], dynamic: bool) -> fx.GraphModule:
+    """Return what is traced; results are compared with transformers' loop."""
     graphs: list[fx.GraphModule] = []
 
     def record(graph: fx.GraphModule, examples: Any) -> Any:
@@ -65,7 +70,7 @@ def runs_operator(module: Any, given: tuple[Tensor, ...], dynamic: bool = False)
     module.config._experts_implementation = experts.NAME
     assert relative_error(got, expected) < 1e-5
     (graph,) = graphs
-    return any(node.target is RUN for node in graph.graph.nodes)
+    return graph
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -79,6 +84,25 @@ def test_prompts_are_sorted_by_expert(name: str) -> None:
     """Also those of a length that is a symbol, which is not looked at."""
     assert not runs_operator(module_of(name), inputs(MAX_TOKENS + 1))
     assert not runs_operator(module_of(name), inputs(5), dynamic=True)
+
+
+@pytest.fixture
+def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "has_kernels", lambda hidden: True)
+
+
+def targets_of(module: Any, given: tuple[Tensor, ...], dynamic: bool = False) -> set[Any]:
+    return {node.target for node in traced(module, given, dynamic).graph.nodes}
+
+
+@pytest.mark.usefixtures("_as_on_cuda")
+@pytest.mark.parametrize("name", KINDS)
+def test_prompts_on_cuda_run_operators_beside_the_products(name: str) -> None:
+    ours = {torch.ops.adaskip.gate_grouped.default, torch.ops.adaskip.sum_grouped.default}
+    for given, dynamic in ((inputs(MAX_TOKENS + 1), False), (inputs(5), True)):
+        assert ours <= targets_of(module_of(name), given, dynamic)
+    assert not ours & targets_of(module_of(name), inputs(3))
+    assert not ours & targets_of(module_of("mixtral", OtherGate), inputs(MAX_TOKENS + 1))
 
 
 class OtherGate(MixtralExperts):

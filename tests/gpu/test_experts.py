@@ -11,9 +11,11 @@ from adaskip_fx.api import build
 from adaskip_fx.testing.families import tiny_model
 from adaskip_passes.decode.expert_ops import choose_experts, run_experts
 from adaskip_passes.decode.router_ops import choose_in_groups
+from adaskip_passes.grouped_experts.ops import gate_grouped, gather_grouped, sum_grouped
 from tests.support.eager_reference import relative_error
 from tests.support.expert_reference import Experts, random_experts, written_out
 from tests.support.families.experts import EXPERTS
+from tests.support.grouped_reference import gated_by_row, random_rows, summed_by_token
 from tests.support.router_reference import chosen_in_groups
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -72,6 +74,28 @@ def test_a_recorded_graph_follows_the_choice(
         assert relative_error(got.double(), written_out(one)) < DTYPES[torch.bfloat16]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "inner"), [(72, 40), (2048, 768), (2880, 2880)])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_what_is_beside_grouped_products(
+    kind: tuple[Any, ...], width: int, inner: int, dtype: torch.dtype
+) -> None:
+    sizes: dict[str, Any] = {"width": width, "inner": inner, "device": "cuda"}
+    one = random_rows(37, 8, 3, *kind[1:], dtype=dtype, **sizes)
+    for got, expected in (
+        (gate_grouped(*one.gate_inputs), gated_by_row(one)),
+        (sum_grouped(*one.sum_inputs), summed_by_token(one)),
+    ):
+        assert got.dtype == dtype
+        assert relative_error(got.double(), expected) < DTYPES[dtype]
+    order = torch.randperm(3 * 37, device="cuda")
+    hidden = one.outputs[:37]
+    assert torch.equal(gather_grouped(hidden, order, 3), hidden[order // 3])
+    one.places, one.interleaved = one.places.flip(1), not one.interleaved
+    assert relative_error(gate_grouped(*one.gate_inputs).double(), gated_by_row(one)) < 1e-2
+    assert relative_error(sum_grouped(*one.sum_inputs).double(), expected) > DTYPES[dtype]
+
+
 @pytest.mark.parametrize("after", ["", "share", "softmax"])
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize(("rows", "among", "count"), [(1, 128, 8), (32, 7, 2), (5, 1000, 16)])
@@ -121,6 +145,23 @@ def test_steps_of_a_model(name: str, rows: int) -> None:
     for t in range(8, 14):
         got = fast(input_ids=ids[:, t : t + 1], past_key_values=cache).logits
         assert relative_error(got[:, -1], expected[:, t]) < 1e-4
+
+
+@pytest.mark.inductor
+@pytest.mark.filterwarnings("ignore:\\nOnline softmax is disabled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "glm4_moe"]
+)
+def test_prompts_of_a_model(name: str, dtype: torch.dtype) -> None:
+    """Of several lengths and rows, one graph; in bfloat16 a choice may flip."""
+    model = tiny_model(EXPERTS[name].config()).cuda().to(dtype)
+    fast = build(model, None, backend="inductor")
+    for rows, tokens in ((1, 90), (1, 73), (2, 60)):
+        ids = torch.randint(0, 50, (rows, tokens), device="cuda")
+        got, expected = (one(input_ids=ids, use_cache=False).logits for one in (fast, model))
+        off = (got.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+        assert float(off.median()) < (1e-4 if dtype == torch.float32 else 0.1)
 
 
 @pytest.mark.parametrize("share", [False, True])

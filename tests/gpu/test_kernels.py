@@ -224,7 +224,7 @@ def test_another_weight_is_noticed() -> None:
 @pytest.mark.parametrize("rows", [1, 4])
 def test_kernels_compiled_ahead_are_those_that_run(rows: int) -> None:
     """Nothing is left to compile for calls like those in the graph."""
-    from adaskip_passes.decode.triton_kernels import decode_attention, projections
+    from adaskip_passes.decode.triton_kernels import combine, decode_attention, projections
     from adaskip_passes.linking.precompile import compile_ahead
 
     class Calls(torch.nn.Module):
@@ -244,12 +244,13 @@ def test_kernels_compiled_ahead_are_those_that_run(rows: int) -> None:
         for node, value in zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True):
             node.meta["example_value"] = mode.from_tensor(value)
         begun = compile_ahead(traced)
-    assert len(begun) == 2
+    assert len(begun) == 3
     for one in begun:
         one.result()
-    kernels = (projections._project_row, projections._project_rows, decode_attention._attend)
+    attention = decode_attention._attend, combine.combine
+    kernels = (projections._project_row, projections._project_rows, *attention)
     before = [len(k.device_caches[0][0]) for k in kernels]
-    assert sum(before) >= 2
+    assert sum(before) >= 3
     traced(*inputs)
     assert [len(k.device_caches[0][0]) for k in kernels] == before
     narrow = (inputs[0][..., :304].contiguous(), inputs[1][:, :304].contiguous(), *inputs[2:])

@@ -21,6 +21,7 @@ from ..decode import expert_ops as expert_ops
 from ..decode import latent_ops as latent_ops
 from ..decode import projection_ops as projection_ops
 from ..decode import router_ops as router_ops
+from ..grouped_experts import ops as ops  # defines its operators
 
 if TYPE_CHECKING:
     from ..infra.launch import Launch
@@ -37,6 +38,8 @@ _CHOOSE_IN_GROUPS = torch.ops.adaskip.choose_in_groups.default
 _STORE_AND_ATTEND = torch.ops.adaskip.store_and_attend.default
 _LATENT = torch.ops.adaskip.attend_latent.default
 _STORE_LATENT = torch.ops.adaskip.store_and_attend_latent.default
+_GATHER, _GATE = torch.ops.adaskip.gather_grouped.default, torch.ops.adaskip.gate_grouped.default
+_SUM = torch.ops.adaskip.sum_grouped.default
 _CAUSAL = torch.ops.adaskip.attend_causal.default
 
 
@@ -51,7 +54,8 @@ def compile_ahead(module: fx.GraphModule) -> list[Future[None]]:
     """
     attention = (_ATTEND, _STORE_AND_ATTEND, _LATENT, _STORE_LATENT)
     experts = (_RUN_EXPERTS, _CHOOSE_EXPERTS, _CHOOSE_IN_GROUPS)
-    ours = (_PROJECT, _NORMALIZE, *experts, *attention, _CAUSAL)
+    grouped = (_GATHER, _GATE, _SUM)
+    ours = (_PROJECT, _NORMALIZE, *experts, *grouped, *attention, _CAUSAL)
     calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target in ours]
     return [future for node in calls for future in _begin(node)]
 
@@ -110,6 +114,8 @@ def _with_rows(value: Any, rows: torch.SymInt, count: int) -> Any:
 def _launches(target: Any, values: Any) -> list[Launch]:
     from ..decode import triton_kernels
 
+    if target in (_GATHER, _GATE, _SUM):
+        return [_of_grouped(target, values)]
     if target is _PROJECT:
         return [triton_kernels.projection(*values)]
     if target is _NORMALIZE:
@@ -126,3 +132,15 @@ def _launches(target: Any, values: Any) -> list[Launch]:
         values = (*values[:11], 0, *values[11:])  # all of the rest is rotated
     latent = target in (_LATENT, _STORE_LATENT)
     return triton_kernels.attention(*values, latent=latent)
+
+
+def _of_grouped(target: Any, values: Any) -> Launch:
+    from ..grouped_experts import triton_kernels
+
+    launch: dict[Any, Any] = {
+        _GATHER: triton_kernels.gathering,
+        _GATE: triton_kernels.gates,
+        _SUM: triton_kernels.sums,
+    }
+    made: Launch = launch[target](*values)
+    return made
