@@ -34,6 +34,7 @@ from adaskip_passes.analysis.effects import accesses, is_mutation, operation
 from adaskip_passes.decode.absorb_latent import AbsorbLatent
 from adaskip_passes.decode.fuse_attention import FuseAttention
 from adaskip_passes.decode.fuse_experts import FuseExperts
+from adaskip_passes.decode.fuse_head_norms import FuseHeadNorms
 from adaskip_passes.decode.fuse_rotary import FuseRotary
 from adaskip_passes.decode.write_out_experts import WriteOutExperts
 from adaskip_passes.decode.write_out_products import WriteOutProducts
@@ -265,8 +266,8 @@ def _lowering(key: GraphKey, backend: str) -> tuple[Pass, ...]:
         return ()
     if not key.static_cache:
         return FuseExperts(any_rows=True), WriteOutShortSums()
-    fused = FuseRankSums(), FuseProjections(), FuseAttention(), FuseRotary(), FuseExperts()
-    return *fused, WriteOutProducts()
+    attention = FuseAttention(), FuseRotary(), FuseHeadNorms()
+    return FuseRankSums(), FuseProjections(), *attention, FuseExperts(), WriteOutProducts()
 
 
 def _layout(value: object) -> Layout:

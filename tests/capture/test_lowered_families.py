@@ -48,8 +48,8 @@ def times(count: int, operations: dict[str, int]) -> Counter[str]:
     return Counter({name: count * number for name, number in operations.items()})
 
 
-#: What each family's last layer has besides. Norms after a branch wait for all of it; those of
-#: queries and keys of OLMo 2 and Dots stay as well. A layer that alone has no window makes its
+#: What each family's last layer has besides. Norms after a branch wait for all of it; those of all
+#: heads together, OLMo 2's, stay as well. A layer that alone has no window makes its
 #: bounds. Before experts there is a norm that they and their router read. Of a latent the norm is
 #: stored; queries of it are made and put together in products of their own.
 AFTER_BRANCHES = times(2, RMS_NORM) + Counter({"add": 2})
@@ -70,14 +70,15 @@ LEFT: dict[str, Counter[str]] = {
     "deepseek_v2": LATENT + times(1, RMS_NORM) + CHOICE + COMPLEX,
     "minicpm3": LATENT,
     "glm4_moe": times(1, RMS_NORM) + EXPERTS,
-    "dots1": times(3, RMS_NORM) + EXPERTS,
+    "dots1": times(1, RMS_NORM) + EXPERTS,
+    "qwen3": Counter(),
     "olmo2": AFTER_BRANCHES + times(2, RMS_NORM),
     "nemotron": Counter({"add": 2, "layer_norm": 2}),
     "persimmon": Counter({"layer_norm": 2}),
 }
 LATENTS = ("deepseek_v2", "deepseek_v3", "minicpm3")
 KINDS = {"cohere2": {"layer_types": ["sliding_attention", "full_attention"]}}
-OFTEN = ("llama", "cohere", "glm4", "phi", "falcon_h1", "mamba2")
+OFTEN = ("llama", "qwen3", "cohere", "glm4", "phi", "falcon_h1", "mamba2")
 FAMILIES = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in LEFT]
 #: What a decode step of Mamba's stream in float32 has no kernels of its own for.
 OF_A_STREAM = {"pow", "mean", "rsqrt", "normalize.default"}

@@ -63,6 +63,37 @@ def test_kinds_of_rotation(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize(("dim", "offset"), [(16, 1.0), (64, 0.0), (256, 1.0)])
+def test_heads_are_normalized(dim: int, offset: float, rotary: bool, dtype: torch.dtype) -> None:
+    """As the operator in plain torch does it, in float64 on the CPU."""
+    for name in ("ragged", "several queries"):
+        options: dict[str, Any] = {**oracle.CASES[name], "dim": dim}
+        case = oracle.make(7, **options, dtype=dtype, device="cuda")
+        arguments: Any = oracle.step(case, rotary, name == "ragged").arguments()
+        norms = *(torch.randn(2, dim, device="cuda") / 4 + 1 - offset).to(dtype), 1e-5, offset
+        wide = [_wide(value) for value in (*_filled(arguments), *norms)]
+        got, expected = store_and_attend(*_filled(arguments), *norms), store_and_attend(*wide)
+        assert relative_error(got.double().cpu(), expected) < DTYPES[dtype]
+        assert (
+            relative_error(arguments[1].nan_to_num().double().cpu(), wide[1].nan_to_num())
+            < (DTYPES[dtype])
+        )
+        other = store_and_attend(*_filled(arguments), *norms[1::-1], *norms[2:])
+        assert relative_error(other.double().cpu(), expected) > DTYPES[dtype]
+
+
+def _filled(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*arguments, 0, False)[:13]
+
+
+def _wide(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.cpu().double() if value.is_floating_point() else value.cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotary", [False, True])
 def test_padding_that_reaches_into_a_step_is_not_seen(rotary: bool, dtype: torch.dtype) -> None:
     step = oracle.padded_into(rotary, dtype, "cuda")
     got: Any = store_and_attend(*step.arguments())

@@ -137,10 +137,15 @@ def _(
     sink_scores: torch.Tensor | None,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
 ) -> torch.Tensor:
     new = new_keys, new_values, cosines, sines
     rest = bounds, scale, softcap, sink_scores, rotary_dim, interleaved
-    return _attend(query, keys, values, *new, *rest)
+    norms = query_norm, key_norm, eps, offset
+    return _attend(query, keys, values, *new, *rest, False, *norms)
 
 
 @attend_latent.register_kernel("cuda")

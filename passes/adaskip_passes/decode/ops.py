@@ -140,11 +140,16 @@ def store_and_attend(
     sink_scores: torch.Tensor | None,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
 ) -> torch.Tensor:
     """Store the keys and values of the queries' own tokens where they belong, and `attend`.
 
-    Queries and new keys may be rotated before (Su et al., "RoFormer: Enhanced Transformer with
-    Rotary Position Embedding", eq. 34), in float32, and rounded once.
+    Queries and new keys may be normalized before, head by head (Zhang and Sennrich, "Root Mean
+    Square Layer Normalization", eq. 4), and rotated after that (Su et al., "RoFormer: Enhanced
+    Transformer with Rotary Position Embedding", eq. 34), in float32, and are rounded once.
 
     Args:
         query: [B, H, T, D].
@@ -161,14 +166,25 @@ def store_and_attend(
         sink_scores: Of each head, or None.
         rotary_dim: R, how many of a head's first numbers are rotated; 0: all.
         interleaved: Whether neighbours are pairs, and not halves of the R.
+        query_norm: Weight of the norm of queries [D]; None: they are not normalized.
+        key_norm: Likewise of new keys; either both are, or none.
+        eps: Added to the mean of squares.
+        offset: Added to the weights.
 
     Returns:
         [B, T, H, D_v], contiguous.
 
     """
+    dtype = query.dtype
+    if query_norm is not None and key_norm is not None:
+        query, new_keys = (
+            _normalized(x, weight, eps, offset)
+            for x, weight in ((query, query_norm), (new_keys, key_norm))
+        )
     if cosines is not None and sines is not None:
         form = cosines, sines, rotary_dim, interleaved
         query, new_keys = (rotate(x, *form) for x in (query, new_keys))
+    query, new_keys = query.to(dtype), new_keys.to(dtype)
     for head in range(keys.shape[1]):
         entry = bounds[:, min(head, bounds.shape[1] - 1), 0]
         slots = entry[:, Bounds.END] - 1 + entry[:, Bounds.BASE]
@@ -176,6 +192,13 @@ def store_and_attend(
             store(buffer[:, head : head + 1], new[:, head : head + 1], slots)
     output: torch.Tensor = attend(query, keys, values, bounds, scale, softcap, sink_scores)
     return output
+
+
+def _normalized(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+    """Return heads normalized in what is computed in, not rounded."""
+    wide = x.to(_wide(x))
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide * scale * (weight.to(wide.dtype) + offset)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -198,6 +221,10 @@ def _(
     sink_scores: torch.Tensor | None,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
 ) -> torch.Tensor:
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, values.shape[3]))

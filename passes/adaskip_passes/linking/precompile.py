@@ -128,6 +128,8 @@ def _launches(target: Any, values: Any) -> list[Launch]:
         return triton_kernels.expert_launches(*values)
     if target in (_ATTEND, _LATENT):
         values = (*values[:3], None, None, None, None, *values[3:])
+    elif target is _STORE_AND_ATTEND:
+        values = (*values[:13], False, *values[13:])  # nothing is put into halves
     elif target is _STORE_LATENT:
         values = (*values[:11], 0, *values[11:])  # all of the rest is rotated
     latent = target in (_LATENT, _STORE_LATENT)

@@ -40,6 +40,10 @@ def attention(
     rotary_dim: int = 0,
     interleaved: bool = False,
     unzipped: bool = False,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
     *,
     latent: bool = False,
 ) -> list[Launch]:
@@ -60,6 +64,10 @@ def attention(
         rotary_dim: How many of a head's numbers are rotated; 0: all.
         interleaved: Whether neighbours are pairs.
         unzipped: Whether they are put into halves then; of a latent's rest alone.
+        query_norm: Weight of the norm of queries, of heads whose size is a power of two.
+        key_norm: Likewise of new keys.
+        eps: Of both.
+        offset: Of both.
         latent: Whether keys are latents, which are the values as well, and values the rest of the
             keys: :func:`latent_ops.store_and_attend_latent`.
 
@@ -96,7 +104,7 @@ def attention(
     cosines, sines, step, *angle_strides = _angles(cosines, sines, batch)
     arguments = (
         *(query, keys, values, partial, weight, used, bounds, scale, softcap),
-        *(new_keys, new_values, cosines, sines),
+        *(new_keys, new_values, cosines, sines, query_norm, key_norm, eps, offset),
         *(*new_key_strides, *new_value_strides, *angle_strides),
         *(*query_strides, *keys.stride()[:3], *values.stride()[:3]),
         *(bounds.stride(0), bounds.stride(1), tokens, batch),

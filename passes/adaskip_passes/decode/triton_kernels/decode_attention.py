@@ -163,9 +163,10 @@ def _stored(
 @triton.jit(do_not_specialize=["B"])
 def _attend(
     query, keys, values, partial, weight, shares_used, bounds, scale, softcap,
-    new_keys, new_values, cosines, sines, new_key_b, new_key_h, new_key_t, new_value_b,
-    new_value_h, new_value_t, angle_b, angle_t, query_b, query_h, query_t, key_b, key_h, key_n,
-    value_b, value_h, value_n, bounds_b, bounds_h, T, B,
+    new_keys, new_values, cosines, sines, query_norm, key_norm, eps, offset,
+    new_key_b, new_key_h, new_key_t, new_value_b, new_value_h, new_value_t, angle_b, angle_t,
+    query_b, query_h, query_t, key_b, key_h, key_n, value_b, value_h, value_n, bounds_b, bounds_h,
+    T, B,
     H: tl.constexpr, HK: tl.constexpr, HB: tl.constexpr, EP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, GP: tl.constexpr, TP: tl.constexpr,
@@ -213,7 +214,7 @@ def _attend(
         else:
             q = rotated(
                 query, cosines, sines, asks, turns, d, real,
-                D + DR, ROTARY, PAIRS, STEP, INTERLEAVED, UNZIPPED,
+                D + DR, ROTARY, PAIRS, STEP, INTERLEAVED, UNZIPPED, query_norm, eps, offset,
             )  # fmt: skip
             if DR > 0:
                 q_rest = rotated(
@@ -238,7 +239,7 @@ def _attend(
             if not LATENT:  # loaded before the stored ones, and looked at after them
                 k_own = rotated(
                     new_keys, cosines, sines, places, turns, d, k_mask,
-                    D + DR, ROTARY, PAIRS, STEP, INTERLEAVED, UNZIPPED,
+                    D + DR, ROTARY, PAIRS, STEP, INTERLEAVED, UNZIPPED, key_norm, eps, offset,
                 )  # fmt: skip
                 value_at = value_places[:, None] + dv[None, :]
                 v_own = tl.load(new_values + value_at, mask=v_mask, other=0.0)
