@@ -3,10 +3,9 @@
 transformers' implementations of experts copy the weights that were chosen (``batched_mm``), or sort
 tokens by expert (``grouped_mm``). Captured under the name ``adaskip``, a step of a few tokens calls
 :func:`run_experts`, which reads the chosen weights where they are. Prompts run ``grouped_mm``, on
-CUDA with operators of ours beside the products. All of it is transformers' own for
-experts that the operators do not know, because they have another gate than SwiGLU or GPT-OSS's, a
-norm of their own, or weights that are no plain parameters (quantized, adapted or shared among
-devices).
+CUDA with operators of ours beside the products. Experts that these do not know run as transformers
+has them: those with another gate than SwiGLU or GPT-OSS's, a norm of their own, or weights that are
+no plain parameters (quantized, adapted or shared among devices).
 
 Importing this module adds the one name to transformers' registry; no config is touched.
 """

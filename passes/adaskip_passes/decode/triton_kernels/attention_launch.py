@@ -7,14 +7,10 @@ from typing import Any
 import torch
 import triton
 
-from ...infra.launch import Launch, has_pdl, shared_memory
+from ...infra.launch import Launch, has_pdl
+from .attention_sizes import PROGRAMS, Sizes, sizes
 from .combine import combine
 from .decode_attention import _attend
-
-_PROGRAMS = 128
-_MOST_QUERIES = 128  # of one program
-_MOST_OF_LATENT = 16  # likewise: each is several times as wide, and held in registers
-_MOST_SHARES = 64  # of a group of queries, where its results are that wide
 
 
 def attend(*inputs: Any, latent: bool = False) -> torch.Tensor:
@@ -74,32 +70,16 @@ def attention(
     """
     batch, heads, tokens, dim = query.shape
     kv_heads, value_dim = keys.shape[1], (keys if latent else values).shape[3]
+    cut = sizes(query, keys, value_dim, bounds.shape[1] == 1, latent)
     output = query.new_empty((batch, tokens, heads, value_dim))
-    first, padded, rest, padded_rest = _parts(dim, value_dim if latent else None)
-    padded_values = max(16, triton.next_power_of_2(value_dim))
-    queries = tokens * (heads // kv_heads)
-    most = _MOST_OF_LATENT if latent else _MOST_QUERIES
-    group = min(most, max(16, triton.next_power_of_2(queries)))
-    by_row = kv_heads * triton.cdiv(queries, group)
-    groups, rows = batch * by_row, triton.next_power_of_2(batch)  # one kernel for several batches
-    splits, block, stages, warps = _blocks(rows * by_row, group, alike=bounds.shape[1] == 1)
-    stages += max(padded, padded_values) <= 64 and group <= 32
-    own = 1 if tokens == 1 and not latent else max(16, triton.next_power_of_2(tokens))
-    size = keys.element_size()
-    limit = shared_memory(query.device) // size
-    block = max(16, min(block, 32768 // (max(padded, padded_values) * size)))
-    key_size = padded + (padded_rest if rest else 0)
-    read = key_size + (0 if latent else padded_values)
-    block, stages = _fitting(limit, block, stages, group, own, key_size, read)
-    if latent:
-        splits, warps = min(splits, _MOST_SHARES), 8
-    partial = query.new_empty(groups * splits * group * padded_values, dtype=torch.float32)
-    weight = query.new_empty(groups * splits * group * 2, dtype=torch.float32)
-    used = query.new_empty(groups, dtype=torch.int32)
+    slots = cut.groups * cut.shares * cut.group
+    partial = query.new_empty(slots * cut.padded_values, dtype=torch.float32)
+    weight = query.new_empty(slots * 2, dtype=torch.float32)
+    used = query.new_empty(cut.groups, dtype=torch.int32)
     query, *query_strides = _strided(query)
     new_keys, *new_key_strides = _strided(new_keys)
     new_values, *new_value_strides = _strided(new_values)
-    turned = rest if latent else rotary_dim or dim
+    turned = cut.rest if latent else rotary_dim or dim
     pairs = cosines is not None and cosines.shape[3] != turned
     cosines, sines, step, *angle_strides = _angles(cosines, sines, batch)
     arguments = (
@@ -109,73 +89,31 @@ def attention(
         *(*query_strides, *keys.stride()[:3], *values.stride()[:3]),
         *(bounds.stride(0), bounds.stride(1), tokens, batch),
     )
-    pdl = has_pdl(query.device)
-    form = {
-        **{"H": heads, "HK": kv_heads, "DV": value_dim, "DVP": padded_values, "GP": group},
-        **{"SPLITS": splits, "PDL": pdl},
-        **({"launch_pdl": True} if pdl else {}),
-    }
+    form = {"H": heads, "HK": kv_heads, "DV": value_dim, **_form(cut, query.device)}
     flags = {
         **form,
-        **{"HB": bounds.shape[1], "D": first, "DP": padded, "PROGRAMS": _PROGRAMS},
-        **{"DR": rest, "DRP": padded_rest, "LATENT": latent},
-        **{"PAIRS": pairs, "STEP": step, "ROTARY": turned},
-        **{"INTERLEAVED": interleaved, "UNZIPPED": unzipped},
-        "EP": triton.next_power_of_2(rows * bounds.shape[1]),
-        **{"TP": own, "BN": block, "num_warps": warps},
+        **{"HB": bounds.shape[1], "EP": triton.next_power_of_2(cut.rows * bounds.shape[1])},
+        **{"D": cut.first, "DP": cut.padded, "DR": cut.rest, "DRP": cut.padded_rest},
+        **{"TP": cut.own, "BN": cut.block, "STAGES": cut.stages, "num_warps": cut.warps},
+        **{"PAIRS": pairs, "STEP": step, "ROTARY": turned, "PROGRAMS": PROGRAMS},
+        **{"INTERLEAVED": interleaved, "UNZIPPED": unzipped, "LATENT": latent},
+        **{"SOFTCAP": softcap != 0.0, "PLAIN": tokens == 1},
         "WIDE": max(_numel(keys), _numel(values)) >= 2**31,
-        **{"STAGES": stages, "SOFTCAP": softcap != 0.0, "PLAIN": tokens == 1},
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
-    shares = Launch(_attend, (groups, splits), arguments, flags, [partial, weight, used])
+    grid = cut.groups, cut.shares
+    shares = Launch(_attend, grid, arguments, flags, [partial, weight, used])
     whole = (output, partial, weight, sink_scores, used, tokens)
-    warps = max(2, min(8, splits * padded_values // 4096))
-    programs = groups, min(group, queries)
-    return [shares, Launch(combine, programs, whole, {**form, "num_warps": warps}, [output])]
+    form["num_warps"] = max(2, min(8, cut.shares * cut.padded_values // 4096))
+    grid = cut.groups, min(cut.group, cut.queries)
+    return [shares, Launch(combine, grid, whole, form, [output])]
 
 
-def _parts(dim: int, first: int | None) -> tuple[int, int, int, int]:
-    """Return how a head's numbers are read: in a first part and the rest, each with its padding.
-
-    Args:
-        dim: How many there are.
-        first: How many are in the first part; None where that is free.
-
-    """
-    padded = max(16, triton.next_power_of_2(dim))
-    begin = first if first is not None else 1 << (dim.bit_length() - 1)
-    sizes = tuple(max(16, triton.next_power_of_2(n)) for n in (begin, dim - begin))
-    if first is None and (begin == dim or sum(sizes) >= padded):
-        return dim, padded, 0, 16
-    return begin, sizes[0], dim - begin, sizes[1]
-
-
-def _fitting(
-    limit: int, block: int, stages: int, group: int, own: int, dim: int, read: int
-) -> tuple[int, int]:
-    """Return how many keys at a time and stages fit into shared memory, all counted in numbers.
-
-    Args:
-        limit: What there is of it.
-        block: Keys at a time, at most.
-        stages: At most.
-        group: Queries.
-        own: New tokens.
-        dim: Of a head's queries and keys, padded.
-        read: Of its keys and values together.
-
-    """
-
-    def taken() -> int:
-        keys = stages * block + own
-        return keys * read + group * (dim + block)
-
-    while taken() > limit and (stages > 1 or block > 16):
-        if stages > 2 or block <= 16:
-            stages -= 1
-        else:
-            block //= 2
-    return block, stages
+def _form(cut: Sizes, device: torch.device) -> dict[str, Any]:
+    """Return the constants that both kernels have of how the work is cut."""
+    pdl = has_pdl(device)
+    form = {"DVP": cut.padded_values, "GP": cut.group, "SPLITS": cut.shares, "PDL": pdl}
+    return {**form, **({"launch_pdl": True} if pdl else {})}
 
 
 def _numel(tensor: torch.Tensor) -> int:
@@ -205,22 +143,3 @@ def _angles(
         cosines, sines = cosines.contiguous(), sines.contiguous()
     by_row = cosines.stride(0) if cosines.shape[0] == batch else 0
     return cosines, sines, cosines.stride(3), by_row, cosines.stride(2)
-
-
-def _blocks(groups: int, group: int, alike: bool) -> tuple[int, int, int, int]:
-    """Return into how many programs the work is cut, and how each of them does it.
-
-    They were chosen on an H200: a program a multiprocessor, with room for three blocks of keys.
-
-    Args:
-        groups: Groups of queries, of all rows and K/V heads.
-        group: Queries in one of them, padded.
-        alike: Whether all heads of a row see the same; if not, one may take the programs of others.
-
-    Returns:
-        Programs for one group at most (a power of two); keys at a time; stages; warps.
-
-    """
-    even = max(1, 1 << max(0, (_PROGRAMS // groups).bit_length() - 1))
-    splits = even if alike and groups <= 8 else min(4 * even, 64)
-    return splits, 128 if group <= 32 else 64, 3, 4 if group <= 64 else 8
