@@ -23,6 +23,7 @@ LENGTHS = (1, 3, 7, 15)
 _EARNED = 0.02  # of a plain step, by each token
 _MOST_CREDIT = 3.0  # plain steps
 _MOST_LOST = 4.0  # plain steps, by one round: what took longer was the host's
+_WAKE = 2  # plain steps after a block whose times are the block's: a host catches up
 _SAVED = 0.01  # of a plain step, by each token
 _MOST_SAVED = 100.0  # plain steps
 _PRICE = 8.0  # plain steps that measuring a plan is supposed to take, with linking and recording it
@@ -117,6 +118,7 @@ class Controller:
         self.kinds: dict[str, str] = {}
         self._sources: dict[tuple[str, str], Source] = {}
         self._since_plain = _FRESH
+        self._since_block = _WAKE  # plain steps
 
     def source(self, name: str, kind: str, chance: float) -> Source:
         """Return what is known of drafts of a kind, by the proposer of this name."""
@@ -157,13 +159,14 @@ class Controller:
     def took(self, rows: int, length: int, kind: Round, tokens: int, seconds: float) -> None:
         """Count a round that gave `tokens` tokens of each row."""
         self._since_plain = 0 if kind == PLAIN else self._since_plain + tokens
+        self._since_block = self._since_block + 1 if kind == PLAIN else 0
         for source in self._sources.values():
             source.since += tokens
         self.times.add(rows, length, kind, seconds)
         self.savings = min(_MOST_SAVED, self.savings + _SAVED * tokens)
         plain = self.times.plain(rows, length)
-        if plain is not None:  # a plain step loses nothing, though it may be slower than most are
-            gained = 0.0 if kind == PLAIN else tokens - seconds / plain
+        if plain is not None:  # other plain steps lose nothing, though some are slower than most
+            gained = tokens - seconds / plain if self._since_block <= _WAKE else 0.0
             gained = max(-_MOST_LOST, gained) + _EARNED * tokens
             self.credit = min(_MOST_CREDIT, self.credit + gained)
 

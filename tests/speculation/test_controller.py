@@ -23,12 +23,14 @@ class Device:
 
     Attributes:
         chance: how likely a draft is to stand.
+        wake: what the plain step after a block takes besides.
     """
 
     fixed: float
     slope: float
     chance: float
     seed: int = 0
+    wake: float = 0.0
     controller: Controller = field(init=False)
     spent: float = 0.0
     blocks: list[int] = field(default_factory=list)
@@ -50,7 +52,7 @@ class Device:
                 self.spent += 1 + self.fixed + self.slope * count
                 source.verified(count, accepted)
             else:
-                self.spent += 1
+                self.spent += 1 + (self.wake if self.blocks and self.blocks[-1] else 0.0)
             self.blocks.append(count)
             kind = (NAME, count) if count else PLAIN
             took = self.spent - before
@@ -79,6 +81,29 @@ def test_what_does_not_pay_costs_a_fiftieth(
     device.run(200)  # what was supposed is unlearned
     assert device.run(2000) <= 2000 / 0.97
     assert device.blocks.count(0) > len(device.blocks) * 0.5 or slope == 0
+
+
+LATE = [(0.1, 0.9, 0.3), (0.05, 0.0, 0.0), (0.5, 0.3, 0.05)]
+
+
+@pytest.mark.parametrize("kind", LATE)
+def test_what_follows_a_block_is_what_it_costs(kind: tuple[float, float, float]) -> None:
+    """Where plain steps run ahead of the host, the one after a block waits for it."""
+    device = Device(*kind, wake=3.0)
+    device.run(500)
+    assert device.run(2000) <= 2000 / 0.97
+
+
+@pytest.mark.breaks
+@pytest.mark.parametrize("kind", LATE)
+def test_it_could_cost_more(
+    kind: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The companion."""
+    monkeypatch.setattr(controller, "_WAKE", 0)
+    device = Device(*kind, wake=3.0)
+    device.run(500)
+    assert device.run(2000) > 2000 / 0.95
 
 
 @pytest.mark.parametrize(
