@@ -95,14 +95,28 @@ def targets_of(module: Any, given: tuple[Tensor, ...], dynamic: bool = False) ->
     return {node.target for node in traced(module, given, dynamic).graph.nodes}
 
 
+#: What is beside the grouped products.
+BESIDE = {
+    torch.ops.adaskip.gather_grouped.default,
+    torch.ops.adaskip.gate_grouped.default,
+    torch.ops.adaskip.sum_grouped.default,
+}
+
+
 @pytest.mark.usefixtures("_as_on_cuda")
 @pytest.mark.parametrize("name", KINDS)
 def test_prompts_on_cuda_run_operators_beside_the_products(name: str) -> None:
-    ours = {torch.ops.adaskip.gate_grouped.default, torch.ops.adaskip.sum_grouped.default}
     for given, dynamic in ((inputs(MAX_TOKENS + 1), False), (inputs(5), True)):
-        assert ours <= targets_of(module_of(name), given, dynamic)
-    assert not ours & targets_of(module_of(name), inputs(3))
-    assert not ours & targets_of(module_of("mixtral", OtherGate), inputs(MAX_TOKENS + 1))
+        assert targets_of(module_of(name), given, dynamic) >= BESIDE
+    assert not BESIDE & targets_of(module_of(name), inputs(3))
+    assert not BESIDE & targets_of(module_of("mixtral", OtherGate), inputs(MAX_TOKENS + 1))
+    wide = module_of(name, dtype=torch.float64)
+    assert not BESIDE & targets_of(wide, inputs(MAX_TOKENS + 1, torch.float64))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_prompts_on_a_cpu_do_not(name: str) -> None:
+    assert not BESIDE & targets_of(module_of(name), inputs(MAX_TOKENS + 1))
 
 
 class OtherGate(MixtralExperts):

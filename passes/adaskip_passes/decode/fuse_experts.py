@@ -160,7 +160,8 @@ def _scores_of(topk: fx.Node) -> tuple[fx.Node, int] | None:
 
 def _of_few(topk: fx.Node) -> bool:
     """Return whether a topk looks at no more rows of scores than a step has."""
-    shape = shape_of(topk.args[0]) if topk.args and isinstance(topk.args[0], fx.Node) else None
+    scores = topk.kwargs.get("input", topk.args[0] if topk.args else None)
+    shape = shape_of(scores) if isinstance(scores, fx.Node) else None
     rows = most_rows(shape) if shape else None  # (not `numel`, which would settle a symbol)
     return rows is not None and rows <= _MOST_ROWS
 

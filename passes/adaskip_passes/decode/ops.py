@@ -175,7 +175,7 @@ def store_and_attend(
         [B, T, H, D_v], contiguous.
 
     """
-    dtype = query.dtype
+    dtypes = query.dtype, new_keys.dtype
     if query_norm is not None and key_norm is not None:
         query, new_keys = (
             _normalized(x, weight, eps, offset)
@@ -184,7 +184,7 @@ def store_and_attend(
     if cosines is not None and sines is not None:
         form = cosines, sines, rotary_dim, interleaved
         query, new_keys = (rotate(x, *form) for x in (query, new_keys))
-    query, new_keys = query.to(dtype), new_keys.to(dtype)
+    query, new_keys = query.to(dtypes[0]), new_keys.to(dtypes[1])
     for head in range(keys.shape[1]):
         entry = bounds[:, min(head, bounds.shape[1] - 1), 0]
         slots = entry[:, Bounds.END] - 1 + entry[:, Bounds.BASE]

@@ -73,13 +73,15 @@ class Record(fx.Interpreter):
         return value
 
 
-def fused(function: Any, *inputs: Tensor, in_place: bool = False) -> fx.GraphModule:
+def fused(
+    function: Any, *inputs: Tensor, in_place: bool = False, any_rows: bool = False
+) -> fx.GraphModule:
     """Run the pass, and see that results stay the same; ``/=`` may be written as Dynamo does."""
     module = fx.symbolic_trace(function)
     for node in module.graph.find_nodes(op="call_function", target=operator.truediv):
         node.target = operator.itruediv if in_place else node.target
     expected = Record(module).run(*(t.clone() for t in inputs))
-    FuseExperts()(module)
+    FuseExperts(any_rows)(module)
     module.graph.lint()
     module.recompile()
     got = module(*(t.clone() for t in inputs))
@@ -180,6 +182,18 @@ def test_other_choices_stay(function: Any) -> None:
 def test_choices_among_many_stay() -> None:
     assert choices(fused(places_alone, torch.randn(2, 1024))) != []
     assert choices(fused(places_alone, torch.randn(2, 1025))) == []
+
+
+def by_name(scores: Tensor) -> Any:
+    return torch.topk(input=scores, k=2, dim=-1)[1]
+
+
+@pytest.mark.parametrize("function", [mixtral, places_alone, by_name])
+def test_choices_of_more_rows_than_a_step_has_stay_but_in_prompts(function: Any) -> None:
+    assert choices(fused(function, torch.randn(1024, 8))) != []
+    assert choices(fused(function, torch.randn(1025, 8))) == []
+    assert choices(fused(function, torch.randn(1025, 8), any_rows=True)) != []
+    assert choices(fused(function, torch.randn(2, 1025), any_rows=True)) == []
 
 
 def adding(one: Experts, twice: bool) -> Any:
